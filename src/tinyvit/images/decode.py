@@ -1,0 +1,261 @@
+"""Anything that holds a picture -> RGB uint8 [H, W, 3].
+
+The orientation in a file's EXIF block is applied. Transparency is laid over white; the rules for
+pixels of every type stand in ``tinyvit.images.pixels``. The pixel limit is checked from the header,
+before anything is decoded. Each failure says what is wrong with the file.
+
+Files are read by Pillow's plugins directly and not by ``Image.open``, because that one obeys limits
+and switches that are global to the process (``Image.MAX_IMAGE_PIXELS``, warnings). Neither these
+nor ``ImageFile.LOAD_TRUNCATED_IMAGES`` change what comes out here. No file here imports torch.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import (  # importing a plugin registers it in Image.OPEN
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from tinyvit.errors import ImageError
+from tinyvit.images.pixels import RGB, from_array, from_pil, from_tensor
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FORMATS", "MAX_PIXELS", "ImageSource", "decode", "read_size"]
+
+ImageFile: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO"
+ImageSource: TypeAlias = "ImageFile | Image.Image | NDArray[np.generic] | torch.Tensor"
+
+MAX_PIXELS = 178_956_970  # half a gigabyte of RGB; where Pillow, too, stops by default
+FORMATS = tuple(
+    plugin.format
+    for plugin in (
+        JpegImagePlugin.JpegImageFile,
+        PngImagePlugin.PngImageFile,
+        WebPImagePlugin.WebPImageFile,
+        TiffImagePlugin.TiffImageFile,
+        BmpImagePlugin.BmpImageFile,
+        GifImagePlugin.GifImageFile,
+        PpmImagePlugin.PpmImageFile,
+    )
+)
+
+ORIENTATION_TAG = 0x0112
+UPRIGHT: dict[int, Callable[[RGB], RGB]] = {  # EXIF orientation -> how to undo it
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: a[::-1].transpose(1, 0, 2),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: a[:, ::-1].transpose(1, 0, 2),
+}
+
+
+def decode(source: ImageSource, *, max_pixels: int | None = MAX_PIXELS) -> RGB:
+    """Read a picture.
+
+    Args:
+        source: A path; the bytes of a file; a binary file object (read from its start); a PIL
+            image; an array [H, W] or [H, W, 1 | 3 | 4] of uint8, uint16, bool or floats in 0..1;
+            or a tensor [1 | 3, H, W] of the same types. JPEG, PNG, WebP, TIFF, BMP, GIF (first
+            frame) and PPM files are read.
+        max_pixels: Most pixels a file or a PIL image may have. None: no limit.
+
+    Returns:
+        RGB, [H, W, 3] uint8, contiguous and writable; memory may be shared with a given array.
+
+    Raises:
+        ImageError: The file is missing, a folder, empty, no picture, damaged, cut short or too
+            large; or the pixels are none, not finite, out of range or of a type without a rule.
+        TypeError: ``source`` is nothing of the above.
+
+    Example:
+        >>> decode(np.array([[0, 255]], dtype=np.uint8)).tolist()
+        [[[0, 0, 0], [255, 255, 255]]]
+    """
+    if isinstance(source, Image.Image):
+        _check_size(source, "the PIL image", max_pixels)
+        return _pixels(source, "the PIL image")
+    if isinstance(source, np.ndarray):
+        return from_array(source)
+    if "torch" in sys.modules and isinstance(source, sys.modules["torch"].Tensor):
+        return from_tensor(source)
+    with _opened(cast("ImageFile", source)) as (image, stream, name):
+        _check_size(image, name, max_pixels)
+        stream.is_decoding = True
+        return _pixels(image, name)
+
+
+def read_size(source: ImageFile) -> tuple[int, int]:
+    """Read a picture's (height, width) from the header alone, orientation applied.
+
+    Raises:
+        ImageError: The file is missing, a folder, empty, no picture, or its header is damaged.
+        TypeError: ``source`` is no path, bytes or binary file object.
+    """
+    with _opened(source) as (image, _, name):
+        _check_size(image, name, None)
+        width, height = image.size
+        if image.format == "TIFF":  # whether .size is already turned depends on Pillow's version
+            width, height = (getattr(image, "tag_v2")[tag] for tag in (256, 257))  # noqa: B009
+        return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
+class _TruncatedFileError(OSError):
+    """A decoder asked for bytes beyond the end of the file."""
+
+
+class _Stream:
+    """A binary file that, while decoding, refuses to be read beyond its end."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self.raw, self.is_decoding, self.was_short = raw, False, False
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.raw.read(size)
+        self.was_short = self.was_short or len(data) < size
+        if self.is_decoding and size != 0 and not data:
+            raise _TruncatedFileError("the decoder wants more bytes than there are")
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.raw.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.raw.tell()
+
+
+@contextmanager
+def _opened(source: ImageFile) -> Iterator[tuple[Image.Image, _Stream, str]]:
+    """Open a source and read its header; give the image, its stream and a name for errors."""
+    if isinstance(source, (str, os.PathLike)):
+        name = repr(os.fspath(source))
+        try:
+            raw = open(source, "rb")  # noqa: SIM115 (closed below, with the other sources)
+        except FileNotFoundError as err:
+            raise ImageError(f"there is no file {name}; check the path") from err
+        except IsADirectoryError as err:
+            raise ImageError(f"{name} is a folder; give the path of one picture") from err
+        except (OSError, ValueError) as err:
+            raise ImageError(f"{name} cannot be opened: {err}") from err
+        with raw:
+            yield *_open_image(raw, name), name
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        name = f"the picture of {len(source)} bytes"
+        yield *_open_image(io.BytesIO(source), name), name
+    elif hasattr(source, "read"):
+        name = f"the picture in {getattr(source, 'name', type(source).__name__)!r}"
+        yield *_open_image(_seekable(source, name), name), name
+    else:
+        raise TypeError(
+            "wanted a path, bytes, a binary file object, a PIL image, a numpy array or a torch "
+            f"tensor; came {type(source).__name__}"
+        )
+
+
+def _seekable(source: BinaryIO, name: str) -> BinaryIO:
+    try:
+        if hasattr(source, "seekable") and source.seekable():
+            source.seek(0)
+        data = source.read()
+    except (OSError, ValueError) as err:
+        raise ImageError(f"{name} cannot be read: {err}") from err
+    if not isinstance(data, bytes):
+        raise TypeError(f"wanted a file opened in binary mode ('rb'); {name} gives text")
+    return io.BytesIO(data)
+
+
+def _open_image(raw: BinaryIO, name: str) -> tuple[Image.Image, _Stream]:
+    stream = _Stream(raw)
+    try:
+        prefix = stream.read(16)
+    except OSError as err:
+        raise ImageError(f"{name} cannot be read: {err}") from err
+    if not prefix:
+        raise ImageError(f"{name} is empty (0 bytes); copy or download it again")
+    if prefix[:4] == b"RIFF" and raw.seek(0, 2) < 8 + int.from_bytes(prefix[4:8], "little"):
+        raise _damaged(name, _TruncatedFileError())
+    for form in FORMATS:
+        factory, accept = Image.OPEN[form]
+        if accept is None or accept(prefix.ljust(16, b"\0")) is not True:
+            continue
+        stream.seek(0)
+        stream.was_short = False
+        try:
+            return factory(cast("BinaryIO", stream), ""), stream
+        except MemoryError:
+            raise
+        except Exception as err:  # plugins raise nearly everything on damaged headers
+            raise _damaged(name, _TruncatedFileError() if stream.was_short else err) from err
+    raise ImageError(
+        f"{name} is not a picture that can be read: it starts with {prefix!r}; "
+        f"wanted one of {', '.join(FORMATS)}"
+    )
+
+
+def _damaged(name: str, err: Exception) -> ImageError:
+    if isinstance(err, _TruncatedFileError) or "truncated" in str(err).lower():
+        return ImageError(
+            f"{name} is cut short (truncated): the file ends before the picture does; "
+            "copy or download it again"
+        )
+    if isinstance(err, Image.DecompressionBombError):  # WebP and growing GIF only
+        return ImageError(f"{name} is above Pillow's own limit, PIL.Image.MAX_IMAGE_PIXELS: {err}")
+    reason = str(err) or type(err).__name__
+    return ImageError(f"{name} is damaged or of a kind that cannot be decoded: {reason}")
+
+
+def _check_size(image: Image.Image, name: str, max_pixels: int | None) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name} has no pixels: it is {width} x {height} (width x height)")
+    if max_pixels is not None and width * height > max_pixels:
+        raise ImageError(
+            f"{name} is {width} x {height} = {width * height} pixels, above the limit of "
+            f"{max_pixels}; if you trust it, raise the limit with max_pixels={width * height}"
+        )
+
+
+def _orientation(image: Image.Image) -> int:
+    """Give the EXIF orientation 1..8; 1 where there is none or it cannot be read."""
+    if image.format == "PNG" and not {"exif", "Raw profile type exif", "xmp"} & set(image.info):
+        return 1  # asking Pillow would decode the whole picture to look behind it
+    try:
+        value = image.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:  # a broken note about the picture is no reason to refuse the picture
+        return 1
+    return value if value in UPRIGHT else 1
+
+
+def _pixels(image: Image.Image, name: str) -> RGB:
+    """Decode an opened image: RGB uint8 [H, W, 3], upright."""
+    orientation = _orientation(image)
+    if image.format == "TIFF":
+        orientation = 1  # Pillow turns these while it loads them
+        if getattr(image, "_im", image) is None:  # with its memory there, Pillow asks no limit
+            image.im = Image.new(image.mode, getattr(image, "_tile_size", image.size)).im
+    try:
+        image.load()
+        rgb = from_pil(image, name)
+    except (ImageError, MemoryError):
+        raise
+    except Exception as err:  # decoders raise nearly everything on damaged data
+        raise _damaged(name, err) from err
+    return np.ascontiguousarray(UPRIGHT[orientation](rgb)) if orientation > 1 else rgb

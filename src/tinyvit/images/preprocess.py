@@ -1,0 +1,247 @@
+"""Pictures -> a model's input: resize, crop, normalise and pad as an ``ImageSpec`` says.
+
+Every size comes from ``ImageSpec.place``; nothing here decides one. No files are read and no model
+is known. Pixels are resized by Pillow (antialiased), as segment-anything and timm do, so that
+embeddings equal theirs. ``ResizeLongestSide`` has the names and results of segment-anything's
+class, apart from one repair: no side ever becomes 0 pixels.
+
+Letters: H, W picture; h, w after resizing; C channels; N pictures.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.nn import functional as F
+
+from tinyvit.image_spec import ImageSpec, Placement
+
+__all__ = ["ResizeLongestSide", "normalise_and_pad", "resize", "to_tensor"]
+
+Size = tuple[int, int]
+
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+LONGEST_WHOLE = 8  # a picture longer than this many crops is resized only where the crop looks
+
+
+def resize(
+    image: NDArray[np.uint8],
+    size: Size,
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+) -> NDArray[np.uint8]:
+    """Resize a picture with antialiasing.
+
+    Args:
+        image: RGB, [H, W, 3] uint8.
+        size: New (height, width) in pixels.
+        interpolation: The filter.
+
+    Returns:
+        [h, w, 3] uint8; the same array if it has this size already.
+
+    Raises:
+        ValueError: ``image`` is no RGB uint8 picture, or ``size`` or ``interpolation`` is unknown.
+    """
+    _check_picture(image)
+    if interpolation not in FILTERS:
+        raise ValueError(
+            f"interpolation must be one of {', '.join(FILTERS)}, but is {interpolation!r}"
+        )
+    height, width = size
+    if height < 1 or width < 1:
+        raise ValueError(f"size must be (height, width), each at least 1, but is {size}")
+    if image.shape[:2] == (height, width):
+        return image
+    return np.array(Image.fromarray(image).resize((width, height), FILTERS[interpolation]))
+
+
+def to_tensor(image: NDArray[np.uint8], spec: ImageSpec) -> tuple[torch.Tensor, Placement]:
+    """Make one picture a model's input.
+
+    Args:
+        image: RGB, [H, W, 3] uint8, as ``tinyvit.images.decode.decode`` gives it.
+        spec: What the model wants.
+
+    Returns:
+        The input [3, h, w] float32, and where the picture lies in it.
+
+    Raises:
+        ValueError: ``image`` is no RGB uint8 picture.
+
+    Example:
+        >>> tensor, placement = to_tensor(np.zeros((30, 60, 3), np.uint8), ImageSpec.sam(16))
+        >>> tuple(tensor.shape), placement.resized_size
+        ((3, 16, 16), (8, 16))
+    """
+    _check_picture(image)
+    placement = spec.place(*image.shape[:2])
+    pixels = torch.from_numpy(_resized(image, spec, placement)).permute(2, 0, 1)  # [3, h, w]
+    out = torch.zeros(3, *placement.model_size)
+    region = out[:, : pixels.shape[1], : pixels.shape[2]]
+    region.copy_(pixels)
+    shift, scale = _shift_and_scale(region[None], spec)
+    region.sub_(shift[0]).div_(scale[0])
+    return out, placement
+
+
+def normalise_and_pad(pixels: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
+    """Normalise pictures that have been resized already, and pad them if ``spec`` does.
+
+    Args:
+        pixels: RGB in 0..255, [3, h, w] or [N, 3, h, w], uint8 or floating point.
+        spec: What the model wants; its ``size`` bounds h and w.
+
+    Returns:
+        [1, 3, H, W] or [N, 3, H, W] on the same device; float32, or the given floating-point type.
+
+    Raises:
+        ValueError: The shape is another one, or the picture does not fit ``spec.size``.
+    """
+    if pixels.ndim not in (3, 4) or pixels.shape[-3] != 3:
+        raise ValueError(f"wanted RGB pixels [3, h, w] or [N, 3, h, w]; came {list(pixels.shape)}")
+    height, width = spec.size
+    h, w = pixels.shape[-2:]
+    fits = h <= height and w <= width
+    if not (fits if spec.resize == "longest_side" else (h, w) == (height, width)):
+        raise ValueError(
+            f"the picture is {h} x {w} (height x width), which does not fit the model's "
+            f"{height} x {width}; resize it first, for example with to_tensor"
+        )
+    batch = pixels if pixels.ndim == 4 else pixels[None]
+    batch = batch if batch.is_floating_point() else batch.float()
+    shift, scale = _shift_and_scale(batch, spec)
+    batch = (batch - shift) / scale
+    return F.pad(batch, (0, width - w, 0, height - h)) if spec.pad else batch
+
+
+class ResizeLongestSide:
+    """Segment-anything's resizing: the longest side to a target, coordinates along with it.
+
+    Args:
+        target_length: The longest side after resizing, in pixels.
+
+    Raises:
+        ValueError: ``target_length`` is not a whole number of at least 1.
+    """
+
+    def __init__(self, target_length: int) -> None:
+        self.target_length = ImageSpec.sam(target_length).size[0]
+
+    @staticmethod
+    def get_preprocess_shape(oldh: int, oldw: int, long_side_length: int) -> Size:
+        """Give the (height, width) after resizing; no side is below 1.
+
+        Raises:
+            ValueError: A number is not a whole one of at least 1.
+        """
+        return ImageSpec.sam(long_side_length).place(oldh, oldw).resized_size
+
+    def apply_image(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Resize RGB [H, W, 3] uint8 to [h, w, 3] uint8.
+
+        Raises:
+            ValueError: ``image`` is no RGB uint8 picture.
+        """
+        _check_picture(image)
+        return resize(image, self._place(image.shape[:2]).resized_size)
+
+    def apply_coords(self, coords: NDArray[np.generic], original_size: Size) -> NDArray[np.float64]:
+        """Map points [..., 2] (x, y) in the original picture of (height, width) to the resized.
+
+        Raises:
+            ValueError: The last dimension is not 2, or the size is not of whole numbers above 0.
+        """
+        return self._place(original_size).points_to_model(np.asarray(coords, dtype=np.float64))
+
+    def apply_boxes(self, boxes: NDArray[np.generic], original_size: Size) -> NDArray[np.float64]:
+        """Map boxes [..., 4] xyxy in the original picture; they come back as [B, 4].
+
+        Raises:
+            ValueError: The last dimension is not 4, or the size is not of whole numbers above 0.
+        """
+        mapped = self._place(original_size).boxes_to_model(np.asarray(boxes, dtype=np.float64))
+        return mapped.reshape(-1, 4)
+
+    def apply_image_torch(self, image: torch.Tensor) -> torch.Tensor:
+        """Resize a floating-point batch [N, C, H, W] to [N, C, h, w]; close to, not equal to PIL.
+
+        Raises:
+            ValueError: ``image`` has another shape or type.
+        """
+        if image.ndim != 4 or not image.is_floating_point():
+            raise ValueError(
+                "wanted a floating-point batch [N, C, H, W]; "
+                f"came {list(image.shape)} of {image.dtype}"
+            )
+        size = self._place(tuple(image.shape[-2:])).resized_size
+        return F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
+
+    def apply_coords_torch(self, coords: torch.Tensor, original_size: Size) -> torch.Tensor:
+        """Map points [..., 2] (x, y) of any type; they come back in float32.
+
+        Raises:
+            ValueError: The last dimension is not 2, or the size is not of whole numbers above 0.
+        """
+        return self._place(original_size).points_to_model(coords.to(torch.float32))
+
+    def apply_boxes_torch(self, boxes: torch.Tensor, original_size: Size) -> torch.Tensor:
+        """Map boxes [..., 4] xyxy of any type; they come back as [B, 4] float32.
+
+        Raises:
+            ValueError: The last dimension is not 4, or the size is not of whole numbers above 0.
+        """
+        mapped = self._place(original_size).boxes_to_model(boxes.to(torch.float32))
+        return mapped.reshape(-1, 4)
+
+    def _place(self, original_size: tuple[int, ...]) -> Placement:
+        height, width = original_size
+        return ImageSpec.sam(self.target_length).place(height, width)
+
+
+def _resized(image: NDArray[np.uint8], spec: ImageSpec, placement: Placement) -> NDArray[np.uint8]:
+    """Resize and crop: writable uint8 [h, w, 3] without the padding."""
+    height, width = placement.resized_size
+    top, left = placement.crop_offset
+    crop_h, crop_w = spec.size
+    if spec.resize == "crop" and max(height, width) > LONGEST_WHOLE * max(spec.size):
+        # A strip of 1 x 3000 would become 235 x 705000 for a crop of 224. Pillow can compute the
+        # crop alone, but then chooses the order of its two passes anew, so a level of 255 may
+        # differ (more in noise); that is why ordinary pictures go whole, as in torchvision.
+        frame = placement.boxes_to_picture([0.0, 0.0, float(crop_w), float(crop_h)])
+        old_h, old_w = placement.original_size
+        x0, y0 = max(0.0, frame[0]), max(0.0, frame[1])  # the last bit may lie outside
+        corners = (x0, y0, min(float(old_w), frame[2]), min(float(old_h), frame[3]))
+        strip = Image.fromarray(image).resize(
+            (crop_w, crop_h), FILTERS[spec.interpolation], box=corners
+        )
+        return np.array(strip)
+    pixels = resize(image, (height, width), spec.interpolation)
+    if spec.resize == "crop":
+        pixels = pixels[top : top + crop_h, left : left + crop_w]
+    return pixels if pixels.flags.writeable else pixels.copy()  # torch warns about read-only memory
+
+
+def _shift_and_scale(batch: torch.Tensor, spec: ImageSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give what to subtract and to divide by, each [1, 3, 1, 1] or [N, 1, 1, 1]."""
+    if spec.normalise == "min_max":
+        low, high = batch.amin((1, 2, 3), keepdim=True), batch.amax((1, 2, 3), keepdim=True)
+        least = max(1e-8, torch.finfo(batch.dtype).tiny)  # a picture of one colour becomes 0
+        return low, (high - low).clamp_min(least)
+    shift, scale = (batch.new_tensor(v).view(1, 3, 1, 1) for v in (spec.mean, spec.std))
+    return shift, scale
+
+
+def _check_picture(image: NDArray[np.uint8]) -> None:
+    is_array = isinstance(image, np.ndarray)
+    if not is_array or image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        came = f"{list(image.shape)} {image.dtype}" if is_array else type(image).__name__
+        raise ValueError(
+            f"wanted an RGB picture [H, W, 3] uint8; came {came}; "
+            "tinyvit.images.decode.decode makes one of nearly anything"
+        )
+    if image.size == 0:
+        raise ValueError(f"wanted a picture with pixels; came {list(image.shape)}")

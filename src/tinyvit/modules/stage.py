@@ -1,0 +1,218 @@
+"""The stages: ConvLayer (the first) and BasicLayer (the others); blocks, then a downsample.
+
+Shapes: B batch, C channels, H W height and width, L = H*W tokens in row-major order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .block import TinyViTBlock
+from .conv import pause_batch_stats
+from .drop import drop_path_rates
+from .mbconv import MBConv
+from .mlp import Activation
+from .windows import Size, is_tracing, to_pair
+
+__all__ = ["BasicLayer", "ConvLayer", "Downsample"]
+
+Downsample = Callable[..., nn.Module]
+"""Called with (input_resolution, dim=, out_dim=, activation=), e.g. ``PatchMerging``."""
+
+
+class Stage(nn.Module):
+    """What both kinds of stage have: their blocks, their downsample, their declared size."""
+
+    def __init__(
+        self,
+        dim: int,
+        input_resolution: int | Size,
+        blocks: Iterable[nn.Module],
+        activation: Activation,
+        downsample: Downsample | None,
+        use_checkpoint: bool,
+        out_dim: int | None,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.input_resolution = to_pair(input_resolution, "input_resolution")
+        self.use_checkpoint = use_checkpoint
+        self.blocks = nn.ModuleList(blocks)
+        self.depth = len(self.blocks)
+        self.downsample: Any = None
+        if downsample is not None:
+            self.downsample = downsample(
+                self.input_resolution,
+                dim=dim,
+                out_dim=dim if out_dim is None else out_dim,
+                activation=activation,
+            )
+
+    def forward_blocks(self, x: Tensor, *size: Size) -> Tensor:
+        """The blocks alone; each kind of stage has its own shapes."""
+        for block in self.blocks:
+            x = self.run_block(block, x, *size)
+        return x
+
+    def output_size(self, size: Size) -> Size:
+        """(height, width) of the outgoing map for an incoming one."""
+        if self.downsample is None:
+            return size
+        height, width = self.downsample.output_size(size)
+        return height, width
+
+    def declare(self, input_resolution: Size) -> Size:
+        """Set the declared size of everything inside; returns that of the outgoing map."""
+        for module in (self, *self.blocks, self.downsample):
+            if hasattr(module, "input_resolution"):
+                module.input_resolution = input_resolution
+        return self.output_size(input_resolution)
+
+    def run_block(self, block: nn.Module, *inputs: object) -> Tensor:
+        """Call a block, by gradient checkpointing where that is asked for and gradients are on."""
+        if not self.use_checkpoint or not torch.is_grad_enabled() or is_tracing():
+            y: Tensor = block(*inputs)
+        elif torch.compiler.is_compiling():  # the compiler keeps buffer updates out of recomputing
+            y = checkpoint(block, *inputs, use_reentrant=False)
+        else:
+            contexts = partial(_checkpoint_contexts, block)
+            y = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+        return y
+
+    def extra_repr(self) -> str:
+        """The arguments that the children do not show."""
+        return f"dim={self.dim}, input_resolution={self.input_resolution}, depth={self.depth}"
+
+
+class ConvLayer(Stage):
+    """Stage 1: MBConv blocks on a map, then the downsample.
+
+    Args:
+        dim: C.
+        input_resolution: Declared (height, width).
+        depth: Number of blocks.
+        activation: Makes the activations.
+        drop_path: One rate, or one for each block.
+        downsample: Class of the module at the end, or None.
+        use_checkpoint: Recompute the blocks in the backward pass instead of keeping their
+            activations.
+        out_dim: Channels after the downsample; None means ``dim``.
+        conv_expand_ratio: Expansion of the blocks.
+
+    Raises:
+        ValueError: ``drop_path`` has a wrong length or a rate outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        input_resolution: int | Size,
+        depth: int,
+        activation: Activation,
+        drop_path: float | Sequence[float] = 0.0,
+        downsample: Downsample | None = None,
+        use_checkpoint: bool = False,
+        out_dim: int | None = None,
+        conv_expand_ratio: float = 4.0,
+    ) -> None:
+        rates = drop_path_rates(drop_path, depth)
+        blocks = [MBConv(dim, dim, conv_expand_ratio, activation, rate) for rate in rates]
+        super().__init__(
+            dim, input_resolution, blocks, activation, downsample, use_checkpoint, out_dim
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> tokens [B, L', out_dim], or the map where there is no downsample."""
+        x = self.forward_blocks(x)
+        y: Tensor = x if self.downsample is None else self.downsample(x)
+        return y
+
+
+class BasicLayer(Stage):
+    """Stages 2 to 4: transformer blocks on tokens, then the downsample.
+
+    Args:
+        dim: C.
+        input_resolution: Declared (height, width).
+        depth: Number of blocks.
+        num_heads: Heads of each block.
+        window_size: Window side of each block.
+        mlp_ratio: Hidden width of the perceptrons over ``dim``.
+        drop: Dropout probability in the perceptrons.
+        drop_path: One rate, or one for each block.
+        downsample: Class of the module at the end, or None.
+        use_checkpoint: Recompute the blocks in the backward pass instead of keeping their
+            activations.
+        local_conv_size: Odd kernel side of the depthwise convolutions.
+        activation: Makes the activations.
+        out_dim: Channels after the downsample; None means ``dim``.
+
+    Raises:
+        ValueError: ``drop_path`` has a wrong length, or an argument does not fit a block.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        input_resolution: int | Size,
+        depth: int,
+        num_heads: int,
+        window_size: int,
+        mlp_ratio: float = 4.0,
+        drop: float = 0.0,
+        drop_path: float | Sequence[float] = 0.0,
+        downsample: Downsample | None = None,
+        use_checkpoint: bool = False,
+        local_conv_size: int = 3,
+        activation: Activation = nn.GELU,
+        out_dim: int | None = None,
+    ) -> None:
+        blocks = [
+            TinyViTBlock(
+                dim=dim,
+                input_resolution=input_resolution,
+                num_heads=num_heads,
+                window_size=window_size,
+                mlp_ratio=mlp_ratio,
+                drop=drop,
+                drop_path=rate,
+                local_conv_size=local_conv_size,
+                activation=activation,
+            )
+            for rate in drop_path_rates(drop_path, depth)
+        ]
+        super().__init__(
+            dim, input_resolution, blocks, activation, downsample, use_checkpoint, out_dim
+        )
+
+    def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
+        """Run the stage.
+
+        Args:
+            x: [B, L, C].
+            size: (height, width) of the map; None means ``input_resolution``.
+
+        Returns:
+            [B, L', out_dim], or [B, L, C] where there is no downsample.
+
+        Raises:
+            ValueError: L is not height * width.
+        """
+        size = size or self.input_resolution
+        x = self.forward_blocks(x, size)
+        y: Tensor = x if self.downsample is None else self.downsample(x, size)
+        return y
+
+
+def _checkpoint_contexts(
+    block: nn.Module,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For the first run of a block, and for the second one in the backward pass."""
+    return nullcontext(), pause_batch_stats(block)

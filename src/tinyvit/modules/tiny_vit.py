@@ -1,0 +1,396 @@
+"""TinyViT: stem, stages, and what stands on them: SAM's neck, the classification head.
+
+TinyViT is of Wu et al., "TinyViT: Fast Pretraining Distillation for Small Vision Transformers",
+ECCV 2022; its neck and strides for promptable segmentation are of MobileSAM (Zhang et al., 2023).
+This file knows no files and no checkpoint names.
+
+Shapes: B batch, C channels, H W height and width of the picture, h w of a map. All sizes come from
+the tensor, at every call; nothing is kept between calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .assembly import check_strides, init_weights, make_neck, make_stages
+from .conv import freeze_batch_stats
+from .features import FeatureInfo, select_stages
+from .learning_rates import NO_DECAY, ParamGroup, build_param_groups, set_lr_scales
+from .patch import PatchEmbed, Stem
+from .stage import Stage
+from .windows import Size, is_tracing, to_map, to_pair
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from tinyvit.image_spec import ImageSpec
+
+__all__ = ["TinyViT"]
+
+
+class TinyViT(nn.Module):
+    """The compact vision transformer, for any picture size from 1x1 up.
+
+    With a neck (the default) ``forward`` gives SAM's image embedding. Built with ``neck_dim=None``
+    it is a classifier: ``forward`` gives logits, as timm's and Cream's models do. ``classify``
+    gives logits in both cases.
+
+    Args:
+        img_size: Declared picture size in pixels, one number or (height, width). Any other size
+            may be passed at any time.
+        in_chans: Input channels.
+        num_classes: Classes of ``head``; 0 leaves the linear layer out.
+        embed_dims: Channels of the stages.
+        depths: Blocks of the stages.
+        num_heads: Attention heads of the stages (the first stage has no attention).
+        window_sizes: Window sides of the stages.
+        mlp_ratio: Hidden width of the perceptrons over their channels.
+        drop_rate: Dropout probability in the perceptrons.
+        drop_path_rate: Stochastic depth of the last block; the rates rise linearly from 0.
+        use_checkpoint: Gradient checkpointing: slower training with far less memory.
+        mbconv_expand_ratio: Expansion of the first stage's blocks.
+        local_conv_size: Odd kernel side of the depthwise convolutions.
+        layer_lr_decay: Layer-wise learning rate decay, see ``param_groups``.
+        strides: Stride of each merge between two stages. SAM encoders have (2, 2, 1) and
+            classifiers (2, 2, 2); a state dict's shapes do not tell which. None means SAM's: 2,
+            and 1 for the third merge.
+        stem: "conv", or "pointwise" (LiteMedSAM).
+        neck_dim: Channels of the neck's output; None leaves the neck out.
+        head: Build ``norm_head`` and ``head``. SAM checkpoints carry them unused.
+
+    Attributes:
+        image_spec: How pictures are prepared for these weights; None for a model built by hand.
+
+    Raises:
+        ValueError: Arguments that contradict each other; the message names both.
+    """
+
+    image_spec: ImageSpec | None
+
+    def __init__(
+        self,
+        img_size: int | Size | list[int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dims: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window_sizes: Sequence[int] = (7, 7, 14, 7),
+        mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        use_checkpoint: bool = False,
+        mbconv_expand_ratio: float = 4.0,
+        local_conv_size: int = 3,
+        layer_lr_decay: float = 1.0,
+        *,
+        strides: Sequence[int] | None = None,
+        stem: Stem = "conv",
+        neck_dim: int | None = 256,
+        head: bool = True,
+    ) -> None:
+        super().__init__()
+        self.image_spec = None
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.embed_dims = tuple(embed_dims)
+        self.depths = tuple(depths)
+        self.num_heads = tuple(num_heads)
+        self.window_sizes = tuple(window_sizes)
+        self.num_layers = len(self.depths)
+        self.strides = check_strides(strides, self.num_layers)
+        self.mlp_ratio = mlp_ratio
+        self.drop_rate = drop_rate
+        self.drop_path_rate = drop_path_rate
+        self.mbconv_expand_ratio = mbconv_expand_ratio
+        self.local_conv_size = local_conv_size
+        self.stem: Stem = stem
+        self.neck_dim = neck_dim
+        size = to_pair(img_size, "img_size")
+        self.patch_embed = PatchEmbed(in_chans, self.embed_dims[0], size, nn.GELU, stem)
+        self.layers = make_stages(self, use_checkpoint)
+        self.apply(init_weights)
+        self.norm_head: nn.Module | None = None
+        self.head: nn.Module | None = None
+        if head:
+            self.reset_classifier(num_classes)
+        self.neck = None if neck_dim is None else make_neck(self.embed_dims[-1], neck_dim)
+        self.set_imgsz(img_size)
+        self.set_layer_lr_decay(layer_lr_decay)
+        self.register_load_state_dict_post_hook(_restore_lr_scales)  # type: ignore[no-untyped-call]
+
+    def stages(self) -> list[Stage]:
+        """The stages in depth order, as what they are."""
+        return [stage for stage in self.layers if isinstance(stage, Stage)]
+
+    # -- picture in, features out -------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image embedding of a model with a neck; logits of one without.
+
+        Args:
+            x: [B, in_chans, H, W], floating point, normalised.
+
+        Returns:
+            [B, neck_dim, h, w] with h = ceil(H / 16) for SAM's strides; without a neck
+            [B, num_classes], or the last stage's map where there is no head either.
+
+        Raises:
+            ValueError: ``x`` has another rank or number of channels, or no pixels.
+            TypeError: ``x`` is not floating point.
+        """
+        if self.neck is None and self.head is not None:
+            return self.classify(x)
+        return self.forward_features(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The neck's output [B, neck_dim, h, w]; without a neck the last stage's map."""
+        x = self.forward_backbone(x)
+        return x if self.neck is None else self.neck(x)
+
+    def forward_backbone(self, x: Tensor) -> Tensor:
+        """The last stage's map, [B, embed_dims[-1], h, w], before neck and head."""
+        return self._forward_stages(x, (), self.num_layers - 1)[0]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Mean over the positions, ``norm_head``, ``head``.
+
+        Args:
+            x: The last stage's map [B, C, h, w], from ``forward_backbone``.
+            pre_logits: Stop before ``head``.
+
+        Returns:
+            Logits [B, num_classes], or features [B, C].
+
+        Raises:
+            ValueError: The model has no head.
+        """
+        if self.norm_head is None or self.head is None:
+            raise ValueError(
+                "this TinyViT was built without a classification head; "
+                "build it with head=True or call reset_classifier(num_classes)"
+            )
+        x = self.norm_head(x.mean((2, 3)))
+        return x if pre_logits else self.head(x)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Logits [B, num_classes] of pictures [B, in_chans, H, W]."""
+        return self.forward_head(self.forward_backbone(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NHWC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps at the end of the stages, before each downsample, as timm gives them.
+
+        Args:
+            x: [B, in_chans, H, W].
+            indices: Stages, negative from the end; an int n means the last n; None means all.
+            stop_early: Do not compute what comes after the last stage asked for; the first value
+                returned then is that stage's map.
+            output_fmt: "NCHW" or "NHWC".
+            intermediates_only: Return the list alone.
+
+        Returns:
+            (``forward_features``' output, [map of each stage asked for, in depth order]); channels
+            and reductions are those of ``feature_info``.
+
+        Raises:
+            ValueError: An index or ``output_fmt`` is unknown.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
+        wanted = select_stages(indices, self.num_layers)
+        stop_early = stop_early or intermediates_only
+        last = wanted[-1] if stop_early else self.num_layers - 1
+        x, maps = self._forward_stages(x, wanted, last)
+        if output_fmt == "NHWC":
+            maps = [m.permute(0, 2, 3, 1) for m in maps]
+        if intermediates_only:
+            return maps
+        return (x if stop_early or self.neck is None else self.neck(x)), maps
+
+    def forward_hq(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What Light HQ-SAM's mask decoder wants.
+
+        Returns:
+            (``forward_features``' output, output of ``layers[1]`` with its downsample as a map
+            [B, h, w, embed_dims[2]]).
+
+        Raises:
+            ValueError: The model has fewer than three stages.
+        """
+        if self.num_layers < 3:
+            raise ValueError(f"forward_hq wants at least 3 stages, got {self.num_layers}")
+        merged: list[Tensor] = []
+        x = self._forward_stages(x, (), self.num_layers - 1, merged)[0]
+        return (x if self.neck is None else self.neck(x)), merged[1]
+
+    def _forward_stages(
+        self,
+        x: Tensor,
+        wanted: Sequence[int],
+        last: int,
+        merged: list[Tensor] | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run the stem and the stages up to ``last``; returns (its map, the wanted stages' maps).
+
+        A stage whose own map is wanted runs in two steps, before and after its downsample.
+        ``merged`` receives each stage's output, downsample included, as [B, h, w, C].
+        """
+        self._check_input(x)
+        if not torch.compiler.is_exporting():  # strides are sizes that torch.export must prove
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = self.patch_embed(x)
+        size: Size = (x.shape[2], x.shape[3])
+        maps: list[Tensor] = []
+        for i, stage in enumerate(self.stages()[: last + 1]):
+            where = (size,) if i else ()
+            if i in wanted or i == last:
+                x = stage.forward_blocks(x, *where)
+                if i in wanted:
+                    maps.append(_as_map(x, size))
+                if i == last:
+                    break
+                x = stage.downsample(x, *where)
+            else:
+                x = stage(x, *where)
+            size = stage.output_size(size)
+            if merged is not None:
+                merged.append(to_map(x, size))
+        return _as_map(x, size), maps
+
+    def _check_input(self, x: Tensor) -> None:
+        if is_tracing():
+            return
+        if x.ndim != 4 or x.shape[1] != self.in_chans or x.shape[2] < 1 or x.shape[3] < 1:
+            raise ValueError(
+                f"TinyViT wants pictures [batch, {self.in_chans}, height, width] of at least 1x1, "
+                f"got {list(x.shape)}"
+            )
+        if not x.is_floating_point():
+            raise TypeError(
+                f"TinyViT wants normalised floating-point pictures, got {x.dtype}; "
+                f"tinyvit.Engine takes uint8 pictures and prepares them"
+            )
+
+    @property
+    def feature_info(self) -> FeatureInfo:
+        """Channels and reduction of each stage's map, as timm describes them."""
+        reduction = self.patch_embed.reduction
+        info = FeatureInfo()
+        for i, width in enumerate(self.embed_dims):
+            info.append({"num_chs": width, "reduction": reduction, "module": f"layers.{i}.blocks"})
+            if i < self.num_layers - 1:
+                reduction *= self.strides[i]
+        return info
+
+    # -- settings ------------------------------------------------------------------------------
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put in a fresh ``head`` for another number of classes; 0 leaves the linear layer out."""
+        if num_classes < 0:
+            raise ValueError(f"num_classes must not be negative, got {num_classes}")
+        width = self.embed_dims[-1]
+        like = next(self.parameters())
+        if self.norm_head is None:
+            self.norm_head = nn.LayerNorm(width).to(like)
+        head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
+        init_weights(head)
+        self.head = head.to(like).train(self.training)
+        self.num_classes = num_classes
+        for parameter in (*self.norm_head.parameters(), *self.head.parameters()):
+            parameter.lr_scale = 1.0  # type: ignore[attr-defined]
+
+    def set_imgsz(self, imgsz: int | Size | list[int] = (1024, 1024)) -> None:
+        """Declare a picture size; never needed, since sizes come from the tensor.
+
+        Raises:
+            TypeError: Not whole numbers.
+            ValueError: Not one or two positive numbers.
+        """
+        size = to_pair(imgsz, "imgsz")
+        self.img_size: int | Size = size[0] if size[0] == size[1] else size
+        self.patch_embed.declare(size)
+        self.patches_resolution = size = self.patch_embed.patches_resolution
+        for layer in self.stages():
+            size = layer.declare(size)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Turn gradient checkpointing on or off in every stage."""
+        for layer in self.stages():
+            layer.use_checkpoint = enable
+
+    def freeze_batch_stats(self, frozen: bool = True) -> Self:
+        """Keep all batch norms on their running statistics, also through ``train()``."""
+        return freeze_batch_stats(self, frozen)
+
+    def set_layer_lr_decay(self, layer_lr_decay: float) -> None:
+        """Set the ``lr_scale`` attribute of every parameter (see ``learning_rates``)."""
+        self.layer_lr_decay = float(layer_lr_decay)
+        set_lr_scales(self, self.layer_lr_decay)
+
+    def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[ParamGroup]:
+        """Trainable parameters as optimiser groups: layer-wise rates, no decay on vectors.
+
+        Example:
+            >>> import torch, tinyvit
+            >>> model = tinyvit.TinyViT(layer_lr_decay=0.8)
+            >>> optimizer = torch.optim.AdamW(model.param_groups(lr=1e-3, weight_decay=0.05))
+        """
+        return build_param_groups(self, lr, weight_decay)
+
+    def no_weight_decay_keywords(self) -> set[str]:
+        """Parts of the names of parameters that take no weight decay."""
+        return {NO_DECAY}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the attention biases, which take no weight decay (timm's convention)."""
+        return {name for name, _ in self.named_parameters() if name.endswith(NO_DECAY)}
+
+    def arguments(self) -> dict[str, Any]:
+        """The constructor arguments that give this architecture, as plain JSON-able data."""
+        return {
+            "img_size": self.img_size if isinstance(self.img_size, int) else list(self.img_size),
+            "in_chans": self.in_chans,
+            "num_classes": self.num_classes,
+            "embed_dims": list(self.embed_dims),
+            "depths": list(self.depths),
+            "num_heads": list(self.num_heads),
+            "window_sizes": list(self.window_sizes),
+            "mlp_ratio": self.mlp_ratio,
+            "drop_rate": self.drop_rate,
+            "drop_path_rate": self.drop_path_rate,
+            "use_checkpoint": any(stage.use_checkpoint for stage in self.stages()),
+            "mbconv_expand_ratio": self.mbconv_expand_ratio,
+            "local_conv_size": self.local_conv_size,
+            "layer_lr_decay": self.layer_lr_decay,
+            "strides": list(self.strides),
+            "stem": self.stem,
+            "neck_dim": self.neck_dim,
+            "head": self.head is not None,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy or a pickle; parameters lose plain attributes on the way."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        set_lr_scales(self, self.layer_lr_decay)
+
+
+def _as_map(x: Tensor, size: Size) -> Tensor:
+    return x if x.ndim == 4 else to_map(x, size).permute(0, 3, 1, 2)  # [B, C, h, w]
+
+
+def _restore_lr_scales(model: nn.Module, _: object) -> None:
+    """After loading with ``assign=True`` the parameters are new objects."""
+    if isinstance(model, TinyViT):
+        set_lr_scales(model, model.layer_lr_decay)

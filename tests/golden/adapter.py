@@ -1,0 +1,60 @@
+"""How ``verify.py`` reaches this package; run ``python tests/golden/verify.py --adapter`` on it."""
+
+import pathlib
+import sys
+
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+import verify
+
+import tinyvit.modules
+from tinyvit.modules import TinyViT
+
+
+class Classifier(TinyViT):
+    """Cream's classifier: every merge halves the map, no neck."""
+
+    def __init__(self, **ctor):
+        super().__init__(**ctor, strides=(2,) * (len(ctor["depths"]) - 1), neck_dim=None)
+
+
+class HQEncoder(TinyViT):
+    """Light HQ-SAM's encoder."""
+
+    def forward(self, x):
+        return self.forward_hq(x)
+
+
+class Adapter(verify.Adapter):
+    def __init__(self, module=None):
+        super().__init__(module or tinyvit.modules)
+
+    def classifier(self, ctor):
+        return Classifier(**ctor)
+
+    def pooled(self, model, x):
+        return model.forward_backbone(x).mean((2, 3))
+
+    def bias_resize(self, table, a, b, antialias):
+        from tinyvit.checkpoints.resize import resize_bias_table
+
+        return resize_bias_table(table, b, antialias=antialias)
+
+    def hq(self, ctor):
+        return HQEncoder(**ctor)
+
+    def litemed(self, ctor):
+        return TinyViT(**ctor, stem="pointwise", head=False)
+
+    def transforms(self, target):
+        from tinyvit.images.preprocess import ResizeLongestSide
+
+        return ResizeLongestSide(target)
+
+    def preprocess(self, image_chw, target):
+        from tinyvit.image_spec import ImageSpec
+        from tinyvit.images.preprocess import normalise_and_pad
+
+        return normalise_and_pad(image_chw.to(torch.float32), ImageSpec.sam(target))
