@@ -1,1 +1,95 @@
-"""TinyViT."""
+"""TinyViT, the compact vision transformer: encoder, classifier, features, for any picture size.
+
+The public names are found on first use, so that ``import tinyvit`` takes milliseconds and loads no
+torch. Everything else is reached by its room: ``tinyvit.modules`` has the ten module classes,
+``tinyvit.checkpoints`` reads and converts files of weights, ``tinyvit.images`` decodes and draws.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.metadata import version
+
+    from tinyvit.catalog import list_checkpoints, list_models
+    from tinyvit.checkpoints.conversion import convert as convert_checkpoint
+    from tinyvit.checkpoints.inspection import inspect as inspect_checkpoint
+    from tinyvit.errors import (
+        CheckpointError,
+        DownloadError,
+        ImageError,
+        MissingExtraError,
+        TinyViTError,
+    )
+    from tinyvit.factory import LoadReport, create_model, load_checkpoint
+    from tinyvit.hub import from_pretrained, push_to_hub, save_pretrained
+    from tinyvit.image_spec import ImageSpec
+    from tinyvit.inference.engine import Encoded, Engine
+    from tinyvit.modules import TinyViT
+
+    __version__ = version("tinyvit")
+
+_HOMES = {
+    "CheckpointError": "errors:CheckpointError",
+    "DownloadError": "errors:DownloadError",
+    "Encoded": "inference.engine:Encoded",
+    "Engine": "inference.engine:Engine",
+    "ImageError": "errors:ImageError",
+    "ImageSpec": "image_spec:ImageSpec",
+    "LoadReport": "factory:LoadReport",
+    "MissingExtraError": "errors:MissingExtraError",
+    "TinyViT": "modules:TinyViT",
+    "TinyViTError": "errors:TinyViTError",
+    "convert_checkpoint": "checkpoints.conversion:convert",
+    "create_model": "factory:create_model",
+    "from_pretrained": "hub:from_pretrained",
+    "inspect_checkpoint": "checkpoints.inspection:inspect",
+    "list_checkpoints": "catalog:list_checkpoints",
+    "list_models": "catalog:list_models",
+    "load_checkpoint": "factory:load_checkpoint",
+    "push_to_hub": "hub:push_to_hub",
+    "save_pretrained": "hub:save_pretrained",
+}
+
+__all__ = [
+    "CheckpointError",
+    "DownloadError",
+    "Encoded",
+    "Engine",
+    "ImageError",
+    "ImageSpec",
+    "LoadReport",
+    "MissingExtraError",
+    "TinyViT",
+    "TinyViTError",
+    "__version__",
+    "convert_checkpoint",
+    "create_model",
+    "from_pretrained",
+    "inspect_checkpoint",
+    "list_checkpoints",
+    "list_models",
+    "load_checkpoint",
+    "push_to_hub",
+    "save_pretrained",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Find a public name where it lives, and keep it."""
+    if name == "__version__":
+        value: object = importlib.import_module("importlib.metadata").version("tinyvit")
+    elif name in _HOMES:
+        module, _, attribute = _HOMES[name].partition(":")
+        value = getattr(importlib.import_module(f"tinyvit.{module}"), attribute)
+    else:
+        raise AttributeError(f"module 'tinyvit' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

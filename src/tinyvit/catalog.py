@@ -1,0 +1,393 @@
+"""What exists: the network sizes (variants) and the published files of weights (checkpoints).
+
+Two tables of plain data and four functions to look things up. No torch, no files, no network;
+every row is a frozen dataclass. A *variant* says how a TinyViT is built, a *checkpoint* says
+which file holds weights for it, who published the file, under which licence, and how it is
+checked after a download.
+
+Sizes, multiply-accumulates and published names are facts of the TinyViT and MobileSAM papers
+and of the files themselves; GMAC are counted at the variant's own picture size and include the
+attention products, the neck where there is one, and the classification head only for
+classification.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from tinyvit.errors import CheckpointError
+from tinyvit.image_spec import ImageSpec
+
+__all__ = [
+    "CHECKPOINTS",
+    "VARIANTS",
+    "Checkpoint",
+    "Family",
+    "Task",
+    "Variant",
+    "get_checkpoint",
+    "get_variant",
+    "list_checkpoints",
+    "list_models",
+]
+
+Task: TypeAlias = Literal["classification", "sam"]
+"""What a network is for; it decides the last merge's stride (2 for classification, 1 for SAM)."""
+
+Family: TypeAlias = Literal[
+    "cream",
+    "timm",
+    "mobile_sam",
+    "mobile_sam_v2",
+    "mobile_sam_v2_decoder",
+    "hq_sam",
+    "tinysam",
+    "litemedsam",
+    "ultralytics",
+    "micro_sam",
+    "tinyvit",
+    "tinyvit_sam",
+]
+"""Whose names a file of weights uses. ``tinyvit`` is this package's encoder or classifier alone,
+``tinyvit_sam`` its encoder, prompt encoder and mask decoder together."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One size of TinyViT: everything its constructor needs, and what it costs.
+
+    Attributes:
+        name: Name to ask for; classification variants have timm's names.
+        embed_dims: Channels of the four stages.
+        depths: Blocks of the four stages.
+        num_heads: Attention heads of the four stages (the first is not used: stage 1 convolves).
+        window_sizes: Window side of the four stages in tokens (the first is not used).
+        strides: Stride of the three merges.
+        img_size: Side of the square picture the weights were trained for, in pixels.
+        task: ``"classification"`` or ``"sam"``.
+        image_spec: How a picture is prepared.
+        parameters: Number of parameters, head and neck included where the variant has them.
+        gmacs: Giga multiply-accumulates for one picture of ``img_size``.
+        num_classes: Outputs of the classification head.
+        drop_path_rate: Stochastic depth used in training.
+        stem: ``"conv"`` (two 3x3 convolutions of stride 2) or ``"pointwise"`` (two 1x1, stride 1).
+        neck_dim: Output channels of the SAM neck, or None without a neck.
+        head: Whether ``norm_head`` and ``head`` exist.
+    """
+
+    name: str
+    embed_dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    window_sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    img_size: int
+    task: Task
+    image_spec: ImageSpec
+    parameters: int
+    gmacs: float
+    num_classes: int = 1000
+    drop_path_rate: float = 0.0
+    stem: Literal["conv", "pointwise"] = "conv"
+    neck_dim: int | None = None
+    head: bool = True
+
+    def arguments(self) -> dict[str, object]:
+        """Return the constructor arguments of ``tinyvit.modules.TinyViT`` for this variant.
+
+        Returns:
+            A new dict of plain data; change it freely before building.
+
+        Example:
+            >>> get_variant("tiny_vit_5m_224").arguments()["embed_dims"]
+            (64, 128, 160, 320)
+        """
+        return {
+            "img_size": self.img_size,
+            "num_classes": self.num_classes,
+            "embed_dims": self.embed_dims,
+            "depths": self.depths,
+            "num_heads": self.num_heads,
+            "window_sizes": self.window_sizes,
+            "drop_path_rate": self.drop_path_rate,
+            "strides": self.strides,
+            "stem": self.stem,
+            "neck_dim": self.neck_dim,
+            "head": self.head,
+        }
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One published file of weights.
+
+    Attributes:
+        name: Name to ask for. timm's files keep timm's full names, Cream's their file names.
+        variant: Name of the variant the weights fit.
+        family: Whose key names the file uses.
+        file: File name in the cache and below a mirror; unique in the table.
+        format: ``"safetensors"``, or ``"torch"`` for a file of ``torch.save``.
+        licence: SPDX licence the publisher states for the weights or their repository.
+        source: Page where the file is published.
+        urls: Where to fetch it, tried in order; empty if it must be fetched by hand.
+        sha256: Hash of the file, or None where no publisher states one. See
+            ``tinyvit.checkpoints.fetch`` for what happens then.
+        num_classes: Outputs of the head in the file.
+        image_spec: Preparation of pictures where it differs from the variant's, else None.
+        note: What a user should know, in a sentence.
+        embedded: True if the file ships inside the package.
+    """
+
+    name: str
+    variant: str
+    family: Family
+    file: str
+    format: Literal["safetensors", "torch"]
+    licence: str
+    source: str
+    urls: tuple[str, ...] = ()
+    sha256: str | None = None
+    num_classes: int = 1000
+    image_spec: ImageSpec | None = None
+    note: str = ""
+    embedded: bool = False
+
+    @property
+    def url(self) -> str | None:
+        """The first place to fetch the file from, or None if it must be fetched by hand."""
+        return self.urls[0] if self.urls else None
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+_DEPTHS = (2, 2, 6, 2)
+_DIMS_5M, _HEADS_5M = (64, 128, 160, 320), (2, 4, 5, 10)
+_DIMS_11M, _HEADS_11M = (64, 128, 256, 448), (2, 4, 8, 14)
+_DIMS_21M, _HEADS_21M = (96, 192, 384, 576), (3, 6, 12, 18)
+_WINDOWS = (7, 7, 14, 7)
+_WINDOWS_384, _WINDOWS_512 = (12, 12, 24, 12), (16, 16, 32, 16)
+_TO_32, _TO_16 = (2, 2, 2), (2, 2, 1)
+
+VARIANTS: tuple[Variant, ...] = (
+    Variant(
+        "tiny_vit_5m_224", _DIMS_5M, _DEPTHS, _HEADS_5M, _WINDOWS, _TO_32, 224,
+        "classification", ImageSpec.timm(224), 5_392_764, 1.26,
+    ),
+    Variant(
+        "tiny_vit_11m_224", _DIMS_11M, _DEPTHS, _HEADS_11M, _WINDOWS, _TO_32, 224,
+        "classification", ImageSpec.timm(224), 10_996_972, 2.02, drop_path_rate=0.1,
+    ),
+    Variant(
+        "tiny_vit_21m_224", _DIMS_21M, _DEPTHS, _HEADS_21M, _WINDOWS, _TO_32, 224,
+        "classification", ImageSpec.timm(224), 21_198_568, 4.25, drop_path_rate=0.2,
+    ),
+    Variant(
+        "tiny_vit_21m_384", _DIMS_21M, _DEPTHS, _HEADS_21M, _WINDOWS_384, _TO_32, 384,
+        "classification", ImageSpec.timm(384), 21_230_488, 13.70, drop_path_rate=0.1,
+    ),
+    Variant(
+        "tiny_vit_21m_512", _DIMS_21M, _DEPTHS, _HEADS_21M, _WINDOWS_512, _TO_32, 512,
+        "classification", ImageSpec.timm(512), 21_268_120, 26.88, drop_path_rate=0.1,
+    ),
+    Variant(
+        "tiny_vit_2m_sam", (32, 64, 96, 160), _DEPTHS, (1, 2, 3, 5), (8, 8, 16, 8), _TO_16, 256,
+        "sam", ImageSpec.sam(256), 2_130_384, 0.83, neck_dim=256, head=False,
+    ),
+    Variant(
+        "tiny_vit_5m_sam", _DIMS_5M, _DEPTHS, _HEADS_5M, _WINDOWS, _TO_16, 1024,
+        "sam", ImageSpec.sam(1024), 6_065_532, 38.77, neck_dim=256,
+    ),
+    Variant(
+        "tiny_vit_11m_sam", _DIMS_11M, _DEPTHS, _HEADS_11M, _WINDOWS, _TO_16, 1024,
+        "sam", ImageSpec.sam(1024), 11_702_508, 64.04, neck_dim=256,
+    ),
+    Variant(
+        "tiny_vit_21m_sam", _DIMS_21M, _DEPTHS, _HEADS_21M, _WINDOWS, _TO_16, 1024,
+        "sam", ImageSpec.sam(1024), 21_936_872, 123.94, drop_path_rate=0.1, neck_dim=256,
+    ),
+    Variant(
+        "tiny_vit_5m_litemedsam", _DIMS_5M, _DEPTHS, _HEADS_5M, _WINDOWS, _TO_16, 256,
+        "sam", ImageSpec.litemedsam(256), 5_726_740, 37.47,
+        stem="pointwise", neck_dim=256, head=False,
+    ),
+)  # fmt: skip
+"""All sizes, classification first."""
+
+_CREAM = "https://github.com/microsoft/Cream/tree/main/TinyViT"
+_CREAM_FILES = "https://github.com/wkcn/TinyViT-model-zoo/releases/download/checkpoints"
+_IN22K = 21841
+
+
+def _cream(name: str, variant: str, num_classes: int = 1000) -> Checkpoint:
+    """Return the row of a file of the Cream repository's model zoo."""
+    spec = ImageSpec.cream(224) if variant.endswith("_224") else None
+    file = f"{name}.pth"
+    return Checkpoint(
+        name, variant, "cream", file, "torch", "MIT", _CREAM,
+        urls=(f"{_CREAM_FILES}/{file}",), num_classes=num_classes, image_spec=spec,
+    )  # fmt: skip
+
+
+def _timm(name: str, num_classes: int = 1000) -> Checkpoint:
+    """Return the row of a file that timm publishes on Hugging Face; the tag follows the dot."""
+    page = f"https://huggingface.co/timm/{name}"
+    return Checkpoint(
+        name, name.partition(".")[0], "timm", f"{name}.safetensors", "safetensors", "Apache-2.0",
+        page, urls=(f"{page}/resolve/main/model.safetensors",), num_classes=num_classes,
+    )  # fmt: skip
+
+
+CHECKPOINTS: tuple[Checkpoint, ...] = (
+    Checkpoint(
+        "tinyvit_starter", "tiny_vit_2m_sam", "tinyvit_sam", "starter.safetensors", "safetensors",
+        "Apache-2.0", "shipped inside the package", embedded=True,
+        sha256="56646597e6021ff917122c810baf3e66aefa4764a2e8c4983015838e2874931f",
+        note="Small and weak, for a first try without a download; trained on GPL-2, CC-BY-SA, "
+        "CC-BY and CC0 pictures, see its model card.",
+    ),
+    Checkpoint(
+        "mobile_sam", "tiny_vit_5m_sam", "mobile_sam", "mobile_sam.pt", "torch",
+        "Apache-2.0", "https://github.com/ChaoningZhang/MobileSAM",
+        urls=(
+            "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt",
+            "https://huggingface.co/dhkim2810/MobileSAM/resolve/main/mobile_sam.pt",
+            "https://github.com/ultralytics/assets/releases/download/v8.3.0/mobile_sam.pt",
+        ),
+        sha256="6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+    ),
+    Checkpoint(
+        "tinysam", "tiny_vit_5m_sam", "tinysam", "tinysam_42.3.pth", "torch",
+        "Apache-2.0", "https://github.com/xinghaochen/TinySAM",
+        urls=("https://github.com/xinghaochen/TinySAM/releases/download/3.0/tinysam_42.3.pth",),
+    ),
+    Checkpoint(
+        "sam_hq_vit_tiny", "tiny_vit_5m_sam", "hq_sam", "sam_hq_vit_tiny.pth", "torch",
+        "Apache-2.0", "https://github.com/SysCV/sam-hq",
+        urls=("https://huggingface.co/lkeab/hq-sam/resolve/main/sam_hq_vit_tiny.pth",),
+        note="Light HQ-SAM; its extra decoder tensors are kept apart from the encoder's.",
+    ),
+    Checkpoint(
+        "lite_medsam", "tiny_vit_5m_litemedsam", "litemedsam", "lite_medsam.pth", "torch",
+        "Apache-2.0", "https://github.com/bowang-lab/MedSAM/tree/LiteMedSAM",
+        note="Published on Google Drive only; download it from the link on the project's page.",
+    ),
+    _cream("tiny_vit_5m_22k_distill", "tiny_vit_5m_224", _IN22K),
+    _cream("tiny_vit_5m_22kto1k_distill", "tiny_vit_5m_224"),
+    _cream("tiny_vit_5m_1k", "tiny_vit_5m_224"),
+    _cream("tiny_vit_11m_22k_distill", "tiny_vit_11m_224", _IN22K),
+    _cream("tiny_vit_11m_22kto1k_distill", "tiny_vit_11m_224"),
+    _cream("tiny_vit_11m_1k", "tiny_vit_11m_224"),
+    _cream("tiny_vit_21m_22k_distill", "tiny_vit_21m_224", _IN22K),
+    _cream("tiny_vit_21m_22kto1k_distill", "tiny_vit_21m_224"),
+    _cream("tiny_vit_21m_1k", "tiny_vit_21m_224"),
+    _cream("tiny_vit_21m_22kto1k_384_distill", "tiny_vit_21m_384"),
+    _cream("tiny_vit_21m_22kto1k_512_distill", "tiny_vit_21m_512"),
+    _timm("tiny_vit_5m_224.dist_in22k", _IN22K),
+    _timm("tiny_vit_5m_224.dist_in22k_ft_in1k"),
+    _timm("tiny_vit_5m_224.in1k"),
+    _timm("tiny_vit_11m_224.dist_in22k", _IN22K),
+    _timm("tiny_vit_11m_224.dist_in22k_ft_in1k"),
+    _timm("tiny_vit_11m_224.in1k"),
+    _timm("tiny_vit_21m_224.dist_in22k", _IN22K),
+    _timm("tiny_vit_21m_224.dist_in22k_ft_in1k"),
+    _timm("tiny_vit_21m_224.in1k"),
+    _timm("tiny_vit_21m_384.dist_in22k_ft_in1k"),
+    _timm("tiny_vit_21m_512.dist_in22k_ft_in1k"),
+)  # fmt: skip
+"""All published files, the embedded one first."""
+
+
+# --- looking up -----------------------------------------------------------------------------------
+
+
+def list_models() -> list[str]:
+    """Return the names of all variants.
+
+    Returns:
+        Names in the order of the table: classification first, then SAM encoders.
+
+    Example:
+        >>> list_models()[0]
+        'tiny_vit_5m_224'
+    """
+    return [variant.name for variant in VARIANTS]
+
+
+def list_checkpoints(variant: str | None = None) -> list[str]:
+    """Return the names of all checkpoints, or of those that fit one variant.
+
+    Args:
+        variant: Name of a variant, or None for all.
+
+    Returns:
+        Names in the order of the table.
+
+    Raises:
+        ValueError: If there is no variant of that name.
+
+    Example:
+        >>> list_checkpoints("tiny_vit_5m_sam")
+        ['mobile_sam', 'tinysam', 'sam_hq_vit_tiny']
+    """
+    if variant is not None:
+        get_variant(variant)
+    return [row.name for row in CHECKPOINTS if variant in (None, row.variant)]
+
+
+def get_variant(name: str) -> Variant:
+    """Return the variant of that name.
+
+    Args:
+        name: A name of ``list_models()``.
+
+    Returns:
+        Its row.
+
+    Raises:
+        ValueError: If there is none; the text names the nearest one.
+
+    Example:
+        >>> get_variant("tiny_vit_5m_sam").strides
+        (2, 2, 1)
+    """
+    for row in VARIANTS:
+        if row.name == name:
+            return row
+    raise ValueError(
+        f"unknown model {name!r}{_nearest(name, list_models())} "
+        "List them with tinyvit.list_models()"
+    )
+
+
+def get_checkpoint(name: str) -> Checkpoint:
+    """Return the checkpoint of that name.
+
+    Args:
+        name: A name of ``list_checkpoints()``.
+
+    Returns:
+        Its row.
+
+    Raises:
+        CheckpointError: If there is none; the text names the nearest one.
+
+    Example:
+        >>> get_checkpoint("mobile_sam").variant
+        'tiny_vit_5m_sam'
+    """
+    for row in CHECKPOINTS:
+        if row.name == name:
+            return row
+    raise CheckpointError(
+        f"unknown checkpoint {name!r}{_nearest(name, list_checkpoints())} "
+        "List them with tinyvit.list_checkpoints()"
+    )
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'?`` for the nearest name, or a full stop if none is near."""
+    close = difflib.get_close_matches(str(name).lower(), list(names), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "."

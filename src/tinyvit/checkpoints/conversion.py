@@ -1,0 +1,241 @@
+"""Convert a file of weights from one family's form to another's.
+
+read -> detect -> canonical keys -> the parts the other family holds -> its keys -> write. Tensors
+are passed on bit for bit; nothing is invented. What the target cannot hold is dropped and told;
+what it needs and the source lacks is an error that names all of it. Builds no model.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from tinyvit.checkpoints.detection import Detection, detect
+from tinyvit.checkpoints.families import LAYOUTS, ORDER, Layout, Part, get_layout, part_of
+from tinyvit.checkpoints.files import read_state_dict, write_state_dict
+from tinyvit.checkpoints.inspection import in_groups
+from tinyvit.checkpoints.keymap import from_canonical, to_canonical
+from tinyvit.errors import CheckpointError
+
+__all__ = ["ConversionReport", "convert", "convert_tensors"]
+
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+
+_WHY_DROPPED: dict[Part, str] = {
+    "head": "has no classification head",
+    "neck": "has no SAM neck",
+    "prompt_encoder": "has no prompt encoder",
+    "mask_decoder": "has no mask decoder",
+    "hq_decoder": "has no HQ-SAM additions to the mask decoder",
+    "decoder_state": "has no instance segmentation decoder",
+    "unknown": "knows no such tensors, they are no part of TinyViT or SAM",
+    "trunk": "has no image encoder",
+}
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did.
+
+    Attributes:
+        source: The file that was read.
+        target: The file that was written.
+        source_family: Whose file the source is.
+        family: Whose form the target has.
+        container: ``"safetensors"`` or ``"torch"``.
+        tensors: Number of tensors written.
+        dropped: Reason -> keys that were left out, in canonical spelling.
+        notes: Sentences a user should read before using the target.
+    """
+
+    source: str
+    target: str
+    source_family: str
+    family: str
+    container: Literal["safetensors", "torch"]
+    tensors: int
+    dropped: dict[str, tuple[str, ...]]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """Return everything as plain data for ``json.dumps``.
+
+        Returns:
+            Nested dicts and lists of numbers and text.
+        """
+        return asdict(self)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    to: str,
+    overwrite: bool = False,
+) -> ConversionReport:
+    """Write a file of weights in another family's form.
+
+    Args:
+        source: The file to read.
+        target: The file to write. ``.safetensors`` always means safetensors and ``.pt``, ``.pth``,
+            ``.bin`` and ``.ckpt`` a torch file; any other suffix gets what the family uses.
+        to: The family, for example ``"timm"``, ``"cream"``, ``"mobile_sam"`` or ``"tinyvit"``.
+        overwrite: Whether an existing target may be replaced; the source never is.
+
+    Returns:
+        What was written, what was dropped and why.
+
+    Raises:
+        CheckpointError: If the source cannot be read or is damaged, lacks parts the family needs,
+            or the target exists or cannot be written. Nothing is written then.
+    """
+    source, target = Path(source), Path(target)
+    layout = get_layout(to)
+    _check_target(source, target, overwrite)
+    file = read_state_dict(source)
+    found = detect(file.tensors, filename=source.name, metadata=file.metadata)
+    tensors, dropped = convert_tensors(file.tensors, found, to)
+    container = _container(target, layout)
+    write_state_dict(
+        target,
+        tensors,
+        container,
+        wrapper=layout.wrapper if container == "torch" else None,
+        metadata=_header(found, to) if container == "safetensors" else None,
+    )
+    return ConversionReport(
+        source=str(source),
+        target=str(target),
+        source_family=found.family,
+        family=to,
+        container=container,
+        tensors=len(tensors),
+        dropped=dropped,
+        notes=tuple(_notes(found, to, layout)),
+    )
+
+
+def convert_tensors(
+    tensors: dict[str, Tensor], found: Detection, to: str
+) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+    """Convert a state dict in memory.
+
+    Args:
+        tensors: Key -> tensor, in the source's spelling.
+        found: What it is, from ``detect``.
+        to: The family to convert to.
+
+    Returns:
+        Key -> tensor in the family's spelling (the same tensors), and reason -> dropped keys in
+        canonical spelling.
+
+    Raises:
+        CheckpointError: If the source is damaged or lacks what the family needs.
+    """
+    layout = get_layout(to)
+    canonical = to_canonical(tensors, found.family)
+    held = (*layout.required, *layout.optional)
+    kept = {key: tensor for key, tensor in canonical.items() if part_of(key) in held}
+    _check_complete(found, kept, to, layout)
+    left_out: dict[Part, list[str]] = {part: [] for part in ORDER}
+    for key in canonical:
+        if key not in kept:
+            left_out[part_of(key)].append(key)
+    dropped = {
+        f"{layout.title} {_WHY_DROPPED[part]}": tuple(keys)
+        for part, keys in left_out.items()
+        if keys
+    }
+    if found.ignored:
+        dropped["index tables that no loader needs (Cream's own drops them)"] = found.ignored
+    return from_canonical(kept, to), dropped
+
+
+def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+    """Refuse to write over the source, a folder, or anything else unasked."""
+    if target.is_dir():
+        raise CheckpointError(f"{target} is a folder; name the file to write")
+    if not target.exists():
+        return
+    if source.exists() and os.path.samefile(source, target):
+        raise CheckpointError(f"{target} is the source itself; name another file to write")
+    if not overwrite:
+        raise CheckpointError(f"{target} exists already; remove it, or convert with overwrite=True")
+
+
+def _check_complete(found: Detection, kept: dict[str, Tensor], to: str, layout: Layout) -> None:
+    """Refuse a damaged source or one that lacks parts, and say everything at once."""
+    problems: list[str] = []
+    there = {part_of(key) for key in kept}
+    lacking = [part for part in layout.required if part not in there]
+    if lacking:
+        problems.append(f"has no {', no '.join(part.replace('_', ' ') for part in lacking)}")
+    canonical_missing = to_canonical(dict.fromkeys(found.missing, 0), found.family)
+    partly = [key for key in canonical_missing if part_of(key) in there]
+    if partly:
+        problems.append(f"lacks {in_groups(partly, 'tinyvit')}")
+    wrong = [key for key in to_canonical(found.wrong_shapes, found.family) if key in kept]
+    if wrong:
+        problems.append(f"has wrong shapes in {in_groups(wrong, 'tinyvit')}")
+    stem = found.architecture.stem if found.architecture else None
+    if stem and layout.stem and "trunk" in there and stem != layout.stem:
+        problems.append(f"has a {stem} stem where {layout.title} has a {layout.stem} stem")
+    if problems:
+        raise CheckpointError(
+            f"this {found.family} file cannot become a {to} file: it {'; it '.join(problems)}. "
+            f"Convert to one of {', '.join(_possible(found)) or 'none'}, or use a complete file"
+        )
+
+
+def _possible(found: Detection) -> list[str]:
+    """The families whose parts the source has."""
+    if found.wrong_shapes:
+        return []
+    stem = found.architecture.stem if found.architecture else None
+    complete = set(found.parts) - {
+        part_of(key) for key in to_canonical(dict.fromkeys(found.missing, 0), found.family)
+    }
+    return [
+        family
+        for family, layout in LAYOUTS.items()
+        if complete.issuperset(layout.required)
+        and ("trunk" not in layout.required or layout.stem in (None, stem))
+    ]
+
+
+def _container(target: Path, layout: Layout) -> Literal["safetensors", "torch"]:
+    """What the target's suffix says, else what the family uses."""
+    if target.suffix == ".safetensors":
+        return "safetensors"
+    return "torch" if target.suffix in _TORCH_SUFFIXES else layout.container
+
+
+def _header(found: Detection, to: str) -> dict[str, str]:
+    """What a safetensors file says about itself: what no key and no shape shows."""
+    header = {"tinyvit.family": to}
+    if "trunk" in get_layout(to).required:
+        header["tinyvit.strides"] = ",".join(str(stride) for stride in found.strides)
+    return header
+
+
+def _notes(found: Detection, to: str, layout: Layout) -> list[str]:
+    """Sentences a user should read before using the target."""
+    notes: list[str] = []
+    if not found.has_encoder or "trunk" not in layout.required:
+        return notes
+    fixed = not to.startswith("tinyvit")
+    if fixed and found.strides != layout.strides:
+        notes.append(
+            f"the weights belong to strides {found.strides}, {layout.title} builds "
+            f"{layout.strides}: features will differ from the source's"
+        )
+    if fixed and found.variant is None:
+        notes.append(f"the sizes are no published ones: {layout.title} cannot build them by name")
+    if found.has_head and found.has_neck and "head" in layout.required:
+        notes.append("the classification head of a SAM encoder was never trained")
+    if to == "tinyvit" and not found.has_neck:
+        notes.append("there is no neck: as a SAM encoder its neck would be untrained")
+    return notes

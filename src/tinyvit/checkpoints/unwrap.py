@@ -1,0 +1,159 @@
+"""Take the tensors out of what ``torch.load`` gives, and put them in again for another family.
+
+Training scripts wrap a state dict in ``{'model': …}``, ``{'state_dict': …}`` and so on, sometimes
+twice, and DistributedDataParallel and ``torch.compile`` put a prefix before each key. Both are
+undone here and told. Nested dicts in, flat dict of tensors out; no files, no shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tinyvit.errors import CheckpointError
+
+__all__ = ["Unwrapped", "unwrap", "wrap"]
+
+_WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict", "model_ema", "ema", "module")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "sam.")
+_MAX_DEPTH = 4
+
+# Files that keep the parts of SAM in dicts of their own. MobileSAMv2 spells it "PromtEncoder".
+_PARTS = {
+    "PromtEncoder": "prompt_encoder.",
+    "PromptEncoder": "prompt_encoder.",
+    "MaskDecoder": "mask_decoder.",
+    "image_encoder": "image_encoder.",
+    "prompt_encoder": "prompt_encoder.",
+    "mask_decoder": "mask_decoder.",
+}
+_DECODER_STATE = "decoder_state"  # micro_sam keeps its instance segmentation decoder beside
+
+
+@dataclass(frozen=True)
+class Unwrapped:
+    """A flat state dict and where it was found.
+
+    Attributes:
+        tensors: Key -> tensor.
+        wrapping: What was taken off, in words, for example ``"{'model': …}"``; empty if nothing.
+        extras: What else the file holds, in words.
+    """
+
+    tensors: dict[str, Tensor]
+    wrapping: str
+    extras: tuple[str, ...]
+
+
+def unwrap(loaded: object, origin: str) -> Unwrapped:
+    """Find the state dict in a loaded object.
+
+    Args:
+        loaded: What ``torch.load(..., weights_only=True)`` gave.
+        origin: The file's name, for messages.
+
+    Returns:
+        The flat state dict.
+
+    Raises:
+        CheckpointError: If there are no named tensors inside.
+    """
+    if not isinstance(loaded, Mapping):
+        what = "one tensor without a name" if isinstance(loaded, Tensor) else type(loaded).__name__
+        raise CheckpointError(
+            f"{origin} holds {what} instead of a state dict (a dict of names and tensors); "
+            "save it with torch.save(model.state_dict(), …)"
+        )
+    level: Mapping[Any, Any] = loaded
+    layers: list[str] = []
+    extras: list[str] = []
+    beside: dict[str, Tensor] = {}
+    while len(layers) < _MAX_DEPTH:
+        inner = _wrapper_of(level)
+        if inner is None:
+            break
+        for key, value in level.items():
+            if key == _DECODER_STATE and isinstance(value, Mapping):
+                beside.update(_flat(value, f"{_DECODER_STATE}.", extras))
+            elif key != inner:
+                extras.append(_in_words(key, value))
+        layers.append(f"{{{inner!r}: …}}")
+        level = level[inner]
+    tensors = _flat(level, "", extras)
+    tensors, prefixes = _without_prefixes(tensors)
+    tensors.update(beside)
+    if not tensors:
+        held = f"; it holds {', '.join(extras)}" if extras else ""
+        raise CheckpointError(f"{origin} holds no tensors{held}; it is no file of weights")
+    layers += [f"without the prefix {prefix!r}" for prefix in prefixes]
+    return Unwrapped(tensors, ", ".join(layers), tuple(extras))
+
+
+def wrap(tensors: Mapping[str, Tensor], wrapper: str | None) -> dict[str, object]:
+    """Nest a flat state dict as a family's own torch files do; the inverse of ``unwrap``.
+
+    Args:
+        tensors: Key -> tensor.
+        wrapper: None for a plain dict, ``"PromtEncoder"`` for MobileSAMv2's decoder file, else
+            the name the dict gets.
+
+    Returns:
+        What to give to ``torch.save``.
+    """
+    if wrapper is None:
+        return dict(tensors)
+    if wrapper == "PromtEncoder":
+        names = {"PromtEncoder": "prompt_encoder.", "MaskDecoder": "mask_decoder."}
+        return {name: _below(tensors, prefix) for name, prefix in names.items()}
+    beside = _below(tensors, f"{_DECODER_STATE}.")
+    main = {key: t for key, t in tensors.items() if not key.startswith(f"{_DECODER_STATE}.")}
+    return {wrapper: main, _DECODER_STATE: beside} if beside else {wrapper: main}
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, without it."""
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+
+
+def _wrapper_of(loaded: Mapping[Any, Any]) -> str | None:
+    """The name under which a dict holds the state dict, or None if it is the state dict itself."""
+    if any(isinstance(value, Tensor) for value in loaded.values()):
+        return None
+    return next((name for name in _WRAPPERS if isinstance(loaded.get(name), Mapping)), None)
+
+
+def _flat(loaded: Mapping[Any, Any], prefix: str, extras: list[str]) -> dict[str, Tensor]:
+    """Collect the tensors of a state dict; everything else is told in ``extras``."""
+    tensors: dict[str, Tensor] = {}
+    for key, value in loaded.items():
+        if isinstance(value, Tensor):
+            tensors[f"{prefix}{key}"] = value.detach()
+        elif key in _PARTS and isinstance(value, Mapping):
+            tensors.update(_flat(value, _PARTS[key], extras))
+        else:
+            extras.append(_in_words(key, value))
+    return tensors
+
+
+def _without_prefixes(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Take off what stands before every key, as often as something does."""
+    taken: list[str] = []
+    while tensors:
+        prefix = next((p for p in _PREFIXES if all(key.startswith(p) for key in tensors)), None)
+        if prefix is None:
+            break
+        tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+        taken.append(prefix)
+    return tensors, taken
+
+
+def _in_words(key: object, value: object) -> str:
+    """An entry that is not used, for a person to read."""
+    if isinstance(value, Mapping):
+        return f"{key} (dict of {len(value)})"
+    if isinstance(value, str | int | float | bool | None):
+        return f"{key} = {value!r:.40}"
+    return f"{key} ({type(value).__name__})"

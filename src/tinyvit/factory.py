@@ -1,0 +1,352 @@
+"""From a name to a ready model: a variant of the catalog, and weights for it.
+
+``create_model`` builds, ``load_checkpoint`` puts a file's weights into a model that exists. Both
+read any family of the lineage; what each step does to a state dict is known to
+``tinyvit.checkpoints``.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tinyvit.catalog import Checkpoint, Variant, get_checkpoint, get_variant, list_checkpoints
+from tinyvit.checkpoints import (
+    Detection,
+    detect,
+    fetch,
+    read_state_dict,
+    resize_bias_tables,
+    to_canonical,
+)
+from tinyvit.checkpoints.families import part_of
+from tinyvit.errors import CheckpointError
+from tinyvit.image_spec import ImageSpec
+from tinyvit.modules import TinyViT
+
+__all__ = ["LoadReport", "create_model", "find_checkpoint", "load_checkpoint"]
+
+Progress = Callable[[int, int | None], None]
+
+_PARTS_OF_TINYVIT = ("trunk", "head", "neck")
+_FRESH_HEAD = ("head.weight", "head.bias")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading a checkpoint did.
+
+    Attributes:
+        path: The file.
+        family: Whose key names it has.
+        strides_reason: Why these strides; no tensor shows them.
+        left_out: Parts in the file that the model does not have.
+        untrained: Parts of the model that the file does not have; they keep their first weights.
+        resized: Attention-bias tables that were resized to the model's windows.
+    """
+
+    path: Path
+    family: str
+    strides_reason: str
+    left_out: tuple[str, ...]
+    untrained: tuple[str, ...]
+    resized: tuple[str, ...]
+
+
+def create_model(
+    name: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    in_chans: int = 3,
+    drop_rate: float = 0.0,
+    drop_path_rate: float | None = None,
+    use_checkpoint: bool = False,
+    layer_lr_decay: float = 1.0,
+    strides: Sequence[int] | None = None,
+    window_sizes: Sequence[int] | None = None,
+    head: bool | None = None,
+    antialias: bool = False,
+    sha256: str | None = None,
+    progress: Progress | None = None,
+) -> TinyViT:
+    """Build a TinyViT, with weights if a checkpoint is named, in eval mode on the CPU.
+
+    Args:
+        name: A variant of ``list_models()``; or the full name of a checkpoint, as timm spells them
+            ("tiny_vit_21m_384.dist_in22k_ft_in1k"); or None for the sizes of ``checkpoint``.
+        checkpoint: A name of ``list_checkpoints()``, or the path of a file of any family.
+        num_classes: Classes of the head. None takes the checkpoint's number; another number than
+            the checkpoint's gives a fresh head.
+        img_size: Side of the pictures in pixels; None takes the variant's.
+        in_chans: Input channels.
+        drop_rate: Dropout in the perceptrons.
+        drop_path_rate: Stochastic depth in training; None takes the variant's.
+        use_checkpoint: Gradient checkpointing.
+        layer_lr_decay: Layer-wise learning rate decay.
+        strides: Strides of the merges; None takes the variant's.
+        window_sizes: Window sides; None takes the variant's. A checkpoint's tables of attention
+            biases are resized to them.
+        head: Build the classification head. None takes the checkpoint's choice, or else the
+            variant's.
+        antialias: Resize tables with antialiasing, as timm does; False as Cream does.
+        sha256: Hash that a downloaded file must have.
+        progress: Called with (bytes there, bytes in all or None) during a download.
+
+    Returns:
+        The model; ``model.image_spec`` says how to prepare pictures for it.
+
+    Raises:
+        ValueError: Neither ``name`` nor ``checkpoint``, an unknown variant, or arguments that
+            contradict each other.
+        CheckpointError: The checkpoint cannot be read, or does not fit; every missing and
+            unexpected key is named.
+        DownloadError: The checkpoint cannot be fetched.
+
+    Warns:
+        UserWarning: A part of the model is not in the checkpoint and stays untrained.
+
+    Example:
+        >>> import tinyvit
+        >>> model = tinyvit.create_model("tiny_vit_5m_224")
+        >>> sum(p.numel() for p in model.parameters())
+        5392764
+    """
+    if name is None and checkpoint is None:
+        raise ValueError(
+            "create_model wants a name or a checkpoint; see tinyvit.list_models() and "
+            "tinyvit.list_checkpoints()"
+        )
+    if checkpoint is None and name in list_checkpoints():
+        name, checkpoint = None, name
+    path, row, found = None, None, None
+    tensors: dict[str, Tensor] = {}
+    if checkpoint is not None:
+        path, row = find_checkpoint(checkpoint, sha256, progress)
+        found, tensors = _read(path)
+    variant = _choose_variant(name, row, found)
+    chosen = _arguments(variant, found)
+    if found is not None and head is None:
+        head = found.has_head or bool(num_classes)
+    overrides = {
+        "num_classes": num_classes,
+        "img_size": img_size,
+        "in_chans": in_chans,
+        "drop_rate": drop_rate,
+        "drop_path_rate": drop_path_rate,
+        "use_checkpoint": use_checkpoint,
+        "layer_lr_decay": layer_lr_decay,
+        "strides": strides,
+        "window_sizes": window_sizes,
+        "head": head,
+    }
+    chosen.update({key: value for key, value in overrides.items() if value is not None})
+    model = TinyViT(**chosen)
+    model.image_spec = _image_spec(variant, row, found, img_size)
+    if found is not None and path is not None:
+        fresh = _FRESH_HEAD if num_classes is not None else ()
+        report = _fill(model, path, found, tensors, antialias, fresh)
+        untrained = [part for part in report.untrained if part != "head" or num_classes is None]
+        _warn_untrained(report, untrained)
+    return model.eval()
+
+
+def load_checkpoint(
+    model: TinyViT,
+    checkpoint: str | os.PathLike[str],
+    *,
+    antialias: bool = False,
+    sha256: str | None = None,
+    progress: Progress | None = None,
+) -> LoadReport:
+    """Put the weights of a file of any family into a model that exists.
+
+    Nothing is loaded unless everything fits. A part that only the file has (a mask decoder, say)
+    is left out, and a part that only the model has (a neck, say) keeps its weights; the report
+    names both. Tables of attention biases are resized to the model's windows.
+
+    Args:
+        model: The model; changed in place.
+        checkpoint: A name of ``list_checkpoints()``, or the path of a file.
+        antialias: Resize tables with antialiasing, as timm does; False as Cream does.
+        sha256: Hash that a downloaded file must have.
+        progress: Called with (bytes there, bytes in all or None) during a download.
+
+    Returns:
+        What was done.
+
+    Raises:
+        CheckpointError: The file cannot be read or does not fit; every missing and unexpected key
+            and every wrong shape is named.
+        DownloadError: The checkpoint cannot be fetched.
+
+    Warns:
+        UserWarning: A part of the model is not in the file.
+    """
+    path, _ = find_checkpoint(checkpoint, sha256, progress)
+    found, tensors = _read(path)
+    report = _fill(model, path, found, tensors, antialias)
+    _warn_untrained(report, report.untrained)
+    return report
+
+
+def find_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    sha256: str | None = None,
+    progress: Progress | None = None,
+) -> tuple[Path, Checkpoint | None]:
+    """The file of a checkpoint, fetched if need be, and its row in the catalog if it has one.
+
+    Args:
+        checkpoint: A name of ``list_checkpoints()``, or a path.
+        sha256: Hash that a downloaded file must have.
+        progress: Called with (bytes there, bytes in all or None) during a download.
+
+    Returns:
+        (path, row or None).
+
+    Raises:
+        CheckpointError: Neither a name nor a file.
+        DownloadError: The file cannot be fetched.
+    """
+    text = os.fspath(checkpoint)
+    if text in list_checkpoints():
+        row = get_checkpoint(text)
+        return fetch(row, sha256=sha256, progress=progress), row
+    path = Path(text)
+    if path.is_dir() and (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} is a folder written by save_pretrained; load it with "
+            f"tinyvit.from_pretrained({text!r})"
+        )
+    if path.exists() or path.suffix.lower() in {".pt", ".pth", ".safetensors", ".bin", ".ckpt"}:
+        return path, None
+    return path, get_checkpoint(text)  # raises, and names the nearest one
+
+
+def _read(path: Path) -> tuple[Detection, dict[str, Tensor]]:
+    """What a file is, and its tensors under canonical keys.
+
+    Raises:
+        CheckpointError: The file is damaged, or holds no TinyViT encoder.
+    """
+    file = read_state_dict(path)
+    found = detect(file.tensors, filename=path.name, metadata=file.metadata)
+    problems = _list("missing", found.missing) + _list("unexpected", found.unexpected)
+    problems += [
+        f"{key} has shape {list(came)} instead of {list(wanted)}"
+        for key, (wanted, came) in found.wrong_shapes.items()
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{path} looks like {found.family}, but does not add up: {'; '.join(problems)}"
+        )
+    if not found.has_encoder:
+        raise CheckpointError(
+            f"{path} holds no image encoder ({found.family}: {', '.join(found.parts)}); "
+            f"give the file with the encoder"
+        )
+    return found, to_canonical(file.tensors, found.family)
+
+
+def _fill(
+    model: TinyViT,
+    path: Path,
+    found: Detection,
+    tensors: Mapping[str, Tensor],
+    antialias: bool,
+    fresh: Sequence[str] = (),
+) -> LoadReport:
+    """Load canonical tensors into the model: all, or none and an error that names everything.
+
+    Keys in ``fresh`` keep their first values where the file's shape is another.
+    """
+    own = model.state_dict()
+    fresh = [key for key in fresh if key in tensors and tensors[key].shape != own[key].shape]
+    own_parts = {part_of(key) for key in own}
+    parts = {part_of(key) for key in tensors}
+    state = {k: v for k, v in tensors.items() if part_of(k) in own_parts and k not in fresh}
+    state, resized = resize_bias_tables(state, model.window_sizes, antialias)
+    untrained = tuple(p for p in _PARTS_OF_TINYVIT if p in own_parts - parts)
+    missing = [
+        key
+        for key in own
+        if key not in state
+        and key not in fresh
+        and part_of(key) not in untrained
+        and not key.endswith("num_batches_tracked")
+    ]
+    problems = _list("missing", missing) + _list("unexpected", [k for k in state if k not in own])
+    problems += [
+        f"{key} has shape {list(value.shape)} in the file and {list(own[key].shape)} in the model"
+        for key, value in state.items()
+        if key in own and value.shape != own[key].shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{path} ({found.family}, {found.variant or 'sizes of its own'}) does not fit this "
+            f"TinyViT of widths {model.embed_dims}: {'; '.join(problems)}"
+        )
+    model.load_state_dict(state, strict=False)
+    left_out = tuple(sorted(parts - own_parts - {"bias_indices"}))
+    return LoadReport(path, found.family, found.strides_reason, left_out, untrained, tuple(resized))
+
+
+def _list(what: str, keys: Sequence[str]) -> list[str]:
+    return [f"{len(keys)} {what}: {', '.join(keys)}"] if keys else []
+
+
+def _warn_untrained(report: LoadReport, parts: Sequence[str]) -> None:
+    if parts:
+        verb = "is" if len(parts) == 1 else "are"
+        warnings.warn(
+            f"the {' and the '.join(parts)} of this model {verb} untrained: "
+            f"{report.path.name} ({report.family}) holds no weights for it",
+            stacklevel=3,
+        )
+
+
+def _choose_variant(
+    name: str | None, row: Checkpoint | None, found: Detection | None
+) -> Variant | None:
+    if name is not None:
+        return get_variant(name)
+    known = row.variant if row is not None else found.variant if found is not None else None
+    return get_variant(known) if known is not None else None
+
+
+def _arguments(variant: Variant | None, found: Detection | None) -> dict[str, Any]:
+    """Constructor arguments: the variant's, or those that a file of no variant shows."""
+    if variant is None and found is not None:
+        return dict(found.arguments())
+    arguments = dict(variant.arguments()) if variant is not None else {}
+    if found is not None and found.architecture is not None and found.has_head:
+        arguments["num_classes"] = found.arguments()["num_classes"]
+    return arguments
+
+
+def _image_spec(
+    variant: Variant | None, row: Checkpoint | None, found: Detection | None, img_size: int | None
+) -> ImageSpec:
+    """How pictures are prepared: the checkpoint's way, else the variant's, else the family's."""
+    if row is not None and row.image_spec is not None:
+        spec = row.image_spec
+    elif variant is not None:
+        spec = variant.image_spec
+    elif found is not None and found.has_neck:
+        spec = ImageSpec.sam(found.img_size)
+    else:
+        spec = ImageSpec.timm(found.img_size if found is not None else 224)
+    if img_size is None or spec.size == (img_size, img_size):
+        return spec
+    if spec.resize == "crop" and spec.shorter_side is not None:
+        shorter = int(spec.shorter_side * img_size / spec.size[0])
+        return replace(spec, size=(img_size, img_size), shorter_side=shorter)
+    return replace(spec, size=(img_size, img_size))

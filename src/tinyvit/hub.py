@@ -1,0 +1,229 @@
+"""Models as folders: config.json and model.safetensors, on the disk or on the Hugging Face Hub.
+
+The folder has the layout of huggingface_hub's model mixin. config.json holds the constructor
+arguments and the preparation of pictures as plain data, so a folder of one's own sizes loads
+anywhere. Repositories that timm publishes load too. huggingface_hub is imported only where the
+Hub is really asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tinyvit.catalog import list_models
+from tinyvit.checkpoints import read_state_dict, write_state_dict
+from tinyvit.checkpoints.files import replacing
+from tinyvit.errors import CheckpointError, DownloadError
+from tinyvit.factory import create_model
+from tinyvit.image_spec import ImageSpec
+from tinyvit.modules import TinyViT
+
+__all__ = ["from_pretrained", "push_to_hub", "save_pretrained"]
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+
+def save_pretrained(model: TinyViT, folder: str | os.PathLike[str]) -> Path:
+    """Write a model's config.json and model.safetensors.
+
+    Args:
+        model: The model.
+        folder: Made if need be; files of the same names in it are replaced, each whole or not
+            at all.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: The folder cannot be written.
+    """
+    folder = Path(folder)
+    spec = model.image_spec
+    config = {
+        "library_name": "tinyvit",
+        "tinyvit_version": version("tinyvit"),
+        "architectures": ["TinyViT"],
+        "arguments": model.arguments(),
+        "image_spec": None if spec is None else spec.to_dict(),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        strides = ",".join(str(stride) for stride in model.strides)
+        metadata = {"format": "pt", "tinyvit.family": "tinyvit", "tinyvit.strides": strides}
+        write_state_dict(folder / WEIGHTS, model.state_dict(), metadata=metadata)
+        text = json.dumps(config, indent=2) + "\n"
+        replacing(folder / CONFIG, lambda path: _write_text(path, text))
+    except OSError as err:
+        raise CheckpointError(
+            f"cannot write the model to {folder}: {err.strerror or err}; choose another folder"
+        ) from err
+    return folder
+
+
+def from_pretrained(
+    name_or_folder: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> TinyViT:
+    """Load a model from a folder of ``save_pretrained``, or from a repository on the Hub.
+
+    Args:
+        name_or_folder: A folder, or "owner/name" on the Hub. timm's TinyViT repositories are
+            understood too.
+        revision: Branch, tag or commit on the Hub.
+        cache_dir: The Hub's cache; None for its default.
+        local_files_only: Use only what the Hub's cache holds already.
+        token: The Hub's access token; None for the one that is logged in.
+
+    Returns:
+        The model, in eval mode on the CPU.
+
+    Raises:
+        CheckpointError: No such folder, or its files are damaged or do not fit each other.
+        DownloadError: The repository or its files cannot be fetched.
+    """
+    folder = Path(name_or_folder)
+    if folder.is_dir():
+        config_path, weights_path = folder / CONFIG, folder / WEIGHTS
+    elif _is_repository(os.fspath(name_or_folder)):
+        config_path, weights_path = (
+            _from_hub(os.fspath(name_or_folder), file, revision, cache_dir, local_files_only, token)
+            for file in (CONFIG, WEIGHTS)
+        )
+    else:
+        raise CheckpointError(
+            f"{name_or_folder} is neither a folder nor a repository 'owner/name' on the Hub; "
+            f"files of weights load with tinyvit.create_model(checkpoint=...)"
+        )
+    config = _read_config(config_path)
+    if config.get("architecture") in list_models():  # a repository of timm's
+        return create_model(config["architecture"], weights_path)
+    return _build(config, config_path, weights_path)
+
+
+def push_to_hub(
+    model: TinyViT,
+    repo_id: str,
+    *,
+    private: bool = False,
+    commit_message: str = "Upload TinyViT",
+    token: str | bool | None = None,
+) -> str:
+    """Upload a model to a repository on the Hugging Face Hub, which is made if need be.
+
+    Args:
+        model: The model.
+        repo_id: "owner/name".
+        private: Make a new repository private.
+        commit_message: Message of the commit.
+        token: The Hub's access token; None for the one that is logged in.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        DownloadError: The Hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            save_pretrained(model, folder)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message
+            )
+    except (HfHubHTTPError, OSError, ValueError) as err:
+        raise DownloadError(
+            f"cannot upload to {repo_id!r}: {_first_line(err)}; log in with 'hf auth login' or "
+            f"give token="
+        ) from err
+    return str(commit)
+
+
+def _build(config: dict[str, Any], config_path: Path, weights_path: Path) -> TinyViT:
+    """The model that a config of ours describes, with its weights, strictly."""
+    try:
+        model = TinyViT(**config["arguments"])
+        spec = config.get("image_spec")
+        model.image_spec = None if spec is None else ImageSpec.from_dict(spec)
+    except (KeyError, TypeError, ValueError) as err:
+        raise CheckpointError(
+            f"{config_path} does not describe a TinyViT ({type(err).__name__}: {err}); it wants "
+            f"'arguments' and 'image_spec' as tinyvit.save_pretrained writes them"
+        ) from err
+    try:
+        model.load_state_dict(read_state_dict(weights_path).tensors, strict=True)
+    except RuntimeError as err:
+        raise CheckpointError(f"{weights_path} does not fit {config_path}: {err}") from err
+    return model.eval()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}; a folder of save_pretrained holds {CONFIG} and "
+            f"{WEIGHTS}"
+        ) from err
+    except (OSError, ValueError) as err:
+        raise CheckpointError(f"{path} cannot be read as JSON: {err}") from err
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(config).__name__}")
+    return config
+
+
+def _is_repository(name: str) -> bool:
+    owner, slash, repository = name.partition("/")
+    return bool(owner and slash and repository) and "/" not in repository and owner[0] not in ".~"
+
+
+def _from_hub(
+    repo_id: str,
+    file: str,
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool,
+    token: str | bool | None,
+) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            path = hf_hub_download(
+                repo_id,
+                file,
+                revision=revision,
+                cache_dir=None if cache_dir is None else Path(cache_dir),
+                local_files_only=local_files_only,
+                token=token,
+            )
+    except (OSError, ValueError) as err:  # the Hub's own errors are among these
+        raise DownloadError(
+            f"cannot fetch {file} of {repo_id!r}: {_first_line(err)}; check the name, the network "
+            f"and the token"
+        ) from err
+    return Path(path)
+
+
+def _first_line(err: Exception) -> str:
+    lines = str(err).strip().splitlines()
+    return lines[0] if lines else type(err).__name__
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

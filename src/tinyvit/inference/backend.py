@@ -1,0 +1,108 @@
+"""What runs a network: the Backend protocol, and the choice of device and precision.
+
+A backend knows tensors only: no pictures, no files, no prompts. Any object with these members can
+be passed as ``Engine(backend=...)``.
+
+Shapes: N pictures, C channels, H W height and width of the input, h w of a map.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol, get_args, runtime_checkable
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Backend",
+    "BackendName",
+    "Precision",
+    "StageBackend",
+    "choose_device",
+    "choose_precision",
+]
+
+BackendName = Literal["auto", "torch"]
+Precision = Literal["fp32", "bf16", "auto"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Runs a network on prepared pictures."""
+
+    @property
+    def name(self) -> str:
+        """What runs, in a word, e.g. "torch"."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Where it runs, e.g. "cpu" or "cuda:0"."""
+        ...
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """[N, 3, H, W] float32 -> the network's output, float32: [N, C, h, w] or [N, classes]."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is held; the backend is not used afterwards."""
+        ...
+
+
+@runtime_checkable
+class StageBackend(Backend, Protocol):
+    """A backend that also gives the maps of the stages."""
+
+    def stages(self, batch: Tensor) -> list[Tensor]:
+        """[N, 3, H, W] float32 -> the map of each stage, [N, C, h, w] float32."""
+        ...
+
+
+def choose_device(device: str) -> str:
+    """The device to use; "auto" takes a GPU if there is one.
+
+    Raises:
+        ValueError: torch does not know the device, or it is not there.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as err:
+        first = str(err).strip().splitlines()[0]
+        raise ValueError(
+            f"device must be 'auto' or a device that torch can use here, got {device!r}: {first}"
+        ) from err
+    return device
+
+
+def choose_precision(precision: str, device: str) -> tuple[Literal["fp32", "bf16"], str]:
+    """The precision to compute in, and why.
+
+    Args:
+        precision: "fp32", "bf16", or "auto": bf16 where the hardware computes it natively.
+        device: What ``choose_device`` gave.
+
+    Returns:
+        (precision, reason in words).
+
+    Raises:
+        ValueError: Unknown precision.
+    """
+    if precision == "fp32":
+        return "fp32", "exact; the default"
+    if precision == "bf16":
+        return "bf16", "asked for"
+    if precision != "auto":
+        raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}")
+    if device.startswith("cuda"):
+        native = torch.cuda.is_bf16_supported()
+    else:
+        native = device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if native:
+        return "bf16", "this device computes bf16 natively"
+    return "fp32", "this device does not compute bf16 natively"
