@@ -1,0 +1,18 @@
+# Sourced by the other scripts: makes .venv and installs the package into it, once.
+# Usage: . scripts/env.sh EXTRAS   (EXTRAS is "" or e.g. "[dev]")
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+extras=${1-}
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+  echo "tinyvit wants Python 3.10 or newer, got $("$python" --version); set PYTHON=..." >&2
+  exit 1
+}
+stamp=.venv/.installed$extras
+if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ constraints.txt -nt "$stamp" ]; then
+  echo "installing tinyvit$extras into .venv (a minute or two the first time)" >&2
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    --constraint constraints.txt --editable ".$extras"
+  touch "$stamp"
+fi
+export PATH="$PWD/.venv/bin:$PATH"
