@@ -23,6 +23,7 @@ from tinyvit.image_spec import ImageSpec
 
 __all__ = [
     "CHECKPOINTS",
+    "DEFAULT_CHECKPOINT",
     "VARIANTS",
     "Checkpoint",
     "Family",
@@ -298,6 +299,9 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
     _timm("tiny_vit_21m_512.dist_in22k_ft_in1k"),
 )  # fmt: skip
 """All published files, the embedded one first."""
+
+DEFAULT_CHECKPOINT = "tinyvit_starter"
+"""What the command line uses where no checkpoint is named: the embedded one."""
 
 
 # --- looking up -----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ read any family of the lineage; what each step does to a state dict is known to
 
 from __future__ import annotations
 
+import difflib
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,14 @@ from typing import Any
 
 from torch import Tensor
 
-from tinyvit.catalog import Checkpoint, Variant, get_checkpoint, get_variant, list_checkpoints
+from tinyvit.catalog import (
+    Checkpoint,
+    Variant,
+    get_checkpoint,
+    get_variant,
+    list_checkpoints,
+    list_models,
+)
 from tinyvit.checkpoints import (
     Detection,
     detect,
@@ -45,7 +53,7 @@ class LoadReport:
     Attributes:
         path: The file.
         family: Whose key names it has.
-        strides_reason: Why these strides; no tensor shows them.
+        strides_reason: Why the model has its strides; no tensor shows them.
         left_out: Parts in the file that the model does not have.
         untrained: Parts of the model that the file does not have; they keep their first weights.
         resized: Attention-bias tables that were resized to the model's windows.
@@ -65,7 +73,7 @@ def create_model(
     *,
     num_classes: int | None = None,
     img_size: int | None = None,
-    in_chans: int = 3,
+    in_chans: int | None = None,
     drop_rate: float = 0.0,
     drop_path_rate: float | None = None,
     use_checkpoint: bool = False,
@@ -86,7 +94,7 @@ def create_model(
         num_classes: Classes of the head. None takes the checkpoint's number; another number than
             the checkpoint's gives a fresh head.
         img_size: Side of the pictures in pixels; None takes the variant's.
-        in_chans: Input channels.
+        in_chans: Input channels; None takes the checkpoint's number, or 3.
         drop_rate: Dropout in the perceptrons.
         drop_path_rate: Stochastic depth in training; None takes the variant's.
         use_checkpoint: Gradient checkpointing.
@@ -124,6 +132,8 @@ def create_model(
             "create_model wants a name or a checkpoint; see tinyvit.list_models() and "
             "tinyvit.list_checkpoints()"
         )
+    if head is False and num_classes:
+        raise ValueError(f"num_classes={num_classes} wants a head, but head=False leaves it out")
     if checkpoint is None and name in list_checkpoints():
         name, checkpoint = None, name
     path, row, found = None, None, None
@@ -266,14 +276,21 @@ def _fill(
 ) -> LoadReport:
     """Load canonical tensors into the model: all, or none and an error that names everything.
 
-    Keys in ``fresh`` keep their first values where the file's shape is another.
+    Keys in ``fresh`` are not taken from the file where the model has none or another shape.
     """
     own = model.state_dict()
-    fresh = [key for key in fresh if key in tensors and tensors[key].shape != own[key].shape]
+    fresh = [
+        key
+        for key in fresh
+        if key in tensors and (key not in own or own[key].shape != tensors[key].shape)
+    ]
     own_parts = {part_of(key) for key in own}
     parts = {part_of(key) for key in tensors}
     state = {k: v for k, v in tensors.items() if part_of(k) in own_parts and k not in fresh}
-    state, resized = resize_bias_tables(state, model.window_sizes, antialias)
+    known, resized = resize_bias_tables(
+        {key: value for key, value in state.items() if key in own}, model.window_sizes, antialias
+    )
+    state.update(known)
     untrained = tuple(p for p in _PARTS_OF_TINYVIT if p in own_parts - parts)
     missing = [
         key
@@ -317,6 +334,18 @@ def _choose_variant(
     name: str | None, row: Checkpoint | None, found: Detection | None
 ) -> Variant | None:
     if name is not None:
+        if name in list_checkpoints():
+            raise ValueError(
+                f"{name!r} names a checkpoint, and another one is given; the variant is "
+                f"{get_checkpoint(name).variant!r}"
+            )
+        if name not in list_models():
+            near = difflib.get_close_matches(name, [*list_models(), *list_checkpoints()], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(
+                f"unknown model {name!r}{hint} List them with tinyvit.list_models() and "
+                f"tinyvit.list_checkpoints()"
+            )
         return get_variant(name)
     known = row.variant if row is not None else found.variant if found is not None else None
     return get_variant(known) if known is not None else None
@@ -327,8 +356,11 @@ def _arguments(variant: Variant | None, found: Detection | None) -> dict[str, An
     if variant is None and found is not None:
         return dict(found.arguments())
     arguments = dict(variant.arguments()) if variant is not None else {}
-    if found is not None and found.architecture is not None and found.has_head:
-        arguments["num_classes"] = found.arguments()["num_classes"]
+    if found is not None:
+        seen = found.arguments()
+        arguments["in_chans"] = seen["in_chans"]
+        if found.has_head:
+            arguments["num_classes"] = seen["num_classes"]
     return arguments
 
 
@@ -336,7 +368,8 @@ def _image_spec(
     variant: Variant | None, row: Checkpoint | None, found: Detection | None, img_size: int | None
 ) -> ImageSpec:
     """How pictures are prepared: the checkpoint's way, else the variant's, else the family's."""
-    if row is not None and row.image_spec is not None:
+    own = row is not None and variant is not None and row.variant == variant.name
+    if own and row is not None and row.image_spec is not None:
         spec = row.image_spec
     elif variant is not None:
         spec = variant.image_spec

@@ -16,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tinyvit.catalog import list_models
 from tinyvit.checkpoints import read_state_dict, write_state_dict
 from tinyvit.checkpoints.files import replacing
@@ -135,7 +137,6 @@ def push_to_hub(
         DownloadError: The Hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi(token=token)
     try:
@@ -145,7 +146,9 @@ def push_to_hub(
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=commit_message
             )
-    except (HfHubHTTPError, OSError, ValueError) as err:
+    except CheckpointError:
+        raise
+    except Exception as err:  # the Hub's library lets its transport's own errors through
         raise DownloadError(
             f"cannot upload to {repo_id!r}: {_first_line(err)}; log in with 'hf auth login' or "
             f"give token="
@@ -159,13 +162,16 @@ def _build(config: dict[str, Any], config_path: Path, weights_path: Path) -> Tin
         model = TinyViT(**config["arguments"])
         spec = config.get("image_spec")
         model.image_spec = None if spec is None else ImageSpec.from_dict(spec)
-    except (KeyError, TypeError, ValueError) as err:
+    except (KeyError, TypeError, ValueError, RuntimeError) as err:
         raise CheckpointError(
             f"{config_path} does not describe a TinyViT ({type(err).__name__}: {err}); it wants "
             f"'arguments' and 'image_spec' as tinyvit.save_pretrained writes them"
         ) from err
+    tensors = read_state_dict(weights_path).tensors
+    if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
+        model.double()  # loading into float32 would round
     try:
-        model.load_state_dict(read_state_dict(weights_path).tensors, strict=True)
+        model.load_state_dict(tensors, strict=True)
     except RuntimeError as err:
         raise CheckpointError(f"{weights_path} does not fit {config_path}: {err}") from err
     return model.eval()

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tinyvit.errors import ImageError
 from tinyvit.image_spec import ImageSpec, Placement
 from tinyvit.images.decode import decode
 from tinyvit.images.preprocess import to_tensor
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Encoded", "Engine", "Picture"]
 
-Picture: TypeAlias = "str | Path | bytes | Image | np.ndarray[Any, Any] | Tensor"
-"""One picture: a path, encoded bytes, a PIL image, RGB [H, W, 3], or a tensor [3, H, W]."""
+Picture: TypeAlias = "str | Path | bytes | BinaryIO | Image | np.ndarray[Any, Any] | Tensor"
+"""One picture: a path, encoded bytes, an open file, a PIL image, RGB [H, W, 3], or a tensor
+[3, H, W]."""
 
 logger = logging.getLogger("tinyvit")
 
@@ -132,14 +134,25 @@ class Engine:
             One ``Encoded`` for each picture.
 
         Raises:
-            ImageError: A picture cannot be read.
+            ImageError: A picture cannot be read; those before it have been yielded.
         """
         pictures = iter(_each(images))
-        while chunk := list(islice(pictures, 2 * self.batch_size)):
-            prepared = [self.prepare(picture) for picture in chunk]
+        broken: ImageError | None = None
+        while broken is None:
+            prepared: list[tuple[Tensor, Placement]] = []
+            for picture in islice(pictures, 2 * self.batch_size):
+                try:
+                    prepared.append(self.prepare(picture))
+                except ImageError as err:
+                    broken = err  # after the good ones before it
+                    break
+            if not prepared:
+                break
             outputs = self._run([tensor for tensor, _ in prepared])
             for output, (_, placement) in zip(outputs, prepared, strict=True):
                 yield Encoded(output, placement)
+        if broken is not None:
+            raise broken
 
     def classify(self, images: Picture | Iterable[Picture]) -> Tensor:
         """Logits of one or many pictures.
@@ -239,9 +252,9 @@ def _each(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
     """One picture as a list of one; stacks and iterables as they are."""
     if isinstance(images, (np.ndarray, Tensor)):
         return images if images.ndim == 4 else [images]
-    if isinstance(images, (str, bytes, Path)) or not isinstance(images, Iterable):
-        return [images]
-    return images
+    if isinstance(images, (str, bytes, bytearray, memoryview, Path)) or hasattr(images, "read"):
+        return [cast(Picture, images)]
+    return images if isinstance(images, Iterable) else [images]
 
 
 def _choose_backend(
@@ -253,6 +266,11 @@ def _choose_backend(
             raise TypeError(
                 f"backend must be one of {get_args(BackendName)} or an object with name, device, "
                 f"close() and __call__(batch), got {type(backend).__name__}"
+            )
+        if device != "auto" or precision != "fp32":
+            raise ValueError(
+                f"device={device!r} and precision={precision!r} are the backend's own affair where "
+                f"backend is an object; leave them out"
             )
         return backend, f"{backend.name} on {backend.device}: given"
     if backend not in get_args(BackendName):
@@ -268,7 +286,7 @@ def _choose_backend(
 
 
 def _choose_spec(model: TinyViT | None, image_spec: ImageSpec | None) -> ImageSpec:
-    spec = image_spec or (None if model is None else model.image_spec)
+    spec = image_spec or getattr(model, "image_spec", None)
     if spec is None:
         raise ValueError(
             "this model does not say how its pictures are prepared; pass "

@@ -15,7 +15,7 @@ from .stage import BasicLayer, ConvLayer
 if TYPE_CHECKING:
     from .tiny_vit import TinyViT
 
-__all__ = ["check_strides", "init_weights", "make_neck", "make_stages"]
+__all__ = ["check_stages", "check_strides", "init_weights", "make_neck", "make_stages"]
 
 
 def check_strides(strides: Sequence[int] | None, num_stages: int) -> tuple[int, ...]:
@@ -36,19 +36,23 @@ def check_strides(strides: Sequence[int] | None, num_stages: int) -> tuple[int, 
     return tuple(strides)
 
 
-def make_stages(model: TinyViT, use_checkpoint: bool) -> nn.ModuleList:
-    """The stages that the model's attributes describe; their sizes are declared later.
+def check_stages(num_stages: int, **numbers: Sequence[int]) -> None:
+    """Each argument must name every stage once, by a positive number.
 
     Raises:
-        ValueError: The attributes do not name every stage once.
+        ValueError: It does not.
     """
-    for name in ("embed_dims", "num_heads", "window_sizes"):
-        values = getattr(model, name)
-        if len(values) != model.num_layers:
+    for name, values in numbers.items():
+        if len(values) != num_stages:
             raise ValueError(
-                f"{name} wants {model.num_layers} numbers, one for each stage of depths, "
-                f"got {values}"
+                f"{name} wants {num_stages} numbers, one for each stage of depths, got {values}"
             )
+        if min(values) < 1:
+            raise ValueError(f"{name} must be positive, got {values}")
+
+
+def make_stages(model: TinyViT, use_checkpoint: bool) -> nn.ModuleList:
+    """The stages that the model's attributes describe; their sizes are declared later."""
     total = sum(model.depths)
     rates = [model.drop_path_rate * i / max(total - 1, 1) for i in range(total)]
     stages = nn.ModuleList()

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["Conv2d_BN", "LayerNorm2d", "freeze_batch_stats", "pause_batch_stats"]
 
@@ -105,7 +106,7 @@ def pause_batch_stats(module: nn.Module) -> Iterator[None]:
     Gradient checkpointing runs a block's forward a second time; this keeps that second run from
     counting the same batch twice.
     """
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
     kept = [dict(norm.named_buffers(recurse=False)) for norm in norms]
     try:
         for norm, buffers in zip(norms, kept, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from .tiny_vit import TinyViT
 
-__all__ = ["FeatureInfo", "FeatureMaps", "StageInfo", "select_stages"]
+__all__ = ["FeatureInfo", "FeatureMaps", "StageInfo", "describe_stages", "select_stages"]
 
 
 class StageInfo(TypedDict):
@@ -74,6 +74,18 @@ class FeatureMaps(nn.Module):
         return maps if isinstance(maps, list) else maps[1]
 
 
+def describe_stages(
+    stem_reduction: int, embed_dims: Sequence[int], strides: Sequence[int]
+) -> FeatureInfo:
+    """Channels and reduction of each stage's map: a merge's stride counts for the next stage."""
+    info = FeatureInfo()
+    reduction = stem_reduction
+    for i, (width, stride) in enumerate(zip(embed_dims, (*strides, 1), strict=True)):
+        info.append({"num_chs": width, "reduction": reduction, "module": f"layers.{i}.blocks"})
+        reduction *= stride
+    return info
+
+
 def select_stages(indices: int | Sequence[int] | None, num_stages: int) -> tuple[int, ...]:
     """Stage numbers in depth order, each once; an int n means the last n, None means all.
 
@@ -83,6 +95,8 @@ def select_stages(indices: int | Sequence[int] | None, num_stages: int) -> tuple
     if indices is None:
         return tuple(range(num_stages))
     if isinstance(indices, int):
+        if indices > num_stages:
+            raise ValueError(f"indices must name stages, at most {num_stages}, got {indices}")
         indices = range(num_stages - indices, num_stages)
     chosen = {i + num_stages if i < 0 else i for i in indices}
     if not chosen or not chosen <= set(range(num_stages)):

@@ -22,7 +22,7 @@ class MBConv(nn.Module):
         drop_path: Probability of leaving the branch out in training.
 
     Raises:
-        ValueError: ``in_chans`` and ``out_chans`` differ.
+        ValueError: ``in_chans`` and ``out_chans`` differ, or no hidden channel is left.
     """
 
     def __init__(
@@ -38,6 +38,11 @@ class MBConv(nn.Module):
             raise ValueError(
                 f"MBConv adds its input to its output, so out_chans must equal in_chans; "
                 f"got in_chans={in_chans}, out_chans={out_chans}"
+            )
+        if int(in_chans * expand_ratio) < 1:
+            raise ValueError(
+                f"expand_ratio must leave at least 1 hidden channel, got {expand_ratio} for "
+                f"in_chans={in_chans}"
             )
         self.in_chans = in_chans
         self.out_chans = out_chans

@@ -22,6 +22,9 @@ class Mlp(nn.Module):
         act_layer: Makes the activation.
         drop: Dropout probability in training.
         activation: Another name for ``act_layer``, as later copies of the file spell it.
+
+    Raises:
+        ValueError: ``hidden_features`` is below 1.
     """
 
     def __init__(
@@ -35,7 +38,9 @@ class Mlp(nn.Module):
         activation: Activation | None = None,
     ) -> None:
         super().__init__()
-        hidden_features = hidden_features or in_features
+        hidden_features = in_features if hidden_features is None else hidden_features
+        if hidden_features < 1:
+            raise ValueError(f"hidden_features must be at least 1, got {hidden_features}")
         self.norm = nn.LayerNorm(in_features)
         self.fc1 = nn.Linear(in_features, hidden_features)
         self.fc2 = nn.Linear(hidden_features, out_features or in_features)

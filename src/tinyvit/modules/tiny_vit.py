@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .assembly import check_strides, init_weights, make_neck, make_stages
+from .assembly import check_stages, check_strides, init_weights, make_neck, make_stages
 from .conv import freeze_batch_stats
-from .features import FeatureInfo, select_stages
+from .features import FeatureInfo, describe_stages, select_stages
 from .learning_rates import NO_DECAY, ParamGroup, build_param_groups, set_lr_scales
 from .patch import PatchEmbed, Stem
 from .stage import Stage
@@ -103,6 +103,12 @@ class TinyViT(nn.Module):
         self.window_sizes = tuple(window_sizes)
         self.num_layers = len(self.depths)
         self.strides = check_strides(strides, self.num_layers)
+        check_stages(
+            self.num_layers,
+            embed_dims=self.embed_dims,
+            num_heads=self.num_heads,
+            window_sizes=self.window_sizes,
+        )
         self.mlp_ratio = mlp_ratio
         self.drop_rate = drop_rate
         self.drop_path_rate = drop_path_rate
@@ -255,15 +261,15 @@ class TinyViT(nn.Module):
         maps: list[Tensor] = []
         for i, stage in enumerate(self.stages()[: last + 1]):
             where = (size,) if i else ()
-            if i in wanted or i == last:
-                x = stage.forward_blocks(x, *where)
-                if i in wanted:
-                    maps.append(_as_map(x, size))
-                if i == last:
-                    break
-                x = stage.downsample(x, *where)
-            else:
+            if stage.downsample is None:
                 x = stage(x, *where)
+            elif i in wanted or i == last:
+                x = stage.forward_blocks(x, *where)
+            if i in wanted:
+                maps.append(_as_map(x, size))
+            if i == last:
+                break
+            x = stage.downsample(x, *where) if i in wanted else stage(x, *where)
             size = stage.output_size(size)
             if merged is not None:
                 merged.append(to_map(x, size))
@@ -286,13 +292,7 @@ class TinyViT(nn.Module):
     @property
     def feature_info(self) -> FeatureInfo:
         """Channels and reduction of each stage's map, as timm describes them."""
-        reduction = self.patch_embed.reduction
-        info = FeatureInfo()
-        for i, width in enumerate(self.embed_dims):
-            info.append({"num_chs": width, "reduction": reduction, "module": f"layers.{i}.blocks"})
-            if i < self.num_layers - 1:
-                reduction *= self.strides[i]
-        return info
+        return describe_stages(self.patch_embed.reduction, self.embed_dims, self.strides)
 
     # -- settings ------------------------------------------------------------------------------
 
@@ -303,7 +303,7 @@ class TinyViT(nn.Module):
         width = self.embed_dims[-1]
         like = next(self.parameters())
         if self.norm_head is None:
-            self.norm_head = nn.LayerNorm(width).to(like)
+            self.norm_head = nn.LayerNorm(width).to(like).train(self.training)
         head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
         init_weights(head)
         self.head = head.to(like).train(self.training)

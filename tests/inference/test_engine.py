@@ -1,0 +1,482 @@
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from tinyvit.errors import ImageError
+from tinyvit.image_spec import ImageSpec, Placement
+from tinyvit.images.decode import decode
+from tinyvit.images.preprocess import to_tensor
+from tinyvit.inference import Backend, Encoded, Engine, TorchBackend
+from tinyvit.modules import TinyViT
+
+RGB = NDArray[np.uint8]
+MakeModel = Callable[..., TinyViT]
+
+SPEC = ImageSpec.sam(64)
+LOOSE = ImageSpec.sam(64, pad=False)
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # other orders of summing and folded norms: ulps per layer
+PLAIN = ImageSpec((4, 4), "squash", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+class Mean:
+    """A backend in ten lines: the mean of each channel."""
+
+    name, device = "mean", "paper"
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, ...]] = []
+        self.is_closed = False
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        self.batches.append(tuple(batch.shape))
+        return batch.mean((2, 3))
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def photo(height: int, width: int, seed: int = 0) -> RGB:
+    generator = np.random.default_rng([height, width, seed])
+    return generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def plain(*colours: int) -> list[RGB]:
+    """Pictures of one colour each: their features tell them apart."""
+    return [np.full((6, 6, 3), colour, np.uint8) for colour in colours]
+
+
+def colours(features: Tensor) -> list[int]:
+    return features[:, 0].int().tolist()
+
+
+@pytest.fixture
+def model(make_tiny_vit: MakeModel) -> TinyViT:
+    model = make_tiny_vit()
+    model.image_spec = SPEC
+    return model
+
+
+# --- every kind of picture ------------------------------------------------------------------------
+
+
+def encoded_bytes(image: RGB) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def as_tensor(image: RGB) -> Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+
+KINDS: dict[str, Callable[[RGB, Path], Any]] = {
+    "path": lambda image, path: path,
+    "path as text": lambda image, path: str(path),
+    "bytes": lambda image, path: encoded_bytes(image),
+    "PIL": lambda image, path: Image.fromarray(image),
+    "array": lambda image, path: image,
+    "array of floats": lambda image, path: image.astype(np.float32) / 255,
+    "tensor": lambda image, path: as_tensor(image),
+    "stack of one": lambda image, path: image[None],
+    "tensor stack of one": lambda image, path: as_tensor(image)[None],
+    "list": lambda image, path: [image],
+    "tuple": lambda image, path: (path,),
+    "generator": lambda image, path: (item for item in [image]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_picture_gives_the_same(kind: str, model: TinyViT, tmp_path: Path) -> None:
+    image = photo(40, 56)
+    path = tmp_path / "picture.png"
+    path.write_bytes(encoded_bytes(image))
+    given = KINDS[kind](image, path)
+    tensor, placement = to_tensor(image, SPEC)
+    with torch.inference_mode():
+        wanted = model(tensor[None])
+    engine = Engine(model, device="cpu")
+    out = engine.embed(given)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, wanted, **CLOSE)
+    assert torch.equal(out, engine.embed(image))  # the very same tensor came to the network
+    given = KINDS[kind](image, path)
+    encoded = next(engine.stream(given))
+    assert isinstance(encoded, Encoded)
+    assert encoded.features.shape == out.shape[1:]
+    assert encoded.placement == placement == Placement((40, 56), (46, 64), (0, 0), (64, 64))
+
+
+def test_stacks_are_many() -> None:
+    stack = np.stack(plain(10, 20, 30))
+    engine = Engine(backend=Mean(), image_spec=PLAIN)
+    assert colours(engine.embed(stack)) == [10, 20, 30]
+    assert colours(engine.embed(torch.from_numpy(stack).permute(0, 3, 1, 2))) == [10, 20, 30]
+
+
+def test_greys_and_mixed_kinds(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded_bytes(plain(40)[0]))
+    engine = Engine(backend=Mean(), image_spec=PLAIN)
+    pictures = [np.full((6, 6), 10, np.uint8), plain(20)[0], Image.new("L", (3, 5), 30), path]
+    assert colours(engine.embed(pictures)) == [10, 20, 30, 40]
+    assert colours(engine.embed(pictures[0])) == [10]
+
+
+def test_prepare_is_decode_and_to_tensor(model: TinyViT) -> None:
+    image = Image.fromarray(photo(30, 20)).convert("RGBA")
+    tensor, placement = Engine(model).prepare(image)
+    wanted, place = to_tensor(decode(image), SPEC)
+    assert torch.equal(tensor, wanted)
+    assert placement == place
+
+
+# --- order, batches, memory -----------------------------------------------------------------------
+
+
+def test_order_is_kept_and_shapes_are_put_together() -> None:
+    backend = Mean()
+    engine = Engine(backend=backend, image_spec=ImageSpec.sam(8, pad=False), batch_size=3)
+    wide, tall, square = ((4, 8), (8, 4), (8, 8))
+    pictures = [
+        np.full((*size, 3), 10 * i, np.uint8)
+        for i, size in enumerate([wide, tall, wide, square, tall, wide, wide])
+    ]
+    out = [encoded.features for encoded in engine.stream(pictures)]
+    wanted = [to_tensor(image, engine.image_spec)[0].mean((1, 2)) for image in pictures]
+    torch.testing.assert_close(out, wanted)  # means of one colour, summed in another order
+    # the first six pictures are read together, then the last one
+    assert backend.batches == [(3, 3, 4, 8), (2, 3, 8, 4), (1, 3, 8, 8), (1, 3, 4, 8)]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "batches"), [(1, [1] * 7), (2, [2, 2, 2, 1]), (3, [3, 3, 1]), (8, [7])]
+)
+def test_batch_size_is_the_most(batch_size: int, batches: list[int]) -> None:
+    backend = Mean()
+    engine = Engine(backend=backend, image_spec=PLAIN, batch_size=batch_size)
+    assert colours(engine.embed(plain(*range(7)))) == list(range(7))
+    assert [batch[0] for batch in backend.batches] == batches
+
+
+def test_stream_reads_no_further_than_two_batches_ahead() -> None:
+    taken: list[int] = []
+
+    def endless() -> Iterator[RGB]:
+        number = 0
+        while True:
+            taken.append(number % 250)
+            yield plain(number % 250)[0]
+            number += 1
+
+    stream = Engine(backend=Mean(), image_spec=PLAIN, batch_size=4).stream(endless())
+    assert taken == []
+    for i in range(20):
+        assert next(stream).features[0] == taken[i]
+        assert len(taken) <= i + 1 + 2 * 4
+
+
+def test_stream_of_nothing() -> None:
+    backend = Mean()
+    assert list(Engine(backend=backend, image_spec=PLAIN).stream([])) == []
+    assert backend.batches == []
+
+
+def test_alone_and_in_a_batch(model: TinyViT) -> None:
+    pictures = [photo(48, 64, seed) for seed in range(5)]
+    together = Engine(model, batch_size=5).embed(pictures)
+    alone = Engine(model, batch_size=1).embed(pictures)
+    torch.testing.assert_close(together, alone, **CLOSE)  # products of other sizes
+    assert torch.equal(together, Engine(model, batch_size=5).embed(iter(pictures)))
+
+
+def test_sizes_without_padding(model: TinyViT) -> None:
+    engine = Engine(model, image_spec=LOOSE)
+    pictures = [photo(64, 64), photo(64, 32), photo(16, 64)]
+    shapes = [tuple(encoded.features.shape) for encoded in engine.stream(pictures)]
+    assert shapes == [(16, 4, 4), (16, 4, 2), (16, 1, 4)]
+    for encoded, image in zip(engine.stream(pictures), pictures, strict=True):
+        with torch.inference_mode():
+            wanted = model(to_tensor(image, LOOSE)[0][None])[0]
+        torch.testing.assert_close(encoded.features, wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("method", ["stream", "stages"])
+def test_features_can_be_trained_on(method: str, model: TinyViT) -> None:
+    engine = Engine(model, batch_size=2)
+    if method == "stream":
+        features = next(engine.stream(photo(40, 56))).features
+    else:
+        features = engine.stages(photo(40, 56))[0][-1]
+    torch.nn.Conv2d(features.shape[0], 2, 1)(features[None]).sum().backward()
+    features.mul_(2)
+
+
+def test_embeddings_can_be_trained_on(model: TinyViT) -> None:
+    features = Engine(model).embed(photo(40, 56))
+    torch.nn.Conv2d(16, 2, 1)(features).sum().backward()
+    features.mul_(2)
+    assert not features.requires_grad
+
+
+# --- what can go wrong with pictures --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nothing", [[], (), iter([]), np.zeros((0, 4, 4, 3), np.uint8)])
+def test_embed_and_classify_want_a_picture(nothing: Any, model: TinyViT) -> None:
+    engine = Engine(model)
+    with pytest.raises(ValueError, match=r"^embed wants at least one picture, got none$"):
+        engine.embed(nothing)
+    with pytest.raises(ValueError, match=r"^classify wants at least one picture, got none$"):
+        engine.classify(nothing)
+
+
+def test_embed_cannot_stack_different_shapes(model: TinyViT) -> None:
+    with pytest.raises(ValueError) as caught:
+        Engine(model, image_spec=LOOSE).embed([photo(64, 64), photo(64, 32), photo(64, 64)])
+    assert str(caught.value) == (
+        "the features have 2 different shapes, (16, 4, 2) to (16, 4, 4), and cannot be stacked; "
+        "take them one by one with engine.stream(images)"
+    )
+
+
+def test_broken_pictures_say_which(model: TinyViT, tmp_path: Path) -> None:
+    engine = Engine(model, batch_size=1)
+    missing, broken = tmp_path / "none.png", tmp_path / "broken.png"
+    broken.write_bytes(encoded_bytes(photo(40, 40))[:60])
+    for path, words in ((missing, "there is no file"), (broken, "cut short")):
+        for call in (engine.embed, engine.classify, engine.stages, engine.prepare):
+            with pytest.raises(ImageError, match=words) as caught:
+                call(path)
+            assert path.name in str(caught.value)
+    stream = engine.stream([photo(8, 8), photo(8, 8), missing])
+    assert [next(stream).features.shape for _ in range(2)] == [(16, 4, 4)] * 2
+    with pytest.raises(ImageError, match="there is no file"):
+        next(stream)
+    with pytest.raises(TypeError, match="wanted a path, bytes, a binary file object"):
+        engine.embed(3)  # type: ignore[arg-type]
+
+
+# --- classes and stages ---------------------------------------------------------------------------
+
+
+def test_classify(model: TinyViT) -> None:
+    pictures = [photo(40, 56), photo(64, 64), photo(8, 8)]
+    logits = Engine(model).classify(iter(pictures))
+    assert (logits.shape, logits.dtype) == ((3, 5), torch.float32)
+    with torch.inference_mode():
+        for row, image in zip(logits, pictures, strict=True):
+            wanted = model.classify(to_tensor(image, SPEC)[0][None])[0]
+            torch.testing.assert_close(row, wanted, **CLOSE)
+
+
+def test_a_classifier_embeds_its_logits(make_tiny_vit: MakeModel) -> None:
+    classifier = make_tiny_vit(neck_dim=None, strides=(2, 2, 2))
+    engine = Engine(classifier, image_spec=ImageSpec.timm(64))
+    logits = engine.embed(photo(50, 70))
+    assert logits.shape == (1, 5)
+    assert torch.equal(logits, engine.classify(photo(50, 70)))
+
+
+def test_stages(model: TinyViT) -> None:
+    image = photo(40, 56)
+    stages, placement = Engine(model, image_spec=LOOSE).stages(image)
+    assert placement == LOOSE.place(40, 56)
+    assert [tuple(s.shape) for s in stages] == [(8, 12, 16), (12, 6, 8), (16, 3, 4), (24, 3, 4)]
+    with torch.inference_mode():
+        maps = model.forward_intermediates(to_tensor(image, LOOSE)[0][None])[1]
+    torch.testing.assert_close(stages, [stage[0] for stage in maps], **CLOSE)
+
+
+def test_models_and_backends_that_cannot(make_tiny_vit: MakeModel) -> None:
+    engine = Engine(make_tiny_vit(head=False), image_spec=SPEC)
+    with pytest.raises(ValueError, match="built without a classification head"):
+        engine.classify(photo(8, 8))
+    engine = Engine(backend=Mean(), image_spec=PLAIN)
+    with pytest.raises(ValueError, match=r"^the backend 'mean' gives no logits; use 'torch'$"):
+        engine.classify(photo(8, 8))
+    with pytest.raises(ValueError, match=r"^the backend 'mean' gives no stages; use 'torch'$"):
+        engine.stages(photo(8, 8))
+
+
+# --- what the engine chooses ----------------------------------------------------------------------
+
+
+def test_explain(model: TinyViT, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "tinyvit"):
+        engine = Engine(model, device="cpu")
+    text = (
+        f"torch {torch.__version__} on cpu, fp32 (exact; the default); "
+        "pictures longest_side to 64x64"
+    )
+    assert engine.explain() == text
+    assert repr(engine) == f"Engine({text})"
+    assert caplog.messages == [text]
+    assert "bf16 (asked for)" in Engine(model, device="cpu", precision="bf16").explain()
+    spec = ImageSpec((32, 48), "squash")
+    fake = Engine(backend=Mean(), image_spec=spec)
+    assert fake.explain() == "mean on paper: given; pictures squash to 32x48"
+
+
+def test_precision_reaches_the_backend(model: TinyViT, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = Engine(model, device="cpu")
+    rough = Engine(model, device="cpu", precision="bf16")
+    assert isinstance(exact.backend, TorchBackend)
+    assert (exact.backend.precision, rough.backend.precision) == ("fp32", "bf16")
+    image = photo(40, 56)
+    # bf16 keeps 8 bits: each of some dozen layers errs by 2**-9 of values near 1 to 4
+    torch.testing.assert_close(rough.embed(image), exact.embed(image), rtol=0.05, atol=0.15)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    auto = Engine(model, device="cpu", precision="auto")
+    assert "bf16 (this device computes bf16 natively)" in auto.explain()
+    assert torch.equal(auto.embed(image), rough.embed(image))
+
+
+def test_device_auto_is_a_device(model: TinyViT) -> None:
+    assert Engine(model).backend.device in ("cpu", "cuda", "mps")
+
+
+def test_image_spec_overrides_the_models(model: TinyViT) -> None:
+    assert Engine(model).image_spec == SPEC
+    other = ImageSpec.sam(32)
+    engine = Engine(model, image_spec=other)
+    assert engine.image_spec == other
+    assert engine.embed(photo(40, 56)).shape == (1, 16, 2, 2)
+    assert model.image_spec == SPEC
+    fake = Engine(model, backend=Mean())
+    assert fake.image_spec == SPEC
+
+
+def test_the_model_stays_as_it_is(model: TinyViT) -> None:
+    model.train()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    engine = Engine(model, precision="bf16")
+    first = engine.embed(photo(40, 56))
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    with torch.no_grad():
+        model.neck[0].weight.neg_()
+    assert not torch.equal(engine.embed(photo(40, 56)), first)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({}, TypeError, "Engine wants a TinyViT, as tinyvit.create_model gives it, got NoneType"),
+        ({"model": "tiny_vit_5m_224"}, TypeError, "as tinyvit.create_model gives it, got str"),
+        ({"model": torch.nn.Identity()}, TypeError, "gives it, got Identity"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"batch_size": -3}, ValueError, "batch_size must be at least 1, got -3"),
+        ({"backend": "onnx"}, ValueError, "backend must be one of ('auto', 'torch'), got 'onnx'"),
+        (
+            {"backend": print},
+            TypeError,
+            "backend must be one of ('auto', 'torch') or an object with name, device, close() and "
+            "__call__(batch), got builtin_function_or_method",
+        ),
+        ({"backend": None}, TypeError, "__call__(batch), got NoneType"),
+        ({"device": "gpu"}, ValueError, "device must be 'auto' or a device that torch can use "),
+        ({"precision": "fp16"}, ValueError, "precision must be one of ('fp32', 'bf16', 'auto')"),
+        (
+            {"backend": Mean()},
+            ValueError,
+            "this model does not say how its pictures are prepared; pass "
+            "image_spec=ImageSpec.sam(1024), ImageSpec.timm(224) or another",
+        ),
+    ],
+)
+def test_wrong_arguments(
+    arguments: dict[str, Any],
+    error: type[Exception],
+    words: str,
+    make_tiny_vit: MakeModel,
+) -> None:
+    if arguments and "model" not in arguments and not isinstance(arguments.get("backend"), Mean):
+        arguments = {**arguments, "model": make_tiny_vit()}
+    with pytest.raises(error) as caught:
+        Engine(**arguments)
+    assert words in str(caught.value)
+
+
+def test_a_model_built_by_hand_needs_an_image_spec(make_tiny_vit: MakeModel) -> None:
+    with pytest.raises(ValueError, match="does not say how its pictures are prepared"):
+        Engine(make_tiny_vit())
+
+
+def test_the_fake_is_a_backend() -> None:
+    assert isinstance(Mean(), Backend)
+
+
+def test_the_context_manager_closes(model: TinyViT) -> None:
+    backend = Mean()
+    with Engine(backend=backend, image_spec=PLAIN) as engine:
+        assert isinstance(engine, Engine)
+        assert not backend.is_closed
+    assert backend.is_closed
+    backend = Mean()
+    with pytest.raises(KeyError), Engine(backend=backend, image_spec=PLAIN):
+        raise KeyError("passes through")
+    assert backend.is_closed
+    with Engine(model, precision="bf16") as engine:
+        assert engine.embed(photo(8, 8)).shape == (1, 16, 4, 4)
+
+
+# --- which weights --------------------------------------------------------------------------------
+
+
+def change_weight(model: TinyViT) -> None:
+    with torch.no_grad():
+        model.neck[0].weight.view(-1)[7] += 1e-6
+
+
+def change_buffer(model: TinyViT) -> None:
+    model.patch_embed.seq[0].bn.num_batches_tracked += 1
+
+
+def change_sign_of_zero(model: TinyViT) -> None:
+    with torch.no_grad():
+        model.head.bias[0] = -0.0
+
+
+@pytest.mark.parametrize("change", [change_weight, change_buffer, change_sign_of_zero])
+def test_weights_sha256(change: Callable[[TinyViT], None], make_tiny_vit: MakeModel) -> None:
+    one, other = make_tiny_vit(), make_tiny_vit()
+    for model in (one, other):
+        model.image_spec = SPEC
+        with torch.no_grad():
+            model.head.bias[0] = 0.0
+    digest = Engine(one).weights_sha256()
+    assert len(digest) == 64
+    assert set(digest) <= set("0123456789abcdef")
+    assert Engine(other, precision="bf16", batch_size=1).weights_sha256() == digest
+    change(other)
+    engine = Engine(other)
+    assert engine.weights_sha256() != digest
+    assert engine.weights_sha256() == engine.weights_sha256()
+
+
+def test_weights_sha256_knows_shapes_and_dtypes(make_tiny_vit: MakeModel) -> None:
+    models = [
+        make_tiny_vit(),
+        make_tiny_vit().half(),
+        make_tiny_vit().bfloat16(),
+        make_tiny_vit(head=False),
+        make_tiny_vit(num_classes=0),
+    ]
+    digests = {Engine(model, image_spec=SPEC).weights_sha256() for model in models}
+    assert len(digests) == len(models)
+
+
+def test_weights_sha256_wants_a_model() -> None:
+    with pytest.raises(ValueError, match="has a backend of its own and no model to hash"):
+        Engine(backend=Mean(), image_spec=PLAIN).weights_sha256()

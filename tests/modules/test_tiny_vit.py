@@ -1,0 +1,313 @@
+"""tiny_vit.py: arguments, keys, parameter counts, any size, any configuration, head."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import tinyvit.modules
+from tinyvit.modules import TinyViT
+
+KEYS = Path(__file__).parents[1] / "data" / "keys"
+
+WIDTHS = {
+    "5m": {"embed_dims": (64, 128, 160, 320), "num_heads": (2, 4, 5, 10)},
+    "11m": {"embed_dims": (64, 128, 256, 448), "num_heads": (2, 4, 8, 14)},
+    "21m": {"embed_dims": (96, 192, 384, 576), "num_heads": (3, 6, 12, 18)},
+}
+CLASSIFIER = {"strides": (2, 2, 2), "neck_dim": None}
+WINDOWS_384 = {"img_size": 384, "window_sizes": (12, 12, 24, 12)}
+WINDOWS_512 = {"img_size": 512, "window_sizes": (16, 16, 32, 16)}
+
+
+def on_meta(**arguments):
+    with torch.device("meta"):
+        return TinyViT(**arguments)
+
+
+def ceil(number, by):
+    return -(-number // by)
+
+
+class TestContract:
+    def test_the_public_names(self):
+        ten = "Conv2d_BN PatchEmbed MBConv PatchMerging ConvLayer Mlp Attention TinyViTBlock"
+        ten = {*ten.split(), "BasicLayer", "TinyViT"}
+        ours = {"MLP", "DropPath", "LayerNorm2d", "FeatureInfo", "FeatureMaps"}
+        assert set(tinyvit.modules.__all__) == ten | ours | {"freeze_batch_stats"}
+        assert all(hasattr(tinyvit.modules, name) for name in tinyvit.modules.__all__)
+
+    def test_arguments(self, describe_arguments):
+        assert describe_arguments(TinyViT) == (
+            "img_size=224, in_chans=3, num_classes=1000, embed_dims=(96, 192, 384, 768), "
+            "depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window_sizes=(7, 7, 14, 7), "
+            "mlp_ratio=4.0, drop_rate=0.0, drop_path_rate=0.1, use_checkpoint=False, "
+            "mbconv_expand_ratio=4.0, local_conv_size=3, layer_lr_decay=1.0",
+            "strides=None, stem='conv', neck_dim=256, head=True",
+        )
+
+    def test_children(self, make_tiny_vit):
+        names = {name for name, _ in make_tiny_vit().named_children()}
+        assert names == {"patch_embed", "layers", "norm_head", "head", "neck"}
+
+    @pytest.mark.parametrize(
+        "file, arguments",
+        [
+            ("encoder_5m", WIDTHS["5m"]),
+            ("encoder_11m", WIDTHS["11m"]),
+            ("encoder_21m", WIDTHS["21m"]),
+            ("encoder_21m_384", {**WIDTHS["21m"], **WINDOWS_384}),
+            ("encoder_litemedsam", {**WIDTHS["5m"], "stem": "pointwise", "head": False}),
+        ],
+    )
+    def test_state_dict_keys_in_their_order(self, file, arguments):
+        rows = [line.split("\t") for line in (KEYS / f"{file}.tsv").read_text().splitlines()]
+        wanted = [(key, ast.literal_eval(shape), dtype) for key, shape, dtype in rows]
+        state = on_meta(**arguments).state_dict()
+        got = [(k, tuple(v.shape), str(v.dtype).removeprefix("torch.")) for k, v in state.items()]
+        assert sorted(got) == sorted(wanted)
+
+    @pytest.mark.parametrize(
+        "arguments, count",
+        [
+            ({**WIDTHS["5m"], **CLASSIFIER}, 5_392_764),
+            ({**WIDTHS["11m"], **CLASSIFIER}, 10_996_972),
+            ({**WIDTHS["21m"], **CLASSIFIER}, 21_198_568),
+            ({**WIDTHS["21m"], **CLASSIFIER, **WINDOWS_384}, 21_230_488),
+            ({**WIDTHS["21m"], **CLASSIFIER, **WINDOWS_512}, 21_268_120),
+            (WIDTHS["5m"], 6_065_532),
+            ({**WIDTHS["5m"], "head": False}, 5_743_892),
+            (WIDTHS["11m"], 11_702_508),
+            (WIDTHS["21m"], 21_936_872),
+        ],
+    )
+    def test_parameter_counts(self, arguments, count):
+        assert sum(p.numel() for p in on_meta(**arguments).parameters()) == count
+
+    def test_hooks_on_every_layer_see_tokens(self, make_tiny_vit, picture):
+        model = make_tiny_vit(layer_lr_decay=0.8)
+        seen = {}
+        for i, layer in enumerate(model.layers[:3]):
+            layer.register_forward_hook(lambda _, a, out, i=i: seen.update({i: out.shape}))
+        model(picture(2, 64, 48))
+        assert seen == {0: (2, 8 * 6, 12), 1: (2, 4 * 3, 16), 2: (2, 4 * 3, 24)}
+
+    def test_hooks_on_the_last_layer_see_tokens(self, make_tiny_vit, picture):
+        model = make_tiny_vit()
+        seen = []
+        model.layers[3].register_forward_hook(lambda _, a, out: seen.append(out.shape))
+        model(picture(2, 64, 48))
+        assert seen == [(2, 4 * 3, 24)]
+
+
+class TestAnySize:
+    @settings(max_examples=20)
+    @given(height=st.integers(1, 700), width=st.integers(1, 700))
+    def test_sam_form(self, make_tiny_vit, height, width):
+        model = make_tiny_vit(depths=(1, 1, 1, 1))
+        with torch.no_grad():
+            y = model(torch.zeros(1, 3, height, width))
+        assert y.shape == (1, 16, ceil(height, 16), ceil(width, 16))
+        assert y.isfinite().all()
+
+    @given(
+        height=st.integers(1, 130),
+        width=st.integers(1, 130),
+        batch=st.integers(0, 3),
+        in_chans=st.integers(1, 4),
+    )
+    def test_classifier_form(self, make_tiny_vit, height, width, batch, in_chans):
+        model = make_tiny_vit(in_chans=in_chans, **CLASSIFIER)
+        x = torch.randn(batch, in_chans, height, width)
+        with torch.no_grad():
+            assert model(x).shape == (batch, 5)
+            map_ = model.forward_features(x)
+        assert map_.shape == (batch, 24, ceil(height, 32), ceil(width, 32))
+
+    def test_pointwise_form(self, make_tiny_vit, picture):
+        model = make_tiny_vit(stem="pointwise", head=False)
+        assert model(picture(2, 33, 21)).shape == (2, 16, 9, 6)
+
+    @pytest.mark.parametrize("size", [(64, 64), (50, 77)])
+    def test_an_image_alone_is_the_same_as_in_a_batch(self, make_tiny_vit, picture, size):
+        model = make_tiny_vit()
+        x = picture(3, *size)
+        together = model(x)
+        for i in range(3):
+            # matrix products of another height may add in another order: float32 rounding
+            torch.testing.assert_close(model(x[i : i + 1])[0], together[i], rtol=1e-4, atol=1e-5)
+
+    def test_nothing_is_kept_between_calls(self, make_tiny_vit, picture):
+        model = make_tiny_vit()
+        x = picture(2, 50, 70)
+        before = model(x)
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        for size in ((64, 64), (70, 50), (1, 1), (16, 200)):
+            model(picture(1, *size))
+            model.set_imgsz(size)
+        assert torch.equal(model(x), before)
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+    def test_the_declared_size_changes_nothing(self, make_tiny_vit, picture):
+        x = picture(1, 40, 60)
+        outputs = [make_tiny_vit(img_size=size)(x) for size in (64, (40, 60), 1024)]
+        assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+    def test_memory_format_of_the_input_changes_nothing(self, make_tiny_vit, picture):
+        model = make_tiny_vit()
+        x = picture(2, 50, 70)
+        assert torch.equal(model(x), model(x.contiguous(memory_format=torch.channels_last)))
+        assert torch.equal(model(x), model(x.transpose(2, 3).contiguous().transpose(2, 3)))
+
+    @pytest.mark.parametrize(
+        "dtype, tolerance",
+        [
+            (torch.float32, 1e-4),  # two dozen layers of 6e-8 each
+            (torch.bfloat16, 0.25),  # 8 bits: 4e-3 at each of two dozen layers
+        ],
+    )
+    def test_close_to_the_float64_result(self, make_tiny_vit, picture, dtype, tolerance):
+        exact = make_tiny_vit().double()
+        x = picture(2, 50, 70, dtype=torch.float64)
+        wanted = exact(x)
+        got = make_tiny_vit().to(dtype)(x.to(dtype))
+        assert (got.dtype, wanted.dtype) == (dtype, torch.float64)
+        torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
+
+    @pytest.mark.parametrize(
+        "shape", [(3, 32, 32), (1, 1, 32, 32), (1, 4, 32, 32), (1, 3, 0, 32), (1, 3, 32, 0), (9,)]
+    )
+    def test_what_is_no_batch_of_pictures(self, make_tiny_vit, shape):
+        with pytest.raises(ValueError) as caught:
+            make_tiny_vit()(torch.zeros(shape))
+        assert str(caught.value) == (
+            f"TinyViT wants pictures [batch, 3, height, width] of at least 1x1, got {list(shape)}"
+        )
+
+    def test_whole_numbers(self, make_tiny_vit):
+        with pytest.raises(TypeError, match=r"floating-point pictures, got torch.uint8; tinyvit\."):
+            make_tiny_vit()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+@settings(max_examples=15)
+@given(
+    stages=st.integers(1, 4),
+    data=st.data(),
+    neck_dim=st.sampled_from([None, 6]),
+    head=st.booleans(),
+    stem=st.sampled_from(["conv", "pointwise"]),
+)
+def test_random_configurations(stages, data, neck_dim, head, stem):
+    def each(values, count=stages):
+        return data.draw(st.lists(values, min_size=count, max_size=count))
+
+    dims, strides = each(st.sampled_from([8, 16, 32])), each(st.sampled_from([1, 2]), stages - 1)
+    model = TinyViT(
+        img_size=16,
+        num_classes=4,
+        embed_dims=dims,
+        depths=each(st.integers(1, 2)),
+        num_heads=each(st.sampled_from([1, 2, 4])),
+        window_sizes=each(st.integers(1, 8)),
+        strides=strides,
+        stem=stem,
+        neck_dim=neck_dim,
+        head=head,
+    ).eval()
+    x = torch.randn(2, 3, *data.draw(st.tuples(st.integers(1, 30), st.integers(1, 30))))
+    sides = [ceil(side, 4) if stem == "conv" else side for side in x.shape[2:]]
+    for stride in strides:
+        sides = [ceil(side, stride) for side in sides]
+    map_shape = (2, neck_dim or dims[-1], *sides)
+    with torch.no_grad():
+        y = model(x)
+        assert model.forward_features(x).shape == map_shape
+    assert y.isfinite().all()
+    assert y.shape == ((2, 4) if head and neck_dim is None else map_shape)
+
+
+class TestHead:
+    def test_forward_with_and_without_a_neck(self, make_tiny_vit, picture):
+        x = picture(2, 40, 56)
+        encoder = make_tiny_vit()
+        backbone = encoder.forward_backbone(x)
+        assert backbone.shape == (2, 24, 3, 4)
+        assert torch.equal(encoder(x), encoder.neck(backbone))
+        assert torch.equal(encoder(x), encoder.forward_features(x))
+        classifier = make_tiny_vit(neck_dim=None)
+        classifier.load_state_dict(encoder.state_dict(), strict=False)
+        assert torch.equal(classifier.forward_features(x), backbone)
+        assert torch.equal(classifier(x), encoder.classify(x))
+        bare = make_tiny_vit(neck_dim=None, head=False)
+        assert bare(x).shape == (2, 24, 3, 4)
+
+    def test_logits_are_mean_norm_linear(self, make_tiny_vit, picture):
+        model = make_tiny_vit(neck_dim=None).double()
+        x = picture(2, 40, 56, dtype=torch.float64)
+        pooled = model.forward_backbone(x).flatten(2).mean(2)
+        features = model.norm_head(pooled)
+        logits = features @ model.head.weight.T + model.head.bias
+        torch.testing.assert_close(model.classify(x), logits)
+        torch.testing.assert_close(
+            model.forward_head(model.forward_backbone(x), pre_logits=True), features
+        )
+
+    def test_reset_classifier(self, make_tiny_vit, picture):
+        model = make_tiny_vit(neck_dim=None).double()
+        x = picture(2, 16, 16, dtype=torch.float64)
+        norm = model.norm_head
+        model.reset_classifier(9)
+        assert (model.num_classes, model.classify(x).shape) == (9, (2, 9))
+        assert model.head.weight.dtype == torch.float64
+        assert model.norm_head is norm
+        assert torch.equal(model.head.bias, torch.zeros(9, dtype=torch.float64))
+        assert not model.head.training
+        model.reset_classifier(0)
+        assert isinstance(model.head, nn.Identity)
+        assert torch.equal(model(x), model.forward_head(model.forward_backbone(x), pre_logits=True))
+        model.reset_classifier(3)
+        assert model(x).shape == (2, 3)
+
+    def test_zero_classes_from_the_start(self, make_tiny_vit, picture):
+        model = make_tiny_vit(neck_dim=None, num_classes=0)
+        assert model(picture(1, 16, 16)).shape == (1, 24)
+
+    def test_without_a_head(self, make_tiny_vit, picture):
+        model = make_tiny_vit(head=False)
+        assert not any("head" in key for key in model.state_dict())
+        with pytest.raises(ValueError, match=r"without a classification head; .*reset_classifier"):
+            model.classify(picture(1, 16, 16))
+        model.reset_classifier(4)
+        assert model.classify(picture(1, 16, 16)).shape == (1, 4)
+
+    def test_a_new_head_takes_over_the_mode(self, make_tiny_vit):
+        model = make_tiny_vit(head=False)
+        model.reset_classifier(4)
+        assert not any(module.training for module in model.modules())
+
+    def test_negative(self, make_tiny_vit):
+        with pytest.raises(ValueError, match="num_classes must not be negative, got -1"):
+            make_tiny_vit().reset_classifier(-1)
+        with pytest.raises(ValueError, match="num_classes must not be negative, got -2"):
+            make_tiny_vit(num_classes=-2)
+
+    def test_forward_hq(self, make_tiny_vit, picture):
+        model = make_tiny_vit()
+        x = picture(2, 70, 50)
+        seen = []
+        model.layers[1].register_forward_hook(lambda _, a, out: seen.append(out))
+        y, early = model.forward_hq(x)
+        assert torch.equal(y, model(x))
+        assert early.shape == (2, 5, 4, 16)
+        assert torch.equal(early.flatten(1, 2), seen[0])
+        backbone, _ = make_tiny_vit(neck_dim=None).forward_hq(x)
+        assert backbone.shape == (2, 24, 5, 4)
+
+    def test_forward_hq_wants_three_stages(self, picture):
+        model = TinyViT(embed_dims=(4, 4), depths=(1, 1), num_heads=(1, 1), window_sizes=(2, 2))
+        with pytest.raises(ValueError, match="forward_hq wants at least 3 stages, got 2"):
+            model.forward_hq(picture(1, 16, 16))
