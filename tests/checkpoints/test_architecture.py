@@ -6,11 +6,6 @@ from hypothesis import strategies as st
 
 from checkpoints.families import SMALL, table
 from tinyvit.checkpoints.architecture import Architecture, encoder_shapes, read_architecture
-from tinyvit.checkpoints.sam_parts import (
-    hq_decoder_shapes,
-    mask_decoder_shapes,
-    prompt_encoder_shapes,
-)
 from tinyvit.errors import CheckpointError
 
 
@@ -27,12 +22,6 @@ def test_lists_exactly_the_tensors_of_the_published_encoders(name: str) -> None:
     assert list(encoder_shapes(found, found.num_classes is not None, True).items()) == list(
         shapes.items()
     )
-
-
-def test_lists_exactly_the_tensors_of_the_sam_parts() -> None:
-    shapes = shapes_of("prompt_encoder_and_mask_decoder")
-    assert {**prompt_encoder_shapes(), **mask_decoder_shapes()} == shapes
-    assert hq_decoder_shapes() == shapes_of("hq_decoder")
 
 
 @st.composite

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +14,7 @@ import pytest
 from checkpoints.server import Server, serving
 from tinyvit.catalog import CHECKPOINTS, Checkpoint, get_checkpoint
 from tinyvit.checkpoints.download import cached_path, fetch
-from tinyvit.checkpoints.transfer import Patience, transfer
+from tinyvit.checkpoints.transfer import Patience
 from tinyvit.errors import CheckpointError, DownloadError
 
 BODY = bytes(range(256)) * 4096  # 1 MiB
@@ -80,21 +77,7 @@ def test_by_name_in_the_environments_folder(
     assert names(tmp_path) == set()
 
 
-def test_a_server_that_tells_no_length(server: Server, tmp_path: Path) -> None:
-    server.lengths = False
-    seen: list[int | None] = []
-    fetch(row(server), tmp_path, progress=lambda _, total: seen.append(total), patience=QUICK)
-    assert set(seen) == {None}
-
-
 # --- faults of the network ------------------------------------------------------------------------
-
-
-def test_a_broken_transfer_is_continued(server: Server, tmp_path: Path) -> None:
-    server.faults = ["cut:300000", "cut:200000"]
-    path = fetch(row(server), tmp_path, patience=QUICK)
-    assert path.read_bytes() == BODY
-    assert [wanted for _, wanted in server.requests] == [None, "bytes=300000-", "bytes=500000-"]
 
 
 def test_a_later_call_continues_a_pinned_file(server: Server, tmp_path: Path) -> None:
@@ -114,74 +97,11 @@ def test_an_unpinned_file_is_begun_again(server: Server, tmp_path: Path) -> None
     assert server.requests == [("/weights.pt", None)]
 
 
-def test_a_server_without_ranges_starts_again(server: Server, tmp_path: Path) -> None:
-    server.ranges = False
-    server.faults = ["cut:300000"]
-    assert fetch(row(server), tmp_path, patience=QUICK).read_bytes() == BODY
-    assert server.requests[-1][1] == "bytes=300000-"
-
-
-def test_a_part_longer_than_the_file_is_thrown_away(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "weights.pt.part").write_bytes(BODY + b"more")
-    assert fetch(row(server), tmp_path, patience=QUICK).read_bytes() == BODY
-
-
 def test_a_part_of_other_bytes_is_found_out(server: Server, tmp_path: Path) -> None:
     (tmp_path / "weights.pt.part").write_bytes(b"x" * 1000)
     with pytest.raises(DownloadError, match=rf"sha256 [0-9a-f]{{64}}, wanted {DIGEST}; it was"):
         fetch(row(server), tmp_path, patience=QUICK)
     assert fetch(row(server), tmp_path, patience=QUICK).read_bytes() == BODY
-
-
-def test_a_server_that_continues_at_the_wrong_place(server: Server, tmp_path: Path) -> None:
-    server.faults = ["cut:300000", "shifted"]
-    assert fetch(row(server), tmp_path, patience=QUICK).read_bytes() == BODY
-
-
-def test_errors_that_pass(server: Server, tmp_path: Path) -> None:
-    server.faults = ["500", "429"]
-    assert fetch(row(server), tmp_path, patience=QUICK).read_bytes() == BODY
-
-
-@pytest.mark.parametrize(
-    ("fault", "words"),
-    [
-        ("404", "HTTP 404, there is no such file"),
-        ("403", "HTTP 403, the server refuses it"),
-        ("418", "HTTP 418, "),
-    ],
-)
-def test_errors_that_stay(server: Server, tmp_path: Path, fault: str, words: str) -> None:
-    server.faults = [fault]
-    with pytest.raises(DownloadError) as caught:
-        fetch(row(server), tmp_path, patience=QUICK)
-    assert words in str(caught.value)
-    assert server.url("weights.pt") in str(caught.value)
-    assert "set TINYVIT_MIRROR" in str(caught.value)
-    assert len(server.requests) == 1
-    assert names(tmp_path) == {"weights.pt.lock"}
-
-
-def test_no_server_at_all(server: Server, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    gone = replace(row(server), urls=(f"http://127.0.0.1:{port}/weights.pt",))
-    with pytest.raises(DownloadError, match=r"the connection failed \(.*refused.*3 times in a row"):
-        fetch(gone, tmp_path, patience=QUICK)
-
-
-def test_a_server_that_falls_silent(server: Server, tmp_path: Path) -> None:
-    server.faults = ["slow"]
-    impatient = replace(QUICK, timeout=0.2)
-    assert fetch(row(server), tmp_path, patience=impatient).read_bytes() == BODY
-
-
-def test_a_web_page_instead_of_the_file(server: Server, tmp_path: Path) -> None:
-    server.faults = ["html"]
-    with pytest.raises(DownloadError, match="gave a web page instead of a file"):
-        fetch(row(server, None), tmp_path, patience=QUICK)
-    assert names(tmp_path) == {"weights.pt.lock"}
 
 
 def test_several_addresses_are_tried_in_order(server: Server, tmp_path: Path) -> None:
@@ -194,14 +114,12 @@ def test_several_addresses_are_tried_in_order(server: Server, tmp_path: Path) ->
 def test_every_reason_is_told(server: Server, tmp_path: Path) -> None:
     server.files["wrong.pt"] = b"something else"
     several = row(server, DIGEST, "gone.pt", "wrong.pt")
-    with pytest.raises(DownloadError, match=r"no such file; .*wrong\.pt gave a file with sha256"):
+    with pytest.raises(
+        DownloadError, match=r"no such file; .*wrong\.pt gave a file with sha256"
+    ) as told:
         fetch(several, tmp_path, patience=QUICK)
+    assert str(told.value).endswith(f"by hand to {tmp_path / 'weights.pt'}, or set TINYVIT_MIRROR")
     assert names(tmp_path) == {"weights.pt.lock"}
-
-
-def test_only_http(tmp_path: Path) -> None:
-    with pytest.raises(DownloadError, match="is no http or https address"):
-        transfer("file:///etc/hostname", tmp_path / "a")
 
 
 # --- hashes ---------------------------------------------------------------------------------------
@@ -274,21 +192,6 @@ def test_offline(
 def test_no_address(tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match=r"no address to download from\. Published on Google"):
         fetch("lite_medsam", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("number", "words"), [(errno.ENOSPC, "no space left in"), (errno.EIO, "cannot be written")]
-)
-def test_a_disk_that_fails(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
-) -> None:
-    def fail(_: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(DownloadError, match=words):
-        fetch(row(server), tmp_path, patience=QUICK)
-    assert names(tmp_path) == {"weights.pt.lock"}
 
 
 def test_a_cache_that_is_no_folder(server: Server, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 
 from checkpoints.families import FAMILIES, full, table
-from tinyvit.checkpoints.families import get_layout, part_of
 from tinyvit.checkpoints.keymap import from_canonical, to_canonical
 from tinyvit.errors import CheckpointError
 
@@ -56,14 +55,9 @@ def test_two_spellings_in_one_file() -> None:
 def test_unknown_family() -> None:
     with pytest.raises(CheckpointError, match="unknown checkpoint family 'sam2'; choose one of"):
         to_canonical({}, "sam2")
-    with pytest.raises(CheckpointError, match="choose one of cream, timm"):
-        get_layout("")
 
 
-def test_parts() -> None:
-    assert part_of("layers.1.blocks.0.attn.attention_bias_idxs") == "bias_indices"
-    assert part_of("mask_decoder.iou_token.weight") == "mask_decoder"
-    assert part_of("optimizer") == "unknown"
+def test_timm_spells_parts_of_a_key_differently() -> None:
     assert from_canonical({"layers.0.x.c.weight": 1, "patch_embed.seq.0.c.weight": 2}, "timm") == {
         "stages.0.x.conv.weight": 1,
         "patch_embed.conv1.conv.weight": 2,

@@ -139,7 +139,10 @@ def replacing(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with _removed_on_failure(temporary):
+            temporary.touch()
+            mode = temporary.stat().st_mode  # the user's umask; safetensors would make it private
             write(temporary)
+            temporary.chmod(mode)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)

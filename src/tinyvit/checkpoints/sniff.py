@@ -133,8 +133,11 @@ def _kind_of_zip(path: Path) -> Kind:
             f"{path} is cut off: it begins like a torch file of {path.stat().st_size} bytes but "
             "its end is missing; fetch it again"
         )
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as err:
+        raise CheckpointError(f"{path} is damaged ({err}); fetch it again") from err
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
         raise CheckpointError(
             f"{path} is a TorchScript archive, a compiled program and not a state dict; export "

@@ -12,6 +12,7 @@ import os
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,7 +100,11 @@ def transfer(
 def _continue(url: str, part: Path, progress: Progress | None, timeout: float) -> None:
     """One request: fetch what is missing of a file."""
     have = _size(part)
-    request = urllib.request.Request(url, headers={"User-Agent": "tinyvit", "Accept": "*/*"})
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "tinyvit", "Accept": "*/*"})
+        urllib.parse.urlsplit(url).port  # noqa: B018  (raises for what is no port)
+    except ValueError as err:
+        raise DownloadError(f"{url} is no usable address: {err}") from err
     if have:
         request.add_header("Range", f"bytes={have}-")
     try:
