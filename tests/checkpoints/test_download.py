@@ -13,7 +13,8 @@ import pytest
 
 from checkpoints.server import Server, serving
 from tinyvit.catalog import CHECKPOINTS, Checkpoint, get_checkpoint
-from tinyvit.checkpoints.download import cached_path, fetch
+from tinyvit.checkpoints.cache import cached_path
+from tinyvit.checkpoints.download import fetch
 from tinyvit.checkpoints.transfer import Patience
 from tinyvit.errors import CheckpointError, DownloadError
 

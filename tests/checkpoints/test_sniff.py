@@ -54,7 +54,7 @@ def test_a_zip_with_a_damaged_directory(tmp_path: Path) -> None:
     content = bytearray((tmp_path / "a.pt").read_bytes())
     entry = content.rindex(b"PK\x01\x02")
     content[entry : entry + 4] = b"XXXX"
-    with pytest.raises(CheckpointError, match="is damaged .*; fetch it again"):
+    with pytest.raises(CheckpointError, match=r"is damaged .*; fetch it again"):
         kind_of(written(tmp_path / "b.pt", bytes(content)))
 
 

@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tinyvit.catalog import Checkpoint
 from tinyvit.errors import DownloadError
 
-__all__ = ["cache_folder", "is_offline", "is_strict", "locked", "mirror"]
+__all__ = ["cache_folder", "cached_path", "is_offline", "is_strict", "locked", "mirror"]
 
 _POLL_SECONDS = 0.1
 
@@ -41,6 +42,21 @@ def cache_folder(chosen: str | os.PathLike[str] | None = None) -> Path:
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "tinyvit"
+
+
+def cached_path(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return where a checkpoint's file is or will be: in the cache, or inside the package.
+
+    Args:
+        checkpoint: A row of the catalog.
+        cache_dir: Folder for downloaded files; None for the default.
+
+    Returns:
+        The path; a file to download need not exist.
+    """
+    if checkpoint.embedded:
+        return Path(__file__).resolve().parents[1] / "weights" / checkpoint.file
+    return cache_folder(cache_dir) / checkpoint.file
 
 
 def is_offline() -> bool:

@@ -301,9 +301,11 @@ def _strides(
     values = (2,) * (merges - 1) + (1 if is_sam else 2,) if merges else ()
     shown = ",".join(str(value) for value in values)
     kind = "a SAM encoder" if is_sam else "a classification network"
-    return values, (
-        f"strides {shown} assumed: no tensor shows strides, and {LAYOUTS[family].title} is {kind}"
-    )
+    if family == "tinyvit":
+        title = "a file with a neck" if is_sam else "a file without a neck"
+    else:
+        title = LAYOUTS[family].title
+    return values, f"strides {shown} assumed: no tensor shows strides, and {title} is {kind}"
 
 
 def _variant(sizes: Architecture | None, is_sam: bool) -> Variant | None:

@@ -17,12 +17,12 @@ import warnings
 from pathlib import Path
 
 from tinyvit.catalog import Checkpoint, get_checkpoint
-from tinyvit.checkpoints.cache import cache_folder, is_offline, is_strict, locked, mirror
+from tinyvit.checkpoints.cache import cached_path, is_offline, is_strict, locked, mirror
 from tinyvit.checkpoints.files import file_sha256, replacing
 from tinyvit.checkpoints.transfer import Patience, Progress, transfer
 from tinyvit.errors import DownloadError
 
-__all__ = ["cached_path", "fetch"]
+__all__ = ["fetch"]
 
 
 def fetch(
@@ -79,22 +79,9 @@ def fetch(
     return target
 
 
-def cached_path(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Return where a checkpoint's file is or will be in the cache.
-
-    Args:
-        checkpoint: A row of the catalog.
-        cache_dir: Folder for the file; None for the default.
-
-    Returns:
-        The path; the file need not exist.
-    """
-    return cache_folder(cache_dir) / checkpoint.file
-
-
 def _embedded(row: Checkpoint, wanted: str | None) -> Path:
     """The file inside the package, checked."""
-    path = Path(__file__).resolve().parents[1] / "weights" / row.file
+    path = cached_path(row)
     if not path.is_file():
         raise DownloadError(
             f"{path} is not in this installation although {row.name!r} ships with the package; "

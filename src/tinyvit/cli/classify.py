@@ -1,0 +1,136 @@
+"""``tinyvit classify``: the likeliest classes of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tinyvit.cli import console
+from tinyvit.cli.options import (
+    Device,
+    Json,
+    Model,
+    Pictures,
+    Precision,
+    PrecisionName,
+    Size,
+    matching_checkpoints,
+)
+from tinyvit.cli.picture_files import list_pictures
+from tinyvit.errors import ImageError
+from tinyvit.labels import labels_for, read_labels
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["classify"]
+
+EXAMPLES = (
+    "tinyvit classify cat.jpg --checkpoint tiny_vit_5m_224.dist_in22k_ft_in1k",
+    "tinyvit classify photos --checkpoint mine.safetensors --labels names.txt --top-k 1",
+)
+
+
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="NAME_OR_FILE",
+        autocompletion=matching_checkpoints,
+        help="A name of 'tinyvit models', a file of weights, or a folder of save_pretrained, with "
+        "a classification head. The embedded weights have none, so name one.",
+    ),
+]
+TopK = Annotated[int, typer.Option("--top-k", min=1, help="Classes to show for each picture.")]
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        "--labels",
+        metavar="FILE",
+        help="Names of the classes: one a line, or a JSON list or object. A head of 1000 classes "
+        "has ImageNet's names by default.",
+    ),
+]
+
+
+def classify(
+    ctx: typer.Context,
+    pictures: Pictures,
+    checkpoint: Weights = None,
+    model: Model = None,
+    size: Size = None,
+    top_k: TopK = 5,
+    labels: Labels = None,
+    device: Device = "auto",
+    precision: Precision = PrecisionName.fp32,
+    as_json: Json = False,
+) -> None:
+    """Name the likeliest classes of pictures.
+
+    Each class is shown with its probability, its number and, where names are known, its name. The
+    weights must have a classification head; published ones are downloaded at the first use. A
+    broken picture does not stop the work: it is named, and the exit code is 1.
+    """
+    own = console.of(ctx)
+    listed = list_pictures(pictures)
+    if labels is not None:
+        read_labels(labels)  # complain before a model is fetched
+
+    from tinyvit.cli.loading import load_classifier, variant_of
+    from tinyvit.images.decode import decode
+    from tinyvit.inference import Engine
+
+    built = load_classifier(own, checkpoint, model, size)
+    names = labels_for(built.num_classes, labels)
+    found: list[dict[str, object]] = []
+    failed: list[dict[str, object]] = []
+    with Engine(built, device=device, precision=precision.value) as engine:
+        own.say(f"{checkpoint}: {engine.explain()}")
+        for picture in listed:
+            try:
+                logits = engine.classify(decode(picture.path))[0]  # [classes]
+            except ImageError as err:
+                failed.append({"picture": str(picture.path), "error": str(err)})
+                console.complain(f"failed: {err}")
+                continue
+            rows = _top(logits, top_k, names)
+            found.append({"picture": str(picture.path), "top": rows})
+            if not as_json:
+                console.write(_for_people(str(picture.path), rows))
+    if as_json:
+        console.write_json(
+            {
+                "checkpoint": checkpoint,
+                "variant": variant_of(built),
+                "classes": built.num_classes,
+                "pictures": found,
+                "failed": failed,
+            }
+        )
+    if failed:
+        console.complain(f"failed {len(failed)} of {len(listed)}, named above")
+        raise typer.Exit(1)
+
+
+def _top(logits: Tensor, top_k: int, names: Sequence[str] | None) -> list[dict[str, object]]:
+    """The likeliest classes, most likely first; logits [classes]."""
+    best = logits.softmax(dim=0).topk(min(top_k, len(logits)))
+    return [
+        {
+            "class": number,
+            "label": None if names is None else names[number],
+            "probability": probability,
+        }
+        for probability, number in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+
+
+def _for_people(picture: str, rows: Sequence[dict[str, object]]) -> str:
+    lines = [picture]
+    for row in rows:
+        label = "" if row["label"] is None else f"  {row['label']}"
+        lines.append(f"  {row['probability']:6.1%}  {row['class']:>5}{label}")
+    return "\n".join(lines)

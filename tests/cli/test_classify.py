@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import pytest
+
+from tinyvit.factory import create_model
+from tinyvit.inference import Engine
+from tinyvit.labels import imagenet_labels
+
+
+@pytest.fixture
+def thousand(checkpoints):
+    return ("--checkpoint", checkpoints / "thousand.safetensors", "--size", 32)
+
+
+@pytest.fixture
+def five(checkpoints):
+    return ("--checkpoint", checkpoints / "five.safetensors", "--size", 32)
+
+
+def test_the_likeliest_classes_come_first_with_their_names(run, tmp_path, photo, thousand):
+    path = photo(tmp_path / "a b.png")
+    result = run("classify", path, *thousand)
+    assert result.code == 0
+    engine = Engine(create_model(checkpoint=thousand[1], img_size=32))
+    best = engine.classify(path)[0].softmax(0).topk(5)
+    lines = result.out.splitlines()
+    assert lines[0] == str(path)
+    assert len(lines) == 6
+    for line, probability, number in zip(
+        lines[1:], best.values.tolist(), best.indices.tolist(), strict=True
+    ):
+        label = imagenet_labels()[number]
+        assert line == f"  {probability:6.1%}  {number:>5}  {label}"
+
+
+def test_json_is_complete(run, tmp_path, photo, thousand):
+    photo(tmp_path / "in" / "a.png")
+    photo(tmp_path / "in" / "b.png", seed=1)
+    (tmp_path / "in" / "c.png").touch()
+    result = run("-q", "classify", tmp_path / "in", "--json", "--top-k", 1000, *thousand)
+    assert result.code == 1
+    content = result.json
+    assert content["classes"] == 1000
+    assert content["variant"] is None
+    assert content["checkpoint"] == str(thousand[1])
+    assert [row["picture"] for row in content["pictures"]] == [
+        str(tmp_path / "in" / "a.png"),
+        str(tmp_path / "in" / "b.png"),
+    ]
+    top = content["pictures"][0]["top"]
+    assert sorted(row["class"] for row in top) == list(range(1000))
+    assert sum(row["probability"] for row in top) == pytest.approx(1, abs=1e-4)  # float32
+    probabilities = [row["probability"] for row in top]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert all(row["label"] == imagenet_labels()[row["class"]] for row in top)
+    assert content["failed"][0]["picture"] == str(tmp_path / "in" / "c.png")
+
+
+def test_broken_pictures_do_not_stop_the_others(run, tmp_path, photo, five):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").touch()
+    photo(tmp_path / "in" / "b.png")
+    result = run("-q", "classify", tmp_path / "in", *five)
+    assert result.code == 1
+    assert result.out.startswith(str(tmp_path / "in" / "b.png"))
+    lines = result.err.splitlines()
+    assert lines[0].startswith("failed: ")
+    assert "a.png' is empty" in lines[0]
+    assert lines[1:] == ["failed 1 of 2, named above"]
+
+
+def test_other_heads_show_numbers_or_the_names_of_a_file(run, tmp_path, photo, five):
+    path = photo(tmp_path / "a.png")
+    bare = run("classify", path, *five)
+    assert len(bare.out.splitlines()) == 6
+    assert all(len(line.split()) == 2 for line in bare.out.splitlines()[1:])
+    assert run("classify", path, "--json", *five).json["pictures"][0]["top"][0]["label"] is None
+    labels = tmp_path / "names.txt"
+    labels.write_text("zero\none\ntwo\nthree\nfour\n")
+    named = run("classify", path, "--labels", labels, "--top-k", 2, *five)
+    assert len(named.out.splitlines()) == 3
+    row = named.out.splitlines()[1].split()
+    assert ["zero", "one", "two", "three", "four"][int(row[1])] == row[2]
+
+
+def test_the_number_of_labels_must_fit(run, tmp_path, photo, five):
+    labels = tmp_path / "names.txt"
+    labels.write_text("zero\none\n")
+    result = run("-q", "classify", photo(tmp_path / "a.png"), "--labels", labels, *five)
+    assert (result.code, result.out) == (1, "")
+    assert "has 2 names, but the head has 5 classes" in result.err
+    assert run("classify", tmp_path / "a.png", "--labels", tmp_path / "no", *five).code == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "the embedded tinyvit_starter has no classification head"),
+        (["--checkpoint", "tinyvit_starter"], "has no trained classification head"),
+        (["--checkpoint", "mobile_sam"], "has no trained classification head"),
+        (["--checkpoint", "tiny_vit_5m_224.in1k"], "TINYVIT_OFFLINE"),
+        (["--model", "tiny_vit_11m_224"], "for example tiny_vit_11m_224.in1k"),
+        (["--checkpoint", "none.pth"], "no such file"),
+    ],
+)
+def test_without_a_trained_head_it_says_what_to_name(run, tmp_path, photo, words, expected):
+    result = run("-q", "classify", photo(tmp_path / "a.png"), *words)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+    assert expected in result.err
+    if not words:
+        assert "--checkpoint, for example tiny_vit_5m_224.dist_in22k_ft_in1k" in result.err
+
+
+def test_a_head_that_was_hardly_trained_is_a_warning(run, tmp_path, photo, checkpoints):
+    words = ("--checkpoint", checkpoints / "both.safetensors", "--size", 32)
+    result = run("-q", "classify", photo(tmp_path / "a.png"), *words)
+    assert result.code == 0
+    assert result.err.startswith("warning: ")
+    assert result.err.count("\n") == 1
+
+
+def test_a_folder_without_pictures(run, tmp_path, five):
+    result = run("classify", tmp_path, *five)
+    assert result.code == 1
+    assert "there are no pictures in" in result.err
+
+
+def test_bf16_answers_too(run, tmp_path, photo, five):
+    path = photo(tmp_path / "a.png")
+    exact = run("classify", path, "--json", *five).json["pictures"][0]["top"]
+    coarse = run("classify", path, "--json", "--precision", "bf16", *five).json
+    got = {row["class"]: row["probability"] for row in coarse["pictures"][0]["top"]}
+    for row in exact:  # 8 bits of mantissa through a dozen layers
+        assert got[row["class"]] == pytest.approx(row["probability"], abs=0.05)

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from tinyvit.cli import console
+from tinyvit.cli.console import Console, counted, fields, megabytes, of, one_line, table
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """``terminal()`` makes stderr a terminal of 80 columns; called in the test, as pytest puts its
+    own stderr back after every fixture."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("LINES", "24")
+
+    def make():
+        stream = Terminal()
+        monkeypatch.setattr(sys, "stderr", stream)
+        return stream
+
+    return make
+
+
+def plain(text):
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+def test_tables_line_up_and_end_without_spaces():
+    rows = [("a", "1", ""), ("group:",), ("longer", "22", "x")]
+    assert table(("name", "n", "more"), rows, right=(1,)).split("\n") == [
+        "name     n  more",
+        "a        1",
+        "group:",
+        "longer  22  x",
+    ]
+
+
+def test_heads_are_bold_in_a_terminal_only(monkeypatch):
+    assert "\x1b" not in table(("name",), [("a",)])
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert table(("name",), [("a",)]).startswith("\x1b[1m")
+
+
+def test_fields_wrap_in_a_terminal_and_never_in_a_pipe(monkeypatch):
+    pairs = [("a", "word " * 30), ("long name", ""), ("b", "x" * 100)]
+    assert fields(pairs).count("\n") == 2
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    lines = fields(pairs).split("\n")
+    assert max(len(line) for line in lines[:3]) <= 80
+    assert lines[1].startswith("           word")
+    assert lines[-1] == f"b          {'x' * 100}"  # a hash or a path stays in one piece
+
+
+def test_numbers_for_people():
+    assert [counted(1, "tensor"), counted(0, "tensor")] == ["1 tensor", "0 tensors"]
+    assert megabytes(12_459_216) == "12.5 MB"
+    assert one_line(" a\n b ") == "a b"
+
+
+def test_quiet_keeps_remarks_back_and_nothing_else(capsys):
+    Console(is_quiet=True).say("no")
+    Console().say("yes")
+    console.complain("always")
+    assert capsys.readouterr() == ("", "yes\nalways\n")
+
+
+def test_the_console_is_that_of_the_context():
+    own = Console(is_quiet=True)
+    assert of(SimpleNamespace(obj=own)) is own
+    assert of(SimpleNamespace(obj={})) == of(None) == Console()
+
+
+def test_names_that_no_encoding_knows_are_written_as_escapes(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    console.write("böse \udcff")
+    console.write_json({"name": "böse \udcff"})
+    sys.stdout.flush()
+    first, rest = raw.getvalue().split(b"\n", 1)
+    assert first == rb"b\xf6se \udcff"
+    assert json.loads(rest) == {"name": "böse \udcff"}
+
+
+def test_no_bar_where_nobody_looks(capsys):
+    with Console().progress("working") as update:
+        update(1, 2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_no_bar_when_quiet(terminal):
+    stream = terminal()
+    with Console(is_quiet=True).progress("working") as update:
+        update(1, 2)
+    assert stream.getvalue() == ""
+
+
+def test_pictures_are_counted_with_their_rate(terminal, monkeypatch):
+    stream = terminal()
+    clock = iter([10.0, 10.0, 12.0])
+    monkeypatch.setattr("tinyvit.cli.console.monotonic", lambda: next(clock))
+    with Console().progress("encoding") as update:
+        update(1, 9)
+        update(5, 9)
+    assert "encoding" in plain(stream.getvalue())
+    assert "5 of 9, 2.0 pictures/s" in plain(stream.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("total", "words"), [(8_000_000, "5.0 of 8.0 MB, 1.0 MB/s"), (None, "5.0, 1.0 MB/s")]
+)
+def test_bytes_count_from_where_a_download_went_on(terminal, monkeypatch, total, words):
+    stream = terminal()
+    clock = iter([10.0, 10.0, 12.0])
+    monkeypatch.setattr("tinyvit.cli.console.monotonic", lambda: next(clock))
+    with Console().progress("downloading", counts_bytes=True) as update:
+        update(3_000_000, total)
+        update(5_000_000, total)
+    lines = re.split(r"[\r\n]", plain(stream.getvalue()))
+    assert any(words in line for line in lines)
+    assert max(len(line) for line in lines) <= 80
+
+
+def test_a_bar_never_shown_leaves_no_trace(terminal):
+    stream = terminal()
+    with Console().progress("downloading"):
+        pass
+    assert "downloading" not in stream.getvalue()
+
+
+def test_stdout_stays_data_while_a_bar_is_shown(terminal, capsys):
+    stream = terminal()
+    with Console().progress("encoding") as update:
+        update(1, 2)
+        console.write("data")
+        console.complain("broken")
+    assert capsys.readouterr().out == "data\n"
+    assert "broken" in plain(stream.getvalue())

@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import json
+import os
+from importlib.metadata import version
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tinyvit.factory import create_model
+from tinyvit.hub import save_pretrained
+from tinyvit.image_spec import ImageSpec
+from tinyvit.images import draw
+from tinyvit.images.decode import decode
+from tinyvit.inference import Engine
+
+
+def read(path):
+    """The features of a file, and its header as values."""
+    with safe_open(path, framework="pt") as file:
+        header = {k: json.loads(text) for k, text in file.metadata().items() if k != "format"}
+        return file.get_tensor("features"), header
+
+
+def names(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
+
+
+@pytest.fixture
+def tiny(checkpoints):
+    """Options for a tiny model on tiny pictures."""
+    return ("--checkpoint", checkpoints / "encoder.safetensors", "--size", 32)
+
+
+def test_a_picture_becomes_features_that_say_how_they_came_about(run, tmp_path, photo):
+    picture = photo(tmp_path / "böse Katze [1].jpg", 30, 60)
+    result = run("encode", picture, "-o", tmp_path / "out")
+    assert (result.code, result.out) == (0, "")
+    assert names(tmp_path / "out") == ["böse Katze [1].png", "böse Katze [1].safetensors"]
+    features, header = read(tmp_path / "out" / "böse Katze [1].safetensors")
+    engine = Engine(create_model(checkpoint="tinyvit_starter"))
+    torch.testing.assert_close(features, engine.embed(picture)[0], atol=1e-5, rtol=1e-5)
+    stat = picture.stat()
+    assert header == {
+        "picture": "böse Katze [1].jpg",
+        "picture_bytes": stat.st_size,
+        "picture_mtime_ns": stat.st_mtime_ns,
+        "original_size": [30, 60],
+        "resized_size": [128, 256],
+        "crop_offset": [0, 0],
+        "model_size": [256, 256],
+        "image_spec": ImageSpec.sam(256).to_dict(),
+        "weights_sha256": engine.weights_sha256(),
+        "checkpoint": "tinyvit_starter",
+        "variant": "tiny_vit_2m_sam",
+        "strides": [2, 2, 1],
+        "precision": "fp32",
+        "device": "cpu",
+        "tinyvit_version": version("tinyvit"),
+        "drawing": "böse Katze [1].png",
+    }
+    assert decode(tmp_path / "out" / "böse Katze [1].png").shape[1] > 3 * 320
+    lines = result.err.splitlines()
+    assert lines[0].startswith("tinyvit_starter: torch ")
+    assert lines[1].startswith("encoded 1 picture in ")
+    assert f"features [256, 16, 16] in {tmp_path}/out/böse Katze [1].safetensors" in lines[1]
+    assert lines[1].endswith(f"seen in {tmp_path}/out/böse Katze [1].png")
+
+
+def test_a_folder_keeps_its_shape(run, tmp_path, photo, tiny):
+    for name in ("a.jpg", "a.png", "deep/er/b.webp", "deep/c.tif"):
+        photo(tmp_path / "in" / name)
+    result = run("encode", tmp_path / "in", "-o", tmp_path / "out", "--no-pictures", *tiny)
+    assert result.code == 0
+    assert names(tmp_path / "out") == [
+        "a.jpg.safetensors",
+        "a.png.safetensors",
+        "deep/c.safetensors",
+        "deep/er/b.safetensors",
+    ]
+    assert read(tmp_path / "out" / "deep/er/b.safetensors")[1]["picture"] == "deep/er/b.webp"
+    assert "encoded 4 pictures" in result.err
+    assert "/out/NAME.safetensors" in result.err
+
+
+def test_quiet_says_nothing(run, tmp_path, photo, tiny):
+    result = run("encode", photo(tmp_path / "a.png"), "-o", tmp_path / "out", "-q", *tiny)
+    assert (result.code, result.out, result.err) == (0, "", "")
+
+
+def test_broken_pictures_are_named_counted_and_listed(run, tmp_path, photo, tiny):
+    photo(tmp_path / "in" / "good.png")
+    (tmp_path / "in" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
+    (tmp_path / "in" / "empty.png").touch()
+    words = ("encode", tmp_path / "in", "-o", tmp_path / "out", "--json", *tiny)
+    result = run(*words, "-q")
+    assert result.code == 1
+    lines = result.err.splitlines()
+    assert [line.split(":")[0] for line in lines[:2]] == ["failed", "failed"]
+    assert "broken.jpg" in lines[0]
+    assert "empty.png' is empty" in lines[1]
+    assert lines[2:] == ["failed 2 of 3, named above"]
+    failed = result.json["failed"]
+    assert [row["picture"] for row in failed] == ["broken.jpg", "empty.png"]
+    assert all(row["error"] and row["path"].startswith(str(tmp_path)) for row in failed)
+    assert [row["picture"] for row in result.json["written"]] == ["good.png"]
+
+
+def test_a_folder_of_nothing_but_broken_pictures(run, tmp_path, tiny):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "empty.png").touch()
+    result = run("encode", tmp_path / "in", "-o", tmp_path / "out", *tiny)
+    assert result.code == 1
+    assert "encoded nothing new\n" in result.err
+
+
+def test_json_has_everything(run, tmp_path, photo, tiny):
+    photo(tmp_path / "in" / "a.png")
+    out = tmp_path / "out"
+    content = run("encode", tmp_path / "in", "-o", out, "--json", *tiny).json
+    assert set(content) == {
+        *("checkpoint", "variant", "strides", "weights_sha256", "image_spec", "precision"),
+        *("device", "tinyvit_version", "written", "skipped", "failed", "output", "seconds"),
+    }
+    assert content["written"] == [
+        {
+            "picture": "a.png",
+            "path": str(tmp_path / "in" / "a.png"),
+            "features": str(out / "a.safetensors"),
+            "drawing": str(out / "a.png"),
+            "shape": [16, 2, 2],
+            "instead_of": None,
+        }
+    ]
+    again = run("encode", tmp_path / "in", "-o", out, "--json", *tiny).json
+    assert (again["written"], again["failed"]) == ([], [])
+    assert again["skipped"] == [
+        {
+            "picture": "a.png",
+            "path": str(tmp_path / "in" / "a.png"),
+            "features": str(out / "a.safetensors"),
+            "drawing": str(out / "a.png"),
+        }
+    ]
+
+
+# --- what is there already ------------------------------------------------------------------------
+
+
+def test_what_is_there_is_kept_and_what_is_outdated_is_made_anew(
+    run, tmp_path, photo, tiny, checkpoints
+):
+    pictures, out = tmp_path / "in", tmp_path / "out"
+    for name in ("a.png", "b.png"):
+        photo(pictures / name)
+    words = ["encode", pictures, "-o", out, *tiny]
+    run(*words)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+
+    again = run(*words)
+    assert "encoded nothing new\nkept 2 made before (--overwrite makes them anew)\n" in again.err
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+    os.utime(pictures / "a.png", ns=(1, 1))
+    changed = run(*words)
+    assert "replaced 1 that were made of a picture that has changed since\n" in changed.err
+    assert "kept 1 made before" in changed.err
+
+    other = run(*words, "--checkpoint", checkpoints / "other.safetensors")
+    assert "replaced 2 that were made by another model\n" in other.err
+    assert "\nkept" not in other.err
+    assert read(out / "a.safetensors")[1]["checkpoint"].endswith("other.safetensors")
+
+    smaller = run(*words, "--size", 16)
+    assert "replaced 2 that were made by another model\n" in smaller.err
+    smaller = run(*words)
+    assert "replaced 2 that were made with another preparation of pictures\n" in smaller.err
+
+    coarse = run(*words, "--precision", "bf16")
+    assert "replaced 2 that were made in another precision\n" in coarse.err
+    assert read(out / "a.safetensors")[1]["precision"] == "bf16"
+
+    forced = run(*words, "--precision", "bf16", "--overwrite")
+    assert "encoded 2 pictures" in forced.err
+    assert "replaced" not in forced.err
+
+
+def test_without_pictures_and_then_with(run, tmp_path, photo, tiny):
+    picture, out = photo(tmp_path / "a.jpg"), tmp_path / "out"
+    run("encode", picture, "-o", out, "--no-pictures", *tiny)
+    assert names(out) == ["a.safetensors"]
+    result = run("encode", picture, "-o", out, *tiny)
+    assert "replaced 1 that were without a picture of the features" in result.err
+    assert names(out) == ["a.png", "a.safetensors"]
+    assert "kept 1" in run("encode", picture, "-o", out, "--no-pictures", *tiny).err
+
+
+def test_files_of_the_user_s_own_are_not_replaced_unasked(run, tmp_path, photo, tiny):
+    picture = photo(tmp_path / "a.jpg")
+    (tmp_path / "a.png").write_text("mine")
+    result = run("encode", picture, "-o", tmp_path, *tiny)
+    assert result.code == 1
+    assert "a.png is there already and was not made by this command; choose" in result.err
+    assert (tmp_path / "a.png").read_text() == "mine"
+    assert names(tmp_path) == ["a.jpg", "a.png"]
+    assert run("encode", picture, "-o", tmp_path, "--overwrite", *tiny).code == 0
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_picture_is_never_replaced_by_the_picture_of_its_features(run, tmp_path, photo, tiny):
+    picture = photo(tmp_path / "a.png")
+    before = picture.read_bytes()
+    for more in ((), ("--overwrite",)):
+        result = run("encode", picture, "-o", tmp_path, *more, *tiny)
+        assert result.code == 1
+        assert "would replace" in result.err
+    assert picture.read_bytes() == before
+    assert run("encode", picture, "-o", tmp_path, "--no-pictures", *tiny).code == 0
+
+
+# --- wrong arguments ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["none.jpg", "-o", "out"], "there is no file or folder"),
+        (["empty", "-o", "out"], "there are no pictures in 'empty'"),
+        (["in", "-o", "in"], "is read and written to"),
+        (["in", "-o", "file"], "'file' is a file; give a folder to write to"),
+        (["in", "-o", "out", "--checkpoint", "nothing"], "unknown checkpoint 'nothing'"),
+        (["in", "-o", "out", "--checkpoint", "none.pt"], "no such file"),
+        (["in", "-o", "out", "--checkpoint", "in/a.png"], "PNG picture"),
+        (["in", "-o", "out", "--checkpoint", "mobile_sam"], "TINYVIT_OFFLINE"),
+        (["in", "-o", "out", "--model", "tiny_vit_5m_sam"], "needs a --checkpoint"),
+        (["in", "-o", "out", "--model", "tiny_vit"], "unknown model 'tiny_vit'"),
+        (["in", "-o", "out", "--device", "toaster"], "device must be"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_write_nothing(
+    run, tmp_path, photo, monkeypatch, words, expected
+):
+    monkeypatch.chdir(tmp_path)
+    photo(tmp_path / "in" / "a.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    result = run("-q", "encode", *words)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+    assert expected in result.err
+    assert names(tmp_path) == ["in/a.png"]
+
+
+def test_a_checkpoint_that_does_not_fit_is_told_in_few_words(run, tmp_path, photo, tiny):
+    words = ("encode", photo(tmp_path / "a.jpg"), "-o", tmp_path / "out", *tiny)
+    result = run(*words, "--model", "tiny_vit_2m_sam", "-q")
+    assert result.code == 1
+    assert result.err.count("\n") == 1
+    assert len(result.err) < 800
+    assert "does not fit" in result.err
+    assert result.err.endswith("... (--debug shows all of it)\n")
+    assert len(run(*words, "--model", "tiny_vit_2m_sam", "--debug").err) > 5000
+
+
+def test_a_folder_that_cannot_be_made_stops_at_once(run, tmp_path, photo, tiny):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    result = run("encode", photo(tmp_path / "a.jpg"), "-o", out, "-q", *tiny)
+    assert result.code == 1
+    assert result.err == f"error: {out}: Not a directory\n"
+
+
+def test_a_read_only_folder_is_one_line(run, tmp_path, photo, tiny, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir(mode=0o500)
+    if os.access(out, os.W_OK):  # the superuser may write anywhere
+
+        def refuse(*args, **kwargs):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("tinyvit.checkpoints.files.save_file", refuse)
+    result = run("encode", photo(tmp_path / "a.jpg"), "-o", out, "-q", *tiny)
+    assert result.code == 1
+    assert "error: " in result.err
+    assert "Permission denied" in result.err
+    assert result.err.count("\n") == 1
+    assert list(out.iterdir()) == []
+
+
+def test_a_stop_in_the_middle_says_how_far_it_came(run, tmp_path, photo, tiny, monkeypatch):
+    real, calls = draw.save_png, []
+
+    def save(path, pixels):
+        calls.append(path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        real(path, pixels)
+
+    for number in range(4):
+        photo(tmp_path / "in" / f"{number}.png")
+    monkeypatch.setattr(draw, "save_png", save)
+    result = run("encode", tmp_path / "in", "-o", tmp_path / "out", "--json", *tiny)
+    assert (result.code, result.out) == (130, "")
+    assert result.err.splitlines()[1:] == [
+        "stopped after 2 of 4 pictures; the same command goes on from there",
+        "interrupted",
+    ]
+
+
+def test_pictures_of_many_shapes_without_padding(run, tmp_path, photo, checkpoints):
+    for number in range(5):
+        photo(tmp_path / "in" / f"{number}.png", 20 + 9 * number, 64)
+    folder = tmp_path / "saved"
+    model = create_model(checkpoint=checkpoints / "encoder.safetensors")
+    model.image_spec = ImageSpec.sam(64, pad=False)
+    save_pretrained(model, folder)
+    out = tmp_path / "out"
+    result = run("encode", tmp_path / "in", "-o", out, "--checkpoint", folder)
+    assert result.code == 0
+    assert "[16, 2, 4] [16, 3, 4] [16, 4, 4] in" in result.err

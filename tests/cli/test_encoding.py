@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import errno
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tinyvit.cli.encoding import Job, recipe
+from tinyvit.cli.picture_files import list_pictures
+from tinyvit.errors import CheckpointError
+from tinyvit.factory import create_model
+from tinyvit.image_spec import ImageSpec
+from tinyvit.images import draw
+from tinyvit.inference import Engine
+
+
+@pytest.fixture(scope="module")
+def model(make_tiny_vit):
+    model = make_tiny_vit(head=False)
+    model.image_spec = ImageSpec.sam(32)
+    return model
+
+
+@pytest.fixture
+def make_job(model, tmp_path):
+    def make(batch_size=2, backend="auto", **changes):
+        engine = Engine(model, backend=backend, image_spec=model.image_spec, batch_size=batch_size)
+        facts = {
+            **dict.fromkeys(("weights_sha256", "image_spec", "precision"), "x"),
+            **{"strides": [2, 2, 1], "tinyvit_version": "0"},
+        }
+        return Job(engine, tmp_path / "out", facts, **changes)
+
+    return make
+
+
+@pytest.fixture
+def pictures(tmp_path, photo):
+    for number in range(5):
+        photo(tmp_path / "in" / f"{number}.png", 20 + number, 30, number)
+    return list_pictures([tmp_path / "in"])
+
+
+def features_of(path):
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("features")
+
+
+def test_the_recipe_is_plain_data_that_tells_models_apart():
+    model = create_model("tiny_vit_2m_sam")
+    engine = Engine(model)
+    facts = recipe(engine, model, "a name", "tiny_vit_2m_sam")
+    assert facts == json.loads(json.dumps(facts))
+    assert facts["weights_sha256"] == engine.weights_sha256()
+    assert facts["strides"] == [2, 2, 1]
+    assert ImageSpec.from_dict(facts["image_spec"]) == model.image_spec
+    assert (facts["precision"], facts["device"]) == ("fp32", "cpu")
+
+
+def test_a_backend_of_one_s_own_is_fp32(model):
+    class Fake:
+        name, device = "fake", "nowhere"
+
+        def __call__(self, batch):
+            return torch.full((len(batch), 3, 2, 2), torch.nan)
+
+        def close(self):
+            pass
+
+    engine = Engine(model, backend=Fake())
+    assert recipe(engine, model, "x", None)["precision"] == "fp32"
+
+
+def test_the_features_are_the_engine_s_in_the_order_of_the_pictures(make_job, pictures):
+    job = make_job(with_drawings=False)
+    outcomes = list(job.run(pictures))
+    assert [outcome.picture for outcome in outcomes] == pictures
+    assert {outcome.state for outcome in outcomes} == {"written"}
+    for outcome in outcomes:
+        expected = job.engine.embed(outcome.picture.path)[0]
+        got = features_of(outcome.features)
+        assert got.dtype == torch.float32
+        assert tuple(got.shape) == outcome.shape
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)  # another batch size
+
+
+def test_broken_pictures_are_outcomes_and_the_others_go_on(make_job, pictures, tmp_path):
+    (tmp_path / "in" / "1.png").write_bytes(b"")
+    (tmp_path / "in" / "3.png").unlink()
+    outcomes = {o.picture.name: o for o in make_job(with_drawings=False).run(pictures)}
+    assert len(outcomes) == 5
+    assert [name for name, o in outcomes.items() if o.state == "failed"] == ["1.png", "3.png"]
+    assert "is empty" in outcomes["1.png"].reason
+    assert f"{tmp_path / 'in' / '3.png'}: No such file" in outcomes["3.png"].reason
+
+
+def test_features_that_are_no_numbers_fail(make_job, pictures, monkeypatch):
+    job = make_job(with_drawings=False)
+    infinite = torch.full((2, 1, 1), torch.inf)
+    real = job.engine.stream
+
+    def stream(images):
+        for number, encoded in enumerate(real(images)):
+            if number == 0:
+                encoded = type(encoded)(infinite, encoded.placement)
+            yield encoded
+
+    monkeypatch.setattr(job.engine, "stream", stream)
+    states = [outcome.state for outcome in job.run(pictures[:2])]
+    assert states == ["failed", "written"]
+
+
+def test_a_full_disk_stops_the_work_and_leaves_whole_files(make_job, pictures, monkeypatch):
+    real = draw.save_png
+    calls = []
+
+    def save(path, pixels):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(path, pixels)
+
+    monkeypatch.setattr(draw, "save_png", save)
+    job = make_job()
+    with pytest.raises(OSError, match="No space left"):
+        list(job.run(pictures))
+    monkeypatch.undo()
+    again = [(outcome.state, outcome.reason) for outcome in job.run(pictures)]
+    assert again[:2] == [("skipped", "")] * 2
+    assert again[2] == ("written", "without a picture of the features")
+    assert again[3:] == [("written", "")] * 2
+
+
+def test_a_name_too_long_for_the_disk_is_one_failed_picture(make_job, tmp_path, photo):
+    photo(tmp_path / "in" / f"{'x' * 230}.png")
+    photo(tmp_path / "in" / "y.png")
+    outcomes = list(make_job(with_drawings=False).run(list_pictures([tmp_path / "in"])))
+    assert [outcome.state for outcome in outcomes] == ["failed", "written"]
+    assert "too long a name" in outcomes[0].reason
+
+
+def test_a_disk_that_refuses_features_stops_the_work(make_job, pictures, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "0.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match="could not be written"):
+        list(make_job(with_drawings=False, overwrite=True).run(pictures))
+
+
+def test_without_drawings_an_old_one_does_not_stay_beside_new_features(
+    make_job, pictures, tmp_path
+):
+    list(make_job().run(pictures[:1]))
+    assert (tmp_path / "out" / "0.png").exists()
+    list(make_job(with_drawings=False, overwrite=True).run(pictures[:1]))
+    assert not (tmp_path / "out" / "0.png").exists()

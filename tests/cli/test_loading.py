@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import pytest
+
+from tinyvit.catalog import (
+    DEFAULT_CHECKPOINT,
+    get_checkpoint,
+    list_checkpoints,
+    list_models,
+)
+from tinyvit.checkpoints.cache import cache_folder
+from tinyvit.cli.console import Console
+from tinyvit.cli.loading import announce, file_of, load_classifier, load_encoder, variant_of
+from tinyvit.errors import CheckpointError
+from tinyvit.factory import create_model
+from tinyvit.hub import save_pretrained
+from tinyvit.image_spec import ImageSpec
+
+QUIET = Console(is_quiet=True)
+
+
+def test_the_default_checkpoint_is_embedded():
+    assert get_checkpoint(DEFAULT_CHECKPOINT).embedded
+
+
+def test_a_name_a_file_or_a_folder_is_a_file(tmp_path, make_tiny_vit, monkeypatch):
+    save_pretrained(make_tiny_vit(), tmp_path / "saved")
+    cached = cache_folder() / "mobile_sam.pt"
+    cached.touch()
+    assert file_of("tinyvit_starter").name == "starter.safetensors"
+    assert file_of("mobile_sam") == cached
+    assert file_of(str(tmp_path / "saved")) == tmp_path / "saved" / "model.safetensors"
+    assert str(file_of("none.pt")) == "none.pt"
+    assert str(file_of("a/none")) == "a/none"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bare").touch()
+    assert str(file_of("bare")) == "bare"
+
+
+def test_an_unknown_or_absent_name_is_an_error():
+    with pytest.raises(CheckpointError, match="did you mean 'mobile_sam'"):
+        file_of("mobilesam")
+    with pytest.raises(CheckpointError, match="fetch it with: tinyvit download tinysam"):
+        file_of("tinysam")
+
+
+def test_an_encoder_gives_maps_whatever_it_was(checkpoints, picture):
+    for name, channels in [("encoder", 16), ("both", 16), ("five", 24)]:
+        model = load_encoder(QUIET, str(checkpoints / f"{name}.safetensors"), None, None)
+        assert model(picture(1, 32, 32)).shape[:2] == (1, channels)
+    assert variant_of(load_encoder(QUIET, None, None, None)) == "tiny_vit_2m_sam"
+    assert load_encoder(QUIET, None, "tiny_vit_2m_sam", 128).image_spec.size == (128, 128)
+
+
+def test_a_variant_without_its_checkpoint_names_one():
+    for variant, words in [
+        ("tiny_vit_5m_sam", "for example sam_hq_vit_tiny"),
+        ("tiny_vit_11m_sam", "for example a file of your own"),
+        ("tiny_vit_5m_sm", "did you mean 'tiny_vit_5m_sam'"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            load_encoder(QUIET, None, variant, None)
+
+
+def test_a_folder_says_itself_how_it_is_used(tmp_path, make_tiny_vit):
+    model = make_tiny_vit(neck_dim=None, strides=(2, 2, 2))
+    model.image_spec = ImageSpec.timm(64)
+    folder = str(save_pretrained(model, tmp_path / "saved"))
+    assert load_classifier(QUIET, folder, None, None).num_classes == 5
+    assert load_encoder(QUIET, folder, None, None).head is None
+    for variant, size in [("tiny_vit_5m_224", None), (None, 96)]:
+        with pytest.raises(ValueError, match="leave --model and --size out"):
+            load_encoder(QUIET, folder, variant, size)
+
+
+def test_a_classifier_needs_a_trained_head(checkpoints):
+    good = str(checkpoints / "five.safetensors")
+    assert load_classifier(QUIET, good, None, None).num_classes == 5
+    hint = r"for example tiny_vit_5m_224\.dist_in22k_ft_in1k \('tinyvit models' lists all\)"
+    with pytest.raises(ValueError, match=f"tinyvit_starter has no classification head.*{hint}"):
+        load_classifier(QUIET, None, None, None)
+    with pytest.raises(ValueError, match=r"for example tiny_vit_21m_384\.dist_in22k_ft_in1k"):
+        load_classifier(QUIET, None, "tiny_vit_21m_384", None)
+    with pytest.raises(CheckpointError, match=f"mobile_sam is a SAM encoder.*{hint}"):
+        load_classifier(QUIET, "mobile_sam", None, None)
+    with pytest.raises(CheckpointError, match=f"has no classification head; .*{hint}"):
+        load_classifier(QUIET, str(checkpoints / "encoder.safetensors"), None, None)
+    with pytest.warns(UserWarning, match="never trained"):
+        load_classifier(QUIET, str(checkpoints / "both.safetensors"), None, None)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_variant_knows_itself(name):
+    assert variant_of(create_model(name)) == name
+
+
+def test_other_sizes_are_no_variant(make_tiny_vit):
+    assert variant_of(make_tiny_vit()) is None
+
+
+def test_only_a_download_is_announced(capsys):
+    for name in list_checkpoints():
+        announce(Console(), get_checkpoint(name))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(list_checkpoints()) - 1
+    assert lines[0].startswith("fetching mobile_sam (Apache-2.0), published at https://")
+    (cache_folder() / "mobile_sam.pt").touch()
+    announce(Console(), get_checkpoint("mobile_sam"))
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+
+import pytest
+
+from tinyvit.cli import classify, convert, download, encode, inspect, models
+from tinyvit.cli.main import app, main, reordered
+
+VERBS = {
+    "models": models,
+    "inspect": inspect,
+    "convert": convert,
+    "download": download,
+    "encode": encode,
+    "classify": classify,
+}
+HEAVY = ("torch", "numpy", "PIL", "safetensors", "huggingface_hub")
+COMMAND = [sys.executable, "-m", "tinyvit"]
+CALM = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_every_verb_is_registered():
+    assert [command.callback.__name__ for command in app.registered_commands] == list(VERBS)
+
+
+def test_alone_it_prints_its_help_and_every_verb(run):
+    alone, asked, short = run(), run("--help"), run("-h")
+    assert alone.code == asked.code == 0
+    assert alone.out == asked.out == short.out
+    assert alone.err == ""
+    for verb in VERBS:
+        assert f"\n  {verb} " in alone.out
+    assert "..." not in alone.out.split("Commands:")[1]  # no summary is cut short
+
+
+def test_the_version_is_the_package_s(run):
+    assert run("--version").out == f"tinyvit {version('tinyvit')}\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_and_option_is_documented_with_an_example(run, verb):
+    result = run(verb, "--help")
+    assert result.code == 0
+    assert "Examples:\n" in result.out
+    for example in VERBS[verb].EXAMPLES:
+        assert f"\n    {example}\n" in result.out
+        assert f"tinyvit {verb} " in f"{example} "
+    assert len(result.out.split("Options:")[0].strip().splitlines()) > 4
+    lines = result.out.split("Options:")[1].splitlines()
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if line.startswith("  -") and "--help" not in line:
+            assert len(line.split("  ")) > 2 or following.startswith("      "), line
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], [], ["encode", "--help"]])
+def test_talking_about_itself_loads_nothing_heavy(words):
+    code = (
+        "import sys\nfrom tinyvit.cli.main import main\n"
+        f"try:\n    main({words!r})\nexcept SystemExit:\n    pass\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["nothing"], "No such command 'nothing'"),
+        (["--nothing"], "No such option"),
+        (["models", "--nothing"], "No such option"),
+        (["models", "more"], "unexpected extra argument"),
+        (["inspect"], "Missing argument"),
+        (["convert", "a", "b"], "Missing option '--to'"),
+        (["encode", "a.jpg"], "Missing option '--output'"),
+        (["encode", "-o", "x"], "Missing argument"),
+        (["encode", "a.jpg", "-o", "x", "--batch-size", "0"], "--batch-size"),
+        (["encode", "a.jpg", "-o", "x", "--precision", "fp8"], "'fp8' is not one of"),
+        (["encode", "a.jpg", "-o", "x", "--size", "big"], "--size"),
+        (["classify", "a.jpg", "--top-k", "0"], "--top-k"),
+        (["download"], "Missing argument"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(run, words, named):
+    result = run(*words)
+    assert result.code == 2
+    assert named in result.err
+    assert result.out == ""
+
+
+def test_shared_options_may_stand_anywhere(run):
+    assert reordered(["encode", "a", "-q", "--", "--debug"]) == [
+        "-q",
+        "encode",
+        "a",
+        "--",
+        "--debug",
+    ]
+    for words in (["--debug", "inspect", "none.pt"], ["inspect", "none.pt", "--debug"]):
+        assert "Traceback" in run(*words).err
+    assert run("models").err != ""
+    assert run("-q", "models").err == run("models", "--quiet").err == ""
+
+
+def test_main_reads_the_process_s_arguments(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tinyvit", "--version"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    assert capsys.readouterr().out.startswith("tinyvit ")
+
+
+def test_a_closed_pipe_is_quiet():
+    command = f"{sys.executable} -m tinyvit models --json | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == "{\n"
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="wants a device that is always full")
+def test_a_full_disk_behind_stdout_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, "models", "-q"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr == "error: No space left on device\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are another thing there")
+def test_ctrl_c_leaves_nothing_half_written_and_the_rest_can_follow(tmp_path, photo):
+    pictures, out = tmp_path / "in", tmp_path / "out"
+    for number in range(40):
+        photo(pictures / f"{number:02}.png", 200, 300, number)
+    words = [*COMMAND, "encode", str(pictures), "-o", str(out), "--batch-size", "1"]
+    job = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=CALM)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("*.safetensors"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    job.send_signal(signal.SIGINT)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 130
+    assert err.endswith("the same command goes on from there\ninterrupted\n")
+    assert "Traceback" not in err
+    done = len(list(out.glob("*.safetensors")))
+    assert 2 <= done < 40
+    assert all(path.suffix in (".safetensors", ".png") for path in out.iterdir())
+    again = subprocess.run(
+        [*words, "--no-pictures"], capture_output=True, text=True, env=CALM, check=True
+    )
+    assert f"kept {done} made before" in again.stderr
+    assert len(list(out.glob("*.safetensors"))) == 40
