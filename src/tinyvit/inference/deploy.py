@@ -62,8 +62,7 @@ class DeployedTinyViT:
 
     def features(self, batch: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> the neck's output, or the last stage's map without a neck."""
-        x = self._run(batch)[-1]
-        return (x if self._neck is None else self._neck(x)).permute(0, 3, 1, 2)
+        return self._end(self._run(batch)[-1])
 
     def logits(self, batch: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> [B, classes].
@@ -71,16 +70,33 @@ class DeployedTinyViT:
         Raises:
             ValueError: The model has no head.
         """
-        if self._head is None:
-            raise ValueError("this TinyViT was built without a classification head")
-        return self._head(self._run(batch)[-1])
+        return self._end(self._run(batch)[-1], as_logits=True)
 
     def stages(self, batch: Tensor) -> list[Tensor]:
         """[B, in_chans, H, W] -> the map of each stage, [B, C, h, w]."""
         return [stage.permute(0, 3, 1, 2) for stage in self._run(batch, keep=True)]
 
+    def with_stages(self, batch: Tensor, as_logits: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """What ``features`` (or ``logits``) and ``stages`` give, in one pass.
+
+        Raises:
+            ValueError: Logits are wanted and the model has no head.
+        """
+        maps = self._run(batch, keep=True)
+        return self._end(maps[-1], as_logits), [stage.permute(0, 3, 1, 2) for stage in maps]
+
+    def _end(self, x: Tensor, as_logits: bool = False) -> Tensor:
+        """The last stage's map [B, h, w, C] -> the output: the neck's, or the head's."""
+        if not as_logits:
+            return (x if self._neck is None else self._neck(x)).permute(0, 3, 1, 2)
+        if self._head is None:
+            raise ValueError("this TinyViT was built without a classification head")
+        return self._head(x)
+
     def _run(self, batch: Tensor, keep: bool = False) -> list[Tensor]:
         """The maps [B, h, w, C] at the end of the stages: all of them, or only the last."""
+        if batch.shape[0] == 0:  # sizes follow from any picture of this shape
+            return [x[:0] for x in self._run(batch.new_zeros(1, *batch.shape[1:]), keep)]
         x = batch.to(self.dtype).contiguous(memory_format=torch.channels_last)
         x = self._stem(x.permute(0, 2, 3, 1))
         maps: list[Tensor] = []
@@ -119,6 +135,27 @@ def _pieces(
             yield slice(i, i + 1), top, min(top + height, rows)
 
 
+def _assemble(
+    piece: Callable[[slice, int, int], Tensor],
+    batch: int,
+    rows: int,
+    bytes_per_row: int,
+    multiple: int = 1,
+) -> Tensor:
+    """The map [B, rows, W, C] that ``piece(pictures, top, bottom)`` gives in parts."""
+    out: Tensor | None = None
+    for pictures, top, bottom in _pieces(batch, rows, bytes_per_row, multiple):
+        part = piece(pictures, top, bottom)
+        if part.shape[0] == batch and part.shape[1] == rows:
+            return part
+        if out is None:
+            out = part.new_empty(batch, rows, *part.shape[2:])
+        out[pictures, top:bottom] = part
+    if out is None:
+        raise ValueError("a batch without pictures has no pieces")
+    return out
+
+
 class _RowConv:
     """A convolution that can give a part of its output rows."""
 
@@ -136,26 +173,21 @@ class _RowConv:
         first = top * self.stride - self.pad
         return first, (bottom - 1) * self.stride - self.pad + self.side
 
-    def __call__(self, x: Tensor, above: int, below: int) -> Tensor:
-        """Convolve rows [B, R, W, C] that lack ``above`` and ``below`` rows of zeros."""
-        image = x.permute(0, 3, 1, 2)
-        if above == below == self.pad:
-            y = self.conv(image)
-        else:
-            if above or below:
-                image = F.pad(image, (0, 0, above, below))
-            y = self.conv(image, pad_rows=0)
-        return y.permute(0, 2, 3, 1)
-
     def rows(self, x: Tensor, top: int, bottom: int, offset: int = 0, height: int = -1) -> Tensor:
         """Output rows [top, bottom) from ``x``, which starts at row ``offset`` of the map.
 
         ``height`` is that of the whole map; what lies outside it is zero.
         """
         height = x.shape[1] if height < 0 else height
+        image = x.permute(0, 3, 1, 2)
+        if top == 0 and bottom == self.output(height):
+            return self.conv(image).permute(0, 2, 3, 1)
         first, behind = self.needs(top, bottom)
-        seen = x[:, max(first, 0) - offset : min(behind, height) - offset]
-        return self(seen, max(-first, 0), max(behind - height, 0))
+        image = image[:, :, max(first, 0) - offset : min(behind, height) - offset]
+        above, below = max(-first, 0), max(behind - height, 0)
+        if above or below:
+            image = F.pad(image, (0, 0, above, below))
+        return self.conv(image, pad_rows=0).permute(0, 2, 3, 1)
 
 
 class _Convolutions:
@@ -169,15 +201,15 @@ class _Convolutions:
     def __call__(self, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
         middle = self.first.output(height), self.first.output(width)
-        rows, columns = self.second.output(middle[0]), self.second.output(middle[1])
-        out = x.new_empty(batch, rows, columns, self.second.channels)
         per_row = middle[1] * self.first.channels * x.element_size() * self.second.stride
-        for pictures, top, bottom in _pieces(batch, rows, per_row):
+
+        def piece(pictures: slice, top: int, bottom: int) -> Tensor:
             low, high = self.second.needs(top, bottom)
             low, high = max(low, 0), min(high, middle[0])
             y = self.first.rows(x[pictures], low, high)
-            out[pictures, top:bottom] = self.second.rows(y, top, bottom, low, middle[0])
-        return out
+            return self.second.rows(y, top, bottom, low, middle[0])
+
+        return _assemble(piece, batch, self.second.output(middle[0]), per_row)
 
 
 # -- blocks --------------------------------------------------------------------------------------
@@ -202,15 +234,15 @@ class _Bottleneck:
 
     def __call__(self, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
-        out = torch.empty_like(x)
         per_row = width * self.hidden * x.element_size()
-        for pictures, top, bottom in _pieces(batch, height, per_row):
+
+        def piece(pictures: slice, top: int, bottom: int) -> Tensor:
             low, high = max(top - 1, 0), min(bottom + 1, height)
             y = self.expand(x[pictures, low:high])
             y = self.depthwise.rows(y, top, bottom, low, height)
-            y = self.project(y, x[pictures, top:bottom])
-            out[pictures, top:bottom] = F.gelu(y)
-        return out
+            return F.gelu(self.project(y, x[pictures, top:bottom]))
+
+        return _assemble(piece, batch, height, per_row)
 
 
 class _Merge:
@@ -224,15 +256,15 @@ class _Merge:
 
     def __call__(self, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
-        rows, columns = self.depthwise.output(height), self.depthwise.output(width)
-        out = x.new_empty(batch, rows, columns, self.channels)
         per_row = width * self.channels * x.element_size() * self.depthwise.stride
-        for pictures, top, bottom in _pieces(batch, rows, per_row):
+
+        def piece(pictures: slice, top: int, bottom: int) -> Tensor:
             low, high = self.depthwise.needs(top, bottom)
             low, high = max(low, 0), min(high, height)
             y = self.widen(x[pictures, low:high])
-            out[pictures, top:bottom] = self.mix(self.depthwise.rows(y, top, bottom, low, height))
-        return out
+            return self.mix(self.depthwise.rows(y, top, bottom, low, height))
+
+        return _assemble(piece, batch, self.depthwise.output(height), per_row)
 
 
 class _TokenBlock:
@@ -254,18 +286,20 @@ class _TokenBlock:
 
     def __call__(self, x: Tensor) -> Tensor:
         batch, height, width, channels = x.shape
-        attended = torch.empty_like(x)
-        per_row = width * 3 * channels * x.element_size()
-        for pictures, top, bottom in _pieces(batch, height, per_row, self.side):
+        per_row = width * x.element_size()
+
+        def attend(pictures: slice, top: int, bottom: int) -> Tensor:
             rows = x[pictures, top:bottom]
-            attended[pictures, top:bottom] = self.proj(self._attend(rows), rows)
-        out = torch.empty_like(x)
-        per_row = width * self.hidden * x.element_size()
-        for pictures, top, bottom in _pieces(batch, height, per_row):
+            return self.proj(self._attend(rows), rows)
+
+        attended = _assemble(attend, batch, height, per_row * 3 * channels, self.side)
+
+        def mix(pictures: slice, top: int, bottom: int) -> Tensor:
             y = self.local.rows(attended[pictures], top, bottom)
             normed = F.layer_norm(y, (channels,), None, None, self.eps)
-            out[pictures, top:bottom] = self.fc2(self.fc1(normed), y)
-        return out
+            return self.fc2(self.fc1(normed), y)
+
+        return _assemble(mix, batch, height, per_row * self.hidden)
 
     def _attend(self, x: Tensor) -> Tensor:
         """Attention within the windows of whole rows of windows, before proj: [B, R, W, C]."""

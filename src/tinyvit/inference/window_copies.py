@@ -19,10 +19,13 @@ def copy_to_windows(x: Tensor, side: int, padding: Tensor) -> Tensor:
         padding: [C], what stands in places of a window that are outside the map.
 
     Returns:
-        [B * ceil(H/S) * ceil(W/S), S*S, C], windows in row-major order.
+        [B * ceil(H/S) * ceil(W/S), S*S, C], windows in row-major order; a view of ``x`` where
+        that is possible.
     """
     batch, height, width, channels = x.shape
     rows, columns = -(-height // side), -(-width // side)
+    if width == side and height % side == 0:  # windows lie one behind the other already
+        return x.reshape(batch * rows, side * side, channels)
     windows = x.new_empty(batch, rows, columns, side, side, channels)
     for target, source in _matching(windows, x, side):
         target.copy_(source)
@@ -47,6 +50,8 @@ def copy_from_windows(windows: Tensor, side: int, like: Tensor) -> Tensor:
     batch, height, width = like.shape[:3]
     rows, columns = -(-height // side), -(-width // side)
     channels = windows.shape[-1]
+    if width == side and height % side == 0:
+        return windows.reshape(batch, height, width, channels)
     windows = windows.reshape(batch, rows, columns, side, side, channels)
     x = windows.new_empty(batch, height, width, channels)
     for source, target in _matching(windows, x, side):
