@@ -14,7 +14,7 @@ SRC = ROOT / "src" / "tinyvit"
 TESTS = ROOT / "tests"
 
 FLOORS = (
-    {"modules", "errors", "image_spec"},
+    {"modules", "errors", "image_spec", "allocator"},
     {"catalog", "checkpoints", "images", "labels", "factory", "hub"},
     {"inference", "sam"},
     {"embed", "train", "evaluate", "export", "bench"},

@@ -33,6 +33,7 @@ NAMES = [
     "load_checkpoint",
     "push_to_hub",
     "save_pretrained",
+    "tune_allocator",
 ]
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from importlib.metadata import version
 
+    from tinyvit.allocator import tune_allocator
     from tinyvit.catalog import list_checkpoints, list_models
     from tinyvit.checkpoints.conversion import convert as convert_checkpoint
     from tinyvit.checkpoints.inspection import inspect as inspect_checkpoint
@@ -51,6 +52,7 @@ _HOMES = {
     "load_checkpoint": "factory:load_checkpoint",
     "push_to_hub": "hub:push_to_hub",
     "save_pretrained": "hub:save_pretrained",
+    "tune_allocator": "allocator:tune_allocator",
 }
 
 __all__ = [
@@ -74,6 +76,7 @@ __all__ = [
     "load_checkpoint",
     "push_to_hub",
     "save_pretrained",
+    "tune_allocator",
 ]
 
 

@@ -309,6 +309,20 @@ def test_a_stop_in_the_middle_says_how_far_it_came(run, tmp_path, photo, tiny, m
     ]
 
 
+def test_no_pad(run, tmp_path, photo, tiny):
+    photo(tmp_path / "in" / "a.png", 20, 40)
+    out = tmp_path / "out"
+    assert run("encode", tmp_path / "in", "-o", out, *tiny).code == 0
+    padded = run("encode", tmp_path / "in", "-o", out, "--json", *tiny).json
+    assert padded["image_spec"]["pad"] is True
+    result = run("encode", tmp_path / "in", "-o", out, "--no-pad", "--json", *tiny)
+    assert ", not padded" in result.err
+    assert "made with another preparation of pictures" in result.err
+    assert result.json["image_spec"] == {**padded["image_spec"], "pad": False}
+    height, width = padded["image_spec"]["size"]
+    assert result.json["written"][0]["shape"][1:] == [-(-height // 2 // 16), -(-width // 16)]
+
+
 def test_pictures_of_many_shapes_without_padding(run, tmp_path, photo, checkpoints):
     for number in range(5):
         photo(tmp_path / "in" / f"{number}.png", 20 + 9 * number, 64)

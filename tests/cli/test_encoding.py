@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -13,6 +15,7 @@ from tinyvit.errors import CheckpointError
 from tinyvit.factory import create_model
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images import draw
+from tinyvit.images.decode import decode
 from tinyvit.inference import Engine
 
 
@@ -25,8 +28,8 @@ def model(make_tiny_vit):
 
 @pytest.fixture
 def make_job(model, tmp_path):
-    def make(batch_size=2, backend="auto", **changes):
-        engine = Engine(model, backend=backend, image_spec=model.image_spec, batch_size=batch_size)
+    def make(batch_size=2, workers=1, **changes):
+        engine = Engine(model, batch_size=batch_size, workers=workers)
         facts = {
             **dict.fromkeys(("weights_sha256", "image_spec", "precision"), "x"),
             **{"strides": [2, 2, 1], "tinyvit_version": "0"},
@@ -91,7 +94,7 @@ def test_broken_pictures_are_outcomes_and_the_others_go_on(make_job, pictures, t
     (tmp_path / "in" / "3.png").unlink()
     outcomes = {o.picture.name: o for o in make_job(with_drawings=False).run(pictures)}
     assert len(outcomes) == 5
-    assert [name for name, o in outcomes.items() if o.state == "failed"] == ["1.png", "3.png"]
+    assert {name for name, o in outcomes.items() if o.state == "failed"} == {"1.png", "3.png"}
     assert "is empty" in outcomes["1.png"].reason
     assert f"{tmp_path / 'in' / '3.png'}: No such file" in outcomes["3.png"].reason
 
@@ -99,15 +102,15 @@ def test_broken_pictures_are_outcomes_and_the_others_go_on(make_job, pictures, t
 def test_features_that_are_no_numbers_fail(make_job, pictures, monkeypatch):
     job = make_job(with_drawings=False)
     infinite = torch.full((2, 1, 1), torch.inf)
-    real = job.engine.stream
+    real = job.engine.stream_prepared
 
-    def stream(images):
-        for number, encoded in enumerate(real(images)):
+    def stream(inputs, stages):
+        for number, encoded in enumerate(real(inputs, stages=stages)):
             if number == 0:
                 encoded = type(encoded)(infinite, encoded.placement)
             yield encoded
 
-    monkeypatch.setattr(job.engine, "stream", stream)
+    monkeypatch.setattr(job.engine, "stream_prepared", stream)
     states = [outcome.state for outcome in job.run(pictures[:2])]
     assert states == ["failed", "written"]
 
@@ -131,6 +134,81 @@ def test_a_full_disk_stops_the_work_and_leaves_whole_files(make_job, pictures, m
     assert again[:2] == [("skipped", "")] * 2
     assert again[2] == ("written", "without a picture of the features")
     assert again[3:] == [("written", "")] * 2
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_one_pass_of_the_model_for_each_picture(make_job, pictures, monkeypatch, workers):
+    job = make_job(workers=workers)
+    calls = []
+    real = job.engine.backend.with_stages
+
+    def with_stages(batch):
+        calls.append(len(batch))
+        return real(batch)
+
+    monkeypatch.setattr(job.engine.backend, "with_stages", with_stages)
+    monkeypatch.setattr(type(job.engine.backend), "__call__", lambda self, batch: calls.append(99))
+    assert [outcome.state for outcome in job.run(pictures)] == ["written"] * 5
+    assert sum(calls) == 5
+
+
+def test_the_drawing_is_that_of_the_whole_photograph(make_job, tmp_path, photo):
+    photo(tmp_path / "in" / "large.png", 500, 700)
+    job = make_job()
+    [outcome] = job.run(list_pictures([tmp_path / "in"]))
+    encoded = next(job.engine.stream(outcome.picture.path, stages=True))
+    stages, features = encoded.stages, encoded.features
+    captions = [
+        "photograph",
+        *(
+            f"stage {n}: {' x '.join(str(side) for side in s.shape)}"
+            for n, s in enumerate(stages, 1)
+        ),
+        f"features: {' x '.join(str(side) for side in features.shape)}",
+    ]
+    image = decode(outcome.picture.path)
+    row = draw.stage_grid(image, [*stages, features], encoded.placement, captions)
+    drawn = decode(outcome.drawing)
+    height, pitch = row.shape[0], (row.shape[1] - draw.GAP) // 6
+    assert np.array_equal(drawn[:height], row[:, : 3 * pitch + draw.GAP])
+
+
+def test_broken_pictures_at_the_end_and_alone(make_job, pictures, tmp_path):
+    for name in ("3.png", "4.png"):
+        (tmp_path / "in" / name).write_bytes(b"")
+    states = [outcome.state for outcome in make_job().run(pictures)]
+    assert states == ["written"] * 3 + ["failed"] * 2
+    assert [outcome.state for outcome in make_job().run(pictures[3:])] == ["failed"] * 2
+    assert [outcome.state for outcome in make_job().run(pictures)] == ["skipped"] * 3 + [
+        "failed"
+    ] * 2
+
+
+def test_a_picture_that_vanishes_or_is_done_meanwhile(make_job, pictures, tmp_path):
+    job = make_job(with_drawings=False)
+    other = list(make_job(with_drawings=False).run(pictures[:1]))
+    (tmp_path / "in" / "1.png").unlink()
+    first, second = (job._read(picture) for picture in pictures[:2])
+    assert (first.state, first.features) == ("skipped", other[0].features)
+    assert second.state == "failed"
+
+
+def test_threads_end_when_the_work_is_given_up(make_job, pictures, monkeypatch):
+    before = threading.active_count()
+    outcomes = make_job().run(pictures)
+    next(outcomes)
+    assert threading.active_count() > before
+    outcomes.close()
+    assert threading.active_count() == before
+    job = make_job(overwrite=True)
+
+    def fail(batch):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(job.engine.backend, "with_stages", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(job.run(pictures))
+    assert threading.active_count() == before
 
 
 def test_a_name_too_long_for_the_disk_is_one_failed_picture(make_job, tmp_path, photo):

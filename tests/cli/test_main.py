@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import pytest
 
-from tinyvit.cli import classify, convert, download, encode, inspect, models
+from tinyvit.cli import bench, classify, convert, download, encode, inspect, models
 from tinyvit.cli.main import app, main, reordered
 
 VERBS = {
@@ -19,6 +19,7 @@ VERBS = {
     "download": download,
     "encode": encode,
     "classify": classify,
+    "bench": bench,
 }
 HEAVY = ("torch", "numpy", "PIL", "safetensors", "huggingface_hub")
 COMMAND = [sys.executable, "-m", "tinyvit"]

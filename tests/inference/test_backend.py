@@ -110,6 +110,9 @@ class Staged(Plain):
     def stages(self, batch: Tensor) -> list[Tensor]:
         return [batch]
 
+    def with_stages(self, batch: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return batch, [batch]
+
 
 class NoClose:
     name = "open"

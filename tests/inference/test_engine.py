@@ -316,8 +316,8 @@ def test_explain(model: TinyViT, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "tinyvit"):
         engine = Engine(model, device="cpu")
     text = (
-        f"torch {torch.__version__} on cpu, fp32 (exact; the default); "
-        "pictures longest_side to 64x64"
+        f"torch {torch.__version__} on cpu, fp32 (exact; the default); auto is torch: measured "
+        "level with openvino; pictures longest_side to 64x64"
     )
     assert engine.explain() == text
     assert repr(engine) == f"Engine({text})"
@@ -377,12 +377,26 @@ def test_the_model_stays_as_it_is(model: TinyViT) -> None:
         ({"model": torch.nn.Identity()}, TypeError, "gives it, got Identity"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"batch_size": -3}, ValueError, "batch_size must be at least 1, got -3"),
-        ({"backend": "onnx"}, ValueError, "backend must be one of ('auto', 'torch'), got 'onnx'"),
+        (
+            {"backend": "tensorrt"},
+            ValueError,
+            "backend must be one of ('auto', 'torch', 'openvino', 'onnx'), got 'tensorrt'",
+        ),
+        (
+            {"threads": 2},
+            ValueError,
+            "torch has one number for the whole process; call torch.set_num_threads(2)",
+        ),
+        (
+            {"backend": Mean(), "threads": 2},
+            ValueError,
+            "threads=2 are the backend's own affair where backend is an object; leave them out",
+        ),
         (
             {"backend": print},
             TypeError,
-            "backend must be one of ('auto', 'torch') or an object with name, device, close() and "
-            "__call__(batch), got builtin_function_or_method",
+            "backend must be one of ('auto', 'torch', 'openvino', 'onnx') or an object with name, "
+            "device, close() and __call__(batch), got builtin_function_or_method",
         ),
         ({"backend": None}, TypeError, "__call__(batch), got NoneType"),
         ({"device": "gpu"}, ValueError, "device must be 'auto' or a device that torch can use "),

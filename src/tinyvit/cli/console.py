@@ -44,12 +44,15 @@ class Console:
             complain(text)
 
     @contextmanager
-    def progress(self, words: str, *, counts_bytes: bool = False) -> Iterator[Update]:
+    def progress(
+        self, words: str, *, counts_bytes: bool = False, things: str = "pictures"
+    ) -> Iterator[Update]:
         """A progress bar on stderr, if that is a terminal.
 
         Args:
             words: What is going on.
-            counts_bytes: Whether bytes are counted, not pictures.
+            counts_bytes: Whether bytes are counted.
+            things: What is counted otherwise.
 
         Yields:
             A function to call with (done, in all or None); the bar appears at its first call.
@@ -75,7 +78,9 @@ class Console:
                 seconds = monotonic() - start[0][0]
                 rate = (done - start[0][1]) / seconds if seconds > 0 else 0.0
                 counts = (
-                    _bytes_text(done, total, rate) if counts_bytes else _text(done, total, rate)
+                    _bytes_text(done, total, rate)
+                    if counts_bytes
+                    else _text(done, total, rate, things)
                 )
                 bar.update(task, completed=done, total=total, counts=counts, visible=True)
 
@@ -173,5 +178,5 @@ def _bytes_text(done: int, total: int | None, rate: float) -> str:
     return f"{done / 1e6:.1f}{whole}, {rate / 1e6:.1f} MB/s"
 
 
-def _text(done: int, total: int | None, rate: float) -> str:
-    return f"{done}{'' if total is None else f' of {total}'}, {rate:.1f} pictures/s"
+def _text(done: int, total: int | None, rate: float, things: str) -> str:
+    return f"{done}{'' if total is None else f' of {total}'}, {rate:.1f} {things}/s"

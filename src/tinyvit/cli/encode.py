@@ -55,6 +55,14 @@ BatchSize = Annotated[
 NoPictures = Annotated[
     bool, typer.Option("--no-pictures", help="Write features only, which is faster.")
 ]
+NoPad = Annotated[
+    bool,
+    typer.Option(
+        "--no-pad",
+        help="Do not pad pictures to a square: less work where they are not square, and features "
+        "that differ a little from those with padding, most of all near the edges.",
+    ),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Make everything anew; replace any file.")
 ]
@@ -71,6 +79,7 @@ def encode(
     precision: Precision = PrecisionName.fp32,
     batch_size: BatchSize = 8,
     no_pictures: NoPictures = False,
+    no_pad: NoPad = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -93,7 +102,13 @@ def encode(
     from tinyvit.inference import Engine
 
     built = load_encoder(own, checkpoint, model, size)
-    with Engine(built, device=device, precision=precision.value, batch_size=batch_size) as engine:
+    with Engine(
+        built,
+        device=device,
+        precision=precision.value,
+        batch_size=batch_size,
+        pad=False if no_pad else None,
+    ) as engine:
         facts = recipe(engine, built, checkpoint or DEFAULT_CHECKPOINT, variant_of(built))
         own.say(f"{facts['checkpoint']}: {engine.explain()}")
         job = Job(engine, output, facts, not no_pictures, overwrite)

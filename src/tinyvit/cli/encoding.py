@@ -8,26 +8,37 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from tinyvit.cli import feature_files
 from tinyvit.cli.feature_files import Found
 from tinyvit.cli.picture_files import PictureFile
 from tinyvit.errors import CheckpointError, ImageError
+from tinyvit.images import draw
 from tinyvit.images.decode import decode
-from tinyvit.inference import Encoded, Engine, TorchBackend
+from tinyvit.images.preprocess import to_tensor
+from tinyvit.inference import Encoded, Engine
+from tinyvit.inference.read_ahead import read_ahead
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
+    from tinyvit.image_spec import Placement
     from tinyvit.modules import TinyViT
 
 __all__ = ["Job", "Outcome", "recipe"]
+
+Input: TypeAlias = "tuple[Tensor, Placement]"
+"""A picture [3, H, W] float32 as the model wants it, and where it lies in it."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +64,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Task:
-    """A picture that has been read and is to be encoded."""
+    """A picture that is to be encoded; once read, with a small photograph if one is to be drawn."""
 
     picture: PictureFile
     target: Path
-    image: NDArray[np.uint8]
     facts: Mapping[str, object]
     found: Found
+    photograph: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,9 @@ class Job:
     overwrite: bool = False
 
     def run(self, pictures: Sequence[PictureFile]) -> Iterator[Outcome]:
-        """Encode the pictures, a batch at a time.
+        """Encode the pictures: first those named with which nothing is to be done, then the rest.
+
+        Reading, the model and writing go on at the same time, for pictures that follow each other.
 
         Args:
             pictures: From ``list_pictures``.
@@ -93,42 +106,74 @@ class Job:
             CheckpointError: The disk cannot be written to; what is written so far is whole.
             OSError: Likewise.
         """
-        batch: list[_Task] = []
+        wanted: list[PictureFile] = []
         for picture in pictures:
-            task = self._read(picture)
-            if isinstance(task, Outcome):
-                yield task
-                continue
-            batch.append(task)
-            if len(batch) == self.engine.batch_size:
-                yield from self._encode(batch)
-                batch = []
-        yield from self._encode(batch)
+            outcome = self._look(picture)
+            if isinstance(outcome, Outcome):
+                yield outcome
+            else:
+                wanted.append(picture)
+        workers = self.engine.workers
+        with closing(self._writings(wanted)) as writings:
+            yield from read_ahead(writings, workers=workers, ahead=workers + 1)
 
-    def _read(self, picture: PictureFile) -> _Task | Outcome:
+    def _look(self, picture: PictureFile) -> _Task | Outcome:
         """What is to be done for a picture, or why nothing is."""
         target = self.folder / f"{picture.stem}.safetensors"
         try:
             facts = {**self.recipe, **feature_files.facts_of_picture(picture.path, picture.name)}
             found = feature_files.look(target, facts, self.with_drawings)
-            if not self.overwrite and found.state == "current":
-                drawing = None if found.drawing is None else target.with_name(found.drawing)
-                return Outcome(picture, "skipped", "", target, drawing)
-            if not self.overwrite and found.state == "foreign":
-                reason = f"{found.reason}; choose another folder, or --overwrite to replace it"
-                return Outcome(picture, "failed", reason)
-            return _Task(picture, target, decode(picture.path), facts, found)
-        except ImageError as err:
-            return Outcome(picture, "failed", str(err))
         except OSError as err:
             return Outcome(picture, "failed", f"{picture.path}: {err.strerror or err}")
+        if not self.overwrite and found.state == "current":
+            drawing = None if found.drawing is None else target.with_name(found.drawing)
+            return Outcome(picture, "skipped", "", target, drawing)
+        if not self.overwrite and found.state == "foreign":
+            reason = f"{found.reason}; choose another folder, or --overwrite to replace it"
+            return Outcome(picture, "failed", reason)
+        return _Task(picture, target, facts, found)
 
-    def _encode(self, batch: Sequence[_Task]) -> Iterator[Outcome]:
-        if not batch:
-            return
-        images = [task.image for task in batch]
-        for task, encoded in zip(batch, self.engine.stream(images), strict=True):
-            yield self._write(task, encoded)
+    def _read(self, picture: PictureFile) -> tuple[_Task, Input] | Outcome:
+        """A picture ready for the model, or why it is not; done in a thread of its own.
+
+        Its facts are asked for again: it may have changed while others were encoded.
+        """
+        task = self._look(picture)
+        if isinstance(task, Outcome):
+            return task
+        try:
+            image = decode(picture.path)
+        except ImageError as err:
+            return Outcome(picture, "failed", str(err))
+        photograph = draw.panel(image) if self.with_drawings else None
+        return replace(task, photograph=photograph), to_tensor(image, self.engine.image_spec)
+
+    def _writings(
+        self, pictures: Sequence[PictureFile]
+    ) -> Generator[Callable[[], Outcome], None, None]:
+        """What is left to do for each picture once the model has seen it, in order."""
+        read: deque[_Task | Outcome] = deque()
+
+        def inputs() -> Generator[Input, None, None]:
+            jobs = (partial(self._read, picture) for picture in pictures)
+            readings = read_ahead(jobs, workers=self.engine.workers, ahead=self.engine.ahead)
+            with closing(readings):
+                for reading in readings:
+                    if isinstance(reading, Outcome):
+                        read.append(reading)
+                    else:
+                        task, prepared = reading
+                        read.append(task)
+                        yield prepared
+
+        with closing(inputs()) as prepared:
+            for encoded in self.engine.stream_prepared(prepared, stages=self.with_drawings):
+                while isinstance(item := read.popleft(), Outcome):
+                    yield partial(_same, item)
+                yield partial(self._write, item, encoded)
+        for item in read:
+            if isinstance(item, Outcome):
+                yield partial(_same, item)
 
     def _write(self, task: _Task, encoded: Encoded) -> Outcome:
         features = encoded.features
@@ -137,9 +182,10 @@ class Job:
             reason = f"{task.picture.path}: {reason}"
             return Outcome(task.picture, "failed", reason)
         drawing = None
-        if self.with_drawings:
-            stages, placement = self.engine.stages(task.image)
-            drawing = feature_files.draw_features(task.image, stages, features, placement)
+        if task.photograph is not None and encoded.stages is not None:
+            drawing = feature_files.draw_features(
+                task.photograph, encoded.stages, features, encoded.placement
+            )
         facts = {**task.facts, **asdict(encoded.placement)}
         try:
             feature_files.write(task.target, features, facts, drawing)
@@ -171,12 +217,16 @@ def recipe(
         "strides": model.strides,
         "weights_sha256": engine.weights_sha256(),
         "image_spec": engine.image_spec.to_dict(),
-        "precision": backend.precision if isinstance(backend, TorchBackend) else "fp32",
+        "precision": getattr(backend, "precision", "fp32"),
         "device": backend.device,
         "tinyvit_version": version("tinyvit"),
     }
     plain: dict[str, object] = json.loads(json.dumps(facts))
     return plain
+
+
+def _same(outcome: Outcome) -> Outcome:
+    return outcome
 
 
 def _errno(err: BaseException) -> int | None:

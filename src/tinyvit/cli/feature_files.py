@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -142,14 +142,15 @@ def draw_features(
     """The photograph, the map of each stage, and the features, in rows of three.
 
     Args:
-        image: The photograph, [H, W, 3] uint8.
+        image: The photograph, [H, W, 3] uint8, of any size; ``draw.panel`` makes it small.
         stages: The map of each stage, [C, h, w].
         features: [C, h, w]; not drawn again where it is the last stage's map.
-        placement: Where the photograph lies in the model's input.
+        placement: Where the photograph lies in the model's input, for its original size.
 
     Returns:
         [H, W, 3] uint8.
     """
+    placement = replace(placement, original_size=(image.shape[0], image.shape[1]))
     maps, captions = list(stages), ["photograph"]
     is_new = features.shape != maps[-1].shape or not np.array_equal(features, maps[-1])
     captions += [f"stage {number}: {_shape(stage)}" for number, stage in enumerate(maps, 1)]

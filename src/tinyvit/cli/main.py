@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from tinyvit.cli import classify, convert, download, encode, inspect, models
+from tinyvit.cli import bench, classify, convert, download, encode, inspect, models
 from tinyvit.cli.console import Console
 from tinyvit.cli.errors import guarded
 
@@ -73,6 +73,7 @@ _add(convert.convert, convert.EXAMPLES)
 _add(download.download, download.EXAMPLES)
 _add(encode.encode, encode.EXAMPLES)
 _add(classify.classify, classify.EXAMPLES)
+_add(bench.bench, bench.EXAMPLES)
 
 
 def reordered(arguments: Sequence[str]) -> list[str]:

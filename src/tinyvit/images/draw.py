@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tinyvit.image_spec import Placement
 
-__all__ = ["feature_picture", "feature_rgb", "overlay", "save_png", "stage_grid"]
+__all__ = ["feature_picture", "feature_rgb", "overlay", "panel", "save_png", "stage_grid"]
 
 RGB = NDArray[np.uint8]
 
@@ -164,10 +164,8 @@ def stage_grid(
         raise ValueError(
             f"wanted {1 + len(stages)} captions, the photograph's first; came {len(captions)}"
         )
-    _check_rgb("image", image)
-    scale = PANEL / max(image.shape[:2])
-    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
-    small = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+    small = panel(image)
+    height, width = small.shape[:2]
     if image.shape[:2] != placement.original_size:
         overlay(image, small, placement)  # says what is wrong
     of_small = dataclasses.replace(placement, original_size=(height, width))
@@ -177,6 +175,18 @@ def stage_grid(
         colours = _coloured(stage, placement)
         panels.append(overlay(faded, colours, of_small, alpha=1.0, interpolation="nearest"))
     return _row(panels, captions)
+
+
+def panel(image: RGB) -> RGB:
+    """Give a photograph [H, W, 3] uint8 the size of a panel: its longer side 320 pixels.
+
+    Raises:
+        ValueError: ``image`` has another shape or type.
+    """
+    _check_rgb("image", image)
+    scale = PANEL / max(image.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def save_png(path: str | os.PathLike[str], pixels: RGB) -> None:

@@ -25,6 +25,7 @@ __all__ = ["ResizeLongestSide", "normalise_and_pad", "resize", "to_tensor"]
 Size = tuple[int, int]
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+LEAST_RANGE = 1e-8  # for "min_max": a picture of one colour becomes 0
 LONGEST_WHOLE = 8  # a picture longer than this many crops is resized only where the crop looks
 
 
@@ -79,13 +80,19 @@ def to_tensor(image: NDArray[np.uint8], spec: ImageSpec) -> tuple[torch.Tensor, 
     """
     _check_picture(image)
     placement = spec.place(*image.shape[:2])
-    pixels = torch.from_numpy(_resized(image, spec, placement)).permute(2, 0, 1)  # [3, h, w]
-    out = torch.zeros(3, *placement.model_size)
-    region = out[:, : pixels.shape[1], : pixels.shape[2]]
-    region.copy_(pixels)
-    shift, scale = _shift_and_scale(region[None], spec)
-    region.sub_(shift[0]).div_(scale[0])
-    return out, placement
+    pixels = _resized(image, spec, placement)  # [h, w, 3]
+    shift, scale = spec.mean, spec.std
+    if spec.normalise == "min_max":
+        low, high = float(pixels.min()), float(pixels.max())
+        shift, scale = (low, low, low), (max(high - low, LEAST_RANGE),) * 3
+    # By numpy, since torch would start threads of its own in each thread that prepares pictures.
+    out = np.zeros((3, *placement.model_size), np.float32)
+    for channel in range(3):
+        plane = out[channel, : pixels.shape[0], : pixels.shape[1]]
+        plane[...] = pixels[:, :, channel]
+        plane -= np.float32(shift[channel])
+        plane /= np.float32(scale[channel])
+    return torch.from_numpy(out), placement
 
 
 def normalise_and_pad(pixels: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
@@ -203,7 +210,7 @@ class ResizeLongestSide:
 
 
 def _resized(image: NDArray[np.uint8], spec: ImageSpec, placement: Placement) -> NDArray[np.uint8]:
-    """Resize and crop: writable uint8 [h, w, 3] without the padding."""
+    """Resize and crop: uint8 [h, w, 3] without the padding."""
     height, width = placement.resized_size
     top, left = placement.crop_offset
     crop_h, crop_w = spec.size
@@ -222,14 +229,14 @@ def _resized(image: NDArray[np.uint8], spec: ImageSpec, placement: Placement) ->
     pixels = resize(image, (height, width), spec.interpolation)
     if spec.resize == "crop":
         pixels = pixels[top : top + crop_h, left : left + crop_w]
-    return pixels if pixels.flags.writeable else pixels.copy()  # torch warns about read-only memory
+    return pixels
 
 
 def _shift_and_scale(batch: torch.Tensor, spec: ImageSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Give what to subtract and to divide by, each [1, 3, 1, 1] or [N, 1, 1, 1]."""
     if spec.normalise == "min_max":
         low, high = batch.amin((1, 2, 3), keepdim=True), batch.amax((1, 2, 3), keepdim=True)
-        least = max(1e-8, torch.finfo(batch.dtype).tiny)  # a picture of one colour becomes 0
+        least = max(LEAST_RANGE, torch.finfo(batch.dtype).tiny)
         return low, (high - low).clamp_min(least)
     shift, scale = (batch.new_tensor(v).view(1, 3, 1, 1) for v in (spec.mean, spec.std))
     return shift, scale

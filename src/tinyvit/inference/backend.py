@@ -16,13 +16,14 @@ from torch import Tensor
 __all__ = [
     "Backend",
     "BackendName",
+    "LogitsBackend",
     "Precision",
     "StageBackend",
     "choose_device",
     "choose_precision",
 ]
 
-BackendName = Literal["auto", "torch"]
+BackendName = Literal["auto", "torch", "openvino", "onnx"]
 Precision = Literal["fp32", "bf16", "auto"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -57,6 +58,23 @@ class StageBackend(Backend, Protocol):
 
     def stages(self, batch: Tensor) -> list[Tensor]:
         """[N, 3, H, W] float32 -> the map of each stage, [N, C, h, w] float32."""
+        ...
+
+    def with_stages(self, batch: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What a call and ``stages`` give, from one pass."""
+        ...
+
+
+@runtime_checkable
+class LogitsBackend(Backend, Protocol):
+    """A backend that also gives a classifier's logits."""
+
+    def logits(self, batch: Tensor) -> Tensor:
+        """[N, 3, H, W] float32 -> [N, classes] float32.
+
+        Raises:
+            ValueError: What runs has no logits.
+        """
         ...
 
 

@@ -70,7 +70,8 @@ class DeployedTinyViT:
         Raises:
             ValueError: The model has no head.
         """
-        return self._end(self._run(batch)[-1], as_logits=True)
+        head = self._trained_head()
+        return head(self._run(batch)[-1])
 
     def stages(self, batch: Tensor) -> list[Tensor]:
         """[B, in_chans, H, W] -> the map of each stage, [B, C, h, w]."""
@@ -82,16 +83,19 @@ class DeployedTinyViT:
         Raises:
             ValueError: Logits are wanted and the model has no head.
         """
+        end = self._trained_head() if as_logits else self._end
         maps = self._run(batch, keep=True)
-        return self._end(maps[-1], as_logits), [stage.permute(0, 3, 1, 2) for stage in maps]
+        return end(maps[-1]), [stage.permute(0, 3, 1, 2) for stage in maps]
 
-    def _end(self, x: Tensor, as_logits: bool = False) -> Tensor:
-        """The last stage's map [B, h, w, C] -> the output: the neck's, or the head's."""
-        if not as_logits:
-            return (x if self._neck is None else self._neck(x)).permute(0, 3, 1, 2)
+    def _end(self, x: Tensor) -> Tensor:
+        """The last stage's map [B, h, w, C] -> what ``features`` gives."""
+        return (x if self._neck is None else self._neck(x)).permute(0, 3, 1, 2)
+
+    def _trained_head(self) -> Step:
+        """The head; an error where there is none."""
         if self._head is None:
             raise ValueError("this TinyViT was built without a classification head")
-        return self._head(x)
+        return self._head
 
     def _run(self, batch: Tensor, keep: bool = False) -> list[Tensor]:
         """The maps [B, h, w, C] at the end of the stages: all of them, or only the last."""

@@ -7,38 +7,45 @@ Shapes: N pictures, C channels, H W height and width of a picture, h w of a map.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sized
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tinyvit.errors import ImageError
 from tinyvit.image_spec import ImageSpec, Placement
-from tinyvit.images.decode import decode
-from tinyvit.images.preprocess import to_tensor
 from tinyvit.modules import TinyViT
 
-from .backend import Backend, BackendName, StageBackend, choose_device, choose_precision
+from .backend import (
+    Backend,
+    BackendName,
+    LogitsBackend,
+    StageBackend,
+    choose_device,
+    choose_precision,
+)
+from .batching import run_in_batches
+from .pictures import Picture, Prepared, each, preparations, prepare
+from .read_ahead import choose_workers, read_ahead
 from .torch_backend import TorchBackend
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from PIL.Image import Image
     from typing_extensions import Self
 
 __all__ = ["Encoded", "Engine", "Picture"]
 
-Picture: TypeAlias = "str | Path | bytes | BinaryIO | Image | np.ndarray[Any, Any] | Tensor"
-"""One picture: a path, encoded bytes, an open file, a PIL image, RGB [H, W, 3], or a tensor
-[3, H, W]."""
+WINDOW = 4
+"""Batches' worth of pictures among which those of one shape are found."""
+
+CPU_PIXELS = 8 * 256 * 256
+"""Most pixels of a batch on a CPU: more at once is not faster there, and takes more memory."""
 
 logger = logging.getLogger("tinyvit")
 
@@ -50,10 +57,12 @@ class Encoded:
     Attributes:
         features: [C, h, w] (or [classes] for a classifier), float32, on the CPU.
         placement: Where the picture lies in the model's frame; maps coordinates both ways.
+        stages: The map of each stage, [C, h, w] float32 on the CPU, where asked for; else None.
     """
 
     features: Tensor
     placement: Placement
+    stages: tuple[Tensor, ...] | None = None
 
 
 class Engine:
@@ -62,17 +71,26 @@ class Engine:
     Args:
         model: The model, as ``tinyvit.create_model`` gives it; it is never changed. May be None
             where ``backend`` is an object.
-        backend: "auto" or "torch"; or any object that is a ``Backend``.
+        backend: "auto", which is "torch"; "openvino" or "onnx" (ONNX Runtime), each with the extra
+            of that name; or any object that is a ``Backend``.
         device: "auto", or a torch device such as "cpu" or "cuda".
         precision: "fp32", "bf16", or "auto" (bf16 where the device computes it natively). Nothing
             changes precision unless asked.
-        batch_size: Pictures computed together, at most; only pictures of one shape are.
+        batch_size: Pictures computed together, at most; only pictures of one shape are, and on a
+            CPU no more large ones than pay.
         image_spec: How pictures are prepared; None takes the model's.
+        pad: False leaves out the padding to a square, so that a picture of another shape costs
+            less; None does as ``image_spec`` says.
+        threads: Threads that a backend "openvino" or "onnx" computes with; None leaves it to the
+            library. In torch it is one number for the process: ``torch.set_num_threads``.
+        workers: Threads that read pictures ahead while the backend computes; None chooses by the
+            number of cores, 0 does everything in the caller's thread.
 
     Raises:
         TypeError: ``model`` is no TinyViT.
-        ValueError: An unknown backend, device or precision, a batch size below 1, or no way to
-            tell how pictures are prepared.
+        MissingExtraError: The package of the backend is not installed.
+        ValueError: An unknown backend, device or precision, a batch size below 1, workers below
+            0, or no way to tell how pictures are prepared.
 
     Example:
         >>> import numpy as np, tinyvit
@@ -90,12 +108,18 @@ class Engine:
         precision: str = "fp32",
         batch_size: int = 8,
         image_spec: ImageSpec | None = None,
+        pad: bool | None = None,
+        threads: int | None = None,
+        workers: int | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if workers is not None and workers < 0:
+            raise ValueError(f"workers must be at least 0, got {workers}")
         self.batch_size = batch_size
-        self.backend, self._choice = _choose_backend(model, backend, device, precision)
-        self.image_spec = _choose_spec(model, image_spec)
+        self.workers = choose_workers() if workers is None else workers
+        self.backend, self._choice = _choose_backend(model, backend, device, precision, threads)
+        self.image_spec = _choose_spec(model, image_spec, pad)
         self._model = model
         logger.info("%s", self.explain())
 
@@ -124,35 +148,49 @@ class Engine:
             )
         return torch.stack(features)
 
-    def stream(self, images: Picture | Iterable[Picture]) -> Iterator[Encoded]:
+    def stream(
+        self, images: Picture | Iterable[Picture], *, stages: bool = False
+    ) -> Iterator[Encoded]:
         """The features of one or many pictures, one by one, in order, in bounded memory.
 
+        Files (and bytes of files) are read ahead in threads. Pictures that could change meanwhile
+        (open files, PIL images, arrays, tensors) are decoded when they are taken from ``images``.
+
         Args:
-            images: As for ``embed``; may be a generator.
+            images: As for ``embed``; may be a generator, which is used in the caller's thread only.
+            stages: Give the maps of the stages too, from the same pass.
 
         Yields:
             One ``Encoded`` for each picture.
 
         Raises:
             ImageError: A picture cannot be read; those before it have been yielded.
+            ValueError: ``stages`` are wanted and the backend gives none.
         """
-        pictures = iter(_each(images))
-        broken: ImageError | None = None
-        while broken is None:
-            prepared: list[tuple[Tensor, Placement]] = []
-            for picture in islice(pictures, 2 * self.batch_size):
-                try:
-                    prepared.append(self.prepare(picture))
-                except ImageError as err:
-                    broken = err  # after the good ones before it
-                    break
-            if not prepared:
-                break
-            outputs = self._run([tensor for tensor, _ in prepared])
-            for output, (_, placement) in zip(outputs, prepared, strict=True):
-                yield Encoded(output, placement)
-        if broken is not None:
-            raise broken
+        with closing(self._prepared(images)) as prepared:
+            yield from self.stream_prepared(prepared, stages=stages)
+
+    def stream_prepared(
+        self, inputs: Iterable[Prepared], *, stages: bool = False
+    ) -> Iterator[Encoded]:
+        """As ``stream``, for pictures that ``prepare`` has made ready; those of a shape together.
+
+        Args:
+            inputs: ([3, H, W] float32, placement) of each picture; may be a generator.
+            stages: Give the maps of the stages too, from the same pass.
+
+        Yields:
+            One ``Encoded`` for each input, in order.
+
+        Raises:
+            ValueError: ``stages`` are wanted and the backend gives none.
+        """
+        run = self._run_with_stages if stages else self._run
+        if stages:
+            self._stage_backend()
+        window = self.batch_size * (1 if stages else WINDOW)  # maps of stages are large
+        for (features, maps), placement in run_in_batches(inputs, run, self._most, window):
+            yield Encoded(features, placement, maps)
 
     def classify(self, images: Picture | Iterable[Picture]) -> Tensor:
         """Logits of one or many pictures.
@@ -167,9 +205,14 @@ class Engine:
             ImageError: A picture cannot be read.
             ValueError: The backend gives no logits, or there is no picture.
         """
-        if not isinstance(self.backend, TorchBackend):
-            raise ValueError(f"the backend {self.backend.name!r} gives no logits; use 'torch'")
-        rows = [self.backend.logits(self.prepare(picture)[0][None])[0] for picture in _each(images)]
+        backend = self.backend
+        if not isinstance(backend, LogitsBackend):
+            raise ValueError(f"the backend {backend.name!r} gives no logits; use 'torch'")
+        with closing(self._prepared(images)) as prepared:
+            results = run_in_batches(
+                prepared, lambda batch: list(backend.logits(batch)), self._most, self.batch_size
+            )
+            rows = [logits for logits, _ in results]
         if not rows:
             raise ValueError("classify wants at least one picture, got none")
         return torch.stack(rows)
@@ -187,19 +230,20 @@ class Engine:
             ImageError: The picture cannot be read.
             ValueError: The backend gives no stages.
         """
-        if not isinstance(self.backend, StageBackend):
-            raise ValueError(f"the backend {self.backend.name!r} gives no stages; use 'torch'")
+        backend = self._stage_backend()
         tensor, placement = self.prepare(image)
-        return [stage[0] for stage in self.backend.stages(tensor[None])], placement
+        return [stage[0] for stage in backend.stages(tensor[None])], placement
 
     def prepare(self, image: Picture) -> tuple[Tensor, Placement]:
         """What the backend gets for one picture: [3, H, W] float32, and where it lies in it."""
-        return to_tensor(decode(image), self.image_spec)
+        return prepare(image, self.image_spec)
 
     def explain(self) -> str:
         """What the engine chose, and why, in one line."""
         height, width = self.image_spec.size
-        return f"{self._choice}; pictures {self.image_spec.resize} to {height}x{width}"
+        bare = self.image_spec.resize == "longest_side" and not self.image_spec.pad
+        words = f"pictures {self.image_spec.resize} to {height}x{width}"
+        return f"{self._choice}; {words}{', not padded' if bare else ''}"
 
     def weights_sha256(self) -> str:
         """SHA-256 of the model's tensors (names, dtypes, shapes, bytes): tells models apart.
@@ -234,31 +278,43 @@ class Engine:
     def __repr__(self) -> str:
         return f"Engine({self.explain()})"
 
-    def _run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Run prepared pictures, those of one shape together; outputs in the order given."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i, tensor in enumerate(tensors):
-            groups.setdefault(tuple(tensor.shape), []).append(i)
-        outputs: dict[int, Tensor] = {}
-        for members in groups.values():
-            for start in range(0, len(members), self.batch_size):
-                batch = members[start : start + self.batch_size]
-                results = self.backend(torch.stack([tensors[i] for i in batch]))
-                outputs.update(zip(batch, results, strict=True))
-        return [outputs[i] for i in range(len(tensors))]
+    def _prepared(self, images: Picture | Iterable[Picture]) -> Generator[Prepared, None, None]:
+        """What ``prepare`` gives for each picture, in order, files read ahead in threads."""
+        pictures = each(images)
+        is_one = isinstance(pictures, Sized) and len(pictures) < 2
+        jobs = preparations(pictures, self.image_spec)
+        return read_ahead(jobs, workers=0 if is_one else self.workers, ahead=self.ahead)
 
+    @property
+    def ahead(self) -> int:
+        """Pictures read ahead, at most: the next batch is ready when one is done."""
+        return max(self.batch_size, self.workers) + 1
 
-def _each(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
-    """One picture as a list of one; stacks and iterables as they are."""
-    if isinstance(images, (np.ndarray, Tensor)):
-        return images if images.ndim == 4 else [images]
-    if isinstance(images, (str, bytes, bytearray, memoryview, Path)) or hasattr(images, "read"):
-        return [cast(Picture, images)]
-    return images if isinstance(images, Iterable) else [images]
+    def _most(self, tensor: Tensor) -> int:
+        """Pictures of that shape [3, H, W] to compute together."""
+        if self.backend.device != "cpu":
+            return self.batch_size
+        return min(self.batch_size, max(CPU_PIXELS // (tensor.shape[1] * tensor.shape[2]), 1))
+
+    def _run(self, batch: Tensor) -> list[tuple[Tensor, tuple[Tensor, ...] | None]]:
+        return [(features, None) for features in self.backend(batch)]
+
+    def _run_with_stages(self, batch: Tensor) -> list[tuple[Tensor, tuple[Tensor, ...] | None]]:
+        features, maps = self._stage_backend().with_stages(batch)
+        return list(zip(features, zip(*maps, strict=True), strict=True))
+
+    def _stage_backend(self) -> StageBackend:
+        if not isinstance(self.backend, StageBackend):
+            raise ValueError(f"the backend {self.backend.name!r} gives no stages; use 'torch'")
+        return self.backend
 
 
 def _choose_backend(
-    model: TinyViT | None, backend: BackendName | Backend, device: str, precision: str
+    model: TinyViT | None,
+    backend: BackendName | Backend,
+    device: str,
+    precision: str,
+    threads: int | None,
 ) -> tuple[Backend, str]:
     """The backend to use, and what was chosen and why in words."""
     if not isinstance(backend, str):
@@ -267,10 +323,10 @@ def _choose_backend(
                 f"backend must be one of {get_args(BackendName)} or an object with name, device, "
                 f"close() and __call__(batch), got {type(backend).__name__}"
             )
-        if device != "auto" or precision != "fp32":
+        if device != "auto" or precision != "fp32" or threads is not None:
             raise ValueError(
-                f"device={device!r} and precision={precision!r} are the backend's own affair where "
-                f"backend is an object; leave them out"
+                f"device={device!r}, precision={precision!r} and threads={threads} are the "
+                f"backend's own affair where backend is an object; leave them out"
             )
         return backend, f"{backend.name} on {backend.device}: given"
     if backend not in get_args(BackendName):
@@ -279,17 +335,36 @@ def _choose_backend(
         raise TypeError(
             f"Engine wants a TinyViT, as tinyvit.create_model gives it, got {type(model).__name__}"
         )
+    if backend == "openvino":
+        from .openvino_backend import OpenVINOBackend
+
+        openvino = OpenVINOBackend(model, device, precision, threads)
+        return openvino, openvino.explain()
+    if backend == "onnx":
+        from .onnx_backend import OnnxBackend
+
+        onnx = OnnxBackend(model, device, precision, threads)
+        return onnx, onnx.explain()
+    if threads is not None:
+        raise ValueError(
+            f"threads={threads} cannot be set for backend 'torch' alone: torch has one number for "
+            f"the whole process; call torch.set_num_threads({threads})"
+        )
     place = choose_device(device)
     chosen, reason = choose_precision(precision, place)
     words = f"torch {torch.__version__} on {place}, {chosen} ({reason})"
+    if backend == "auto" and place == "cpu":
+        words += "; auto is torch: measured level with openvino"
     return TorchBackend(model, place, chosen), words
 
 
-def _choose_spec(model: TinyViT | None, image_spec: ImageSpec | None) -> ImageSpec:
+def _choose_spec(
+    model: TinyViT | None, image_spec: ImageSpec | None, pad: bool | None
+) -> ImageSpec:
     spec = image_spec or getattr(model, "image_spec", None)
     if spec is None:
         raise ValueError(
             "this model does not say how its pictures are prepared; pass "
             "image_spec=ImageSpec.sam(1024), ImageSpec.timm(224) or another"
         )
-    return spec
+    return spec if pad is None else dataclasses.replace(spec, pad=pad)

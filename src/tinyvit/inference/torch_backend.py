@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -36,6 +36,10 @@ class _Network(Protocol):
 
     def stages(self, batch: Tensor) -> list[Tensor]: ...
 
+    def with_stages(
+        self, batch: Tensor, as_logits: bool = False
+    ) -> tuple[Tensor, list[Tensor]]: ...
+
 
 class TorchBackend:
     """Runs a TinyViT by PyTorch, without gradients.
@@ -62,7 +66,7 @@ class TorchBackend:
 
     def __call__(self, batch: Tensor) -> Tensor:
         """[N, 3, H, W] float32 -> the network's output, float32, on the CPU."""
-        if self._model.neck is None and self._model.head is not None:
+        if self._gives_logits():
             return self.logits(batch)
         with torch.inference_mode():
             features = self._network().features(self._to_device(batch))
@@ -84,6 +88,13 @@ class TorchBackend:
             maps = self._network().stages(self._to_device(batch))
         return [_to_host(stage) for stage in maps]
 
+    def with_stages(self, batch: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What a call and ``stages`` give, in one pass."""
+        with torch.inference_mode():
+            network, x = self._network(), self._to_device(batch)
+            output, maps = network.with_stages(x, as_logits=self._gives_logits())
+        return _to_host(output), [_to_host(stage) for stage in maps]
+
     def explain(self) -> str:
         """What runs, and why, in words."""
         with torch.inference_mode():
@@ -98,6 +109,9 @@ class TorchBackend:
     def close(self) -> None:
         """Let go of what was made."""
         self.refresh()
+
+    def _gives_logits(self) -> bool:
+        return self._model.neck is None and self._model.head is not None
 
     def _to_device(self, batch: Tensor) -> Tensor:
         return batch.to(self.device, DTYPES[self.precision])
@@ -145,6 +159,11 @@ class _Plain:
     def stages(self, batch: Tensor) -> list[Tensor]:
         maps = self.model.forward_intermediates(batch, intermediates_only=True)
         return maps if isinstance(maps, list) else maps[1]
+
+    def with_stages(self, batch: Tensor, as_logits: bool = False) -> tuple[Tensor, list[Tensor]]:
+        given = self.model.forward_intermediates(batch)
+        features, maps = cast("tuple[Tensor, list[Tensor]]", given)
+        return (self.model.forward_head(maps[-1]) if as_logits else features), maps
 
 
 def _frozen_copy(model: TinyViT) -> TinyViT:

@@ -74,7 +74,7 @@ class LayerNorm2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each position's channel vector."""
         x = x.permute(0, 2, 3, 1)  # [B, H, W, C]; a view of channels-last memory
-        x = F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+        x = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         return x.permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:

@@ -1,0 +1,18 @@
+"""Honest timing: contestants in processes of their own, taken in turn, and what they cost."""
+
+from .contest import Contestant, Result, measure
+from .machine import machine_facts
+from .spread import Spread
+from .workers import Turn, Worker, serve, take_turns
+
+__all__ = [
+    "Contestant",
+    "Result",
+    "Spread",
+    "Turn",
+    "Worker",
+    "machine_facts",
+    "measure",
+    "serve",
+    "take_turns",
+]

@@ -1,0 +1,117 @@
+"""What this machine is, and what a process has used of it. Imports no torch."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+__all__ = ["machine_facts", "minor_faults", "peak_memory"]
+
+_SHOWN_SETS = (
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_bf16", "amx_int8", "asimd", "asimddp", "bf16", "sve"),
+)
+
+
+def machine_facts(*packages: str) -> dict[str, str | int | None]:
+    """What a table of times is worth nothing without, as plain data.
+
+    Args:
+        packages: Distributions whose versions are wanted beside those of torch and tinyvit.
+
+    Returns:
+        cpu, cores (that this process may use), instruction_sets, memory (in bytes), os, python, one
+        entry for each installed package, and date (UTC).
+    """
+    facts: dict[str, str | int | None] = {
+        "cpu": _cpu(),
+        "cores": _cores(),
+        "instruction_sets": " ".join(_instruction_sets()),
+        "memory": _memory(),
+        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+    for package in ("torch", "tinyvit", *packages):
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    facts["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return facts
+
+
+def minor_faults() -> int | None:
+    """Page faults of this process so far that read no disk; None where nobody counts them."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def peak_memory() -> int | None:
+    """Largest resident size of this process so far, in bytes; None where it is not known.
+
+    Linux hands ``ru_maxrss`` on from the process that started this one; its own high-water mark
+    does not have that fault.
+    """
+    line = _line_of(Path("/proc/self/status"), "VmHWM")
+    if line is not None:
+        return int(line.split()[0]) * 1024
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if platform.system() == "Darwin" else 1024
+    )
+
+
+def _cpu() -> str:
+    name = _line_of(Path("/proc/cpuinfo"), "model name")
+    if name is None and platform.system() == "Darwin":
+        name = _output_of("sysctl", "-n", "machdep.cpu.brand_string")
+    return name or platform.processor() or platform.machine()
+
+
+def _cores() -> int | None:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _instruction_sets() -> list[str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = (_line_of(cpuinfo, "flags") or _line_of(cpuinfo, "Features") or "").split()
+    return [name for name in _SHOWN_SETS if name in flags]
+
+
+def _memory() -> int | None:
+    line = _line_of(Path("/proc/meminfo"), "MemTotal")
+    return None if line is None else int(line.split()[0]) * 1024
+
+
+def _line_of(path: Path, name: str) -> str | None:
+    """What stands behind ``name:`` in one of the kernel's files, or None."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        key, colon, value = line.partition(":")
+        if colon and key.strip() == name:
+            return value.strip()
+    return None
+
+
+def _output_of(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,240 @@
+"""A contestant in a process of its own, and turns that go round.
+
+The process has its memory and its page faults to itself. All contestants run one after another,
+A B C A B C, so that a machine that slows down slows all of them; ratios are taken within a round. A
+turn is one call that is not timed, and then timed ones until they fill a given time; the first
+round warms up and does not count.
+
+Both sides talk in lines of JSON. ``Worker`` asks, ``serve`` answers; what runs is known to neither.
+Imports no torch, so that a program of any environment can serve.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from tinyvit import errors
+
+from .machine import minor_faults, peak_memory
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Turn", "Worker", "serve", "take_turns"]
+
+Call = Callable[[], object]
+Progress = Callable[[int, "int | None"], None]
+
+_SETTLE_S = 0.1  # threads of the one before spin on for a while after its last call
+_EXPECTED = (errors.TinyViTError, ValueError, TypeError, OSError)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a contestant.
+
+    Attributes:
+        seconds: Median of its timed calls.
+        calls: How many were timed.
+        page_faults: Minor page faults for each call, or None where nobody counts them.
+        peak_memory: Largest resident size of the process so far, in bytes, or None.
+    """
+
+    seconds: float
+    calls: int
+    page_faults: float | None
+    peak_memory: int | None
+
+
+class Worker:
+    """A process with one contestant in it, alive until closed.
+
+    ``facts`` is what the contestant says of itself; ``first_result_s`` is the time from the start
+    of the process to its first result, without the time in which weights were invented.
+
+    Args:
+        command: What to start; it calls ``serve``.
+        spec: Plain data that says what to run.
+        environment: Variables to add to this process's own.
+
+    Raises:
+        TinyViTError: The contestant cannot be had here, e.g. ``MissingExtraError``.
+        ValueError: It is not possible at all.
+        ChildProcessError: It broke.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        spec: Mapping[str, object],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._talk = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        start = time.perf_counter()
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._talk,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
+        try:
+            self.facts = self._ask(spec)
+        except BaseException:
+            self.close()
+            raise
+        invented = float(cast(Any, self.facts.get("invented_s", 0.0)))
+        self.first_result_s = time.perf_counter() - start - invented
+
+    def turn(self, least_seconds: float = 0.2) -> Turn:
+        """Let it have its turn; timed calls fill ``least_seconds``."""
+        return Turn(**cast(Any, self._ask({"do": "turn", "least_seconds": least_seconds})))
+
+    def save(self, path: Path) -> None:
+        """Let it write what it computes as a ``.npy`` file."""
+        self._ask({"do": "save", "path": str(path)})
+
+    def close(self) -> None:
+        """End the process."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        try:
+            if stdin is not None:
+                stdin.close()
+            self._process.wait(10)
+        except (OSError, subprocess.TimeoutExpired):
+            self._process.kill()
+            self._process.wait()
+        if stdout is not None:
+            stdout.close()
+        self._talk.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _ask(self, request: Mapping[str, object]) -> dict[str, object]:
+        line = ""
+        if self._process.stdin is not None and self._process.stdout is not None:
+            try:
+                self._process.stdin.write(json.dumps(request) + "\n")
+                self._process.stdin.flush()
+                line = self._process.stdout.readline()
+            except BrokenPipeError:
+                pass  # it has ended; its last words say why
+        if not line:
+            raise ChildProcessError(self._last_words())
+        reply = cast("dict[str, object]", json.loads(line))
+        if "error" in reply:
+            raise _as_error(str(reply["error"]), str(reply["message"]))
+        return reply
+
+    def _last_words(self) -> str:
+        code = self._process.wait()
+        self._talk.seek(0)
+        lines = self._talk.read().strip().splitlines() or ["no words, as where memory is short"]
+        return f"a contestant's process ended with exit code {code}: {lines[-1]}"
+
+
+def take_turns(
+    workers: Sequence[Worker],
+    rounds: int,
+    *,
+    least_seconds: float = 0.2,
+    progress: Progress | None = None,
+) -> list[list[Turn]]:
+    """Let all have their turns, round by round, after a round that does not count.
+
+    Args:
+        workers: In the order of their turns.
+        rounds: Turns that count, for each.
+        least_seconds: Timed calls of a turn fill this time.
+        progress: Called with (turns done, turns in all).
+
+    Returns:
+        For each worker its turns, in the order of the rounds.
+
+    Raises:
+        ValueError: Less than one round.
+        ChildProcessError: A worker broke.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    turns: list[list[Turn]] = [[] for _ in workers]
+    for number in range(rounds + 1):
+        for i, worker in enumerate(workers):
+            time.sleep(_SETTLE_S)
+            turn = worker.turn(least_seconds)
+            if number:
+                turns[i].append(turn)
+            if progress is not None:
+                progress(number * len(workers) + i + 1, (rounds + 1) * len(workers))
+    return turns
+
+
+def serve(make: Callable[[Mapping[str, object]], tuple[Call, Mapping[str, object]]]) -> None:
+    """Be a worker: read requests from stdin and answer them on stdout until stdin ends.
+
+    Args:
+        make: From the spec to (what to time, facts about it as plain data). A fact called
+            "invented_s" is left out of the time to the first result. A call gives an array or a
+            tensor.
+    """
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no reply
+
+    def reply(content: Mapping[str, object]) -> None:
+        replies.write(json.dumps(content) + "\n")
+        replies.flush()
+
+    try:
+        call, facts = make(json.loads(sys.stdin.readline()))
+        call()
+    except _EXPECTED as err:
+        reply({"error": type(err).__name__, "message": str(err)})
+        return
+    reply(facts)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["do"] == "turn":
+            reply(asdict(_take_turn(call, request["least_seconds"])))
+        else:
+            import numpy as np
+
+            np.save(request["path"], np.asarray(call()))
+            reply({})
+
+
+def _take_turn(call: Call, least_seconds: float) -> Turn:
+    call()
+    times: list[float] = []
+    before = minor_faults()
+    while not times or sum(times) < least_seconds:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    after = minor_faults()
+    faults = None if before is None or after is None else (after - before) / len(times)
+    return Turn(statistics.median(times), len(times), faults, peak_memory())
+
+
+def _as_error(name: str, message: str) -> Exception:
+    """The error that a worker met, for the side that asked."""
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, errors.TinyViTError):
+        return kind(message)
+    if name in ("ValueError", "TypeError"):
+        return ValueError(message)
+    return ChildProcessError(f"{name}: {message}")

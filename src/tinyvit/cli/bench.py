@@ -1,0 +1,251 @@
+"""``tinyvit bench``: how fast this machine encodes, with what a table of times needs beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tinyvit.catalog import DEFAULT_CHECKPOINT, get_checkpoint, get_variant
+from tinyvit.cli import console
+from tinyvit.cli.console import counted
+from tinyvit.cli.options import Device, Json, matching_checkpoints, matching_models
+
+if TYPE_CHECKING:
+    from tinyvit.bench import Contestant, Result
+
+__all__ = ["bench"]
+
+EXAMPLES = (
+    "tinyvit bench",
+    "tinyvit bench --model tiny_vit_5m_224 --batch 1 --batch 32 --precision all",
+    "tinyvit bench --backend all --json > times.json",
+)
+
+_DEFAULT_MODELS = (get_checkpoint(DEFAULT_CHECKPOINT).variant, "tiny_vit_5m_sam")
+_HEADS = ("", "ms", "spread", "pictures/s", "GFLOP/s", "share", "MB", "faults", "start")
+_LEGEND = """
+ms: a call, the median of the rounds; spread: between the quartiles, in % of it
+share: of the rate of large matrix products, measured in the same rounds
+MB: most memory of the process; faults: page faults for each call
+start: seconds from the start of a process to its first result"""
+
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        metavar="VARIANT",
+        autocompletion=matching_models,
+        help=f"May be given more than once; {' and '.join(_DEFAULT_MODELS)} by default.",
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="NAME_OR_FILE",
+        autocompletion=matching_checkpoints,
+        help="Weights that are on this machine. By default every tensor is random.",
+    ),
+]
+Sizes = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--size",
+        min=1,
+        metavar="PIXELS",
+        help="Side of the pictures, more than once if you like; by default the model's.",
+    ),
+]
+Batches = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--batch",
+        min=1,
+        metavar="NUMBER",
+        help="Pictures in a call, more than once if you like; 1 by default.",
+    ),
+]
+BackendOption = Annotated[
+    str, typer.Option("--backend", help="auto, torch, or another of the engine's, or all.")
+]
+PrecisionOption = Annotated[
+    str, typer.Option("--precision", help="fp32, bf16, or another of the engine's, or all.")
+]
+Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Rounds that count.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="By default as many as each library takes.")
+]
+
+
+def bench(
+    ctx: typer.Context,
+    model: Models = None,
+    checkpoint: Weights = None,
+    size: Sizes = None,
+    batch: Batches = None,
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = "fp32",
+    device: Device = "auto",
+    repeats: Repeats = 5,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how fast this machine computes the features of pictures.
+
+    Each backend and precision runs in a process of its own; they take turns, round by round, after
+    one round that does not count, so that a machine that slows down slows all of them. Pictures are
+    random and already prepared: reading and resizing them is not measured.
+
+    Run it on a machine that has nothing else to do, and compare times of one run only.
+    """
+    from tinyvit.bench import Contestant, machine_facts, measure
+
+    own = console.of(ctx)
+    names = _models(model, checkpoint)
+    pairs = _pairs(backend, precision)
+    may_leave_out = "all" in (backend, precision)
+    found: list[Result] = []
+    left_out: list[tuple[Contestant, str]] = []
+    for name, side, number in [
+        (n, s, b) for n in names for s in (size or (None,)) for b in (batch or (1,))
+    ]:
+        heat = [
+            Contestant(name, checkpoint, side, number, kind, computed, device, threads)
+            for kind, computed in pairs
+        ]
+        where = "" if side is None else f" at {side}"
+        contestants = counted(len(heat), "contestant")
+        words = f"{name or checkpoint}{where}, batch {number}: {contestants}"
+        own.say(f"{words}, {counted(repeats, 'round')}")
+        with own.progress("measuring", things="turns") as update:
+            outcomes = measure(heat, repeats, progress=update)
+        wrong = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+        if wrong and (len(wrong) == len(heat) or not may_leave_out):
+            raise wrong[0]
+        for contestant, outcome in zip(heat, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                left_out.append((contestant, str(outcome)))
+                own.say(f"left out {contestant.backend} {contestant.precision}: {outcome}")
+            else:
+                found.append(outcome)
+    facts = machine_facts("openvino", "onnxruntime")
+    if as_json:
+        results = [result.to_dict() for result in found]
+        rest = [asdict(row) | {"reason": reason} for row, reason in left_out]
+        console.write_json(
+            {"machine": facts, "repeats": repeats, "results": results, "left_out": rest}
+        )
+        return
+    console.write(console.fields(_machine(facts, found)))
+    console.write("")
+    console.write(console.table(_HEADS, _rows(found), right=range(1, len(_HEADS))))
+    own.say(_LEGEND)
+
+
+def _models(models: Sequence[str] | None, checkpoint: str | None) -> list[str | None]:
+    """The variants to measure; None for the one that the checkpoint says.
+
+    Raises:
+        ValueError: An unknown variant, or several for one checkpoint.
+        CheckpointError: The checkpoint is unknown, or not on this machine.
+    """
+    for name in models or ():
+        get_variant(name)
+    if checkpoint is None:
+        return [*(models or _DEFAULT_MODELS)]
+    if models is not None and len(models) > 1:
+        raise ValueError(
+            f"one checkpoint fits one model, got {len(models)}: {', '.join(models)}; leave --model "
+            "out, or leave --checkpoint out to measure random weights"
+        )
+    from tinyvit.cli.loading import file_of
+
+    file_of(checkpoint)
+    return [models[0] if models else None]
+
+
+def _pairs(backend: str, precision: str) -> list[tuple[str, str]]:
+    """The backends and precisions to measure.
+
+    Raises:
+        ValueError: One of them is unknown.
+    """
+    from typing import get_args
+
+    from tinyvit.inference.backend import BackendName, Precision
+
+    chosen = []
+    for option, word, known in (
+        ("--backend", backend, get_args(BackendName)),
+        ("--precision", precision, get_args(Precision)),
+    ):
+        if word != "all" and word not in known:
+            raise ValueError(f"{option} must be one of {', '.join(known)} or all, got {word!r}")
+        chosen.append([name for name in known if name != "auto"] if word == "all" else [word])
+    return [(kind, computed) for kind in chosen[0] for computed in chosen[1]]
+
+
+def _machine(
+    facts: dict[str, str | int | None], results: Sequence[Result]
+) -> list[tuple[str, str]]:
+    """The machine's facts for a person."""
+    threads = sorted({result.threads for result in results})
+    memory = facts["memory"]
+    versions = [
+        f"{name} {facts[name]}"
+        for name in ("tinyvit", "torch", "openvino", "onnxruntime", "python")
+        if name in facts
+    ]
+    pairs = [
+        ("processor", str(facts["cpu"])),
+        ("cores", f"{facts['cores']}; {' and '.join(counted(n, 'thread') for n in threads)}"),
+        ("instructions", str(facts["instruction_sets"])),
+        ("memory", f"{memory / 1e9:.0f} GB" if isinstance(memory, int) else ""),
+        ("system", str(facts["os"])),
+        ("versions", ", ".join(versions)),
+        ("date", str(facts["date"])),
+    ]
+    return [(name, text) for name, text in pairs if text]
+
+
+def _rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """The table: for each heat a line of its own, its contestants, and the matrix products."""
+    rows: list[tuple[str, ...]] = []
+    heats: dict[str, list[Result]] = {}
+    for result in results:
+        heats.setdefault(_title(result), []).append(result)
+    for title, members in heats.items():
+        rows.append((title,))
+        rows += [_row(result) for result in members]
+        rates = {result.precision: result.matmul_gflops for result in members}
+        for precision, rate in rates.items():
+            blanks = ("",) * (len(_HEADS) - 5)
+            rows.append((f" matmul {precision}", "", "", "", f"{rate:.0f}", *blanks))
+    return rows
+
+
+def _title(result: Result) -> str:
+    contestant = result.contestant
+    names = [name for name in (contestant.model, contestant.checkpoint) if name]
+    height, width = result.size
+    return (
+        f"{' '.join(names)}, {height}x{width}, batch {contestant.batch}: "
+        f"{result.gflop:.1f} GFLOP a picture"
+    )
+
+
+def _row(result: Result) -> tuple[str, ...]:
+    return (
+        f" {result.backend} {result.precision}",
+        f"{1e3 * result.seconds.median:.1f}",
+        f"{100 * result.seconds.relative:.0f}%",
+        f"{result.pictures_per_s:.{1 if result.pictures_per_s < 1000 else 0}f}",
+        f"{result.gflops:.0f}",
+        f"{100 * result.share:.0f}%",
+        "" if result.peak_memory is None else f"{result.peak_memory / 1e6:.0f}",
+        "" if result.page_faults is None else f"{result.page_faults:.0f}",
+        f"{result.first_result_s:.1f}",
+    )

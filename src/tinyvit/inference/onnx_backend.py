@@ -1,0 +1,168 @@
+"""The ONNX Runtime backend: a model's graph on this machine's CPU, in float32.
+
+Shapes: N pictures, C channels, H W height and width of the input, h w of a map.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tinyvit.errors import MissingExtraError
+from tinyvit.modules import TinyViT
+
+from .backend import choose_precision
+from .watched_graph import WatchedGraph
+
+__all__ = ["OnnxBackend", "OnnxGraph"]
+
+_ERRORS_ONLY = 3
+_REASON = "the only precision of this backend"
+
+
+class OnnxGraph:
+    """A graph run by ONNX Runtime: arrays in, arrays out, of any size and batch.
+
+    Args:
+        source: The path of an ONNX file, or its bytes.
+        threads: How many threads compute; None leaves it to ONNX Runtime.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        ValueError: ONNX Runtime cannot read the graph, or ``threads`` is below 1.
+    """
+
+    def __init__(self, source: str | os.PathLike[str] | bytes, threads: int | None = None) -> None:
+        _check_threads(threads)
+        library = _load_onnxruntime()
+        options = library.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        graph: str | bytes = source if isinstance(source, bytes) else os.fspath(source)
+        try:
+            self._session = library.InferenceSession(
+                graph, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as err:  # its errors have no common class of their own
+            name = "these bytes" if isinstance(source, bytes) else os.fspath(source)
+            raise ValueError(f"ONNX Runtime cannot read {name} as a graph: {err}") from err
+        self._input = self._session.get_inputs()[0].name
+
+    def __call__(self, pictures: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[N, C, H, W] float32 -> the graph's first output; may be called by several threads.
+
+        Raises:
+            RuntimeError: The graph was closed.
+        """
+        session = self._session
+        if session is None:
+            raise RuntimeError("this OnnxGraph was closed")
+        result: NDArray[np.float32] = session.run(None, {self._input: pictures})[0]
+        return result
+
+    def close(self) -> None:
+        """Give back the session; the graph is not used afterwards."""
+        self._session = None
+
+
+class OnnxBackend:
+    """Runs a TinyViT by ONNX Runtime: its ``forward``, at any size and batch, in float32.
+
+    The model given is never changed. Its graph is made at the first call, kept in the cache
+    folder, and made anew when the model has changed since (see ``ModelWatch``).
+
+    Args:
+        model: The model.
+        device: "auto" or "cpu".
+        precision: "fp32", or "auto", which is fp32 here.
+        threads: How many threads compute; None leaves it to ONNX Runtime.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        ValueError: Another device, precision or number of threads.
+    """
+
+    name = "onnx"
+    device = "cpu"
+    precision = "fp32"
+
+    def __init__(
+        self,
+        model: TinyViT,
+        device: str = "auto",
+        precision: str = "fp32",
+        threads: int | None = None,
+    ) -> None:
+        if device not in ("auto", "cpu"):
+            raise ValueError(f"backend 'onnx' runs on device 'cpu', got {device!r}")
+        if choose_precision(precision, "cpu")[0] != "fp32" and precision != "auto":
+            raise ValueError(
+                f"backend 'onnx' computes in precision 'fp32' only, got {precision!r}; 'torch' and "
+                f"'openvino' compute in bf16"
+            )
+        _check_threads(threads)
+        self._choice = f"onnxruntime {_load_onnxruntime().__version__} on cpu, fp32 ({_REASON})"
+
+        def load(graph: Path | bytes) -> OnnxGraph:
+            return OnnxGraph(graph, threads)
+
+        self._graph = WatchedGraph(model, load, "ONNX Runtime", "fp32")
+
+    @property
+    def graph_file(self) -> Path | None:
+        """The file of the graph that runs; None where it is not kept."""
+        self._graph.runner()
+        return self._graph.file
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """[N, 3, H, W] float32 -> the model's ``forward``, float32, on the CPU.
+
+        Raises:
+            ValueError: The batch has another form, or ONNX Runtime cannot run the model.
+        """
+        return self._graph(batch)
+
+    def logits(self, batch: Tensor) -> Tensor:
+        """[N, 3, H, W] float32 -> logits [N, classes], float32, on the CPU.
+
+        Raises:
+            ValueError: The model's ``forward`` gives no logits, or as for a call.
+        """
+        return self._graph.logits(batch)
+
+    def explain(self) -> str:
+        """What was chosen, and why, in words."""
+        return self._choice
+
+    def refresh(self) -> None:
+        """Make the graph anew at the next call."""
+        self._graph.refresh()
+
+    def close(self) -> None:
+        """Let go of the graph."""
+        self._graph.close()
+
+
+def _check_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, or None for the default, got {threads}")
+
+
+def _load_onnxruntime() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside it
+            return importlib.import_module("onnxruntime")
+    except ImportError as err:
+        raise MissingExtraError(
+            f"the ONNX Runtime backend needs the package onnxruntime, which cannot be imported "
+            f"({err}); pip install 'tinyvit[onnx]'"
+        ) from err
