@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from types import FunctionType, ModuleType
@@ -414,3 +416,25 @@ def test_on_a_gpu(precision: str, make_tiny_vit: MakeModel, batch: Tensor) -> No
     torch.testing.assert_close(out, plain(model, batch), **tolerance)
     sgd(model)
     torch.testing.assert_close(backend(batch), plain(model, batch), **tolerance)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+PAGE_FAULTS = """
+import resource, torch, tinyvit
+engine = tinyvit.Engine(tinyvit.create_model("tiny_vit_5m_sam"))
+x = torch.zeros(1, 3, 1024, 1024)
+for _ in range(3):
+    engine.backend(x)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+engine.backend(x)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_call_asks_the_system_for_no_memory() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", PAGE_FAULTS], capture_output=True, text=True, check=True
+    )
+    assert int(ran.stdout) < 2000  # the plain model: 250 000
