@@ -19,7 +19,13 @@ from tinyvit.checkpoints import file_sha256, read_state_dict, write_state_dict
 from tinyvit.checkpoints.families import LAYOUTS, part_of
 from tinyvit.checkpoints.keymap import key_from_canonical, to_canonical
 from tinyvit.errors import CheckpointError, DownloadError
-from tinyvit.factory import LoadReport, create_model, find_checkpoint, load_checkpoint
+from tinyvit.factory import (
+    LoadReport,
+    create_model,
+    find_checkpoint,
+    load_checkpoint,
+    open_checkpoint,
+)
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
 
@@ -310,6 +316,20 @@ def test_find_checkpoint(tmp_path: Path, served_files: State) -> None:
     plain = tmp_path / "no_suffix"
     plain.touch()
     assert find_checkpoint(plain) == (plain, None)
+
+
+def test_an_opened_checkpoint_needs_its_file_no_more(encoder: tuple[State, Path]) -> None:
+    state, path = encoder
+    opened = open_checkpoint(path)
+    assert (opened.path, opened.row, opened.found.family) == (path, None, "mobile_sam")
+    heads = {key for key in opened.tensors if part_of(key) in ("prompt_encoder", "mask_decoder")}
+    assert heads
+    assert opened.tensors.keys() == state.keys() | heads
+    wanted = create_model(checkpoint=path).state_dict()
+    path.unlink()
+    found = create_model(checkpoint=opened).state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 def test_another_variants_preparation_does_not_follow_the_file(

@@ -30,6 +30,7 @@ DOORS = {
     ("hub", "checkpoints"),
     ("hub", "factory"),
     ("sam", "inference"),
+    ("train", "evaluate"),
     ("cli", "serve"),
     ("__main__", "cli"),
     ("modules", "image_spec"),  # the type of TinyViT.image_spec; no more than a name

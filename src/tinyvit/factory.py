@@ -1,8 +1,7 @@
 """From a name to a ready model: a variant of the catalog, and weights for it.
 
-``create_model`` builds, ``load_checkpoint`` puts a file's weights into a model that exists. Both
-read any family of the lineage; what each step does to a state dict is known to
-``tinyvit.checkpoints``.
+``create_model`` builds, ``load_checkpoint`` fills a model that exists. Both read any family of the
+lineage; what each step does to a state dict is known to ``tinyvit.checkpoints``.
 """
 
 from __future__ import annotations
@@ -38,7 +37,14 @@ from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
 
-__all__ = ["LoadReport", "create_model", "find_checkpoint", "load_checkpoint"]
+__all__ = [
+    "LoadReport",
+    "OpenedCheckpoint",
+    "create_model",
+    "find_checkpoint",
+    "load_checkpoint",
+    "open_checkpoint",
+]
 
 Progress = Callable[[int, int | None], None]
 
@@ -67,9 +73,26 @@ class LoadReport:
     resized: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A checkpoint that was read once, for a model and what else the file holds.
+
+    Attributes:
+        path: The file.
+        row: Its row in the catalog, if it has one.
+        found: What it is.
+        tensors: Its tensors under canonical keys.
+    """
+
+    path: Path
+    row: Checkpoint | None
+    found: Detection
+    tensors: Mapping[str, Tensor]
+
+
 def create_model(
     name: str | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | OpenedCheckpoint | None = None,
     *,
     num_classes: int | None = None,
     img_size: int | None = None,
@@ -90,7 +113,8 @@ def create_model(
     Args:
         name: A variant of ``list_models()``; or the full name of a checkpoint, as timm spells them
             ("tiny_vit_21m_384.dist_in22k_ft_in1k"); or None for the sizes of ``checkpoint``.
-        checkpoint: A name of ``list_checkpoints()``, or the path of a file of any family.
+        checkpoint: A name of ``list_checkpoints()``, the path of a file of any family, or what
+            ``open_checkpoint`` gave.
         num_classes: Classes of the head. None takes the checkpoint's number; another number than
             the checkpoint's gives a fresh head.
         img_size: Side of the pictures in pixels; None takes the variant's.
@@ -136,11 +160,11 @@ def create_model(
         raise ValueError(f"num_classes={num_classes} wants a head, but head=False leaves it out")
     if checkpoint is None and name in list_checkpoints():
         name, checkpoint = None, name
-    path, row, found = None, None, None
-    tensors: dict[str, Tensor] = {}
-    if checkpoint is not None:
-        path, row = find_checkpoint(checkpoint, sha256, progress)
-        found, tensors = _read(path)
+    if checkpoint is None or isinstance(checkpoint, OpenedCheckpoint):
+        opened = checkpoint
+    else:
+        opened = open_checkpoint(checkpoint, sha256, progress)
+    row, found = (opened.row, opened.found) if opened is not None else (None, None)
     variant = _choose_variant(name, row, found)
     chosen = _arguments(variant, found)
     if found is not None and head is None:
@@ -160,9 +184,9 @@ def create_model(
     chosen.update({key: value for key, value in overrides.items() if value is not None})
     model = TinyViT(**chosen)
     model.image_spec = _image_spec(variant, row, found, img_size)
-    if found is not None and path is not None:
+    if opened is not None:
         fresh = _FRESH_HEAD if num_classes is not None else ()
-        report = _fill(model, path, found, tensors, antialias, fresh)
+        report = _fill(model, opened, antialias, fresh)
         untrained = [part for part in report.untrained if part != "head" or num_classes is None]
         _warn_untrained(report, untrained)
     return model.eval()
@@ -200,9 +224,7 @@ def load_checkpoint(
     Warns:
         UserWarning: A part of the model is not in the file.
     """
-    path, _ = find_checkpoint(checkpoint, sha256, progress)
-    found, tensors = _read(path)
-    report = _fill(model, path, found, tensors, antialias)
+    report = _fill(model, open_checkpoint(checkpoint, sha256, progress), antialias)
     _warn_untrained(report, report.untrained)
     return report
 
@@ -241,12 +263,18 @@ def find_checkpoint(
     return path, get_checkpoint(text)  # raises, and names the nearest one
 
 
-def _read(path: Path) -> tuple[Detection, dict[str, Tensor]]:
-    """What a file is, and its tensors under canonical keys.
+def open_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    sha256: str | None = None,
+    progress: Progress | None = None,
+) -> OpenedCheckpoint:
+    """Find a checkpoint and read it; arguments and errors as ``find_checkpoint``'s.
 
     Raises:
-        CheckpointError: The file is damaged, or holds no TinyViT encoder.
+        CheckpointError: The file is damaged, incomplete, or holds no TinyViT encoder.
+        DownloadError: The file cannot be fetched.
     """
+    path, row = find_checkpoint(checkpoint, sha256, progress)
     file = read_state_dict(path)
     found = detect(file.tensors, filename=path.name, metadata=file.metadata)
     problems = _list("missing", found.missing) + _list("unexpected", found.unexpected)
@@ -263,26 +291,20 @@ def _read(path: Path) -> tuple[Detection, dict[str, Tensor]]:
             f"{path} holds no image encoder ({found.family}: {', '.join(found.parts)}); "
             f"give the file with the encoder"
         )
-    return found, to_canonical(file.tensors, found.family)
+    return OpenedCheckpoint(path, row, found, to_canonical(file.tensors, found.family))
 
 
 def _fill(
-    model: TinyViT,
-    path: Path,
-    found: Detection,
-    tensors: Mapping[str, Tensor],
-    antialias: bool,
-    fresh: Sequence[str] = (),
+    model: TinyViT, opened: OpenedCheckpoint, antialias: bool, fresh: Sequence[str] = ()
 ) -> LoadReport:
     """Load canonical tensors into the model: all, or none and an error that names everything.
 
     Keys in ``fresh`` are not taken from the file where the model has none or another shape.
     """
+    path, found, tensors = opened.path, opened.found, opened.tensors
     own = model.state_dict()
     fresh = [
-        key
-        for key in fresh
-        if key in tensors and (key not in own or own[key].shape != tensors[key].shape)
+        k for k in fresh if k in tensors and (k not in own or own[k].shape != tensors[k].shape)
     ]
     own_parts = {part_of(key) for key in own}
     parts = {part_of(key) for key in tensors}
@@ -292,14 +314,8 @@ def _fill(
     )
     state.update(known)
     untrained = tuple(p for p in _PARTS_OF_TINYVIT if p in own_parts - parts)
-    missing = [
-        key
-        for key in own
-        if key not in state
-        and key not in fresh
-        and part_of(key) not in untrained
-        and not key.endswith("num_batches_tracked")
-    ]
+    lacking = [key for key in own if key not in state and part_of(key) not in untrained]
+    missing = [k for k in lacking if k not in fresh and not k.endswith("num_batches_tracked")]
     problems = _list("missing", missing) + _list("unexpected", [k for k in state if k not in own])
     problems += [
         f"{key} has shape {list(value.shape)} in the file and {list(own[key].shape)} in the model"
@@ -368,8 +384,7 @@ def _image_spec(
     variant: Variant | None, row: Checkpoint | None, found: Detection | None, img_size: int | None
 ) -> ImageSpec:
     """How pictures are prepared: the checkpoint's way, else the variant's, else the family's."""
-    own = row is not None and variant is not None and row.variant == variant.name
-    if own and row is not None and row.image_spec is not None:
+    if row and variant and row.variant == variant.name and row.image_spec is not None:
         spec = row.image_spec
     elif variant is not None:
         spec = variant.image_spec

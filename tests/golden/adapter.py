@@ -48,6 +48,17 @@ class Adapter(verify.Adapter):
     def litemed(self, ctor):
         return TinyViT(**ctor, stem="pointwise", head=False)
 
+    def sam(self):
+        from tinyvit.sam import build_sam
+
+        return build_sam()
+
+    def sam_predictor(self, sam):
+        from tinyvit.sam import SamPredictor
+
+        # Some scores lie near 0, with tolerances below float32's own rounding through the decoder.
+        return SamPredictor(sam, decoder_precision="fp64")
+
     def transforms(self, target):
         from tinyvit.images.preprocess import ResizeLongestSide
 

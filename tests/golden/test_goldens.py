@@ -32,7 +32,6 @@ recipe, verify, behaviours, plain = map(_load, ("recipe", "verify", "behaviours"
 adapter = _load("adapter")
 
 MANIFEST = json.loads((HERE / "manifest.json").read_text())
-PROMPTED = ("sam_decoder", "sam_e2e")
 READS_FILES = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # verify.py does
 STORED = [name for name in MANIFEST if (HERE / f"{name}.npz").exists()]
 SMALL = [
@@ -54,10 +53,8 @@ def check_one(name, folder, dtype, slack):
     assert result == "ok", f"{result}: {share:.3g} of the tolerance, {message}"
 
 
-def test_every_case_outside_the_prompt_decoder_is_stored():
-    wanted = {name for name, case in MANIFEST.items() if case["kind"] not in PROMPTED}
-    assert wanted <= set(STORED)
-    assert {path.stem for path in HERE.glob("*.npz")} <= set(MANIFEST)
+def test_every_case_is_stored():
+    assert {path.stem for path in HERE.glob("*.npz")} == set(STORED) == set(MANIFEST)
 
 
 @READS_FILES

@@ -84,7 +84,18 @@ def test_auto_asks_the_real_processor() -> None:
     assert choose_precision("auto", "cpu")[0] in DTYPES
 
 
-@pytest.mark.parametrize("precision", ["fp16", "", "FP32", "float32"])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_fp16_is_refused_with_the_reason(device: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        choose_precision("fp16", device)
+    assert str(caught.value) == (
+        "precision 'fp16' is refused: it ends at 65504, and sums of squares in the neck's "
+        "LayerNorm were measured above that; no file says how large its values get, and on a CPU "
+        "it was no faster than 'fp32'; use 'bf16', which is fast and has the range of 'fp32'"
+    )
+
+
+@pytest.mark.parametrize("precision", ["half", "", "FP32", "float32"])
 def test_an_unknown_precision(precision: str) -> None:
     with pytest.raises(ValueError) as caught:
         choose_precision(precision, "cpu")

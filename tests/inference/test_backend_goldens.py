@@ -1,4 +1,4 @@
-"""The stored vectors of whole networks through the other backends, at ten times the tolerance.
+"""The stored vectors of whole networks through every backend, at ten times the tolerance.
 
 The tolerance of the plain form is ten times the error of the peers' own float32; these libraries
 sum in other orders and fuse what the peers do not.
@@ -19,18 +19,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinyvit.inference import Backend, OnnxBackend, OpenVINOBackend, TorchBackend
+from tinyvit.inference import Backend, OnnxBackend, OpenVINOBackend, StageBackend, TorchBackend
 from tinyvit.modules import TinyViT
 
 FOLDER = Path(__file__).parents[1] / "golden"
 QUICK = {"small_96_neck", "small_96_logits", "mobilesam_64", "optional_any_size_250x333_neck"}
-KINDS = {"encoder", "classifier", "anysize"}
+KINDS = {"encoder", "classifier", "anysize", "hq", "litemed"}
 BACKENDS = {"torch": TorchBackend, "openvino": OpenVINOBackend, "onnx": OnnxBackend}
 MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
 CASES = [
-    pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+    pytest.param(
+        name,
+        backend,
+        marks=[] if backend == "torch" or name in QUICK else pytest.mark.slow,
+    )
     for name, case in MANIFEST.items()
     if case["kind"] in KINDS
+    for backend in BACKENDS
 ]
 
 
@@ -71,6 +76,18 @@ class Through:
         return self.make(self.model)(x)
 
 
+class ThroughHQ(Through):
+    """Light HQ-SAM's encoder: what its mask decoder takes from between the stages comes, too."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        backend = self.make(self.model)
+        if not isinstance(backend, StageBackend):  # the others give outputs alone
+            return backend(x), self.model.forward_hq(x)[1]
+        features, maps = backend.with_stages(x)
+        merge = self.model.layers[1].downsample
+        return features, merge(maps[1]).unflatten(1, merge.output_size(maps[1].shape[2:]))
+
+
 class Adapter(verify.Adapter):  # type: ignore[misc, name-defined]
     def __init__(self, make: Callable[[TinyViT], Backend]) -> None:
         self.make = make
@@ -82,10 +99,15 @@ class Adapter(verify.Adapter):  # type: ignore[misc, name-defined]
         strides = (2,) * (len(ctor["depths"]) - 1)
         return Through(TinyViT(**ctor, strides=strides, neck_dim=None), self.make)
 
+    def hq(self, ctor: dict[str, Any]) -> Through:
+        return ThroughHQ(TinyViT(**ctor), self.make)
+
+    def litemed(self, ctor: dict[str, Any]) -> Through:
+        return Through(TinyViT(**ctor, stem="pointwise", head=False), self.make)
+
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # verify.py leaves them open
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "backend"), CASES)
 def test_golden(name: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINYVIT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "manifest.json").write_text(json.dumps({name: MANIFEST[name]}))

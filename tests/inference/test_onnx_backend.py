@@ -111,7 +111,8 @@ def test_an_engine_with_onnx(make_tiny_vit: MakeModel) -> None:
     [
         ({"device": "cuda"}, "backend 'onnx' runs on device 'cpu', got 'cuda'"),
         ({"precision": "bf16"}, "backend 'onnx' computes in precision 'fp32' only, got 'bf16'; "),
-        ({"precision": "fp16"}, "precision must be one of "),
+        ({"precision": "fp16"}, "precision 'fp16' is refused: it ends at 65504"),
+        ({"precision": "int8"}, "precision must be one of "),
         ({"threads": 0}, "threads must be at least 1, or None for the default, got 0"),
     ],
 )
@@ -149,7 +150,7 @@ def test_a_closed_backend_makes_what_it_needs(
 ) -> None:
     model, x = make_tiny_vit(), picture(1, 33, 48)
     backend = OnnxBackend(model)
-    runner = backend._graph.runner()
+    runner = backend.runner()
     backend.close()
     with pytest.raises(RuntimeError, match="this OnnxGraph was closed"):
         runner(x.numpy())

@@ -94,7 +94,8 @@ def test_an_encoder_gives_no_logits(make_tiny_vit: MakeModel) -> None:
     ("arguments", "words"),
     [
         ({"device": "cuda"}, "backend 'openvino' runs on device 'cpu', got 'cuda'"),
-        ({"precision": "fp16"}, "precision must be one of "),
+        ({"precision": "fp16"}, "precision 'fp16' is refused: it ends at 65504"),
+        ({"precision": "int8"}, "precision must be one of "),
         ({"threads": 0}, "threads must be at least 1, or None for the default, got 0"),
     ],
 )

@@ -175,8 +175,10 @@ def _pairs(backend: str, precision: str) -> list[tuple[str, str]]:
     """
     from typing import get_args
 
-    from tinyvit.inference.backend import BackendName, Precision
+    from tinyvit.inference.backend import FP16_REFUSED, BackendName, Precision
 
+    if precision == "fp16":
+        raise ValueError(FP16_REFUSED)
     chosen = []
     for option, word, known in (
         ("--backend", backend, get_args(BackendName)),

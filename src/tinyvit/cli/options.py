@@ -21,6 +21,22 @@ class PrecisionName(str, Enum):
     auto = "auto"
 
 
+def parse_precision(word: str) -> PrecisionName:
+    """The precision of a word.
+
+    Raises:
+        typer.BadParameter: There is none of this name; for fp16, why not.
+    """
+    names = [name.value for name in PrecisionName]
+    if word in names:
+        return PrecisionName(word)
+    if word == "fp16":
+        from tinyvit.inference.backend import FP16_REFUSED
+
+        raise typer.BadParameter(f"{FP16_REFUSED}.")
+    raise typer.BadParameter(f"{word!r} is not one of {', '.join(map(repr, names))}.")
+
+
 def matching_checkpoints(incomplete: str) -> list[str]:
     """Names for the shell to complete."""
     return [name for name in list_checkpoints() if name.startswith(incomplete)]
@@ -67,6 +83,9 @@ Device = Annotated[
 Precision = Annotated[
     PrecisionName,
     typer.Option(
-        "--precision", help="What to compute in; auto is bf16 where the hardware has it built in."
+        "--precision",
+        metavar="[fp32|bf16|auto]",
+        parser=parse_precision,
+        help="What to compute in; auto is bf16 where the hardware has it built in.",
     ),
 ]

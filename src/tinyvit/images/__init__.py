@@ -1,9 +1,11 @@
 """Pictures: read them, make them a model's input, and draw what a model sees.
 
-The room has four files, each imported by its own name, so that reading a file loads no torch:
+Each file is imported by its own name, so that reading a picture loads no torch:
 
 * ``tinyvit.images.decode``: a path, bytes, an array or a tensor -> RGB uint8 [H, W, 3].
 * ``tinyvit.images.pixels``: the rules for pixels of every type.
 * ``tinyvit.images.preprocess``: resize, normalise and pad as an ``ImageSpec`` says.
 * ``tinyvit.images.draw``: feature maps as colours over the photograph; PNG files.
+* ``tinyvit.images.segments``: masks, boxes and points over the photograph.
+* ``tinyvit.images.strokes``: smooth lines for them.
 """

@@ -25,7 +25,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tinyvit.image_spec import Placement
 
-__all__ = ["feature_picture", "feature_rgb", "overlay", "panel", "save_png", "stage_grid"]
+__all__ = [
+    "check_rgb",
+    "feature_picture",
+    "feature_rgb",
+    "overlay",
+    "panel",
+    "save_png",
+    "stage_grid",
+    "write_png",
+]
 
 RGB = NDArray[np.uint8]
 
@@ -103,8 +112,8 @@ def overlay(
     Raises:
         ValueError: A shape, type or ``alpha`` is wrong, or the placement is another picture's.
     """
-    _check_rgb("image", image)
-    _check_rgb("colours", colours)
+    check_rgb("image", image)
+    check_rgb("colours", colours)
     if image.shape[:2] != placement.original_size:
         raise ValueError(
             f"the placement is of a picture of {placement.original_size} (height, width), but "
@@ -183,7 +192,7 @@ def panel(image: RGB) -> RGB:
     Raises:
         ValueError: ``image`` has another shape or type.
     """
-    _check_rgb("image", image)
+    check_rgb("image", image)
     scale = PANEL / max(image.shape[:2])
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
@@ -200,14 +209,36 @@ def save_png(path: str | os.PathLike[str], pixels: RGB) -> None:
         ValueError: ``pixels`` has another shape or type.
         OSError: The folder is missing or cannot be written to.
     """
-    _check_rgb("pixels", pixels)
+    check_rgb("pixels", pixels)
+    write_png(path, Image.fromarray(pixels))
+
+
+def write_png(path: str | os.PathLike[str], picture: Image.Image) -> None:
+    """Write a PNG file as ``save_png`` does, of any of Pillow's pictures.
+
+    Raises:
+        OSError: The folder is missing or cannot be written to.
+    """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
-        Image.fromarray(pixels).save(temporary, format="PNG")
+        picture.save(temporary, format="PNG")
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_rgb(name: str, pixels: RGB) -> None:
+    """Say what is wrong with pixels that are not a picture [H, W, 3] uint8.
+
+    Raises:
+        ValueError: The shape or type is another one, or there are no pixels.
+    """
+    is_array = isinstance(pixels, np.ndarray)
+    good = is_array and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
+    if not good or pixels.size == 0:
+        came = f"{list(pixels.shape)} {pixels.dtype}" if is_array else type(pixels).__name__
+        raise ValueError(f"{name} must be a picture [H, W, 3] uint8; came {came}")
 
 
 def _components(cells: torch.Tensor) -> torch.Tensor:
@@ -263,11 +294,3 @@ def _row(panels: Sequence[RGB], captions: Sequence[str]) -> RGB:
         middle = left + column / 2, GAP + height + CAPTION / 2
         pen.text(middle, caption, fill=INK, font=font, anchor="mm")
     return np.array(sheet)
-
-
-def _check_rgb(name: str, pixels: RGB) -> None:
-    is_array = isinstance(pixels, np.ndarray)
-    good = is_array and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
-    if not good or pixels.size == 0:
-        came = f"{list(pixels.shape)} {pixels.dtype}" if is_array else type(pixels).__name__
-        raise ValueError(f"{name} must be a picture [H, W, 3] uint8; came {came}")

@@ -17,6 +17,7 @@ __all__ = [
     "Backend",
     "BackendName",
     "LogitsBackend",
+    "Network",
     "Precision",
     "StageBackend",
     "choose_device",
@@ -25,6 +26,13 @@ __all__ = [
 
 BackendName = Literal["auto", "torch", "openvino", "onnx"]
 Precision = Literal["fp32", "bf16", "auto"]
+
+FP16_REFUSED = (
+    "precision 'fp16' is refused: it ends at 65504, and sums of squares in the neck's LayerNorm "
+    "were measured above that; no file says how large its values get, and on a CPU it was no "
+    "faster than 'fp32'; use 'bf16', which is fast and has the range of 'fp32'"
+)
+"""The measurement is that of ``benchmarks/proof.py``."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -78,6 +86,30 @@ class LogitsBackend(Backend, Protocol):
         ...
 
 
+class Network(Protocol):
+    """What a backend made of a model: batches in its own precision, on its own device."""
+
+    def features(self, batch: Tensor) -> Tensor:
+        """[N, C, H, W] -> the neck's output, or the last stage's map without a neck."""
+        ...
+
+    def logits(self, batch: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, classes].
+
+        Raises:
+            ValueError: The model has no head.
+        """
+        ...
+
+    def stages(self, batch: Tensor) -> list[Tensor]:
+        """[N, C, H, W] -> the map of each stage, [N, C, h, w]."""
+        ...
+
+    def with_stages(self, batch: Tensor, as_logits: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """What ``features`` (or ``logits``) and ``stages`` give, in one pass."""
+        ...
+
+
 def choose_device(device: str) -> str:
     """The device to use; "auto" takes a GPU if there is one.
 
@@ -109,8 +141,10 @@ def choose_precision(precision: str, device: str) -> tuple[Literal["fp32", "bf16
         (precision, reason in words).
 
     Raises:
-        ValueError: Unknown precision.
+        ValueError: Unknown precision, or "fp16", which is refused with the reason.
     """
+    if precision == "fp16":
+        raise ValueError(FP16_REFUSED)
     if precision == "fp32":
         return "fp32", "exact; the default"
     if precision == "bf16":

@@ -89,8 +89,8 @@ class Engine:
     Raises:
         TypeError: ``model`` is no TinyViT.
         MissingExtraError: The package of the backend is not installed.
-        ValueError: An unknown backend, device or precision, a batch size below 1, workers below
-            0, or no way to tell how pictures are prepared.
+        ValueError: An unknown backend, device or precision ("fp16" is refused, with the reason), a
+            batch size below 1, workers below 0, or no way to tell how pictures are prepared.
 
     Example:
         >>> import numpy as np, tinyvit
@@ -121,7 +121,7 @@ class Engine:
         self.backend, self._choice = _choose_backend(model, backend, device, precision, threads)
         self.image_spec = _choose_spec(model, image_spec, pad)
         self._model = model
-        logger.info("%s", self.explain())
+        logger.info("%s", self._in_one_line())
 
     def embed(self, images: Picture | Iterable[Picture]) -> Tensor:
         """The features of one or many pictures, stacked.
@@ -239,11 +239,10 @@ class Engine:
         return prepare(image, self.image_spec)
 
     def explain(self) -> str:
-        """What the engine chose, and why, in one line."""
-        height, width = self.image_spec.size
-        bare = self.image_spec.resize == "longest_side" and not self.image_spec.pad
-        words = f"pictures {self.image_spec.resize} to {height}x{width}"
-        return f"{self._choice}; {words}{', not padded' if bare else ''}"
+        """What the engine chose, and why; with torch also what it made of the model."""
+        if not isinstance(self.backend, TorchBackend):
+            return self._in_one_line()
+        return f"{self._in_one_line()}; runs {self.backend.explain()}"
 
     def weights_sha256(self) -> str:
         """SHA-256 of the model's tensors (names, dtypes, shapes, bytes): tells models apart.
@@ -276,7 +275,13 @@ class Engine:
         self.close()
 
     def __repr__(self) -> str:
-        return f"Engine({self.explain()})"
+        return f"Engine({self._in_one_line()})"
+
+    def _in_one_line(self) -> str:
+        height, width = self.image_spec.size
+        bare = self.image_spec.resize == "longest_side" and not self.image_spec.pad
+        words = f"pictures {self.image_spec.resize} to {height}x{width}"
+        return f"{self._choice}; {words}{', not padded' if bare else ''}"
 
     def _prepared(self, images: Picture | Iterable[Picture]) -> Generator[Prepared, None, None]:
         """What ``prepare`` gives for each picture, in order, files read ahead in threads."""

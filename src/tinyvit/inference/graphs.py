@@ -11,7 +11,6 @@ three times as long, and reports its use to the publisher.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.util
 import warnings
@@ -26,9 +25,10 @@ from tinyvit.checkpoints.files import replacing
 from tinyvit.errors import CheckpointError, MissingExtraError
 from tinyvit.modules import TinyViT
 
+from .copies import frozen_copy
 from .fuse import reason_against
 
-__all__ = ["INPUT", "OUTPUT", "cached_graph", "export_onnx", "fingerprint", "frozen_copy"]
+__all__ = ["INPUT", "OUTPUT", "cached_graph", "export_onnx", "fingerprint"]
 
 INPUT, OUTPUT = "pictures", "features"
 """Names of the graph's input [N, C, H, W] and output, float32."""
@@ -137,12 +137,6 @@ def cached_graph(model: TinyViT) -> Path | bytes:
     except (OSError, CheckpointError):  # read-only or full: the graph is as good from memory
         return graph
     return path
-
-
-def frozen_copy(model: TinyViT) -> TinyViT:
-    """A copy of the model on the CPU, in eval mode and float32, without gradients."""
-    with torch.inference_mode(False):
-        return copy.deepcopy(model).eval().requires_grad_(False).to("cpu", torch.float32)
 
 
 def _write(path: Path, graph: bytes) -> None:

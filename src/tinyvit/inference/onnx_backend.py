@@ -5,21 +5,20 @@ Shapes: N pictures, C channels, H W height and width of the input, h w of a map.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from tinyvit.errors import MissingExtraError
 from tinyvit.modules import TinyViT
 
 from .backend import choose_precision
-from .watched_graph import WatchedGraph
+from .watched_graph import WatchedGraph, check_settings
 
 __all__ = ["OnnxBackend", "OnnxGraph"]
 
@@ -40,7 +39,7 @@ class OnnxGraph:
     """
 
     def __init__(self, source: str | os.PathLike[str] | bytes, threads: int | None = None) -> None:
-        _check_threads(threads)
+        check_settings("onnx", "cpu", threads)
         library = _load_onnxruntime()
         options = library.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
@@ -73,14 +72,11 @@ class OnnxGraph:
         self._session = None
 
 
-class OnnxBackend:
+class OnnxBackend(WatchedGraph):
     """Runs a TinyViT by ONNX Runtime: its ``forward``, at any size and batch, in float32.
 
-    The model given is never changed. Its graph is made at the first call, kept in the cache
-    folder, and made anew when the model has changed since (see ``ModelWatch``).
-
     Args:
-        model: The model.
+        model: The model; it is never changed.
         device: "auto" or "cpu".
         precision: "fp32", or "auto", which is fp32 here.
         threads: How many threads compute; None leaves it to ONNX Runtime.
@@ -91,8 +87,6 @@ class OnnxBackend:
     """
 
     name = "onnx"
-    device = "cpu"
-    precision = "fp32"
 
     def __init__(
         self,
@@ -101,59 +95,16 @@ class OnnxBackend:
         precision: str = "fp32",
         threads: int | None = None,
     ) -> None:
-        if device not in ("auto", "cpu"):
-            raise ValueError(f"backend 'onnx' runs on device 'cpu', got {device!r}")
+        check_settings(self.name, device, threads)
         if choose_precision(precision, "cpu")[0] != "fp32" and precision != "auto":
             raise ValueError(
                 f"backend 'onnx' computes in precision 'fp32' only, got {precision!r}; 'torch' and "
                 f"'openvino' compute in bf16"
             )
-        _check_threads(threads)
-        self._choice = f"onnxruntime {_load_onnxruntime().__version__} on cpu, fp32 ({_REASON})"
-
-        def load(graph: Path | bytes) -> OnnxGraph:
-            return OnnxGraph(graph, threads)
-
-        self._graph = WatchedGraph(model, load, "ONNX Runtime", "fp32")
-
-    @property
-    def graph_file(self) -> Path | None:
-        """The file of the graph that runs; None where it is not kept."""
-        self._graph.runner()
-        return self._graph.file
-
-    def __call__(self, batch: Tensor) -> Tensor:
-        """[N, 3, H, W] float32 -> the model's ``forward``, float32, on the CPU.
-
-        Raises:
-            ValueError: The batch has another form, or ONNX Runtime cannot run the model.
-        """
-        return self._graph(batch)
-
-    def logits(self, batch: Tensor) -> Tensor:
-        """[N, 3, H, W] float32 -> logits [N, classes], float32, on the CPU.
-
-        Raises:
-            ValueError: The model's ``forward`` gives no logits, or as for a call.
-        """
-        return self._graph.logits(batch)
-
-    def explain(self) -> str:
-        """What was chosen, and why, in words."""
-        return self._choice
-
-    def refresh(self) -> None:
-        """Make the graph anew at the next call."""
-        self._graph.refresh()
-
-    def close(self) -> None:
-        """Let go of the graph."""
-        self._graph.close()
-
-
-def _check_threads(threads: int | None) -> None:
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, or None for the default, got {threads}")
+        choice = f"onnxruntime {_load_onnxruntime().__version__} on cpu, fp32 ({_REASON})"
+        super().__init__(
+            model, functools.partial(OnnxGraph, threads=threads), "ONNX Runtime", "fp32", choice
+        )
 
 
 def _load_onnxruntime() -> Any:

@@ -1,20 +1,21 @@
-"""The PyTorch backend: a folded network on a CPU, a frozen copy of the model elsewhere.
+"""The PyTorch backend: what it makes of a model on a CPU, on a CUDA device and elsewhere.
 
 Shapes: N pictures, C channels, H W height and width of the input, h w of a map.
 """
 
 from __future__ import annotations
 
-import copy
 import threading
-from typing import Literal, Protocol, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from tinyvit.modules import TinyViT
 
-from .backend import DTYPES
+from .backend import DTYPES, Network
+from .copies import folded_copy, frozen_copy
+from .cuda_graphs import Capture, GraphedNetwork, choose_capture
 from .deploy import DeployedTinyViT
 from .fuse import reason_against
 from .kernels import choose_kernels
@@ -25,20 +26,6 @@ __all__ = ["TorchBackend"]
 _TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
 """Largest error of the self-check, relative to the largest output. Folding changes only rounding:
 1e-6 in fp32 and up to 3e-2 in bf16 were measured; a mistake gives 1."""
-
-
-class _Network(Protocol):
-    """What runs: the folded network, or the plain model in the same shape."""
-
-    def features(self, batch: Tensor) -> Tensor: ...
-
-    def logits(self, batch: Tensor) -> Tensor: ...
-
-    def stages(self, batch: Tensor) -> list[Tensor]: ...
-
-    def with_stages(
-        self, batch: Tensor, as_logits: bool = False
-    ) -> tuple[Tensor, list[Tensor]]: ...
 
 
 class TorchBackend:
@@ -62,7 +49,7 @@ class TorchBackend:
         self.precision = precision
         self._model = model
         self._lock = threading.Lock()
-        self._made: tuple[_Network, ModelWatch, str] | None = None
+        self._made: tuple[Network, ModelWatch, str] | None = None
 
     def __call__(self, batch: Tensor) -> Tensor:
         """[N, 3, H, W] float32 -> the network's output, float32, on the CPU."""
@@ -98,8 +85,11 @@ class TorchBackend:
     def explain(self) -> str:
         """What runs, and why, in words."""
         with torch.inference_mode():
-            self._network()
-        return "" if self._made is None else self._made[2]
+            network = self._network()
+        words = "" if self._made is None else self._made[2]
+        if isinstance(network, GraphedNetwork) and network.failure is not None:
+            words += f"; without CUDA graphs: {network.failure}"
+        return words
 
     def refresh(self) -> None:
         """Make what runs anew at the next call."""
@@ -116,7 +106,7 @@ class TorchBackend:
     def _to_device(self, batch: Tensor) -> Tensor:
         return batch.to(self.device, DTYPES[self.precision])
 
-    def _network(self) -> _Network:
+    def _network(self) -> Network:
         with self._lock:
             if self._made is None or self._made[1].has_changed():
                 watch = ModelWatch(self._model)
@@ -124,29 +114,39 @@ class TorchBackend:
                 self._made = network, watch, words
             return self._made[0]
 
-    def _make(self) -> tuple[_Network, str]:
+    def _make(self) -> tuple[Network, str]:
         """The folded network if it can be had and passes its check, else a copy of the model."""
-        reason = f"{self.device} is no CPU" if self.device != "cpu" else reason_against(self._model)
+        dtype, capture = DTYPES[self.precision], choose_capture(self.device)
+        reason = reason_against(self._model)
+        if reason is None and capture is None and torch.device(self.device).type != "cpu":
+            reason = f"{self.device} is no CPU and no CUDA device"
         if reason is None:
-            _settle_allocator()
-            kernels = choose_kernels(DTYPES[self.precision])
-            deployed = DeployedTinyViT(self._model, kernels)
-            error = self._error_of(deployed)
+            network, words = self._fold(dtype, capture)
+            error = self._error_of(network)
             if error <= _TOLERANCE[self.precision]:
-                return deployed, f"folded, {kernels.name} (checked: error {error:.0e})"
+                return network, f"folded, {words} (checked: error {error:.0e})"
             reason = f"the folded form differs by {error:.1e}"
-        plain = _frozen_copy(self._model).to(self.device, DTYPES[self.precision])
+        plain = frozen_copy(self._model).to(self.device, dtype)
         return _Plain(plain), f"the model as it is ({reason})"
 
-    def _error_of(self, deployed: DeployedTinyViT) -> float:
+    def _fold(self, dtype: torch.dtype, capture: Capture | None) -> tuple[Network, str]:
+        """The folded network for a CPU, or for where something captures, and its name."""
+        if capture is not None:
+            plain = _Plain(folded_copy(self._model).to(self.device, dtype))
+            graphed = GraphedNetwork(plain, capture, is_exact=self.precision == "fp32")
+            return graphed, "one CUDA graph for each shape that comes again"
+        _settle_allocator()
+        kernels = choose_kernels(dtype)
+        return DeployedTinyViT(self._model, kernels), kernels.name
+
+    def _error_of(self, network: Network) -> float:
         """The folded network against the model, on a small picture of no convenient size."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, self._model.in_chans, 75, 58, generator=generator)
-        plain = _frozen_copy(self._model).to("cpu", torch.float32)
-        wanted = plain.forward_backbone(x)
-        got = deployed.stages(x.to(deployed.dtype))[-1]
+        wanted = frozen_copy(self._model).forward_backbone(x)
+        got = network.stages(self._to_device(x))[-1].float().cpu()
         scale = float(wanted.abs().max().clamp_min(1e-12))
-        return float((got.float() - wanted).abs().max()) / scale
+        return float((got - wanted).abs().max()) / scale
 
 
 class _Plain:
@@ -165,10 +165,6 @@ class _Plain:
         given = self.model.forward_intermediates(batch)
         features, maps = cast("tuple[Tensor, list[Tensor]]", given)
         return (self.model.forward_head(maps[-1]) if as_logits else features), maps
-
-
-def _frozen_copy(model: TinyViT) -> TinyViT:
-    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def _settle_allocator() -> None:

@@ -1,6 +1,7 @@
-"""A graph that runs in place of a model, and is made anew when the model has changed.
+"""A backend that runs a graph in place of a model, and makes it anew when the model has changed.
 
 Knows nothing of the library that runs it: that is a function from a graph to a ``GraphRunner``.
+The backends of OpenVINO and ONNX Runtime are this one with that function and their settings.
 
 Shapes: N pictures, C channels, H W height and width of the input, h w of a map.
 """
@@ -11,7 +12,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,10 +21,11 @@ from torch import Tensor
 
 from tinyvit.modules import TinyViT
 
-from .graphs import cached_graph, export_onnx, frozen_copy
+from .copies import frozen_copy
+from .graphs import cached_graph, export_onnx
 from .watch import ModelWatch
 
-__all__ = ["GraphRunner", "WatchedGraph"]
+__all__ = ["GraphRunner", "WatchedGraph", "check_settings"]
 
 _TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
 """Largest error of the self-check, relative to the largest output: 3e-6 in fp32 and 2e-2 in bf16
@@ -42,8 +44,23 @@ class GraphRunner(Protocol):
         ...
 
 
+def check_settings(backend: str, device: str, threads: int | None) -> None:
+    """Refuse what a library on this machine's CPU cannot do.
+
+    Raises:
+        ValueError: Another device than the CPU, or fewer than one thread.
+    """
+    if device not in ("auto", "cpu"):
+        raise ValueError(f"backend {backend!r} runs on device 'cpu', got {device!r}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, or None for the default, got {threads}")
+
+
 class WatchedGraph:
     """Keeps the graph of a model in step with the model, and checks it against the model.
+
+    The model given is never changed. Its graph runs the model's ``forward`` at any size and batch.
+    It is made at the first call, and anew when the model has changed since (see ``ModelWatch``).
 
     The first graph comes from the cache folder, or is kept there for the next program. Graphs of a
     model that changed meanwhile are not kept: there may be one for each step of a training.
@@ -53,24 +70,41 @@ class WatchedGraph:
         load: Makes what runs from a file of a graph, or from its bytes.
         library: Who runs it, for messages.
         precision: "fp32" or "bf16": how far the self-check may be off.
+        choice: What was chosen, and why, in words.
     """
+
+    name = "graph"
+    device = "cpu"
 
     def __init__(
         self,
         model: TinyViT,
         load: Callable[[Path | bytes], GraphRunner],
         library: str,
-        precision: str,
+        precision: Literal["fp32", "bf16"],
+        choice: str = "",
     ) -> None:
+        self.precision = precision
         self._model = model
         self._load = load
         self._library = library
+        self._choice = choice
         self._tolerance = _TOLERANCE[precision]
         self._lock = threading.Lock()
         self._made: tuple[GraphRunner, ModelWatch] | None = None
         self._is_first = True
-        self.file: Path | None = None
+        self._file: Path | None = None
         self.error = float("nan")
+
+    @property
+    def graph_file(self) -> Path | None:
+        """The file of the graph that runs; None where it is not kept.
+
+        Raises:
+            ValueError: The library cannot run the model, or gives other values.
+        """
+        self.runner()
+        return self._file
 
     def __call__(self, batch: Tensor) -> Tensor:
         """Run a batch.
@@ -93,10 +127,10 @@ class WatchedGraph:
         return torch.from_numpy(self.runner()(array))
 
     def logits(self, batch: Tensor) -> Tensor:
-        """As a call, of a model whose ``forward`` gives logits.
+        """As a call, of a model whose ``forward`` gives logits: [N, classes].
 
         Raises:
-            ValueError: It gives something else.
+            ValueError: It gives something else, or as for a call.
         """
         if self._model.neck is not None or self._model.head is None:
             raise ValueError(
@@ -104,6 +138,10 @@ class WatchedGraph:
                 f"use backend='torch'"
             )
         return self(batch)
+
+    def explain(self) -> str:
+        """What was chosen, and why, in words."""
+        return self._choice
 
     def runner(self) -> GraphRunner:
         """What runs now; it is made if there is none, or if the model has changed.
@@ -130,7 +168,7 @@ class WatchedGraph:
             self._made = None
 
     def _make(self) -> GraphRunner:
-        self.file = None
+        self._file = None
         graph = cached_graph(self._model) if self._is_first else export_onnx(self._model)
         self._is_first = False
         if isinstance(graph, Path):
@@ -141,10 +179,10 @@ class WatchedGraph:
                     graph.unlink()
                 graph = cached_graph(self._model)
             else:
-                self.file = graph
+                self._file = graph
                 return runner
         runner = self._checked(graph)
-        self.file = graph if isinstance(graph, Path) else None
+        self._file = graph if isinstance(graph, Path) else None
         return runner
 
     def _checked(self, graph: Path | bytes) -> GraphRunner:

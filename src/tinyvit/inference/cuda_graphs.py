@@ -1,0 +1,213 @@
+"""A network on a GPU whose calls are recorded once for each shape and then replayed.
+
+Starting the 365 kernels of a TinyViT one by one takes longer than a GPU computes at batch 1. A CUDA
+graph starts them all at once, for one shape and at fixed places in memory: the input is copied in,
+the results are copied out. Recording sits behind ``Capture``, so that all the rest can be tried
+without a GPU. Knows no pictures and not when a model changes: the backend that holds this does.
+
+Facts: torch's documentation of CUDA graphs (warm-up on the stream of the capture, one memory pool
+for graphs that never run at the same time, ``capture_error_mode``) and of TF32.
+
+Shapes: N pictures, C channels, H W height and width of the input, h w of a map.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .backend import Network
+
+__all__ = ["Capture", "CudaCapture", "GraphedNetwork", "Run", "choose_capture"]
+
+Run = Callable[[Tensor], Sequence[Tensor]]
+"""A batch [N, C, H, W] -> results."""
+
+SHAPES = 4
+"""Graphs kept at a time: those used last."""
+EARNED = 2
+"""Calls of one shape until it is captured: capturing takes about as long as five calls."""
+_SHAPES_COUNTED = 256
+_WARM_UPS = 3
+
+_ALONE = threading.RLock()
+"""torch allows one capture at a time in a process; the switch of TF32 is the process's, too."""
+
+logger = logging.getLogger("tinyvit")
+
+
+class Capture(Protocol):
+    """Records what a function does with a batch of one shape."""
+
+    def __call__(self, run: Run, example: Tensor) -> Run:
+        """Record ``run``.
+
+        Args:
+            run: What to record; it may be called several times.
+            example: [N, C, H, W] of the shape, on the device.
+
+        Returns:
+            What does the same to a batch of this shape. Its results are overwritten by its next
+            call.
+
+        Raises:
+            RuntimeError: It cannot be recorded.
+        """
+        ...
+
+
+class CudaCapture:
+    """Records CUDA graphs, which share one pool of memory.
+
+    Args:
+        device: A CUDA device.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
+        with torch.cuda.device(self._device):
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Run, example: Tensor) -> Run:
+        """See ``Capture``."""
+        with _ALONE, torch.cuda.device(self._device):
+            given = example.clone()
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for _ in range(_WARM_UPS):  # libraries choose algorithms and take workspaces here
+                    run(given)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                results = run(given)
+
+        def replay(batch: Tensor) -> Sequence[Tensor]:
+            given.copy_(batch)
+            graph.replay()
+            return results
+
+        return replay
+
+
+def choose_capture(device: str) -> Capture | None:
+    """What records on a device; None where nothing does."""
+    return CudaCapture(device) if torch.device(device).type == "cuda" else None
+
+
+class GraphedNetwork:
+    """Gives what a network gives; shapes that come again are replayed.
+
+    A shape is captured at its second call, and the four used last are kept. Where capturing fails
+    (no memory for it, say), that is logged, ``failure`` says why, and the network runs kernel by
+    kernel from then on, with the same results. Calls from several threads wait for each other.
+
+    Args:
+        network: What computes; frozen, and it does the same work at every call of a shape.
+        capture: What records.
+        is_exact: Compute float32 convolutions in float32. By torch's default cuDNN takes TF32,
+            which keeps 11 bits.
+    """
+
+    def __init__(self, network: Network, capture: Capture, is_exact: bool = True) -> None:
+        self.failure: str | None = None
+        self._capture = capture
+        self._arithmetic = _full_float32 if is_exact else nullcontext
+        self._runs: dict[str, Run] = {
+            "features": lambda x: [network.features(x)],
+            "logits": lambda x: [network.logits(x)],
+            "stages": network.stages,
+            "features and stages": lambda x: _flat(network.with_stages(x)),
+            "logits and stages": lambda x: _flat(network.with_stages(x, as_logits=True)),
+        }
+        self._lock = threading.Lock()
+        self._counts: Counter[tuple[object, ...]] = Counter()
+        self._graphs: OrderedDict[tuple[object, ...], Run] = OrderedDict()
+
+    def features(self, batch: Tensor) -> Tensor:
+        """[N, C, H, W] -> the network's features."""
+        return self._run("features", batch)[0]
+
+    def logits(self, batch: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, classes].
+
+        Raises:
+            ValueError: The network has no head.
+        """
+        return self._run("logits", batch)[0]
+
+    def stages(self, batch: Tensor) -> list[Tensor]:
+        """[N, C, H, W] -> the map of each stage, [N, C, h, w]."""
+        return self._run("stages", batch)
+
+    def with_stages(self, batch: Tensor, as_logits: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """What ``features`` (or ``logits``) and ``stages`` give, in one pass.
+
+        Raises:
+            ValueError: Logits are wanted and the network has no head.
+        """
+        first, *maps = self._run(f"{'logits' if as_logits else 'features'} and stages", batch)
+        return first, maps
+
+    def _run(self, what: str, batch: Tensor) -> list[Tensor]:
+        batch = batch.contiguous(memory_format=torch.channels_last)
+        with self._lock, torch.inference_mode():
+            replay = self._replay(what, batch)
+            if replay is None:
+                with self._arithmetic():
+                    return list(self._runs[what](batch))
+            results = [result.clone() for result in replay(batch)]
+            if batch.is_cuda:  # another thread may replay next, and on another stream
+                torch.cuda.current_stream(batch.device).synchronize()
+            return results
+
+    def _replay(self, what: str, batch: Tensor) -> Run | None:
+        """The graph for this batch; None where it has not earned one or cannot have one."""
+        key = (what, *batch.shape)
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+            return self._graphs[key]
+        if self.failure is not None or batch.numel() == 0:
+            return None
+        if len(self._counts) >= _SHAPES_COUNTED:
+            self._counts.clear()
+        self._counts[key] += 1
+        if self._counts[key] < EARNED:
+            return None
+        if len(self._graphs) >= SHAPES:
+            forgotten, _ = self._graphs.popitem(last=False)
+            del self._counts[forgotten]
+        try:
+            with self._arithmetic():
+                self._graphs[key] = self._capture(self._runs[what], batch)
+        except RuntimeError as err:  # out of memory is one of them
+            self._graphs.clear()
+            self.failure = (str(err).strip().splitlines() or [type(err).__name__])[0]
+            logger.warning("no CUDA graph, kernels are started one by one: %s", self.failure)
+            return None
+        return self._graphs[key]
+
+
+def _flat(results: tuple[Tensor, list[Tensor]]) -> list[Tensor]:
+    return [results[0], *results[1]]
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Keep cuDNN from rounding float32 to TF32 meanwhile."""
+    cudnn = torch.backends.cudnn
+    with _ALONE:
+        before = cudnn.allow_tf32
+        cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            cudnn.allow_tf32 = before

@@ -1,0 +1,356 @@
+"""``SamAutomaticMaskGenerator``: everything in a picture, by a grid of points on it and its crops.
+
+Arguments, results and their order are segment-anything's. What differs is the work: all points on a
+crop share the image side of the decoder; a mask is computed only when its predicted IoU is high
+enough, and enlarged only where it can be; duplicates go before run lengths are made.
+
+Letters: P points, M masks, H W the picture. Points are (x, y) and boxes xyxy, in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal, TypeAlias, TypedDict, get_args
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from tinyvit.images.decode import ImageSource, decode
+from tinyvit.inference import Backend, Engine
+from tinyvit.inference.backend import BackendName, choose_device
+
+from .boxes import non_maximum_suppression
+from .candidates import Candidate, PackedMask, stability_of
+from .crops import (
+    CropBox,
+    build_all_layer_point_grids,
+    check_point_grids,
+    generate_crop_boxes,
+    is_box_near_crop_edge,
+)
+from .embedding import ImageEmbedding
+from .encoding import PictureEncoder
+from .model import Sam
+from .point_decoder import PointDecoder
+from .regions import remove_small_regions
+from .rle import RLE, encode_region
+from .upscale import RegionUpscaler
+
+__all__ = ["MaskRecord", "OutputMode", "SamAutomaticMaskGenerator"]
+
+OutputMode = Literal["binary_mask", "uncompressed_rle", "coco_rle"]
+Progress: TypeAlias = "Callable[[int, int], None]"
+
+_RANGES: Mapping[str, tuple[float | None, float | None]] = {  # argument: (at least, below)
+    "points_per_batch": (1, None),
+    "pred_iou_thresh": (None, None),
+    "stability_score_thresh": (None, None),
+    "stability_score_offset": (0, None),
+    "box_nms_thresh": (None, None),
+    "crop_n_layers": (0, None),
+    "crop_nms_thresh": (None, None),
+    "crop_overlap_ratio": (0, 1),
+    "min_mask_region_area": (0, None),
+}
+
+
+class MaskRecord(TypedDict):
+    """One mask, as ``SamAutomaticMaskGenerator.generate`` gives it.
+
+    Attributes:
+        segmentation: [H, W] bool; or run lengths as COCO has them, with ``counts`` as a list
+            ("uncompressed_rle") or a string ("coco_rle").
+        area: Pixels.
+        bbox: [x, y, width, height] in pixels; as in segment-anything width and height are the
+            distances of the first and the last pixel, 0 for a mask of one.
+        predicted_iou: The network's own estimate.
+        point_coords: [[x, y]], the point that was prompted.
+        stability_score: IoU of the masks at a higher and a lower threshold.
+        crop_box: [x, y, width, height] of the crop in which it was found.
+    """
+
+    segmentation: NDArray[np.bool_] | RLE
+    area: int
+    bbox: list[int]
+    predicted_iou: float
+    point_coords: list[list[float]]
+    stability_score: float
+    crop_box: list[int]
+
+
+class SamAutomaticMaskGenerator:
+    """Finds the masks of everything in a picture.
+
+    May be used by several threads. A model with Light HQ-SAM's decoder works too, without the fast
+    form of the decoder.
+
+    Args:
+        model: The model; never changed. When its weights change, what was derived of them is made
+            anew.
+        points_per_side: Points along each side of the picture; None where ``point_grids`` are
+            given.
+        points_per_batch: Points decoded between two filterings: more take more memory.
+        pred_iou_thresh: Masks are kept whose predicted IoU is above it; 0 or less keeps all.
+        stability_score_thresh: Masks are kept whose stability is at least this; 0 or less keeps
+            all.
+        stability_score_offset: Stability compares the masks this much above and below the
+            threshold.
+        box_nms_thresh: Of two masks of one crop whose boxes have a higher IoU, the one with the
+            lower predicted IoU goes.
+        crop_n_layers: Layers of crops beyond the whole picture; layer i has 2^i crops a side.
+        crop_nms_thresh: As ``box_nms_thresh`` between crops; the mask of the larger crop goes.
+        crop_overlap_ratio: How far crops overlap, as a share of the shorter side.
+        crop_n_points_downscale_factor: In layer i the points a side are divided by this to the
+            power i.
+        point_grids: Instead of ``points_per_side``, for each layer points [P, 2] in 0..1.
+        min_mask_region_area: Holes and islands of fewer pixels are filled and removed; 0 leaves
+            them.
+        output_mode: The form of the masks: "binary_mask", "uncompressed_rle" or "coco_rle".
+        engine: Runs ``model.image_encoder``; None makes one from the arguments that follow.
+        backend: As for ``tinyvit.Engine``.
+        precision: As for ``tinyvit.Engine``; the decoder always computes in fp32.
+        device: Where to compute: a torch device, "auto", or None for where the model is now.
+        pad: As for ``tinyvit.Engine``: False spends no work on padding, with other numbers.
+
+    Raises:
+        TypeError: ``model`` is no ``Sam``.
+        ValueError: A value is out of its range, or two do not go together.
+        MissingExtraError: The package of the backend is not installed.
+
+    Example:
+        >>> import numpy as np
+        >>> from tinyvit.sam import SamAutomaticMaskGenerator, build_sam
+        >>> generator = SamAutomaticMaskGenerator(
+        ...     build_sam("tinyvit_starter"), points_per_side=2, pred_iou_thresh=0.99
+        ... )
+        >>> generator.generate(np.zeros((48, 64, 3), np.uint8))
+        []
+    """
+
+    def __init__(
+        self,
+        model: Sam,
+        points_per_side: int | None = 32,
+        points_per_batch: int = 64,
+        pred_iou_thresh: float = 0.88,
+        stability_score_thresh: float = 0.95,
+        stability_score_offset: float = 1.0,
+        box_nms_thresh: float = 0.7,
+        crop_n_layers: int = 0,
+        crop_nms_thresh: float = 0.7,
+        crop_overlap_ratio: float = 512 / 1500,
+        crop_n_points_downscale_factor: int = 1,
+        point_grids: Sequence[ArrayLike] | None = None,
+        min_mask_region_area: int = 0,
+        output_mode: OutputMode = "binary_mask",
+        *,
+        engine: Engine | None = None,
+        backend: BackendName | Backend = "auto",
+        precision: str = "fp32",
+        device: str | torch.device | None = None,
+        pad: bool | None = None,
+    ) -> None:
+        if not isinstance(model, Sam):
+            raise TypeError(
+                f"SamAutomaticMaskGenerator wants a Sam, as build_sam makes it, came "
+                f"{type(model).__name__}"
+            )
+        if output_mode not in get_args(OutputMode):
+            raise ValueError(
+                f"output_mode must be one of {get_args(OutputMode)}, came {output_mode!r}"
+            )
+        self.point_grids = _grids(
+            points_per_side, point_grids, crop_n_layers, crop_n_points_downscale_factor
+        )
+        self.model = model
+        self.points_per_batch = points_per_batch
+        self.pred_iou_thresh = pred_iou_thresh
+        self.stability_score_thresh = stability_score_thresh
+        self.stability_score_offset = stability_score_offset
+        self.box_nms_thresh = box_nms_thresh
+        self.crop_n_layers = crop_n_layers
+        self.crop_nms_thresh = crop_nms_thresh
+        self.crop_overlap_ratio = crop_overlap_ratio
+        self.crop_n_points_downscale_factor = crop_n_points_downscale_factor
+        self.min_mask_region_area = min_mask_region_area
+        self.output_mode = output_mode
+        for name, (least, below) in _RANGES.items():
+            _check_range(name, getattr(self, name), least, below)
+        place = choose_device(str(model.device if device is None else device))
+        self._encoder = PictureEncoder(
+            model,
+            engine=engine,
+            backend=backend,
+            precision=precision,
+            device=place if isinstance(backend, str) else "auto",
+            pad=pad,
+        )
+        self._decoder = PointDecoder(model, place)
+
+    def generate(self, image: ImageSource, progress: Progress | None = None) -> list[MaskRecord]:
+        """Find the masks of everything in a picture.
+
+        Args:
+            image: [H, W, 3] uint8 RGB, 0..255. Also anything that ``tinyvit.images.decode`` reads:
+                a path, bytes, a PIL image, arrays in grey or with transparency.
+            progress: Called with (points decoded, points in all) after each batch of points.
+
+        Returns:
+            One record for each mask, none where nothing passes. The order is segment-anything's:
+            best predicted IoU first; with layers of crops, smaller crops first, and within crops of
+            one size in the order of crops; with ``min_mask_region_area``, masks that it changed
+            last.
+
+        Raises:
+            ImageError: The picture cannot be read, or the array is no picture.
+            TypeError: It is nothing that could be a picture.
+        """
+        candidates = self._candidates(decode(image), progress)
+        if self.min_mask_region_area > 0:
+            candidates = self._without_small_regions(candidates)
+        return [self._record(candidate) for candidate in candidates]
+
+    def _candidates(self, picture: NDArray[np.uint8], progress: Progress | None) -> list[Candidate]:
+        """What is found in all crops, without duplicates."""
+        size = int(picture.shape[0]), int(picture.shape[1])
+        boxes, layers = generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
+        count = _Count(sum(len(self.point_grids[layer]) for layer in layers), progress)
+        crops = (picture[y0:y1, x0:x1] for x0, y0, x1, y1 in boxes)
+        found: list[Candidate] = []
+        for box, layer, embedding in zip(boxes, layers, self._encoder.encode(crops), strict=True):
+            here = list(self._in_crop(embedding, self.point_grids[layer], box, size, count))
+            found += _distinct(here, [one.predicted_iou for one in here], self.box_nms_thresh)
+        if len(boxes) == 1:
+            return found
+        areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (one.crop_box for one in found)]
+        return _distinct(found, [1 / area for area in areas], self.crop_nms_thresh)
+
+    def _in_crop(
+        self,
+        embedding: ImageEmbedding,
+        grid: NDArray[np.float64],
+        box: CropBox,
+        size: tuple[int, int],
+        count: _Count,
+    ) -> Iterator[Candidate]:
+        """The masks of one crop that pass the filters."""
+        height, width = embedding.placement.original_size
+        points = grid * np.array([width, height])
+        in_model = torch.from_numpy(embedding.placement.points_to_model(points)).float()
+        on_crop = self._decoder.on(embedding)
+        grid_h, grid_w = embedding.features.shape[-2:]
+        enlarge = RegionUpscaler((4 * grid_h, 4 * grid_w), embedding.placement, self._decoder.pitch)
+        threshold, offset = self.model.mask_threshold, self.stability_score_offset
+        least_iou = self.pred_iou_thresh if self.pred_iou_thresh > 0 else None
+        for start in range(0, len(points), self.points_per_batch):
+            few = in_model[start : start + self.points_per_batch]
+            decoded = on_crop.decode(few, least_iou)
+            scores, prompts = decoded.iou_predictions.tolist(), decoded.prompts.tolist()
+            for logits, score, prompt in zip(decoded.low_res_logits, scores, prompts, strict=True):
+                region = enlarge(logits, threshold, offset)
+                if self._is_unstable(stability_of(region)):
+                    continue
+                one = Candidate.found(region, score, points[start + prompt], box, size)
+                if not _is_cut_off(one, size):
+                    yield one
+            count.add(len(few))
+
+    def _is_unstable(self, stability: float) -> bool:
+        """Stability of no pixels is nan, and fails every bound."""
+        bound = self.stability_score_thresh
+        return bound > 0 and not stability >= float(np.float32(bound))
+
+    def _without_small_regions(self, candidates: list[Candidate]) -> list[Candidate]:
+        """Fill small holes, remove small islands, and then duplicates; changed masks yield."""
+        tidied: list[Candidate] = []
+        scores: list[float] = []
+        for one in candidates:
+            whole = one.mask.whole()
+            filled, has_filled = remove_small_regions(whole, self.min_mask_region_area, "holes")
+            left, has_removed = remove_small_regions(filled, self.min_mask_region_area, "islands")
+            if has_filled or has_removed:
+                one = replace(one, mask=PackedMask.of(left, 0, 0, one.mask.size))
+            tidied.append(one)
+            scores.append(0.0 if has_filled or has_removed else 1.0)
+        return _distinct(tidied, scores, max(self.box_nms_thresh, self.crop_nms_thresh))
+
+    def _record(self, one: Candidate) -> MaskRecord:
+        x0, y0, x1, y1 = one.mask.box
+        left, top, right, bottom = one.crop_box
+        return {
+            "segmentation": self._segmentation(one.mask),
+            "area": one.mask.area,
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "predicted_iou": one.predicted_iou,
+            "point_coords": [list(one.point)],
+            "stability_score": one.stability,
+            "crop_box": [left, top, right - left, bottom - top],
+        }
+
+    def _segmentation(self, mask: PackedMask) -> NDArray[np.bool_] | RLE:
+        if self.output_mode == "binary_mask":
+            return mask.whole()
+        return encode_region(
+            mask.part(),
+            mask.top,
+            mask.left,
+            *mask.size,
+            compressed=self.output_mode == "coco_rle",
+        )
+
+
+class _Count:
+    """Counts points and tells a caller."""
+
+    def __init__(self, total: int, tell: Progress | None) -> None:
+        self._done, self._total, self._tell = 0, total, tell
+
+    def add(self, number: int) -> None:
+        self._done += number
+        if self._tell is not None:
+            self._tell(self._done, self._total)
+
+
+def _distinct(candidates: list[Candidate], scores: list[float], bound: float) -> list[Candidate]:
+    """Without those whose box is nearly that of a better one; the best first."""
+    boxes = np.array([one.mask.box for one in candidates], np.float64).reshape(-1, 4)
+    kept = non_maximum_suppression(boxes, np.array(scores, np.float64), bound)
+    return [candidates[i] for i in kept]
+
+
+def _is_cut_off(one: Candidate, size: tuple[int, int]) -> bool:
+    """Whether a mask ends at the edge of its crop and not of the picture."""
+    height, width = size
+    x0, y0 = one.crop_box[:2]
+    in_crop = np.array(one.mask.box) - np.array([x0, y0, x0, y0])
+    return bool(is_box_near_crop_edge(in_crop, one.crop_box, [0, 0, width, height])[0])
+
+
+def _grids(
+    points_per_side: int | None,
+    point_grids: Sequence[ArrayLike] | None,
+    n_layers: int,
+    scale_per_layer: int,
+) -> list[NDArray[np.float64]]:
+    """The points of each layer, from whichever of the two arguments is given."""
+    if points_per_side is not None and point_grids is None:
+        return build_all_layer_point_grids(points_per_side, n_layers, scale_per_layer)
+    if points_per_side is None and point_grids is not None:
+        return check_point_grids(point_grids, n_layers)
+    given = "none" if point_grids is None else "both"
+    raise ValueError(
+        f"exactly one of points_per_side and point_grids must be given, came {given}; to give "
+        "point_grids, set points_per_side=None"
+    )
+
+
+def _check_range(name: str, value: float, least: float | None, below: float | None) -> None:
+    """Refuse what is no number, or out of its range."""
+    is_low = least is not None and value < least
+    is_high = below is not None and value >= below
+    if not np.isfinite(value) or is_low or is_high:
+        wanted = "a finite number" if least is None else f"at least {least:g}"
+        wanted += "" if below is None else f" and below {below:g}"
+        raise ValueError(f"{name} must be {wanted}, came {value}")

@@ -1,0 +1,192 @@
+"""From a variant or a checkpoint to a whole ``Sam``.
+
+The file is read once, by ``tinyvit.factory``, which knows the encoder's part of it; here the prompt
+encoder and the mask decoder are built to the encoder's width, grid and strides, and filled.
+
+The numbers of the heads are Segment Anything's (Kirillov et al., 2023), as in MobileSAM.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
+
+from torch import nn
+
+from tinyvit.catalog import DEFAULT_CHECKPOINT, VARIANTS, get_checkpoint, get_variant
+from tinyvit.checkpoints.families import ORDER
+from tinyvit.errors import CheckpointError
+from tinyvit.factory import OpenedCheckpoint, create_model, open_checkpoint
+from tinyvit.image_spec import ImageSpec
+from tinyvit.modules import TinyViT
+
+from .hq_mask_decoder import HQMaskDecoder
+from .mask_decoder import MaskDecoder
+from .model import Sam
+from .prompt_encoder import PromptEncoder
+from .transformer import TwoWayTransformer
+
+__all__ = ["build_sam", "sam_model_registry"]
+
+Size = tuple[int, int]
+
+_UNTRAINED = "tiny_vit_5m_sam"
+_MASK_IN_CHANS = 16
+_TRANSFORMER_DEPTH = 2
+_TRANSFORMER_HEADS = 8
+_TRANSFORMER_MLP_DIM = 2048
+
+
+def build_sam(
+    checkpoint: str | os.PathLike[str] | None = None,
+    variant: str | None = None,
+    *,
+    img_size: int | Size | None = None,
+    is_hq: bool = False,
+    sha256: str | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> Sam:
+    """Build a promptable model, in eval mode on the CPU.
+
+    Args:
+        checkpoint: A name of ``tinyvit.list_checkpoints()``, or the path of a file of any family
+            that holds a whole SAM. None gives an untrained model, as segment-anything does.
+        variant: A SAM variant of ``tinyvit.list_models()``. None takes the checkpoint's sizes, or
+            without one those of MobileSAM.
+        img_size: Side of the model's frame in pixels, or its (height, width); None takes the
+            checkpoint's or variant's. The weights fit every size.
+        is_hq: Give an untrained model Light HQ-SAM's mask decoder; a checkpoint shows it.
+        sha256: Hash that a downloaded file must have.
+        progress: Called with (bytes there, bytes in all or None) during a download.
+
+    Returns:
+        The model. With Light HQ-SAM's weights its mask decoder is an ``HQMaskDecoder``.
+
+    Raises:
+        ValueError: An unknown variant, or one that is no SAM.
+        CheckpointError: The file cannot be read, holds no prompt encoder or mask decoder, or does
+            not fit; every missing and unexpected key and every wrong shape is named.
+        DownloadError: The checkpoint cannot be fetched.
+
+    Example:
+        >>> from tinyvit.sam import build_sam
+        >>> sam = build_sam("tinyvit_starter")
+        >>> sam.prompt_encoder.image_embedding_size, sam.prompt_encoder.mask_input_size
+        ((16, 16), (64, 64))
+    """
+    if variant is not None and get_variant(variant).task != "sam":
+        names = ", ".join(row.name for row in VARIANTS if row.task == "sam")
+        raise ValueError(f"{variant!r} is a classifier; a SAM is one of {names}")
+    opened = None
+    if checkpoint is None:
+        encoder = create_model(variant if variant is not None else _UNTRAINED)
+    else:
+        opened = open_checkpoint(checkpoint, sha256, progress)
+        _check_parts(opened)
+        encoder = create_model(variant, opened)
+        is_hq = "hq_decoder" in opened.found.parts
+    if img_size is not None:
+        encoder.set_imgsz(img_size)
+    sam = _assemble(encoder, is_hq)
+    if opened is not None:
+        _fill_heads(sam, opened)
+    return sam.eval()
+
+
+def _check_parts(opened: OpenedCheckpoint) -> None:
+    """Refuse a file without the heads that make an encoder a SAM."""
+    parts = opened.found.parts
+    lacking = [part for part in ("prompt_encoder", "mask_decoder") if part not in parts]
+    if lacking:
+        held = ", ".join(part for part in ORDER if part in parts)
+        raise CheckpointError(
+            f"{opened.path} ({opened.found.family}) holds no {' and no '.join(lacking)}, only "
+            f"{held}: it is an encoder and no SAM; give a file with all parts, such as "
+            f"{DEFAULT_CHECKPOINT!r}, or use tinyvit.create_model for the encoder alone"
+        )
+
+
+def _assemble(encoder: TinyViT, is_hq: bool) -> Sam:
+    """Heads for an encoder: of its width, and of its grid at the size it is declared for."""
+    width = encoder.embed_dims[-1] if encoder.neck_dim is None else encoder.neck_dim
+    declared = encoder.img_size
+    size = (declared, declared) if isinstance(declared, int) else declared
+    spec = encoder.image_spec if encoder.image_spec is not None else ImageSpec.sam(size)
+    encoder.image_spec = spec = replace(spec, size=size)
+    stride = encoder.patch_embed.reduction * math.prod(encoder.strides)
+    grid = (-(-size[0] // stride), -(-size[1] // stride))
+    # Whole cells: a side that the stride does not divide leaves a part of the last cell empty.
+    frame = (grid[0] * stride, grid[1] * stride)
+    transformer = TwoWayTransformer(
+        _TRANSFORMER_DEPTH, width, _TRANSFORMER_HEADS, _TRANSFORMER_MLP_DIM
+    )
+    decoder: MaskDecoder
+    if is_hq:
+        decoder = HQMaskDecoder(
+            transformer_dim=width,
+            transformer=transformer,
+            iou_head_hidden_dim=width,
+            vit_dim=encoder.embed_dims[2],
+        )
+    else:
+        decoder = MaskDecoder(
+            transformer_dim=width, transformer=transformer, iou_head_hidden_dim=width
+        )
+    prompt_encoder = PromptEncoder(width, grid, frame, _MASK_IN_CHANS)
+    return Sam(encoder, prompt_encoder, decoder, spec.mean, spec.std)
+
+
+def _fill_heads(sam: Sam, opened: OpenedCheckpoint) -> None:
+    """Load prompt encoder and mask decoder: all of both, or an error that names everything."""
+    heads = nn.ModuleDict({"prompt_encoder": sam.prompt_encoder, "mask_decoder": sam.mask_decoder})
+    own = heads.state_dict()
+    prefixes = tuple(f"{name}." for name in heads)
+    state = {key: value for key, value in opened.tensors.items() if key.startswith(prefixes)}
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    problems = [
+        f"{len(keys)} {what}: {', '.join(keys)}"
+        for what, keys in (("missing", missing), ("unexpected", unexpected))
+        if keys
+    ]
+    problems += [
+        f"{key} has shape {list(value.shape)} in the file and {list(own[key].shape)} in the model"
+        for key, value in state.items()
+        if key in own and value.shape != own[key].shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{opened.path} ({opened.found.family}) does not fit the heads of a SAM of width "
+            f"{sam.prompt_encoder.embed_dim}: {'; '.join(problems)}"
+        )
+    heads.load_state_dict(state)
+
+
+def _build_default(
+    checkpoint: str | os.PathLike[str] | None = DEFAULT_CHECKPOINT,
+    *,
+    img_size: int | Size | None = None,
+) -> Sam:
+    """The embedded weights, or any other checkpoint; None gives those sizes untrained."""
+    variant = get_checkpoint(DEFAULT_CHECKPOINT).variant if checkpoint is None else None
+    return build_sam(checkpoint, variant, img_size=img_size)
+
+
+sam_model_registry: Mapping[str, Callable[..., Sam]] = MappingProxyType(
+    {
+        "default": _build_default,
+        "vit_t": partial(build_sam, variant="tiny_vit_5m_sam"),
+        "tiny_vit_5m": partial(build_sam, variant="tiny_vit_5m_sam"),
+        "tiny_vit_11m": partial(build_sam, variant="tiny_vit_11m_sam"),
+        "tiny_vit_21m": partial(build_sam, variant="tiny_vit_21m_sam"),
+        **{row.name: partial(build_sam, variant=row.name) for row in VARIANTS if row.task == "sam"},
+    }
+)
+"""Name -> builder, as in segment-anything: ``sam_model_registry["vit_t"](checkpoint="…")``.
+
+``vit_t`` is MobileSAM. Every builder gives an untrained model without a checkpoint, but for
+``default``, which takes the embedded one."""

@@ -1,0 +1,275 @@
+"""``Sam``: image encoder, prompt encoder and mask decoder as one module.
+
+Names, arguments and results are those of segment-anything. Reads no files: ``build`` makes one
+from a checkpoint.
+
+Shapes: B prompts of one picture, C masks of a prompt, H W the picture, h w its size in the model's
+frame without padding. Sizes are (height, width).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyvit.image_spec import IMAGENET_MEAN, IMAGENET_STD
+from tinyvit.images.preprocess import normalise_and_pad
+from tinyvit.modules import TinyViT
+
+from .hq_mask_decoder import HQMaskDecoder
+from .mask_decoder import MaskDecoder
+from .prompt_encoder import PromptEncoder
+
+if TYPE_CHECKING:
+    from typing_extensions import NotRequired
+
+__all__ = ["Sam", "SamInput", "SamOutput"]
+
+Size = tuple[int, int]
+
+
+class SamInput(TypedDict):
+    """One picture and its prompts, as ``Sam.forward`` takes them.
+
+    Attributes:
+        image: [3, h, w] RGB in 0..255, resized to the model's frame, not padded.
+        original_size: (H, W) of the picture before resizing.
+        point_coords: [B, P, 2], (x, y) in pixels of the model's frame.
+        point_labels: [B, P]: 1 the object, 0 not the object, -1 no point at all.
+        boxes: [B, 4], (x0, y0, x1, y1) in pixels of the model's frame.
+        mask_inputs: [B, 1, mask h, mask w] low-res logits of an earlier prediction.
+    """
+
+    image: Tensor
+    original_size: Size
+    point_coords: NotRequired[Tensor]
+    point_labels: NotRequired[Tensor]
+    boxes: NotRequired[Tensor]
+    mask_inputs: NotRequired[Tensor]
+
+
+class SamOutput(TypedDict):
+    """What ``Sam.forward`` finds in one picture.
+
+    Attributes:
+        masks: [B, C, H, W] bool, in the original picture.
+        iou_predictions: [B, C], the network's own estimate of each mask's IoU.
+        low_res_logits: [B, C, mask h, mask w], for a further prediction.
+    """
+
+    masks: Tensor
+    iou_predictions: Tensor
+    low_res_logits: Tensor
+
+
+class Sam(nn.Module):
+    """Promptable segmentation.
+
+    Args:
+        image_encoder: A TinyViT with a neck.
+        prompt_encoder: Of the encoder's grid.
+        mask_decoder: Of the encoder's width.
+        pixel_mean: Three numbers, subtracted from RGB in 0..255.
+        pixel_std: Three numbers by which the difference is divided.
+
+    Attributes:
+        mask_threshold: Logits above it are mask.
+        image_format: The order of a picture's channels.
+    """
+
+    mask_threshold: float = 0.0
+    image_format: str = "RGB"
+    image_encoder: TinyViT
+    prompt_encoder: PromptEncoder
+    mask_decoder: MaskDecoder
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        image_encoder: TinyViT,
+        prompt_encoder: PromptEncoder,
+        mask_decoder: MaskDecoder,
+        pixel_mean: Sequence[float] = IMAGENET_MEAN,
+        pixel_std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        self.image_encoder = image_encoder
+        self.prompt_encoder = prompt_encoder
+        self.mask_decoder = mask_decoder
+        mean, std = (torch.tensor(list(v)).view(-1, 1, 1) for v in (pixel_mean, pixel_std))
+        self.register_buffer("pixel_mean", mean, persistent=False)
+        self.register_buffer("pixel_std", std, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.pixel_mean.device
+
+    @torch.no_grad()
+    def forward(
+        self,
+        batched_input: Sequence[SamInput],
+        multimask_output: bool,
+        hq_token_only: bool = False,
+    ) -> list[SamOutput]:
+        """Segment pictures, each by prompts of its own.
+
+        Pictures that have one size after ``preprocess`` are encoded together. No gradients: to
+        train, call the three parts.
+
+        Args:
+            batched_input: One ``SamInput`` for each picture.
+            multimask_output: Give the masks of an ambiguous prompt instead of the single one.
+            hq_token_only: For Light HQ-SAM: give the high-quality mask alone.
+
+        Returns:
+            One ``SamOutput`` for each picture.
+
+        Raises:
+            ValueError: A picture or a prompt has a wrong shape, or points come without labels.
+        """
+        encoded = self._encode([self.preprocess(record["image"]) for record in batched_input])
+        outputs: list[SamOutput] = []
+        for record, (embedding, early) in zip(batched_input, encoded, strict=True):
+            low_res, iou = self._decode(
+                record, embedding, early, multimask_output, hq_token_only=hq_token_only
+            )
+            height, width = record["image"].shape[-2:]
+            masks = self.postprocess_masks(low_res, (height, width), record["original_size"])
+            outputs.append(
+                {
+                    "masks": masks > self.mask_threshold,
+                    "iou_predictions": iou,
+                    "low_res_logits": low_res,
+                }
+            )
+        return outputs
+
+    def preprocess(self, x: Tensor) -> Tensor:
+        """Normalise pixels, and pad with zeros at the bottom and right to the model's frame.
+
+        An encoder whose ``image_spec`` says ``pad=False`` takes pictures of any size unpadded.
+
+        Args:
+            x: RGB in 0..255, [3, h, w] or [N, 3, h, w].
+
+        Returns:
+            The same rank, in the model's floating-point type: [..., 3, H, W].
+
+        Raises:
+            ValueError: The picture is larger than the model's frame, or has no three channels.
+        """
+        spec = self.image_encoder.image_spec
+        x = x.to(self.pixel_mean.dtype)
+        if spec is not None and spec.normalise == "min_max":
+            normalised = normalise_and_pad(x, spec)
+            return normalised if x.ndim == 4 else normalised[0]
+        if x.ndim not in (3, 4) or x.shape[-3] != len(self.pixel_mean):
+            channels = len(self.pixel_mean)
+            raise ValueError(
+                f"wanted pixels [{channels}, h, w] or [N, {channels}, h, w], got {list(x.shape)}"
+            )
+        x = (x - self.pixel_mean) / self.pixel_std
+        if spec is not None and not spec.pad:
+            return x
+        height, width = self._frame()
+        h, w = x.shape[-2:]
+        if h > height or w > width:
+            raise ValueError(
+                f"the picture is {h} x {w} (height x width), which does not fit the model's "
+                f"{height} x {width}; resize it first, for example with "
+                f"ResizeLongestSide({min(height, width)})"
+            )
+        return F.pad(x, (0, width - w, 0, height - h))
+
+    def postprocess_masks(
+        self, masks: Tensor, input_size: Sequence[int], original_size: Sequence[int]
+    ) -> Tensor:
+        """Bring low-res logits into the original picture: enlarge, cut the padding off, resize.
+
+        Args:
+            masks: [B, C, mask h, mask w] logits.
+            input_size: (h, w) of the picture in the model's frame, without padding.
+            original_size: (H, W) of the original picture.
+
+        Returns:
+            [B, C, H, W] logits.
+        """
+        if masks.shape[0] == 0:
+            return masks.new_zeros((0, masks.shape[1], *original_size))
+        nominal = self.prompt_encoder.mask_input_size
+        frame = [  # what these masks cover: less than the whole frame for an unpadded picture
+            round(side * pixels / cells)
+            for side, pixels, cells in zip(
+                masks.shape[-2:], self.prompt_encoder.input_image_size, nominal, strict=True
+            )
+        ]
+        masks = F.interpolate(masks, frame, mode="bilinear", align_corners=False)
+        masks = masks[..., : input_size[0], : input_size[1]]
+        return F.interpolate(masks, list(original_size), mode="bilinear", align_corners=False)
+
+    def _frame(self) -> Size:
+        """(height, width) to which pictures are padded."""
+        spec, declared = self.image_encoder.image_spec, self.image_encoder.img_size
+        if spec is not None:
+            return spec.size
+        return (declared, declared) if isinstance(declared, int) else declared
+
+    def _encode(self, pictures: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+        """Each [3, H, W] -> (embedding [1, C, h, w], early map for an HQ decoder)."""
+        groups: dict[torch.Size, list[int]] = {}
+        for index, picture in enumerate(pictures):
+            groups.setdefault(picture.shape, []).append(index)
+        found: dict[int, tuple[Tensor, Tensor | None]] = {}
+        for members in groups.values():
+            batch = torch.stack([pictures[index] for index in members])
+            early: Tensor | None = None
+            if isinstance(self.mask_decoder, HQMaskDecoder):
+                embeddings, early = self.image_encoder.forward_hq(batch)
+            else:
+                embeddings = self.image_encoder(batch)
+            for row, index in enumerate(members):
+                one = slice(row, row + 1)
+                found[index] = (embeddings[one], None if early is None else early[one])
+        return [found[index] for index in range(len(pictures))]
+
+    def _decode(
+        self,
+        record: SamInput,
+        embedding: Tensor,
+        early: Tensor | None,
+        multimask_output: bool,
+        hq_token_only: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """(low-res logits, predicted IoU) of one picture's prompts."""
+        grid = (embedding.shape[2], embedding.shape[3])
+        sparse, dense = self.prompt_encoder(
+            points=_points(record),
+            boxes=record.get("boxes"),
+            masks=record.get("mask_inputs"),
+            embedding_size=grid,
+        )
+        arguments = (embedding, self.prompt_encoder.get_dense_pe(grid), sparse, dense)
+        if isinstance(self.mask_decoder, HQMaskDecoder):
+            low_res, iou = self.mask_decoder(*arguments, multimask_output, hq_token_only, early)
+        else:
+            low_res, iou = self.mask_decoder(*arguments, multimask_output)
+        return low_res, iou
+
+
+def _points(record: Mapping[str, object]) -> tuple[Tensor, Tensor] | None:
+    """Coordinates and labels of a picture's points, if it has any."""
+    coords, labels = record.get("point_coords"), record.get("point_labels")
+    if coords is None and labels is None:
+        return None
+    if not isinstance(coords, Tensor) or not isinstance(labels, Tensor):
+        raise ValueError(
+            "point_coords [B, P, 2] and point_labels [B, P] go together as tensors, got "
+            f"{type(coords).__name__} and {type(labels).__name__}"
+        )
+    return coords, labels

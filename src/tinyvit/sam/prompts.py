@@ -1,0 +1,244 @@
+"""A prompt about one object: points, a box, a mask; and what is wrong with one, in words.
+
+Coordinates are those of the original picture. Nothing here knows a model or a tensor: prompts
+become a decoder's tensors in ``prompt_tensors``.
+
+Letters: P points, H W the picture, h4 w4 the low-res logits (four a side for each cell of the
+image embedding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .mask_prompts import Size
+
+__all__ = ["Kind", "Prompt", "PromptLike", "to_prompt"]
+
+Kind: TypeAlias = "tuple[int, bool, bool]"
+"""(number of points, whether there is a box, whether there is a mask)."""
+
+
+@dataclass(frozen=True, init=False, eq=False)
+class Prompt:
+    """What to segment: points, a box, a mask, or any of them together, about one object.
+
+    Args:
+        points: [P, 2] as (x, y) in pixels of the original picture; None for none.
+        labels: [P]: 1 the object, 0 not the object; None means all 1.
+        box: (x0, y0, x1, y1) in pixels of the original picture; None for none.
+        mask: Low-res logits of an earlier answer, [h4, w4] or [1, h4, w4], floating point; or a
+            mask of the picture, [H, W] bool. None for none.
+        name: Anything that helps the caller to recognise it.
+
+    Attributes:
+        points: [P, 2] float64, or None.
+        labels: [P] int64, or None without points.
+        box: [4] float64, or None.
+        mask: [h4, w4] float32 logits, [H, W] bool, or None.
+        name: As given.
+
+    Raises:
+        ValueError: Nothing is prompted; an array is empty, of another shape or not finite; a label
+            is neither 0 nor 1; the numbers of points and labels differ; a box is inside out.
+
+    Example:
+        >>> Prompt(points=[[320, 240]]).labels.tolist()
+        [1]
+    """
+
+    points: NDArray[np.float64] | None
+    labels: NDArray[np.int64] | None
+    box: NDArray[np.float64] | None
+    mask: NDArray[np.float32] | NDArray[np.bool_] | None
+    name: str | None
+
+    def __init__(
+        self,
+        points: ArrayLike | None = None,
+        labels: ArrayLike | None = None,
+        box: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        name: str | None = None,
+    ) -> None:
+        if points is None and labels is not None:
+            raise ValueError("labels came without points; give points [[x, y], ...] with them")
+        if points is None and box is None and mask is None:
+            raise ValueError("nothing is prompted; give points, a box or a mask")
+        coords = None if points is None else _points(points)
+        values = {
+            "points": coords,
+            "labels": None if coords is None else _labels(labels, len(coords)),
+            "box": None if box is None else _box(box),
+            "mask": None if mask is None else _mask(mask),
+            "name": name,
+        }
+        for key, value in values.items():
+            if isinstance(value, np.ndarray):
+                value.setflags(write=False)
+            object.__setattr__(self, key, value)
+
+    @property
+    def kind(self) -> Kind:
+        """(number of points, whether there is a box, whether there is a mask)."""
+        count = 0 if self.points is None else len(self.points)
+        return count, self.box is not None, self.mask is not None
+
+    def check_in(self, picture_size: Size, low_res_size: Size) -> None:
+        """Check that the prompt lies in a picture; its edges belong to it.
+
+        Args:
+            picture_size: (H, W) in pixels.
+            low_res_size: (h4, w4) of low-res logits of that picture.
+
+        Raises:
+            ValueError: A coordinate is outside, or the mask has another size.
+        """
+        for number, (x, y) in enumerate(() if self.points is None else self.points):
+            _check_inside(f"point {number} at", (x, y), picture_size)
+        if self.box is not None:
+            _check_inside("the box's corner", self.box[:2], picture_size)
+            _check_inside("the box's corner", self.box[2:], picture_size)
+        if self.mask is None:
+            return
+        wanted = picture_size if self.mask.dtype == bool else low_res_size
+        if self.mask.shape != wanted:
+            raise ValueError(
+                f"a mask prompt must be a bool mask of the picture, {list(picture_size)}, or "
+                f"low-res logits of an earlier answer on it, {list(low_res_size)} of floats; "
+                f"came {list(self.mask.shape)} of {self.mask.dtype}"
+            )
+
+    def describe(self) -> dict[str, object]:
+        """What is prompted as lists and numbers, ready for JSON; of a mask only that there is one.
+
+        Returns:
+            Keys among ``points``, ``labels``, ``box``, ``mask`` and ``name``.
+        """
+        found: dict[str, object] = {}
+        for key in ("points", "labels", "box"):
+            value = getattr(self, key)
+            if value is not None:
+                found[key] = value.tolist()
+        if self.mask is not None:
+            found["mask"] = True
+        if self.name is not None:
+            found["name"] = self.name
+        return found
+
+
+PromptLike: TypeAlias = "Prompt | Mapping[str, Any]"
+"""A ``Prompt``, or a dictionary of its arguments."""
+
+
+def to_prompt(value: PromptLike) -> Prompt:
+    """A ``Prompt`` from itself or from a dictionary of its arguments.
+
+    Raises:
+        TypeError: It is neither.
+        ValueError: The dictionary has unknown keys, or is no valid prompt.
+    """
+    if isinstance(value, Prompt):
+        return value
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"wanted a Prompt or a dictionary of its arguments, came {type(value).__name__}; "
+            "for example Prompt(points=[[x, y]])"
+        )
+    names = [field.name for field in fields(Prompt)]
+    unknown = sorted(set(value) - set(names), key=str)
+    if unknown:
+        raise ValueError(f"a prompt has the keys {', '.join(names)}; came {unknown}")
+    return Prompt(**value)
+
+
+def _numbers(name: str, wanted: str, values: ArrayLike) -> NDArray[np.float64]:
+    """A copy in float64, or an error that says what was wanted."""
+    try:
+        array = np.array(np.asarray(values, dtype=np.float64))
+    except (TypeError, ValueError) as err:
+        raise ValueError(f"{name} must be {wanted} of numbers; came {values!r}") from err
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite numbers; came {array.tolist()}")
+    return array
+
+
+def _points(values: ArrayLike) -> NDArray[np.float64]:
+    wanted = "[[x, y], ...], one pair for each point,"
+    array = _numbers("points", wanted, values)
+    if array.size == 0:
+        raise ValueError(f"points must be {wanted} but are empty; leave them out (None) for none")
+    if array.ndim != 2 or array.shape[1] != 2:
+        raise ValueError(f"points must be {wanted} in the shape [P, 2]; came {list(array.shape)}")
+    return array
+
+
+def _labels(values: ArrayLike | None, count: int) -> NDArray[np.int64]:
+    if values is None:
+        return np.ones(count, np.int64)
+    array = _numbers("labels", "one 0 or 1 for each point, a list", values)
+    if array.shape != (count,):
+        raise ValueError(
+            f"labels must be one for each point: {count} points, so [{count}]; "
+            f"came {list(array.shape)}"
+        )
+    unknown = sorted(set(array.tolist()) - {0, 1})
+    if unknown:
+        raise ValueError(
+            f"labels of points must be 1 (the object) or 0 (not the object); came {unknown}"
+        )
+    return array.astype(np.int64)
+
+
+def _box(values: ArrayLike) -> NDArray[np.float64]:
+    array = _numbers("box", "(x0, y0, x1, y1)", values)
+    if array.shape == (1, 4):
+        array = array[0]
+    if array.shape != (4,):
+        raise ValueError(f"box must be one box (x0, y0, x1, y1), [4]; came {list(array.shape)}")
+    x0, y0, x1, y1 = array.tolist()
+    for letter, low, high in (("x", x0, x1), ("y", y0, y1)):
+        if high <= low:
+            relation = "<" if high < low else "="
+            raise ValueError(
+                f"box must be (x0, y0, x1, y1) with x1 > x0 and y1 > y0; came {array.tolist()} "
+                f"with {letter}1 {relation} {letter}0; a box (x, y, width, height) is "
+                "(x, y, x + width, y + height)"
+            )
+    return array
+
+
+def _mask(values: ArrayLike) -> NDArray[np.float32] | NDArray[np.bool_]:
+    array = np.array(np.asarray(values))
+    is_logits = array.dtype.kind == "f"
+    if is_logits and array.ndim == 3 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim != 2 or array.size == 0 or not (is_logits or array.dtype == bool):
+        raise ValueError(
+            "mask must be low-res logits of an earlier answer, [h4, w4] or [1, h4, w4] of floats, "
+            f"or a mask of the picture, [H, W] of bool; came {list(array.shape)} of {array.dtype}"
+            + ("; mask.astype(bool) makes a mask of whole numbers one" if array.ndim == 2 else "")
+        )
+    if not is_logits:
+        return array
+    logits = array.astype(np.float32)
+    if not np.isfinite(logits).all():
+        raise ValueError("mask must be finite logits; came some that are NaN or infinite")
+    return logits
+
+
+def _check_inside(what: str, point: Sequence[float] | NDArray[np.float64], size: Size) -> None:
+    (x, y), (height, width) = point, size
+    if 0 <= x <= width and 0 <= y <= height:
+        return
+    swapped = 0 <= y <= width and 0 <= x <= height
+    raise ValueError(
+        f"{what} (x, y) = ({x:g}, {y:g}) lies outside the picture of width {width} and height "
+        f"{height}; wanted pixels of the original picture, 0 <= x <= {width} and 0 <= y <= {height}"
+        + ("; are x and y swapped?" if swapped else "")
+    )

@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyvit.image_spec import ImageSpec, Placement
+from tinyvit.sam.upscale import RegionUpscaler, upscale
+
+ROUNDING = 1e-5  # two interpolations as one product, in fp32
+
+
+def twice(logits, placement, frame):
+    """segment-anything's postprocess_masks, for one stack of masks."""
+    height, width = placement.resized_size
+    masks = F.interpolate(logits[None], frame, mode="bilinear", align_corners=False)
+    masks = masks[..., :height, :width]
+    return F.interpolate(masks, placement.original_size, mode="bilinear", align_corners=False)[0]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80), (100, 30), (1, 1), (1, 200), (17, 13)])
+def test_whole_masks(size):
+    placement = ImageSpec.sam(64).place(*size)
+    logits = torch.randn(2, 16, 16)
+    assert torch.equal(upscale(logits, placement), twice(logits, placement, (64, 64)))
+
+
+def test_logits_of_a_picture_without_padding():
+    placement = ImageSpec.sam(64, pad=False).place(300, 410)  # 47 x 64 pixels, 3 x 4 cells
+    assert placement.model_size == (47, 64)
+    logits = torch.randn(1, 12, 16)
+    assert torch.equal(upscale(logits, placement), twice(logits, placement, (48, 64)))
+
+
+def test_no_masks():
+    placement = ImageSpec.sam(64).place(20, 30)
+    assert upscale(torch.empty(0, 16, 16), placement).shape == (0, 20, 30)
+
+
+@given(
+    height=st.integers(1, 150),
+    width=st.integers(1, 150),
+    spots=st.lists(st.tuples(st.integers(0, 15), st.integers(0, 15)), max_size=4),
+    threshold=st.sampled_from([0.0, 0.7, -0.5]),
+    seed=st.integers(0, 1000),
+)
+def test_a_region_is_the_whole_mask(height, width, spots, threshold, seed):
+    placement = ImageSpec.sam(64).place(height, width)
+    logits = -4 + 0.5 * torch.randn(16, 16, generator=torch.Generator().manual_seed(seed))
+    for y, x in spots:
+        logits[y, x] = 3.0 + 0.1 * y
+    region = RegionUpscaler((16, 16), placement)(logits, threshold=threshold)
+    whole = upscale(logits[None].double(), placement)[0]
+    undecided = (whole - threshold).abs() < ROUNDING
+    wrong = (torch.from_numpy(region.whole()) != (whole > threshold)) & ~undecided
+    assert not wrong.any()
+    near = int(((whole - threshold).abs() - 1).abs().lt(ROUNDING).sum())
+    assert abs(region.inner - int((whole > threshold + 1).sum())) <= near
+    assert abs(region.outer - int((whole > threshold - 1).sum())) <= near
+    assert region.whole().shape == (height, width)
+
+
+def test_a_region_is_no_larger_than_it_must_be():
+    placement = ImageSpec.sam(256).place(1000, 1500)
+    logits = torch.full((64, 64), -5.0)
+    logits[20:24, 30:36] = 5.0
+    region = RegionUpscaler((64, 64), placement)(logits)
+    assert region.mask.any()
+    assert region.mask.shape[0] < 150 and region.mask.shape[1] < 250
+    rows, columns = np.nonzero(region.whole())
+    assert abs(rows.mean() - 22 / 64 * 1500) < 2 and abs(columns.mean() - 33 / 64 * 1500) < 2
+
+
+def test_stability_is_the_share_of_the_inner_mask():
+    placement = Placement((64, 64), (64, 64), (0, 0), (64, 64))
+    logits = torch.full((16, 16), -5.0)
+    logits[4:12, 4:12] = 0.5  # above -1, not above 1
+    logits[4:8, 4:12] = 5.0
+    region = RegionUpscaler((16, 16), placement)(logits)
+    whole = upscale(logits[None], placement)[0]
+    assert region.stability == pytest.approx(int((whole > 1).sum()) / int((whole > -1).sum()))
+
+
+def test_an_empty_mask():
+    placement = ImageSpec.sam(64).place(20, 30)
+    region = RegionUpscaler((16, 16), placement)(torch.full((16, 16), -2.0))
+    assert region.mask.size == 0 and not region.whole().any()
+    assert region.inner == region.outer == 0 and np.isnan(region.stability)
+
+
+def test_logits_in_the_padding_are_no_mask():
+    placement = ImageSpec.sam(64).place(32, 64)
+    logits = torch.full((16, 16), -5.0)
+    logits[12:] = 5.0  # below the picture
+    assert not RegionUpscaler((16, 16), placement)(logits).mask.any()
+
+
+def test_logits_of_another_picture():
+    placement = ImageSpec.sam(64).place(64, 64)
+    for call in (
+        lambda: upscale(torch.zeros(1, 8, 16), placement),
+        lambda: RegionUpscaler((8, 16), placement),
+    ):
+        with pytest.raises(ValueError, match=r"cover 32x64 pixels, but the picture has 64x64"):
+            call()
+
+
+def test_logits_of_another_rank():
+    with pytest.raises(ValueError, match=r"wanted logits \[N, h4, w4\]; came \[4, 4\]"):
+        upscale(torch.zeros(4, 4), ImageSpec.sam(16).place(16, 16))
