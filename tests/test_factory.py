@@ -17,14 +17,14 @@ from checkpoints.server import serving
 from tinyvit.catalog import CHECKPOINTS, VARIANTS, Checkpoint, Variant, get_variant
 from tinyvit.checkpoints import file_sha256, read_state_dict, write_state_dict
 from tinyvit.checkpoints.families import LAYOUTS, part_of
+from tinyvit.checkpoints.header import header_for
 from tinyvit.checkpoints.keymap import key_from_canonical, to_canonical
+from tinyvit.checkpoints.opening import find_checkpoint, open_checkpoint
 from tinyvit.errors import CheckpointError, DownloadError
 from tinyvit.factory import (
     LoadReport,
     create_model,
-    find_checkpoint,
     load_checkpoint,
-    open_checkpoint,
 )
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
@@ -800,3 +800,18 @@ def three_and_four_stages(
         write(tmp_path / "four.safetensors", four.state_dict(), "tinyvit"),
         three,
     )
+
+
+def test_the_files_own_preparation_counts(
+    tmp_path: Path, build: Callable[..., TinyViT], served_files: State
+) -> None:
+    spec = replace(ImageSpec.timm(32), mean=(1.0, 2.0, 3.0))
+    header = {"tinyvit.family": "tinyvit", "tinyvit.strides": "2,2,2", **header_for(spec)}
+    path = write_state_dict(tmp_path / "own.safetensors", served_files, metadata=header)
+    model = create_model(checkpoint=path)
+    assert (model.image_spec, model.img_size) == (spec, 32)
+    larger = create_model(checkpoint=path, img_size=64)
+    assert larger.image_spec is not None
+    assert (larger.image_spec.size, larger.image_spec.mean) == ((64, 64), spec.mean)
+    assert create_model("tiny_64", path).image_spec == spec
+    assert create_model("tiny_96", path).image_spec == ImageSpec.timm(96)

@@ -9,12 +9,10 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from tinyvit.catalog import (
     Checkpoint,
@@ -24,15 +22,16 @@ from tinyvit.catalog import (
     list_checkpoints,
     list_models,
 )
-from tinyvit.checkpoints import (
-    Detection,
-    detect,
-    fetch,
-    read_state_dict,
-    resize_bias_tables,
-    to_canonical,
-)
+from tinyvit.checkpoints import Detection, resize_bias_tables
 from tinyvit.checkpoints.families import part_of
+from tinyvit.checkpoints.header import image_spec_in
+from tinyvit.checkpoints.opening import (
+    OpenedCheckpoint,
+    Progress,
+    find_checkpoint,
+    list_keys,
+    open_checkpoint,
+)
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
@@ -45,8 +44,6 @@ __all__ = [
     "load_checkpoint",
     "open_checkpoint",
 ]
-
-Progress = Callable[[int, int | None], None]
 
 _PARTS_OF_TINYVIT = ("trunk", "head", "neck")
 _FRESH_HEAD = ("head.weight", "head.bias")
@@ -71,23 +68,6 @@ class LoadReport:
     left_out: tuple[str, ...]
     untrained: tuple[str, ...]
     resized: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class OpenedCheckpoint:
-    """A checkpoint that was read once, for a model and what else the file holds.
-
-    Attributes:
-        path: The file.
-        row: Its row in the catalog, if it has one.
-        found: What it is.
-        tensors: Its tensors under canonical keys.
-    """
-
-    path: Path
-    row: Checkpoint | None
-    found: Detection
-    tensors: Mapping[str, Tensor]
 
 
 def create_model(
@@ -167,6 +147,9 @@ def create_model(
     row, found = (opened.row, opened.found) if opened is not None else (None, None)
     variant = _choose_variant(name, row, found)
     chosen = _arguments(variant, found)
+    own = None if opened is None else _own_spec(opened, name)
+    if own is not None:
+        chosen["img_size"] = max(own.size)
     if found is not None and head is None:
         head = found.has_head or bool(num_classes)
     overrides = {
@@ -183,7 +166,7 @@ def create_model(
     }
     chosen.update({key: value for key, value in overrides.items() if value is not None})
     model = TinyViT(**chosen)
-    model.image_spec = _image_spec(variant, row, found, img_size)
+    model.image_spec = _image_spec(own, variant, row, found, img_size)
     if opened is not None:
         fresh = _FRESH_HEAD if num_classes is not None else ()
         report = _fill(model, opened, antialias, fresh)
@@ -229,71 +212,6 @@ def load_checkpoint(
     return report
 
 
-def find_checkpoint(
-    checkpoint: str | os.PathLike[str],
-    sha256: str | None = None,
-    progress: Progress | None = None,
-) -> tuple[Path, Checkpoint | None]:
-    """The file of a checkpoint, fetched if need be, and its row in the catalog if it has one.
-
-    Args:
-        checkpoint: A name of ``list_checkpoints()``, or a path.
-        sha256: Hash that a downloaded file must have.
-        progress: Called with (bytes there, bytes in all or None) during a download.
-
-    Returns:
-        (path, row or None).
-
-    Raises:
-        CheckpointError: Neither a name nor a file.
-        DownloadError: The file cannot be fetched.
-    """
-    text = os.fspath(checkpoint)
-    if text in list_checkpoints():
-        row = get_checkpoint(text)
-        return fetch(row, sha256=sha256, progress=progress), row
-    path = Path(text)
-    if path.is_dir() and (path / "config.json").is_file():
-        raise CheckpointError(
-            f"{path} is a folder written by save_pretrained; load it with "
-            f"tinyvit.from_pretrained({text!r})"
-        )
-    if path.exists() or path.suffix.lower() in {".pt", ".pth", ".safetensors", ".bin", ".ckpt"}:
-        return path, None
-    return path, get_checkpoint(text)  # raises, and names the nearest one
-
-
-def open_checkpoint(
-    checkpoint: str | os.PathLike[str],
-    sha256: str | None = None,
-    progress: Progress | None = None,
-) -> OpenedCheckpoint:
-    """Find a checkpoint and read it; arguments and errors as ``find_checkpoint``'s.
-
-    Raises:
-        CheckpointError: The file is damaged, incomplete, or holds no TinyViT encoder.
-        DownloadError: The file cannot be fetched.
-    """
-    path, row = find_checkpoint(checkpoint, sha256, progress)
-    file = read_state_dict(path)
-    found = detect(file.tensors, filename=path.name, metadata=file.metadata)
-    problems = _list("missing", found.missing) + _list("unexpected", found.unexpected)
-    problems += [
-        f"{key} has shape {list(came)} instead of {list(wanted)}"
-        for key, (wanted, came) in found.wrong_shapes.items()
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{path} looks like {found.family}, but does not add up: {'; '.join(problems)}"
-        )
-    if not found.has_encoder:
-        raise CheckpointError(
-            f"{path} holds no image encoder ({found.family}: {', '.join(found.parts)}); "
-            f"give the file with the encoder"
-        )
-    return OpenedCheckpoint(path, row, found, to_canonical(file.tensors, found.family))
-
-
 def _fill(
     model: TinyViT, opened: OpenedCheckpoint, antialias: bool, fresh: Sequence[str] = ()
 ) -> LoadReport:
@@ -316,7 +234,9 @@ def _fill(
     untrained = tuple(p for p in _PARTS_OF_TINYVIT if p in own_parts - parts)
     lacking = [key for key in own if key not in state and part_of(key) not in untrained]
     missing = [k for k in lacking if k not in fresh and not k.endswith("num_batches_tracked")]
-    problems = _list("missing", missing) + _list("unexpected", [k for k in state if k not in own])
+    problems = list_keys("missing", missing) + list_keys(
+        "unexpected", [k for k in state if k not in own]
+    )
     problems += [
         f"{key} has shape {list(value.shape)} in the file and {list(own[key].shape)} in the model"
         for key, value in state.items()
@@ -330,10 +250,6 @@ def _fill(
     model.load_state_dict(state, strict=False)
     left_out = tuple(sorted(parts - own_parts - {"bias_indices"}))
     return LoadReport(path, found.family, found.strides_reason, left_out, untrained, tuple(resized))
-
-
-def _list(what: str, keys: Sequence[str]) -> list[str]:
-    return [f"{len(keys)} {what}: {', '.join(keys)}"] if keys else []
 
 
 def _warn_untrained(report: LoadReport, parts: Sequence[str]) -> None:
@@ -380,11 +296,23 @@ def _arguments(variant: Variant | None, found: Detection | None) -> dict[str, An
     return arguments
 
 
+def _own_spec(opened: OpenedCheckpoint, name: str | None) -> ImageSpec | None:
+    """How the file says pictures are prepared, unless another variant's sizes are wanted."""
+    is_same = name is None or opened.found.variant == name
+    return image_spec_in(opened.metadata, opened.path) if is_same else None
+
+
 def _image_spec(
-    variant: Variant | None, row: Checkpoint | None, found: Detection | None, img_size: int | None
+    own: ImageSpec | None,
+    variant: Variant | None,
+    row: Checkpoint | None,
+    found: Detection | None,
+    img_size: int | None,
 ) -> ImageSpec:
-    """How pictures are prepared: the checkpoint's way, else the variant's, else the family's."""
-    if row and variant and row.variant == variant.name and row.image_spec is not None:
+    """How pictures are prepared: as the file says, its row, the variant, or else its family."""
+    if own is not None:
+        spec = own
+    elif row and variant and row.variant == variant.name and row.image_spec is not None:
         spec = row.image_spec
     elif variant is not None:
         spec = variant.image_spec

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from tinyvit.checkpoints.files import read_state_dict, write_state_dict
+from tinyvit.checkpoints.header import header_for
 from tinyvit.factory import create_model
 from tinyvit.inference import Engine
 from tinyvit.labels import imagenet_labels
@@ -81,6 +83,22 @@ def test_other_heads_show_numbers_or_the_names_of_a_file(run, tmp_path, photo, f
     assert len(named.out.splitlines()) == 3
     row = named.out.splitlines()[1].split()
     assert ["zero", "one", "two", "three", "four"][int(row[1])] == row[2]
+
+
+def test_a_file_may_name_its_classes(run, tmp_path, photo, five):
+    file = read_state_dict(five[1])
+    names = [f"kind {number}" for number in "abcde"]
+    header = {**file.metadata, **header_for(classes=names)}
+    header.pop("format", None)
+    named = write_state_dict(tmp_path / "named.safetensors", file.tensors, metadata=header)
+    picture = photo(tmp_path / "a.png")
+    result = run("classify", picture, "--checkpoint", named, *five[2:])
+    assert result.code == 0
+    assert sorted(line.split(maxsplit=2)[2] for line in result.out.splitlines()[1:]) == names
+    labels = tmp_path / "labels.txt"
+    labels.write_text("v\nw\nx\ny\nz\n")
+    result = run("classify", picture, "--checkpoint", named, *five[2:], "--labels", labels)
+    assert sorted(line.split()[2] for line in result.out.splitlines()[1:]) == list("vwxyz")
 
 
 def test_the_number_of_labels_must_fit(run, tmp_path, photo, five):

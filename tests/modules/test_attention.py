@@ -143,6 +143,20 @@ def test_under_autocast(randomise):
     torch.testing.assert_close(got.float(), attention(x), rtol=0.05, atol=0.05)
 
 
+def test_the_form_for_training_equals_the_fused_one(randomise):
+    attention = randomise(Attention(12, 4, 3, attn_ratio=1, resolution=(3, 5)))
+    x = torch.randn(4, 15, 12)
+    trained = attention(x)  # with gradients: spelt out
+    with torch.no_grad():
+        fused = attention(x)
+    # float32 sums in another order
+    assert torch.allclose(trained, fused, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = attention(x)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - fused).abs().max() < 0.05 * fused.abs().max()  # 8 bits a number
+
+
 def test_meta_device():
     with torch.device("meta"):
         attention = Attention(6, 3, 2, 1, (2, 2))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import tinyvit.factory
+import tinyvit.checkpoints.opening
 from checkpoints.families import small, table, values
 from tinyvit.catalog import VARIANTS
 from tinyvit.checkpoints import write_state_dict
@@ -117,9 +117,11 @@ def test_save_and_load_again(tmp_path):
 def test_a_file_is_read_once(tmp_path, monkeypatch):
     path = write(tmp_path, "mobile_sam", small("mobile_sam"))
     reads = []
-    read = tinyvit.factory.read_state_dict
+    read = tinyvit.checkpoints.opening.read_state_dict
     monkeypatch.setattr(
-        tinyvit.factory, "read_state_dict", lambda *given: reads.append(given) or read(*given)
+        tinyvit.checkpoints.opening,
+        "read_state_dict",
+        lambda *given: reads.append(given) or read(*given),
     )
     build_sam(path, img_size=64)
     assert reads == [(path,)]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tinyvit.cli import console
+from tinyvit.cli.loading import file_of
 from tinyvit.cli.options import (
     Device,
     Json,
@@ -50,8 +51,8 @@ Labels = Annotated[
     typer.Option(
         "--labels",
         metavar="FILE",
-        help="Names of the classes: one a line, or a JSON list or object. A head of 1000 classes "
-        "has ImageNet's names by default.",
+        help="Names of the classes: one a line, or a JSON list or object. By default those in the "
+        "file of weights, and ImageNet's for a head of 1000 classes.",
     ),
 ]
 
@@ -84,7 +85,7 @@ def classify(
     from tinyvit.inference import Engine
 
     built = load_classifier(own, checkpoint, model, size)
-    names = labels_for(built.num_classes, labels)
+    names = _names(built.num_classes, labels, checkpoint)
     found: list[dict[str, object]] = []
     failed: list[dict[str, object]] = []
     with Engine(built, device=device, precision=precision.value) as engine:
@@ -113,6 +114,18 @@ def classify(
     if failed:
         console.complain(f"failed {len(failed)} of {len(listed)}, named above")
         raise typer.Exit(1)
+
+
+def _names(classes: int, labels: Path | None, checkpoint: str | None) -> Sequence[str] | None:
+    """The names of a file of labels, those in the file of weights, or ImageNet's."""
+    from tinyvit.checkpoints.header import classes_in, read_header
+
+    if labels is None and checkpoint is not None:
+        path = file_of(checkpoint)
+        own = classes_in(read_header(path), path)
+        if own is not None and len(own) == classes:
+            return own
+    return labels_for(classes, labels)
 
 
 def _top(logits: Tensor, top_k: int, names: Sequence[str] | None) -> list[dict[str, object]]:

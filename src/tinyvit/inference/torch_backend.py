@@ -180,5 +180,12 @@ def _settle_allocator() -> None:
 
 
 def _to_host(output: Tensor) -> Tensor:
-    """A tensor of its own, which may be written to and take part in autograd."""
-    return output.to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
+    """A tensor of its own in float32, which may be written to and take part in autograd."""
+    if output.ndim != 4 or not output.is_contiguous(memory_format=torch.channels_last):
+        return output.to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
+    pictures, channels, height, width = output.shape
+    host = torch.empty(pictures, channels, height, width)
+    for picture, target in zip(output, host, strict=True):  # torch transposes matrices quickly
+        cells = picture.permute(1, 2, 0).reshape(height * width, channels)
+        target.view(channels, height * width).copy_(cells.to("cpu", torch.float32).T)
+    return host

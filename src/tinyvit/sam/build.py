@@ -19,8 +19,9 @@ from torch import nn
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT, VARIANTS, get_checkpoint, get_variant
 from tinyvit.checkpoints.families import ORDER
+from tinyvit.checkpoints.opening import OpenedCheckpoint, open_checkpoint
 from tinyvit.errors import CheckpointError
-from tinyvit.factory import OpenedCheckpoint, create_model, open_checkpoint
+from tinyvit.factory import create_model
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
 

@@ -1,0 +1,200 @@
+"""Do two models, or one model on two backends, see the same in a folder of pictures?
+
+Embeddings are compared by the cosine of each cell, masks by the IoU of the answers to a grid of
+clicks, each side's own best mask; and each side's time is taken. There is no truth here: two models
+may agree and both be wrong.
+
+Letters: C channels, h w the embedding's grid.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from tinyvit.errors import ImageError
+from tinyvit.images.decode import ImageSource, decode
+from tinyvit.sam.predictor import SamPredictor
+
+from .mask_metrics import Mask, iou
+
+__all__ = ["Agreement", "PictureAgreement", "compare"]
+
+
+@dataclass(frozen=True)
+class PictureAgreement:
+    """One picture.
+
+    Attributes:
+        picture: What it is called.
+        cosines: (mean, least) cosine over the embedding's cells that show the picture; None where
+            the two embeddings have different shapes.
+        ious: IoU of the two answers to each click.
+    """
+
+    picture: str
+    cosines: tuple[float, float] | None
+    ious: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two models agree.
+
+    Attributes:
+        names: What was compared.
+        pictures: Each picture.
+        left_out: Pictures that could not be read, and why.
+        mean_cosine: Mean over the pictures; None where embeddings have different shapes.
+        least_cosine: The least of all cells of all pictures.
+        mean_iou: Mean over all clicks.
+        least_iou: The least of all clicks.
+        encode_seconds: Median time of each to encode a picture.
+        prompt_seconds: Median time of each to answer a click.
+    """
+
+    names: tuple[str, str]
+    pictures: tuple[PictureAgreement, ...]
+    left_out: tuple[str, ...]
+    mean_cosine: float | None
+    least_cosine: float | None
+    mean_iou: float
+    least_iou: float
+    encode_seconds: tuple[float, float]
+    prompt_seconds: tuple[float, float]
+
+    def to_json(self) -> str:
+        """Everything, as JSON."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Lines of a table: the measure and its two numbers."""
+        rows = [("", "mean", "least")]
+        if self.mean_cosine is not None and self.least_cosine is not None:
+            rows.append(("cosine", f"{self.mean_cosine:.6f}", f"{self.least_cosine:.6f}"))
+        rows.append(("mask IoU", f"{self.mean_iou:.4f}", f"{self.least_iou:.4f}"))
+        rows.append(("", *self.names))
+        for words, (first, second) in (
+            ("encode a picture", self.encode_seconds),
+            ("answer a click", self.prompt_seconds),
+        ):
+            rows.append((words, f"{1000 * first:.1f} ms", f"{1000 * second:.1f} ms"))
+        return rows
+
+
+def compare(
+    first: SamPredictor,
+    second: SamPredictor,
+    pictures: Iterable[ImageSource],
+    *,
+    names: tuple[str, str] = ("first", "second"),
+    grid: int = 4,
+) -> Agreement:
+    """Ask two models the same about the same pictures.
+
+    Args:
+        first: One, with its checkpoint and backend.
+        second: The other.
+        pictures: Paths or arrays; broken ones are left out and named.
+        names: What to call the two.
+        grid: Clicks along each side of a picture.
+
+    Returns:
+        How far they agree.
+
+    Raises:
+        ValueError: ``grid`` is below 1, or no picture can be read.
+    """
+    if grid < 1:
+        raise ValueError(f"grid must be at least 1 click along a side, but is {grid}")
+    sides = _Side(first), _Side(second)
+    found: list[PictureAgreement] = []
+    left_out: list[str] = []
+    for number, source in enumerate(pictures):
+        name = str(source) if isinstance(source, (str, bytes)) or hasattr(source, "__fspath__") \
+            else f"picture {number}"  # fmt: skip
+        try:
+            image = decode(source)
+        except ImageError as err:
+            left_out.append(str(err))
+            continue
+        for side in sides:
+            side.encode(image)
+        height, width = image.shape[:2]
+        clicks = [
+            ((column + 0.5) * width / grid, (row + 0.5) * height / grid)
+            for row in range(grid)
+            for column in range(grid)
+        ]
+        ious = tuple(iou(*(side.answer(click) for side in sides)) for click in clicks)
+        found.append(PictureAgreement(name, _cosines(first, second), ious))
+    if not found:
+        reasons = f": {'; '.join(left_out[:5])}" if left_out else ""
+        raise ValueError(f"no picture could be compared{reasons}")
+    cosines = [one.cosines for one in found if one.cosines is not None]
+    every = [value for one in found for value in one.ious]
+    return Agreement(
+        names=names,
+        pictures=tuple(found),
+        left_out=tuple(left_out),
+        mean_cosine=statistics.fmean(mean for mean, _ in cosines) if cosines else None,
+        least_cosine=min(least for _, least in cosines) if cosines else None,
+        mean_iou=statistics.fmean(every),
+        least_iou=min(every),
+        encode_seconds=(sides[0].encode_time, sides[1].encode_time),
+        prompt_seconds=(sides[0].prompt_time, sides[1].prompt_time),
+    )
+
+
+class _Side:
+    """One of the two, and its times."""
+
+    def __init__(self, predictor: SamPredictor) -> None:
+        self.predictor = predictor
+        self._encode: list[float] = []
+        self._prompt: list[float] = []
+
+    def encode(self, image: NDArray[np.uint8]) -> None:
+        start = time.perf_counter()
+        self.predictor.set_image(image)
+        self._encode.append(time.perf_counter() - start)
+
+    def answer(self, click: tuple[float, float]) -> Mask:
+        start = time.perf_counter()
+        masks, scores, _ = self.predictor.predict(np.array([click]), np.array([1]))
+        self._prompt.append(time.perf_counter() - start)
+        return np.asarray(masks[int(np.argmax(scores))], np.bool_)
+
+    @property
+    def encode_time(self) -> float:
+        return statistics.median(self._encode)
+
+    @property
+    def prompt_time(self) -> float:
+        return statistics.median(self._prompt)
+
+
+def _cosines(first: SamPredictor, second: SamPredictor) -> tuple[float, float] | None:
+    """(mean, least) over the cells that show the picture."""
+    features = [side.get_image_embedding()[0].float().cpu() for side in (first, second)]
+    if features[0].shape != features[1].shape:
+        return None
+    grid = features[0].shape[1:]
+    placement = first.embedding.placement
+    shown = [
+        max(1, -(-resized * cells // frame))  # cells with padding alone are left out
+        for resized, cells, frame in zip(
+            placement.resized_size, grid, placement.model_size, strict=True
+        )
+    ]
+    parts = [one[:, : shown[0], : shown[1]].flatten(1).to(torch.float64) for one in features]
+    cosine = F.cosine_similarity(parts[0], parts[1], dim=0)
+    return float(cosine.mean()), float(cosine.min())

@@ -1,0 +1,228 @@
+"""Prompt a ``Sam`` as a person would, with gradients: first prompts, corrections, and the loss.
+
+A picture is encoded once; its objects are prompted by clicks or by boxes. In some steps the model
+answers first without gradients, and gets clicks where it was wrong and its own logits along with
+them; only its last answer learns. A single click gives the masks of an ambiguous prompt, all other
+prompts the single mask.
+
+Knows no files. Letters: N objects, B pictures, P points, C channels, h w the embedding's grid,
+h4 w4 the low-res logits, H W the model's frame.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinyvit.sam.mask_decoder import MaskDecoder
+from tinyvit.sam.model import Sam
+
+from .clicks import correct
+from .mask_losses import MaskLoss, MaskLosses, shrink_masks
+
+__all__ = ["Objects", "Prompting", "check_trainable", "pitch_of", "prompt_and_learn"]
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How objects are prompted.
+
+    Args:
+        box_share: How many objects are prompted by a box first, 0 to 1; the others by a click.
+        corrective_share: In how many steps clicks correct earlier answers, 0 to 1.
+        most_corrections: The most clicks that correct one object; at least 1.
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
+
+    box_share: float = 0.4
+    corrective_share: float = 1 / 3
+    most_corrections: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("box_share", "corrective_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in 0 to 1, but is {getattr(self, name)}")
+        if self.most_corrections < 1:
+            raise ValueError(f"most_corrections must be at least 1, not {self.most_corrections}")
+
+
+@dataclass(frozen=True)
+class Objects:
+    """Objects of several pictures, and the first prompts of each.
+
+    Attributes:
+        rows: [N] int64, which picture's embedding.
+        targets: [N, h4, w4] in 0..1, the covered share of each cell.
+        weights: [N, h4, w4], 1 where the picture is and 0 in the padding.
+        points: [N, 2] (x, y) of the first click, in pixels of the model's frame.
+        boxes: [N, 4] xyxy in the model's frame.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    weights: Tensor
+    points: Tensor
+    boxes: Tensor
+
+    @classmethod
+    def of(
+        cls, sam: Sam, grid: tuple[int, int], masks: Tensor, sizes: Tensor, points: Tensor,
+        boxes: Tensor,
+    ) -> Objects:  # fmt: skip
+        """Objects of a batch.
+
+        Args:
+            sam: The model, for its frame.
+            grid: (h, w) of the embeddings.
+            masks: [B, K, H, W] bool in the model's frame, K objects of each picture.
+            sizes: [B, 2] (height, width) of each picture in the frame, without padding.
+            points: [B, K, 2].
+            boxes: [B, K, 4].
+        """
+        batch, count, height, width = masks.shape
+        pitch = pitch_of(sam)
+        low_res = 4 * grid[0], 4 * grid[1]
+        frame = round(low_res[0] * pitch), round(low_res[1] * pitch)
+        flat = F.pad(masks.flatten(0, 1), (0, frame[1] - width, 0, frame[0] - height))
+        y, x = (pitch * torch.arange(n, device=masks.device) for n in low_res)
+        inside = (y[:, None] < sizes[:, 0, None, None]) & (x < sizes[:, 1, None, None])
+        return cls(
+            torch.arange(batch, device=masks.device).repeat_interleave(count),
+            shrink_masks(flat, low_res),
+            inside.float().repeat_interleave(count, dim=0),
+            points.flatten(0, 1),
+            boxes.flatten(0, 1),
+        )
+
+    def part(self, chosen: Tensor) -> Objects:
+        """Those where ``chosen`` [N] is true."""
+        parts = self.rows, self.targets, self.weights, self.points, self.boxes
+        return Objects(*(part[chosen] for part in parts))
+
+
+def pitch_of(sam: Sam) -> float:
+    """Pixels of the model's frame for one low-res logit."""
+    return sam.prompt_encoder.input_image_size[0] / sam.prompt_encoder.mask_input_size[0]
+
+
+def prompt_and_learn(
+    sam: Sam,
+    features: Tensor,
+    objects: Objects,
+    losses: MaskLosses,
+    prompting: Prompting,
+    generator: torch.Generator,
+) -> MaskLoss:
+    """Prompt every object once or several times; the loss of the last answers.
+
+    Args:
+        sam: The model; its prompt encoder and mask decoder are asked.
+        features: [B, C, h, w], with or without gradient.
+        objects: Of these pictures.
+        losses: Weights of the losses.
+        prompting: How to prompt.
+        generator: On the CPU; the source of chance.
+
+    Returns:
+        The loss of each object, in two runs: those prompted by clicks first, then by boxes.
+    """
+    seed, steps = (int(torch.randint(2**62, (), generator=generator)) for _ in range(2))
+    rng = np.random.default_rng(seed)
+    corrections = 0
+    if torch.rand((), generator=generator).item() < prompting.corrective_share:
+        corrections = 1 + steps % prompting.most_corrections
+    by_box = torch.rand(len(objects.rows), generator=generator) < prompting.box_share
+    found = [
+        _learn_one_kind(sam, features, objects.part(chosen.to(features.device)), kind, corrections,
+                        losses, rng)
+        for chosen, kind in ((~by_box, False), (by_box, True))
+        if chosen.any()
+    ]  # fmt: skip
+    names = "total", "iou", "focal", "dice", "iou_error"
+    return MaskLoss(*(torch.cat([getattr(one, name) for one in found]) for name in names))
+
+
+def _learn_one_kind(
+    sam: Sam,
+    features: Tensor,
+    objects: Objects,
+    by_box: bool,
+    corrections: int,
+    losses: MaskLosses,
+    rng: np.random.Generator,
+) -> MaskLoss:
+    """Objects that all have the same kind of prompts, so that they can be decoded together."""
+    boxes = objects.boxes if by_box else None
+    points: Tensor | None = None
+    labels: Tensor | None = None
+    if not by_box:
+        points = objects.points[:, None]  # [N, P, 2]
+        labels = torch.ones_like(points[:, :, 0], dtype=torch.int64)
+    previous: Tensor | None = None
+    source = features[objects.rows]
+    for _ in range(corrections):
+        with torch.no_grad():
+            logits, ious = _decode(sam, source, points, labels, boxes, previous)
+        best = ious.argmax(1)
+        previous = logits[torch.arange(len(best), device=best.device), best][:, None]
+        new, kinds = _corrections(previous[:, 0], objects, pitch_of(sam), rng)
+        points = new if points is None else torch.cat((points, new), 1)
+        labels = kinds if labels is None else torch.cat((labels, kinds), 1)
+    logits, ious = _decode(sam, source, points, labels, boxes, previous)
+    return losses(logits, ious, objects.targets.to(logits.dtype), objects.weights.to(logits.dtype))
+
+
+def _decode(
+    sam: Sam,
+    source: Tensor,
+    points: Tensor | None,
+    labels: Tensor | None,
+    boxes: Tensor | None,
+    previous: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(low-res logits [N, K, h4, w4], predicted IoU [N, K]), at least float32."""
+    grid = int(source.shape[2]), int(source.shape[3])
+    pair = None if points is None or labels is None else (points, labels)
+    sparse, dense = sam.prompt_encoder(pair, boxes, previous, grid)
+    is_ambiguous = boxes is None and points is not None and points.shape[1] == 1
+    logits, ious = sam.mask_decoder(
+        source, sam.prompt_encoder.get_dense_pe(grid), sparse, dense, is_ambiguous
+    )
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    return logits.to(exact), ious.to(exact)
+
+
+def _corrections(
+    logits: Tensor, objects: Objects, pitch: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """A click for each object: ([N, 1, 2] (x, y) in the frame, labels [N, 1])."""
+    inside = objects.weights > 0
+    answers = ((logits > 0) & inside).cpu().numpy()
+    wanted = ((objects.targets > 0.5) & inside).cpu().numpy()
+    points, labels = objects.points.cpu().numpy().copy(), np.ones(len(answers), np.int64)
+    for row, (answer, target) in enumerate(zip(answers, wanted, strict=True)):
+        click = correct(answer, target, rng)
+        if click is not None:  # else the first click once more
+            points[row], labels[row] = np.array(click[0]) * pitch, click[1]
+    device = logits.device
+    moved = torch.from_numpy(points).to(device, objects.points.dtype)
+    return moved[:, None], torch.from_numpy(labels).to(device)[:, None]
+
+
+def check_trainable(sam: Sam) -> None:
+    """Refuse a model whose decoder this file cannot prompt.
+
+    Raises:
+        ValueError: Light HQ-SAM's decoder, which gives one corrected mask for every prompt.
+    """
+    if type(sam.mask_decoder) is not MaskDecoder:
+        raise ValueError(
+            f"promptable segmentation is learnt with Segment Anything's mask decoder; this model "
+            f"has {type(sam.mask_decoder).__name__} instead; take a checkpoint without it"
+        )

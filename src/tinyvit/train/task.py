@@ -1,0 +1,90 @@
+"""What a trainer asks of a task: data, loss and measure; the loop knows no more of it.
+
+A task brings the samples, the loss of a batch and the figures on the held-out part. The loop
+(``loop.py``) brings the order of the samples, the optimiser, the schedule, the state that survives
+a kill, and the processes. All chance in a task comes from the generators it is handed: they are
+seeded by what is being done (epoch and sample, or step and rank), so that neither the number of
+workers, nor the number of processes, nor a stop in between changes anything.
+
+No file, optimiser or picture is known here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Batch", "Goal", "Task"]
+
+Batch: TypeAlias = dict[str, Tensor]
+"""Tensors by name, batch first. Values that are no tensors pass through the loop untouched."""
+
+Goal: TypeAlias = tuple[str, Literal["max", "min"]]
+"""A figure of ``validate`` and which way it is better."""
+
+Sample = TypeVar("Sample")
+
+
+class Task(Protocol[Sample]):
+    """What is learnt.
+
+    ``sample`` and ``collate`` run in worker processes: the task must pickle, and these two must not
+    touch ``model``, which stays behind in the main process.
+
+    Attributes:
+        name: For logs and messages: "classify", "segment", "distill-logits", ...
+        model: The network that is trained, in place.
+        goal: Which figure of ``validate`` decides what the best checkpoint is.
+    """
+
+    name: str
+    model: nn.Module
+    goal: Goal
+
+    def __len__(self) -> int:
+        """Training samples in an epoch."""
+        ...
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        """One training sample.
+
+        Args:
+            index: 0 to ``len(self) - 1``.
+            rng: The only source of chance; seeded by (seed, epoch, index).
+        """
+        ...
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        """The batch made of samples, on the CPU."""
+        ...
+
+    def loss(
+        self, model: nn.Module, batch: Batch, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, and figures to log.
+
+        Args:
+            model: The network to call, on the device of ``batch``.
+            batch: What ``collate`` gave, moved to the device.
+            generator: On the CPU, seeded by (seed, step, rank); the source of chance here.
+
+        Returns:
+            The mean over the batch's samples, a float32 scalar, and detached scalars by name.
+        """
+        ...
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Figures on the held-out part.
+
+        Args:
+            model: In eval mode and without gradients; holds the averaged weights where they are on.
+        """
+        ...
+
+    def save(self, model: nn.Module, path: Path) -> None:
+        """Write a ``.safetensors`` file that every other command loads."""
+        ...

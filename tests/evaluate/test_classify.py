@@ -1,0 +1,122 @@
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tinyvit
+from tinyvit.evaluate.classify import evaluate_classifier
+from tinyvit.image_spec import ImageSpec
+
+
+@dataclass
+class Listed:
+    sources: list
+    labels: np.ndarray
+    classes: tuple
+
+    def __len__(self):
+        return len(self.sources)
+
+    def name(self, index):
+        return f"picture {index}"
+
+    def source(self, index) -> Path | bytes:
+        return self.sources[index]
+
+
+@pytest.fixture
+def engine(make_tiny_vit):
+    model = make_tiny_vit(num_classes=7, img_size=16, neck_dim=None, strides=(2, 2, 2))
+    model.image_spec = ImageSpec.timm(16)
+    with tinyvit.Engine(model, batch_size=3) as made:
+        yield made
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(10):
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(paths[-1])
+    return Listed(paths, rng.integers(0, 7, 10), tuple("abcdefg"))
+
+
+def test_the_report_is_what_the_logits_say(engine, pictures):
+    told = []
+    report = evaluate_classifier(engine, pictures, progress=lambda *now: told.append(now))
+    logits = engine.classify(pictures.sources)
+    labels = torch.from_numpy(pictures.labels)
+    hits = logits.argmax(1) == labels
+    assert report.pictures == report.top1.count == 10
+    assert report.top1.value == float(hits.double().mean())
+    assert report.top1.low <= report.top1.value <= report.top1.high
+    in_five = [labels[i] in logits[i].topk(5).indices for i in range(10)]
+    assert report.top5.value == np.mean(in_five)
+    wanted = torch.nn.functional.cross_entropy(logits.double(), labels)
+    assert report.loss == pytest.approx(float(wanted), abs=1e-6)
+    assert report.confidence == pytest.approx(float(logits.softmax(1).max(1).values.mean()))
+    assert told == [(3, 10), (6, 10), (9, 10), (10, 10)]
+    assert report.seconds > 0
+    assert report.milliseconds == pytest.approx(100 * report.seconds)
+    assert report.peak_memory is None or report.peak_memory > 1 << 20
+    assert "torch" in report.engine
+
+
+def test_the_worst_pictures_are_named(engine, pictures):
+    report = evaluate_classifier(engine, pictures, most_wrong=4)
+    chances = engine.classify(pictures.sources).softmax(1)
+    sure = [row.probability for row in report.wrong]
+    assert sure == sorted(sure, reverse=True)
+    assert len(report.wrong) == 4
+    for row in report.wrong:
+        assert row.name == f"picture {row.index}"
+        assert row.label == pictures.classes[pictures.labels[row.index]] != row.predicted
+        assert row.predicted == pictures.classes[int(chances[row.index].argmax())]
+        assert row.probability == pytest.approx(float(chances[row.index].max()))
+
+
+def test_broken_pictures_are_named_and_not_measured(engine, pictures):
+    whole = evaluate_classifier(engine, pictures)
+    pictures.sources.insert(3, b"nonsense")
+    pictures.labels = np.insert(pictures.labels, 3, 0)
+    report = evaluate_classifier(engine, pictures)
+    assert list(report.broken) == ["picture 3"]
+    assert "nonsense" in report.broken["picture 3"]
+    assert (report.pictures, report.top1) == (10, whole.top1)
+    assert report.loss == pytest.approx(whole.loss, abs=1e-5)  # other batches
+
+
+def test_all_broken(engine):
+    with pytest.raises(ValueError, match=r"no picture of 1 could be read; picture 0: .*0 bytes"):
+        evaluate_classifier(engine, Listed([b""], np.array([0]), tuple("abcdefg")))
+
+
+def test_another_number_of_classes(engine, pictures):
+    pictures.classes = tuple("abcdefgh")
+    with pytest.raises(ValueError, match="the model has 7 classes and the pictures have 8"):
+        evaluate_classifier(engine, pictures)
+
+
+def test_few_classes_have_no_top5(make_tiny_vit, pictures):
+    model = make_tiny_vit(num_classes=3, img_size=16, neck_dim=None, strides=(2, 2, 2))
+    model.image_spec = ImageSpec.timm(16)
+    listed = Listed(pictures.sources, pictures.labels % 3, tuple("abc"))
+    report = evaluate_classifier(tinyvit.Engine(model), listed)
+    assert report.top5 is None
+    assert "top-5" not in dict(report.rows())
+
+
+def test_rows_and_json(engine, pictures):
+    report = evaluate_classifier(engine, pictures)
+    rows = dict(report.rows())
+    assert rows["pictures"] == "10 in 7 classes"
+    assert rows["top-1"].startswith(f"{report.top1.value:.1%} (")
+    values = json.loads(json.dumps(report.to_json()))
+    assert values["top1"]["value"] == report.top1.value
+    assert values["confusions"][0]["accuracy"] == report.confusions[0].accuracy

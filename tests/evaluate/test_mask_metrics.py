@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyvit.evaluate.floors import disc
+from tinyvit.evaluate.mask_metrics import boundary_f, iou, most_interior_point, next_click
+
+
+def square(size, top, left, side):
+    mask = np.zeros((size, size), bool)
+    mask[top : top + side, left : left + side] = True
+    return mask
+
+
+def test_iou_of_a_half_overlap():
+    assert iou(square(8, 0, 0, 4), square(8, 0, 2, 4)) == pytest.approx(8 / 24)
+
+
+def test_iou_of_two_empty_masks_is_1():
+    assert iou(square(4, 0, 0, 0), square(4, 0, 0, 0)) == 1.0
+
+
+def test_masks_of_different_pictures_are_refused():
+    with pytest.raises(ValueError, match=r"wanted two masks .* came \[4, 4\] and \[5, 5\]"):
+        iou(square(4, 0, 0, 2), square(5, 0, 0, 2))
+
+
+def test_boundary_f_is_1_within_the_tolerance_and_0_beyond():
+    # 0.75 % of the diagonal of 400 x 400 is 4.2 pixels
+    target = square(400, 100, 100, 200)
+    assert boundary_f(square(400, 103, 100, 200), target) == 1.0
+    assert boundary_f(square(400, 150, 150, 100), target) == 0.0
+
+
+def test_boundary_f_is_the_harmonic_mean_of_precision_and_recall():
+    target = square(400, 100, 100, 50)
+    both = target | square(400, 300, 300, 50)  # half of the outline is too much, none is missing
+    assert boundary_f(both, target) == pytest.approx(2 * 0.5 / 1.5)
+
+
+def test_the_edge_of_the_picture_is_no_boundary():
+    whole = np.ones((50, 50), bool)
+    assert boundary_f(whole, whole) == 1.0
+    assert boundary_f(whole, square(50, 10, 10, 20)) == 0.0
+
+
+def test_the_most_interior_point_is_the_middle():
+    assert most_interior_point(square(20, 4, 6, 5)) == (8.5, 6.5)
+
+
+def test_the_picture_s_edge_is_outside():
+    assert most_interior_point(np.ones((5, 5), bool)) == (2.5, 2.5)
+
+
+def test_an_empty_mask_has_no_interior():
+    with pytest.raises(ValueError, match="an empty mask has no interior"):
+        most_interior_point(np.zeros((3, 3), bool))
+
+
+@given(st.integers(0, 2**16 - 1))
+def test_the_most_interior_point_lies_in_the_mask(bits):
+    mask = np.array([(bits >> place) & 1 for place in range(16)], bool).reshape(4, 4)
+    if mask.any():
+        x, y = most_interior_point(mask)
+        assert mask[int(y), int(x)]
+
+
+def test_the_larger_error_is_corrected_by_its_kind():
+    target = square(40, 5, 5, 10)
+    extra = target | square(40, 20, 20, 15)
+    point, label = next_click(extra, target)
+    assert (point, label) == ((27.5, 27.5), 0)
+    assert next_click(square(40, 0, 0, 0), target) == ((9.5, 9.5), 1)
+
+
+def test_two_touching_errors_of_different_kinds_are_two():
+    predicted, target = square(20, 0, 0, 6), square(20, 0, 6, 7)
+    assert next_click(predicted, target)[1] == 1  # 49 missed pixels, 36 too many
+
+
+def test_nothing_is_left_to_correct():
+    assert next_click(disc((30, 30), (15, 15)), disc((30, 30), (15, 15))) is None

@@ -1,0 +1,51 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import tinyvit
+from tinyvit.evaluate.classify import WrongPicture, evaluate_classifier
+from tinyvit.evaluate.wrong_sheet import CELL, MARGIN, TITLE, draw_wrong
+from tinyvit.image_spec import ImageSpec
+from tinyvit.images.draw import save_png
+
+from .test_classify import Listed
+
+
+@pytest.fixture
+def measured(tmp_path, make_tiny_vit):
+    model = make_tiny_vit(num_classes=3, img_size=16, neck_dim=None, strides=(2, 2, 2))
+    model.image_spec = ImageSpec.timm(16)
+    paths = []
+    for i in range(6):
+        paths.append(tmp_path / f"{i}.png")
+        save_png(paths[-1], np.full((8, 8 + 4 * i, 3), (200, 10 * i, 30), np.uint8))
+    pictures = Listed(paths, np.arange(6) % 3, ("ant", "bee", "a rather long name of a class"))
+    return evaluate_classifier(tinyvit.Engine(model), pictures), pictures
+
+
+def test_the_wrong_pictures_are_shown_in_order(measured):
+    report, pictures = measured
+    assert report.wrong  # untrained, so not all of three classes are right
+    sheet = draw_wrong(report, pictures)
+    columns = min(4, len(report.wrong))
+    assert sheet.shape[1] == 2 * MARGIN + columns * (CELL + 20) - 20
+    for place, row in enumerate(report.wrong[:columns]):
+        middle = sheet[MARGIN + TITLE + CELL // 2, MARGIN + place * (CELL + 20) + CELL // 2]
+        assert middle.tolist() == [200, 10 * row.index, 30]  # enlarged pixel by pixel
+
+
+def test_long_names_stay_in_their_cell(measured):
+    report, pictures = measured
+    long = WrongPicture(0, "a", "x" * 300, "y" * 300, 0.5)
+    sheet = draw_wrong(replace(report, wrong=(long,)), pictures, "x")
+    assert sheet.shape[1] == 2 * MARGIN + CELL
+    assert (sheet[:, -MARGIN + 2 :] == 255).all()
+    wide = draw_wrong(replace(report, wrong=(long,)), pictures, "a title wider than one cell of it")
+    assert wide.shape[1] > sheet.shape[1]
+
+
+def test_nothing_wrong_is_nothing_to_show(measured):
+    report, pictures = measured
+    with pytest.raises(ValueError, match="no picture was taken for another class"):
+        draw_wrong(replace(report, wrong=()), pictures)

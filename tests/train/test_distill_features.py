@@ -1,0 +1,224 @@
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import tinyvit
+from tinyvit.image_spec import ImageSpec
+from tinyvit.modules import TinyViT
+from tinyvit.sam import build_sam
+from tinyvit.sam.mask_decoder import MaskDecoder
+from tinyvit.sam.model import Sam
+from tinyvit.sam.prompt_encoder import PromptEncoder
+from tinyvit.sam.transformer import TwoWayTransformer
+from tinyvit.train import TrainSettings, train
+from tinyvit.train.distill_features import DistillFeaturesSettings, Student, make_task
+from tinyvit.train.teachers import open_teacher, store_features
+
+SPEC = ImageSpec.sam(32)
+
+
+def tiny(seed=0, width=8, neck_dim=16, size=32):
+    torch.manual_seed(seed)
+    model = TinyViT(
+        size, embed_dims=(width,) * 4, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1),
+        window_sizes=(7, 7, 7, 7), neck_dim=neck_dim, head=False,
+    ).eval()  # fmt: skip
+    model.image_spec = ImageSpec.sam(size)
+    return model
+
+
+def tiny_sam(encoder):
+    torch.manual_seed(3)
+    heads = MaskDecoder(
+        transformer_dim=16, transformer=TwoWayTransformer(2, 16, 8, 2048), iou_head_hidden_dim=16
+    )
+    side = encoder.img_size // 16
+    prompts = PromptEncoder(16, (side, side), (encoder.img_size,) * 2, 16)
+    return Sam(encoder, prompts, heads).eval()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    for n in range(8):
+        image = rng.integers(0, 256, (20, 32, 3) if n % 2 else (32, 24, 3), np.uint8)
+        Image.fromarray(image).save(tmp_path / f"{n}.png")
+    return tmp_path
+
+
+def stored(pictures, teacher=None, **more):
+    teacher = open_teacher(tiny(seed=7) if teacher is None else teacher, device="cpu")
+    return store_features(teacher, pictures, pictures / "features", **more)
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def test_a_student_that_is_the_teacher_has_nothing_to_learn(pictures):
+    teacher = tiny(seed=7)
+    sam = tiny_sam(teacher)
+    settings = DistillFeaturesSettings(held_out=0.4, mask_weight=1.0)
+    task = make_task(copy.deepcopy(teacher), stored(pictures), pictures, settings, sam)
+    assert len(task) + len(task.val_names) == 8
+    with torch.no_grad():
+        figures = task.validate(task.model)
+        batch = task.collate([task.sample(i, rng()) for i in range(len(task))])
+        loss, parts = task.loss(task.model, batch, torch.Generator())
+    # what was stored is rounded to fp16: 5e-4 of values up to 3
+    assert figures["cosine"] > 0.9999 and figures["cosine_centred"] > 0.999
+    assert figures["mse"] < 1e-5 and parts["feature_loss"] < 1e-5
+    assert figures["mask_iou"] > 0.97
+    assert 0 < figures["cosine_floor"] < 0.9999
+    assert loss == parts["feature_loss"] + parts["mask_loss"]
+
+
+def test_figures_are_means_over_covered_cells_of_held_out_pictures(pictures):
+    store = stored(pictures)
+    student = tiny(seed=1)
+    task = make_task(student, store, pictures, DistillFeaturesSettings(held_out=0.4))
+    cosines, floors = [], []
+    mean = torch.stack([store.read(name).float() for name in task.train_names]).mean(0)
+    with torch.no_grad():
+        for name in task.val_names:
+            one = task._read(name, flip=False)
+            found, wanted = student(one.pixels[None])[0], one.features.float()
+            height, width = one.placed
+            for y in range(2):
+                for x in range(2):
+                    if (y + 0.5) / 2 < height and (x + 0.5) / 2 < width:
+                        cosines.append(F.cosine_similarity(found[:, y, x], wanted[:, y, x], dim=0))
+                        floors.append(F.cosine_similarity(mean[:, y, x], wanted[:, y, x], dim=0))
+        figures = task.validate(student)
+    # means in another order, in float32
+    assert figures["cosine"] == pytest.approx(float(torch.stack(cosines).mean()), abs=1e-5)
+    assert figures["cosine_floor"] == pytest.approx(float(torch.stack(floors).mean()), abs=1e-5)
+    assert "mask_iou" not in figures
+
+
+def test_the_student_comes_nearer_to_the_teacher(pictures, tmp_path):
+    task = make_task(tiny(seed=1, width=16), stored(pictures), pictures)
+    settings = TrainSettings(
+        folder=str(tmp_path / "run"), steps=15, batch_size=8, learning_rate=1e-2, device="cpu",
+        tensorboard=False, batch_stats="own", validate_every=15, weight_decay=0.0, warmup_steps=2,
+    )  # fmt: skip
+    batch = task.collate([task.sample(i, rng()) for i in range(len(task))])
+    task.model.train()
+    with torch.no_grad():
+        before, _ = task.loss(copy.deepcopy(task.model), batch, torch.Generator())
+    result = train(task, settings)
+    task.model.train()
+    with torch.no_grad():
+        after, _ = task.loss(task.model, batch, torch.Generator())
+    assert float(after) < 0.8 * float(before)
+    assert set(result.figures) == {"cosine", "cosine_floor", "cosine_centred", "mse"}
+    saved = tinyvit.create_model(None, result.last_weights)
+    assert saved.embed_dims == (16,) * 4 and saved.neck_dim == 16
+
+
+@pytest.mark.parametrize("loss", ["mse", "huber", "cosine"])
+def test_other_channels_and_another_grid_are_brought_together(pictures, tmp_path, loss):
+    student = tiny(seed=1, neck_dim=4, size=64)
+    task = make_task(student, stored(pictures), pictures, DistillFeaturesSettings(loss=loss))
+    assert isinstance(task.model, Student)
+    batch = task.collate([task.sample(i, rng()) for i in range(2)])
+    assert batch["images"].shape == (2, 3, 64, 64) and batch["features"].shape == (2, 16, 2, 2)
+    loss_value, _ = task.loss(task.model, batch, torch.Generator())
+    loss_value.backward()
+    assert all(p.grad is not None for p in task.model.adapter.parameters())
+    with torch.no_grad():
+        assert -1 <= task.validate(task.model.eval())["cosine"] <= 1
+    task.save(task.model, tmp_path / "student.safetensors")
+    kept = tinyvit.create_model(None, tmp_path / "student.safetensors")
+    assert kept.neck_dim == 4  # the adapter is gone
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(kept(x), student.eval()(x))
+
+
+def test_the_mask_s_loss_reaches_the_student_alone(pictures):
+    sam = tiny_sam(tiny(seed=7))
+    settings = DistillFeaturesSettings(mask_weight=2.0, points=3)
+    student = tiny(seed=1, size=64)
+    task = make_task(student, stored(pictures), pictures, settings, sam)
+    batch = task.collate([task.sample(0, rng())])
+    loss, parts = task.loss(task.model, batch, torch.Generator().manual_seed(0))
+    same, _ = task.loss(task.model, batch, torch.Generator().manual_seed(0))
+    other, _ = task.loss(task.model, batch, torch.Generator().manual_seed(1))
+    assert loss == same != other
+    assert torch.isclose(loss, parts["feature_loss"] + 2 * parts["mask_loss"])
+    loss.backward()
+    assert all(p.grad is None for p in sam.mask_decoder.parameters())
+    assert student.patch_embed.seq[0].c.weight.grad.abs().sum() > 0
+
+
+def test_with_heads_a_whole_sam_is_saved(pictures, tmp_path):
+    teacher = tiny(seed=7)
+    sam = tiny_sam(teacher)
+    student = tiny(seed=1)
+    task = make_task(student, stored(pictures), pictures, None, sam)
+    task.save(task.model, tmp_path / "student.safetensors")
+    whole = build_sam(tmp_path / "student.safetensors", img_size=32)
+    for name, wanted in (("image_encoder", student), ("mask_decoder", sam.mask_decoder)):
+        kept = getattr(whole, name).state_dict()
+        assert all(torch.equal(value, kept[key]) for key, value in wanted.state_dict().items())
+
+
+def test_mirrored_pictures_go_with_mirrored_pictures_features(pictures):
+    teacher = tiny(seed=7)
+    task = make_task(copy.deepcopy(teacher), stored(pictures, flips=True), pictures)
+    seen = set()
+    for seed in range(8):
+        one = task.sample(0, rng(seed))
+        with torch.no_grad():
+            # stored in fp16
+            assert torch.allclose(teacher(one.pixels[None])[0], one.features.float(), atol=5e-3)
+        seen.add(round(float(one.pixels.sum() + one.pixels[0, 0, 0]), 3))
+    assert len(seen) == 2
+    plain = make_task(tiny(), store_features(open_teacher(teacher, device="cpu"), pictures,
+                      pictures / "plain"), pictures)  # fmt: skip
+    first, second = (plain.sample(0, rng(seed)).pixels for seed in (0, 1))
+    assert torch.equal(first, second)
+
+
+def test_workers_get_the_task_by_pickle(pictures):
+    task = make_task(tiny(), stored(pictures), pictures)
+    task.sample(0, rng())  # opens a file
+    other = pickle.loads(pickle.dumps(task))
+    assert torch.equal(other.sample(1, rng()).features, task.sample(1, rng()).features)
+
+
+def test_pictures_that_changed_are_refused(pictures):
+    store = stored(pictures)
+    (pictures / "3.png").unlink()
+    with pytest.raises(ValueError, match=r"1 pictures .* have changed .*: 3\.png; store features"):
+        make_task(tiny(), store, pictures)
+
+
+def test_what_does_not_go_together_is_said(pictures):
+    store = stored(pictures)
+    student = tiny()
+    student.image_spec = ImageSpec.timm(32)
+    with pytest.raises(ValueError, match="prepare pictures alike"):
+        make_task(student, store, pictures)
+    student.image_spec = ImageSpec.sam((32, 64))
+    with pytest.raises(ValueError, match=r"student \(32, 64\) and teacher \(32, 32\)"):
+        make_task(student, store, pictures)
+    with pytest.raises(ValueError, match="wants the heads of a SAM; give sam"):
+        make_task(tiny(), store, pictures, DistillFeaturesSettings(mask_weight=1.0))
+    other = store_features(
+        open_teacher(tiny(neck_dim=4), device="cpu"), pictures, pictures / "other"
+    )
+    with pytest.raises(ValueError, match="16 channels, but the teacher's have 4"):
+        make_task(tiny(), other, pictures, None, tiny_sam(tiny()))
+    without = tiny()
+    without.image_spec = None
+    make_task(without, store, pictures)
+    assert without.image_spec == SPEC  # the teacher's way
+    with pytest.raises(TypeError, match="wanted a TinyViT to save, got Identity"):
+        make_task(tiny(), store, pictures).save(torch.nn.Identity(), pictures / "x.safetensors")

@@ -1,0 +1,258 @@
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinyvit.checkpoints import files
+from tinyvit.checkpoints.files import read_state_dict
+from tinyvit.errors import CheckpointError
+from tinyvit.modules import TinyViT
+from tinyvit.train import DivergedError, TrainSettings, train
+from tinyvit.train.state import read_state
+
+from .toy_task import ToyTask, make_model, numbers
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return TrainSettings(
+        folder=str(tmp_path / "run"),
+        epochs=2,
+        log_every=1,
+        learning_rate=3e-3,
+        device="cpu",
+        tensorboard=False,
+    )
+
+
+def equal(one, other):
+    return set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_it_learns_and_leaves_everything_behind(settings):
+    settings = replace(settings, epochs=3, ema_decay=0.5, validate_at_start=True)
+    seen = []
+    torch.manual_seed(8)
+    before = torch.get_rng_state()
+    task = ToyTask()
+    result = train(task, settings, report=seen.append)
+    assert torch.equal(torch.get_rng_state(), before)  # the caller's chance was not spent
+    assert not task.model.training
+    lines = numbers(settings.folder)
+    checks = [line for line in lines if line["kind"] == "validate"]
+    assert [line["step"] for line in checks] == [0, 3, 6, 9]
+    assert checks[-1]["loss"] < checks[0]["loss"]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 10))
+    assert result.steps == 9
+    assert result.figures == {name: checks[-1][name] for name in ("accuracy", "loss")}
+    assert result.best == max(line["accuracy"] for line in checks)
+    assert {path.name for path in result.folder.iterdir()} == {
+        "settings.toml",
+        "log.jsonl",
+        "curves.png",
+        "state.safetensors",
+        "state.previous.safetensors",
+        "best.safetensors",
+        "last.safetensors",
+    }
+    assert TrainSettings.from_toml(result.folder / "settings.toml") == settings
+    phases = [(progress.phase, progress.step) for progress in seen]
+    assert phases[:3] == [("train", 0), ("validate", 0), ("train", 1)]
+    assert phases[-2:] == [("validate", 9), ("done", 9)]
+    assert seen[-1].seconds_left == 0 and seen[-1].images_per_second > 0
+    assert (seen[4].epoch, seen[-1].epoch, seen[-1].epochs) == (1, 3, 3)
+
+
+def test_what_is_saved_is_what_was_measured(settings):
+    result = train(ToyTask(), replace(settings, ema_decay=0.5))
+    tensors = read_state_dict(result.last_weights).tensors
+    state = read_state(result.folder)
+    average = {k.removeprefix("average/"): v for k, v in state.tensors.items() if k[:3] == "ave"}
+    assert equal(tensors, average)
+    model = make_model(seed=1).eval()
+    model.load_state_dict(tensors)
+    with torch.no_grad():
+        assert ToyTask().validate(model) == pytest.approx(result.figures)
+
+
+def test_a_run_that_goes_on_is_the_unbroken_one(settings, tmp_path):
+    settings = replace(settings, ema_decay=0.9, accumulate=2, save_every=1, log_every=4)
+    whole = train(ToyTask(noise=0.5), settings)
+
+    class Stopping(Exception):
+        pass
+
+    def stop(progress):
+        if progress.step == 2 and progress.phase == "train":
+            raise Stopping
+
+    again = replace(settings, folder=str(tmp_path / "again"))
+    with pytest.raises(Stopping):
+        train(ToyTask(noise=0.5), again, report=stop)
+    result = train(ToyTask(noise=0.5), again, resume=True)
+    assert equal(read_state(whole.folder).tensors, read_state(result.folder).tensors)
+    assert numbers(whole.folder) == numbers(result.folder)  # also the mean over a stop's two sides
+    assert (whole.best, whole.best_step) == (result.best, result.best_step)
+    finished = train(ToyTask(noise=0.5), again, resume=True)  # there is nothing left to do
+    assert (finished.steps, finished.figures) == (6, whole.figures)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(settings):
+    def press(progress):
+        if progress.step == 2:
+            os.kill(os.getpid(), 2)
+
+    words = r"stopped after step 3 of 6; the state is in .*run: go on with resume"
+    with pytest.raises(KeyboardInterrupt, match=words):
+        train(ToyTask(), replace(settings, validate_every=6), report=press)
+    assert read_state(Path(settings.folder)).facts["tally"]["step"] == 3
+
+
+def test_two_runs_are_not_mixed(settings):
+    train(ToyTask(), replace(settings, steps=1))
+    with pytest.raises(CheckpointError, match="already holds a run; go on with it by resume"):
+        train(ToyTask(), settings)
+    words = "with other choices.*steps was 1 and is None; seed was 0 and is 5"
+    with pytest.raises(ValueError, match=words):
+        train(ToyTask(), replace(settings, seed=5), resume=True)
+    words = "the number of samples was 22 and is 9"
+    with pytest.raises(ValueError, match=words):
+        train(ToyTask(samples=9), replace(settings, steps=1), resume=True)
+
+
+def test_no_number_stops_before_the_optimiser_and_keeps_the_batch(settings):
+    class Diverging(ToyTask):
+        def loss(self, model, batch, generator):
+            loss, figures = super().loss(model, batch, generator)
+            calls.append(1)
+            return (loss * float("nan") if len(calls) == 3 else loss), figures
+
+    calls = []
+    task = Diverging()
+    words = r"step 3 gave a loss of nan .*batch is kept in .*diverged_step_3_rank_0.safetensors"
+    with pytest.raises(DivergedError, match=words):
+        train(task, replace(settings, save_every=1))
+    state = read_state(Path(settings.folder))
+    assert state.facts["tally"]["step"] == 2
+    assert all(
+        torch.equal(p, state.tensors[f"model/{name}"]) for name, p in task.model.named_parameters()
+    )
+    kept = read_state_dict(Path(settings.folder) / "diverged_step_3_rank_0.safetensors")
+    assert kept.tensors["0/images"].shape == (6, 3, 16, 16)
+
+
+def test_an_infinite_gradient_of_a_finite_loss_stops_too(settings):
+    class Steep(ToyTask):
+        def loss(self, model, batch, generator):
+            loss, figures = super().loss(model, batch, generator)
+            return loss + (model.head.bias - model.head.bias.detach()).abs().sqrt().sum(), figures
+
+    with pytest.raises(DivergedError, match=r"gradient of norm (nan|inf)"):
+        train(Steep(), settings)
+
+
+def test_a_full_disk_leaves_the_state_before(settings, monkeypatch):
+    real = files.save_file
+
+    def fill(progress):
+        if progress.step == 3:
+            monkeypatch.setattr(files, "save_file", full)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    settings = replace(settings, save_every=1, validate_every=6)
+    with pytest.raises(CheckpointError, match=r"state could not be saved.*No space.*resume"):
+        train(ToyTask(), settings, report=fill)
+    monkeypatch.setattr(files, "save_file", real)
+    assert read_state(Path(settings.folder)).facts["tally"]["step"] == 3
+    assert train(ToyTask(), settings, resume=True).steps == 6
+
+
+def test_the_best_weights_are_those_of_the_best_step(settings):
+    class Moody(ToyTask):
+        def validate(self, model):
+            return {"accuracy": measured.pop(0)}
+
+        def save(self, model, path):
+            if path.name == "last.safetensors":
+                saved.append({k: v.clone() for k, v in model.state_dict().items()})
+            super().save(model, path)
+
+    saved, measured = [], [0.1, 0.9, 0.3]
+    result = train(Moody(), replace(settings, steps=3, validate_every=1))
+    assert (result.best, result.best_step) == (0.9, 2)
+    assert equal(read_state_dict(result.best_weights).tensors, saved[1])
+    assert equal(read_state_dict(result.last_weights).tensors, saved[2])
+
+
+def test_nothing_held_out(settings):
+    task = ToyTask()
+    task.validate = lambda model: {}
+    result = train(task, settings)
+    assert (result.best, result.best_weights, result.figures) == (None, None, {})
+    assert result.last_weights.exists()
+
+
+def test_batch_statistics_stay_where_they_were_learnt_and_move_where_asked(settings, tmp_path):
+    before = {k: v for k, v in make_model().state_dict().items() if "running" in k}
+    task = ToyTask()
+    train(task, replace(settings, steps=2))
+    assert all(torch.equal(task.model.state_dict()[key], value) for key, value in before.items())
+    task = ToyTask()
+    train(task, replace(settings, steps=2, batch_stats="own", folder=str(tmp_path / "own")))
+    assert not any(
+        torch.equal(task.model.state_dict()[key], value) for key, value in before.items()
+    )
+
+
+def test_what_auto_chose_is_kept_when_a_run_goes_on(settings):
+    def fresh():
+        return TinyViT(
+            embed_dims=(4, 8),
+            depths=(1, 1),
+            num_heads=(1, 2),
+            window_sizes=(2, 2),
+            num_classes=2,
+            neck_dim=None,
+        )
+
+    task = ToyTask(fresh())
+    settings = replace(settings, steps=4, save_every=1)
+
+    def press(progress):
+        if progress.step == 1:
+            os.kill(os.getpid(), 2)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(task, settings, report=press)
+    key = "patch_embed.seq.0.bn.num_batches_tracked"
+    train(task, settings, resume=True)  # its statistics have been learnt by now
+    assert int(task.model.state_dict()[key]) == 4
+
+
+def test_a_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    settings = TrainSettings(folder=str(tmp_path / "file" / "run"), device="cpu")
+    with pytest.raises(CheckpointError, match="cannot be made a folder for the run"):
+        train(ToyTask(), settings)
+
+
+def test_lora_is_saved_as_a_plain_network(settings):
+    pytest.importorskip("tinyvit.train.lora")
+    task = ToyTask()
+    before = make_model().state_dict()
+    result = train(task, replace(settings, moving="lora", lora_rank=2, weight_decay=0.0))
+    tensors = read_state_dict(result.last_weights).tensors
+    assert set(tensors) == set(before)
+    assert any(not torch.equal(tensors[key], before[key]) for key in before)
+    again = ToyTask()
+    assert (
+        train(
+            again, replace(settings, moving="lora", lora_rank=2, weight_decay=0.0), resume=True
+        ).steps
+        == 6
+    )

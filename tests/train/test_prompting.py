@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+import torch
+
+from tinyvit.train.mask_losses import MaskLosses
+from tinyvit.train.prompting import Objects, Prompting, check_trainable, pitch_of, prompt_and_learn
+
+
+def objects_of(sam, grid, size, count=3):
+    torch.manual_seed(0)
+    masks = torch.zeros(2, count, *size, dtype=torch.bool)
+    masks[:, :, 8:40, 10:50] = True
+    points = torch.tensor([20.0, 20.0]).expand(2, count, 2)
+    boxes = torch.tensor([9.0, 7.0, 51.0, 41.0]).expand(2, count, 4)
+    return Objects.of(sam, grid, masks, torch.tensor([[48, 64], [64, 64]]), points, boxes)
+
+
+def test_targets_are_the_covered_shares_and_padding_has_no_weight(make_tiny_sam):
+    sam = make_tiny_sam(64)
+    objects = objects_of(sam, (4, 4), (64, 64))
+    assert objects.rows.tolist() == [0, 0, 0, 1, 1, 1]
+    assert objects.targets.shape == (6, 16, 16)
+    assert objects.targets[0, 2:10].amax() == 1
+    assert objects.targets[0, 5, 2] == 0.5  # columns 8 to 12, of which 10 and 11
+    assert objects.weights.sum((1, 2)).tolist() == [12 * 16] * 3 + [16 * 16] * 3
+
+
+def test_a_frame_that_the_stride_does_not_divide(make_tiny_sam):
+    sam = make_tiny_sam(56)  # 4 x 4 cells of 16 pixels
+    objects = objects_of(sam, (4, 4), (56, 56))
+    assert pitch_of(sam) == 4
+    assert objects.targets[0].sum() * 16 == 32 * 40
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("corrective", [0.0, 1.0])
+def test_losses_of_all_objects_with_gradient(make_tiny_sam, share, corrective):
+    sam = make_tiny_sam(64)
+    features = torch.randn(2, 32, 4, 4, requires_grad=True)
+    found = prompt_and_learn(
+        sam,
+        features,
+        objects_of(sam, (4, 4), (64, 64)),
+        MaskLosses(),
+        Prompting(share, corrective),
+        torch.Generator().manual_seed(0),
+    )
+    assert found.total.shape == (6,)
+    found.total.sum().backward()
+    assert features.grad.abs().amax((1, 2, 3)).min() > 0
+    table = sam.prompt_encoder.point_embeddings
+    has_corners = table[2].weight.grad is not None and bool(table[2].weight.grad.any())
+    assert has_corners == (share == 1.0)
+    sam.zero_grad()
+
+
+def test_a_single_click_gives_three_masks_and_a_box_one(make_tiny_sam, monkeypatch):
+    sam = make_tiny_sam(64)
+    asked = []
+    forward = sam.mask_decoder.forward
+
+    def watch(*arguments):
+        asked.append((arguments[2].shape[1], arguments[4], torch.is_grad_enabled()))
+        return forward(*arguments)
+
+    monkeypatch.setattr(sam.mask_decoder, "forward", watch)
+    arguments = sam, torch.randn(2, 32, 4, 4), objects_of(sam, (4, 4), (64, 64)), MaskLosses()
+    for share, corrective, expected in (
+        (0.0, 0.0, [(2, True, True)]),  # the click and the padding point
+        (1.0, 0.0, [(2, False, True)]),  # two corners
+        (0.0, 1.0, [(2, True, False), (3, False, True)]),
+        (1.0, 1.0, [(2, False, False), (3, False, True)]),  # no padding point beside a box
+    ):
+        asked.clear()
+        prompting = Prompting(share, corrective, most_corrections=1)
+        prompt_and_learn(*arguments, prompting, torch.Generator().manual_seed(0))
+        assert asked == expected
+
+
+def test_gradients_through_prompts_in_double_precision(make_tiny_sam):
+    sam = make_tiny_sam(32).double()
+    objects = objects_of(sam, (2, 2), (32, 64), 1)
+    objects = Objects(
+        torch.tensor([0]),
+        torch.from_numpy(np.random.default_rng(0).random((1, 8, 8))),
+        torch.ones(1, 8, 8, dtype=torch.float64),
+        objects.points[:1].double(),
+        objects.boxes[:1].double(),
+    )
+
+    def total(features):
+        generator = torch.Generator().manual_seed(0)
+        prompting = Prompting(1.0, 0.0)
+        return prompt_and_learn(sam, features, objects, MaskLosses(), prompting, generator).total
+
+    features = torch.randn(1, 32, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(total, (features,))
+
+
+def test_other_decoders_are_refused(make_tiny_sam):
+    sam = make_tiny_sam(64)
+    check_trainable(sam)
+    sam.mask_decoder = torch.nn.Identity()
+    with pytest.raises(ValueError, match="this model has Identity"):
+        check_trainable(sam)
+
+
+def test_ranges():
+    with pytest.raises(ValueError, match="box_share must lie in 0 to 1, but is 2"):
+        Prompting(2)
+    with pytest.raises(ValueError, match="most_corrections must be at least 1"):
+        Prompting(most_corrections=0)

@@ -1,0 +1,191 @@
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tinyvit.errors import ImageError
+from tinyvit.sam.build import build_sam
+from tinyvit.train.mask_sets import open_mask_set
+from tinyvit.train.prompting import Prompting
+from tinyvit.train.scene_samples import SceneSampler
+from tinyvit.train.segment import Segment, SegmentSettings, make_task, save_sam
+
+from .shapes import write_shapes
+
+
+def learn(task, steps, lr, batch=2):
+    """The plainest loop: the same few pictures, over and over; the losses."""
+    moving = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(moving, lr=lr)
+    found = []
+    for step in range(steps):
+        rng = np.random.default_rng([0, step])
+        samples = [task.sample((step * batch + i) % len(task), rng) for i in range(batch)]
+        generator = torch.Generator().manual_seed(step)
+        loss, _ = task.loss(task.model, task.collate(samples), generator)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(moving, 1.0)
+        optimiser.step()
+        found.append(loss.item())
+    return found
+
+
+@pytest.fixture
+def data(tmp_path):
+    return open_mask_set(write_shapes(tmp_path, 2))
+
+
+@pytest.fixture
+def tiny_task(make_tiny_sam, data):
+    sam = make_tiny_sam(64)
+    sampler = SceneSampler(data, sam.image_encoder.image_spec, None, objects=2, least_pixels=4)
+    return Segment(sam, sampler, data, Prompting(corrective_share=0.2))
+
+
+def test_a_sample_depends_on_its_chance_alone(tiny_task):
+    one, two = (tiny_task.sample(1, np.random.default_rng(3)) for _ in range(2))
+    torch.testing.assert_close(one.image, two.image, rtol=0, atol=0)
+    np.testing.assert_array_equal(one.points, two.points)
+    other = tiny_task.sample(1, np.random.default_rng(4))
+    assert not np.array_equal(one.boxes, other.boxes)
+
+
+def test_clicks_lie_in_their_objects(tiny_task):
+    sample = tiny_task.sample(0, np.random.default_rng(0))
+    for mask, (x, y) in zip(sample.masks, sample.points, strict=True):
+        assert mask[int(y), int(x)]
+
+
+def test_the_sampler_can_go_to_other_processes(tiny_task):
+    task = pickle.loads(pickle.dumps(tiny_task.sampler))
+    sample = task.sample(0, np.random.default_rng(0))
+    np.testing.assert_array_equal(
+        sample.points, tiny_task.sample(0, np.random.default_rng(0)).points
+    )
+
+
+def test_a_step_depends_on_its_chance_alone(tiny_task):
+    batch = tiny_task.collate([tiny_task.sample(i, np.random.default_rng(i)) for i in (0, 1)])
+    losses = [
+        tiny_task.loss(tiny_task.model, batch, torch.Generator().manual_seed(seed))[0].item()
+        for seed in (7, 7, 8)
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_every_part_learns(tiny_task):
+    tiny_task.prompting = Prompting(box_share=0.5, corrective_share=1.0)
+    batch = tiny_task.collate([tiny_task.sample(i, np.random.default_rng(i)) for i in (0, 1)])
+    for seed in range(4):  # clicks and boxes both come
+        tiny_task.loss(tiny_task.model, batch, torch.Generator().manual_seed(seed))[0].backward()
+    for name, part in tiny_task.model.named_children():
+        grads = [p.grad.abs().sum().item() for p in part.parameters() if p.grad is not None]
+        assert sum(grads) > 0, name
+
+
+def test_a_tiny_model_learns_simple_shapes(tiny_task):
+    tiny_task.model.train()
+    before = tiny_task.validate(tiny_task.model.eval())
+    losses = learn(tiny_task, 60, 3e-3)
+    after = tiny_task.validate(tiny_task.model.eval())
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:5])
+    assert after["mean_iou"] > before["mean_iou"] + 0.2
+
+
+def test_kept_embeddings_give_the_same_loss(tiny_task):
+    tiny_task.model.image_encoder.requires_grad_(False)
+    batch = tiny_task.collate([tiny_task.sample(i, np.random.default_rng(i)) for i in (0, 1)])
+
+    def loss():
+        return tiny_task.loss(tiny_task.model, batch, torch.Generator().manual_seed(0))[0].item()
+
+    plain = loss()
+    tiny_task.cached_features = 1
+    assert loss() == plain
+    assert list(tiny_task._kept) == [0]
+    assert loss() == pytest.approx(plain, rel=1e-5)  # the other picture is encoded in a batch of 1
+
+
+def test_embeddings_of_a_learning_encoder_are_not_kept(tiny_task):
+    tiny_task.cached_features = 4
+    batch = tiny_task.collate([tiny_task.sample(0, np.random.default_rng(0))])
+    with pytest.raises(ValueError, match="wants moving='decoder'"):
+        tiny_task.loss(tiny_task.model, batch, torch.Generator())
+
+
+def test_a_broken_picture_is_replaced_and_named(tiny_task, data):
+    data[0].picture.write_bytes(b"\x89PNG broken")
+    batch = tiny_task.collate([tiny_task.sample(0, np.random.default_rng(0))])
+    tiny_task.loss(tiny_task.model, batch, torch.Generator())
+    assert list(tiny_task.broken) == [data[0].name]
+    strict = SceneSampler(data, tiny_task.sampler.spec, on_broken="error")
+    with pytest.raises(ImageError, match=data[0].name):
+        strict.sample(0, np.random.default_rng(0))
+
+
+def test_data_of_which_nothing_can_be_read(tiny_task, data):
+    for scene in data:
+        scene.picture.write_bytes(b"")
+    with pytest.raises(ImageError, match="20 pictures drawn in a row were broken"):
+        tiny_task.sample(0, np.random.default_rng(0))
+
+
+def test_what_is_saved_loads_anywhere(tmp_path):
+    sam = build_sam("tinyvit_starter")
+    with torch.no_grad():
+        sam.mask_decoder.iou_token.weight.add_(1)
+    loaded = build_sam(save_sam(sam, tmp_path / "model.safetensors"))
+    assert loaded.image_encoder.image_spec.size == (256, 256)
+    for name, value in sam.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_the_starter_gets_better_on_a_few_pictures(tmp_path):
+    folder = write_shapes(tmp_path, 2, size=(120, 160))
+    task = make_task(
+        SegmentSettings(str(folder), str(folder), augment="none", objects=2, corrective_share=0.2)
+    )
+    task.model.image_encoder.requires_grad_(False)
+    task.cached_features = 2
+    before = task.validate(task.model)
+    learn(task, 25, 2e-4)
+    after = task.validate(task.model)
+    assert after["mean_iou"] > before["mean_iou"] + 0.03
+
+
+def test_one_picture_is_learnt_from_and_measured_on(tmp_path):
+    with pytest.warns(UserWarning, match="only one picture: it is learnt from and measured on"):
+        task = make_task(SegmentSettings(str(write_shapes(tmp_path, 1))))
+    assert len(task) == len(task.val) == 1
+
+
+def test_what_was_left_out_is_said(tmp_path):
+    folder = write_shapes(tmp_path, 3)
+    Image.new("L", (5, 5), 255).save(folder / "masks" / "picture0_9.png")
+    with pytest.warns(UserWarning, match="left out 1: .*picture0.png, object 2"):
+        task = make_task(SegmentSettings(str(folder)))
+    assert len(task) == 2
+    with pytest.raises(ValueError, match="5 x 5 pixels"):
+        make_task(SegmentSettings(str(folder), on_broken="error"))
+
+
+def test_wrong_choices(tmp_path):
+    folder = str(write_shapes(tmp_path, 2))
+    with pytest.raises(ValueError, match="augment must be 'none' or 'full'"):
+        make_task(SegmentSettings(folder, augment="some"))
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="wants augment='none'"):
+        make_task(SegmentSettings(folder, cached_features=3))
+    with pytest.raises(ValueError, match="objects must be at least 1"):
+        make_task(SegmentSettings(folder, objects=0))
+
+
+def test_another_size_is_kept_in_the_file(tmp_path):
+    sam = build_sam("tinyvit_starter", img_size=128)
+    path = save_sam(sam, tmp_path / "small.safetensors")
+    again = build_sam(path)
+    assert again.image_encoder.image_spec == sam.image_encoder.image_spec
+    assert again.prompt_encoder.input_image_size == (128, 128)
