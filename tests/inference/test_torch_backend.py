@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinyvit.inference import TorchBackend
+from tinyvit.inference import TorchBackend, torch_backend
 from tinyvit.inference.deploy import DeployedTinyViT
 from tinyvit.modules import TinyViT
 
@@ -308,14 +308,27 @@ def test_nothing_is_made_anew_while_nothing_changes(
 ) -> None:
     backend = TorchBackend(make_tiny_vit(), "cpu", "bf16")
     first = backend(batch)
-    copies = []
-    really = copy.deepcopy
-    monkeypatch.setattr("copy.deepcopy", lambda it, *a: copies.append(it) or really(it, *a))
+    made = []
+    really = torch_backend.DeployedTinyViT
+    monkeypatch.setattr(
+        torch_backend, "DeployedTinyViT", lambda *given: made.append(given) or really(*given)
+    )
     assert all(torch.equal(backend(batch), first) for _ in range(3))
-    assert copies == []
+    assert made == []
     backend.refresh()
     assert torch.equal(backend(batch), first)
-    assert copies != []
+    assert len(made) == 1
+
+
+def test_the_check_leaves_a_model_in_training_as_it_is(
+    make_tiny_vit: MakeModel, batch: Tensor
+) -> None:
+    model = make_tiny_vit().train()
+    before = copy.deepcopy(model.state_dict())
+    got = TorchBackend(model)(batch)
+    assert model.training
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    torch.testing.assert_close(got, TorchBackend(make_tiny_vit())(batch))
 
 
 def test_writes_that_nothing_shows_need_refresh(make_tiny_vit: MakeModel, batch: Tensor) -> None:

@@ -96,6 +96,8 @@ def reason_against(model: TinyViT) -> str | None:
         if kind is nn.GELU:
             if module.approximate != "none":
                 return f"{name} is an approximate GELU"
-        elif not (kind in plain or kind in containers or kind.__module__.startswith("tinyvit.modules.")):
+        elif not (
+            kind in plain or kind in containers or kind.__module__.startswith("tinyvit.modules.")
+        ):
             return f"{name} is a {kind.__module__}.{kind.__qualname__}"
     return None

@@ -143,7 +143,8 @@ class TorchBackend:
         """The folded network against the model, on a small picture of no convenient size."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, self._model.in_chans, 75, 58, generator=generator)
-        wanted = frozen_copy(self._model).forward_backbone(x)
+        plain = self._model if _runs_as_it_is(self._model) else frozen_copy(self._model)
+        wanted = plain.forward_backbone(x)
         got = network.stages(self._to_device(x))[-1].float().cpu()
         scale = float(wanted.abs().max().clamp_min(1e-12))
         return float((got - wanted).abs().max()) / scale
@@ -165,6 +166,15 @@ class _Plain:
         given = self.model.forward_intermediates(batch)
         features, maps = cast("tuple[Tensor, list[Tensor]]", given)
         return (self.model.forward_head(maps[-1]) if as_logits else features), maps
+
+
+def _runs_as_it_is(model: TinyViT) -> bool:
+    """Whether a call would leave the model as it is and compute in float32 on the CPU."""
+    tensors = (*model.parameters(), *model.buffers())
+    return not any(module.training for module in model.modules()) and all(
+        tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.int64)
+        for tensor in tensors
+    )
 
 
 def _settle_allocator() -> None:
