@@ -1,4 +1,4 @@
-"""TinyViT, the compact vision transformer: encoder, classifier, features, for any picture size.
+"""TinyViT, the compact vision transformer: encoder, classifier, segmenter, for any picture size.
 
 The public names are found on first use, so that ``import tinyvit`` takes milliseconds and loads no
 torch. Everything else is reached by its room: ``tinyvit.modules`` has the ten module classes,
@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from tinyvit.image_spec import ImageSpec
     from tinyvit.inference.engine import Encoded, Engine
     from tinyvit.modules import TinyViT
+    from tinyvit.sam.automatic import SamAutomaticMaskGenerator
+    from tinyvit.sam.build import build_sam, sam_model_registry
+    from tinyvit.sam.embedding import ImageEmbedding
+    from tinyvit.sam.masks import Masks
+    from tinyvit.sam.predictor import SamPredictor
+    from tinyvit.sam.prompts import Prompt
+    from tinyvit.sam.segmenter import Segmenter
 
     __version__ = version("tinyvit")
 
@@ -37,12 +44,19 @@ _HOMES = {
     "DownloadError": "errors:DownloadError",
     "Encoded": "inference.engine:Encoded",
     "Engine": "inference.engine:Engine",
+    "ImageEmbedding": "sam.embedding:ImageEmbedding",
     "ImageError": "errors:ImageError",
     "ImageSpec": "image_spec:ImageSpec",
     "LoadReport": "factory:LoadReport",
+    "Masks": "sam.masks:Masks",
     "MissingExtraError": "errors:MissingExtraError",
+    "Prompt": "sam.prompts:Prompt",
+    "SamAutomaticMaskGenerator": "sam.automatic:SamAutomaticMaskGenerator",
+    "SamPredictor": "sam.predictor:SamPredictor",
+    "Segmenter": "sam.segmenter:Segmenter",
     "TinyViT": "modules:TinyViT",
     "TinyViTError": "errors:TinyViTError",
+    "build_sam": "sam.build:build_sam",
     "convert_checkpoint": "checkpoints.conversion:convert",
     "create_model": "factory:create_model",
     "from_pretrained": "hub:from_pretrained",
@@ -51,6 +65,7 @@ _HOMES = {
     "list_models": "catalog:list_models",
     "load_checkpoint": "factory:load_checkpoint",
     "push_to_hub": "hub:push_to_hub",
+    "sam_model_registry": "sam.build:sam_model_registry",
     "save_pretrained": "hub:save_pretrained",
     "tune_allocator": "allocator:tune_allocator",
 }
@@ -60,13 +75,20 @@ __all__ = [
     "DownloadError",
     "Encoded",
     "Engine",
+    "ImageEmbedding",
     "ImageError",
     "ImageSpec",
     "LoadReport",
+    "Masks",
     "MissingExtraError",
+    "Prompt",
+    "SamAutomaticMaskGenerator",
+    "SamPredictor",
+    "Segmenter",
     "TinyViT",
     "TinyViTError",
     "__version__",
+    "build_sam",
     "convert_checkpoint",
     "create_model",
     "from_pretrained",
@@ -75,6 +97,7 @@ __all__ = [
     "list_models",
     "load_checkpoint",
     "push_to_hub",
+    "sam_model_registry",
     "save_pretrained",
     "tune_allocator",
 ]

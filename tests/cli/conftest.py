@@ -86,3 +86,25 @@ def checkpoints(make_tiny_vit, tmp_path_factory):
         metadata = {"tinyvit.strides": strides}
         write_state_dict(folder / f"{name}.safetensors", model.state_dict(), metadata=metadata)
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_sam(make_tiny_vit, randomise):
+    """``make_sam(seed=0, is_hq=False)``: a tiny ``Sam`` whose masks cover a part only."""
+    from tinyvit.image_spec import ImageSpec
+    from tinyvit.sam import HQMaskDecoder, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
+    def make(seed: int = 0, is_hq: bool = False) -> Sam:
+        encoder = make_tiny_vit(seed, img_size=64, neck_dim=32)
+        encoder.image_spec = ImageSpec.sam(64)
+        kind, extra = (HQMaskDecoder, {"vit_dim": 16}) if is_hq else (MaskDecoder, {})
+        decoder = kind(
+            transformer_dim=32,
+            transformer=TwoWayTransformer(2, 32, 2, 48),
+            iou_head_hidden_dim=24,
+            **extra,
+        )
+        prompts = PromptEncoder(32, (4, 4), (64, 64), 8)
+        return Sam(encoder, randomise(prompts, seed + 1), randomise(decoder, seed + 2)).eval()
+
+    return make

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from tinyvit.cli import bench, classify, convert, download, encode, inspect, models
+from tinyvit.cli import bench, classify, convert, download, encode, inspect, models, segment
 from tinyvit.cli.console import Console
 from tinyvit.cli.errors import guarded
 
@@ -51,7 +51,7 @@ def _for_all_verbs(
         bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")
     ] = False,
 ) -> None:
-    """TinyViT: encode, classify, and look after weights of the whole lineage.
+    """TinyViT: encode, classify, segment, and look after weights of the whole lineage.
 
     Data goes to stdout, talk and progress to stderr. Exit codes: 0 done, 1 something failed,
     2 wrong usage, 130 interrupted.
@@ -73,6 +73,7 @@ _add(convert.convert, convert.EXAMPLES)
 _add(download.download, download.EXAMPLES)
 _add(encode.encode, encode.EXAMPLES)
 _add(classify.classify, classify.EXAMPLES)
+_add(segment.segment, segment.EXAMPLES)
 _add(bench.bench, bench.EXAMPLES)
 
 

@@ -1,0 +1,279 @@
+"""``tinyvit segment``: masks of what points and boxes mean, or of everything, as files."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from tinyvit.catalog import DEFAULT_CHECKPOINT, get_checkpoint, list_checkpoints
+from tinyvit.cli import console
+from tinyvit.cli.console import Console, Update, counted
+from tinyvit.cli.options import Device, Json, Pictures, Precision, PrecisionName, Size
+from tinyvit.cli.picture_files import list_pictures
+from tinyvit.cli.segment_options import (
+    BatchSize,
+    Boxes,
+    CropNLayers,
+    Each,
+    Everything,
+    Logits,
+    MaskFile,
+    MinMaskRegionArea,
+    Multimask,
+    NoPad,
+    Output,
+    Overwrite,
+    Points,
+    PointsPerSide,
+    PredIouThresh,
+    PromptsFile,
+    StabilityScoreThresh,
+    Weights,
+)
+from tinyvit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from tinyvit.cli.prompt_files import Work
+    from tinyvit.cli.segmenting import Job, Method, Outcome
+    from tinyvit.sam import Sam
+
+__all__ = ["segment"]
+
+EXAMPLES = (
+    "tinyvit segment cat.jpg --point 320,240 -o masks",
+    "tinyvit segment cat.jpg --box 10,20,300,280 --point 50,60,0 -o masks",
+    "tinyvit segment cat.jpg --box 0,0,90,80 --box 90,0,180,80 -o masks",
+    "tinyvit segment photos --prompts prompts.json -o masks",
+    "tinyvit segment cat.jpg --everything --points-per-side 16 -o masks",
+)
+
+
+def segment(
+    ctx: typer.Context,
+    pictures: Pictures,
+    output: Output,
+    point: Points = None,
+    box: Boxes = None,
+    mask: MaskFile = None,
+    each: Each = False,
+    prompts: PromptsFile = None,
+    everything: Everything = False,
+    multimask: Multimask = False,
+    logits: Logits = False,
+    checkpoint: Weights = None,
+    size: Size = None,
+    device: Device = "auto",
+    precision: Precision = PrecisionName.fp32,
+    batch_size: BatchSize = 1,
+    no_pad: NoPad = False,
+    points_per_side: PointsPerSide = None,
+    pred_iou_thresh: PredIouThresh = None,
+    stability_score_thresh: StabilityScoreThresh = None,
+    crop_n_layers: CropNLayers = None,
+    min_mask_region_area: MinMaskRegionArea = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Find the masks of what points and boxes mean, or of everything.
+
+    Coordinates are pixels of the upright picture, x to the right and y down: a photograph that its
+    EXIF block turns is turned first. All --point of a call are about one object, with one --box or
+    a --mask too; several --box are several objects; with --each every point and box is one. The
+    same prompts go to every picture, unless --prompts says which go to which.
+
+    For each picture: NAME.json as COCO has it, with the run lengths, area, box, score and prompt of
+    each mask, hash of the model, and seconds; NAME.overlay.png, masks and prompts over the
+    photograph; and NAME.mask-1.png, ... (NAME.mask-1-1.png, ... with --multimask), which
+    --everything leaves out.
+
+    What is there already is kept if it was made of the same picture by the same model with the same
+    prompts, and made anew otherwise. A broken picture, or one that its prompts do not fit, does not
+    stop the work: it is named, and the exit code is 1.
+    """
+    own = console.of(ctx)
+    arguments = _given(
+        points_per_side=points_per_side,
+        pred_iou_thresh=pred_iou_thresh,
+        stability_score_thresh=stability_score_thresh,
+        crop_n_layers=crop_n_layers,
+        min_mask_region_area=min_mask_region_area,
+    )
+    is_prompted = bool(point or box or mask or each)
+    _check(output, is_prompted, prompts, everything, multimask or logits, arguments)
+    listed = list_pictures(pictures, output)
+
+    from tinyvit.cli.prompt_files import Work, prompts_of, read_prompts, share_out
+    from tinyvit.cli.segment_methods import Settings, by_grid, by_prompts, recipe
+    from tinyvit.cli.segmenting import Job
+
+    if prompts is not None:
+        work = share_out(listed, read_prompts(prompts), prompts)
+    else:
+        same = () if everything else prompts_of(point or (), box or (), mask, each)
+        work = Work(tuple((picture, same) for picture in listed))
+    sam = _load(own, checkpoint, size)
+    settings = Settings(device, precision.value, batch_size, False if no_pad else None)
+    method: Method = (
+        by_grid(sam, settings, arguments, _progress_of(own))
+        if everything
+        else by_prompts(sam, settings, multimask, logits)
+    )
+    with method.engine as engine:
+        facts = recipe(sam, engine, checkpoint or DEFAULT_CHECKPOINT)
+        own.say(f"{facts['checkpoint']}: {engine.explain()}")
+        job = Job(method, output, facts, engine.workers, engine.ahead, overwrite)
+        if not _run(own, job, work, as_json, has_bar=not everything):
+            raise typer.Exit(1)
+
+
+def _given(**options: int | float | None) -> dict[str, int | float]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check(
+    output: Path,
+    is_prompted: bool,
+    prompts: Path | None,
+    everything: bool,
+    wants_more: bool,
+    arguments: Mapping[str, object],
+) -> None:
+    """Refuse before any work what would end badly, and options that do not go together.
+
+    Raises:
+        ValueError: The output folder is a file, or options contradict each other.
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{str(output)!r} is a file; give a folder to write to")
+    if is_prompted and (everything or prompts is not None):
+        other = "--everything" if everything else "--prompts"
+        raise ValueError(f"{other} does not go together with --point, --box, --mask and --each")
+    if everything and prompts is not None:
+        raise ValueError("--everything does not go together with --prompts; give one of them")
+    if everything and wants_more:
+        raise ValueError("--everything does not go together with --multimask and --logits")
+    if arguments and not everything:
+        option = f"--{next(iter(arguments)).replace('_', '-')}"
+        raise ValueError(f"{option} is for --everything; give that too, or leave it out")
+
+
+def _load(own: Console, checkpoint: str | None, size: int | None) -> Sam:
+    """The model, with progress of a download."""
+    from tinyvit.cli.loading import announce
+    from tinyvit.sam import build_sam
+
+    name = checkpoint or DEFAULT_CHECKPOINT
+    if name in list_checkpoints():
+        announce(own, get_checkpoint(name))
+    elif Path(name).is_dir():
+        raise CheckpointError(
+            f"{name!r} is a folder, and folders of save_pretrained hold an encoder alone; give a "
+            "file or a name with a whole SAM"
+        )
+    with own.progress("downloading", counts_bytes=True) as update:
+        return build_sam(name, img_size=size, progress=update)
+
+
+def _progress_of(own: Console) -> Callable[[str], AbstractContextManager[Update]]:
+    return lambda name: own.progress(name, things="points")
+
+
+def _run(own: Console, job: Job, work: Work, as_json: bool, has_bar: bool) -> bool:
+    """Do the work, show how it goes, name what failed, sum up; whether nothing failed."""
+    outcomes: list[Outcome] = []
+    for _, words in work.missing:
+        console.complain(f"failed: {words}")
+    start = time.monotonic()
+    try:
+        with own.progress("segmenting") if has_bar else nullcontext(_tell_nobody) as update:
+            for outcome in job.run(work.tasks):
+                outcomes.append(outcome)
+                update(len(outcomes), len(work.tasks))
+                if outcome.state == "failed":
+                    console.complain(f"failed: {outcome.reason}")
+    except (KeyboardInterrupt, CheckpointError, OSError):
+        if outcomes:
+            done = f"{len(outcomes)} of {counted(len(work.tasks), 'picture')}"
+            own.say(f"stopped after {done}; the same command goes on from there")
+        raise
+    seconds = time.monotonic() - start
+    _summarise(own, outcomes, work, seconds)
+    if as_json:
+        end = {"output": str(job.folder), "seconds": round(seconds, 3)}
+        console.write_json({**job.recipe, **_as_json(outcomes, work), **end})
+    return not work.missing and all(outcome.state != "failed" for outcome in outcomes)
+
+
+def _tell_nobody(done: int, total: int | None) -> None:
+    """In the place of a bar."""
+
+
+def _summarise(own: Console, outcomes: Sequence[Outcome], work: Work, seconds: float) -> None:
+    """Say what was done, how long it took, where it is, and what was not done and why."""
+    written = [outcome for outcome in outcomes if outcome.state == "written"]
+    line = "segmented nothing new"
+    if written:
+        masks = counted(sum(outcome.count for outcome in written), "mask")
+        line = f"segmented {counted(len(written), 'picture')} in {seconds:.1f} s: {masks}"
+        if len(written) == 1 and 0 < len(written[0].masks) <= 3:
+            scores = ", ".join(f"{mask['score']:.2f}" for mask in written[0].masks)
+            line += f" (predicted IoU {scores})"
+        names = written[0].names
+        if names is not None:
+            line += f", seen in {names.overlay}" if len(written) == 1 else ""
+            line += f" in {names.document.parent}" if len(written) > 1 else ""
+    own.say(line)
+    if written:
+        own.say(f"seconds a picture: {_seconds_of(written)}")
+    for reason, number in Counter(o.reason for o in written if o.reason).items():
+        own.say(f"replaced {number} that were {reason}")
+    states = Counter(outcome.state for outcome in outcomes)
+    if states["skipped"]:
+        own.say(f"kept {states['skipped']} made before (--overwrite makes them anew)")
+    if work.without:
+        names_of = ", ".join(picture.name for picture in work.without[:5])
+        more = ", ..." if len(work.without) > 5 else ""
+        without = counted(len(work.without), "picture")
+        own.say(f"left out {without} without prompts: {names_of}{more}")
+    failed = states["failed"] + len(work.missing)
+    if failed:
+        total = len(outcomes) + len(work.missing)
+        console.complain(f"failed {failed} of {total}, named above")
+
+
+def _seconds_of(written: Sequence[Outcome]) -> str:
+    """The mean of each step."""
+    steps = list(written[0].seconds)
+    means = [sum(one.seconds[step] for one in written) / len(written) for step in steps]
+    return ", ".join(f"{step} {mean:.3f}" for step, mean in zip(steps, means, strict=True))
+
+
+def _as_json(outcomes: Sequence[Outcome], work: Work) -> dict[str, object]:
+    """The outcomes by state, as plain data."""
+    lists: dict[str, list[dict[str, object]]] = {"written": [], "skipped": [], "failed": []}
+    for outcome in outcomes:
+        row: dict[str, object] = {
+            "picture": outcome.picture.name,
+            "path": str(outcome.picture.path),
+        }
+        if outcome.state == "failed":
+            row["error"] = outcome.reason
+        if outcome.names is not None:
+            row["document"] = str(outcome.names.document)
+            row["overlay"] = str(outcome.names.overlay)
+        if outcome.state == "written":
+            row["count"], row["seconds"] = outcome.count, dict(outcome.seconds)
+            row["masks"] = list(outcome.masks)
+            row["instead_of"] = outcome.reason or None
+        lists[outcome.state].append(row)
+    lists["failed"][:0] = [
+        {"picture": name, "path": None, "error": words} for name, words in work.missing
+    ]
+    return {**lists, "without_prompts": [picture.name for picture in work.without]}
