@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import pytest
 
-from tinyvit.cli import bench, classify, convert, download, encode, inspect, models
+from tinyvit.cli import bench, classify, convert, download, encode, inspect, models, segment
 from tinyvit.cli.main import app, main, reordered
 
 VERBS = {
@@ -19,6 +19,7 @@ VERBS = {
     "download": download,
     "encode": encode,
     "classify": classify,
+    "segment": segment,
     "bench": bench,
 }
 HEAVY = ("torch", "numpy", "PIL", "safetensors", "huggingface_hub")
@@ -59,7 +60,9 @@ def test_every_verb_and_option_is_documented_with_an_example(run, verb):
             assert len(line.split("  ")) > 2 or following.startswith("      "), line
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], [], ["encode", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], [], ["encode", "--help"], ["segment", "--help"]]
+)
 def test_talking_about_itself_loads_nothing_heavy(words):
     code = (
         "import sys\nfrom tinyvit.cli.main import main\n"
@@ -85,6 +88,9 @@ def test_talking_about_itself_loads_nothing_heavy(words):
         (["encode", "a.jpg", "-o", "x", "--precision", "fp8"], "'fp8' is not one of"),
         (["encode", "a.jpg", "-o", "x", "--size", "big"], "--size"),
         (["classify", "a.jpg", "--top-k", "0"], "--top-k"),
+        (["segment", "a.jpg"], "Missing option '--output'"),
+        (["segment", "a.jpg", "-o", "x", "--point", "3"], "'3' is not X,Y or X,Y,LABEL"),
+        (["segment", "a.jpg", "-o", "x", "--box", "1,2,3"], "is not X0,Y0,X1,Y1"),
         (["download"], "Missing argument"),
     ],
 )
