@@ -15,6 +15,7 @@ import typer
 from tinyvit.cli import bench, classify, convert, download, encode, inspect, models, segment
 from tinyvit.cli.console import Console
 from tinyvit.cli.errors import guarded
+from tinyvit.cli.verb_groups import GROUPS, make_group
 
 __all__ = ["app", "main"]
 
@@ -75,6 +76,8 @@ _add(encode.encode, encode.EXAMPLES)
 _add(classify.classify, classify.EXAMPLES)
 _add(segment.segment, segment.EXAMPLES)
 _add(bench.bench, bench.EXAMPLES)
+for _name, (_summary, _verbs) in GROUPS.items():
+    app.add_typer(make_group(_summary, _verbs), name=_name)
 
 
 def reordered(arguments: Sequence[str]) -> list[str]:

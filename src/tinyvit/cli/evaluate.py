@@ -1,0 +1,379 @@
+"""``tinyvit evaluate``: how good a classifier or a segmenter is, and whether two models agree.
+
+Figures go to stdout as a table or JSON; what could not be read is named on stderr.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import typer
+
+from tinyvit.catalog import DEFAULT_CHECKPOINT, get_checkpoint, list_checkpoints
+from tinyvit.cli import console
+from tinyvit.cli.console import Console, counted
+from tinyvit.cli.evaluate_options import (
+    BackendOfA,
+    BackendOfB,
+    BatchSize,
+    ClassifierWeights,
+    Clicks,
+    Grid,
+    HeldOut,
+    Images,
+    LabelledData,
+    Limit,
+    MaskData,
+    MostClicks,
+    NoFloors,
+    PrecisionOfA,
+    PrecisionOfB,
+    SamA,
+    SamB,
+    SamWeights,
+    Seed,
+    Sheet,
+    SplitSeed,
+    TargetIou,
+    ValPart,
+)
+from tinyvit.cli.options import Device, Json, Pictures, Precision, PrecisionName, Size
+from tinyvit.cli.picture_files import list_pictures
+
+if TYPE_CHECKING:
+    from tinyvit.evaluate.classify import ClassifyReport, LabelledPictures
+    from tinyvit.inference.backend import BackendName
+    from tinyvit.sam import Sam, SamPredictor
+    from tinyvit.train.mask_sets import MaskSet
+
+__all__ = ["agreement", "classify", "segment"]
+
+EXAMPLES = {
+    "classify": (
+        "tinyvit evaluate classify photos --checkpoint run/best.safetensors --held-out",
+        "tinyvit evaluate classify test --checkpoint run/last.safetensors --sheet wrong.png",
+    ),
+    "segment": (
+        "tinyvit evaluate segment cells --checkpoint run/best.safetensors --sheet sheet.png",
+        "tinyvit evaluate segment cells.json --images photos --limit 100 --json",
+    ),
+    "agreement": (
+        "tinyvit evaluate agreement run/best.safetensors tinyvit_starter photos",
+        "tinyvit evaluate agreement mobile_sam mobile_sam photos --precision-b bf16",
+    ),
+}
+
+
+def classify(
+    ctx: typer.Context,
+    data: LabelledData,
+    checkpoint: ClassifierWeights,
+    held_out: HeldOut = False,
+    val_part: ValPart = 0.1,
+    split_seed: SplitSeed = 0,
+    limit: Limit = None,
+    seed: Seed = 0,
+    sheet: Sheet = None,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    precision: Precision = PrecisionName.fp32,
+    as_json: Json = False,
+) -> None:
+    """Measure a classifier on labelled pictures.
+
+    Top-1 and top-5 with 95 percent intervals, cross entropy, calibration, the classes that are
+    confused most, time and memory. Measure on pictures that were not learnt from. A broken picture
+    is left out and named, and the exit code is 1.
+    """
+    own = console.of(ctx)
+
+    from tinyvit.evaluate.classify import evaluate_classifier
+    from tinyvit.inference import Engine
+    from tinyvit.train.classifiers import load_classifier
+
+    _announce(own, checkpoint)
+    model, classes = load_classifier(checkpoint)
+    pictures = _labelled(data, classes, held_out, val_part, split_seed, limit, seed)
+    with Engine(model, device=device, precision=precision.value, batch_size=batch_size) as engine:
+        own.say(f"{checkpoint}: {engine.explain()}")
+        with own.progress("measuring") as update:
+            report = evaluate_classifier(engine, pictures, progress=update)
+    if sheet is not None:
+        _draw_wrong(own, sheet, report, pictures)
+    if as_json:
+        found = {"checkpoint": checkpoint, "data": data, **report.to_json()}
+        console.write_json(found)
+    else:
+        console.write(console.fields(report.rows()))
+        if report.confusions:
+            console.write(f"\n{_confused(report)}")
+    _end([f"{name}: {reason}" for name, reason in report.broken.items()])
+
+
+def segment(
+    ctx: typer.Context,
+    data: MaskData,
+    checkpoint: SamWeights = DEFAULT_CHECKPOINT,
+    size: Size = None,
+    images: Images = None,
+    held_out: HeldOut = False,
+    val_part: ValPart = 0.1,
+    split_seed: SplitSeed = 0,
+    limit: Limit = None,
+    seed: Seed = 0,
+    clicks: Clicks = "1,3,5",
+    target_iou: TargetIou = 0.85,
+    most_clicks: MostClicks = 10,
+    no_floors: NoFloors = False,
+    sheet: Sheet = None,
+    device: Device = "auto",
+    precision: Precision = PrecisionName.fp32,
+    as_json: Json = False,
+) -> None:
+    """Measure how well a SAM segments by clicks and boxes.
+
+    Mean IoU at some clicks and with a box, boundary F, clicks until an IoU, and what the model
+    thinks of its own masks, with 95 percent intervals over pictures; beside them floors that need
+    no network, time and memory. What is broken is left out and named, and the exit code is 1.
+    """
+    own = console.of(ctx)
+
+    from tinyvit.evaluate.contact_sheet import ContactSheet
+    from tinyvit.evaluate.report import COLUMNS
+    from tinyvit.evaluate.segment import MeasureSettings, evaluate_segment
+    from tinyvit.sam import SamPredictor
+
+    settings = MeasureSettings(_numbers(clicks), target_iou, most_clicks, with_floors=not no_floors)
+    masks = _masks(data, images, held_out, val_part, split_seed, limit, seed)
+    sam = _sam(own, checkpoint, size)
+    predictor = SamPredictor(sam, device=device, precision=precision.value)
+    own.say(f"{checkpoint}: {masks.describe().partition(';')[0]}")
+    drawn = None if sheet is None else ContactSheet()
+    with own.progress("measuring") as update:
+        report = evaluate_segment(
+            predictor,
+            masks,
+            settings,
+            name=checkpoint,
+            data=data,
+            faults=masks.faults,
+            watch=drawn,
+            progress=update,
+        )
+    if drawn is not None and sheet is not None:
+        drawn.save(sheet, f"{checkpoint}: one click")
+        own.say(f"contact sheet: {sheet}")
+    if as_json:
+        console.write_json(json.loads(report.to_json()))
+    else:
+        measured = f"{counted(report.pictures, 'picture')}, {counted(report.masks, 'mask')}"
+        console.write(f"{checkpoint} on {data}: {measured}")
+        console.write(console.table(COLUMNS, report.rows()))
+    _end(report.left_out)
+
+
+def agreement(
+    ctx: typer.Context,
+    first: SamA,
+    second: SamB,
+    pictures: Pictures,
+    limit: Limit = None,
+    seed: Seed = 0,
+    grid: Grid = 4,
+    size: Size = None,
+    backend_a: BackendOfA = "auto",
+    backend_b: BackendOfB = "auto",
+    precision_a: PrecisionOfA = PrecisionName.fp32,
+    precision_b: PrecisionOfB = PrecisionName.fp32,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compare what two SAMs, or one on two backends, see in pictures.
+
+    Embeddings by the cosine of each cell, masks by the IoU of the answers to a grid of clicks, and
+    the time of each. There is no truth here: two models may agree and both be wrong. A broken
+    picture is left out and named, and the exit code is 1.
+    """
+    own = console.of(ctx)
+    paths = [picture.path for picture in list_pictures(pictures)]
+    chosen = [paths[index] for index in _drawn(len(paths), limit, seed)]
+
+    from tinyvit.evaluate.agreement import compare
+
+    one = _predictor(own, first, size, backend_a, precision_a, device)
+    other = _predictor(own, second, size, backend_b, precision_b, device)
+    names = tuple(
+        f"{name} ({backend}, {precision.value})" if first == second else name
+        for name, backend, precision in (
+            (first, backend_a, precision_a),
+            (second, backend_b, precision_b),
+        )
+    )
+    own.say(f"comparing on {counted(len(chosen), 'picture')}")
+    found = compare(one, other, chosen, names=(names[0], names[1]), grid=grid)
+    if as_json:
+        console.write_json(json.loads(found.to_json()))
+    else:
+        heads, *rows = found.rows()
+        console.write(console.table(heads, rows))
+    _end(found.left_out)
+
+
+def _labelled(
+    data: str,
+    classes: Sequence[str] | None,
+    held_out: bool,
+    val_part: float,
+    split_seed: int,
+    limit: int | None,
+    seed: int,
+) -> LabelledPictures:
+    """The pictures to measure on.
+
+    Raises:
+        ValueError: The data cannot be read, or its classes are others than the model's.
+    """
+    import numpy as np
+
+    from tinyvit.train.data_sets import Subset, open_data_set, open_part
+
+    if held_out:
+        parts = open_data_set(data, val_part=val_part, split_seed=split_seed)
+        if classes is not None and parts.classes != tuple(classes):
+            raise ValueError(
+                f"{data!r} has the classes {', '.join(parts.classes[:5])}, ..., and the checkpoint "
+                f"{', '.join(classes[:5])}, ...; measure it on the data it was trained with, or "
+                "leave --held-out away"
+            )
+        pictures = parts.val
+    else:
+        pictures = open_part(data, classes)
+    if limit is None or limit >= len(pictures):
+        return pictures
+    return Subset(pictures, np.array(_drawn(len(pictures), limit, seed), dtype=np.int64))
+
+
+def _masks(
+    data: str,
+    images: Path | None,
+    held_out: bool,
+    val_part: float,
+    split_seed: int,
+    limit: int | None,
+    seed: int,
+) -> MaskSet:
+    """The pictures with masks to measure on.
+
+    Raises:
+        ValueError: There is no such set, nothing in it is good, or nothing can be held out.
+    """
+    from tinyvit.train.mask_sets import open_mask_set
+
+    masks = open_mask_set(data, images)
+    if held_out:
+        if len(masks) < 2:
+            raise ValueError(
+                f"{data} has only one picture, of which none is held out; leave --held-out away"
+            )
+        faults = masks.faults
+        masks = replace(masks.split(val_part, split_seed)[1], faults=faults)
+    scenes = tuple(masks.scenes[index] for index in _drawn(len(masks), limit, seed))
+    return replace(masks, scenes=scenes)
+
+
+def _drawn(count: int, limit: int | None, seed: int) -> list[int]:
+    """So many of the first ``count`` numbers, in order; all of them without a limit."""
+    import random
+
+    if limit is None or limit >= count:
+        return list(range(count))
+    return sorted(random.Random(seed).sample(range(count), limit))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers between commas.
+
+    Raises:
+        typer.BadParameter: It is something else.
+    """
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError as err:
+        raise typer.BadParameter(
+            f"--clicks {text!r} is not whole numbers between commas; for example 1,3,5."
+        ) from err
+
+
+def _announce(own: Console, checkpoint: str) -> None:
+    from tinyvit.cli.loading import announce
+
+    if checkpoint in list_checkpoints():
+        announce(own, get_checkpoint(checkpoint))
+
+
+def _sam(own: Console, checkpoint: str, size: int | None) -> Sam:
+    from tinyvit.sam import build_sam
+
+    _announce(own, checkpoint)
+    with own.progress("downloading", counts_bytes=True) as update:
+        return build_sam(checkpoint, img_size=size, progress=update)
+
+
+def _predictor(
+    own: Console,
+    checkpoint: str,
+    size: int | None,
+    backend: str,
+    precision: PrecisionName,
+    device: str,
+) -> SamPredictor:
+    from tinyvit.sam import SamPredictor
+
+    sam = _sam(own, checkpoint, size)
+    runner = cast("BackendName", backend)  # the option takes no other word
+    return SamPredictor(sam, backend=runner, precision=precision.value, device=device)
+
+
+def _draw_wrong(
+    own: Console, sheet: Path, report: ClassifyReport, pictures: LabelledPictures
+) -> None:
+    """Write the most confidently wrong pictures, if any is wrong."""
+    from tinyvit.evaluate.wrong_sheet import draw_wrong
+    from tinyvit.images.draw import save_png
+
+    if not report.wrong:
+        own.say(f"{sheet} was not written: no picture was taken for another class")
+        return
+    save_png(sheet, draw_wrong(report, pictures))
+    own.say(f"contact sheet: {sheet}")
+
+
+def _confused(report: ClassifyReport) -> str:
+    """The classes that are found least, as a table."""
+    heads = ("class", "pictures", "found", "taken for")
+    rows = [
+        (
+            one.name,
+            str(one.pictures),
+            f"{one.accuracy:.1%}",
+            ", ".join(f"{name} ({count})" for name, count in one.taken_for),
+        )
+        for one in report.confusions
+    ]
+    return console.table(heads, rows, right=(1, 2))
+
+
+def _end(left_out: Sequence[str]) -> None:
+    """Name what was not measured.
+
+    Raises:
+        typer.Exit: There is something.
+    """
+    for words in left_out:
+        console.complain(f"left out: {words}")
+    if left_out:
+        raise typer.Exit(1)
