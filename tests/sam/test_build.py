@@ -8,6 +8,7 @@ import torch
 
 import tinyvit.checkpoints.opening
 from checkpoints.families import small, table, values
+from golden import recipe
 from tinyvit.catalog import VARIANTS
 from tinyvit.checkpoints import write_state_dict
 from tinyvit.checkpoints.families import LAYOUTS
@@ -42,8 +43,9 @@ def assert_holds(sam, state):
 
 @pytest.fixture(scope="module")
 def mobile_sam_state():
-    rows = table("mobile_sam")
-    return values({key: shape for key, (shape, _) in rows.items()})
+    """MobileSAM's keys and shapes, with the values that the goldens are made of."""
+    shapes = {key: shape for key, (shape, _) in table("mobile_sam").items()}
+    return {key: torch.from_numpy(v) for key, v in recipe.fill_state_dict(shapes).items()}
 
 
 def test_a_file_like_mobile_sams_is_used_to_the_last_tensor(tmp_path, mobile_sam_state):

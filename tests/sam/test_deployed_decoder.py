@@ -5,13 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyvit.sam.deployed_decoder import CHUNK, DeployedMaskDecoder
+from tinyvit.sam import deployed_decoder
+from tinyvit.sam.deployed_decoder import DeployedMaskDecoder
 from tinyvit.sam.hq_mask_decoder import HQMaskDecoder
 from tinyvit.sam.mask_decoder import MaskDecoder
 from tinyvit.sam.prompt_encoder import PromptEncoder
 from tinyvit.sam.transformer import TwoWayTransformer
 
 WIDTH, PITCH = 32, 16
+CHUNK = 4  # prompts computed together here
 ROUNDING = 2e-5  # relative to the largest logit: fp32 sums in another order, through three layers
 
 
@@ -21,6 +23,11 @@ def make_heads(randomise, grid=(6, 9)):
     transformer = TwoWayTransformer(depth=2, embedding_dim=WIDTH, num_heads=4, mlp_dim=48)
     decoder = MaskDecoder(transformer_dim=WIDTH, transformer=transformer, iou_head_hidden_dim=WIDTH)
     return randomise(encoder).eval(), randomise(decoder, seed=1).eval()
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(deployed_decoder, "CHUNK_CELLS", CHUNK * 6 * 9)
 
 
 @pytest.fixture

@@ -37,8 +37,8 @@ from .transformer import TwoWayAttentionBlock, TwoWayTransformer
 
 __all__ = ["Decoded", "DeployedMaskDecoder", "SharedImage"]
 
-CHUNK = 8
-"""Prompts computed together; each holds its image tokens, 4 MB at 64x64."""
+CHUNK_CELLS = 8 * 64 * 64
+"""Cells of all prompts that are computed together, about; 1 kB each with 256 channels."""
 
 Points = tuple[Tensor, Tensor]
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -187,7 +187,8 @@ class DeployedMaskDecoder:
         sparse = sparse.expand(prompts, -1, -1)
         if len(shared) not in (1, prompts):
             raise ValueError(f"{prompts} prompts do not go with {len(shared)} masks")
-        step = CHUNK if len(shared) == 1 else 1
+        cells = shared[0].size[0] * shared[0].size[1]
+        step = max(CHUNK_CELLS // cells, 1) if len(shared) == 1 else 1
         masks = [torch.empty(0, *_logits_size(shared[0].size), device=self.device)]
         scores, numbers, tokens = [torch.empty(0, device=self.device)], [], []
         for start in range(0, prompts, step):

@@ -210,7 +210,11 @@ class _Run(Generic[Sample]):
         return state
 
     def _facts_of_task(self) -> Facts:
-        return {"task": self.task.name, "number of samples": len(self.task)}
+        return {
+            "task": self.task.name,
+            "number of samples": len(self.task),
+            "number of steps in an epoch": self.order.steps_per_epoch,  # of processes, too
+        }
 
     # -- steps ------------------------------------------------------------------------------------
 
