@@ -1,5 +1,4 @@
 import importlib.util
-import os
 import pickle
 import signal
 from dataclasses import replace
@@ -272,6 +271,8 @@ def fresh_classifier():
 def stop_after(step):
     def report(progress):
         if progress.step == step - 1 and progress.phase == "train":
-            os.kill(os.getpid(), signal.SIGTERM)
+            heard_by = signal.getsignal(signal.SIGTERM)  # without a listener the tests would end
+            assert callable(heard_by), "the loop does not listen for SIGTERM"
+            heard_by(signal.SIGTERM, None)
 
     return report
