@@ -13,6 +13,7 @@ from tinyvit.modules import TinyViT
 from tinyvit.train import DivergedError, TrainSettings, train
 from tinyvit.train.state import read_state
 
+from .pressing import interrupt
 from .toy_task import ToyTask, make_model, numbers
 
 
@@ -103,7 +104,7 @@ def test_a_run_that_goes_on_is_the_unbroken_one(settings, tmp_path):
 def test_ctrl_c_saves_and_says_how_to_go_on(settings):
     def press(progress):
         if progress.step == 2:
-            os.kill(os.getpid(), 2)
+            interrupt()
 
     words = r"stopped after step 3 of 6; the state is in .*run: go on with resume"
     with pytest.raises(KeyboardInterrupt, match=words):
@@ -225,7 +226,7 @@ def test_what_auto_chose_is_kept_when_a_run_goes_on(settings):
 
     def press(progress):
         if progress.step == 1:
-            os.kill(os.getpid(), 2)
+            interrupt()
 
     with pytest.raises(KeyboardInterrupt):
         train(task, settings, report=press)

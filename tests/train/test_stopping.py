@@ -1,4 +1,3 @@
-import os
 import signal
 import threading
 
@@ -6,13 +5,15 @@ import pytest
 
 from tinyvit.train.stopping import hear_signals
 
+from .pressing import interrupt
+
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_is_a_wish(number):
     before = signal.getsignal(number)
     with hear_signals() as wish:
         assert not wish.is_there
-        os.kill(os.getpid(), number)
+        interrupt(number)
         assert wish.is_there
         assert signal.getsignal(number) is before
     assert signal.getsignal(number) is before
@@ -20,8 +21,8 @@ def test_the_first_is_a_wish(number):
 
 def test_a_second_ctrl_c_stops_at_once():
     with pytest.raises(KeyboardInterrupt), hear_signals():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        interrupt()
+        interrupt()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
