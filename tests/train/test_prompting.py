@@ -54,27 +54,35 @@ def test_losses_of_all_objects_with_gradient(make_tiny_sam, share, corrective):
     sam.zero_grad()
 
 
-def test_a_single_click_gives_three_masks_and_a_box_one(make_tiny_sam, monkeypatch):
+def test_a_single_click_teaches_all_masks_and_a_box_the_single_one(make_tiny_sam, monkeypatch):
     sam = make_tiny_sam(64)
     asked = []
-    forward = sam.mask_decoder.forward
+    predict = sam.mask_decoder.predict_masks
 
     def watch(*arguments):
-        asked.append((arguments[2].shape[1], arguments[4], torch.is_grad_enabled()))
-        return forward(*arguments)
+        asked.append((arguments[2].shape[1], torch.is_grad_enabled()))
+        return predict(*arguments)
 
-    monkeypatch.setattr(sam.mask_decoder, "forward", watch)
+    monkeypatch.setattr(sam.mask_decoder, "predict_masks", watch)
     arguments = sam, torch.randn(2, 32, 4, 4), objects_of(sam, (4, 4), (64, 64)), MaskLosses()
-    for share, corrective, expected in (
-        (0.0, 0.0, [(2, True, True)]),  # the click and the padding point
-        (1.0, 0.0, [(2, False, True)]),  # two corners
-        (0.0, 1.0, [(2, True, False), (3, False, True)]),
-        (1.0, 1.0, [(2, False, False), (3, False, True)]),  # no padding point beside a box
+    for share, corrective, prompts, several in (
+        (0.0, 0.0, [(2, True)], True),  # the click and the padding point
+        (1.0, 0.0, [(2, True)], False),  # two corners
+        (0.0, 1.0, [(2, False), (3, True)], False),
+        (1.0, 1.0, [(2, False), (3, True)], False),  # no padding point beside a box
     ):
         asked.clear()
+        sam.zero_grad()
         prompting = Prompting(share, corrective, most_corrections=1)
-        prompt_and_learn(*arguments, prompting, torch.Generator().manual_seed(0))
-        assert asked == expected
+        found = prompt_and_learn(*arguments, prompting, torch.Generator().manual_seed(0))
+        assert asked == prompts
+        found.total.sum().backward()
+        learning = [
+            any(bool(p.grad is not None and p.grad.any()) for p in perceptron.parameters())
+            for perceptron in sam.mask_decoder.output_hypernetworks_mlps
+        ]
+        assert learning[0]
+        assert any(learning[1:]) == several
 
 
 def test_gradients_through_prompts_in_double_precision(make_tiny_sam):

@@ -2,8 +2,9 @@
 
 A picture is encoded once; its objects are prompted by clicks or by boxes. In some steps the model
 answers first without gradients, and gets clicks where it was wrong and its own logits along with
-them; only its last answer learns. A single click gives the masks of an ambiguous prompt, all other
-prompts the single mask.
+them; only its last answer learns. A single click asks for the masks of an ambiguous prompt, every
+other prompt for the single mask; a single click teaches the single mask as well, since many
+programs ask for one mask after one click.
 
 Knows no files. Letters: N objects, B pictures, P points, C channels, h w the embedding's grid,
 h4 w4 the low-res logits, H W the model's frame.
@@ -11,7 +12,7 @@ h4 w4 the low-res logits, H W the model's frame.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from .clicks import correct
 from .mask_losses import MaskLoss, MaskLosses, shrink_masks
 
 __all__ = ["Objects", "Prompting", "check_trainable", "pitch_of", "prompt_and_learn"]
+
+_SINGLE, _MULTIPLE = slice(0, 1), slice(1, None)  # of the decoder's masks
 
 
 @dataclass(frozen=True)
@@ -169,13 +172,24 @@ def _learn_one_kind(
     for _ in range(corrections):
         with torch.no_grad():
             logits, ious = _decode(sam, source, points, labels, boxes, previous)
-        best = ious.argmax(1)
+        asked = _MULTIPLE if _is_ambiguous(points, boxes) else _SINGLE
+        logits, best = logits[:, asked], ious[:, asked].argmax(1)
         previous = logits[torch.arange(len(best), device=best.device), best][:, None]
         new, kinds = _corrections(previous[:, 0], objects, pitch_of(sam), rng)
         points = new if points is None else torch.cat((points, new), 1)
         labels = kinds if labels is None else torch.cat((labels, kinds), 1)
     logits, ious = _decode(sam, source, points, labels, boxes, previous)
-    return losses(logits, ious, objects.targets.to(logits.dtype), objects.weights.to(logits.dtype))
+    targets, weights = objects.targets.to(logits.dtype), objects.weights.to(logits.dtype)
+    single = losses(logits[:, _SINGLE], ious[:, _SINGLE], targets, weights)
+    if not _is_ambiguous(points, boxes):
+        return single
+    multiple = losses(logits[:, _MULTIPLE], ious[:, _MULTIPLE], targets, weights)
+    return replace(multiple, total=(multiple.total + single.total) / 2)
+
+
+def _is_ambiguous(points: Tensor | None, boxes: Tensor | None) -> bool:
+    """Whether the prompt is a single click."""
+    return boxes is None and points is not None and points.shape[1] == 1
 
 
 def _decode(
@@ -186,14 +200,12 @@ def _decode(
     boxes: Tensor | None,
     previous: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(low-res logits [N, K, h4, w4], predicted IoU [N, K]), at least float32."""
+    """(low-res logits [N, K, h4, w4], predicted IoU [N, K]) of all masks, at least float32."""
     grid = int(source.shape[2]), int(source.shape[3])
     pair = None if points is None or labels is None else (points, labels)
     sparse, dense = sam.prompt_encoder(pair, boxes, previous, grid)
-    is_ambiguous = boxes is None and points is not None and points.shape[1] == 1
-    logits, ious = sam.mask_decoder(
-        source, sam.prompt_encoder.get_dense_pe(grid), sparse, dense, is_ambiguous
-    )
+    pe = sam.prompt_encoder.get_dense_pe(grid)
+    logits, ious = sam.mask_decoder.predict_masks(source, pe, sparse, dense)
     exact = torch.promote_types(logits.dtype, torch.float32)
     return logits.to(exact), ious.to(exact)
 
