@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tinyvit.sam.deployed_attention import TILE, ImageToToken, TokenToImage, in_tiles
+from tinyvit.sam.deployed_attention import TILE, ImageToToken, TokenToImage, in_tiles, softmax
 from tinyvit.sam.transformer import Attention
 
 CELLS, TOKENS, CHANNELS, PROMPTS = 35, 6, 32, 3
@@ -70,3 +70,13 @@ def test_tiles_cover_every_cell_once(cells):
     assert [i for rows in in_tiles(cells) for i in range(rows.start, rows.stop)] == list(
         range(cells)
     )
+
+
+def test_softmax_has_no_weights_that_only_cost_time():
+    scores = torch.tensor([[0.0, -50.0, -90.0, -100.0]])
+    weights = softmax(scores, 1)
+    torch.testing.assert_close(weights, torch.softmax(scores.double(), 1).float())
+    assert 0 < weights[0, 1] < 1e-20
+    assert weights[0, 2:].tolist() == [0.0, 0.0]  # 8e-40 and 4e-44 otherwise
+    tiny = torch.finfo(torch.float32).tiny
+    assert not ((weights > 0) & (weights < tiny)).any()

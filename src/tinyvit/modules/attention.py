@@ -9,9 +9,9 @@ casts and in-place changes always take effect, and the parameter gets gradients 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attend import attend
 from .windows import Size, is_tracing, to_pair
 
 __all__ = ["Attention"]
@@ -87,26 +87,10 @@ class Attention(nn.Module):
         qkv = self.qkv(self.norm(x)).view(batch, tokens, self.num_heads, sum(widths))
         q, k, v = qkv.transpose(1, 2).split(widths, dim=-1)  # [B, h, N, .]
         bias = self.bias().to(q.dtype)[None]  # [1, h, N, N]
-        if _is_plain_quicker(x):
-            scores = (q * self.scale) @ k.transpose(-2, -1) + bias
-            with torch.autocast("cpu", enabled=False):  # which would copy the scores to float32
-                weights = scores.softmax(dim=-1)
-            y = weights @ v
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        y = attend(q, k, v, self.scale, bias)
         out: Tensor = self.proj(y.transpose(1, 2).reshape(batch, tokens, self.dh))
         return out
 
     def extra_repr(self) -> str:
         """Sizes that the children do not show."""
         return f"num_heads={self.num_heads}, key_dim={self.key_dim}, resolution={self.resolution}"
-
-
-def _is_plain_quicker(x: Tensor) -> bool:
-    """Whether to spell attention out: on a CPU torch has no fused form with a bias to learn.
-
-    What ``scaled_dot_product_attention`` does there looks for rows without a number, and reads and
-    writes the scores several times more than is needed.
-    """
-    is_recorded = is_tracing() or torch.compiler.is_compiling() or torch.compiler.is_exporting()
-    return x.device.type == "cpu" and torch.is_grad_enabled() and not is_recorded

@@ -15,20 +15,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .transformer import Attention
 
-__all__ = ["ImageToToken", "TokenToImage", "in_tiles"]
+__all__ = ["ImageToToken", "TokenToImage", "in_tiles", "softmax"]
 
 TILE = 1024
 """Cells worked on at once: with 256 channels 1 MiB, which stays in a core's own cache."""
+
+
+LEAST_WEIGHT = 1e-30
+"""Weights below it count as 0. Processors multiply numbers near the smallest ones (1e-38) ten to a
+hundred times slower, and a distinct softmax over thousands of cells has many of those."""
 
 
 def in_tiles(cells: int) -> Iterator[slice]:
     """Cut so many cells into tiles, in order."""
     for start in range(0, cells, TILE):
         yield slice(start, min(start + TILE, cells))
+
+
+def softmax(scores: Tensor, dim: int) -> Tensor:
+    """Softmax without weights so small that they only cost time."""
+    return F.threshold(torch.softmax(scores, dim), LEAST_WEIGHT, 0.0, inplace=True)
 
 
 class _Heads:
@@ -92,7 +103,7 @@ class TokenToImage(_Heads):
         """
         count = tokens.shape[0]
         queries = self.queries(tokens).transpose(0, 1).flatten(1, 2)  # [H, n*T, d]
-        scores = torch.softmax(queries @ keys, dim=2)  # [H, n*T, L]
+        scores = softmax(queries @ keys, dim=2)  # [H, n*T, L]
         given = torch.unflatten(scores @ values, 1, (count, -1)).permute(1, 2, 0, 3)  # [n, T, H, d]
         out: Tensor = self.attention.out_proj(given.flatten(2))
         return out
@@ -113,7 +124,7 @@ class TokenToImage(_Heads):
         sums = []
         for row, query, own in zip(rows, queries, cells, strict=True):
             scores = torch.unflatten(row @ own.T, 0, (self.heads, -1))  # [H, T, L]
-            scores = torch.softmax(scores.baddbmm_(query, positions), dim=2)
+            scores = softmax(scores.baddbmm_(query, positions), dim=2)
             sums.append(scores.flatten(0, 1) @ own)  # [H*T, C]
         by_head = torch.unflatten(torch.stack(sums), 1, (self.heads, -1))  # [n, H, T, C]
         given = (by_head @ self.to_value.transpose(1, 2)).transpose(1, 2).flatten(2)
@@ -159,7 +170,7 @@ class ImageToToken(_Heads):
         """
         keys, values = self._keys_and_values(placed, tokens)
         for key, value in zip(keys, values, strict=True):
-            yield torch.softmax(key @ queries, dim=1).flatten(0, 1), value
+            yield softmax(key @ queries, dim=1).flatten(0, 1), value
 
     def weigh(
         self, placed: Tensor, tokens: Tensor, cells: list[Tensor], positions: Tensor
@@ -179,5 +190,5 @@ class ImageToToken(_Heads):
         rows = (keys @ self.to_query).flatten(1, 2)  # [n, H*T, C]
         for key, row, value, own in zip(keys, rows, values, cells, strict=True):
             scores = torch.unflatten(row @ own.T, 0, (self.heads, -1))  # [H, T, L]
-            scores = torch.softmax(scores.baddbmm_(key, positions), dim=1)
+            scores = softmax(scores.baddbmm_(key, positions), dim=1)
             yield scores.flatten(0, 1), value

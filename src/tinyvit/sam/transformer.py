@@ -8,8 +8,9 @@ Shapes: B prompts, T tokens of a prompt, L = h * w cells of the image embedding,
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tinyvit.modules.attend import attend
 
 __all__ = ["Attention", "TwoWayAttentionBlock", "TwoWayTransformer"]
 
@@ -55,7 +56,7 @@ class Attention(nn.Module):
         q = self._split_heads(self.q_proj(q))  # [B, heads, Tq, C']
         k = self._split_heads(self.k_proj(k))
         v = self._split_heads(self.v_proj(v))
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attend(q, k, v, q.shape[-1] ** -0.5)
         merged: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return merged
 

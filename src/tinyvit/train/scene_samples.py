@@ -7,7 +7,7 @@ the model's frame.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,19 +15,31 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tinyvit.errors import ImageError
+from tinyvit.evaluate.segment import LabelledPicture
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.preprocess import normalise_and_pad
 
 from .clicks import first_click, noisy_box
-from .mask_sets import MaskSet
 from .scene_augment import FramedScene, SceneAugment, frame_scene
 from .task import Batch
 
-__all__ = ["OnBroken", "SceneSample", "SceneSampler", "collate_scenes"]
+__all__ = ["OnBroken", "SceneSample", "SceneSampler", "Scenes", "collate_scenes"]
 
 OnBroken = Literal["skip", "error"]
 
 _TRIES = 20
+
+
+class Scenes(Protocol):
+    """Pictures with masks by number: a ``MaskSet``, or pictures drawn when they are asked for."""
+
+    def __len__(self) -> int:
+        """How many."""
+        ...
+
+    def __getitem__(self, index: int, /) -> LabelledPicture:
+        """One of them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,7 @@ class SceneSampler:
         ValueError: ``objects`` is below 1, or pictures are prepared otherwise.
     """
 
-    data: MaskSet
+    data: Scenes
     spec: ImageSpec
     augment: SceneAugment | None = field(default_factory=SceneAugment)
     objects: int = 4

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast
@@ -24,7 +25,7 @@ from tinyvit.checkpoints import write_state_dict
 from tinyvit.checkpoints.header import header_for
 from tinyvit.errors import ImageError
 from tinyvit.evaluate.plain_predictor import PlainPredictor
-from tinyvit.evaluate.segment import MeasureSettings, evaluate_segment
+from tinyvit.evaluate.segment import LabelledPicture, MeasureSettings, evaluate_segment
 from tinyvit.sam.build import build_sam
 from tinyvit.sam.encoding import spec_of
 from tinyvit.sam.model import Sam
@@ -113,7 +114,7 @@ class Segment:
 
     model: nn.Module
     sampler: SceneSampler
-    val: MaskSet
+    val: Iterable[LabelledPicture]
     prompting: Prompting = field(default_factory=Prompting)
     losses: MaskLosses = field(default_factory=MaskLosses)
     cached_features: int = 0

@@ -1,0 +1,85 @@
+"""What the tests of the recipe share: its files may be imported, and a tiny SAM on the disk."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tinyvit.image_spec import ImageSpec
+from tinyvit.sam import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
+from . import recipe_files  # noqa: F401  (puts the recipe's folder on the path)
+
+WIDTH, SIDE = 16, 64
+
+
+@pytest.fixture(scope="session")
+def tiny_sam_file(make_tiny_vit, randomise, tmp_path_factory):
+    """A whole SAM for pictures of 64 pixels, as training leaves it: float32, with a header."""
+    from tinyvit.train.segment import save_sam
+
+    encoder = make_tiny_vit(img_size=SIDE, neck_dim=WIDTH)  # with a head, as classifiers have it
+    encoder.image_spec = ImageSpec.sam(SIDE)
+    decoder = MaskDecoder(
+        transformer_dim=WIDTH,
+        transformer=TwoWayTransformer(2, WIDTH, 8, 2048),
+        iou_head_hidden_dim=WIDTH,
+    )
+    prompts = PromptEncoder(WIDTH, (4, 4), (SIDE, SIDE), 16)
+    sam = Sam(encoder, randomise(prompts, 1), randomise(decoder, 2)).eval()
+    return save_sam(sam, tmp_path_factory.mktemp("weights") / "tiny.safetensors")
+
+
+@pytest.fixture
+def make_supply():
+    """``make_supply(work)``: a handful of cut-outs and backgrounds for each split, with tables."""
+    from manifest import SPLITS, Background, Row, write_rows
+
+    def make(work):
+        rng = np.random.default_rng(0)
+        rows, grounds = [], []
+        for number, split in enumerate(SPLITS * 2):
+            rgba = rng.integers(0, 256, (40, 30, 4)).astype(np.uint8)
+            y, x = np.mgrid[-1:1:40j, -1:1:30j]
+            rgba[..., 3] = (np.hypot(x, y) < 1) * 255
+            row = Row(
+                f"photo/{number}.png", "photo", f"thing {number}", "thing", 30, 40,
+                0.78, f"thing_{number}", split, "things 1.0", f"{number}.png", "CC0-1.0",
+            )  # fmt: skip
+            (work / "objects" / "photo").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rgba).save(work / "objects" / row.file)
+            rows.append(row)
+            ground = Background(
+                f"{number}.jpg", 96, 80, "grounds 2.0", f"{number}.jpg", "CC-BY-4.0", split
+            )
+            (work / "backgrounds").mkdir(exist_ok=True)
+            noise = Image.fromarray(rng.integers(60, 200, (5, 6, 3)).astype(np.uint8))
+            noise.resize((96, 80)).save(work / "backgrounds" / ground.file)
+            grounds.append(ground)
+        write_rows(work / "objects" / "photo.csv", rows, Row)
+        write_rows(work / "backgrounds" / "manifest.csv", grounds, Background)
+        return work
+
+    return make
+
+
+@pytest.fixture
+def make_photographs():
+    """``make_photographs(folder, method="drawn")``: two pictures, three masks, a manifest."""
+
+    def make(folder, method="drawn"):
+        lines = ["image,mask,label,method"]
+        for part in ("images", "masks"):
+            (folder / part).mkdir(parents=True)
+        for number, count in enumerate((1, 2)):
+            pixels = np.full((48, 64, 3), 40 * number + 20, np.uint8)
+            for place in range(count):
+                mask = np.zeros((48, 64), np.uint8)
+                mask[10:30, 5 + 30 * place : 25 + 30 * place] = 255
+                pixels[mask > 0] = (200, 90 * place, 30)
+                Image.fromarray(mask).save(folder / "masks" / f"{number}_{place}.png")
+                lines.append(f"{number}.png,{number}_{place}.png,box,{method}")
+            Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+        (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
+        return folder
+
+    return make
