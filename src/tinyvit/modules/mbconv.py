@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .activate import activate
 from .conv import Conv2d_BN
 from .drop import DropPath
 from .mlp import Activation
@@ -59,8 +60,7 @@ class MBConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]."""
-        y = self.act1(self.conv1(x))
-        y = self.act2(self.conv2(y))
+        y = activate(self.act1, self.conv1(x))
+        y = activate(self.act2, self.conv2(y))
         y = self.drop_path(self.conv3(y))
-        out: Tensor = self.act3(x + y)
-        return out
+        return activate(self.act3, x + y)

@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from .activate import activate
 from .conv import Conv2d_BN
 from .mlp import Activation
 from .windows import Size, to_map, to_pair, to_tokens
@@ -70,7 +71,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> [B, embed_dim, ceil(H/4), ceil(W/4)] (stem "conv")."""
-        y: Tensor = self.seq(x)
+        first, activation, second = self.seq
+        y: Tensor = second(activate(activation, first(x)))
         return y
 
 
@@ -125,7 +127,7 @@ class PatchMerging(nn.Module):
         """
         if x.ndim == 3:
             x = to_map(x, size or self.input_resolution).permute(0, 3, 1, 2)  # [B, C, H, W]
-        x = self.act(self.conv1(x))
-        x = self.act(self.conv2(x))
+        x = activate(self.act, self.conv1(x))
+        x = activate(self.act, self.conv2(x))
         x = self.conv3(x)
         return to_tokens(x)
