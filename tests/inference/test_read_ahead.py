@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import weakref
@@ -167,12 +168,20 @@ def test_wrong_numbers() -> None:
             next(read_ahead(jobs(1), workers=workers, ahead=ahead))
 
 
-@pytest.mark.parametrize(
-    ("cores", "wanted"), [(1, 1), (2, 1), (3, 1), (4, 2), (8, 4), (64, 4), (None, 1)]
-)
+@pytest.mark.parametrize(("cores", "wanted"), [(1, 1), (2, 2), (3, 3), (4, 4), (8, 4), (None, 1)])
 def test_choose_workers(cores: int | None, wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     assert choose_workers() == wanted
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores or 0)), raising=False)
     assert choose_workers() == wanted
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_the_work_gives_way_to_others() -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = priority()
+    assert list(read_ahead([priority] * 3, workers=2, ahead=2)) == [19, 19, 19]
+    assert priority() == before

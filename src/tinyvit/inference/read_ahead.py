@@ -7,14 +7,19 @@ of its time (decoding, resizing, compressing, writing files) is faster this way.
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 __all__ = ["choose_workers", "read_ahead"]
 
 Result = TypeVar("Result")
+
+_LEAST_PRIORITY = 19
 
 
 def read_ahead(
@@ -56,7 +61,7 @@ def read_ahead(
     numbered = enumerate(jobs)
     error: Exception | None = None
     is_over = False
-    with_threads = ThreadPoolExecutor(workers, thread_name_prefix="tinyvit-read-ahead")
+    with_threads = ThreadPoolExecutor(workers, "tinyvit-read-ahead", _give_way)
     try:
         while True:
             while not is_over and len(waiting) < ahead:
@@ -80,12 +85,23 @@ def read_ahead(
 
 
 def choose_workers() -> int:
-    """Threads that read ahead: half the cores, since the backend uses all of them; 1 to 4.
+    """Threads that read ahead: as many as there are cores, at most 4; see ``_give_way``.
 
     Where the backend is a GPU, more may pay.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(max((cores or 1) // 2, 1), 4)
+    return min(cores or 1, 4)
+
+
+def _give_way() -> None:
+    """Let the threads of a backend go first on this one's core, where the system has a word for it.
+
+    A backend splits each layer evenly among all cores: a core that decodes holds up all others. At
+    a lower priority the decoding falls into the gaps in which the backend waits for a picture.
+    """
+    if sys.platform == "linux":  # elsewhere a thread's number is no process's
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
 
 
 def _do(job: Callable[[], Result], number: int, failed: list[int]) -> Result:

@@ -1,0 +1,124 @@
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import backgrounds
+from fetch import Package
+from manifest import SPLITS, Background, read_rows
+
+from .packages_made import deb, encoded, rcc, wheel
+
+HEAD = "file,package,source,license,split\n"
+
+
+def photograph(height, width, format="JPEG"):
+    y, x = np.mgrid[:height, :width]
+    smooth = np.stack([255 * y / height, 255 * x / width, 0 * x + 90], -1)
+    return encoded(smooth.astype(np.uint8), format)
+
+
+@pytest.fixture
+def choose(tmp_path, monkeypatch):
+    """``choose(*lines)``: a work folder with tiny packages, of which these lines are chosen."""
+    packages, chosen = tmp_path / "packages", tmp_path / "selection"
+    chosen.mkdir()
+    resources = rcc("img", {"dam.webp": photograph(60, 80, "WEBP"), "apple.webp": b"not asked"})
+    deb(
+        packages / "walls.deb",
+        {"usr/lake.jpg": photograph(1000, 1800), "usr/a.rcc": resources, "usr/text.jpg": b"text"},
+    )
+    wheel(packages / "pictures.whl", {"data/brick.png": photograph(30, 20, "PNG")})
+    (chosen / "held_out.csv").write_text("package,source\nwalls,img/apple.webp\n")
+    monkeypatch.setattr(backgrounds, "SELECTION", chosen)
+    held_out = backgrounds.read_held_out
+    monkeypatch.setattr(backgrounds, "read_held_out", lambda: held_out(chosen / "held_out.csv"))
+
+    def path(work, name):
+        (found,) = packages.glob(f"{name}.*")
+        return Package(name, "1.0", found.name, "", 1, ()), found
+
+    monkeypatch.setattr(backgrounds, "package_path", path)
+
+    def make(*lines):
+        (chosen / "backgrounds.csv").write_text(HEAD + "\n".join(lines) + "\n")
+        return tmp_path / "work"
+
+    return make
+
+
+LINES = (
+    "c.jpg,walls,usr/lake.jpg,CC0,train",
+    "b.jpg,walls,usr/a.rcc:img/dam.webp,CC-BY-2.0,val",
+    "a.jpg,pictures,data/brick.png,BSD-3,test",
+)
+
+
+def test_photographs_come_out_of_every_package(choose):
+    work = choose(*LINES)
+    assert backgrounds.build(work) == 3
+    rows = read_rows(work / "backgrounds" / "manifest.csv", Background)
+    assert rows == [
+        Background("a.jpg", 20, 30, "pictures 1.0", "data/brick.png", "BSD-3", "test"),
+        Background("b.jpg", 80, 60, "walls 1.0", "usr/a.rcc:img/dam.webp", "CC-BY-2.0", "val"),
+        Background("c.jpg", 900, 500, "walls 1.0", "usr/lake.jpg", "CC0", "train"),
+    ]
+    for row in rows:
+        with Image.open(work / "backgrounds" / row.file) as picture:
+            assert (picture.format, picture.mode) == ("JPEG", "RGB")
+            assert picture.size == (row.width, row.height)
+            # a smooth ramp: what JPEG and shrinking change is below one step in twenty
+            first = picture.getpixel((0, 0))
+            last = picture.getpixel((row.width - 1, row.height - 1))
+            assert max(first[:2]) < 20
+            assert min(last[:2]) > 235
+
+
+def test_what_is_done_is_kept(choose, capsys):
+    work = choose(*LINES)
+    assert backgrounds.main([str(work)]) == 0
+    assert backgrounds.main([str(work)]) == 0
+    assert capsys.readouterr().out == "3 backgrounds\ndone before\n"
+    (work / "backgrounds" / "b.jpg").unlink()
+    assert backgrounds.build(work) == 3
+
+
+def test_photographs_for_measuring_are_refused(choose, capsys):
+    work = choose(*LINES, "d.jpg,walls,usr/a.rcc:img/apple.webp,CC0,train")
+    with pytest.raises(ValueError, match=r"d.jpg is made of img/apple.webp, which models are meas"):
+        backgrounds.build(work)
+    assert not work.exists()
+    assert backgrounds.main([str(work)]) == 1
+    assert capsys.readouterr().err.startswith("error: d.jpg")
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("usr/sea.jpg", r"lacks 1 of 1 files wanted: usr/sea.jpg"),
+        ("usr/a.rcc:img/sea.webp", r"usr/a.rcc in .*walls.deb lacks img/sea.webp"),
+        ("usr/text.jpg", r"usr/text.jpg cannot be read: cannot identify"),
+    ],
+)
+def test_what_is_missing_or_broken_is_named_and_no_table_is_left(choose, source, words):
+    work = choose(f"a.jpg,walls,{source},CC0,train")
+    with pytest.raises(ValueError, match=words):
+        backgrounds.build(work)
+    assert not (work / "backgrounds" / "manifest.csv").exists()
+
+
+def test_the_recipes_list_holds_nothing_that_is_measured_on():
+    held_out = backgrounds.read_held_out()
+    with (backgrounds.SELECTION / "backgrounds.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(held_out) > 90
+    assert len(rows) > 200
+    assert {row["split"] for row in rows} == set(SPLITS)
+    assert all(all(row.values()) for row in rows)
+    assert len({row["source"] for row in rows}) == len({row["file"] for row in rows}) == len(rows)
+    for row in rows:
+        assert not any(
+            row["package"] == package and row["source"].endswith(source)
+            for package, source in held_out
+        )

@@ -1,0 +1,155 @@
+import sys
+
+import numpy as np
+import pytest
+
+import raytrace
+from camera import View
+from materials import Material
+from meshes import read_obj
+
+from .ray_cast import PlainScene
+
+SQUARE = "v -1 -1 0\nv 1 -1 0\nv 1 1 0\nv -1 1 0\nvt 0 0\nvt 1 0\nvt 1 1\nvt 0 1\n"
+FRONT = View(0, 0, longest_side=16, lamp_azimuth=0, lamp_elevation=10)
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    """Every test but the last goes without Embree."""
+    monkeypatch.setattr(raytrace, "_scene", PlainScene)
+
+
+def mesh_of(text, *materials):
+    """A mesh whose materials are these, in the order in which the text names them."""
+    mesh = read_obj(SQUARE + text, lambda name: None)
+    return type(mesh)(**{**vars(mesh), "materials": materials or mesh.materials})
+
+
+def square(*materials):
+    return mesh_of("f 1/1 2/2 3/3 4/4\n", *materials)
+
+
+def texture(*rows):
+    return np.array(rows, dtype=np.float32)
+
+
+WHITE, RED, GREEN, BLUE = ((*colour, 1) for colour in [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)])
+
+
+def test_a_square_fills_its_picture():
+    picture = raytrace.render(square(Material((1, 0, 0))), FRONT)
+    assert picture.dtype == np.uint8
+    assert picture.shape == (16, 16, 4)
+    assert (picture[1:-1, 1:-1, 3] == 255).all()
+    assert (picture[..., 0] > picture[..., 1]).all()
+
+
+def test_textures_are_the_right_way_round():
+    image = texture([RED, GREEN], [BLUE, WHITE])  # as one sees it: red is top left
+    picture = raytrace.render(square(Material((1, 1, 1), texture=image)), FRONT)[..., :3]
+    assert picture[3, 3].argmax() == 0
+    assert picture[3, -4].argmax() == 1
+    assert picture[-4, 3].argmax() == 2
+    assert picture[-4, -4].min() > 100
+
+
+def test_from_behind_it_is_lit_and_mirrored():
+    image = texture([RED, GREEN])
+    material = Material((1, 1, 1), texture=image)
+    view = View(180, 0, longest_side=16, lamp_azimuth=180, lamp_elevation=10)
+    picture = raytrace.render(square(material), view)[..., :3]
+    assert picture[8, 3].argmax() == 1
+    front = raytrace.render(square(material), FRONT)[..., :3]
+    # The sky's directions turn with the lamp, so that both sides get the same light.
+    np.testing.assert_allclose(picture[8, 3, 1], front[8, -4, 1], atol=2)
+
+
+def test_alpha_is_the_share_of_a_pixel():
+    triangle = mesh_of("f 1 2 3\n")
+    picture = raytrace.render(triangle, View(0, 0, longest_side=40))
+    # Half of the square: the outline's pixels are known to one ray of 16 each.
+    assert picture[..., 3].mean() / 255 == pytest.approx(0.5 * 39**2 / 40**2, abs=0.01)
+    levels = set(np.unique(picture[..., 3]))
+    assert {0, 255} < levels
+    assert all(min(abs(level - 255 * k / 16) for k in range(17)) < 1 for level in levels)
+
+
+def test_colours_at_an_edge_are_straight():
+    picture = raytrace.render(mesh_of("f 1 2 3\n"), View(0, 0, longest_side=24))
+    partly = (picture[..., 3] > 0) & (picture[..., 3] < 255)
+    inside = picture[picture[..., 3] == 255][:, :3].astype(int)
+    assert partly.sum() > 10
+    # One surface in one light: what alpha mixes in would be darker by a half.
+    assert np.abs(picture[partly][:, :3].astype(int) - np.median(inside, axis=0)).max() < 20
+    assert (picture[picture[..., 3] == 0] == 0).all()
+
+
+def test_holes_in_a_texture_are_holes():
+    image = texture([RED, (0, 0, 0, 0), RED, (0, 0, 0, 0)])
+    picture = raytrace.render(square(Material((1, 1, 1), texture=image)), FRONT)
+    assert picture[8, 2, 3] == 255
+    assert picture[8, 6, 3] == 0
+    seen = picture[picture[..., 3] > 0]
+    assert (seen[:, 1] < 30).all()  # no dark or other colour creeps in from the holes' texels
+    assert (seen[:, 0] > 100).all()
+
+
+def test_glass_lets_through_what_is_behind():
+    text = (
+        "v -1 -1 -1\nv 1 -1 -1\nv 1 1 -1\nv -1 1 -1\n"
+        "usemtl glass\nf 1 2 3 4\nusemtl wall\nf 5 6 7 8\n"
+    )
+    glass, wall = Material((0, 0, 1), opacity=0.6), Material((1, 0, 0))
+    both = raytrace.render(mesh_of(text, Material(), glass, wall), FRONT)
+    alone = raytrace.render(square(glass), FRONT)
+    assert both[8, 8, 3] == 255
+    assert min(both[8, 8, 0], both[8, 8, 2]) > 40
+    assert alone[8, 8, 3] == round(0.6 * 255)
+    assert alone[8, 8, 0] < 20
+
+
+def test_what_is_shaded_is_darker():
+    floor = "v -1 0 -1\nv -1 0 1\nv 1 0 1\nv 1 0 -1\nf 5 6 7 8\n"
+    roof = "v -1 .3 -1\nv -1 .3 0\nv 1 .3 0\nv 1 .3 -1\nf 9 10 11 12\n"
+    view = View(0, 30, longest_side=24, lamp_elevation=80)
+    light = raytrace.render(mesh_of(floor), view)
+    dark = raytrace.render(mesh_of(floor + roof), view)
+    assert dark[-3, 12, :3].mean() > 0.8 * light[-3, 12, :3].mean()  # in front of the roof
+    covered = dark[int(0.45 * len(dark)) : int(0.6 * len(dark)), 12, :3].mean(axis=1).min()
+    assert covered < 0.75 * light[light.shape[0] // 2, 12, :3].mean()
+
+
+def test_more_exposure_is_brighter_and_never_wraps():
+    views = [View(0, 0, longest_side=8, exposure=e) for e in (0.3, 1, 3, 30)]
+    means = [raytrace.render(square(Material((1, 1, 1))), view)[4, 4, 0] for view in views]
+    assert means == sorted(means)
+    assert means[0] < means[1] < means[2]
+
+
+def test_a_mesh_from_its_edge_shows_nothing():
+    with pytest.raises(ValueError, match="nothing can be seen in this view"):
+        raytrace.render(mesh_of("f 1 2 3 4\n", Material(opacity=0.001)), FRONT)
+
+
+def test_embree_sees_what_the_plain_tracer_sees(monkeypatch):
+    pytest.importorskip("embreex")
+    cube = (
+        "v -1 -1 -1\nv 1 -1 -1\nv 1 1 -1\nv -1 1 -1\nf 5 6 7 8\nf 1 2 6 5\nf 2 3 7 6\nf 1 4 8 5\n"
+    )
+    view = View(25, 30, roll=3, longest_side=32)
+    plain_picture = raytrace.render(mesh_of(cube), view).astype(int)
+    monkeypatch.undo()
+    picture = raytrace.render(mesh_of(cube), view).astype(int)
+    assert picture.shape == plain_picture.shape
+    # float32 against float64: a ray on an edge may fall to the other side.
+    assert (np.abs(picture - plain_picture) > 3).mean() < 0.02
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "embreex.mesh_construction", None)
+    with pytest.raises(
+        ImportError, match=r"pip install -r recipes/default_model/requirements\.txt"
+    ):
+        raytrace.render(square(), FRONT)
