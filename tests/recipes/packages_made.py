@@ -85,7 +85,7 @@ def disc(height=40, width=30, colour=(200, 40, 40), border=6):
     pixels = np.zeros((height + 2 * border, width + 2 * border, 4), np.uint8)
     inner = pixels[border : border + height, border : border + width]
     inner[..., :3] = colour
-    inner[..., 3] = 255 * (np.hypot(x, y) <= 1)
+    inner[..., 3] = 255 * (np.hypot(x, y) <= 1.01)  # so that it reaches its box
     return pixels
 
 

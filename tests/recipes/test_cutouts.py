@@ -97,7 +97,7 @@ def test_writing_leaves_nothing_half_done(tmp_path, monkeypatch):
     write_whole(Image.fromarray(disc()), path, optimize=True)
     before = path.read_bytes()
 
-    def broken(self, file, **options):
+    def broken(self, file, *rest, **options):
         file.write_bytes(b"half")
         raise OSError("no space left")
 

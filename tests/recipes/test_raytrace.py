@@ -86,9 +86,10 @@ def test_colours_at_an_edge_are_straight():
 
 
 def test_holes_in_a_texture_are_holes():
-    image = texture([RED, (0, 0, 0, 0), RED, (0, 0, 0, 0)])
+    hole = (0, 0, 0, 0)
+    image = texture([RED, RED, hole, hole] * 2)
     picture = raytrace.render(square(Material((1, 1, 1), texture=image)), FRONT)
-    assert picture[8, 2, 3] == 255
+    assert picture[8, 2, 3] > 220  # a ray at the edge of a texel may miss
     assert picture[8, 6, 3] == 0
     seen = picture[picture[..., 3] > 0]
     assert (seen[:, 1] < 30).all()  # no dark or other colour creeps in from the holes' texels

@@ -100,7 +100,9 @@ def test_the_table_says_what_each_picture_is(supply, views):
     assert (first.license, first.width, first.height) == ("CC-BY-3.0", 40, 50)
     picture = np.asarray(Image.open(path.parent / first.file))
     assert picture.shape == (50, 40, 4)
-    assert first.fill == pytest.approx((picture[..., 3] > 127).mean(), abs=5e-4)
+    assert first.fill == pytest.approx(
+        (picture[..., 3] > 127).mean(), abs=6e-4
+    )  # three digits are kept
     assert said == [f"6 views of 3 models: {path}"]
 
 

@@ -1,0 +1,146 @@
+"""Photographs to lay objects on, out of packages.
+
+    python recipes/default_model/backgrounds.py WORK
+
+Leaves ``WORK/backgrounds/*.jpg`` and, last of all, ``WORK/backgrounds/manifest.csv``: the table is
+there if all its pictures are. Which photographs, and under which licences, says
+``selection/backgrounds.csv``, chosen by eye. A source ``a.rcc:b`` is the file ``b`` in the Qt
+resource file ``a.rcc``. ``selection/held_out.csv`` lists photographs that models are measured on;
+none of them may be chosen. Packages must have been fetched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from archives import read_named, read_resources
+from cutouts import write_whole
+from fetch import package_path
+from manifest import Background, is_done, write_rows
+
+__all__ = ["LONGEST", "build", "main", "read_held_out"]
+
+SELECTION = Path(__file__).resolve().parent / "selection"
+LONGEST = 900
+_QUALITY = 92
+
+
+def build(work: Path) -> int:
+    """Make the background photographs if they are not done.
+
+    Args:
+        work: The folder of the recipe, with ``packages``.
+
+    Returns:
+        How many there are now; 0 if they were done before.
+
+    Raises:
+        ValueError: If a package is missing, lacks a photograph, has one that cannot be read, or if
+            a photograph was chosen that models are measured on.
+    """
+    table = work / "backgrounds" / "manifest.csv"
+    if is_done(table, Background):
+        return 0
+    with (SELECTION / "backgrounds.csv").open(newline="", encoding="utf-8") as file:
+        chosen = list(csv.DictReader(file))
+    _refuse_held_out(chosen)
+    rows: list[Background] = []
+    for name in dict.fromkeys(row["package"] for row in chosen):
+        package, path = package_path(work, name)
+        sources = {row["source"]: row for row in chosen if row["package"] == name}
+        for source, data in _members(path, list(sources)):
+            row = sources[source]
+            photograph = _photograph(data, source)
+            write_whole(photograph, table.parent / row["file"], quality=_QUALITY, optimize=True)
+            width, height = photograph.size
+            rows.append(
+                Background(
+                    row["file"], width, height, package.title, source, row["license"], row["split"]
+                )
+            )
+    write_rows(table, sorted(rows, key=lambda row: row.file), Background)
+    return len(rows)
+
+
+def read_held_out(table: Path = SELECTION / "held_out.csv") -> list[tuple[str, str]]:
+    """Read which photographs are for measuring only.
+
+    Args:
+        table: A CSV file with the columns ``package`` and ``source``.
+
+    Returns:
+        Name of the package and end of the path in it, for each.
+    """
+    with table.open(newline="", encoding="utf-8") as file:
+        return [(row["package"], row["source"]) for row in csv.DictReader(file)]
+
+
+def _refuse_held_out(chosen: Sequence[dict[str, str]]) -> None:
+    """Raise if a photograph is for measuring only."""
+    held_out = read_held_out()
+    for row in chosen:
+        for package, source in held_out:
+            if row["package"] == package and row["source"].endswith(source):
+                raise ValueError(
+                    f"{row['file']} is made of {source}, which models are measured on; take it out "
+                    "of selection/backgrounds.csv"
+                )
+
+
+def _members(path: Path, sources: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Read photographs of a package, also those inside its resource files."""
+    inside: dict[str, set[str]] = {}
+    for source in sources:
+        outer, _, inner = source.partition(":")
+        inside.setdefault(outer, set()).add(inner)
+    for outer, data in read_named(path, inside):
+        wanted = inside[outer]
+        if "" in wanted:
+            wanted.discard("")
+            yield outer, data
+        if not wanted:
+            continue
+        for inner, content in read_resources(data):
+            if inner in wanted:
+                wanted.discard(inner)
+                yield f"{outer}:{inner}", content
+        if wanted:
+            raise ValueError(f"{outer} in {path} lacks {', '.join(sorted(wanted)[:3])}")
+
+
+def _photograph(data: bytes, source: str) -> Image.Image:
+    """A photograph, upright, RGB, longest side at most 900 pixels."""
+    try:
+        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    except (OSError, SyntaxError, ValueError) as err:
+        raise ValueError(f"{source} cannot be read: {err}; fetch its package again") from err
+    scale = LONGEST / max(picture.size)
+    if scale >= 1:
+        return picture
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; gives the exit status."""
+    parser = argparse.ArgumentParser(description="Make the photographs in WORK/backgrounds.")
+    parser.add_argument("work", type=Path)
+    given = parser.parse_args(arguments)
+    try:
+        made = build(given.work)
+    except (ValueError, OSError) as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 1
+    print(f"{made} backgrounds" if made else "done before")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

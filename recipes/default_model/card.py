@@ -1,0 +1,295 @@
+"""The model card: what the weights are, what they can do, and what they were made from.
+
+Every number comes from a file: ``evaluation.json`` of ``evaluate.py``, the tables of the supply,
+the logs of the training (``history.py``), and the weights themselves. Nothing is measured here.
+
+    python card.py starter.safetensors --work WORK --evaluation FOLDER --out MODEL_CARD.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from history import History, read_history
+from manifest import Background, Row, read_rows
+from tinyvit.catalog import DEFAULT_CHECKPOINT, VARIANTS
+from tinyvit.sam.build import build_sam
+
+__all__ = ["build", "describe_supply", "describe_training", "verdicts", "write_card"]
+
+STAGES = Path(__file__).with_name("stages.toml")
+
+FLOORS = {
+    ("1 click", "disc"): "a disc around the click",
+    ("1 click", "grabcut"): "GrabCut from the click",
+    ("box", "ellipse"): "the ellipse inscribed in the box",
+    ("box", "grabcut"): "GrabCut in the box",
+}
+
+LICENCE = """\
+No picture is contained in the weights file. The weights are offered under Apache-2.0, like the
+package. Whether a licence of training pictures reaches the weights is not settled everywhere; if
+that matters to you, load other weights (`tinyvit models` lists them)."""
+
+LIMITS = """\
+It has learnt from cut-out objects pasted on photographs, and no person has drawn a mask for it. It
+knows no classes and no text. What is unlike the pictures below it has never seen: measure it on
+your own (`tinyvit evaluate segment`) before you rely on it."""
+
+
+def describe_supply(work: Path, split: str = "train") -> list[str]:
+    """What was learnt from: a Markdown table of pictures by package and licence.
+
+    Args:
+        work: The folder of the supply, with the tables ``objects/*.csv`` and
+            ``backgrounds/manifest.csv``.
+        split: Of which rows.
+
+    Returns:
+        Lines.
+
+    Raises:
+        ValueError: There is no table of objects, or one of them is damaged.
+    """
+    tables = sorted((work / "objects").glob("*.csv"))
+    if not tables:
+        raise ValueError(f"{work / 'objects'} holds no table; build the supply first")
+    pictures: Counter[tuple[str, str, str]] = Counter()
+    groups: dict[tuple[str, str, str], set[str]] = {}
+    for table in tables:
+        for row in read_rows(table, Row):
+            if row.split == split:
+                key = (f"objects: {row.kind}", row.package, row.license)
+                pictures[key] += 1
+                groups.setdefault(key, set()).add(row.group)
+    backgrounds = work / "backgrounds" / "manifest.csv"
+    if backgrounds.is_file():
+        for ground in read_rows(backgrounds, Background):
+            if ground.split == split:
+                pictures["backgrounds", ground.package, ground.license] += 1
+    lines = [
+        "| what | package | licence there | pictures | objects |",
+        "|---|---|---|---|---|",
+    ]
+    for key in sorted(pictures, key=lambda key: (key[0] == "backgrounds", key)):
+        distinct = str(len(groups[key])) if key in groups else "-"
+        cells = (*(_cell(text) for text in key), str(pictures[key]), distinct)
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def describe_training(history: History, machine: str = "") -> str:
+    """One line on how long it was trained.
+
+    Args:
+        history: What the logs tell.
+        machine: On what; empty leaves it out.
+    """
+    words = [f"from `{history.start}`" if history.start else "from scratch"]
+    if history.hours:
+        words.append(f"{history.hours:.1f} hours{f' on {machine}' if machine else ''}")
+    elif machine:
+        words.append(f"on {machine}")
+    words.append(f"{_spaced(history.images)} pictures in {_spaced(history.steps)} steps")
+    return ", ".join(words)
+
+
+def verdicts(results: Mapping[str, Any], model: str) -> list[str]:
+    """How a model stands to each floor, a sentence each; only intervals that are apart count.
+
+    Args:
+        results: Content of ``evaluation.json``.
+        model: Its name there.
+
+    Returns:
+        Sentences, the sets in their order.
+    """
+    found = []
+    for name, figures in results["sets"].items():
+        for (prompt, floor), words in FLOORS.items():
+            theirs = figures["floors"].get(prompt, {}).get(floor)
+            if theirs is None:
+                continue
+            ours = figures["models"][model]["ious"][prompt]
+            if ours["low"] > theirs["high"]:
+                relation = "better than"
+            elif ours["high"] < theirs["low"]:
+                relation = "**worse than**"
+            else:
+                relation = "**not clearly apart from**"
+            asked = "With one click" if prompt == "1 click" else "With a box"
+            found.append(
+                f"{asked} on {name} ({ours['value']:.2f}) it is {relation} {words} "
+                f"({theirs['value']:.2f})."
+            )
+    return found
+
+
+def write_card(
+    weights: Path,
+    results: Mapping[str, Any],
+    tables: str,
+    supply: Sequence[str],
+    training: str,
+    *,
+    name: str = DEFAULT_CHECKPOINT,
+    model: str | None = None,
+) -> str:
+    """The card as Markdown.
+
+    Args:
+        weights: The file that ships.
+        results: Content of ``evaluation.json``.
+        tables: Content of ``evaluation.md``.
+        supply: Lines of ``describe_supply``.
+        training: What ``describe_training`` gives.
+        name: Of the weights in the catalog.
+        model: Of the weights in the results; None takes the file's stem.
+
+    Raises:
+        ValueError: The results are of other weights.
+        CheckpointError: The weights cannot be read.
+    """
+    model = weights.stem if model is None else model
+    content = weights.read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    measured = results["weights"].get(model)
+    if measured is None or measured["sha256"] != sha256:
+        raise ValueError(
+            f"the evaluation has no figures of {model!r} with the bytes of {weights}; it measured "
+            f"{', '.join(results['weights'])}. Evaluate these weights, then write the card"
+        )
+    rows = [
+        ("file", f"`{weights.name}`, {_spaced(len(content))} bytes, fp16 (batch statistics and "
+                 "positional matrix fp32)"),
+        ("sha256", f"`{sha256}`"),
+        *_network(weights),
+        ("not stored", "`norm_head`, `head`, `num_batches_tracked`"),
+        ("training", training),
+        ("licence of the weights", "Apache-2.0"),
+    ]  # fmt: skip
+    parts = [
+        f"# {name}",
+        "The weights that ship inside the package, so that everything runs offline from the first "
+        "minute.\n`recipes/default_model` makes them from nothing with one command.",
+        "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]),
+        "## What it can do",
+        "Mean IoU of its masks, beside the floors that need no network.",
+        tables.strip(),
+        "\n".join(f"- {sentence}" for sentence in verdicts(results, model)),
+        f"Measured with: {_machine(results['machine'])}.",
+        f"## What it cannot do\n\n{LIMITS}",
+        "## Data and licences\n\nTrained on composites made from these pictures, each of which a "
+        "public package ships:",
+        "\n".join(supply),
+        LICENCE,
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _network(weights: Path) -> list[tuple[str, str]]:
+    encoder = build_sam(weights).image_encoder
+    dims = tuple(encoder.embed_dims)
+    names = [row.name for row in VARIANTS if row.task == "sam" and row.embed_dims == dims]
+    variant = f"variant `{names[0]}`: " if names else ""
+    size = encoder.img_size if isinstance(encoder.img_size, int) else max(encoder.img_size)
+    return [
+        (
+            "network",
+            f"{variant}widths {_listed(dims)}; strides {_listed(encoder.strides)}; SAM neck, "
+            "prompt encoder and mask decoder in MobileSAM's key format",
+        ),
+        (
+            "pictures",
+            f"{size} px, SAM's preparation (longest side, normalise, pad with zeros)",
+        ),
+    ]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(str(number) for number in numbers)
+
+
+def _spaced(number: int) -> str:
+    return f"{number:,}".replace(",", " ")
+
+
+def _machine(facts: Mapping[str, Any]) -> str:
+    shown = [f"{facts[key]}" for key in ("cpu", "os") if facts.get(key)]
+    shown += [f"{key} {facts[key]}" for key in ("python", "torch", "tinyvit") if facts.get(key)]
+    return ", ".join([*shown, str(facts.get("date", ""))]).rstrip(", ")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ")
+
+
+def build(
+    work: Path,
+    weights: Path,
+    evaluation: Path,
+    target: Path,
+    *,
+    stages: Path = STAGES,
+    machine: str = "",
+    name: str = DEFAULT_CHECKPOINT,
+) -> Path:
+    """Write the card from the files of the recipe.
+
+    Args:
+        work: The folder of the supply.
+        weights: The file that ships.
+        evaluation: The folder that ``evaluate.build`` wrote.
+        target: The card; replaced at the end.
+        stages: The table of the training's stages.
+        machine: What it was trained on.
+        name: Of the weights in the catalog.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ValueError: A table is damaged, or the evaluation is of other weights.
+        CheckpointError: The weights cannot be read.
+    """
+    results = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
+    tables = (evaluation / "evaluation.md").read_text(encoding="utf-8")
+    training = describe_training(read_history(work, stages), machine)
+    text = write_card(weights, results, tables, describe_supply(work), training, name=name)
+    part = target.with_name(f".{target.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(target)
+    return target
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("weights", type=Path, help="the file that ships")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the recipe's supply")
+    parser.add_argument("--evaluation", type=Path, required=True, help="folder of evaluate.py")
+    parser.add_argument("--stages", type=Path, default=STAGES, help="the training's stages")
+    parser.add_argument("--machine", default="", help="what it was trained on, in words")
+    parser.add_argument("--name", default=DEFAULT_CHECKPOINT, help="of the weights in the catalog")
+    parser.add_argument("--out", type=Path, default=Path("MODEL_CARD.md"))
+    given = parser.parse_args(arguments)
+    card = build(
+        given.work,
+        given.weights,
+        given.evaluation,
+        given.out,
+        stages=given.stages,
+        machine=given.machine,
+        name=given.name,
+    )
+    print(card)
+
+
+if __name__ == "__main__":
+    main()

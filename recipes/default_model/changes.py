@@ -1,0 +1,118 @@
+"""What happens by chance to the parts of a composite: sizes, colours, shapes, and the camera.
+
+Pillow's pictures in and out; all chance comes from the generator that is handed in. No file is
+known here.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+__all__ = ["as_a_camera", "blob", "changed", "crop", "gradient", "recoloured", "towards"]
+
+_BILINEAR, _BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
+RGB = NDArray[np.uint8]
+
+
+def crop(picture: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+    """A random part of a picture at another size."""
+    width, height = size
+    most = min(picture.width / width, picture.height / height)
+    scale = most * float(np.exp(rng.uniform(np.log(0.35), 0.0)))
+    x = rng.uniform(0, picture.width - scale * width)
+    y = rng.uniform(0, picture.height - scale * height)
+    box = (x, y, x + scale * width, y + scale * height)
+    part = picture.resize(size, _BILINEAR, box=box, reducing_gap=2.0)
+    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else part
+
+
+def changed(cutout: Image.Image, side: float, rng: np.random.Generator) -> Image.Image:
+    """Mirrored, stretched, turned, recoloured, at a longest side of ``side`` pixels."""
+    if rng.random() < 0.5:
+        cutout = cutout.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    scale = side / max(cutout.size)
+    stretch = float(np.exp(rng.uniform(-0.2, 0.2)))
+    width = max(4, round(cutout.width * scale * stretch))
+    height = max(4, round(cutout.height * scale / stretch))
+    cutout = cutout.resize((width, height), _BILINEAR, reducing_gap=2.0)
+    angle = rng.normal(0, 12) if rng.random() < 0.7 else rng.uniform(-180, 180)
+    if abs(angle) > 3:
+        cutout = cutout.rotate(angle, _BILINEAR, expand=True)
+    alpha = cutout.getchannel("A")
+    rgb = recoloured(cutout.convert("RGB"), 0.35, rng)
+    rgb.putalpha(alpha)
+    return rgb
+
+
+def recoloured(picture: Image.Image, most: float, rng: np.random.Generator) -> Image.Image:
+    """Other brightness, contrast, saturation and tint; sometimes grey."""
+    saturation = 0.0 if rng.random() < 0.05 else rng.uniform(1 - 1.5 * most, 1 + most)
+    contrast = rng.uniform(1 - most, 1 + most)
+    tint = rng.uniform(1 - most / 2, 1 + most / 2, 3)
+    matrix = saturation * np.eye(3) + (1 - saturation) / 3  # towards the grey of each pixel
+    scaled = contrast * tint[:, None] * matrix
+    offset = tint * 128 * (1 - contrast) + rng.uniform(-100, 100) * most
+    return picture.convert("RGB", np.column_stack((scaled, offset)).ravel().tolist())
+
+
+def towards(
+    cutout: Image.Image, canvas: Image.Image, place: tuple[int, int], rng: np.random.Generator
+) -> Image.Image:
+    """The cut-out with its mean colour drawn towards that of the place it will lie on."""
+    if rng.random() < 0.5:
+        return cutout
+    x, y = place
+    here = canvas.crop((max(0, x), max(0, y), x + cutout.width, y + cutout.height))
+    moved = rng.uniform(0.1, 0.7) * (_mean_colour(here) - _mean_colour(cutout))
+    rgb = cutout.convert("RGB")
+    rgb = rgb.convert("RGB", np.column_stack((np.eye(3), moved)).ravel().tolist())
+    rgb.putalpha(cutout.getchannel("A"))
+    return rgb
+
+
+def _mean_colour(picture: Image.Image) -> NDArray[np.float64]:
+    """[3], of what is not transparent."""
+    few = picture.convert("RGBA").resize((6, 6), Image.Resampling.BOX)  # weighs by the alpha
+    values = np.asarray(few, np.float64).reshape(-1, 4)
+    shares: NDArray[np.float64] = values[:, 3:] + 1e-3
+    mean: NDArray[np.float64] = (values[:, :3] * shares).sum(0) / shares.sum()
+    return mean
+
+
+def gradient(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+    """A plain or softly changing background."""
+    corners = rng.integers(0, 256, (2, 2, 3)).astype(np.uint8)
+    if rng.random() < 0.5:
+        corners[:] = corners[0, 0]
+    return Image.fromarray(corners).resize(size, _BILINEAR)
+
+
+def blob(side: int, rng: np.random.Generator) -> Image.Image:
+    """An alpha of one piece: smooth noise above its own level, fading towards the border."""
+    coarse = rng.normal(0, 1, (5, 5)).astype(np.float32)
+    noise = np.asarray(Image.fromarray(coarse).resize((side, side), _BICUBIC))
+    y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j].astype(np.float32)
+    level = noise + 1.5 - 2.5 * (x * x + y * y)
+    soft = np.clip(level * side / 6 + 0.5, 0, 1)
+    return Image.fromarray((soft * 255).astype(np.uint8))
+
+
+def as_a_camera(picture: Image.Image, rng: np.random.Generator) -> RGB:
+    """Blur, noise and JPEG over the whole composite, each sometimes."""
+    if rng.random() < 0.3:
+        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.2)))
+    if rng.random() < 0.4:
+        values = np.asarray(picture, np.float32)
+        noise = rng.standard_normal(values.shape, np.float32)
+        noise *= np.float32(rng.uniform(1, 10))
+        picture = Image.fromarray(np.clip(values + noise, 0, 255).astype(np.uint8))
+    if rng.random() < 0.6:
+        stored = io.BytesIO()
+        picture.save(stored, "JPEG", quality=int(rng.integers(35, 96)))
+        with Image.open(stored) as read:
+            picture = read.convert("RGB")
+    return np.array(picture)

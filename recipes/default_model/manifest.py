@@ -1,0 +1,163 @@
+"""The tables that tell what the pictures of the recipe are: rows, reading, writing, splits.
+
+A table is a CSV file with one header line. Here are the two kinds of rows, and the rule that puts
+a group of pictures into train, val or test. Knows no pictures and no packages.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+__all__ = ["SPLITS", "Background", "Row", "is_done", "read_rows", "split_of", "write_rows"]
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An object cut out of its picture.
+
+    Attributes:
+        file: The PNG, RGBA, relative to the folder of the table.
+        kind: ``photo``, ``emoji``, ``clipart`` or ``cg``.
+        label: What it shows, in words.
+        category: A coarse word for it.
+        width: Pixels.
+        height: Pixels.
+        fill: Share of the pixels whose alpha is above 127, 0..1.
+        group: What shares the object: mirrors, poses, views. A group is never split.
+        split: ``train``, ``val`` or ``test``.
+        package: Name and version of the package it comes from.
+        source: The file in the package.
+        license: Under which licence it stands there.
+    """
+
+    file: str
+    kind: str
+    label: str
+    category: str
+    width: int
+    height: int
+    fill: float
+    group: str
+    split: str
+    package: str
+    source: str
+    license: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Background:
+    """A photograph that objects are laid on.
+
+    Attributes:
+        file: The JPEG, relative to the folder of the table.
+        width: Pixels.
+        height: Pixels.
+        package: Name and version of the package it comes from.
+        source: The file in the package.
+        license: Under which licence it stands there.
+        split: ``train``, ``val`` or ``test``.
+    """
+
+    file: str
+    width: int
+    height: int
+    package: str
+    source: str
+    license: str
+    split: str
+
+
+AnyRow = TypeVar("AnyRow", Row, Background)
+
+
+def read_rows(path: Path, kind: type[AnyRow]) -> list[AnyRow]:
+    """Read a table.
+
+    Args:
+        path: The CSV file.
+        kind: ``Row`` or ``Background``.
+
+    Returns:
+        Its rows, in their order.
+
+    Raises:
+        ValueError: If the columns are others, or a number is none; names the file and the line.
+    """
+    wanted = [field.name for field in dataclasses.fields(kind)]
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if list(reader.fieldnames or ()) != wanted:
+            raise ValueError(
+                f"{path} has the columns {reader.fieldnames}, wanted {wanted}; remove the file "
+                "and build it again"
+            )
+        return [_read_row(path, reader.line_num, values, kind) for values in reader]
+
+
+def _read_row(path: Path, line: int, values: dict[str, str], kind: type[AnyRow]) -> AnyRow:
+    """One line with its numbers as numbers."""
+    numbers = {"width": int, "height": int, "fill": float}
+    if None in values or None in values.values():
+        raise ValueError(f"{path}, line {line} has more or fewer fields than columns")
+    try:
+        return kind(**{name: numbers.get(name, str)(text) for name, text in values.items()})
+    except ValueError as err:
+        raise ValueError(f"{path}, line {line}: {err}") from err
+
+
+def write_rows(path: Path, rows: Iterable[AnyRow], kind: type[AnyRow]) -> None:
+    """Write a table, whole or not at all.
+
+    Args:
+        path: The CSV file; replaced if there.
+        rows: What to write, in this order.
+        kind: ``Row`` or ``Background``; gives the header also when there are no rows.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([field.name for field in dataclasses.fields(kind)])
+        writer.writerows(dataclasses.astuple(row) for row in rows)
+    os.replace(temporary, path)
+
+
+def is_done(path: Path, kind: type[AnyRow]) -> bool:
+    """Whether a table is there and so is every picture that it names.
+
+    Args:
+        path: The CSV file.
+        kind: ``Row`` or ``Background``.
+
+    Returns:
+        False as soon as anything is missing.
+    """
+    if not path.is_file():
+        return False
+    rows = read_rows(path, kind)
+    return all((path.parent / row.file).is_file() for row in rows)
+
+
+def split_of(group: str) -> str:
+    """Put a group into a split: 85 % train, 5 % val, 10 % test.
+
+    The choice hangs on the group's name alone, so that a picture added later moves no other.
+
+    Args:
+        group: The group's name.
+
+    Returns:
+        ``train``, ``val`` or ``test``.
+    """
+    share = int.from_bytes(hashlib.sha256(group.encode()).digest()[:4], "big") / 2**32
+    if share < 0.85:
+        return "train"
+    return "val" if share < 0.9 else "test"

@@ -1,0 +1,230 @@
+"""Objects with alpha out of packages: photographs, emoji of a spatial look, drawings.
+
+    python recipes/default_model/objects.py WORK [photo|emoji|clipart ...]
+
+Leaves ``WORK/objects/KIND/*.png`` and, last of all, ``WORK/objects/KIND.csv``: a table is there if
+all its pictures are. Photographs and emoji are lists chosen by eye (``selection/*.csv``); drawings
+are chosen by a rule, less a list of those left out by eye. Packages must have been fetched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from archives import read_members, read_named
+from cutouts import cut_out, fill_of, has_hard_edge, is_one_object, write_whole
+from fetch import package_path
+from manifest import Row, is_done, split_of, write_rows
+
+__all__ = ["KINDS", "build", "main"]
+
+SELECTION = Path(__file__).resolve().parent / "selection"
+CLIPART_FOLDER = "usr/share/openclipart/png/"
+# Icons, plain shapes, flags, lettering: no objects that somebody would click on.
+CLIPART_PASSED_OVER = frozenset(
+    ("buttons", "computer", "decorations", "logos", "shapes", "signs_and_symbols")
+)
+CLIPART_ONE_GROUP = {  # what differs in little but its sign or its colour
+    "transportation/roadsigns/": "road sign",
+    "people/smilies/": "smiley",
+    "geography/astronomy/": "planet",
+}
+CLIPART_LEAST_SIDE = 96
+CLIPART_FILL = (0.15, 0.95)
+
+
+def build(work: Path, kinds: Sequence[str] = ()) -> dict[str, int]:
+    """Cut out the objects of each kind that is not done.
+
+    Args:
+        work: The folder of the recipe, with ``packages``.
+        kinds: Which of ``photo``, ``emoji`` and ``clipart``; none stands for all.
+
+    Returns:
+        Kind -> how many objects were made; a kind that was done before is missing.
+
+    Raises:
+        ValueError: If there is no such kind, or a package is missing or lacks a picture.
+    """
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise ValueError(f"there is no kind {', '.join(unknown)}; there are {', '.join(KINDS)}")
+    made = {}
+    for kind in kinds or KINDS:
+        table = work / "objects" / f"{kind}.csv"
+        if is_done(table, Row):
+            continue
+        rows = sorted(KINDS[kind](work), key=lambda row: row.file)
+        if not rows:
+            raise ValueError(f"no object of kind {kind!r} came out of its packages")
+        write_rows(table, rows, Row)
+        made[kind] = len(rows)
+    return made
+
+
+def _photo(work: Path) -> Iterator[Row]:
+    """Photographed objects; their list says all but the size."""
+    chosen = _selection("photo")
+    for name in dict.fromkeys(row["package"] for row in chosen):
+        package, path = package_path(work, name)
+        sources = {row["source"]: row for row in chosen if row["package"] == name}
+        for source, data in read_named(path, sources):
+            row = sources[source]
+            cutout = _cut(data, source)
+            yield _keep(
+                work, f"photo/{row['file']}", cutout, label=row["label"], kind="photo",
+                category=row["category"], group=row["group"], split=row["split"],
+                package=package.title, source=source, license=row["license"],
+            )  # fmt: skip
+
+
+def _emoji(work: Path) -> Iterator[Row]:
+    """Emoji that show a thing, an animal, a plant or a person."""
+    package, path = package_path(work, "fluent-emoji-3d")
+    sources = {row["source"]: row for row in _selection("emoji")}
+    for source, data in read_named(path, sources):
+        row = sources[source]
+        cutout = _cut(data, source)
+        group = f"em:{row['group']}"
+        yield _keep(
+            work, f"emoji/{Path(source).stem}.png", cutout, label=row["label"], kind="emoji",
+            category=row["category"], group=group, split=split_of(group), package=package.title,
+            source=source, license="MIT",
+        )  # fmt: skip
+
+
+def _clipart(work: Path) -> Iterator[Row]:
+    """Drawings of one object with a clean edge, each only once."""
+    package, path = package_path(work, "openclipart-png")
+    left_out = _lines(SELECTION / "clipart_left_out.txt")
+    seen: set[str] = set()
+    for source, data in read_members(path, _may_be_clipart):
+        inner = source.removeprefix(CLIPART_FOLDER)
+        if inner in left_out or (cutout := _one_drawing(data)) is None:
+            continue
+        digest = hashlib.sha256(repr(cutout.size).encode() + cutout.tobytes()).hexdigest()
+        if digest in seen:
+            continue
+        seen.add(digest)
+        stem = re.sub(r"[^a-z0-9]+", "_", inner.removesuffix(".png").lower()).strip("_")
+        group = _clipart_group(inner)
+        yield _keep(
+            work, f"clipart/{stem}.png", cutout, label=_words(Path(inner).stem), kind="clipart",
+            category=inner.split("/")[0], group=group, split=split_of(group),
+            package=package.title, source=source, license="public-domain",
+        )  # fmt: skip
+
+
+def _may_be_clipart(name: str) -> bool:
+    """Whether a member of the package is a drawing in a folder of objects."""
+    inner = name.removeprefix(CLIPART_FOLDER)
+    return (
+        inner != name
+        and inner.endswith(".png")
+        and inner.split("/")[0] not in CLIPART_PASSED_OVER
+        and not inner.startswith("special/patterns/")
+    )
+
+
+def _one_drawing(data: bytes) -> Image.Image | None:
+    """The cut-out of a drawing, or None if it is not one object with alpha."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(data))
+            if picture.mode not in ("RGBA", "LA") and "transparency" not in picture.info:
+                return None
+            cutout = cut_out(picture)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None  # one bad drawing in thousands that nobody chose
+    if cutout is None or max(cutout.size) < CLIPART_LEAST_SIDE:
+        return None
+    if not CLIPART_FILL[0] <= fill_of(cutout) <= CLIPART_FILL[1]:
+        return None
+    return cutout if is_one_object(cutout) and has_hard_edge(cutout) else None
+
+
+def _clipart_group(inner: str) -> str:
+    """What a drawing shares with others: its folder, and its name without digits."""
+    for folder, name in CLIPART_ONE_GROUP.items():
+        if inner.startswith(folder):
+            return f"oc:{name}"
+    stem = re.sub(r"[\d_\W]+", " ", Path(inner).stem.lower()).strip()
+    return f"oc:{inner.split('/')[0]}/{stem}"
+
+
+def _words(stem: str) -> str:
+    """A file's name as words."""
+    return re.sub(r"[\d_\W]+", " ", stem).strip() or stem
+
+
+def _cut(data: bytes, source: str) -> Image.Image:
+    """The cut-out of a picture that was chosen."""
+    try:
+        cutout = cut_out(Image.open(io.BytesIO(data)))
+    except (OSError, SyntaxError, ValueError) as err:
+        raise ValueError(f"{source} cannot be read: {err}; fetch its package again") from err
+    if cutout is None:
+        raise ValueError(f"{source} shows nothing, although it was chosen")
+    return cutout
+
+
+def _keep(
+    work: Path, file: str, cutout: Image.Image, *, kind: str, label: str, category: str,
+    group: str, split: str, package: str, source: str, license: str,
+) -> Row:  # fmt: skip
+    """Write a cut-out and give its row."""
+    write_whole(cutout, work / "objects" / file, optimize=True)
+    width, height = cutout.size
+    fill = fill_of(cutout)
+    return Row(
+        file, kind, label, category, width, height, fill, group, split, package, source, license
+    )
+
+
+def _selection(kind: str) -> list[dict[str, str]]:
+    """A list of what was chosen."""
+    with (SELECTION / f"{kind}.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _lines(path: Path) -> frozenset[str]:
+    """The lines of a file that say something."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return frozenset(line.strip() for line in lines if line.strip() and line[0] != "#")
+
+
+KINDS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    "photo": _photo,
+    "emoji": _emoji,
+    "clipart": _clipart,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; gives the exit status."""
+    parser = argparse.ArgumentParser(description="Cut out the objects into WORK/objects.")
+    parser.add_argument("work", type=Path)
+    parser.add_argument("kinds", nargs="*", help=f"{', '.join(KINDS)}; none stands for all")
+    given = parser.parse_args(arguments)
+    try:
+        made = build(given.work, given.kinds)
+    except (ValueError, OSError) as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 1
+    print(", ".join(f"{count} of {kind}" for kind, count in made.items()) or "done before")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Train the default model on composites, stage after stage, as ``stages.toml`` says.
+
+Each stage is one run of ``tinyvit.train.train`` in ``WORK/runs/STAGE``: it can be stopped at any
+moment and goes on where it was, and begins with the best weights of the stage before it.
+
+    python recipes/default_model/train.py WORK [STAGE ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tinyvit
+from composites import CompositeSet
+from history import read_stages
+from tinyvit.sam.build import build_sam
+from tinyvit.sam.encoding import spec_of
+from tinyvit.train import TrainSettings, train
+from tinyvit.train.journal import Progress
+from tinyvit.train.mask_losses import MaskLosses
+from tinyvit.train.prompting import Prompting
+from tinyvit.train.scene_samples import SceneSampler
+from tinyvit.train.segment import Segment
+
+__all__ = ["STAGES", "build", "run_stage"]
+
+STAGES = Path(__file__).with_name("stages.toml")
+
+Stage = dict[str, Any]
+
+
+def build(work: Path, stages: Path = STAGES, report: Callable[[str], None] = print) -> Path:
+    """Run every stage that is not done.
+
+    Args:
+        work: The folder of the supply; runs are written into ``runs``.
+        stages: The table of stages.
+        report: Called with a line now and then.
+
+    Returns:
+        The best weights of the last stage.
+    """
+    weights = ""
+    for name, stage in read_stages(stages).items():
+        weights = str(run_stage(work, name, stage, weights or stage["start"], report))
+    return Path(weights)
+
+
+def run_stage(
+    work: Path, name: str, stage: Stage, start: str, report: Callable[[str], None] = print
+) -> Path:
+    """Run one stage, or what is left of it.
+
+    Args:
+        work: The folder of the supply.
+        name: What its run's folder is called.
+        stage: Its table.
+        start: A checkpoint; empty for chance.
+        report: Called with a line now and then.
+
+    Returns:
+        Its best weights.
+    """
+    folder = work / "runs" / name
+    known = {one.name for one in fields(TrainSettings)}
+    settings = TrainSettings.from_mapping(
+        {
+            "folder": str(folder),
+            "workers": 1,
+            **{key: value for key, value in stage.items() if key in known},
+        },
+        f"stage {name}",
+    )
+
+    def tell(progress: Progress) -> None:
+        if progress.step % settings.log_every == 0:
+            loss = "" if progress.loss is None else f", loss {progress.loss:.3f}"
+            report(
+                f"{name}: step {progress.step} of {progress.steps}{loss}, "
+                f"{progress.images_per_second:.1f} pictures/s"
+            )
+
+    result = train(_task(work, stage, start), settings, resume=True, report=tell)
+    figures = ", ".join(f"{name} {value:.3f}" for name, value in result.figures.items())
+    report(f"{name}: done; {figures}")
+    return result.best_weights or result.last_weights
+
+
+def _task(work: Path, stage: Stage, start: str) -> Segment:
+    """The task of a stage."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stage["seed"])
+        sam = build_sam(start or None, stage["model"], img_size=stage["img_size"])
+    look = {"size": stage["img_size"], "weights": dict(stage["kinds"])}
+    learnt = CompositeSet(work, "train", seed=stage["seed"], **look)
+    held_out = CompositeSet(work, "val", seed=0, length=10_000, **look)
+    return Segment(
+        sam,
+        SceneSampler(learnt, spec_of(sam), None, stage["objects"]),
+        held_out,
+        Prompting(stage["box_share"], stage["corrective_share"], stage["most_corrections"]),
+        MaskLosses(stage["focal"]),
+        val_masks=stage["val_masks"],
+    )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("stage", nargs="*", help="which stages; all by default")
+    parser.add_argument("--start", default="", help="weights that the first of them begins with")
+    options = parser.parse_args()
+    tinyvit.tune_allocator()
+    stages, start = read_stages(STAGES), options.start
+    for name in options.stage or stages:
+        start = str(
+            run_stage(options.work, name, stages[name], start or stages[name]["start"], _say)
+        )
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
