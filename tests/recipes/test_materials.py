@@ -64,7 +64,11 @@ def test_large_textures_are_made_smaller():
     assert found.texture.shape == (2, LARGEST_TEXTURE, 4)
 
 
-@pytest.mark.parametrize("data", [None, b"", b"no picture", png(np.zeros((8, 8, 3)))[:40]])
+@pytest.mark.parametrize(
+    "data",
+    [None, b"", b"no picture", png(np.zeros((8, 8, 3)))[:40]],
+    ids=["none", "empty", "other", "cut off"],
+)
 def test_a_missing_or_damaged_texture_leaves_the_colour(data):
     found = one("Kd 1 0 0\nmap_Kd a.png\n", **({} if data is None else {"a": data}))
     assert found.texture is None

@@ -126,7 +126,9 @@ def test_a_model_without_triangles_is_named():
         read(models[0])
 
 
-@pytest.mark.parametrize("data", [b"", b"no zip", library()[:100]])
+@pytest.mark.parametrize(
+    "data", [b"", b"no zip", library()[:100]], ids=["empty", "other", "cut off"]
+)
 def test_a_damaged_library_is_refused(data):
     with pytest.raises(ValueError, match="Lib is no furniture library"):
         read_library("Lib", data)
