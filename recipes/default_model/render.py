@@ -92,10 +92,10 @@ def build(
     done: dict[tuple[str, str], Notes] = {}
     for name in splits:
         notes = _read_notes(_notes_file(folder, *name))
-        if notes is not None and notes.views >= views:
+        if notes is not None:
             done[name] = notes
     started = time.monotonic()
-    wanted = {name for name in splits if name not in done}
+    wanted = {name for name in splits if name not in done or done[name].views < views}
     for made, (model, read) in enumerate(_models(package, wanted), start=1):
         name = (model.library, model.name)
         try:
@@ -105,7 +105,7 @@ def build(
             _write_notes(_notes_file(folder, *name), done[name])
         if made % 25 == 0:
             pace = (time.monotonic() - started) / made
-            say(f"{len(done)} of {len(splits)} models, {pace:.1f} s each")
+            say(f"{made} of {len(wanted)} models, {pace:.1f} s each")
             _write_table(folder, done, splits)
     missing = sorted(splits.keys() - done.keys())
     if missing:
@@ -251,7 +251,7 @@ def _write_picture(path: Path, picture: NDArray[np.uint8]) -> None:
 def _write_table(
     folder: Path, done: dict[tuple[str, str], Notes], splits: dict[tuple[str, str], str]
 ) -> Path:
-    """Write the table of all views made so far beside their folder."""
+    """Write the table of all views there are so far beside their folder."""
     path = folder.with_suffix(".csv")
     rows = [(row, splits[name]) for name in sorted(done) for row in done[name].rows]
     write_rows(path, (dataclasses.replace(row, split=split) for row, split in rows), Row)

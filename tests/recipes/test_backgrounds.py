@@ -27,7 +27,12 @@ def choose(tmp_path, monkeypatch):
     resources = rcc("img", {"dam.webp": photograph(60, 80, "WEBP"), "apple.webp": b"not asked"})
     deb(
         packages / "walls.deb",
-        {"usr/lake.jpg": photograph(1000, 1800), "usr/a.rcc": resources, "usr/text.jpg": b"text"},
+        {
+            "usr/lake.jpg": photograph(1000, 1800),
+            "usr/wide.jpg": photograph(800, 1280),
+            "usr/a.rcc": resources,
+            "usr/text.jpg": b"text",
+        },
     )
     wheel(packages / "pictures.whl", {"data/brick.png": photograph(30, 20, "PNG")})
     (chosen / "held_out.csv").write_text("package,source\nwalls,img/apple.webp\n")
@@ -73,6 +78,13 @@ def test_photographs_come_out_of_every_package(choose):
             last = picture.getpixel((row.width - 1, row.height - 1))
             assert max(first[:2]) < 20
             assert min(last[:2]) > 235
+
+
+def test_halves_of_pixels_go_up(choose):
+    work = choose("a.jpg,walls,usr/wide.jpg,CC0,train")
+    backgrounds.build(work)
+    with Image.open(work / "backgrounds" / "a.jpg") as picture:
+        assert picture.size == (900, 563)  # 1280 x 800: 562.5
 
 
 def test_what_is_done_is_kept(choose, capsys):

@@ -144,6 +144,23 @@ def test_an_interrupted_run_goes_on_to_the_same_end(supply, views, monkeypatch):
     assert not list((parted[0] / "objects").rglob("*.part"))
 
 
+def test_the_table_never_forgets_views_while_others_are_added(supply, views, monkeypatch):
+    supplied = supply({"Scopia": {f"cup {number}": CUBE for number in range(26)}})
+    build(supplied, 1)
+    take = render.render
+
+    def stop(mesh, view):
+        if len(views) == 26 + 25:
+            raise KeyboardInterrupt
+        return take(mesh, view)
+
+    monkeypatch.setattr(render, "render", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build(supplied, 2)
+    # The table was last written after 25 models.
+    assert len(read_rows(supplied[0] / "objects" / "render.csv", Row)) == 26 + 25
+
+
 def test_a_lost_picture_and_an_older_edition_are_made_again(supply, views, monkeypatch):
     supplied = supply()
     path = build(supplied)
