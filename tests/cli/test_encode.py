@@ -290,11 +290,10 @@ def test_a_read_only_folder_is_one_line(run, tmp_path, photo, tiny, monkeypatch)
 
 
 def test_a_stop_in_the_middle_says_how_far_it_came(run, tmp_path, photo, tiny, monkeypatch):
-    real, calls = draw.save_png, []
+    real = draw.save_png
 
     def save(path, pixels):
-        calls.append(path)
-        if len(calls) == 3:
+        if path.name == "2.png":
             raise KeyboardInterrupt
         real(path, pixels)
 

@@ -241,11 +241,10 @@ def test_files_of_the_user_s_own_are_not_replaced_unasked(run, picture, tmp_path
 def test_a_stop_in_the_middle_says_how_far_it_came(run, folder, tmp_path, monkeypatch):
     from tinyvit.images import draw
 
-    real, calls = draw.save_png, []
+    real = draw.save_png
 
     def save(path, pixels):
-        calls.append(path)
-        if len(calls) == 3:
+        if path.name.startswith("c."):
             raise KeyboardInterrupt
         real(path, pixels)
 

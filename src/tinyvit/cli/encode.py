@@ -133,8 +133,8 @@ def _run(own: Console, job: Job, pictures: Sequence[PictureFile]) -> list[Outcom
                 update(len(outcomes), len(pictures))
                 if outcome.state == "failed":
                     console.complain(f"failed: {outcome.reason}")
-    except (KeyboardInterrupt, CheckpointError, OSError):
-        if outcomes:
+    except (KeyboardInterrupt, CheckpointError, OSError) as err:
+        if outcomes or isinstance(err, KeyboardInterrupt):  # files are written ahead of outcomes
             done = f"{len(outcomes)} of {counted(len(pictures), 'picture')}"
             own.say(f"stopped after {done}; the same command goes on from there")
         raise

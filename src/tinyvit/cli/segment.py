@@ -198,8 +198,8 @@ def _run(own: Console, job: Job, work: Work, as_json: bool, has_bar: bool) -> bo
                 update(len(outcomes), len(work.tasks))
                 if outcome.state == "failed":
                     console.complain(f"failed: {outcome.reason}")
-    except (KeyboardInterrupt, CheckpointError, OSError):
-        if outcomes:
+    except (KeyboardInterrupt, CheckpointError, OSError) as err:
+        if outcomes or isinstance(err, KeyboardInterrupt):  # files are written ahead of outcomes
             done = f"{len(outcomes)} of {counted(len(work.tasks), 'picture')}"
             own.say(f"stopped after {done}; the same command goes on from there")
         raise
