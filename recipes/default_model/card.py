@@ -38,9 +38,10 @@ package. Whether a licence of training pictures reaches the weights is not settl
 that matters to you, load other weights (`tinyvit models` lists them)."""
 
 LIMITS = """\
-It has learnt from cut-out objects pasted on photographs, and no person has drawn a mask for it. It
-knows no classes and no text. What is unlike the pictures below it has never seen: measure it on
-your own (`tinyvit evaluate segment`) before you rely on it."""
+It has learnt from cut-out objects pasted on photographs, and from regions that an algorithm found
+by their colours; no person has drawn a mask for it. It knows no classes and no text. What is unlike
+the pictures below it has never seen: measure it on your own (`tinyvit evaluate segment`) before you
+rely on it."""
 
 
 def describe_supply(work: Path, split: str = "train") -> list[str]:
@@ -140,6 +141,7 @@ def write_card(
     *,
     name: str = DEFAULT_CHECKPOINT,
     model: str | None = None,
+    began_with: str = "",
 ) -> str:
     """The card as Markdown.
 
@@ -151,6 +153,7 @@ def write_card(
         training: What ``describe_training`` gives.
         name: Of the weights in the catalog.
         model: Of the weights in the results; None takes the file's stem.
+        began_with: What is to be said of the weights that the training began with.
 
     Raises:
         ValueError: The results are of other weights.
@@ -185,10 +188,11 @@ def write_card(
         "\n".join(f"- {sentence}" for sentence in verdicts(results, model)),
         f"Measured with: {_machine(results['machine'])}.",
         f"## What it cannot do\n\n{LIMITS}",
-        "## Data and licences\n\nTrained on composites made from these pictures, each of which a "
-        "public package ships:",
+        "## Data and licences\n\nTrained on composites of these objects and backgrounds, and on "
+        "regions of these backgrounds; a public\npackage ships each of the pictures:",
         "\n".join(supply),
         LICENCE,
+        f"## What the training began with\n\n{began_with.strip()}" if began_with else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -260,8 +264,17 @@ def build(
     """
     results = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
     tables = (evaluation / "evaluation.md").read_text(encoding="utf-8")
-    training = describe_training(read_history(work, stages), machine)
-    text = write_card(weights, results, tables, describe_supply(work), training, name=name)
+    history = read_history(work, stages)
+    about = (stages.parent / history.start).with_name("README.md") if history.start else None
+    text = write_card(
+        weights,
+        results,
+        tables,
+        describe_supply(work),
+        describe_training(history, machine),
+        name=name,
+        began_with=about.read_text(encoding="utf-8") if about and about.is_file() else "",
+    )
     part = target.with_name(f".{target.name}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(target)

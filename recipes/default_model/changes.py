@@ -18,7 +18,12 @@ _BILINEAR, _BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 RGB = NDArray[np.uint8]
 
 
-def crop(picture: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+def crop(
+    picture: Image.Image,
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    resample: Image.Resampling = _BILINEAR,
+) -> Image.Image:
     """A random part of a picture at another size."""
     width, height = size
     most = min(picture.width / width, picture.height / height)
@@ -26,7 +31,7 @@ def crop(picture: Image.Image, size: tuple[int, int], rng: np.random.Generator) 
     x = rng.uniform(0, picture.width - scale * width)
     y = rng.uniform(0, picture.height - scale * height)
     box = (x, y, x + scale * width, y + scale * height)
-    part = picture.resize(size, _BILINEAR, box=box, reducing_gap=2.0)
+    part = picture.resize(size, resample, box=box, reducing_gap=2.0)
     return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else part
 
 

@@ -23,6 +23,8 @@ from PIL import Image
 from canvas import Canvas
 from changes import as_a_camera, blob, changed, crop, gradient, recoloured
 from manifest import Background, Row, read_rows
+from photographs import draw_regions
+from regions import regions_path
 
 __all__ = ["Composite", "CompositeSet", "Look", "Split"]
 
@@ -98,6 +100,8 @@ class CompositeSet(Sequence[Composite]):
         length: How many there are.
         weights: How often each kind of object is drawn; kinds that are not named are left out.
         look: How they look.
+        regions: How often, 0 to 1, a number is no composite but a photograph as it is, with
+            regions of it as masks; see ``photographs.py``.
 
     Raises:
         ValueError: The supply has no object or background of that split.
@@ -112,6 +116,7 @@ class CompositeSet(Sequence[Composite]):
         default_factory=lambda: {"photo": 0.35, "render": 0.35, "emoji": 0.2, "clipart": 0.1}
     )
     look: Look = field(default_factory=Look)
+    regions: float = 0.0
 
     def __post_init__(self) -> None:
         kinds = {kind: _objects(self.work, kind, self.split) for kind in self.weights}
@@ -140,6 +145,10 @@ class CompositeSet(Sequence[Composite]):
         """(RGB [H, W, 3] uint8, masks [N, H, W] bool with N >= 1, a label for each)."""
         for attempt in range(20):
             rng = np.random.default_rng([self.seed, number, attempt])
+            if self.regions and rng.random() < self.regions:
+                if (found := self._photograph(rng)) is not None:
+                    return found
+                continue
             canvas = self._canvas(rng)
             drawn = self._paste_all(canvas, rng)
             if drawn is not None:
@@ -147,15 +156,29 @@ class CompositeSet(Sequence[Composite]):
                 return as_a_camera(canvas.image, rng), masks, labels
         raise ValueError(f"composite {number}: no object stays visible; is the supply empty?")
 
-    def _canvas(self, rng: np.random.Generator) -> Canvas:
-        """A crop of a background, sometimes a plain one."""
+    def _photograph(
+        self, rng: np.random.Generator
+    ) -> tuple[RGB, NDArray[np.bool_], tuple[str, ...]] | None:
+        """A photograph as it is, with regions of it as masks."""
+        files = _backgrounds(self.work, self.split)
+        file = files[rng.integers(len(files))]
+        found = draw_regions(file, regions_path(self.work, file.name), self._sides(rng), rng)
+        return None if found is None else (*found, ("region",) * len(found[1]))
+
+    def _sides(self, rng: np.random.Generator) -> tuple[int, int]:
+        """(width, height) of a picture."""
         shape = _SHAPES[rng.integers(len(_SHAPES))]
         width = self.size if shape >= 1 else round(self.size * shape)
         height = self.size if shape <= 1 else round(self.size / shape)
+        return width, height
+
+    def _canvas(self, rng: np.random.Generator) -> Canvas:
+        """A crop of a background, sometimes a plain one."""
+        sides = self._sides(rng)
         if rng.random() < 0.08:
-            return Canvas(gradient((width, height), rng))
+            return Canvas(gradient(sides, rng))
         files = _backgrounds(self.work, self.split)
-        picture = crop(_background(files[rng.integers(len(files))]), (width, height), rng)
+        picture = crop(_background(files[rng.integers(len(files))]), sides, rng)
         return Canvas(recoloured(picture, 0.25, rng))
 
     def _paste_all(
@@ -234,7 +257,7 @@ def _background(path: Path) -> Image.Image:
     return picture
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=8192)  # all of them: a few 100 MB in each process that draws
 def _rgba(path: Path) -> Image.Image:
     with Image.open(path) as image:
         cutout: Image.Image = image.convert("RGBA")

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from history import keep_results, trained_by
-from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.errors import TinyViTError
 
 __all__ = ["Choices", "Places", "Step", "main", "run", "steps_of"]
@@ -50,7 +49,7 @@ class Choices:
     composites: int = 200
     tiny: bool = False
     machine: str = ""
-    beside: tuple[str, ...] = (DEFAULT_CHECKPOINT,)
+    beside: tuple[str, ...] = (f"first={HERE / 'start' / 'first.safetensors'}",)
 
     @property
     def table(self) -> Path:
@@ -139,6 +138,7 @@ def steps_of(choices: Choices) -> list[Step]:
         Step("objects", "cut out objects", _builder("objects", work)),
         Step("renders", "render 3D models", _builder("render", work)),
         Step("backgrounds", "choose background photographs", _builder("backgrounds", work)),
+        Step("regions", "find the regions of the photographs", _builder("regions", work)),
         Step("train", "train the network", lambda: _train(choices)),
         Step(
             "shrink",
@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
-    except (TinyViTError, ValueError, OSError) as err:
+    except (TinyViTError, ValueError, OSError, ImportError) as err:
         print(f"error: {err}", file=sys.stderr)
         return 1
     return 0

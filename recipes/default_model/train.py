@@ -97,9 +97,11 @@ def _task(work: Path, stage: Stage, start: str) -> Segment:
     """The task of a stage."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stage["seed"])
-        sam = build_sam(start or None, stage["model"], img_size=stage["img_size"])
+        sam = build_sam(beside(start) or None, stage["model"], img_size=stage["img_size"])
     look = {"size": stage["img_size"], "weights": dict(stage["kinds"])}
-    learnt = CompositeSet(work, "train", seed=stage["seed"], **look)
+    learnt = CompositeSet(
+        work, "train", seed=stage["seed"], regions=stage.get("regions", 0.0), **look
+    )
     held_out = CompositeSet(work, "val", seed=0, length=10_000, **look)
     return Segment(
         sam,
@@ -111,15 +113,21 @@ def _task(work: Path, stage: Stage, start: str) -> Segment:
     )
 
 
+def beside(start: str) -> str:
+    """A file of the recipe by its path there; anything else as it is."""
+    own = STAGES.parent / start
+    return str(own) if start and own.is_file() else start
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("stage", nargs="*", help="which stages; all by default")
-    parser.add_argument("--start", default="", help="weights that the first of them begins with")
+    parser.add_argument("--weights", default="", help="weights that the first of them begins with")
     options = parser.parse_args()
     tinyvit.tune_allocator()
-    stages, start = read_stages(STAGES), options.start
+    stages, start = read_stages(STAGES), options.weights
     for name in options.stage or stages:
         start = str(
             run_stage(options.work, name, stages[name], start or stages[name]["start"], _say)

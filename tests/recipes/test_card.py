@@ -113,6 +113,21 @@ def test_the_card_has_every_part(tmp_path, tiny_sam_file, make_supply):
     assert str(tmp_path) not in text
 
 
+def test_the_card_tells_what_a_training_began_with(tmp_path, tiny_sam_file, make_supply):
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    (folder / "evaluation.json").write_text(json.dumps(results_for(tiny_sam_file)))
+    (folder / "evaluation.md").write_text("| a table |\n")
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "README.md").write_text("Found in a drawer.\n")
+    stages = tmp_path / "stages.toml"
+    stages.write_text('[learn]\nstart = "start/old.safetensors"\nbatch_size = 8\n')
+    places = make_supply(tmp_path / "work"), tiny_sam_file, folder, tmp_path / "CARD.md"
+    text = card.build(*places, stages=stages).read_text()
+    assert "| training | from `start/old.safetensors`, " in text
+    assert text.endswith("## What the training began with\n\nFound in a drawer.\n")
+
+
 def test_figures_of_other_weights_are_refused(tmp_path, tiny_sam_file):
     results = results_for(tiny_sam_file)
     results["weights"]["tiny"]["sha256"] = "0" * 64

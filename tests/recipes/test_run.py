@@ -53,19 +53,19 @@ def parts(tmp_path, monkeypatch, make_supply):
     return found
 
 
-ALWAYS = ["fetch", "objects", "render", "backgrounds", "train"]
+ALWAYS = ["fetch", "objects", "render", "backgrounds", "regions", "train"]
 
 
 def test_all_steps_in_order_and_again_what_is_not_done(tmp_path, parts, capsys):
     assert run.main([str(tmp_path)]) == 0
     assert parts.done == [*ALWAYS, "shrink", "evaluate", "card"]
     out = capsys.readouterr().out
-    assert "[1/8] fetch: fetch the packages that the pictures come from" in out
+    assert "[1/9] fetch: fetch the packages that the pictures come from" in out
     parts.done.clear()
     assert run.main([str(tmp_path)]) == 0
     assert parts.done == ALWAYS  # these know themselves what is done
     out = capsys.readouterr().out
-    for line in ("[6/8] shrink: done before", "[7/8] evaluate: done before", "[8/8] card: done"):
+    for line in ("[7/9] shrink: done before", "[8/9] evaluate: done before", "[9/9] card: done"):
         assert line in out
     parts.trained.write_text("trained anew")
     parts.done.clear()
@@ -139,7 +139,7 @@ def test_from_cut_outs_to_a_card(tmp_path, make_supply, make_photographs):
     work = make_supply(tmp_path / "work")
     photographs = make_photographs(tmp_path / "photographs")
     command = [sys.executable, "-W", "error", str(RECIPE / "run.py"), str(work), "--tiny"]
-    steps = [f"--only={name}" for name in ("train", "shrink", "evaluate", "card")]
+    steps = [f"--only={name}" for name in ("regions", "train", "shrink", "evaluate", "card")]
     done = subprocess.run(
         [*command, *steps, "--photographs", str(photographs)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -150,7 +150,7 @@ def test_from_cut_outs_to_a_card(tmp_path, make_supply, make_photographs):
     assert done.returncode == 0, done.stderr
     results = json.loads((work / "evaluation" / "evaluation.json").read_text())
     assert set(results["sets"]) == {"photographs", "composites"}
-    assert set(results["sets"]["photographs"]["models"]) == {"starter", "tinyvit_starter"}
+    assert set(results["sets"]["photographs"]["models"]) == {"starter", "first"}
     assert (work / "results" / "learn_curves.png").is_file()
     assert str(work) not in (work / "results" / "learn_settings.toml").read_text()
     card = (work / "weights" / "MODEL_CARD.md").read_text()

@@ -1,0 +1,166 @@
+"""Regions of the background photographs, found without anybody's help: what a label may follow.
+
+    python recipes/default_model/regions.py WORK
+
+A photograph is cut into superpixels (Felzenszwalb and Huttenlocher, 2004), and neighbours are
+merged in the order of Ward's criterion on their mean colours (CIELAB), so a small piece joins
+before a large one of the same contrast. Three stages of the merging are kept: parts, things, and
+whole stretches such as a sky. They are no objects: they teach where real edges in real photographs
+run, which a composite cannot.
+
+Leaves ``WORK/regions/NAME.png`` for each row of ``WORK/backgrounds/manifest.csv``: RGB, a stage in
+each channel from fine to coarse, a region's number in its pixels. Stopped at any moment, it goes on
+with the photographs that are left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cutouts import write_whole
+from manifest import Background, read_rows
+
+__all__ = ["build", "find_regions", "main", "regions_path"]
+
+LONGEST = 384
+_STAGES = 8.0, 16.0, 28.0  # of Ward's distance, see _distance
+_MOST = 255  # regions of a stage; larger ones have the lower numbers
+
+Labels = NDArray[np.int64]
+
+
+def regions_path(work: Path, photograph: str) -> Path:
+    """Where the regions of a background photograph are, by its file's name."""
+    return work / "regions" / f"{Path(photograph).stem}.png"
+
+
+def build(work: Path) -> int:
+    """Find the regions of every background that has none.
+
+    Args:
+        work: The folder of the recipe, with ``backgrounds``.
+
+    Returns:
+        For how many they were found; 0 if all were done before.
+
+    Raises:
+        FileNotFoundError: The backgrounds have not been made.
+        ImportError: scikit-image is missing.
+    """
+    rows = read_rows(work / "backgrounds" / "manifest.csv", Background)
+    left = [row for row in rows if not regions_path(work, row.file).is_file()]
+    for number, row in enumerate(left, 1):
+        with Image.open(work / "backgrounds" / row.file) as image:
+            picture = image.convert("RGB")
+        picture.thumbnail((LONGEST, LONGEST))
+        found = find_regions(np.asarray(picture))
+        write_whole(Image.fromarray(found), regions_path(work, row.file))
+        if number % 20 == 0 or number == len(left):
+            print(f"    regions: {number} of {len(left)} photographs", file=sys.stderr)
+    return len(left)
+
+
+def find_regions(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Find the regions of a photograph.
+
+    Args:
+        pixels: [H, W, 3] uint8, RGB.
+
+    Returns:
+        [H, W, 3] uint8: for each stage the number of the region a pixel is in, 1 for the largest;
+        0 where there are more than 255.
+
+    Raises:
+        ImportError: scikit-image is missing.
+    """
+    try:
+        from skimage import color, filters, graph, segmentation
+    except ImportError as err:
+        raise ImportError(
+            f"{err}; regions need scikit-image: "
+            "pip install -r recipes/default_model/requirements.txt"
+        ) from err
+    lab = color.rgb2lab(filters.gaussian(pixels, 1.5, channel_axis=-1))
+    pieces = segmentation.felzenszwalb(pixels, scale=40, sigma=0.8, min_size=40)
+    regions = _neighbours(graph.RAG(), pieces, lab)
+    share = 0.01 * pieces.size
+
+    def weigh(regions: Any, _: int, target: int, other: int) -> dict[str, float]:
+        return {"weight": _distance(regions.nodes[target], regions.nodes[other], share)}
+
+    def join(regions: Any, source: int, target: int) -> None:
+        for fact in ("count", "sum"):
+            regions.nodes[target][fact] += regions.nodes[source][fact]
+
+    for one, other in regions.edges:
+        regions.edges[one, other].update(weigh(regions, one, one, other))
+    stages = []
+    for threshold in _STAGES:  # each goes on with the graph that the one before it left
+        merged = graph.merge_hierarchical(
+            pieces,
+            regions,
+            thresh=threshold,
+            rag_copy=False,
+            in_place_merge=True,
+            merge_func=join,
+            weight_func=weigh,
+        )
+        stages.append(_numbered(merged))
+    return np.stack(stages, -1)
+
+
+def _neighbours(regions: Any, pieces: Labels, lab: NDArray[np.float64]) -> Any:
+    """The pieces as nodes of an empty graph, with an edge where two share a border."""
+    counts = np.bincount(pieces.ravel())
+    sums = np.stack(
+        [np.bincount(pieces.ravel(), plane.ravel()) for plane in np.moveaxis(lab, -1, 0)]
+    )
+    for number, count in enumerate(counts):
+        regions.add_node(number, labels=[number], count=int(count), sum=sums[:, number])
+    beside = np.stack((pieces[:, :-1].ravel(), pieces[:, 1:].ravel()))
+    below = np.stack((pieces[:-1].ravel(), pieces[1:].ravel()))
+    pairs = np.unique(np.sort(np.concatenate((beside, below), 1), axis=0), axis=1)
+    regions.add_edges_from(pairs[:, pairs[0] != pairs[1]].T.tolist())
+    return regions
+
+
+def _distance(one: Any, other: Any, share: float) -> float:
+    """The root of Ward's criterion: a difference in CIELAB, larger the more pixels it concerns."""
+    own, theirs = one["count"], other["count"]
+    apart = np.linalg.norm(one["sum"] / own - other["sum"] / theirs)
+    return float(apart * np.sqrt(own * theirs / (own + theirs) / share))
+
+
+def _numbered(labels: Labels) -> NDArray[np.uint8]:
+    """Regions numbered from 1 by falling size, as far as a byte goes."""
+    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    rank = np.empty(len(counts), np.int64)
+    rank[np.argsort(-counts, kind="stable")] = np.arange(1, len(counts) + 1)
+    rank[rank > _MOST] = 0
+    return rank[inverse].reshape(labels.shape).astype(np.uint8)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; gives the exit status."""
+    parser = argparse.ArgumentParser(description="Find the regions of the background photographs.")
+    parser.add_argument("work", type=Path)
+    given = parser.parse_args(arguments)
+    try:
+        made = build(given.work)
+    except (ValueError, OSError, ImportError) as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 1
+    print(f"regions of {made} photographs" if made else "done before")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
