@@ -46,6 +46,8 @@ class Choices:
         size: Their longest side in pixels.
         seed: Of the composites.
         most_masks: Stop after so many masks of each set; None measures all.
+        floors: An earlier ``evaluation.json`` of the same pictures, whose floors are taken: they do
+            not hang on the model, and GrabCut is slow. None measures them.
     """
 
     photographs: Path | None = None
@@ -54,6 +56,7 @@ class Choices:
     size: int = 256
     seed: int = 2024
     most_masks: int | None = None
+    floors: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ def measure(
     *,
     out: Path | None = None,
     most_masks: int | None = None,
+    earlier: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Measure every model on every set.
@@ -119,6 +123,7 @@ def measure(
         sets: What to measure on.
         out: Folder of the contact sheets; None draws none.
         most_masks: Stop after so many masks of each set.
+        earlier: What this function gave for the same sets; its floors are taken.
         say: Told what is being done.
 
     Returns:
@@ -126,11 +131,11 @@ def measure(
         and, by name of each set, its figures; single masks under ``cases``.
 
     Raises:
-        ValueError: A set holds not one good mask.
+        ValueError: A set holds not one good mask, or ``earlier`` is of other pictures.
         CheckpointError: A file cannot be read, or holds no whole SAM.
     """
     results: dict[str, Any] = {
-        "grabcut": find_spec("cv2") is not None,
+        "grabcut": earlier["grabcut"] if earlier else find_spec("cv2") is not None,
         "machine": machine_facts(),
         "weights": {name: _file_facts(path) for name, path in weights.items()},
         "sets": {},
@@ -142,7 +147,10 @@ def measure(
             sheet = None if out is None else ContactSheet()
             # The floors are those of the pictures, not of the model: once is enough.
             settings = MeasureSettings(
-                (1, 3), most_clicks=3, with_floors=not reports, most_masks=most_masks
+                (1, 3),
+                most_clicks=3,
+                with_floors=not (reports or earlier),
+                most_masks=most_masks,
             )
             reports[name] = evaluate_segment(
                 path,
@@ -155,8 +163,32 @@ def measure(
             )
             if sheet is not None and out is not None:
                 sheet.save(out / f"{pictures.name}_{name}.png", f"{name}, one click")
-        results["sets"][pictures.name] = _figures(pictures, reports)
+        figures = _figures(pictures, reports)
+        if earlier:
+            figures["floors"] = _floors_of(earlier, pictures.name, figures)
+        results["sets"][pictures.name] = figures
     return results
+
+
+def _floors_of(
+    earlier: Mapping[str, Any], name: str, figures: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The floors of a set that was measured before.
+
+    Raises:
+        ValueError: It was not, or had other pictures.
+    """
+    found = earlier["sets"].get(name)
+    if found is None:
+        raise ValueError(f"the earlier evaluation has no {name}; measure their floors with them")
+    if any(found[key] != figures[key] for key in ("pictures", "masks", "left_out")):
+        raise ValueError(
+            f"the earlier evaluation has other {name}: {found['masks']} masks of "
+            f"{found['pictures']} pictures, not {figures['masks']} of {figures['pictures']}; "
+            "measure the floors anew"
+        )
+    floors: Mapping[str, Any] = found["floors"]
+    return floors
 
 
 def _file_facts(path: str) -> dict[str, object]:
@@ -246,7 +278,17 @@ def build(
         CheckpointError: A file cannot be read, or holds no whole SAM.
     """
     out.mkdir(parents=True, exist_ok=True)
-    results = measure(weights, open_sets(choices), out=out, most_masks=choices.most_masks, say=say)
+    earlier = None
+    if choices.floors is not None:
+        earlier = json.loads(choices.floors.read_text(encoding="utf-8"))
+    results = measure(
+        weights,
+        open_sets(choices),
+        out=out,
+        most_masks=choices.most_masks,
+        earlier=earlier,
+        say=say,
+    )
     cases = {
         name: {model: figures.pop("cases") for model, figures in found["models"].items()}
         for name, found in results["sets"].items()
@@ -288,10 +330,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--composites", type=int, default=Choices.composites)
     parser.add_argument("--size", type=int, default=Choices.size, help="of composites, pixels")
     parser.add_argument("--most-masks", type=int, help="of each set; default all")
+    parser.add_argument("--floors", type=Path, help="earlier evaluation.json to take floors from")
     parser.add_argument("--out", type=Path, default=Path("evaluation"))
     given = parser.parse_args(arguments)
     sets = given.photographs, given.work, given.composites, given.size
-    choices = Choices(*sets, most_masks=given.most_masks)
+    choices = Choices(*sets, most_masks=given.most_masks, floors=given.floors)
     build(named(given.weights), choices, given.out)
     print((given.out / MARKDOWN).read_text(encoding="utf-8"))
 
