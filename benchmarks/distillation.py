@@ -41,8 +41,9 @@ from tinyvit.train.segment import Segment
 from tinyvit.train.teachers import open_teacher, store_features
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "recipes" / "default_model"))
-TEACHER = "tinyvit_starter"
+RECIPE = HERE.parent / "recipes" / "default_model"
+sys.path.insert(0, str(RECIPE))
+TEACHER = str(RECIPE / "start" / "first.safetensors")
 KINDS = {"photo": 0.5, "render": 0.5}
 WARM_STEPS = 4
 COLUMNS = "cosine", "cosine_centred", "1 click", "3 clicks", "box"

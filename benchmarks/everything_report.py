@@ -17,8 +17,8 @@ Written by `benchmarks/everything.py`. From the picture to the masks: encoding, 
 of points, filters, duplicates; each contestant in a process of its own, in turn, with the same
 weights and arguments. Times hold for this machine and this run; compare ratios.
 
-**The weights.** Published ones were not at hand. `starter` is the small trained model that ships
-inside the package, at 256 pixels. `5m` is MobileSAM's network at 1024 pixels for its speed: a
+**The weights.** Published ones were not at hand. `starter` is the small trained model that shipped
+inside the package first, at 256 pixels. `5m` is MobileSAM's network at 1024 pixels for its speed: a
 random encoder with a neck fitted to the starter's embedding of these photographs, and the starter's
 heads with logits ten times as steep (`benchmarks/sam_weights.py`). Their estimates of IoU and their
 stability are lower than those of published weights, so the thresholds are too, the same for all: so

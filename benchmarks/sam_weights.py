@@ -1,6 +1,6 @@
 """Weights for a whole SAM that finds things in photographs, at two sizes, without a download.
 
-``starter``: the weights that ship inside the package, at their own size (256 pixels, small).
+``starter``: the weights that shipped inside the package first, at their own size (256 pixels).
 
 ``5m``: the network of MobileSAM at 1024 pixels, for its speed. The encoder has the random weights
 of ``weights.py``; its neck is fitted by least squares, so that its embedding of the given
@@ -18,8 +18,8 @@ from weights import weights
 
 import tinyvit
 from tinyvit.checkpoints import from_canonical, read_state_dict, write_state_dict
-from tinyvit.factory import find_checkpoint
 
+STARTER = Path(__file__).parents[1] / "recipes" / "default_model" / "start" / "first.safetensors"
 KINDS = {"starter": ("tiny_vit_2m_sam", 256), "5m": ("tiny_vit_5m_sam", 1024)}
 HYPERNETWORKS = "mask_decoder.output_hypernetworks_mlps."
 STEEPNESS = 10  # logits of the starter are flat, those of published weights reach 20 and more
@@ -34,7 +34,7 @@ def write_weights(folder: Path, kind: str, pictures: Sequence[str]) -> None:
     """
     if kind not in KINDS:
         raise ValueError(f"unknown weights {kind!r}; there are {', '.join(KINDS)}")
-    starter = read_state_dict(find_checkpoint("tinyvit_starter")[0]).tensors
+    starter = read_state_dict(STARTER).tensors
     state = {key: value.float() for key, value in starter.items()}
     if kind == "5m":
         state = {key: value for key, value in state.items() if key.startswith(PARTS)}
@@ -49,7 +49,7 @@ def write_weights(folder: Path, kind: str, pictures: Sequence[str]) -> None:
 @torch.inference_mode()
 def fitted_encoder(pictures: Sequence[str]) -> torch.nn.Module:
     """A 5M encoder of random weights whose neck gives nearly the starter's embedding."""
-    small = tinyvit.create_model(checkpoint="tinyvit_starter")
+    small = tinyvit.create_model(checkpoint=STARTER)
     model = tinyvit.create_model("tiny_vit_5m_sam")
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     model.load_state_dict({key: torch.from_numpy(v) for key, v in weights(shapes).items()})

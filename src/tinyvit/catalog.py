@@ -247,7 +247,7 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
         "Apache-2.0", "shipped inside the package", embedded=True,
         sha256="56646597e6021ff917122c810baf3e66aefa4764a2e8c4983015838e2874931f",
         note="Small and weak, for a first try without a download; trained on GPL-2, CC-BY-SA, "
-        "CC-BY and CC0 pictures, see its model card.",
+        "CC-BY, MIT and CC0 pictures, see its model card.",
     ),
     Checkpoint(
         "mobile_sam", "tiny_vit_5m_sam", "mobile_sam", "mobile_sam.pt", "torch",

@@ -97,7 +97,8 @@ def accumulate_gradient(
     for number, part in enumerate(keys):
         batch = next(batches)
         parts.append((part, batch))
-        seed = derived_seed(settings.seed, step, number, processes.rank)
+        # the same in all processes, so that chance gives each as much to do: they wait for the last
+        seed = derived_seed(settings.seed, step, number, 0)
         with processes.adding_up(learner, is_last=number == len(keys) - 1):
             loss, figures = learner(_moved(batch, processes.device, settings.channels_last), seed)
             # the processes' gradients are averaged, hence their number
