@@ -180,7 +180,7 @@ def write_card(
     parts = [
         f"# {name}",
         "The weights that ship inside the package, so that everything runs offline from the first "
-        "minute.\n`recipes/default_model` makes them from nothing with one command.",
+        "minute.\n`recipes/default_model` makes them with one command.",
         "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]),
         "## What it can do",
         "Mean IoU of its masks, beside the floors that need no network.",

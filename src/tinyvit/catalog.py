@@ -245,7 +245,7 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
     Checkpoint(
         "tinyvit_starter", "tiny_vit_2m_sam", "tinyvit_sam", "starter.safetensors", "safetensors",
         "Apache-2.0", "shipped inside the package", embedded=True,
-        sha256="56646597e6021ff917122c810baf3e66aefa4764a2e8c4983015838e2874931f",
+        sha256="7ca65a63a8f91b86363b4347b7a899695f2445ab08ea15ac76dba7292a84ec13",
         note="Small and weak, for a first try without a download; trained on GPL-2, CC-BY-SA, "
         "CC-BY, MIT and CC0 pictures, see its model card.",
     ),
