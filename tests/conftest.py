@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -31,6 +32,12 @@ class TorchRandom:
 
 torch_random = TorchRandom()
 hypothesis.register_random(torch_random)
+
+
+def pytest_configure():
+    """Hear Ctrl-C also where the shell that started the tests in the background turned it off."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
