@@ -23,7 +23,7 @@ from PIL import Image
 from canvas import Canvas
 from changes import as_a_camera, blob, changed, crop, gradient, recoloured
 from manifest import Background, Row, read_rows
-from photographs import draw_regions
+from photographs import draw_regions, open_photograph
 from regions import regions_path
 
 __all__ = ["Composite", "CompositeSet", "Look", "Split"]
@@ -32,7 +32,6 @@ Split = Literal["train", "val", "test"]
 RGB = NDArray[np.uint8]
 
 _SHAPES = (1.0, 1.0, 4 / 3, 4 / 3, 3 / 2, 3 / 2, 3 / 4, 2 / 3, 16 / 9)
-_BILINEAR = Image.Resampling.BILINEAR
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ class CompositeSet(Sequence[Composite]):
         if rng.random() < 0.08:
             return Canvas(gradient(sides, rng))
         files = _backgrounds(self.work, self.split)
-        picture = crop(_background(files[rng.integers(len(files))]), sides, rng)
+        picture = crop(open_photograph(files[rng.integers(len(files))]), sides, rng)
         return Canvas(recoloured(picture, 0.25, rng))
 
     def _paste_all(
@@ -219,7 +218,7 @@ class CompositeSet(Sequence[Composite]):
         """A piece of another photograph in a shape that is no object."""
         files = _backgrounds(self.work, self.split)
         side = max(8, round(self.size * float(np.exp(rng.uniform(np.log(0.08), np.log(0.5))))))
-        piece = crop(_background(files[rng.integers(len(files))]), (side, side), rng)
+        piece = crop(open_photograph(files[rng.integers(len(files))]), (side, side), rng)
         piece.putalpha(blob(side, rng))
         return piece
 
@@ -246,15 +245,6 @@ def _backgrounds(work: Path, split: str) -> tuple[Path, ...]:
     wanted = "val" if split == "test" else split
     rows = read_rows(table, Background) if table.exists() else []
     return tuple(table.parent / row.file for row in rows if row.split == wanted)
-
-
-@lru_cache(maxsize=256)
-def _background(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        image.draft("RGB", (640, 640))
-        picture: Image.Image = image.convert("RGB")
-    picture.thumbnail((640, 640), _BILINEAR)
-    return picture
 
 
 @lru_cache(maxsize=8192)  # all of them: a few 100 MB in each process that draws

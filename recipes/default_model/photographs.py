@@ -1,4 +1,4 @@
-"""Background photographs as they are, with regions of them as masks; see ``regions.py``.
+"""Background photographs: opened, and as they are with regions of them as masks (``regions.py``).
 
 A person who clicks into a photograph means a thing, but the things of composites are all pasted.
 Regions follow the edges that real light made. Letters: N regions, H W the picture.
@@ -15,7 +15,7 @@ from PIL import Image
 
 from changes import as_a_camera, crop, recoloured
 
-__all__ = ["draw_regions"]
+__all__ = ["draw_regions", "open_photograph"]
 
 RGB = NDArray[np.uint8]
 
@@ -40,7 +40,8 @@ def draw_regions(
         (RGB [H, W, 3] uint8, masks [N, H, W] bool with N >= 1); None if no region there is
         neither too small, too large nor too thin.
     """
-    picture, stages = _opened(photograph, regions)
+    picture = open_photograph(photograph)
+    stages = _stages(regions, picture.size)
     stage = stages[int(rng.integers(len(stages)))]
     seed = int(rng.integers(2**62))  # the same part of both
     part = crop(picture, size, np.random.default_rng(seed))
@@ -61,12 +62,19 @@ def _is_shape(mask: NDArray[np.bool_]) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _opened(photograph: Path, regions: Path) -> tuple[Image.Image, tuple[Image.Image, ...]]:
-    """A photograph, and each stage of its regions at the same size."""
-    with Image.open(photograph) as image:
+def open_photograph(path: Path) -> Image.Image:
+    """A background, RGB, longest side at most 640 pixels; kept in memory, not to be changed."""
+    with Image.open(path) as image:
         image.draft("RGB", (_LONGEST, _LONGEST))
         picture: Image.Image = image.convert("RGB")
     picture.thumbnail((_LONGEST, _LONGEST), Image.Resampling.BILINEAR)
-    with Image.open(regions) as image:
-        stages = image.convert("RGB").resize(picture.size, Image.Resampling.NEAREST).split()
-    return picture, stages
+    return picture
+
+
+@lru_cache(maxsize=256)
+def _stages(path: Path, size: tuple[int, int]) -> tuple[Image.Image, ...]:
+    """Each stage of a photograph's regions, at the photograph's size."""
+    with Image.open(path) as image:
+        scaled = image.convert("RGB").resize(size, Image.Resampling.NEAREST)
+    stages: tuple[Image.Image, ...] = scaled.split()
+    return stages
