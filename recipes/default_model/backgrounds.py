@@ -3,7 +3,7 @@
     python recipes/default_model/backgrounds.py WORK
 
 Leaves ``WORK/backgrounds/*.jpg`` and, last of all, ``WORK/backgrounds/manifest.csv``: the table is
-there if all its pictures are. Which photographs, and under which licences, says
+there if all its pictures are. Which photographs, under which licences and whose, says
 ``selection/backgrounds.csv``, chosen by eye. A source ``a.rcc:b`` is the file ``b`` in the Qt
 resource file ``a.rcc``. ``selection/held_out.csv`` lists photographs that models are measured on;
 none of them may be chosen. Packages must have been fetched.

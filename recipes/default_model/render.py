@@ -5,7 +5,8 @@
 Reads the package in WORK/packages. Writes WORK/objects/render/*.png, WORK/objects/render.csv, and
 one small file of notes per model, from which an interrupted run goes on: a view that is done is
 not made again, and more views of a model leave its first ones as they are. All chance comes from
-the names of the models. ``models.csv`` says which models are used and which split each is in.
+the names of the models. ``models.csv`` says which models are used, which split each is in, and who
+made it.
 """
 
 from __future__ import annotations

@@ -288,3 +288,4 @@ def test_the_table_of_models_is_sound():
     assert len(set(names)) == len(names) == 551
     assert {row["library"] for row in rows} == set(render.LICENSES)
     assert {row["split"] for row in rows} == set(SPLITS)
+    assert all(row["author"] for row in rows)  # CC-BY wants them named

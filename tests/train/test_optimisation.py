@@ -86,3 +86,48 @@ def test_clipping_by_hand(most, wanted):
     assert float(clip_gradients(optimiser, most)) == 5
     # torch adds 1e-6 to the norm before it divides
     torch.testing.assert_close(layer.weight.grad, torch.tensor([wanted]), rtol=1e-6, atol=0)
+
+
+class TestMuon:
+    def test_matrices_of_linear_layers_go_to_muon_and_the_rest_to_adamw(self, make_tiny_vit):
+        model = make_tiny_vit()
+        model.tokens = nn.Embedding(2, 4)
+        optimiser = make_optimiser(model, TrainSettings(folder="x", optimiser="muon"))
+        names = [name for group in optimiser.param_groups for name in group["names"]]
+        assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+        by_muon = {
+            name
+            for group in optimiser.param_groups
+            if "ns_steps" in group
+            for name in group["names"]
+        }
+        linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        assert by_muon == linear
+        assert {g["weight_decay"] for g in optimiser.param_groups if "ns_steps" in g} == {0.05}
+
+    def test_a_step_is_as_long_as_adamws_and_orthogonal(self):
+        layer = nn.Linear(32, 64)
+        before = layer.weight.detach().clone()
+        optimiser = make_optimiser(
+            layer, TrainSettings(folder="x", optimiser="muon", weight_decay=0.0)
+        )
+        set_rates(optimiser, 0.01)
+        generator = torch.Generator().manual_seed(0)
+        layer.weight.grad = torch.randn(64, 32, generator=generator)
+        layer.bias.grad = torch.ones(64)
+        bias = layer.bias.detach().clone()
+        optimiser.step()
+        moved = (layer.weight.detach() - before) / 0.01
+        scale = 0.2 * 64**0.5  # Liu et al.: a root mean square of 0.2, for a matrix of full rank
+        values = torch.linalg.svdvals(moved) / scale
+        assert 0.5 < values.min() < values.max() < 1.3  # five Newton-Schulz steps come that near
+        torch.testing.assert_close(bias - layer.bias.detach(), torch.full((64,), 0.01))
+
+    def test_nothing_for_it(self):
+        with pytest.raises(ValueError, match="matrices of linear layers, and none of them moves"):
+            make_optimiser(nn.Conv2d(3, 4, 3), TrainSettings(folder="x", optimiser="muon"))
+
+    def test_a_torch_without_it(self, monkeypatch):
+        monkeypatch.delattr(torch.optim, "Muon")
+        with pytest.raises(ValueError, match=r"Muon is in torch 2\.9 and later"):
+            make_optimiser(nn.Linear(8, 8), TrainSettings(folder="x", optimiser="muon"))

@@ -14,9 +14,10 @@ from tinyvit.train.state import pack, read_state, sweep, unpack, write_state
 from .toy_task import make_model
 
 
-def trained(seed, steps=2):
+def trained(seed, steps=2, optimiser="adamw"):
     model = make_model(seed).to(memory_format=torch.channels_last)
-    optimiser = make_optimiser(model, TrainSettings(folder="x", learning_rate=0.1))
+    settings = TrainSettings(folder="x", learning_rate=0.1, optimiser=optimiser)
+    optimiser = make_optimiser(model, settings)
     ema = Ema(model, 0.9)
     for step in range(steps):
         model(torch.randn(2, 3, 16, 16)).square().sum().backward()
@@ -25,16 +26,18 @@ def trained(seed, steps=2):
     return model, ema.model, optimiser
 
 
-def test_everything_comes_back_bit_for_bit(tmp_path):
-    parts = trained(0)
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_everything_comes_back_bit_for_bit(tmp_path, optimiser):
+    parts = trained(0, optimiser=optimiser)
     write_state(tmp_path, pack(*parts), {"tally": {"step": 2, "best": 0.1 + 0.2}})
     state = read_state(tmp_path)
     assert state.facts == {"tally": {"step": 2, "best": 0.1 + 0.2}}
-    others = trained(1, steps=0)
+    others = trained(1, steps=0, optimiser=optimiser)
     unpack(state.tensors, *others)
     was, now = pack(*parts), pack(*others)
     assert set(was) == set(now)
     assert any(key.endswith("/exp_avg_sq") for key in was)
+    assert any(key.endswith("/momentum_buffer") for key in was) == (optimiser == "muon")
     assert all(torch.equal(was[key], now[key]) and was[key].dtype == now[key].dtype for key in was)
     kernel = others[0].patch_embed.seq[2].c.weight
     assert others[2].state[kernel]["exp_avg"].stride() == kernel.stride()

@@ -59,7 +59,10 @@ LOOP = (
     Row("final_rate", "float", "The last rate, as a part of the highest.", 0.01, group=RATES),
     Row("layer_decay", "float", "Factor on the rate from a block to the one before it.", 1.0,
         group=RATES),
-    Row("weight_decay", "float", "AdamW's decay of matrices and kernels.", 0.05, group=RATES),
+    Row("optimiser", "text", "AdamW for everything, or Muon for the matrices of linear layers, which "
+        "learns faster from chance.", "adamw", ("--optimiser", "--optimizer"), ("adamw", "muon"),
+        group=RATES),
+    Row("weight_decay", "float", "Decay of matrices and kernels.", 0.05, group=RATES),
     Row("beta1", "float", "AdamW's memory of the gradient.", 0.9, group=RATES),
     Row("beta2", "float", "AdamW's memory of its square.", 0.999, group=RATES),
     Row("clip_norm", "float", "Largest norm of the gradient; 0 for none.", 1.0,

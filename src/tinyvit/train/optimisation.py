@@ -1,14 +1,16 @@
-"""AdamW's parameter groups, the rate of each step, and the limit on the gradient.
+"""The optimiser and its parameter groups, the rate of each step, and the limit on the gradient.
 
 A parameter's rate is the step's rate times its ``lr_scale``, which ``modules/learning_rates.py``
 sets block by block. What is trained on what is not known here.
 
-AdamW: Loshchilov and Hutter, ICLR 2019; the cosine: the same, ICLR 2017.
+AdamW: Loshchilov and Hutter, ICLR 2019; the cosine: the same, ICLR 2017. Muon: Jordan et al., 2024;
+the length of its steps: Liu et al., "Muon is Scalable for LLM Training", 2025.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -21,6 +23,7 @@ from tinyvit.modules.learning_rates import NO_DECAY
 from .settings import TrainSettings
 
 __all__ = [
+    "MuonAndAdamW",
     "NamedGroup",
     "Schedule",
     "clip_gradients",
@@ -121,12 +124,76 @@ def parameter_groups(
     return list(groups.values())
 
 
-def make_optimiser(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW over what may move."""
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for the matrices of linear layers, AdamW for everything else, as one optimiser.
+
+    Args:
+        matrices: Groups of parameters of two dimensions.
+        others: All other groups; may be empty.
+        betas: AdamW's.
+
+    Raises:
+        ValueError: This torch has no Muon.
+    """
+
+    def __init__(
+        self, matrices: list[NamedGroup], others: list[NamedGroup], betas: tuple[float, float]
+    ) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(
+                f"Muon is in torch 2.9 and later, and this is {torch.__version__}; install a newer "
+                "one, or take optimiser='adamw'"
+            )
+        self._parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(
+                [dict(group) for group in matrices], lr=0.0, adjust_lr_fn="match_rms_adamw"
+            )
+        ]
+        if others:
+            self._parts.append(
+                torch.optim.AdamW([dict(group) for group in others], lr=0.0, betas=betas)
+            )
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        for part in self._parts:
+            part.state = self.state
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of both."""
+        for part in self._parts:
+            part.step()
+
+
+def make_optimiser(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """The chosen optimiser over what may move.
+
+    Raises:
+        ValueError: Nothing may move; or Muon was chosen, and nothing that moves is the matrix of a
+            linear layer, or this torch has none.
+    """
     groups = parameter_groups(model, settings.weight_decay, settings.layer_decay)
-    return torch.optim.AdamW(
-        [dict(group) for group in groups], lr=0.0, betas=(settings.beta1, settings.beta2)
-    )
+    betas = settings.beta1, settings.beta2
+    if settings.optimiser == "adamw":
+        return torch.optim.AdamW([dict(group) for group in groups], lr=0.0, betas=betas)
+    linear = {id(one.weight) for one in model.modules() if isinstance(one, nn.Linear)}
+    matrices = _those(groups, lambda parameter: id(parameter) in linear)
+    if not matrices:
+        raise ValueError(
+            "optimiser='muon' is for the matrices of linear layers, and none of them moves; take "
+            "'adamw'"
+        )
+    return MuonAndAdamW(matrices, _those(groups, lambda parameter: id(parameter) not in linear),
+                        betas)  # fmt: skip
+
+
+def _those(groups: list[NamedGroup], is_one: Callable[[nn.Parameter], bool]) -> list[NamedGroup]:
+    """The groups with those parameters alone; without the groups that become empty."""
+    found: list[NamedGroup] = []
+    for group in groups:
+        pairs = [pair for pair in zip(group["params"], group["names"], strict=True)
+                 if is_one(pair[0])]  # fmt: skip
+        if pairs:
+            found.append({**group, "params": [p for p, _ in pairs], "names": [n for _, n in pairs]})
+    return found
 
 
 def set_rates(optimiser: torch.optim.Optimizer, rate: float) -> None:
