@@ -35,8 +35,8 @@ FLOORS = {
 LICENCE = """\
 No picture is contained in the weights file. The weights are offered under Apache-2.0, like the
 package. Whether a licence of training pictures reaches the weights is not settled everywhere; if
-that matters to you, load other weights (`tinyvit models` lists them). Who made the 3D models and the
-background photographs stands beside each in `recipes/default_model/models.csv` and
+that matters to you, load other weights (`tinyvit models` lists them). Who made the 3D models and
+the background photographs stands beside each in `recipes/default_model/models.csv` and
 `recipes/default_model/selection/backgrounds.csv`."""
 
 LIMITS = """\

@@ -59,9 +59,9 @@ LOOP = (
     Row("final_rate", "float", "The last rate, as a part of the highest.", 0.01, group=RATES),
     Row("layer_decay", "float", "Factor on the rate from a block to the one before it.", 1.0,
         group=RATES),
-    Row("optimiser", "text", "AdamW for everything, or Muon for the matrices of linear layers, which "
-        "learns faster from chance.", "adamw", ("--optimiser", "--optimizer"), ("adamw", "muon"),
-        group=RATES),
+    Row("optimiser", "text", "AdamW for everything, or Muon for the matrices of linear layers: "
+        "a step takes longer and learns more.", "adamw", ("--optimiser", "--optimizer"),
+        ("adamw", "muon"), group=RATES),
     Row("weight_decay", "float", "Decay of matrices and kernels.", 0.05, group=RATES),
     Row("beta1", "float", "AdamW's memory of the gradient.", 0.9, group=RATES),
     Row("beta2", "float", "AdamW's memory of its square.", 0.999, group=RATES),
