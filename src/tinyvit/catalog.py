@@ -245,7 +245,7 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
     Checkpoint(
         "tinyvit_starter", "tiny_vit_2m_sam", "tinyvit_sam", "starter.safetensors", "safetensors",
         "Apache-2.0", "shipped inside the package", embedded=True,
-        sha256="7ca65a63a8f91b86363b4347b7a899695f2445ab08ea15ac76dba7292a84ec13",
+        sha256="2e39be0bc20d60ff6a62c1c6d49d335e458f8fe078f1518775b4408b1edcc4a6",
         note="Small and weak, for a first try without a download; trained on GPL-2, CC-BY-SA, "
         "CC-BY, MIT and CC0 pictures, see its model card.",
     ),
