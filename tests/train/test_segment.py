@@ -144,17 +144,28 @@ def test_what_is_saved_loads_anywhere(tmp_path):
         torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0)
 
 
-def test_the_starter_gets_better_on_a_few_pictures(tmp_path):
+def spoil(module, share):
+    """Add noise to every matrix, a share of its own spread."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise * parameter.std() * share)
+
+
+def test_a_spoilt_decoder_gets_better_on_a_few_pictures(tmp_path):
     folder = write_shapes(tmp_path, 2, size=(120, 160))
     task = make_task(
         SegmentSettings(str(folder), str(folder), augment="none", objects=2, corrective_share=0.2)
     )
     task.model.image_encoder.requires_grad_(False)
     task.cached_features = 2
+    spoil(task.model.mask_decoder, 0.8)  # the shipped one is good at shapes already
     before = task.validate(task.model)
     learn(task, 25, 2e-4)
     after = task.validate(task.model)
-    assert after["mean_iou"] > before["mean_iou"] + 0.03
+    assert after["mean_iou"] > before["mean_iou"] + 0.1
 
 
 def test_one_picture_is_learnt_from_and_measured_on(tmp_path):
