@@ -79,8 +79,10 @@ def test_what_is_saved_is_what_was_measured(settings):
         assert ToyTask().validate(model) == pytest.approx(result.figures)
 
 
-def test_a_run_that_goes_on_is_the_unbroken_one(settings, tmp_path):
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_a_run_that_goes_on_is_the_unbroken_one(settings, tmp_path, optimiser):
     settings = replace(settings, ema_decay=0.9, accumulate=2, save_every=1, log_every=4)
+    settings = replace(settings, optimiser=optimiser)
     whole = train(ToyTask(noise=0.5), settings)
 
     class Stopping(Exception):

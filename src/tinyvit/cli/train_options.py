@@ -60,7 +60,7 @@ LOOP = (
     Row("layer_decay", "float", "Factor on the rate from a block to the one before it.", 1.0,
         group=RATES),
     Row("optimiser", "text", "AdamW for everything, or Muon for the matrices of linear layers: "
-        "a step takes longer and learns more.", "adamw", ("--optimiser", "--optimizer"),
+        "a step takes longer, and fewer may do.", "adamw", ("--optimiser", "--optimizer"),
         ("adamw", "muon"), group=RATES),
     Row("weight_decay", "float", "Decay of matrices and kernels.", 0.05, group=RATES),
     Row("beta1", "float", "AdamW's memory of the gradient.", 0.9, group=RATES),

@@ -67,7 +67,7 @@ class TrainSettings:
         learning_rate: The highest rate, of the last block, the heads and the neck.
         layer_decay: Factor on the rate from each block to the one before it; 1 for none.
         optimiser: "adamw"; or "muon" for the matrices of linear layers, with AdamW for the rest:
-            a step takes longer and learns more. One rate fits both.
+            a step takes longer, and fewer may do. One rate fits both.
         weight_decay: Decay of matrices and kernels; norms, biases, attention biases and
             embeddings have none.
         beta1: AdamW's memory of the gradient.
