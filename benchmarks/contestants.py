@@ -142,7 +142,7 @@ def _tinyvit(spec, batch, rest):
     """This package: ``tinyvit-BACKEND-PRECISION``, or a graph of it that needs no torch."""
     backend, _, precision = rest.partition("-")
     if backend == "openvinograph":
-        from tinyvit.inference.openvino_graph import OpenVINOGraph
+        from tinyvit.inference.graphs import OpenVINOGraph
 
         path = Path(spec["folder"]) / "tinyvit.onnx"
         graph = OpenVINOGraph(path, precision=precision, threads=spec["threads"])
@@ -203,7 +203,7 @@ def _prepare(spec, batch, rest):
         write_state_dict(path, from_canonical(state, family), metadata=strides)
     np.save(folder / "pictures.npy", pictures(spec["batch"], spec["size"]))
     if spec["export"]:
-        from tinyvit.inference.graphs import export_onnx
+        from tinyvit.inference.graph_backend import export_onnx
 
         model.load_state_dict(state)
         (folder / "tinyvit.onnx").write_bytes(export_onnx(model))

@@ -28,17 +28,16 @@ from PIL import Image
 
 import tinyvit
 from tinyvit.bench import machine_facts
-from tinyvit.evaluate.plain_predictor import PlainPredictor
-from tinyvit.evaluate.segment import MeasureSettings, evaluate_segment
+from tinyvit.evaluate.segment import MeasureSettings, PlainPredictor, evaluate_segment
 from tinyvit.modules import TinyViT
 from tinyvit.sam import build_sam
-from tinyvit.sam.encoding import spec_of
+from tinyvit.sam.embedding import spec_of
 from tinyvit.train import TrainSettings, train
-from tinyvit.train.distill_features import DistillFeaturesSettings, make_task
-from tinyvit.train.prompting import Prompting
-from tinyvit.train.scene_samples import SceneSampler
-from tinyvit.train.segment import Segment
-from tinyvit.train.teachers import open_teacher, store_features
+from tinyvit.train.tasks.distill import DistillFeaturesSettings
+from tinyvit.train.tasks.distill import make_features_task as make_task
+from tinyvit.train.tasks.prompting import Prompting
+from tinyvit.train.tasks.segment import SceneSampler, Segment
+from tinyvit.train.tasks.teachers import open_teacher, store_features
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parent / "recipes" / "default_model"
@@ -125,7 +124,7 @@ def masks_of(sam, scenes) -> dict[str, float]:
 
 def cosines(encoder: TinyViT, folder: Path, teacher) -> dict[str, float]:
     """``DistillFeatures``' figures on the held-out pictures."""
-    from tinyvit.train.feature_store import FeatureStore
+    from tinyvit.train.store import FeatureStore
 
     task = make_task(
         encoder, FeatureStore(folder / "features"), folder / "pictures",

@@ -16,16 +16,11 @@ from checkpoints.families import FAMILIES, SMALL, full, small
 from checkpoints.server import serving
 from tinyvit.catalog import CHECKPOINTS, VARIANTS, Checkpoint, Variant, get_variant
 from tinyvit.checkpoints import file_sha256, read_state_dict, write_state_dict
-from tinyvit.checkpoints.families import LAYOUTS, part_of
-from tinyvit.checkpoints.header import header_for
-from tinyvit.checkpoints.keymap import key_from_canonical, to_canonical
-from tinyvit.checkpoints.opening import find_checkpoint, open_checkpoint
+from tinyvit.checkpoints.families import LAYOUTS, key_from_canonical, part_of, to_canonical
+from tinyvit.checkpoints.files import header_for
+from tinyvit.checkpoints.open import find_checkpoint, open_checkpoint
 from tinyvit.errors import CheckpointError, DownloadError
-from tinyvit.factory import (
-    LoadReport,
-    create_model,
-    load_checkpoint,
-)
+from tinyvit.factory import LoadReport, create_model, load_checkpoint
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from checkpoints.families import full
 from tinyvit.catalog import get_variant
 from tinyvit.checkpoints import detect, read_state_dict, write_state_dict
-from tinyvit.checkpoints.keymap import key_from_canonical
+from tinyvit.checkpoints.families import key_from_canonical
 from tinyvit.errors import CheckpointError, DownloadError
 from tinyvit.hub import from_pretrained, push_to_hub, save_pretrained
 from tinyvit.image_spec import ImageSpec

@@ -178,7 +178,7 @@ def test_what_the_wheel_says(wheel: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     needed = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
-    assert len(needed) == 9
+    assert len(needed) == 10
     assert not [line for line in needed if line.startswith(("timm", "torchvision", "opencv"))]
     assert "tinyvit = tinyvit.cli.main:main" in points
 

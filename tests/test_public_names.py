@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import tinyvit
+from tinyvit import bench, checkpoints, evaluate, inference
 
 SOURCE = Path(tinyvit.__file__).parent
 
@@ -45,10 +46,18 @@ NAMES = [
 ]
 
 
+HOMES = {
+    alias.name: node.module
+    for node in ast.parse((SOURCE / "__init__.pyi").read_text(encoding="utf-8")).body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+}
+
+
 def test_the_list() -> None:
     assert tinyvit.__all__ == NAMES == sorted(NAMES)
     assert dir(tinyvit) == NAMES
-    assert {*tinyvit._HOMES, "__version__"} == set(NAMES)
+    assert {*HOMES, "__version__"} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,10 +67,7 @@ def test_each_name_is_what_stands_at_its_home(name: str) -> None:
     if name == "__version__":
         assert isinstance(value, str)
         return
-    module, _, attribute = tinyvit._HOMES[name].partition(":")
-    home = importlib.import_module(f"tinyvit.{module}")
-    assert getattr(home, attribute) is value
-    assert attribute in home.__all__
+    assert getattr(importlib.import_module(f"tinyvit.{HOMES[name]}"), name) is value
     assert value.__doc__ or name == "sam_model_registry"  # a mapping carries no text of its own
 
 
@@ -87,44 +93,40 @@ def test_star_gives_all() -> None:
 def test_an_unknown_name() -> None:
     with pytest.raises(AttributeError) as caught:
         tinyvit.create_modell  # noqa: B018
-    assert str(caught.value) == "module 'tinyvit' has no attribute 'create_modell'"
+    assert str(caught.value) == "No tinyvit attribute create_modell"
     assert not hasattr(tinyvit, "_no_such_name")
     with pytest.raises(ImportError, match="cannot import name 'Predictor'"):
         from tinyvit import Predictor  # noqa: F401
 
 
-def test_no_public_name_is_a_rooms_name() -> None:
-    rooms = {
+def test_no_public_name_is_a_packages_name() -> None:
+    packages = {
         path.stem
         for path in SOURCE.iterdir()
         if path.suffix == ".py" or (path.is_dir() and path.name != "__pycache__")
     }
-    assert {"modules", "checkpoints", "catalog", "images", "inference"} <= rooms
-    assert not rooms & set(NAMES)
-    assert not {room.lower() for room in rooms} & {name.lower() for name in NAMES}
+    assert {"modules", "checkpoints", "catalog", "images", "inference"} <= packages
+    assert not packages & set(NAMES)
+    assert not {package.lower() for package in packages} & {name.lower() for name in NAMES}
 
 
-def test_type_checkers_see_the_same_names_at_the_same_homes() -> None:
-    tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
-    blocks = [
-        node
-        for node in tree.body
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-    ]
-    assert len(blocks) == 1
-    homes = {}
-    for node in blocks[0].body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tinyvit."):
-            room = (node.module or "").removeprefix("tinyvit.")
-            for alias in node.names:
-                homes[alias.asname or alias.name] = f"{room}:{alias.name}"
-        elif isinstance(node, ast.Assign):
-            assert [ast.unparse(target) for target in node.targets] == ["__version__"]
-    assert homes == tinyvit._HOMES
-
-
-@pytest.mark.parametrize("room", ["modules", "checkpoints", "inference"])
-def test_the_rooms_lists_are_true(room: str) -> None:
-    module = importlib.import_module(f"tinyvit.{room}")
+@pytest.mark.parametrize(
+    "package", ["modules", "checkpoints", "inference", "sam", "train", "evaluate"]
+)
+def test_the_package_lists_are_true(package: str) -> None:
+    module = importlib.import_module(f"tinyvit.{package}")
     assert len(set(module.__all__)) == len(module.__all__)
     assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_results_are_of_public_types() -> None:
+    path = SOURCE / "weights" / "starter.safetensors"
+    found = tinyvit.inspect_checkpoint(path)
+    assert isinstance(found, checkpoints.Inspection)
+    assert isinstance(found.detection, checkpoints.Detection)
+    assert isinstance(checkpoints.read_state_dict(path), checkpoints.StateFile)
+    assert tinyvit.convert_checkpoint is checkpoints.convert
+    assert checkpoints.ConversionReport.__doc__
+    assert evaluate.ClassifyReport.__doc__
+    assert inference.Picture is not None
+    assert bench.serve.__doc__

@@ -22,11 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from tinyvit.bench.machine import machine_facts
-from tinyvit.checkpoints.opening import find_checkpoint
-from tinyvit.evaluate.contact_sheet import ContactSheet
-from tinyvit.evaluate.report import SegmentReport
-from tinyvit.evaluate.segment import LabelledPicture, MeasureSettings, evaluate_segment
-from tinyvit.train.mask_sets import open_mask_set
+from tinyvit.checkpoints.open import find_checkpoint
+from tinyvit.evaluate.segment import (
+    ContactSheet,
+    LabelledPicture,
+    MeasureSettings,
+    SegmentReport,
+    evaluate_segment,
+)
+from tinyvit.train.data.masks import open_mask_set
 
 __all__ = ["Choices", "Pictures", "build", "measure", "open_sets", "tables"]
 

@@ -25,8 +25,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from tinyvit.checkpoints.download import Patience, transfer
 from tinyvit.checkpoints.files import file_sha256
-from tinyvit.checkpoints.transfer import Patience, transfer
 from tinyvit.errors import DownloadError
 
 if sys.version_info >= (3, 11):

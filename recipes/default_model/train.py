@@ -21,13 +21,12 @@ import tinyvit
 from composites import CompositeSet
 from history import read_stages
 from tinyvit.sam.build import build_sam
-from tinyvit.sam.encoding import spec_of
+from tinyvit.sam.embedding import spec_of
 from tinyvit.train import TrainSettings, train
-from tinyvit.train.journal import Progress
-from tinyvit.train.mask_losses import MaskLosses
-from tinyvit.train.prompting import Prompting
-from tinyvit.train.scene_samples import SceneSampler
-from tinyvit.train.segment import Segment
+from tinyvit.train.run_folder import Progress
+from tinyvit.train.tasks.losses import MaskLosses
+from tinyvit.train.tasks.prompting import Prompting
+from tinyvit.train.tasks.segment import SceneSampler, Segment
 
 __all__ = ["STAGES", "build", "run_stage"]
 

@@ -13,8 +13,6 @@ import ctypes
 import logging
 import sys
 
-__all__ = ["tune_allocator"]
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # names and numbers of <malloc.h>
 THRESHOLD = 1 << 30
 """Bytes: smaller blocks come from memory that is kept, and that much is kept free at its end."""

@@ -21,20 +21,6 @@ from typing import Literal, TypeAlias
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
 
-__all__ = [
-    "CHECKPOINTS",
-    "DEFAULT_CHECKPOINT",
-    "VARIANTS",
-    "Checkpoint",
-    "Family",
-    "Task",
-    "Variant",
-    "get_checkpoint",
-    "get_variant",
-    "list_checkpoints",
-    "list_models",
-]
-
 Task: TypeAlias = Literal["classification", "sam"]
 """What a network is for; it decides the last merge's stride (2 for classification, 1 for SAM)."""
 

@@ -7,14 +7,6 @@ downloads and optional packages.
 
 from __future__ import annotations
 
-__all__ = [
-    "CheckpointError",
-    "DownloadError",
-    "ImageError",
-    "MissingExtraError",
-    "TinyViTError",
-]
-
 
 class TinyViTError(Exception):
     """Base of all errors that belong to tinyvit; the command line prints them as one line."""

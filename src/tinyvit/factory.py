@@ -24,26 +24,16 @@ from tinyvit.catalog import (
 )
 from tinyvit.checkpoints import Detection, resize_bias_tables
 from tinyvit.checkpoints.families import part_of
-from tinyvit.checkpoints.header import image_spec_in
-from tinyvit.checkpoints.opening import (
+from tinyvit.checkpoints.files import image_spec_in
+from tinyvit.checkpoints.open import (
     OpenedCheckpoint,
     Progress,
-    find_checkpoint,
     list_keys,
     open_checkpoint,
 )
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
-
-__all__ = [
-    "LoadReport",
-    "OpenedCheckpoint",
-    "create_model",
-    "find_checkpoint",
-    "load_checkpoint",
-    "open_checkpoint",
-]
 
 _PARTS_OF_TINYVIT = ("trunk", "head", "neck")
 _FRESH_HEAD = ("head.weight", "head.bias")

@@ -26,8 +26,6 @@ from tinyvit.factory import create_model
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
 
-__all__ = ["from_pretrained", "push_to_hub", "save_pretrained"]
-
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 

@@ -18,8 +18,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast, get_args
 
-__all__ = ["ImageSpec", "Placement"]
-
 Resize = Literal["longest_side", "crop", "squash"]
 Interpolation = Literal["bilinear", "bicubic"]
 Normalise = Literal["mean_std", "min_max"]

@@ -15,8 +15,6 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
-__all__ = ["imagenet_labels", "labels_for", "read_labels"]
-
 _IMAGENET_CLASSES = 1000
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tinyvit.bench.runners import count_gflop, fill_randomly, make
+from tinyvit.bench.workers import count_gflop, fill_randomly, make
 from tinyvit.catalog import get_variant
 from tinyvit.checkpoints import write_state_dict
 from tinyvit.factory import create_model

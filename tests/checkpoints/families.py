@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tinyvit.checkpoints.architecture import Architecture, encoder_shapes
-from tinyvit.checkpoints.families import LAYOUTS, part_of
-from tinyvit.checkpoints.keymap import key_from_canonical
-from tinyvit.checkpoints.sam_parts import (
+from tinyvit.checkpoints.detection import (
+    Architecture,
+    encoder_shapes,
     hq_decoder_shapes,
     mask_decoder_shapes,
     prompt_encoder_shapes,
 )
+from tinyvit.checkpoints.families import LAYOUTS, key_from_canonical, part_of
 
 KEYS = Path(__file__).parents[1] / "data" / "keys"
 FAMILIES = tuple(LAYOUTS)

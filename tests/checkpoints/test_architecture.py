@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints.families import SMALL, table
-from tinyvit.checkpoints.architecture import Architecture, encoder_shapes, read_architecture
+from tinyvit.checkpoints.detection import Architecture, encoder_shapes, read_architecture
 from tinyvit.errors import CheckpointError
 
 

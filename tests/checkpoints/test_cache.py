@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyvit.checkpoints.cache import cache_folder, is_offline, is_strict, locked, mirror
+from tinyvit.checkpoints.download import cache_folder, is_offline, is_strict, locked, mirror
 from tinyvit.errors import DownloadError
 
 

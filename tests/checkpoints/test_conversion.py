@@ -9,8 +9,7 @@ from torch import Tensor
 
 from checkpoints.families import FAMILIES, assert_same, full, small, table, values
 from tinyvit.checkpoints import convert, convert_tensors, detect, read_state_dict, write_state_dict
-from tinyvit.checkpoints.families import LAYOUTS, part_of
-from tinyvit.checkpoints.keymap import to_canonical
+from tinyvit.checkpoints.families import LAYOUTS, part_of, to_canonical
 from tinyvit.errors import CheckpointError
 
 SAM_LIKE = {"mobile_sam", "mobile_sam_v2", "tinysam", "ultralytics", "micro_sam", "tinyvit_sam"}

@@ -5,8 +5,7 @@ import torch
 
 from checkpoints.families import FAMILIES, SMALL, blank, full, small, table, values
 from tinyvit.catalog import get_variant
-from tinyvit.checkpoints.architecture import Architecture, encoder_shapes
-from tinyvit.checkpoints.detection import detect
+from tinyvit.checkpoints.detection import Architecture, detect, encoder_shapes
 from tinyvit.errors import CheckpointError
 
 MOBILE = ("mobile_sam", "tinysam", "ultralytics", "mobile_sam_v2")

@@ -13,9 +13,7 @@ import pytest
 
 from checkpoints.server import Server, serving
 from tinyvit.catalog import CHECKPOINTS, Checkpoint, get_checkpoint
-from tinyvit.checkpoints.cache import cached_path
-from tinyvit.checkpoints.download import fetch
-from tinyvit.checkpoints.transfer import Patience
+from tinyvit.checkpoints.download import Patience, cached_path, fetch
 from tinyvit.errors import CheckpointError, DownloadError
 
 BODY = bytes(range(256)) * 4096  # 1 MiB

@@ -15,8 +15,8 @@ from tinyvit.checkpoints.families import (
     Part,
     get_layout,
     part_of,
+    to_canonical,
 )
-from tinyvit.checkpoints.keymap import to_canonical
 from tinyvit.errors import CheckpointError
 
 

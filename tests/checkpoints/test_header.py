@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from tinyvit.checkpoints.files import write_state_dict
-from tinyvit.checkpoints.header import (
+from tinyvit.checkpoints.files import (
     CLASSES,
     IMAGE_SPEC,
     classes_in,
     header_for,
     image_spec_in,
     read_header,
+    write_state_dict,
 )
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec

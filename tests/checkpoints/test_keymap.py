@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from checkpoints.families import FAMILIES, full, table
-from tinyvit.checkpoints.keymap import from_canonical, to_canonical
+from tinyvit.checkpoints.families import from_canonical, to_canonical
 from tinyvit.errors import CheckpointError
 
 

@@ -5,7 +5,7 @@ import torch
 
 from tinyvit.catalog import get_checkpoint
 from tinyvit.checkpoints.files import write_state_dict
-from tinyvit.checkpoints.opening import find_checkpoint, list_keys, open_checkpoint
+from tinyvit.checkpoints.open import find_checkpoint, list_keys, open_checkpoint
 from tinyvit.errors import CheckpointError
 
 

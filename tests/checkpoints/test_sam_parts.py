@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 from checkpoints.families import table
-from tinyvit.checkpoints.families import part_of
-from tinyvit.checkpoints.sam_parts import (
+from tinyvit.checkpoints.detection import (
     hq_decoder_shapes,
     mask_decoder_shapes,
     prompt_encoder_shapes,
 )
+from tinyvit.checkpoints.families import part_of
 
 
 def published(name: str) -> dict[str, tuple[int, ...]]:

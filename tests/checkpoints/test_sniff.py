@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tinyvit.checkpoints.sniff import kind_of, looks_like_web_page, wanted_imports
+from tinyvit.checkpoints.files import kind_of, looks_like_web_page, wanted_imports
 from tinyvit.errors import CheckpointError
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor(3, dtype=torch.int64)}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints.server import Server, serving
-from tinyvit.checkpoints.transfer import Patience, transfer
+from tinyvit.checkpoints.download import Patience, transfer
 from tinyvit.errors import DownloadError
 
 BODY = bytes(range(256)) * 4096  # 1 MiB, several chunks

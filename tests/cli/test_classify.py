@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tinyvit.checkpoints.files import read_state_dict, write_state_dict
-from tinyvit.checkpoints.header import header_for
+from tinyvit.checkpoints.files import header_for, read_state_dict, write_state_dict
 from tinyvit.factory import create_model
 from tinyvit.inference import Engine
 from tinyvit.labels import imagenet_labels

@@ -5,7 +5,7 @@ import torch
 from checkpoints.families import small
 from tinyvit.checkpoints import read_state_dict, write_state_dict
 from tinyvit.checkpoints.families import LAYOUTS
-from tinyvit.cli.convert import FAMILIES, matching_families
+from tinyvit.cli.weights import FAMILIES, matching_families
 
 
 def test_the_families_are_those_of_the_library():

@@ -7,7 +7,7 @@ import pytest
 
 from checkpoints.server import serving
 from tinyvit.catalog import get_checkpoint
-from tinyvit.checkpoints.cache import cache_folder
+from tinyvit.checkpoints.download import cache_folder
 
 BODY = bytes(range(256)) * 1000
 DIGEST = hashlib.sha256(BODY).hexdigest()

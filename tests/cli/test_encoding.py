@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tinyvit.cli.encoding import Job, recipe
-from tinyvit.cli.picture_files import list_pictures
 from tinyvit.errors import CheckpointError
 from tinyvit.factory import create_model
+from tinyvit.folders.encode import Job, recipe
+from tinyvit.folders.images import list_pictures
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images import draw
 from tinyvit.images.decode import decode

@@ -11,8 +11,7 @@ import pytest
 import typer
 
 import tinyvit
-from tinyvit.cli.console import Console
-from tinyvit.cli.errors import WORDS, guarded
+from tinyvit.cli.console import WORDS, Console, guarded
 from tinyvit.errors import CheckpointError, MissingExtraError
 
 

@@ -85,7 +85,7 @@ def test_the_model_must_know_the_classes(run, pictures, checkpoints):
 
 
 def test_held_out_wants_the_classes_that_were_learnt(run, pictures, classifier, monkeypatch):
-    from tinyvit.train import classifiers
+    from tinyvit.train.tasks import classify as classifiers
 
     load = classifiers.load_classifier
     names = tuple("vwxyz")

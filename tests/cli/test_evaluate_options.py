@@ -3,7 +3,7 @@ from typing import get_args
 import pytest
 import typer
 
-from tinyvit.cli.evaluate_options import BACKENDS, parse_backend
+from tinyvit.cli.evaluate import BACKENDS, parse_backend
 from tinyvit.inference.backend import BackendName
 
 

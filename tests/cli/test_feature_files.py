@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from tinyvit.checkpoints import write_state_dict
-from tinyvit.cli.feature_files import (
+from tinyvit.folders.encode import (
     draw_features,
     drawing_of,
     facts_of_picture,

@@ -2,15 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from tinyvit.catalog import (
-    DEFAULT_CHECKPOINT,
-    get_checkpoint,
-    list_checkpoints,
-    list_models,
-)
-from tinyvit.checkpoints.cache import cache_folder
+from tinyvit.catalog import DEFAULT_CHECKPOINT, get_checkpoint, list_checkpoints, list_models
+from tinyvit.checkpoints.download import cache_folder
+from tinyvit.cli.arguments import announce, file_of, load_classifier, load_encoder, variant_of
 from tinyvit.cli.console import Console
-from tinyvit.cli.loading import announce, file_of, load_classifier, load_encoder, variant_of
 from tinyvit.errors import CheckpointError
 from tinyvit.factory import create_model
 from tinyvit.hub import save_pretrained

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tinyvit.catalog import CHECKPOINTS, VARIANTS
-from tinyvit.checkpoints.cache import cache_folder
+from tinyvit.checkpoints.download import cache_folder
 
 
 def test_both_tables_name_everything_and_fit_80_columns(run):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import typer
 
-from tinyvit.cli.option_rows import GroupedCommand, Row, with_rows
+from tinyvit.cli.settings_options import GroupedCommand, Row, with_rows
 
 ROWS = (
     Row("data", "argument", "Where it is.", metavar="DATA"),

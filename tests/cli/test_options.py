@@ -3,7 +3,7 @@ from typing import get_args
 import pytest
 import typer
 
-from tinyvit.cli.options import (
+from tinyvit.cli.arguments import (
     PrecisionName,
     matching_checkpoints,
     matching_models,

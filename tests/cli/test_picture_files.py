@@ -5,7 +5,7 @@ import os
 import pytest
 from PIL import Image
 
-from tinyvit.cli.picture_files import SUFFIXES, list_pictures
+from tinyvit.folders.images import SUFFIXES, list_pictures
 from tinyvit.images.decode import FORMATS
 
 

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from tinyvit.checkpoints import write_state_dict
-from tinyvit.cli.picture_files import PictureFile
-from tinyvit.cli.prompt_files import prompts_of, read_mask, read_prompts, share_out
-from tinyvit.cli.segment_options import Box, Point
+from tinyvit.cli.segment import Box, Point
 from tinyvit.errors import CheckpointError, ImageError
+from tinyvit.folders.images import PictureFile
+from tinyvit.folders.prompt_files import prompts_of, read_mask, read_prompts, share_out
 from tinyvit.sam import Prompt
 
 A, B, NOT = Point(3, 4), Point(5, 6), Point(7, 8, 0)

@@ -10,7 +10,8 @@ from pycocotools.coco import COCO
 
 from tinyvit.cli import segment
 from tinyvit.images.decode import decode
-from tinyvit.sam import SamPredictor, rle
+from tinyvit.sam import SamPredictor
+from tinyvit.sam import mask_ops as rle
 
 LOAD = segment._load
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from tinyvit.cli.segment_files import Names, begin, document, finish, look, write_logits
 from tinyvit.errors import CheckpointError
+from tinyvit.folders.segment import Names, begin, document, finish, look, write_logits
 
 FACTS = {
     **{"made_by": "tinyvit segment", "model_sha256": "m", "image_spec": {"pad": True}},

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from tinyvit.cli.picture_files import PictureFile
-from tinyvit.cli.segment_methods import Settings, by_grid, by_prompts, recipe
-from tinyvit.cli.segmenting import Reading, Task
-from tinyvit.sam import Prompt, SamAutomaticMaskGenerator, SamPredictor, rle
+from tinyvit.folders.images import PictureFile
+from tinyvit.folders.segment import Reading, Settings, Task, by_grid, by_prompts, recipe
+from tinyvit.sam import Prompt, SamAutomaticMaskGenerator, SamPredictor
+from tinyvit.sam import mask_ops as rle
 
 POINT = Prompt(points=[[20, 10]])
 BOX = Prompt(box=[5, 5, 30, 20], name="thing")

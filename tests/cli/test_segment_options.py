@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import typer
 
-from tinyvit.cli.segment_options import Box, Point, parse_box, parse_point
+from tinyvit.cli.segment import Box, Point, parse_box, parse_point
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyvit.cli.picture_files import list_pictures
-from tinyvit.cli.segment_files import Names
-from tinyvit.cli.segmenting import Answer, Job
 from tinyvit.errors import CheckpointError
-from tinyvit.images import draw, segments
+from tinyvit.folders.images import list_pictures
+from tinyvit.folders.segment import Answer, Job, Names
+from tinyvit.images import draw
+from tinyvit.images import draw as segments
 from tinyvit.images.decode import decode
-from tinyvit.sam import Prompt, rle
+from tinyvit.sam import Prompt
+from tinyvit.sam import mask_ops as rle
 
 FACTS = {
     **{"made_by": "tinyvit segment", "model_sha256": "m", "image_spec": {}},
@@ -183,7 +184,7 @@ def test_a_document_that_cannot_be_written_stops_too(folder, tmp_path, monkeypat
     def refuse(path, write):
         raise CheckpointError("no") from OSError(errno.EACCES, "no")
 
-    monkeypatch.setattr("tinyvit.cli.segment_files.replacing", refuse)
+    monkeypatch.setattr("tinyvit.folders.segment.replacing", refuse)
     with pytest.raises(CheckpointError, match="no"):
         list(Job(HalfMethod(), tmp_path / "out", FACTS).run(work_of(folder)))
 

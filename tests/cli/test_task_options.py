@@ -3,14 +3,20 @@ from typing import get_args
 
 import pytest
 
-from tinyvit.cli.task_options import CLASSIFY, DISTILL_FEATURES, DISTILL_LOGITS, SEGMENT
-from tinyvit.cli.train_options import CONTROL, LOOP
-from tinyvit.train.augment import Strength
-from tinyvit.train.classify import ClassifySettings
-from tinyvit.train.data_sets import OnBroken
-from tinyvit.train.distill_features import DistillFeaturesSettings
-from tinyvit.train.feature_losses import FeatureLoss
-from tinyvit.train.segment import SegmentSettings
+from tinyvit.cli.settings_options import (
+    CLASSIFY,
+    CONTROL,
+    DISTILL_FEATURES,
+    DISTILL_LOGITS,
+    LOOP,
+    SEGMENT,
+)
+from tinyvit.train.data.augment import Strength
+from tinyvit.train.data.images import OnBroken
+from tinyvit.train.tasks.classify import ClassifySettings
+from tinyvit.train.tasks.distill import DistillFeaturesSettings
+from tinyvit.train.tasks.losses import FeatureLoss
+from tinyvit.train.tasks.segment import SegmentSettings
 
 ALONE = {  # what is no setting of the task, or is chosen by another
     "classify": set(),

@@ -53,7 +53,7 @@ def test_stopping_says_how_to_go_on(run, pictures, checkpoints, tmp_path, monkey
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tinyvit.train.teachers.store_features", stop)
+    monkeypatch.setattr("tinyvit.train.tasks.teachers.store_features", stop)
     encoder = checkpoints / "encoder.safetensors"
     result = run("train", "store-features", pictures, "--teacher", encoder, "-o", tmp_path / "out")
     assert result.code == 130

@@ -53,7 +53,7 @@ def test_segment_from_chance(run, cells, tmp_path, monkeypatch):
         seen.append(settings)
         raise ValueError("enough")
 
-    monkeypatch.setattr("tinyvit.train.segment.make_task", stop)
+    monkeypatch.setattr("tinyvit.train.tasks.segment.make_task", stop)
     for words in (("--model", "tiny_vit_2m_sam"), ()):
         assert run("train", "segment", cells, "-o", tmp_path / "run", *words, "--seed", 3).code == 1
     assert [(one.checkpoint, one.model) for one in seen] == [

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import typer
 
-from tinyvit.cli.task_options import CLASSIFY, SEGMENT
-from tinyvit.cli.train_choices import Choices, gather, speaking_of_options, task_toml
+from tinyvit.cli.settings_options import CLASSIFY, SEGMENT
+from tinyvit.cli.train import Choices, gather, speaking_of_options, task_toml
 from tinyvit.errors import CheckpointError
 from tinyvit.train import TrainSettings
 

@@ -1,6 +1,6 @@
 from dataclasses import fields
 
-from tinyvit.cli.train_options import CONTROL, LOOP
+from tinyvit.cli.settings_options import CONTROL, LOOP
 from tinyvit.train.settings import _CHOICES, _FREE, TrainSettings
 
 ROWS = {row.name: row for row in LOOP}

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tinyvit.cli.console import Console
-from tinyvit.cli.train_screen import TrainScreen, figures_text, time_text
+from tinyvit.cli.train import TrainScreen, figures_text, time_text
 from tinyvit.train import Progress
 
 BEGUN = Progress("train", 0, 20, 1, 2, None, 1e-3, 0.0, None, {})
@@ -48,7 +48,7 @@ def test_no_time_is_left_at_the_end(capsys):
 
 def test_a_line_a_minute_where_nobody_looks(capsys, monkeypatch):
     clock = iter([0.0, 30.0, 61.0, 61.0, 62.0])
-    monkeypatch.setattr("tinyvit.cli.train_screen.monotonic", lambda: next(clock))
+    monkeypatch.setattr("tinyvit.cli.train.monotonic", lambda: next(clock))
     with TrainScreen(Console()) as screen:
         for step in (1, 2, 3):
             screen(replace(STEP, step=step))

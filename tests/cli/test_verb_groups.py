@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from tinyvit.cli.main import app
-from tinyvit.cli.verb_groups import GROUPS
+from tinyvit.cli.main import GROUPS, app
 
 HEAVY = ("torch", "numpy", "PIL", "safetensors", "rich.progress")
 VERBS = [(group, *verb) for group, (_, verbs) in GROUPS.items() for verb in verbs]

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from tinyvit.evaluate.certainty import bootstrap, calibrate
+from tinyvit.evaluate.metrics import bootstrap, calibrate
 
 
 def test_the_interval_is_that_of_the_mean():

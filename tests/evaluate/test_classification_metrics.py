@@ -4,13 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyvit.evaluate.certainty import bootstrap
-from tinyvit.evaluate.classification_metrics import (
-    calibration_error,
-    confusions,
-    hits_in_top,
-    share_of_hits,
-)
+from tinyvit.evaluate.classify import calibration_error, confusions, hits_in_top, share_of_hits
+from tinyvit.evaluate.metrics import bootstrap
 
 
 def test_hits_in_top_by_hand():

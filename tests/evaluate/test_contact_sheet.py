@@ -2,8 +2,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyvit.evaluate.contact_sheet import CELL_HEIGHT, CELL_WIDTH, ContactSheet
-from tinyvit.evaluate.segment import MeasureSettings, evaluate_segment
+from tinyvit.evaluate.segment import (
+    CELL_HEIGHT,
+    CELL_WIDTH,
+    ContactSheet,
+    MeasureSettings,
+    evaluate_segment,
+)
 
 from .segmenting import Discs, Growing
 

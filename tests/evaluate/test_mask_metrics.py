@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyvit.evaluate.floors import disc
-from tinyvit.evaluate.mask_metrics import boundary_f, iou, most_interior_point, next_click
+from tinyvit.evaluate.baselines import disc
+from tinyvit.evaluate.metrics import boundary_f, iou, most_interior_point, next_click
 
 
 def square(size, top, left, side):

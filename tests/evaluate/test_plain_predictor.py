@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinyvit.evaluate.plain_predictor import PlainPredictor
+from tinyvit.evaluate.segment import PlainPredictor
 from tinyvit.sam.build import build_sam
 from tinyvit.sam.predictor import SamPredictor
 

@@ -1,6 +1,6 @@
 import pytest
 
-from tinyvit.evaluate.report import Case, Cost, summarise
+from tinyvit.evaluate.segment import Case, Cost, summarise
 
 
 def case(*clicks, predicted=0.5):

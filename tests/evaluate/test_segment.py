@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tinyvit.errors import ImageError
-from tinyvit.evaluate.report import COLUMNS
+from tinyvit.evaluate.segment import COLUMNS as COLUMNS
 from tinyvit.evaluate.segment import MeasureSettings, evaluate_segment
 
 from .segmenting import Discs, Growing

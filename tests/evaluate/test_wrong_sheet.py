@@ -4,8 +4,14 @@ import numpy as np
 import pytest
 
 import tinyvit
-from tinyvit.evaluate.classify import WrongPicture, evaluate_classifier
-from tinyvit.evaluate.wrong_sheet import CELL, MARGIN, TITLE, draw_wrong
+from tinyvit.evaluate.classify import (
+    CELL,
+    MARGIN,
+    TITLE,
+    WrongPicture,
+    draw_wrong,
+    evaluate_classifier,
+)
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.draw import save_png
 

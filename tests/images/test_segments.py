@@ -6,15 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tinyvit.images import segments
-from tinyvit.images.segments import (
-    colour,
-    draw_boxes,
-    draw_caption,
-    draw_masks,
-    draw_points,
-    save_mask,
-)
+from tinyvit.images import draw as segments
+from tinyvit.images.draw import colour, draw_boxes, draw_caption, draw_masks, draw_points, save_mask
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
 GREY = np.full((60, 80, 3), 100, np.uint8)

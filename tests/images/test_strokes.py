@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyvit.images.strokes import bands, centres, distance_to_box, paint, window, within
+from tinyvit.images.draw import bands, centres, distance_to_box, paint, window, within
 
 positions = st.floats(-60, 60)
 
@@ -55,7 +55,7 @@ def test_cover_changes_over_one_pixel():
 
 
 def test_paint_mixes_in_place(monkeypatch):
-    monkeypatch.setattr("tinyvit.images.strokes.BLOCK", 4)  # several blocks
+    monkeypatch.setattr("tinyvit.images.draw.BLOCK", 4)  # several blocks
     out = np.full((5, 3, 3), 100, np.uint8)
     cover = np.zeros((5, 3), np.float32)
     cover[1, 1], cover[4, 2] = 1.0, 0.5

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tinyvit.inference.batching import run_in_batches
+from tinyvit.inference.engine import run_in_batches
 
 Inputs = Iterator[tuple[Tensor, int]]
 

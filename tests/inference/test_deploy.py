@@ -5,8 +5,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tinyvit.inference import deploy
-from tinyvit.inference.deploy import DeployedTinyViT
+from tinyvit.inference import fast_encoder as deploy
+from tinyvit.inference.fast_encoder import DeployedTinyViT
 from tinyvit.inference.kernels import PlainKernels, choose_kernels
 from tinyvit.modules import FeatureMaps
 

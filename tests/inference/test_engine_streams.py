@@ -18,8 +18,9 @@ from torch import Tensor
 from tinyvit.errors import ImageError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.preprocess import to_tensor
-from tinyvit.inference import Engine, pictures
-from tinyvit.inference.pictures import Prepared
+from tinyvit.inference import Engine
+from tinyvit.inference import engine as pictures
+from tinyvit.inference.engine import Prepared
 from tinyvit.modules import TinyViT
 
 RGB = NDArray[np.uint8]

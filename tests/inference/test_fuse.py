@@ -5,13 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tinyvit.inference.fuse import (
-    fold_attention,
-    fold_bare,
-    fold_conv,
-    fold_linear,
-    reason_against,
-)
+from tinyvit.inference.fold import fold_attention, fold_bare, fold_conv, fold_linear, reason_against
 from tinyvit.modules import Attention, Conv2d_BN
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # weights are rounded to float32 once

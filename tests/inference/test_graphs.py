@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tinyvit.errors import MissingExtraError
-from tinyvit.inference import graphs
-from tinyvit.inference.graphs import cached_graph, export_onnx, fingerprint, frozen_copy
+from tinyvit.inference import graph_backend as graphs
+from tinyvit.inference.graph_backend import cached_graph, export_onnx, fingerprint, frozen_copy
 from tinyvit.modules import TinyViT
 
 MakeModel = Callable[..., TinyViT]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tinyvit.inference import kernels as room
-from tinyvit.inference.fuse import Weights
+from tinyvit.inference.fold import Weights
 from tinyvit.inference.kernels import PackedKernels, PlainKernels, choose_kernels
 
 # both accumulate in float32; bf16 results may then round to neighbouring values of 8 bits

@@ -13,7 +13,7 @@ from torch import Tensor
 from tinyvit.errors import MissingExtraError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.inference import Backend, Engine, LogitsBackend, OpenVINOBackend, OpenVINOGraph
-from tinyvit.inference.openvino_graph import load_openvino
+from tinyvit.inference.graphs import load_openvino
 from tinyvit.modules import TinyViT
 
 MakeModel = Callable[..., TinyViT]

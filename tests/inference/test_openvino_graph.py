@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tinyvit.errors import MissingExtraError
-from tinyvit.inference.graphs import export_onnx
-from tinyvit.inference.openvino_graph import OpenVINOGraph, load_openvino
+from tinyvit.inference.graph_backend import export_onnx
+from tinyvit.inference.graphs import OpenVINOGraph, load_openvino
 from tinyvit.modules import TinyViT
 
 MakeModel = Callable[..., TinyViT]
@@ -66,8 +66,8 @@ def test_any_size_and_batch(
 def test_a_shape_that_comes_again_gets_a_form_of_its_own(
     file: Path, model: TinyViT, picture: MakePicture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tinyvit.inference.openvino_graph._OWN_FORMS", 1)
-    monkeypatch.setattr("tinyvit.inference.openvino_graph._SHAPES_COUNTED", 3)
+    monkeypatch.setattr("tinyvit.inference.graphs._OWN_FORMS", 1)
+    monkeypatch.setattr("tinyvit.inference.graphs._SHAPES_COUNTED", 3)
     graph = OpenVINOGraph(file, threads=1)
     compiled: list[object] = []
     really = graph._compile

@@ -12,7 +12,7 @@ from tinyvit.errors import ImageError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.decode import decode
 from tinyvit.images.preprocess import to_tensor
-from tinyvit.inference.pictures import each, preparations, prepare
+from tinyvit.inference.engine import each, preparations, prepare
 
 SPEC = ImageSpec.sam(16, pad=False)
 IMAGE = np.arange(6 * 9 * 3, dtype=np.uint8).reshape(6, 9, 3)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tinyvit.inference import TorchBackend, torch_backend
-from tinyvit.inference.deploy import DeployedTinyViT
+from tinyvit.inference.fast_encoder import DeployedTinyViT
 from tinyvit.modules import TinyViT
 
 MakeModel = Callable[..., TinyViT]

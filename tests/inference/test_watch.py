@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tinyvit.inference.watch import ModelWatch
+from tinyvit.inference.derived import ModelWatch
 
 
 def step(model):

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tinyvit.inference import watched_graph
-from tinyvit.inference.watched_graph import WatchedGraph
+from tinyvit.inference import graph_backend as watched_graph
+from tinyvit.inference.graph_backend import WatchedGraph
 from tinyvit.modules import TinyViT
 
 MakeModel = Callable[..., TinyViT]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from tinyvit.modules.activate import activate
+from tinyvit.modules.layers import activate
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])

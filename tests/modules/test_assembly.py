@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tinyvit.modules import BasicLayer, ConvLayer, LayerNorm2d, PatchMerging, TinyViT
-from tinyvit.modules.assembly import check_strides, init_weights, make_neck
+from tinyvit.modules.tiny_vit import check_strides, init_weights, make_neck
 
 
 @pytest.mark.parametrize(

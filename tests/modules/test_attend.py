@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinyvit.modules.attend import attend
+from tinyvit.modules.layers import attend
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tinyvit.modules import Conv2d_BN, LayerNorm2d, freeze_batch_stats
-from tinyvit.modules.conv import pause_batch_stats
+from tinyvit.modules.layers import pause_batch_stats
 
 
 def statistics(module):

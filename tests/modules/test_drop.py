@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyvit.modules import DropPath
-from tinyvit.modules.drop import drop_path_rates
+from tinyvit.modules.layers import drop_path_rates
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyvit.modules import FeatureInfo, FeatureMaps
-from tinyvit.modules.features import select_stages
+from tinyvit.modules.tiny_vit import select_stages
 
 FORMS = pytest.mark.parametrize(
     "form, reductions",

@@ -15,7 +15,7 @@ WIDTH, SIDE = 16, 64
 @pytest.fixture(scope="session")
 def tiny_sam_file(make_tiny_vit, randomise, tmp_path_factory):
     """A whole SAM for pictures of 64 pixels, as training leaves it: float32, with a header."""
-    from tinyvit.train.segment import save_sam
+    from tinyvit.train.tasks.segment import save_sam
 
     encoder = make_tiny_vit(img_size=SIDE, neck_dim=WIDTH)  # with a head, as classifiers have it
     encoder.image_spec = ImageSpec.sam(SIDE)

@@ -7,7 +7,7 @@ from rich.console import Console
 import fetch
 from checkpoints.server import serving
 from fetch import Package, package_path, read_packages
-from tinyvit.checkpoints.transfer import Patience
+from tinyvit.checkpoints.download import Patience
 from tinyvit.errors import DownloadError
 
 BODY = bytes(range(256)) * 2000

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 
 from tinyvit.image_spec import ImageSpec
-from tinyvit.sam.hq_mask_decoder import HQMaskDecoder
-from tinyvit.sam.mask_decoder import MaskDecoder
+from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
+from tinyvit.modules.sam.prompt_encoder import PromptEncoder
+from tinyvit.modules.sam.transformer import TwoWayTransformer
 from tinyvit.sam.model import Sam
-from tinyvit.sam.prompt_encoder import PromptEncoder
-from tinyvit.sam.transformer import TwoWayTransformer
 
 WIDTH, STRIDE = 32, 16
 

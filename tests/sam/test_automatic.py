@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from tinyvit.images.preprocess import to_tensor
-from tinyvit.sam import candidates, rle, upscale
+from tinyvit.sam import automatic as candidates
+from tinyvit.sam import mask_ops as rle
+from tinyvit.sam import upscale
 from tinyvit.sam.automatic import SamAutomaticMaskGenerator
 from tinyvit.sam.crops import build_all_layer_point_grids, generate_crop_boxes
 

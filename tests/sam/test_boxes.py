@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
 from hypothesis.extra.numpy import arrays as hypothesis_arrays
 
-from tinyvit.sam import boxes as b
+from tinyvit.sam import mask_ops as b
 
 COORDS = st.lists(st.tuples(*[st.integers(0, 12)] * 4), max_size=12)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import tinyvit.checkpoints.opening
+import tinyvit.checkpoints.open
 from checkpoints.families import small, table, values
 from golden import recipe
 from tinyvit.catalog import VARIANTS
@@ -14,9 +14,8 @@ from tinyvit.checkpoints import write_state_dict
 from tinyvit.checkpoints.families import LAYOUTS
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
+from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
 from tinyvit.sam.build import build_sam, sam_model_registry
-from tinyvit.sam.hq_mask_decoder import HQMaskDecoder
-from tinyvit.sam.mask_decoder import MaskDecoder
 
 WHOLE = [name for name, row in LAYOUTS.items() if {"trunk", "mask_decoder"} <= {*row.required}]
 
@@ -119,9 +118,9 @@ def test_save_and_load_again(tmp_path):
 def test_a_file_is_read_once(tmp_path, monkeypatch):
     path = write(tmp_path, "mobile_sam", small("mobile_sam"))
     reads = []
-    read = tinyvit.checkpoints.opening.read_state_dict
+    read = tinyvit.checkpoints.open.read_state_dict
     monkeypatch.setattr(
-        tinyvit.checkpoints.opening,
+        tinyvit.checkpoints.open,
         "read_state_dict",
         lambda *given: reads.append(given) or read(*given),
     )

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tinyvit.sam.candidates import Candidate, PackedMask, stability_of
+from tinyvit.sam.automatic import Candidate, PackedMask, stability_of
 from tinyvit.sam.upscale import Region
 
 

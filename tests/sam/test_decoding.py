@@ -6,8 +6,7 @@ import threading
 import pytest
 import torch
 
-from tinyvit.sam.decoding import CHUNK, PromptDecoder
-from tinyvit.sam.prompt_tensors import PromptTensors
+from tinyvit.sam.decoder import CHUNK, PromptDecoder, PromptTensors
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # fp32 sums in another order
 

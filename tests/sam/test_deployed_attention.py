@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from tinyvit.sam.deployed_attention import TILE, ImageToToken, TokenToImage, in_tiles, softmax
-from tinyvit.sam.transformer import Attention
+from tinyvit.modules.sam.transformer import Attention
+from tinyvit.sam.fast_decoder import TILE, ImageToToken, TokenToImage, in_tiles, softmax
 
 CELLS, TOKENS, CHANNELS, PROMPTS = 35, 6, 32, 3
 ROUNDING = 2e-6  # fp32; the products are summed in another order

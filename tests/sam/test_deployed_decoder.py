@@ -5,12 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyvit.sam import deployed_decoder
-from tinyvit.sam.deployed_decoder import DeployedMaskDecoder
-from tinyvit.sam.hq_mask_decoder import HQMaskDecoder
-from tinyvit.sam.mask_decoder import MaskDecoder
-from tinyvit.sam.prompt_encoder import PromptEncoder
-from tinyvit.sam.transformer import TwoWayTransformer
+from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
+from tinyvit.modules.sam.prompt_encoder import PromptEncoder
+from tinyvit.modules.sam.transformer import TwoWayTransformer
+from tinyvit.sam import fast_decoder as deployed_decoder
+from tinyvit.sam.fast_decoder import DeployedMaskDecoder
 
 WIDTH, PITCH = 32, 16
 CHUNK = 4  # prompts computed together here

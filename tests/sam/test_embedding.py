@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tinyvit.checkpoints import write_state_dict
-from tinyvit.cli import feature_files
 from tinyvit.errors import CheckpointError
+from tinyvit.folders import encode as feature_files
 from tinyvit.image_spec import ImageSpec
 from tinyvit.sam.embedding import ImageEmbedding
 

@@ -7,7 +7,7 @@ import torch
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.preprocess import to_tensor
 from tinyvit.inference import Engine
-from tinyvit.sam.encoding import PictureEncoder, spec_of
+from tinyvit.sam.embedding import PictureEncoder, spec_of
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # folded norms and other orders of summing
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tinyvit.sam.hq_mask_decoder import HQMaskDecoder
-from tinyvit.sam.mask_decoder import MaskDecoder
-from tinyvit.sam.transformer import TwoWayTransformer
+from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
+from tinyvit.modules.sam.transformer import TwoWayTransformer
 
 C, D = 16, 12
 # float32 sums in another order

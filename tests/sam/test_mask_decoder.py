@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinyvit.sam.mask_decoder import MLP, MaskDecoder
-from tinyvit.sam.transformer import TwoWayTransformer
+from tinyvit.modules.sam.mask_decoder import MLP, MaskDecoder
+from tinyvit.modules.sam.transformer import TwoWayTransformer
 
 C = 16
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyvit.image_spec import ImageSpec
-from tinyvit.sam.mask_prompts import SURE, mask_to_logits
+from tinyvit.sam.prompts import SURE, mask_to_logits
 from tinyvit.sam.upscale import upscale
 
 

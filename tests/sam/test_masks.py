@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tinyvit.image_spec import ImageSpec
-from tinyvit.sam.masks import Masks, enlarge
 from tinyvit.sam.prompts import Prompt
+from tinyvit.sam.segmenter import Masks, enlarge
 from tinyvit.sam.upscale import upscale
 
 PLACEMENT = ImageSpec.sam(64).place(32, 64)

@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from tinyvit.image_spec import ImageSpec
-from tinyvit.sam.hq_mask_decoder import HQMaskDecoder
-from tinyvit.sam.mask_decoder import MaskDecoder
+from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
+from tinyvit.modules.sam.prompt_encoder import PromptEncoder
+from tinyvit.modules.sam.transformer import TwoWayTransformer
 from tinyvit.sam.model import Sam
-from tinyvit.sam.prompt_encoder import PromptEncoder
-from tinyvit.sam.transformer import TwoWayTransformer
 
 MEAN, STD = (120.0, 110.0, 100.0), (50.0, 60.0, 70.0)
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.preprocess import ResizeLongestSide, to_tensor
-from tinyvit.sam.picture_inputs import prepare_picture, prepare_resized
+from tinyvit.sam.embedding import prepare_picture, prepare_resized
 
 SPECS = [ImageSpec.sam(64), ImageSpec.sam(64, pad=False)]
 

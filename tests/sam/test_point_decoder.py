@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tinyvit.sam.encoding import PictureEncoder
-from tinyvit.sam.point_decoder import PointDecoder
+from tinyvit.sam.decoder import PointDecoder
+from tinyvit.sam.embedding import PictureEncoder
 
 COORDS = torch.tensor([[5.0, 7.0], [33.0, 20.0], [60.5, 44.0], [12.0, 40.0], [0.0, 0.0]])
 

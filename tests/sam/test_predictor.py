@@ -272,7 +272,7 @@ def test_a_large_photograph_is_enlarged_one_mask_at_a_time(make_tiny_sam, monkey
         sizes.append(len(low_res))
         return upscale(low_res, *arguments)
 
-    monkeypatch.setattr("tinyvit.sam.masks.upscale", watched)
+    monkeypatch.setattr("tinyvit.sam.segmenter.upscale", watched)
     predictor.set_image(image)
     points, labels = np.array([[1500, 1000]]), np.array([1])
     found = predictor.predict(points, labels)

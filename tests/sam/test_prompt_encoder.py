@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyvit.sam.prompt_encoder import PositionEmbeddingRandom, PromptEncoder
+from tinyvit.modules.sam.prompt_encoder import PositionEmbeddingRandom, PromptEncoder
 
 C = 8
 # float32 against math.sin of doubles: angles of up to 30 rounded to 2e-6 each

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tinyvit.image_spec import ImageSpec
-from tinyvit.sam.prompt_tensors import PromptTensors, group_prompts, stack_prompts
+from tinyvit.sam.decoder import PromptTensors, group_prompts, stack_prompts
 from tinyvit.sam.prompts import Prompt
 
 PLACEMENT = ImageSpec.sam(64).place(24, 32)  # twice the size

@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -8,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from tinyvit.sam.regions import (
+from tinyvit.sam.mask_ops import (
     components,
     largest_component,
     remove_small_regions,
@@ -160,8 +157,3 @@ class TestStability:
     def test_wide_masks_do_not_overflow(self):
         logits = torch.ones(1, 40_000)  # more than 16 bits count
         assert stability_score(logits, 0.0, 0.5).item() == 1.0
-
-
-def test_scipy_is_loaded_on_first_use():
-    code = "import sys, tinyvit.sam.regions; sys.exit('scipy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.preprocess import to_tensor
-from tinyvit.train.augment import _OPERATIONS, Augmentation, View, _draw_box, augmentation
+from tinyvit.train.data.augment import _OPERATIONS, Augmentation, View, _draw_box, augmentation
 
 SPEC = ImageSpec((20, 20), "squash", "bilinear")
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyvit.train.classification_losses import (
+from tinyvit.train.tasks.classify import (
     dense_distribution,
     one_hot,
     soft_cross_entropy,

@@ -4,11 +4,17 @@ import pytest
 import torch
 
 import tinyvit
-from tinyvit.checkpoints.files import read_state_dict, write_state_dict
-from tinyvit.checkpoints.header import CLASSES, IMAGE_SPEC, classes_in, read_header
+from tinyvit.checkpoints.files import (
+    CLASSES,
+    IMAGE_SPEC,
+    classes_in,
+    read_header,
+    read_state_dict,
+    write_state_dict,
+)
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
-from tinyvit.train.classifiers import (
+from tinyvit.train.tasks.classify import (
     build_classifier,
     load_classifier,
     save_classifier,

@@ -10,14 +10,20 @@ import torch
 import torch.nn.functional as F
 
 import tinyvit
-from tinyvit.checkpoints.header import classes_in, read_header
+from tinyvit.checkpoints.files import classes_in, read_header
 from tinyvit.errors import ImageError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.train import TrainSettings, train
-from tinyvit.train.augment import View, augmentation
-from tinyvit.train.classify import Classify, ClassifySettings, make_task, measure, spec_of
-from tinyvit.train.data_sets import open_data_set
-from tinyvit.train.mixing import Mixing
+from tinyvit.train.data.augment import View, augmentation
+from tinyvit.train.data.images import open_data_set
+from tinyvit.train.tasks.classify import (
+    Classify,
+    ClassifySettings,
+    Mixing,
+    make_task,
+    measure,
+    spec_of,
+)
 
 from .pressing import interrupt
 from .tiny_pictures import png, tiny_classifier, write_folder

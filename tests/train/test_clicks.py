@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from tinyvit.evaluate.mask_metrics import most_interior_point
-from tinyvit.train.clicks import correct, first_click, noisy_box
+from tinyvit.evaluate.metrics import most_interior_point
+from tinyvit.train.tasks.prompting import correct, first_click, noisy_box
 
 
 def rings():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tinyvit.errors import ImageError
-from tinyvit.train.data_sets import fingerprint, open_data_set, open_part, read_one
+from tinyvit.train.data.images import fingerprint, open_data_set, open_part, read_one
 
 from .tiny_pictures import write_folder, write_shards
 

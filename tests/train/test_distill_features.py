@@ -10,14 +10,20 @@ from PIL import Image
 import tinyvit
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
+from tinyvit.modules.sam.mask_decoder import MaskDecoder
+from tinyvit.modules.sam.prompt_encoder import PromptEncoder
+from tinyvit.modules.sam.transformer import TwoWayTransformer
 from tinyvit.sam import build_sam
-from tinyvit.sam.mask_decoder import MaskDecoder
 from tinyvit.sam.model import Sam
-from tinyvit.sam.prompt_encoder import PromptEncoder
-from tinyvit.sam.transformer import TwoWayTransformer
 from tinyvit.train import TrainSettings, train
-from tinyvit.train.distill_features import DistillFeaturesSettings, Student, make_task
-from tinyvit.train.teachers import open_teacher, store_features
+from tinyvit.train.tasks.distill import (
+    DistillFeaturesSettings,
+    Student,
+)
+from tinyvit.train.tasks.distill import (
+    make_features_task as make_task,
+)
+from tinyvit.train.tasks.teachers import open_teacher, store_features
 
 SPEC = ImageSpec.sam(32)
 

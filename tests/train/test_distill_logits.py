@@ -5,13 +5,19 @@ import pytest
 import torch
 
 from tinyvit.image_spec import ImageSpec
-from tinyvit.train.augment import View, augmentation
-from tinyvit.train.classification_losses import dense_distribution, soft_cross_entropy
-from tinyvit.train.classify import Classify, ClassifySettings
-from tinyvit.train.data_sets import open_data_set
-from tinyvit.train.distill_logits import DistillLogits, make_task
-from tinyvit.train.logit_store import StoreMismatchError
-from tinyvit.train.logit_writer import Teacher, write_logits
+from tinyvit.train.data.augment import View, augmentation
+from tinyvit.train.data.images import open_data_set
+from tinyvit.train.store import StoreMismatchError
+from tinyvit.train.tasks.classify import (
+    Classify,
+    ClassifySettings,
+    dense_distribution,
+    soft_cross_entropy,
+)
+from tinyvit.train.tasks.distill import DistillLogits
+from tinyvit.train.tasks.distill import make_logits_task as make_task
+from tinyvit.train.tasks.teachers import LogitTeacher as Teacher
+from tinyvit.train.tasks.teachers import write_logits
 
 from .tiny_pictures import tiny_classifier, write_folder
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from tinyvit.train import TrainSettings, train
 from tinyvit.train.distributed import Processes, _own_device, join_processes
-from tinyvit.train.state import read_state
+from tinyvit.train.run_folder import read_state
 
 from .toy_task import ToyTask, make_model, numbers
 

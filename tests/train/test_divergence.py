@@ -5,7 +5,7 @@ import torch
 from tinyvit.checkpoints.files import read_state_dict
 from tinyvit.errors import TinyViTError
 from tinyvit.train import DivergedError
-from tinyvit.train.divergence import keep_batch
+from tinyvit.train.run_folder import keep_batch
 
 
 def test_the_batch_can_be_read_back(tmp_path):

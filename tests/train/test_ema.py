@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tinyvit.train.ema import Ema
+from tinyvit.train.optim import Ema
 
 from .toy_task import make_model
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinyvit.train.feature_losses import (
+from tinyvit.train.tasks.losses import (
     cosine_per_cell,
     covered_cells,
     feature_loss,

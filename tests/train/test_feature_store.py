@@ -6,7 +6,7 @@ import torch
 
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
-from tinyvit.train.feature_store import FeatureStore, StoredPicture, StoreFacts, picture_state
+from tinyvit.train.store import FeatureStore, StoredPicture, StoreFacts, picture_state
 
 FACTS = StoreFacts("teacher", "ab" * 32, ImageSpec.sam(32))
 

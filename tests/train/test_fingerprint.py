@@ -1,6 +1,6 @@
 import torch
 
-from tinyvit.train.fingerprint import fingerprint
+from tinyvit.train.tasks.teachers import tensor_fingerprint as fingerprint
 
 
 def test_it_sees_names_types_shapes_and_values():

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyvit.train.held_out import hold_out
+from tinyvit.train.data.images import hold_out
 
 NAMES = st.lists(st.text("abcd/.", min_size=1), min_size=2, max_size=30, unique=True)
 

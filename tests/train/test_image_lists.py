@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyvit.train.image_lists import number_classes, read_csv, read_folder, split
+from tinyvit.train.data.lists import number_classes, read_csv, read_folder, split
 
 from .tiny_pictures import write_folder
 

@@ -7,8 +7,8 @@ import types
 import pytest
 
 from tinyvit.errors import TinyViTError
-from tinyvit.train import journal as room
-from tinyvit.train.journal import Journal
+from tinyvit.train import run_folder as room
+from tinyvit.train.run_folder import Journal
 
 
 def steps_of(folder):

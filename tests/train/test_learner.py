@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from tinyvit.train import TrainSettings
+from tinyvit.train.data.sampling import Order, load_batches
 from tinyvit.train.distributed import Processes
-from tinyvit.train.learner import Learner, accumulate_gradient
-from tinyvit.train.moving import learning_mode
-from tinyvit.train.samples import Order, load_batches
+from tinyvit.train.loop import Learner, accumulate_gradient
+from tinyvit.train.optim import learning_mode
 
 from .toy_task import ToyTask, make_model
 

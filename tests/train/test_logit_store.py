@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyvit.train.logit_store import LogitStore, StoreHeader, StoreMismatchError
+from tinyvit.train.store import LogitStore, StoreHeader, StoreMismatchError
 
 NAMES = ("ant", "bee", "cat", "dog")
 

@@ -5,11 +5,19 @@ import torch
 import tinyvit
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
-from tinyvit.train.augment import View, augmentation
-from tinyvit.train.classifiers import save_classifier
-from tinyvit.train.data_sets import open_part
-from tinyvit.train.logit_store import StoreMismatchError
-from tinyvit.train.logit_writer import Teacher, open_teacher, write_logits
+from tinyvit.train.data.augment import View, augmentation
+from tinyvit.train.data.images import open_part
+from tinyvit.train.store import StoreMismatchError
+from tinyvit.train.tasks.classify import save_classifier
+from tinyvit.train.tasks.teachers import (
+    LogitTeacher as Teacher,
+)
+from tinyvit.train.tasks.teachers import (
+    open_logit_teacher as open_teacher,
+)
+from tinyvit.train.tasks.teachers import (
+    write_logits,
+)
 
 from .tiny_pictures import tiny_classifier, write_folder
 

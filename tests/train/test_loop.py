@@ -11,7 +11,7 @@ from tinyvit.checkpoints.files import read_state_dict
 from tinyvit.errors import CheckpointError
 from tinyvit.modules import TinyViT
 from tinyvit.train import DivergedError, TrainSettings, train
-from tinyvit.train.state import read_state
+from tinyvit.train.run_folder import read_state
 
 from .pressing import interrupt
 from .toy_task import ToyTask, make_model, numbers

@@ -2,12 +2,11 @@ import pytest
 import torch
 
 from tinyvit.modules import TinyViT
-from tinyvit.sam.hq_mask_decoder import HQMaskDecoder
-from tinyvit.sam.mask_decoder import MaskDecoder
+from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
+from tinyvit.modules.sam.prompt_encoder import PromptEncoder
+from tinyvit.modules.sam.transformer import TwoWayTransformer
 from tinyvit.sam.model import Sam
-from tinyvit.sam.prompt_encoder import PromptEncoder
-from tinyvit.sam.transformer import TwoWayTransformer
-from tinyvit.train.mask_agreement import MaskAgreement, random_points
+from tinyvit.train.tasks.distill import MaskAgreement, random_points
 
 
 def tiny_sam(decoder=MaskDecoder, **more):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyvit.sam.rle import encode
-from tinyvit.train.mask_sets import open_mask_set
+from tinyvit.sam.mask_ops import encode
+from tinyvit.train.data.masks import open_mask_set
 
 from .shapes import shapes, write_shapes
 

@@ -1,13 +1,7 @@
 import pytest
 import torch
 
-from tinyvit.train.mask_losses import (
-    MaskLosses,
-    dice_loss,
-    focal_loss,
-    mask_ious,
-    shrink_masks,
-)
+from tinyvit.train.tasks.losses import MaskLosses, dice_loss, focal_loss, mask_ious, shrink_masks
 
 
 def test_shrunk_masks_hold_the_covered_share():

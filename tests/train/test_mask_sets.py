@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyvit.train.mask_sets import open_mask_set
+from tinyvit.train.data.masks import open_mask_set
 
 from .shapes import shapes, write_shapes
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyvit.train.mixing import Mixing, mix
+from tinyvit.train.tasks.classify import Mixing, mix
 
 
 def batch(size=4, classes=3, side=8):

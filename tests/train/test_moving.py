@@ -4,7 +4,7 @@ from torch import nn
 
 from tinyvit.modules import Conv2d_BN
 from tinyvit.train import TrainSettings, train
-from tinyvit.train.moving import choose_moving, learning_mode, merged
+from tinyvit.train.optim import choose_moving, learning_mode, merged
 
 from .toy_task import ToyTask, make_model
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tinyvit.train import TrainSettings
-from tinyvit.train.optimisation import (
+from tinyvit.train.optim import (
     Schedule,
     clip_gradients,
     make_optimiser,

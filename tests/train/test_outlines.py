@@ -3,8 +3,8 @@ import pytest
 from PIL import Image
 
 from tinyvit.errors import ImageError
-from tinyvit.sam.rle import encode
-from tinyvit.train.outlines import (
+from tinyvit.sam.mask_ops import encode
+from tinyvit.train.data.mask_formats import (
     MaskFile,
     Polygons,
     RunLengths,

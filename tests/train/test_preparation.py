@@ -5,7 +5,7 @@ from torch import nn
 from tinyvit.modules import TinyViT
 from tinyvit.train import TrainSettings
 from tinyvit.train.distributed import Processes
-from tinyvit.train.preparation import choose_batch_stats, prepare, set_drop_path
+from tinyvit.train.optim import choose_batch_stats, prepare, set_drop_path
 
 from .toy_task import make_model
 

@@ -2,8 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from tinyvit.train.mask_losses import MaskLosses
-from tinyvit.train.prompting import Objects, Prompting, check_trainable, pitch_of, prompt_and_learn
+from tinyvit.train.tasks.losses import MaskLosses
+from tinyvit.train.tasks.prompting import (
+    Objects,
+    Prompting,
+    check_trainable,
+    pitch_of,
+    prompt_and_learn,
+)
 
 
 def objects_of(sam, grid, size, count=3):

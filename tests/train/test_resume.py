@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tinyvit.train import TrainSettings, train
-from tinyvit.train.state import read_state
+from tinyvit.train.run_folder import read_state
 
 from .toy_task import ToyTask, make_model, numbers
 

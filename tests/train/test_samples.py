@@ -6,7 +6,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tinyvit.train.samples import Order, _Collate, _Samples, derived_seed, load_batches
+from tinyvit.train.data.sampling import Order, _Collate, _Samples, derived_seed, load_batches
 
 from .toy_task import ToyTask
 

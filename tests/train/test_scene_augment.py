@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tinyvit.train.scene_augment import SceneAugment, frame_scene
+from tinyvit.train.data.augment import SceneAugment, frame_scene
 
 
 def scene(height=60, width=90):

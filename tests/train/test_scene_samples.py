@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from tinyvit.image_spec import ImageSpec
-from tinyvit.train.mask_sets import open_mask_set
-from tinyvit.train.scene_samples import SceneSampler, collate_scenes
+from tinyvit.train.data.masks import open_mask_set
+from tinyvit.train.tasks.segment import SceneSampler, collate_scenes
 
 from .shapes import write_shapes
 

@@ -8,10 +8,9 @@ from PIL import Image
 
 from tinyvit.errors import ImageError
 from tinyvit.sam.build import build_sam
-from tinyvit.train.mask_sets import open_mask_set
-from tinyvit.train.prompting import Prompting
-from tinyvit.train.scene_samples import SceneSampler
-from tinyvit.train.segment import Segment, SegmentSettings, make_task, save_sam
+from tinyvit.train.data.masks import open_mask_set
+from tinyvit.train.tasks.prompting import Prompting
+from tinyvit.train.tasks.segment import SceneSampler, Segment, SegmentSettings, make_task, save_sam
 
 from .shapes import write_shapes
 

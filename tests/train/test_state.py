@@ -7,9 +7,8 @@ import torch
 from tinyvit.checkpoints import files
 from tinyvit.errors import CheckpointError
 from tinyvit.train import TrainSettings
-from tinyvit.train.ema import Ema
-from tinyvit.train.optimisation import make_optimiser
-from tinyvit.train.state import pack, read_state, sweep, unpack, write_state
+from tinyvit.train.optim import Ema, make_optimiser
+from tinyvit.train.run_folder import pack, read_state, sweep, unpack, write_state
 
 from .toy_task import make_model
 

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from tinyvit.train.stopping import hear_signals
+from tinyvit.train.loop import hear_signals
 
 from .pressing import interrupt
 

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import pytest
 
-from tinyvit.train.tally import Tally
+from tinyvit.train.loop import Tally
 
 
 def test_means_since_the_last_line_of_figures_that_not_every_step_has():

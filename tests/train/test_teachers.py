@@ -10,11 +10,10 @@ from torch import nn
 from tinyvit.errors import CheckpointError, MissingExtraError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.preprocess import to_tensor
-from tinyvit.inference.graphs import export_onnx
+from tinyvit.inference.graph_backend import export_onnx
 from tinyvit.modules import TinyViT
-from tinyvit.train.feature_store import FeatureStore
-from tinyvit.train.fingerprint import fingerprint
-from tinyvit.train.teachers import (
+from tinyvit.train.store import FeatureStore
+from tinyvit.train.tasks.teachers import (
     ModuleTeacher,
     OnnxTeacher,
     TinyViTTeacher,
@@ -22,6 +21,7 @@ from tinyvit.train.teachers import (
     open_teacher,
     store_features,
 )
+from tinyvit.train.tasks.teachers import tensor_fingerprint as fingerprint
 
 SPEC = ImageSpec.sam(32)
 

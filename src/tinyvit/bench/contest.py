@@ -14,10 +14,8 @@ from typing import Any, cast
 
 from tinyvit.errors import TinyViTError
 
-from .spread import Spread
+from .machine import Spread
 from .workers import Turn, Worker, take_turns
-
-__all__ = ["Contestant", "Result", "measure"]
 
 _KIND = ("precision", "device", "threads")
 _WORKER = (sys.executable, "-m", "tinyvit.bench")

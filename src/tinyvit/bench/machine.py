@@ -1,16 +1,50 @@
-"""What this machine is, and what a process has used of it. Imports no torch."""
+"""The middle of some numbers and how far they lie apart."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import platform
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["machine_facts", "minor_faults", "peak_memory"]
+
+@dataclass(frozen=True)
+class Spread:
+    """The median and the quartiles of some numbers."""
+
+    median: float
+    lower: float
+    upper: float
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> Spread:
+        """The spread of some numbers.
+
+        Raises:
+            ValueError: There are none.
+
+        Example:
+            >>> Spread.of([1.0, 2.0, 3.0, 4.0, 50.0])
+            Spread(median=3.0, lower=2.0, upper=4.0)
+        """
+        if not numbers:
+            raise ValueError("a spread wants at least one number, got none")
+        if len(numbers) == 1:
+            return cls(numbers[0], numbers[0], numbers[0])
+        lower, median, upper = statistics.quantiles(numbers, n=4, method="inclusive")
+        return cls(median, lower, upper)
+
+    @property
+    def relative(self) -> float:
+        """The distance of the quartiles, as a share of the median."""
+        return (self.upper - self.lower) / self.median if self.median else 0.0
+
 
 _SHOWN_SETS = (
     *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),

@@ -1,28 +1,329 @@
-"""Bring a checkpoint of the catalog into the cache, checked, whole or not at all.
+"""Where downloaded files live, what the environment asks for, and one process at a time.
 
-Every file is checked against a SHA-256. Where the catalog has one, or the caller gives one, that
-one counts. For some published files nobody states a hash: these are trusted on first use. Their
-hash is taken after the first complete download, written beside the file (``<file>.sha256``) and
-announced by a warning; from then on the file must keep it. That is safe against changes and broken
-copies, and against running code (files are read without unpickling), but not against a publisher
-who was replaced before the first download; ``sha256=`` or ``TINYVIT_REQUIRE_SHA256=1`` closes that.
+Environment variables, read when needed and never kept:
 
-Prints nothing: progress goes to a function.
+``TINYVIT_CACHE``           folder of downloaded files; else ``$XDG_CACHE_HOME/tinyvit``, else
+                            ``~/.cache/tinyvit``
+``TINYVIT_OFFLINE``         1: never use the network (``HF_HUB_OFFLINE`` counts too)
+``TINYVIT_MIRROR``          base URL; every file is fetched from ``<mirror>/<file>`` only
+``TINYVIT_REQUIRE_SHA256``  1: refuse files for which nobody states a hash
 """
 
 from __future__ import annotations
 
+import errno
+import http.client
 import os
+import re
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, TypeAlias
 
 from tinyvit.catalog import Checkpoint, get_checkpoint
-from tinyvit.checkpoints.cache import cached_path, is_offline, is_strict, locked, mirror
-from tinyvit.checkpoints.files import file_sha256, replacing
-from tinyvit.checkpoints.transfer import Patience, Progress, transfer
 from tinyvit.errors import DownloadError
 
-__all__ = ["fetch"]
+from .files import file_sha256, looks_like_web_page, replacing
+
+_POLL_SECONDS = 0.1
+
+
+def cache_folder(chosen: str | os.PathLike[str] | None = None) -> Path:
+    """Return the folder of downloaded files; it need not exist yet.
+
+    Args:
+        chosen: A folder the caller wants, or None for the environment's.
+
+    Returns:
+        The folder.
+    """
+    if chosen is not None:
+        return Path(chosen).expanduser()
+    own = os.environ.get("TINYVIT_CACHE")
+    if own:
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "tinyvit"
+
+
+def cached_path(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return where a checkpoint's file is or will be: in the cache, or inside the package.
+
+    Args:
+        checkpoint: A row of the catalog.
+        cache_dir: Folder for downloaded files; None for the default.
+
+    Returns:
+        The path; a file to download need not exist.
+    """
+    if checkpoint.embedded:
+        return Path(__file__).resolve().parents[1] / "weights" / checkpoint.file
+    return cache_folder(cache_dir) / checkpoint.file
+
+
+def is_offline() -> bool:
+    """Tell whether the environment forbids the network.
+
+    Returns:
+        True if ``TINYVIT_OFFLINE`` or ``HF_HUB_OFFLINE`` is switched on.
+    """
+    return _is_on("TINYVIT_OFFLINE") or _is_on("HF_HUB_OFFLINE")
+
+
+def is_strict() -> bool:
+    """Tell whether files without a stated hash are refused.
+
+    Returns:
+        True if ``TINYVIT_REQUIRE_SHA256`` is switched on.
+    """
+    return _is_on("TINYVIT_REQUIRE_SHA256")
+
+
+def mirror() -> str | None:
+    """Return the base URL to fetch every file from.
+
+    Returns:
+        The URL without a slash at its end, or None to use the publishers' own.
+    """
+    return os.environ.get("TINYVIT_MIRROR", "").rstrip("/") or None
+
+
+@contextmanager
+def locked(path: Path, patience: float) -> Iterator[None]:
+    """Hold a lock file, so that two processes do not write the same download.
+
+    The operating system frees the lock when a process dies; the empty file may stay.
+
+    Args:
+        path: The lock file.
+        patience: Seconds to wait for another process.
+
+    Yields:
+        Nothing; the lock is held inside the block.
+
+    Raises:
+        DownloadError: If another process holds the lock for longer.
+    """
+    deadline = time.monotonic() + patience
+    with path.open("ab") as file:
+        while not _try_lock(file.fileno()):
+            if time.monotonic() > deadline:
+                raise DownloadError(
+                    f"another process has been downloading {path.stem} for {patience:.0f} s; wait "
+                    f"for it, or end it and try again (its lock is {path})"
+                )
+            time.sleep(_POLL_SECONDS)
+        yield  # closing the file frees the lock
+
+
+def _is_on(name: str) -> bool:
+    """Whether a switch in the environment is on."""
+    return os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock(descriptor: int) -> bool:
+        """Take the lock if it is free."""
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+else:
+    import fcntl
+
+    def _try_lock(descriptor: int) -> bool:
+        """Take the lock if it is free."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+Progress: TypeAlias = Callable[[int, int | None], None]
+"""Called with (bytes there, bytes in all or None if the server does not say)."""
+
+_CHUNK = 1 << 18
+_CONTENT_RANGE = re.compile(r"^bytes (\d+)-\d+/(\d+|\*)$")
+_WORTH_ANOTHER_TRY = (408, 425, 429, 500, 502, 503, 504)
+_IN_WORDS = {
+    401: "the server wants a login",
+    403: "the server refuses it",
+    404: "there is no such file",
+    410: "the file was withdrawn",
+    429: "too many requests",
+}
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to try.
+
+    Attributes:
+        attempts: Tries for each URL; a try that brings bytes does not count.
+        first_wait: Seconds before the second try; doubled each time.
+        timeout: Seconds without a byte before a connection counts as broken.
+        lock: Seconds to wait for another process that downloads the same file.
+    """
+
+    attempts: int = 4
+    first_wait: float = 0.5
+    timeout: float = 30.0
+    lock: float = 1800.0
+
+
+class _BrokenError(Exception):
+    """A transfer that stopped and is worth another try."""
+
+
+def transfer(
+    url: str,
+    part: Path,
+    progress: Progress | None = None,
+    patience: Patience | None = None,
+) -> None:
+    """Bring a URL into a file.
+
+    Args:
+        url: An http or https address.
+        part: The file; what it holds already is continued if the server can, else replaced. After
+            a broken transfer it stays, so that the next call continues.
+        progress: Told how many bytes are there.
+        patience: How long to try; the default is four tries.
+
+    Raises:
+        DownloadError: If the file cannot be brought; the text says why.
+    """
+    patience = patience if patience is not None else Patience()
+    if not url.startswith(("https://", "http://")):
+        raise DownloadError(f"{url} is no http or https address; mirrors and files need one")
+    failures = 0
+    while True:
+        before = _size(part)
+        try:
+            _continue(url, part, progress, patience.timeout)
+        except _BrokenError as err:
+            failures = 0 if _size(part) > before else failures + 1
+            if failures >= patience.attempts:
+                raise DownloadError(
+                    f"{url} could not be fetched: {err}, {patience.attempts} times in a row"
+                ) from err
+            time.sleep(patience.first_wait * 2 ** max(0, failures - 1))
+        else:
+            return
+
+
+def _continue(url: str, part: Path, progress: Progress | None, timeout: float) -> None:
+    """One request: fetch what is missing of a file."""
+    have = _size(part)
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "tinyvit", "Accept": "*/*"})
+        urllib.parse.urlsplit(url).port  # noqa: B018  (raises for what is no port)
+    except ValueError as err:
+        raise DownloadError(f"{url} is no usable address: {err}") from err
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            _receive(url, response, part, have, progress)
+    except urllib.error.HTTPError as err:
+        err.close()
+        if err.code == 416:  # the part is longer than the file: it is of another one
+            part.unlink(missing_ok=True)
+            raise _BrokenError("the file on the server changed") from err
+        words = _IN_WORDS.get(err.code, err.reason)
+        if err.code in _WORTH_ANOTHER_TRY:
+            raise _BrokenError(f"HTTP {err.code}, {words}") from err
+        raise DownloadError(f"{url} could not be fetched: HTTP {err.code}, {words}") from err
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as err:
+        reason = getattr(err, "reason", None) or err
+        raise _BrokenError(f"the connection failed ({reason})") from err
+
+
+def _receive(
+    url: str, response: http.client.HTTPResponse, part: Path, have: int, progress: Progress | None
+) -> None:
+    """Write a response's body to the file and check its length."""
+    start, total = _extent(response, have)
+    first = response.read(_CHUNK)
+    if start == 0 and looks_like_web_page(first[:64]):
+        raise DownloadError(
+            f"{url} gave a web page instead of a file (a login or error page?); open it in a "
+            "browser to see why"
+        )
+    try:
+        with part.open("r+b" if start else "wb") as file:
+            file.seek(start)
+            file.truncate()
+            done = _copy(first, response, file, start, total, progress)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as err:
+        if isinstance(err, ConnectionError | TimeoutError):
+            raise
+        part.unlink(missing_ok=True)
+        if err.errno in (errno.ENOSPC, errno.EDQUOT):
+            size = f"{total} bytes are" if total else "more space is"
+            raise DownloadError(
+                f"no space left in {part.parent}: {size} needed; free some, or set TINYVIT_CACHE "
+                "to another folder"
+            ) from err
+        raise DownloadError(
+            f"{part.parent} cannot be written ({err}); set TINYVIT_CACHE to another folder"
+        ) from err
+    if total is not None and done != total:
+        raise _BrokenError(f"the connection broke after {done} of {total} bytes")
+
+
+def _copy(
+    first: bytes,
+    response: http.client.HTTPResponse,
+    file: IO[bytes],
+    start: int,
+    total: int | None,
+    progress: Progress | None,
+) -> int:
+    """Copy the body; return how many bytes of the whole file are there now."""
+    done, chunk = start, first
+    while chunk:
+        file.write(chunk)
+        done += len(chunk)
+        if progress is not None:
+            progress(done, total)
+        chunk = response.read(_CHUNK)
+    return done
+
+
+def _extent(response: http.client.HTTPResponse, have: int) -> tuple[int, int | None]:
+    """Where the body starts in the file, and the file's length if the server says it."""
+    length = response.headers.get("Content-Length", "")
+    total = int(length) if length.isdigit() else None
+    if response.status != 206:
+        return 0, total
+    match = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
+    if match is None or int(match[1]) != have:
+        raise _BrokenError("the server continued at the wrong place")
+    return have, int(match[2]) if match[2] != "*" else None
+
+
+def _size(path: Path) -> int:
+    """Bytes in a file, 0 if there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+pass
+pass
 
 
 def fetch(

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from tinyvit.errors import CheckpointError
 
-__all__ = ["resize_bias_table", "resize_bias_tables"]
-
 _BIAS_KEY = re.compile(r"^layers\.(\d+)\.blocks\.\d+\.attn\.attention_biases$")
 
 

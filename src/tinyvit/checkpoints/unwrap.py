@@ -15,8 +15,6 @@ from torch import Tensor
 
 from tinyvit.errors import CheckpointError
 
-__all__ = ["Unwrapped", "unwrap", "wrap"]
-
 _WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict", "model_ema", "ema", "module")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "sam.")
 _MAX_DEPTH = 4

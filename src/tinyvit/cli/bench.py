@@ -10,13 +10,13 @@ import typer
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT, get_checkpoint, get_variant
 from tinyvit.cli import console
-from tinyvit.cli.console import counted
-from tinyvit.cli.options import Device, Json, matching_checkpoints, matching_models
+
+from .arguments import Device, Json, matching_checkpoints, matching_models
+from .console import counted
 
 if TYPE_CHECKING:
     from tinyvit.bench import Contestant, Result
 
-__all__ = ["bench"]
 
 EXAMPLES = (
     "tinyvit bench",
@@ -161,7 +161,7 @@ def _models(models: Sequence[str] | None, checkpoint: str | None) -> list[str | 
             f"one checkpoint fits one model, got {len(models)}: {', '.join(models)}; leave --model "
             "out, or leave --checkpoint out to measure random weights"
         )
-    from tinyvit.cli.loading import file_of
+    from .arguments import file_of
 
     file_of(checkpoint)
     return [models[0] if models else None]

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tinyvit.cli import console
-from tinyvit.cli.loading import file_of
-from tinyvit.cli.options import (
+from tinyvit.errors import ImageError
+from tinyvit.folders.images import list_pictures
+from tinyvit.labels import labels_for, read_labels
+
+from .arguments import (
     Device,
     Json,
     Model,
@@ -18,16 +21,13 @@ from tinyvit.cli.options import (
     Precision,
     PrecisionName,
     Size,
+    file_of,
     matching_checkpoints,
 )
-from tinyvit.cli.picture_files import list_pictures
-from tinyvit.errors import ImageError
-from tinyvit.labels import labels_for, read_labels
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["classify"]
 
 EXAMPLES = (
     "tinyvit classify cat.jpg --checkpoint tiny_vit_5m_224.dist_in22k_ft_in1k",
@@ -80,9 +80,10 @@ def classify(
     if labels is not None:
         read_labels(labels)  # complain before a model is fetched
 
-    from tinyvit.cli.loading import load_classifier, variant_of
     from tinyvit.images.decode import decode
     from tinyvit.inference import Engine
+
+    from .arguments import load_classifier, variant_of
 
     built = load_classifier(own, checkpoint, model, size)
     names = _names(built.num_classes, labels, checkpoint)
@@ -118,7 +119,7 @@ def classify(
 
 def _names(classes: int, labels: Path | None, checkpoint: str | None) -> Sequence[str] | None:
     """The names of a file of labels, those in the file of weights, or ImageNet's."""
-    from tinyvit.checkpoints.header import classes_in, read_header
+    from tinyvit.checkpoints.files import classes_in, read_header
 
     if labels is None and checkpoint is not None:
         path = file_of(checkpoint)

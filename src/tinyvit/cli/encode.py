@@ -13,8 +13,10 @@ import typer
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.cli import console
-from tinyvit.cli.console import Console, counted
-from tinyvit.cli.options import (
+from tinyvit.errors import CheckpointError
+from tinyvit.folders.images import PictureFile, list_pictures
+
+from .arguments import (
     Device,
     Json,
     Model,
@@ -24,13 +26,11 @@ from tinyvit.cli.options import (
     Size,
     matching_checkpoints,
 )
-from tinyvit.cli.picture_files import PictureFile, list_pictures
-from tinyvit.errors import CheckpointError
+from .console import Console, counted
 
 if TYPE_CHECKING:
-    from tinyvit.cli.encoding import Job, Outcome
+    from tinyvit.folders.encode import Job, Outcome
 
-__all__ = ["encode"]
 
 EXAMPLES = (
     "tinyvit encode cat.jpg -o features",
@@ -97,9 +97,10 @@ def encode(
     listed = list_pictures(pictures, output)
     _check_output(output, listed, with_drawings=not no_pictures)
 
-    from tinyvit.cli.encoding import Job, recipe
-    from tinyvit.cli.loading import load_encoder, variant_of
+    from tinyvit.folders.encode import Job, recipe
     from tinyvit.inference import Engine
+
+    from .arguments import load_encoder, variant_of
 
     built = load_encoder(own, checkpoint, model, size)
     with Engine(

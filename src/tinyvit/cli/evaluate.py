@@ -1,7 +1,4 @@
-"""``tinyvit evaluate``: how good a classifier or a segmenter is, and whether two models agree.
-
-Figures go to stdout as a table or JSON; what could not be read is named on stderr.
-"""
+"""Options of ``tinyvit evaluate``: what they take, and what they say about it."""
 
 from __future__ import annotations
 
@@ -9,48 +6,156 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT, get_checkpoint, list_checkpoints
 from tinyvit.cli import console
-from tinyvit.cli.console import Console, counted
-from tinyvit.cli.evaluate_options import (
-    BackendOfA,
-    BackendOfB,
-    BatchSize,
-    ClassifierWeights,
-    Clicks,
-    Grid,
-    HeldOut,
-    Images,
-    LabelledData,
-    Limit,
-    MaskData,
-    MostClicks,
-    NoFloors,
-    PrecisionOfA,
-    PrecisionOfB,
-    SamA,
-    SamB,
-    SamWeights,
-    Seed,
-    Sheet,
-    SplitSeed,
-    TargetIou,
-    ValPart,
+from tinyvit.folders.images import list_pictures
+
+from .arguments import (
+    Device,
+    Json,
+    Pictures,
+    Precision,
+    PrecisionName,
+    Size,
+    matching_checkpoints,
+    parse_precision,
 )
-from tinyvit.cli.options import Device, Json, Pictures, Precision, PrecisionName, Size
-from tinyvit.cli.picture_files import list_pictures
+from .console import Console, counted
+from .settings_options import Row
 
 if TYPE_CHECKING:
     from tinyvit.evaluate.classify import ClassifyReport, LabelledPictures
     from tinyvit.inference.backend import BackendName
     from tinyvit.sam import Sam, SamPredictor
-    from tinyvit.train.mask_sets import MaskSet
+    from tinyvit.train.data.masks import MaskSet
 
-__all__ = ["agreement", "classify", "segment"]
+BACKENDS = ("auto", "torch", "openvino", "onnx")
+
+parse_backend = Row("backend", "text", "", words=BACKENDS).parse
+
+SAM_HELP = "A name of 'tinyvit models', or a file with a whole SAM."
+
+LabelledData = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        show_default=False,
+        help="A folder with one subfolder for each class, a CSV file, or tar files.",
+    ),
+]
+MaskData = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        show_default=False,
+        help="Pictures with masks: COCO's JSON, a CSV of pictures and masks, labelme's JSON "
+        "files, or a folder with images and masks in it.",
+    ),
+]
+SamA = Annotated[str, typer.Argument(metavar="A", show_default=False, help=SAM_HELP)]
+SamB = Annotated[
+    str, typer.Argument(metavar="B", show_default=False, help="Another, or the same again.")
+]
+ClassifierWeights = Annotated[
+    str,
+    typer.Option(
+        "--checkpoint",
+        metavar="NAME_OR_FILE",
+        autocompletion=matching_checkpoints,
+        help="A name of 'tinyvit models', or a file of weights with a classification head.",
+    ),
+]
+SamWeights = Annotated[
+    str,
+    typer.Option(
+        "--checkpoint",
+        metavar="NAME_OR_FILE",
+        autocompletion=matching_checkpoints,
+        show_default=False,
+        help=f"{SAM_HELP} By default {DEFAULT_CHECKPOINT}.",
+    ),
+]
+Images = Annotated[
+    Path | None,
+    typer.Option("--images", metavar="FOLDER", help="The pictures, where DATA does not say."),
+]
+HeldOut = Annotated[
+    bool,
+    typer.Option(
+        "--held-out",
+        help="Measure only what 'tinyvit train' holds out of DATA with the same --val-part and "
+        "--split-seed.",
+    ),
+]
+ValPart = Annotated[float, typer.Option("--val-part", help="With --held-out: how much it is.")]
+SplitSeed = Annotated[int, typer.Option("--split-seed", help="With --held-out: which it is.")]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", min=1, help="Measure so many pictures only, drawn by --seed."),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="What --limit draws with.")]
+Sheet = Annotated[
+    Path | None,
+    typer.Option("--sheet", metavar="FILE.png", help="Write a contact sheet to look at."),
+]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", min=1, help="Pictures computed together, at most.")
+]
+Clicks = Annotated[
+    str, typer.Option("--clicks", metavar="N,N,...", help="After how many clicks IoU is wanted.")
+]
+TargetIou = Annotated[
+    float, typer.Option("--target-iou", help="Clicks are counted until this IoU.")
+]
+MostClicks = Annotated[int, typer.Option("--most-clicks", help="Where counting stops.")]
+NoFloors = Annotated[
+    bool, typer.Option("--no-floors", help="Leave out the floors, which is faster.")
+]
+Grid = Annotated[int, typer.Option("--grid", min=1, help="Clicks along each side of a picture.")]
+BackendOfA = Annotated[
+    str,
+    typer.Option(
+        "--backend-a",
+        metavar=f"[{'|'.join(BACKENDS)}]",
+        parser=parse_backend,
+        help="What runs A's encoder.",
+    ),
+]
+BackendOfB = Annotated[
+    str,
+    typer.Option(
+        "--backend-b",
+        metavar=f"[{'|'.join(BACKENDS)}]",
+        parser=parse_backend,
+        help="What runs B's encoder.",
+    ),
+]
+PrecisionOfA = Annotated[
+    PrecisionName,
+    typer.Option(
+        "--precision-a",
+        metavar="[fp32|bf16|auto]",
+        parser=parse_precision,
+        help="What A's encoder computes in.",
+    ),
+]
+PrecisionOfB = Annotated[
+    PrecisionName,
+    typer.Option(
+        "--precision-b",
+        metavar="[fp32|bf16|auto]",
+        parser=parse_precision,
+        help="What B's encoder computes in.",
+    ),
+]
+
+
+pass
+
 
 EXAMPLES = {
     "classify": (
@@ -93,7 +198,7 @@ def classify(
 
     from tinyvit.evaluate.classify import evaluate_classifier
     from tinyvit.inference import Engine
-    from tinyvit.train.classifiers import load_classifier
+    from tinyvit.train.tasks.classify import load_classifier
 
     _announce(own, checkpoint)
     model, classes = load_classifier(checkpoint)
@@ -142,9 +247,8 @@ def segment(
     """
     own = console.of(ctx)
 
-    from tinyvit.evaluate.contact_sheet import ContactSheet
-    from tinyvit.evaluate.report import COLUMNS
-    from tinyvit.evaluate.segment import MeasureSettings, evaluate_segment
+    from tinyvit.evaluate.segment import COLUMNS as COLUMNS
+    from tinyvit.evaluate.segment import ContactSheet, MeasureSettings, evaluate_segment
     from tinyvit.sam import SamPredictor
 
     settings = MeasureSettings(_numbers(clicks), target_iou, most_clicks, with_floors=not no_floors)
@@ -239,7 +343,7 @@ def _labelled(
     """
     import numpy as np
 
-    from tinyvit.train.data_sets import Subset, open_data_set, open_part
+    from tinyvit.train.data.images import Subset, open_data_set, open_part
 
     if held_out:
         parts = open_data_set(data, val_part=val_part, split_seed=split_seed)
@@ -271,7 +375,7 @@ def _masks(
     Raises:
         ValueError: There is no such set, nothing in it is good, or nothing can be held out.
     """
-    from tinyvit.train.mask_sets import open_mask_set
+    from tinyvit.train.data.masks import open_mask_set
 
     masks = open_mask_set(data, images)
     if held_out:
@@ -309,7 +413,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _announce(own: Console, checkpoint: str) -> None:
-    from tinyvit.cli.loading import announce
+    from .arguments import announce
 
     if checkpoint in list_checkpoints():
         announce(own, get_checkpoint(checkpoint))
@@ -342,7 +446,7 @@ def _draw_wrong(
     own: Console, sheet: Path, report: ClassifyReport, pictures: LabelledPictures
 ) -> None:
     """Write the most confidently wrong pictures, if any is wrong."""
-    from tinyvit.evaluate.wrong_sheet import draw_wrong
+    from tinyvit.evaluate.classify import draw_wrong
     from tinyvit.images.draw import save_png
 
     if not report.wrong:

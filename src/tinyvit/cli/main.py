@@ -1,4 +1,4 @@
-"""The parser of ``tinyvit``: its verbs, and the options that all of them share.
+"""The parser of ``tinyvit``: its verbs and groups, and the options that all of them share.
 
 Nothing heavy is imported here, so that ``tinyvit --help`` answers at once.
 """
@@ -12,12 +12,72 @@ from typing import Annotated
 
 import typer
 
-from tinyvit.cli import bench, classify, convert, download, encode, inspect, models, segment
-from tinyvit.cli.console import Console
-from tinyvit.cli.errors import guarded
-from tinyvit.cli.verb_groups import GROUPS, make_group
+from tinyvit.cli import (
+    bench,
+    classify,
+    encode,
+    evaluate,
+    models,
+    segment,
+    teachers,
+    train,
+    weights,
+)
 
-__all__ = ["app", "main"]
+from .console import Console, guarded
+from .settings_options import GroupedCommand
+
+Verbs = tuple[tuple[str, Callable[..., None], Sequence[str]], ...]
+
+TRAIN: Verbs = (
+    ("classify", train.classify, train.EXAMPLES["classify"]),
+    ("segment", train.segment, train.EXAMPLES["segment"]),
+    ("write-logits", teachers.write_logits, teachers.LOGITS_EXAMPLES),
+    ("distill-logits", train.distill_logits, train.EXAMPLES["distill-logits"]),
+    ("store-features", teachers.store_features, teachers.FEATURES_EXAMPLES),
+    ("distill-features", train.distill_features, train.EXAMPLES["distill-features"]),
+)
+EVALUATE: Verbs = (
+    ("classify", evaluate.classify, evaluate.EXAMPLES["classify"]),
+    ("segment", evaluate.segment, evaluate.EXAMPLES["segment"]),
+    ("agreement", evaluate.agreement, evaluate.EXAMPLES["agreement"]),
+)
+GROUPS: dict[str, tuple[str, Verbs]] = {
+    "train": (
+        "Train a classifier, a segmenter or a student.",
+        TRAIN,
+    ),
+    "evaluate": (
+        "Measure a classifier or a segmenter; compare two models.",
+        EVALUATE,
+    ),
+}
+"""Name of each group, its help, and its verbs: name, function and examples."""
+
+
+def make_group(summary: str, verbs: Verbs) -> typer.Typer:
+    """A group of verbs.
+
+    Args:
+        summary: Its help; the first sentence stands in the list of verbs.
+        verbs: (name, function, examples); the function's context is called ``ctx``.
+    """
+    group = typer.Typer(
+        help=summary,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+    )
+    for name, verb, examples in verbs:
+        lines = "\n".join(f"  {example}" for example in examples)
+        command = group.command(name, cls=GroupedCommand, epilog=f"\b\nExamples:\n{lines}")
+        command(guarded(verb))
+    return group
+
+
+pass
+
 
 ANYWHERE = ("--debug", "--quiet", "-q")  # may stand before or after the verb
 
@@ -69,9 +129,9 @@ def _add(verb: Callable[..., None], examples: Sequence[str]) -> None:
 
 
 _add(models.models, models.EXAMPLES)
-_add(inspect.inspect, inspect.EXAMPLES)
-_add(convert.convert, convert.EXAMPLES)
-_add(download.download, download.EXAMPLES)
+_add(weights.inspect, weights.INSPECT_EXAMPLES)
+_add(weights.convert, weights.CONVERT_EXAMPLES)
+_add(weights.download, weights.DOWNLOAD_EXAMPLES)
 _add(encode.encode, encode.EXAMPLES)
 _add(classify.classify, classify.EXAMPLES)
 _add(segment.segment, segment.EXAMPLES)

@@ -8,9 +8,8 @@ import typer
 
 from tinyvit.catalog import CHECKPOINTS, VARIANTS, Checkpoint, Variant
 from tinyvit.cli import console
-from tinyvit.cli.options import Json
 
-__all__ = ["models"]
+from .arguments import Json
 
 EXAMPLES = ("tinyvit models", "tinyvit models --json | jq -r '.checkpoints[].name'")
 
@@ -28,7 +27,7 @@ def models(ctx: typer.Context, as_json: Json = False) -> None:
     classes of their head, their licence, and where the file is: embedded in this package, cached on
     this machine, remote (tinyvit download NAME fetches it), or to be fetched by hand.
     """
-    from tinyvit.checkpoints.cache import cache_folder
+    from tinyvit.checkpoints.download import cache_folder
 
     own = console.of(ctx)
     folder = cache_folder()

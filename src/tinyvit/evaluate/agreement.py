@@ -24,9 +24,7 @@ from tinyvit.errors import ImageError
 from tinyvit.images.decode import ImageSource, decode
 from tinyvit.sam.predictor import SamPredictor
 
-from .mask_metrics import Mask, iou
-
-__all__ = ["Agreement", "PictureAgreement", "compare"]
+from .metrics import Mask, iou
 
 
 @dataclass(frozen=True)

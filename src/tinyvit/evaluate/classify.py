@@ -1,10 +1,9 @@
-"""How good a classifier is: accuracy with intervals, calibration, which classes it confuses, cost.
+"""The most confidently wrong pictures of a classifier, as one picture to look at.
 
-Runs a ``tinyvit.Engine`` over labelled pictures of any kind and turns the logits into a report. How
-pictures are listed is not known here: anything with the members of ``LabelledPictures`` will do.
-The figures themselves are computed in ``classification_metrics.py``.
+Each cell shows a picture and below it what it is and what it was taken for, with the model's
+probability. Small pictures are enlarged so that their pixels can be seen.
 
-Letters: N pictures, K classes.
+Shapes: H W a picture.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tinyvit.errors import ImageError
@@ -28,21 +28,198 @@ from tinyvit.images.decode import decode
 from tinyvit.inference.engine import Engine
 from tinyvit.inference.read_ahead import read_ahead
 
-from .certainty import RESAMPLES, Figure
-from .classification_metrics import (
-    ClassConfusion,
-    calibration_error,
-    confusions,
-    hits_in_top,
-    share_of_hits,
-)
+from .metrics import RESAMPLES, Figure
 
-__all__ = [
-    "ClassifyReport",
-    "LabelledPictures",
-    "WrongPicture",
-    "evaluate_classifier",
-]
+pass
+
+
+RGB = NDArray[np.uint8]
+
+CELL, GAP, MARGIN, CAPTION, TITLE, COLUMNS = 220, 20, 36, 52, 56, 4  # pixels; cells in a row
+PAPER, GROUND, INK, FAINT = (255, 255, 255), (240, 241, 244), (28, 32, 40), (118, 124, 136)
+
+
+def draw_wrong(
+    report: ClassifyReport, pictures: LabelledPictures, title: str = "Most confidently wrong"
+) -> RGB:
+    """Draw the wrong pictures of a report.
+
+    Args:
+        report: What was measured.
+        pictures: The list it was measured on.
+        title: The line at the top.
+
+    Returns:
+        RGB [H, W, 3] uint8, for ``tinyvit.images.draw.save_png``.
+
+    Raises:
+        ValueError: No picture is wrong.
+        ImageError: A picture cannot be read any more.
+    """
+    cells = report.wrong
+    if not cells:
+        raise ValueError("there is nothing to show: no picture was taken for another class")
+    columns = min(COLUMNS, len(cells))
+    row = CELL + CAPTION + GAP
+    font = ImageFont.load_default(size=24)
+    width = 2 * MARGIN + max(columns * (CELL + GAP) - GAP, round(font.getlength(title)))
+    height = MARGIN + TITLE + -(-len(cells) // columns) * row - GAP + MARGIN
+    sheet = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((MARGIN, MARGIN), title, INK, font)
+    for place, cell in enumerate(cells):
+        line, column = divmod(place, columns)
+        left, top = MARGIN + column * (CELL + GAP), MARGIN + TITLE + line * row
+        image = _fitted(decode(pictures.source(cell.index)))
+        pen.rectangle((left, top, left + CELL - 1, top + CELL - 1), fill=GROUND)
+        sheet.paste(image, (left + (CELL - image.width) // 2, top + (CELL - image.height) // 2))
+        _write(pen, left, top + CELL + 6, cell)
+    return np.array(sheet)
+
+
+def _fitted(image: RGB) -> Image.Image:
+    """Into a cell: shrunk smoothly, or enlarged pixel by pixel."""
+    height, width = image.shape[:2]
+    scale = min(CELL / width, CELL / height)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    way = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
+    return Image.fromarray(image).resize(size, way)
+
+
+def _write(pen: ImageDraw.ImageDraw, left: int, top: int, cell: WrongPicture) -> None:
+    lines = (
+        (f"is {cell.label}", INK),
+        (f"taken for {cell.predicted}, {cell.probability:.0%}", FAINT),
+    )
+    font = ImageFont.load_default(size=16)
+    for number, (text, colour) in enumerate(lines):
+        while pen.textlength(text, font=font) > CELL and len(text) > 1:
+            text = f"{text[:-4]}..." if len(text) > 4 else text[:-1]
+        pen.text((left, top + 21 * number), text, colour, font)
+
+
+BINS = 15
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class ClassConfusion:
+    """A class that is taken for others.
+
+    Attributes:
+        name: The class.
+        pictures: How many pictures it has.
+        accuracy: Part of them that is found.
+        taken_for: (other class, how often), the most frequent first.
+    """
+
+    name: str
+    pictures: int
+    accuracy: float
+    taken_for: tuple[tuple[str, int], ...]
+
+
+def hits_in_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Whether each label is among the ``k`` largest logits.
+
+    Args:
+        logits: [N, K].
+        labels: [N] int64.
+        k: How many count; more than K means all.
+
+    Returns:
+        [N] bool.
+
+    Example:
+        >>> import torch
+        >>> hits_in_top(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([2]), 2)
+        tensor([True])
+    """
+    best = logits.topk(min(k, logits.shape[1]), dim=1).indices  # [N, k]
+    return (best == labels[:, None]).any(dim=1)
+
+
+def share_of_hits(hits: NDArray[np.bool_], resamples: int = RESAMPLES, seed: int = 0) -> Figure:
+    """The part of hits and its 95 % interval over the choice of pictures.
+
+    Drawing N pictures of which a part p are hits gives a binomial number of hits, so the bootstrap
+    is drawn from that distribution at once.
+
+    Args:
+        hits: [N].
+        resamples: How often the pictures are drawn.
+        seed: Of the draws; the same hits always give the same interval.
+
+    Returns:
+        The part and its interval.
+
+    Raises:
+        ValueError: There are no pictures.
+    """
+    count = len(hits)
+    if not count:
+        raise ValueError("wanted the hits of at least one picture, got none")
+    value = float(hits.mean())
+    draws = np.random.default_rng(seed).binomial(count, value, size=resamples) / count
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Figure(value, float(low), float(high), count)
+
+
+def calibration_error(
+    confidence: NDArray[np.float64], hits: NDArray[np.bool_], bins: int = BINS
+) -> float:
+    """Expected difference between how sure a model is and how often it is right.
+
+    Args:
+        confidence: [N], probability of the class that was chosen, 0 to 1.
+        hits: [N], whether it is the right one.
+        bins: Bins of equal width.
+
+    Returns:
+        0 to 1: the difference in each bin, weighted by the pictures in it.
+
+    Example:
+        >>> calibration_error(np.array([0.75, 0.75]), np.array([True, False]))
+        0.25
+    """
+    numbers = np.minimum((confidence * bins).astype(np.int64), bins - 1)
+    sure = np.bincount(numbers, weights=confidence, minlength=bins)
+    right = np.bincount(numbers, weights=hits.astype(np.float64), minlength=bins)
+    return float(np.abs(sure - right).sum() / max(len(hits), 1))
+
+
+def confusions(
+    labels: NDArray[np.int64],
+    predicted: NDArray[np.int64],
+    classes: tuple[str, ...],
+    most: int = 10,
+) -> tuple[ClassConfusion, ...]:
+    """The classes that are found least.
+
+    Args:
+        labels: [N], right classes.
+        predicted: [N], answers.
+        classes: Names of all K classes.
+        most: Classes to name at most; classes without a mistake are never named.
+
+    Returns:
+        Worst first; of equals the first by number.
+    """
+    found = []
+    for number in np.unique(labels):
+        answers = predicted[labels == number]
+        wrong = answers[answers != number]
+        if len(wrong):
+            others, counts = np.unique(wrong, return_counts=True)
+            order = np.argsort(-counts, kind="stable")[:_NAMED]
+            pairs = tuple((classes[others[i]], int(counts[i])) for i in order)
+            accuracy = 1 - len(wrong) / len(answers)
+            found.append(ClassConfusion(classes[number], len(answers), accuracy, pairs))
+    return tuple(sorted(found, key=lambda row: row.accuracy)[:most])
+
+
+pass
+
 
 _TOP = 5
 _MEBI = 1 << 20

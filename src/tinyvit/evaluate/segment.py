@@ -1,41 +1,515 @@
-"""Measure how well a ``Sam`` segments what a click, several clicks or a box mean.
+"""The best and the worst answers to one click, as one picture to look at.
 
-The first click is the object's most interior point. Each further click goes to the most interior
-point of the largest error, missing or too much, as is usual in interactive segmentation (Sofiiuk et
-al., 2021); the model gets all clicks so far and its own last answer. The box is the tightest one.
-Of the three masks of the first click the one counts that the model itself thinks best. Beside it
-stand the floors of ``floors.py``, which need no network.
+Each cell shows a picture with what the model found (filled), the truth (white line) and the click,
+and below it the IoU. Only the cells that can still be shown are held, in the size of a cell.
 
-Any sequence of pictures with masks will do. Letters: N masks of a picture, H W the picture.
+Shapes: H W a picture.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from torch import Tensor
 
 from tinyvit.errors import ImageError
+from tinyvit.image_spec import Placement
+from tinyvit.images.draw import draw_masks, draw_points, save_png
+from tinyvit.images.preprocess import to_tensor
+from tinyvit.modules.sam.mask_decoder import HQMaskDecoder
 from tinyvit.sam.build import build_sam
+from tinyvit.sam.decoder import stack_prompts
+from tinyvit.sam.embedding import spec_of
 from tinyvit.sam.model import Sam
 from tinyvit.sam.predictor import SamPredictor
+from tinyvit.sam.prompts import Prompt
+from tinyvit.sam.segmenter import enlarge
 
-from .floors import box_floors, click_floors
-from .mask_metrics import Mask, Point, boundary_f, iou, most_interior_point, next_click
-from .report import Case, Cost, SegmentReport, summarise
+from .baselines import box_floors, click_floors
+from .metrics import (
+    Calibration,
+    Figure,
+    Mask,
+    Point,
+    bootstrap,
+    boundary_f,
+    calibrate,
+    iou,
+    most_interior_point,
+    next_click,
+)
 
-__all__ = ["LabelledPicture", "MeasureSettings", "Predictor", "Shown", "evaluate_segment"]
+pass
+
 
 RGB = NDArray[np.uint8]
+Colour = tuple[int, int, int]
+
+CELL_WIDTH, CELL_HEIGHT, GAP, MARGIN = 400, 300, 20, 36  # pixels
+CAPTION, HEADING, TITLE = 46, 52, 64  # pixels high
+PAPER, GROUND, INK, FAINT = (255, 255, 255), (240, 241, 244), (28, 32, 40), (118, 124, 136)
+FOUND: Colour = (38, 110, 255)
+TRUTH: Colour = (255, 255, 255)
+STRENGTH = 0.5
+SHEET_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class _Cell:
+    iou: float
+    order: int
+    picture: RGB
+    words: str
+
+
+class ContactSheet:
+    """Collects answers; pass it to ``evaluate_segment`` as ``watch``.
+
+    Args:
+        count: How many of the best and how many of the worst are shown.
+
+    Raises:
+        ValueError: ``count`` is below 1.
+    """
+
+    def __init__(self, count: int = 8) -> None:
+        if count < 1:
+            raise ValueError(f"count must be at least 1, but is {count}")
+        self.count = count
+        self._seen = 0
+        self._best: list[_Cell] = []
+        self._worst: list[_Cell] = []
+
+    def __call__(self, shown: Shown) -> None:
+        """Look at one answer, and keep it if it is among the best or the worst so far."""
+        iou = shown.case.click_ious[0]
+        is_good = len(self._best) < self.count or iou > self._best[-1].iou
+        is_bad = len(self._worst) < self.count or iou < self._worst[-1].iou
+        self._seen += 1
+        if not (is_good or is_bad):
+            return
+        words = shown.case.label or shown.case.picture
+        cell = _Cell(iou, self._seen, _draw(shown), words)
+        if is_good:
+            self._best.append(cell)
+            self._best.sort(key=lambda one: (-one.iou, one.order))
+            del self._best[self.count :]
+        if is_bad:
+            self._worst.append(cell)
+            self._worst.sort(key=lambda one: (one.iou, one.order))
+            del self._worst[self.count :]
+
+    def draw(self, title: str = "One click") -> RGB:
+        """The sheet; an answer is never shown twice.
+
+        Args:
+            title: The line at its top.
+
+        Returns:
+            RGB [H, W, 3] uint8.
+
+        Raises:
+            ValueError: Nothing was collected.
+        """
+        if not self._best:
+            raise ValueError("there is nothing to show: no answer was collected")
+        half = max(1, min(self.count, (self._seen + 1) // 2))
+        best = self._best[:half]
+        shown = {cell.order for cell in best}
+        worst = [cell for cell in self._worst if cell.order not in shown]
+        parts = [(name, cells) for name, cells in (("Best", best), ("Worst", worst)) if cells]
+        columns = min(SHEET_COLUMNS, max(len(cells) for _, cells in parts))
+        width = 2 * MARGIN + columns * CELL_WIDTH + (columns - 1) * GAP
+        row = CELL_HEIGHT + CAPTION + GAP
+        rows = sum(-(-len(cells) // columns) for _, cells in parts)
+        height = MARGIN + TITLE + len(parts) * HEADING + rows * row + MARGIN - GAP
+        sheet = Image.new("RGB", (width, height), PAPER)
+        pen = ImageDraw.Draw(sheet)
+        _write(pen, (MARGIN, MARGIN), title, 30, INK)
+        legend = "filled: found     white line: truth     dot: the click"
+        right = width - MARGIN - pen.textlength(legend, font=ImageFont.load_default(size=16))
+        if right > MARGIN + pen.textlength(title, font=ImageFont.load_default(size=30)) + GAP:
+            _write(pen, (right, MARGIN + 13), legend, 16, FAINT)
+        top = MARGIN + TITLE
+        for name, cells in parts:
+            pen.line((MARGIN, top, width - MARGIN, top), fill=GROUND, width=2)
+            _write(pen, (MARGIN, top + 14), name, 22, INK)
+            top += HEADING
+            for place, cell in enumerate(cells):
+                line, column = divmod(place, columns)
+                _place(sheet, pen, cell, MARGIN + column * (CELL_WIDTH + GAP), top + line * row)
+            top += -(-len(cells) // columns) * row
+        return np.array(sheet)
+
+    def save(self, path: str | os.PathLike[str], title: str = "One click") -> None:
+        """Write the sheet as a PNG, whole or not at all.
+
+        Raises:
+            ValueError: Nothing was collected.
+            OSError: The file cannot be written.
+        """
+        save_png(path, self.draw(title))
+
+
+def _draw(shown: Shown) -> RGB:
+    """One answer, in the size of a cell or smaller."""
+    height, width = shown.image.shape[:2]
+    scale = min(CELL_WIDTH / width, CELL_HEIGHT / height)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = np.array(Image.fromarray(shown.image).resize(size, Image.Resampling.LANCZOS))
+    drawn = draw_masks(small, [_shrunk(shown.predicted, size)], [FOUND], STRENGTH, outlines=False)
+    target = _shrunk(shown.target, size)
+    grown = np.asarray(Image.fromarray(target).convert("L").filter(ImageFilter.MaxFilter(3))) > 127
+    drawn = draw_masks(drawn, [grown], [INK], 0.0)  # or the line would vanish on white
+    drawn = draw_masks(drawn, [target], [TRUTH], 0.0)
+    return draw_points(drawn, [[shown.point[0] * scale, shown.point[1] * scale]], [1])
+
+
+def _shrunk(mask: Mask, size: tuple[int, int]) -> Mask:
+    grey = Image.fromarray(mask.astype(np.uint8) * np.uint8(255))
+    return np.asarray(grey.resize(size, Image.Resampling.BILINEAR)) > 127
+
+
+def _place(sheet: Image.Image, pen: ImageDraw.ImageDraw, cell: _Cell, left: int, top: int) -> None:
+    """A cell on its ground, its caption below."""
+    pen.rectangle((left, top, left + CELL_WIDTH - 1, top + CELL_HEIGHT - 1), fill=GROUND)
+    height, width = cell.picture.shape[:2]
+    corner = left + (CELL_WIDTH - width) // 2, top + (CELL_HEIGHT - height) // 2
+    sheet.paste(Image.fromarray(cell.picture), corner)
+    number = f"{cell.iou:.2f}"
+    _write(pen, (left, top + CELL_HEIGHT + 8), number, 20, INK)
+    after = left + pen.textlength(number, font=ImageFont.load_default(size=20)) + 12
+    words, font = cell.words, ImageFont.load_default(size=16)
+    while words and after + pen.textlength(words, font=font) > left + CELL_WIDTH:
+        words = words[:-2].rstrip("…") + "…" if len(words) > 2 else ""
+    _write(pen, (after, top + CELL_HEIGHT + 11), words, 16, FAINT)
+
+
+def _write(
+    pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, size: int, colour: Colour
+) -> None:
+    pen.text(place, text, fill=colour, font=ImageFont.load_default(size=size))
+
+
+class PlainPredictor:
+    """Segments one picture by prompts, with the two methods of ``SamPredictor`` that matter.
+
+    Args:
+        sam: The model; asked as it is, so it should be in eval mode.
+    """
+
+    def __init__(self, sam: Sam) -> None:
+        self.model = sam
+        self._placement: Placement | None = None
+        self._features: Tensor | None = None
+        self._early: Tensor | None = None
+
+    @torch.no_grad()
+    def set_image(self, image: NDArray[np.uint8]) -> None:
+        """Encode a picture, RGB [H, W, 3] uint8, for the predictions that follow.
+
+        Raises:
+            ValueError: The array is no such picture.
+        """
+        prepared, self._placement = to_tensor(image, spec_of(self.model))
+        batch = prepared[None].to(self.model.device, self.model.pixel_mean.dtype)
+        if isinstance(self.model.mask_decoder, HQMaskDecoder):
+            self._features, self._early = self.model.image_encoder.forward_hq(batch)
+        else:
+            self._features = self.model.image_encoder(batch)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        point_coords: NDArray[np.generic] | None = None,
+        point_labels: NDArray[np.generic] | None = None,
+        box: NDArray[np.generic] | None = None,
+        mask_input: NDArray[np.generic] | None = None,
+        multimask_output: bool = True,
+    ) -> tuple[NDArray[np.generic], NDArray[np.float32], NDArray[np.float32]]:
+        """As ``SamPredictor.predict``: (masks [K, H, W] bool, predicted IoU [K], low-res logits).
+
+        Raises:
+            RuntimeError: No picture is set.
+            ValueError: The prompt is none, or of a wrong shape.
+        """
+        if self._features is None or self._placement is None:
+            raise RuntimeError("no picture is set; call .set_image(...) first")
+        sam, features = self.model, self._features
+        prompts = sam.prompt_encoder
+        grid = int(features.shape[2]), int(features.shape[3])
+        low_res_size = 4 * grid[0], 4 * grid[1]
+        pitch = prompts.input_image_size[0] / prompts.mask_input_size[0]
+        frame = round(low_res_size[0] * pitch), round(low_res_size[1] * pitch)
+        prompt = Prompt(point_coords, point_labels, box, mask_input)
+        tensors = stack_prompts([prompt], self._placement, low_res_size, frame)
+        points = None
+        if tensors.points is not None:
+            points = tensors.points[0].to(sam.device), tensors.points[1].to(sam.device)
+        boxes, masks = (
+            None if part is None else part.to(sam.device) for part in (tensors.boxes, tensors.masks)
+        )
+        sparse, dense = prompts(points, boxes, masks, grid)
+        arguments = features, prompts.get_dense_pe(grid), sparse, dense, multimask_output
+        if isinstance(sam.mask_decoder, HQMaskDecoder):
+            logits, scores = sam.mask_decoder(*arguments, False, self._early)
+        else:
+            logits, scores = sam.mask_decoder(*arguments)
+        low_res = logits[0].float().cpu()
+        found = enlarge(low_res, self._placement, pitch, sam.mask_threshold)
+        return found.numpy(), scores[0].float().cpu().numpy(), low_res.numpy()
+
+
+COLUMNS = ("measure", "model", "95 % interval", "floors")
+"""Headings of ``SegmentReport.rows``."""
+
+_DASH = "-"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What became of one mask of the data set.
+
+    Attributes:
+        picture: Name of the picture.
+        number: Which of the picture's masks, from 0.
+        label: What it is called; empty where nothing is known.
+        area: Its share of the picture.
+        click_ious: IoU after 1, 2, 3, ... clicks, as far as it went on.
+        best_of_three: IoU of the best of the three masks that the first click gives.
+        click_boundary_f: Boundary F after one click.
+        click_predicted_iou: The model's own estimate after one click.
+        box_iou: IoU with the box around the mask.
+        box_boundary_f: Boundary F with the box.
+        box_predicted_iou: The model's own estimate with the box.
+        click_floors: IoU of each floor from the first click.
+        box_floors: IoU of each floor from the box.
+    """
+
+    picture: str
+    number: int
+    label: str
+    area: float
+    click_ious: tuple[float, ...]
+    best_of_three: float
+    click_boundary_f: float
+    click_predicted_iou: float
+    box_iou: float
+    box_boundary_f: float
+    box_predicted_iou: float
+    click_floors: Mapping[str, float]
+    box_floors: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What it took.
+
+    Attributes:
+        encode_seconds: Median time to encode a picture.
+        prompt_seconds: Median time to answer one prompt on an encoded picture.
+        peak_bytes: Most memory that the process has held so far, everything in it included; on a
+            GPU the most that torch has held there. None where the system does not say.
+    """
+
+    encode_seconds: float
+    prompt_seconds: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class SegmentReport:
+    """How well a model segments by prompts.
+
+    Attributes:
+        model: What was measured.
+        data: On what.
+        pictures: That were measured.
+        masks: That were measured.
+        left_out: What was not, and why.
+        ious: Mean IoU by kind of prompt: "1 click", "3 clicks", ..., "box", and "1 click, best of
+            three masks", which a person would have to choose.
+        boundary_fs: Mean boundary F: "1 click", "box".
+        floors: Mean IoU without a network, by kind of prompt and name.
+        target_iou: What ``clicks_to_target`` counts to.
+        clicks_to_target: Mean number of clicks until that IoU; masks that never got there count
+            with ``most_clicks``, so the true mean is higher.
+        most_clicks: Where counting stops.
+        missed_target: Share of the masks that never got there.
+        calibrations: Predicted against true IoU: "1 click", "box".
+        cost: Time and memory.
+        cases: Every mask.
+    """
+
+    model: str
+    data: str
+    pictures: int
+    masks: int
+    left_out: tuple[str, ...]
+    ious: Mapping[str, Figure]
+    boundary_fs: Mapping[str, Figure]
+    floors: Mapping[str, Mapping[str, Figure]]
+    target_iou: float
+    clicks_to_target: Figure
+    most_clicks: int
+    missed_target: float
+    calibrations: Mapping[str, Calibration]
+    cost: Cost
+    cases: tuple[Case, ...]
+
+    def to_json(self) -> str:
+        """Everything, as JSON; numbers that there are none of are null."""
+        return json.dumps(_plain(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False)
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Lines of a table under ``COLUMNS``."""
+        rows = [
+            (f"mean IoU, {prompt}", *_shown(figure), self._floors_of(prompt))
+            for prompt, figure in self.ious.items()
+        ]
+        rows += [
+            (f"boundary F, {prompt}", *_shown(figure), _DASH)
+            for prompt, figure in self.boundary_fs.items()
+        ]
+        clicks = self.clicks_to_target
+        rows.append(
+            (
+                f"clicks to IoU {self.target_iou:g} (at most {self.most_clicks})",
+                f"{clicks.value:.2f}",
+                f"{clicks.low:.2f} to {clicks.high:.2f}",
+                _DASH,
+            )
+        )
+        rows.append(("never reached it", f"{100 * self.missed_target:.0f} %", _DASH, _DASH))
+        for prompt, found in self.calibrations.items():
+            rows += [
+                (f"predicted IoU, {prompt}: correlation", f"{found.correlation:.2f}", _DASH, _DASH),
+                (f"predicted IoU, {prompt}: mean error", f"{found.mean_error:+.3f}", _DASH, _DASH),
+            ]
+        rows.append(("encode a picture", _time(self.cost.encode_seconds), _DASH, _DASH))
+        rows.append(("answer a prompt", _time(self.cost.prompt_seconds), _DASH, _DASH))
+        if self.cost.peak_bytes is not None:
+            rows.append(("peak memory", f"{self.cost.peak_bytes / 2**20:.0f} MiB", _DASH, _DASH))
+        return rows
+
+    def _floors_of(self, prompt: str) -> str:
+        floors = self.floors.get(prompt, {})
+        return ", ".join(f"{name} {figure.value:.3f}" for name, figure in floors.items()) or _DASH
+
+
+def summarise(
+    model: str,
+    data: str,
+    pictures: int,
+    left_out: Sequence[str],
+    cases: Sequence[Case],
+    groups: Sequence[int],
+    cost: Cost,
+    *,
+    clicks: Sequence[int],
+    target_iou: float,
+    most_clicks: int,
+) -> SegmentReport:
+    """Means, intervals and calibration of cases.
+
+    Args:
+        model: What was measured.
+        data: On what.
+        pictures: That were measured.
+        left_out: What was not, and why.
+        cases: Every mask, at least one.
+        groups: Of each case, which picture it is from: pictures are resampled, not masks.
+        cost: Time and memory.
+        clicks: Numbers of clicks whose mean IoU is wanted.
+        target_iou: Clicks are counted until this IoU.
+        most_clicks: Where counting stopped.
+
+    Returns:
+        The report.
+    """
+
+    def mean(values: Iterable[float]) -> Figure:
+        return bootstrap(list(values), groups)
+
+    one = _clicks(1)
+    ious = {_clicks(n): mean(case.click_ious[n - 1] for case in cases) for n in clicks}
+    ious[f"{one}, best of three masks"] = mean(case.best_of_three for case in cases)
+    ious["box"] = mean(case.box_iou for case in cases)
+    floors = {
+        one: {name: mean(c.click_floors[name] for c in cases) for name in cases[0].click_floors},
+        "box": {name: mean(c.box_floors[name] for c in cases) for name in cases[0].box_floors},
+    }
+    needed = [_clicks_needed(case.click_ious, target_iou) for case in cases]
+    return SegmentReport(
+        model=model,
+        data=data,
+        pictures=pictures,
+        masks=len(cases),
+        left_out=tuple(left_out),
+        ious=ious,
+        boundary_fs={
+            one: mean(case.click_boundary_f for case in cases),
+            "box": mean(case.box_boundary_f for case in cases),
+        },
+        floors=floors,
+        target_iou=target_iou,
+        clicks_to_target=mean(most_clicks if n is None else n for n in needed),
+        most_clicks=most_clicks,
+        missed_target=sum(n is None for n in needed) / len(needed),
+        calibrations={
+            one: calibrate(
+                [case.click_predicted_iou for case in cases], [c.click_ious[0] for c in cases]
+            ),
+            "box": calibrate(
+                [case.box_predicted_iou for case in cases], [case.box_iou for case in cases]
+            ),
+        },
+        cost=cost,
+        cases=tuple(cases),
+    )
+
+
+def _clicks(number: int) -> str:
+    return f"{number} click" if number == 1 else f"{number} clicks"
+
+
+def _clicks_needed(ious: Sequence[float], target: float) -> int | None:
+    return next((count for count, iou in enumerate(ious, 1) if iou >= target), None)
+
+
+def _shown(figure: Figure) -> tuple[str, str]:
+    return f"{figure.value:.3f}", f"{figure.low:.3f} to {figure.high:.3f}"
+
+
+def _time(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms"
+
+
+def _plain(value: object) -> object:
+    """Ready for JSON, which has no word for nan."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+pass
 
 
 class LabelledPicture(Protocol):

@@ -3,9 +3,9 @@
 Each file is imported by its own name, so that reading a picture loads no torch:
 
 * ``tinyvit.images.decode``: a path, bytes, an array or a tensor -> RGB uint8 [H, W, 3].
-* ``tinyvit.images.pixels``: the rules for pixels of every type.
+* ``tinyvit.images.decode``: the rules for pixels of every type.
 * ``tinyvit.images.preprocess``: resize, normalise and pad as an ``ImageSpec`` says.
 * ``tinyvit.images.draw``: feature maps as colours over the photograph; PNG files.
-* ``tinyvit.images.segments``: masks, boxes and points over the photograph.
-* ``tinyvit.images.strokes``: smooth lines for them.
+* ``tinyvit.images.draw``: masks, boxes and points over the photograph.
+* ``tinyvit.images.draw``: smooth lines for them.
 """

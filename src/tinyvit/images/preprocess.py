@@ -20,8 +20,6 @@ from torch.nn import functional as F
 
 from tinyvit.image_spec import ImageSpec, Placement
 
-__all__ = ["ResizeLongestSide", "normalise_and_pad", "resize", "to_tensor"]
-
 Size = tuple[int, int]
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}

@@ -13,17 +13,6 @@ from typing import Literal, Protocol, get_args, runtime_checkable
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Backend",
-    "BackendName",
-    "LogitsBackend",
-    "Network",
-    "Precision",
-    "StageBackend",
-    "choose_device",
-    "choose_precision",
-]
-
 BackendName = Literal["auto", "torch", "openvino", "onnx"]
 Precision = Literal["fp32", "bf16", "auto"]
 

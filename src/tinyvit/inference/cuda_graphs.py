@@ -25,8 +25,6 @@ from torch import Tensor
 
 from .backend import Network
 
-__all__ = ["Capture", "CudaCapture", "GraphedNetwork", "Run", "choose_capture"]
-
 Run = Callable[[Tensor], Sequence[Tensor]]
 """A batch [N, C, H, W] -> results."""
 

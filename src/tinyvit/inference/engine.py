@@ -1,8 +1,8 @@
-"""The engine: pictures in, features out. Decodes, prepares, batches, and picks what runs.
+"""Prepared pictures -> results, those of one shape computed together, in the order given.
 
-It knows pictures and backends; it does not know prompts or folders.
+Knows tensors and a function that runs a batch; it knows no engine, no files and no threads.
 
-Shapes: N pictures, C channels, H W height and width of a picture, h w of a map.
+Shapes: N pictures, H W height and width of one.
 """
 
 from __future__ import annotations
@@ -10,15 +10,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Generator, Iterable, Iterator, Sized
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, TypeAlias, TypeVar, cast, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tinyvit.image_spec import ImageSpec, Placement
+from tinyvit.images.decode import decode
+from tinyvit.images.preprocess import to_tensor
 from tinyvit.modules import TinyViT
 
 from .backend import (
@@ -29,17 +36,160 @@ from .backend import (
     choose_device,
     choose_precision,
 )
-from .batching import run_in_batches
-from .pictures import Picture, Prepared, each, preparations, prepare
 from .read_ahead import choose_workers, read_ahead
 from .torch_backend import TorchBackend
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from PIL.Image import Image
     from typing_extensions import Self
 
-__all__ = ["Encoded", "Engine", "Picture"]
+Label = TypeVar("Label")
+Result = TypeVar("Result")
+
+
+@dataclass
+class _Slot(Generic[Label, Result]):
+    """One picture's place in the order: its input until it is computed, then its result."""
+
+    tensor: Tensor | None
+    label: Label
+    results: list[Result]
+
+
+def run_in_batches(
+    inputs: Iterable[tuple[Tensor, Label]],
+    run: Callable[[Tensor], Sequence[Result]],
+    most: Callable[[Tensor], int],
+    window: int,
+) -> Iterator[tuple[Result, Label]]:
+    """Run inputs, grouped by shape within a window.
+
+    A batch is run as soon as it is full, or when its oldest picture holds up a full window. So
+    pictures of one shape wait for no more than their own batch.
+
+    Args:
+        inputs: (picture [3, H, W], what goes with it); may be a generator.
+        run: [N, 3, H, W] -> N results.
+        most: Most pictures of a shape in one batch, from one of them [3, H, W].
+        window: Most pictures held: read and not yet yielded.
+
+    Yields:
+        (result, what goes with it) for each input, in order.
+
+    Raises:
+        Exception: What ``inputs`` raises, after the results before it; what ``run`` raises.
+    """
+    order: deque[_Slot[Label, Result]] = deque()
+    groups: dict[tuple[int, ...], list[_Slot[Label, Result]]] = {}
+    source = iter(inputs)
+    error: Exception | None = None
+    try:
+        while True:
+            try:
+                tensor, label = next(source)
+            except StopIteration:
+                break
+            except Exception as err:  # after the good ones before it
+                error = err
+                break
+            slot = _Slot[Label, Result](tensor, label, [])
+            order.append(slot)
+            shape = tuple(tensor.shape)
+            group = groups.setdefault(shape, [])
+            group.append(slot)
+            if len(group) >= most(tensor):
+                _run_group(groups.pop(shape), run)
+            if len(order) >= window and not order[0].results:
+                _run_group(_group_of(order[0], groups), run)
+            del tensor, label, slot, group
+            while order and order[0].results:
+                yield _taken(order)
+        while order:
+            if not order[0].results:
+                _run_group(_group_of(order[0], groups), run)
+            yield _taken(order)
+        if error is not None:
+            raise error
+    finally:
+        del error  # it refers to this frame, and this frame to it
+
+
+def _group_of(
+    slot: _Slot[Label, Result], groups: dict[tuple[int, ...], list[_Slot[Label, Result]]]
+) -> list[_Slot[Label, Result]]:
+    """Take out the group that holds a picture which has not been computed."""
+    return [] if slot.tensor is None else groups.pop(tuple(slot.tensor.shape))
+
+
+def _run_group(
+    group: list[_Slot[Label, Result]], run: Callable[[Tensor], Sequence[Result]]
+) -> None:
+    tensors = [slot.tensor for slot in group if slot.tensor is not None]
+    batch = tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+    del tensors
+    for slot in group:
+        slot.tensor = None  # the batch is a copy, and memory is bounded
+    for slot, result in zip(group, run(batch), strict=True):
+        slot.results.append(result)
+
+
+def _taken(order: deque[_Slot[Label, Result]]) -> tuple[Result, Label]:
+    slot = order.popleft()
+    return slot.results[0], slot.label
+
+
+Picture: TypeAlias = "str | Path | bytes | BinaryIO | Image | np.ndarray[Any, Any] | Tensor"
+"""One picture: a path, encoded bytes, an open file, a PIL image, RGB [H, W, 3], or a tensor
+[3, H, W]."""
+
+Prepared: TypeAlias = "tuple[Tensor, Placement]"
+"""A model's input [3, H, W] float32, and where the picture lies in it."""
+
+
+def each(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
+    """One picture as a list of one; stacks [N, H, W, 3], [N, 3, H, W] and iterables as they are."""
+    if isinstance(images, (np.ndarray, Tensor)):
+        return images if images.ndim == 4 else [images]
+    if isinstance(images, (str, bytes, bytearray, memoryview, Path)) or hasattr(images, "read"):
+        return [cast(Picture, images)]
+    return images if isinstance(images, Iterable) else [images]
+
+
+def prepare(picture: Picture, spec: ImageSpec) -> Prepared:
+    """Decode a picture and make it a model's input.
+
+    Raises:
+        ImageError: The picture cannot be read.
+        TypeError: It is no picture.
+    """
+    return to_tensor(decode(picture), spec)
+
+
+def preparations(images: Iterable[Picture], spec: ImageSpec) -> Iterator[Callable[[], Prepared]]:
+    """What is left to do for each picture, which may be done later and in another thread.
+
+    Files and bytes of files are left as they are. What may change meanwhile (an open file that is
+    read on, a buffer that is filled again, the frames of a PIL image) is decoded when it is taken.
+
+    Raises:
+        ImageError: A picture that is decoded here cannot be read.
+        TypeError: It is no picture.
+    """
+    for picture in images:
+        if isinstance(picture, (str, bytes, os.PathLike)):
+            yield partial(prepare, picture, spec)
+            continue
+        image = decode(picture)
+        if isinstance(picture, (np.ndarray, Tensor)):
+            image = image.copy()  # it may share the memory of one that is used again
+        yield partial(to_tensor, image, spec)
+
+
+pass
+pass
+
 
 WINDOW = 4
 """Batches' worth of pictures among which those of one shape are found."""
@@ -341,12 +491,12 @@ def _choose_backend(
             f"Engine wants a TinyViT, as tinyvit.create_model gives it, got {type(model).__name__}"
         )
     if backend == "openvino":
-        from .openvino_backend import OpenVINOBackend
+        from .graph_backend import OpenVINOBackend
 
         openvino = OpenVINOBackend(model, device, precision, threads)
         return openvino, openvino.explain()
     if backend == "onnx":
-        from .onnx_backend import OnnxBackend
+        from .graph_backend import OnnxBackend
 
         onnx = OnnxBackend(model, device, precision, threads)
         return onnx, onnx.explain()

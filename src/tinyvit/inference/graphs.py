@@ -1,143 +1,212 @@
-"""A TinyViT as an ONNX graph for other libraries, and where such graphs are kept.
+"""Runs the file of a graph by OpenVINO. Needs numpy and openvino; it knows no torch and no model.
 
-One graph serves any size and any batch. ONNX Runtime and OpenVINO both read it; a file of it is
-all that ``OpenVINOGraph`` needs to start without torch.
+A program that has such a file (``OpenVINOBackend.graph_file`` says where one is) starts with this
+class alone::
 
-Facts: traced by torch's TorchScript exporter. The newer one, which goes through torch.export,
-cannot take attention apart at dynamic sizes (torch 2.13), and gathers windows where this one
-reshapes them. OpenVINO's own conversion of torch models gives a graph that is no faster, takes
-three times as long, and reports its use to the publisher.
+    run = OpenVINOGraph("encoder.onnx", precision="fp32")
+    features = run(pictures)  # [N, 3, H, W] float32 -> [N, C, h, w] float32
+
+Shapes: N pictures, C channels, H W height and width of the input, h w of a map.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib
+import os
+import threading
 import warnings
-from importlib.metadata import version
+from collections import Counter, OrderedDict
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any, Literal, get_args
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
-from tinyvit.checkpoints.cache import cache_folder
-from tinyvit.checkpoints.files import replacing
-from tinyvit.errors import CheckpointError, MissingExtraError
-from tinyvit.modules import TinyViT
+from tinyvit.errors import MissingExtraError
 
-from .copies import frozen_copy
-from .fuse import reason_against
+OpenVINOPrecision = Literal["fp32", "bf16"]
 
-__all__ = ["INPUT", "OUTPUT", "cached_graph", "export_onnx", "fingerprint"]
-
-INPUT, OUTPUT = "pictures", "features"
-"""Names of the graph's input [N, C, H, W] and output, float32."""
-
-_OPSET = 18
-_FORM = 1
-"""Raise it when ``export_onnx`` gives another graph for the same model."""
+_HINTS = {"fp32": "f32", "bf16": "bf16"}
+_OWN_FORMS = 4
+"""Shapes that have a compiled form of their own at a time; each holds its weights again."""
+_EARNED = 3
+"""Calls of one shape until it is compiled for itself: that takes about as long as ten calls gain
+at 1024x1024, and most programs that ask three times ask many times."""
+_SHAPES_COUNTED = 256
 
 
-def export_onnx(model: TinyViT) -> bytes:
-    """The model's ``forward`` in eval mode and float32, as the bytes of an ONNX file.
-
-    Args:
-        model: The model; it is not changed.
-
-    Returns:
-        A graph from ``INPUT`` [N, in_chans, H, W], of any N, H and W from 1, to ``OUTPUT``.
+def load_openvino() -> Any:
+    """The package ``openvino``.
 
     Raises:
-        MissingExtraError: onnx is not installed; torch's exporter wants it.
-        ValueError: The model cannot be traced.
+        MissingExtraError: It is not installed.
     """
-    if importlib.util.find_spec("onnx") is None:
-        raise MissingExtraError(
-            "making a graph of a model needs the package onnx, which is not installed; "
-            "pip install 'tinyvit[openvino]' or 'tinyvit[onnx]'"
-        )
-    frozen = frozen_copy(model)
-    example = torch.zeros(2, model.in_chans, 75, 58)
-    axes = {0: "batch", 2: "height", 3: "width"}
-    with (
-        TemporaryDirectory() as folder,
-        warnings.catch_warnings(),
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):
-        file = Path(folder) / "graph.onnx"
-        warnings.simplefilter("ignore")  # of its deprecation, and of torch's own use of itself
-        try:
-            torch.onnx.export(
-                frozen,
-                (example,),
-                file,
-                dynamo=False,
-                opset_version=_OPSET,
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                dynamic_axes={INPUT: axes},
-            )
-        except (RuntimeError, TypeError, ValueError) as err:
-            first = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
-            raise ValueError(
-                f"this model cannot be made into an ONNX graph: {first}; use backend='torch'"
-            ) from err
-        return file.read_bytes()
-
-
-def fingerprint(model: TinyViT) -> str | None:
-    """What tells the graphs of two models apart, or None where the model's data do not tell.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Hexadecimal SHA-256 of its architecture, its tensors and the versions that make the graph;
-        None for a model with hooks or foreign modules.
-    """
-    if reason_against(model) is not None:
-        return None
-    settings = [
-        (name, type(module).__qualname__, module.extra_repr())
-        for name, module in model.named_modules()
-    ]
-    made_by = (_FORM, version("tinyvit"), torch.__version__, model.arguments(), settings)
-    digest = hashlib.sha256(repr(made_by).encode())
-    for key, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(raw.numpy().data)
-    return digest.hexdigest()
-
-
-def cached_graph(model: TinyViT) -> Path | bytes:
-    """The model's graph as a file in the cache folder; it is made if it is not there.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The file ``graphs/<fingerprint>.onnx`` in tinyvit's cache folder; the graph itself where
-        the model has no fingerprint or the folder cannot be written to.
-
-    Raises:
-        ValueError: The model cannot be traced.
-    """
-    key = fingerprint(model)
-    if key is None:
-        return export_onnx(model)
-    path = cache_folder() / "graphs" / f"{key}.onnx"
-    if path.is_file():
-        return path
-    graph = export_onnx(model)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replacing(path, lambda temporary: _write(temporary, graph))
-    except (OSError, CheckpointError):  # read-only or full: the graph is as good from memory
-        return graph
-    return path
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside it
+            return importlib.import_module("openvino")
+    except ImportError as err:
+        raise MissingExtraError(
+            f"the OpenVINO backend needs the package openvino, which cannot be imported ({err}); "
+            f"pip install 'tinyvit[openvino]'"
+        ) from err
 
 
-def _write(path: Path, graph: bytes) -> None:
-    path.write_bytes(graph)
+class OpenVINOGraph:
+    """A graph on this machine's CPU: arrays in, arrays out, of any size and batch.
+
+    What runs at first is compiled once for all shapes. A shape that comes again and again gets a
+    form of its own, which is faster; the four used last are kept. Calls from several threads wait
+    for each other: each uses all threads of the machine.
+
+    Args:
+        source: The path of an ONNX or OpenVINO file, or the bytes of an ONNX one.
+        precision: What it computes in, "fp32" or "bf16". OpenVINO's own default is bf16 where the
+            machine has it; here nothing is chosen silently.
+        threads: How many threads compute; None leaves it to OpenVINO.
+        cache_dir: Folder for the compiled form, so that the next start is faster. None takes
+            ``<file>.compiled`` beside a file that is in a folder one may write to, and keeps
+            nothing for bytes.
+
+    Raises:
+        MissingExtraError: openvino is not installed.
+        ValueError: OpenVINO cannot read the graph, this machine does not compute in this
+            precision, or ``threads`` is below 1.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | bytes,
+        *,
+        precision: OpenVINOPrecision = "fp32",
+        threads: int | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if precision not in _HINTS:
+            raise ValueError(
+                f"precision must be one of {get_args(OpenVINOPrecision)}, got {precision!r}"
+            )
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, or None for the default, got {threads}")
+        self.precision = precision
+        self._settings: dict[str, object] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": _HINTS[precision],
+            **({} if threads is None else {"INFERENCE_NUM_THREADS": threads}),
+        }
+        self._lock = threading.Lock()
+        self._counts: Counter[tuple[int, ...]] = Counter()
+        self._own: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self._core = load_openvino().Core()
+        self._model = self._read(source)
+        cache = self._cache(source, cache_dir)
+        self._any = self._compile(self._model, {} if cache is None else {"CACHE_DIR": str(cache)})
+
+    def __call__(self, pictures: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Run the graph.
+
+        Args:
+            pictures: [N, C, H, W], normalised; N, H and W from 1.
+
+        Returns:
+            The graph's first output, float32, for an encoder [N, C, h, w]; an array of its own.
+
+        Raises:
+            ValueError: An array of another rank, number of channels or dtype, or an empty one.
+            RuntimeError: The graph was closed.
+        """
+        shape = pictures.shape
+        channels = self._model.inputs[0].partial_shape[1]
+        wanted = channels.get_length() if channels.is_static else "channels"
+        if len(shape) != 4 or 0 in shape or wanted not in ("channels", shape[1]):
+            raise ValueError(
+                f"the graph wants pictures [batch, {wanted}, height, width] of at least 1x1, got "
+                f"{list(shape)}"
+            )
+        if pictures.dtype != np.float32:
+            raise ValueError(f"the graph wants pictures in float32, got {pictures.dtype}")
+        with self._lock:
+            result = self._request(shape).infer({0: np.ascontiguousarray(pictures)})
+            return np.array(result[0], np.float32)
+
+    def close(self) -> None:
+        """Give back the compiled forms; the graph is not used afterwards."""
+        with self._lock:
+            self._any = None
+            self._own.clear()
+
+    def _request(self, shape: tuple[int, ...]) -> Any:
+        """What runs a shape: a form of its own where it has or now earns one."""
+        if self._any is None:
+            raise RuntimeError("this OpenVINOGraph was closed")
+        if shape in self._own:
+            self._own.move_to_end(shape)
+            return self._own[shape]
+        if len(self._counts) >= _SHAPES_COUNTED:
+            self._counts.clear()
+        self._counts[shape] += 1
+        if self._counts[shape] < _EARNED:
+            return self._any
+        own = self._model.clone()
+        own.reshape(list(shape))
+        self._own[shape] = self._compile(own, {})
+        if len(self._own) > _OWN_FORMS:
+            forgotten, _ = self._own.popitem(last=False)
+            del self._counts[forgotten]
+        return self._own[shape]
+
+    def _read(self, source: str | os.PathLike[str] | bytes) -> Any:
+        if not isinstance(source, bytes) and not Path(source).is_file():
+            raise ValueError(f"there is no graph {os.fspath(source)}")
+        try:
+            return self._core.read_model(source if isinstance(source, bytes) else str(source))
+        except RuntimeError as err:
+            name = "these bytes" if isinstance(source, bytes) else os.fspath(source)
+            raise ValueError(f"OpenVINO cannot read {name} as a graph: {_last(err)}") from err
+
+    def _cache(
+        self, source: str | os.PathLike[str] | bytes, chosen: str | os.PathLike[str] | None
+    ) -> Path | None:
+        """A folder for the compiled form of this graph, precision, library and machine alone.
+
+        OpenVINO's own key leaves the precision out (2026.4): one folder for both lets bf16 load
+        what was compiled for fp32, and gives NaN.
+        """
+        if isinstance(source, bytes):
+            folder, state = None, hashlib.sha256(source).hexdigest()
+        else:
+            path = Path(source)
+            found = path.stat()
+            folder, state = path.with_suffix(".compiled"), f"{found.st_mtime_ns} {found.st_size}"
+            if not os.access(path.parent, os.W_OK):
+                folder = None
+        folder = folder if chosen is None else Path(chosen)
+        if folder is None:
+            return None
+        machine = [
+            str(self._core.get_property("CPU", name))
+            for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")
+        ]
+        facts = (state, self.precision, load_openvino().__version__, machine)
+        return folder / hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+    def _compile(self, model: Any, more: dict[str, str]) -> Any:
+        """A request to a compiled form, which computes in the precision asked for."""
+        try:
+            compiled = self._core.compile_model(model, "CPU", {**self._settings, **more})
+        except RuntimeError as err:
+            raise ValueError(f"OpenVINO cannot compile the graph: {_last(err)}") from err
+        runs_in = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        if runs_in != _HINTS[self.precision]:
+            raise ValueError(
+                f"OpenVINO computes {runs_in} on this machine where {self.precision} was asked "
+                f"for; use precision='fp32'"
+            )
+        return compiled.create_infer_request()
+
+
+def _last(err: Exception) -> str:
+    """OpenVINO's messages begin with places in its source; the reason comes last."""
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+    return lines[-1] if lines else type(err).__name__

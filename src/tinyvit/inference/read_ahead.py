@@ -15,8 +15,6 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import TypeVar
 
-__all__ = ["choose_workers", "read_ahead"]
-
 Result = TypeVar("Result")
 
 _LEAST_PRIORITY = 19

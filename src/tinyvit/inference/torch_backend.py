@@ -14,14 +14,11 @@ from torch import Tensor
 from tinyvit.modules import TinyViT
 
 from .backend import DTYPES, Network
-from .copies import folded_copy, frozen_copy
 from .cuda_graphs import Capture, GraphedNetwork, choose_capture
-from .deploy import DeployedTinyViT
-from .fuse import reason_against
+from .derived import ModelWatch
+from .fast_encoder import DeployedTinyViT
+from .fold import folded_copy, frozen_copy, reason_against
 from .kernels import choose_kernels
-from .watch import ModelWatch
-
-__all__ = ["TorchBackend"]
 
 _TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
 """Largest error of the self-check, relative to the largest output. Folding changes only rounding:

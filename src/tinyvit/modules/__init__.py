@@ -5,15 +5,10 @@ they are known from Cream, MobileSAM and their copies.
 """
 
 from .attention import Attention
-from .block import TinyViTBlock
-from .conv import Conv2d_BN, LayerNorm2d, freeze_batch_stats
-from .drop import DropPath
-from .features import FeatureInfo, FeatureMaps
-from .mbconv import MBConv
-from .mlp import MLP, Mlp
-from .patch import PatchEmbed, PatchMerging
+from .blocks import MBConv, PatchEmbed, PatchMerging, TinyViTBlock
+from .layers import MLP, Conv2d_BN, DropPath, LayerNorm2d, Mlp, freeze_batch_stats
 from .stage import BasicLayer, ConvLayer
-from .tiny_vit import TinyViT
+from .tiny_vit import FeatureInfo, FeatureMaps, TinyViT
 
 __all__ = [
     "MLP",

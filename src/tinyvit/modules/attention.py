@@ -11,10 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .attend import attend
+from .layers import attend
 from .windows import Size, is_tracing, to_pair
-
-__all__ = ["Attention"]
 
 
 class Attention(nn.Module):

@@ -14,14 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .block import TinyViTBlock
-from .conv import pause_batch_stats
-from .drop import drop_path_rates
-from .mbconv import MBConv
-from .mlp import Activation
+from .blocks import MBConv, TinyViTBlock
+from .layers import Activation, drop_path_rates, pause_batch_stats
 from .windows import Size, is_tracing, to_pair
-
-__all__ = ["BasicLayer", "ConvLayer", "Downsample"]
 
 Downsample = Callable[..., nn.Module]
 """Called with (input_resolution, dim=, out_dim=, activation=), e.g. ``PatchMerging``."""

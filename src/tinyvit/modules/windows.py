@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Size", "is_tracing", "partition", "to_map", "to_pair", "to_tokens", "unpartition"]
-
 Size = tuple[int, int]
 """(height, width)."""
 

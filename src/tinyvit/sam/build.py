@@ -19,19 +19,16 @@ from torch import nn
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT, VARIANTS, get_checkpoint, get_variant
 from tinyvit.checkpoints.families import ORDER
-from tinyvit.checkpoints.opening import OpenedCheckpoint, open_checkpoint
+from tinyvit.checkpoints.open import OpenedCheckpoint, open_checkpoint
 from tinyvit.errors import CheckpointError
 from tinyvit.factory import create_model
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
+from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
+from tinyvit.modules.sam.prompt_encoder import PromptEncoder
+from tinyvit.modules.sam.transformer import TwoWayTransformer
 
-from .hq_mask_decoder import HQMaskDecoder
-from .mask_decoder import MaskDecoder
 from .model import Sam
-from .prompt_encoder import PromptEncoder
-from .transformer import TwoWayTransformer
-
-__all__ = ["build_sam", "sam_model_registry"]
 
 Size = tuple[int, int]
 

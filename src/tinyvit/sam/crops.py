@@ -15,15 +15,6 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = [
-    "CropBox",
-    "build_all_layer_point_grids",
-    "build_point_grid",
-    "check_point_grids",
-    "generate_crop_boxes",
-    "is_box_near_crop_edge",
-]
-
 CropBox: TypeAlias = "list[int]"
 """[x0, y0, x1, y1] in whole pixels of the picture."""
 

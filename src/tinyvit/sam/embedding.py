@@ -10,22 +10,34 @@ channels, h w the embedding's grid, D channels of the early map.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tinyvit.checkpoints import read_state_dict, write_state_dict
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec, Placement
+from tinyvit.images.decode import ImageSource, decode
+from tinyvit.images.preprocess import normalise_and_pad, to_tensor
+from tinyvit.inference import Backend, Encoded, Engine, Picture
+from tinyvit.inference.backend import BackendName
+from tinyvit.inference.derived import ModelWatch
+from tinyvit.inference.engine import Prepared
+from tinyvit.modules import TinyViT
+from tinyvit.modules.sam.mask_decoder import HQMaskDecoder
 
-__all__ = ["ImageEmbedding"]
+from .model import Sam
+from .prompts import Size
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -192,3 +204,234 @@ def _placement(header: Mapping[str, Any]) -> Placement:
         height, width = header[key]
         sizes[key] = int(height), int(width)
     return Placement(**sizes)
+
+
+_FORMATS = ("RGB", "BGR")
+
+
+def prepare_picture(
+    image: ImageSource, image_format: str, model_format: str, spec: ImageSpec
+) -> Prepared:
+    """Make a picture of any kind an input.
+
+    Args:
+        image: What ``tinyvit.images.decode`` reads.
+        image_format: Order of an array's channels, "RGB" or "BGR".
+        model_format: The order that the model was trained with.
+        spec: How pictures are prepared.
+
+    Returns:
+        ([3, H', W'] float32, where the picture lies in it).
+
+    Raises:
+        ImageError: The picture cannot be read, or the array is no picture.
+        TypeError: It is nothing that could be a picture.
+        ValueError: Another format, or "BGR" for something that says its order itself.
+    """
+    if image_format not in _FORMATS:
+        raise ValueError(f"image_format must be one of {_FORMATS}, came {image_format!r}")
+    if image_format == "BGR" and not isinstance(image, np.ndarray):
+        raise ValueError(
+            "image_format='BGR' is for arrays; files and PIL images say their order themselves: "
+            "leave it out"
+        )
+    if isinstance(image, np.ndarray) and image_format != model_format:
+        channels = image.shape[2] if image.ndim == 3 else 1
+        if channels in (3, 4):  # grey has no order, transparency stays behind
+            image = image[:, :, [2, 1, 0, 3][:channels]]
+    return to_tensor(decode(image), spec)
+
+
+def prepare_resized(pixels: Tensor, original_size: Size, spec: ImageSpec) -> Prepared:
+    """Make a picture that has been resized already an input.
+
+    Args:
+        pixels: RGB in 0..255, [1, 3, h, w], the longer side that of ``spec``.
+        original_size: (H, W) of the picture before resizing.
+        spec: How pictures are prepared.
+
+    Returns:
+        ([3, H', W'] float32 on the CPU, where the picture lies in it).
+
+    Raises:
+        ValueError: Another shape.
+    """
+    size, longest = tuple(pixels.shape), max(spec.size)
+    if len(size) != 4 or size[:2] != (1, 3) or max(size[2:]) != longest:
+        raise ValueError(
+            f"set_torch_image wants [1, 3, h, w] with the longer side {longest}, as "
+            f"transform.apply_image_torch gives it; came {list(size)}"
+        )
+    prepared = normalise_and_pad(pixels.detach().cpu(), spec)[0].float()
+    height, width = (int(side) for side in original_size)
+    frame = int(prepared.shape[1]), int(prepared.shape[2])
+    return prepared, Placement((height, width), (size[2], size[3]), (0, 0), frame)
+
+
+pass
+
+
+class PictureEncoder:
+    """Encodes pictures for the decoder of one ``Sam``.
+
+    May be used by several threads.
+
+    Args:
+        model: The model; never changed.
+        engine: Runs ``model.image_encoder``; None makes one from the arguments that follow.
+        backend: As for ``Engine``.
+        precision: As for ``Engine``.
+        device: As for ``Engine``.
+        batch_size: As for ``Engine``.
+        pad: As for ``Engine``.
+
+    Raises:
+        ValueError: An engine and arguments for one, or values that ``Engine`` refuses.
+        MissingExtraError: The package of the backend is not installed.
+    """
+
+    def __init__(
+        self,
+        model: Sam,
+        *,
+        engine: Engine | None = None,
+        backend: BackendName | Backend = "auto",
+        precision: str = "fp32",
+        device: str = "auto",
+        batch_size: int = 8,
+        pad: bool | None = None,
+    ) -> None:
+        if engine is not None and (backend, precision, pad) != ("auto", "fp32", None):
+            raise ValueError(
+                "give either an engine or backend, precision and pad for a new one; an engine has "
+                "its own"
+            )
+        self._model = model
+        self._encoder = model.image_encoder
+        self.engine = engine or Engine(
+            model.image_encoder,
+            backend=backend,
+            device=device,
+            precision=precision,
+            batch_size=batch_size,
+            image_spec=spec_of(model),
+            pad=pad,
+        )
+        self._lock = threading.Lock()
+        self._known: _Known | None = None
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        """How pictures are prepared."""
+        return self.engine.image_spec
+
+    def encode(self, images: Picture | Iterable[Picture]) -> Iterator[ImageEmbedding]:
+        """Encode pictures one by one, in order, in bounded memory.
+
+        Args:
+            images: As for ``Engine.stream``.
+
+        Yields:
+            One embedding for each picture.
+
+        Raises:
+            ImageError: A picture cannot be read.
+            ValueError: The decoder wants an early map, and the backend gives none.
+            RuntimeError: The model has another image encoder by now.
+        """
+        yield from self._embeddings(self.engine.stream(images, stages=self._wants_early))
+
+    def encode_prepared(self, inputs: Iterable[Prepared]) -> Iterator[ImageEmbedding]:
+        """As ``encode``, for inputs ([3, H, W] float32, placement) that are ready."""
+        yield from self._embeddings(self.engine.stream_prepared(inputs, stages=self._wants_early))
+
+    def weights_sha256(self) -> str | None:
+        """Hash of the encoder's weights as they are now; None where the engine has no model.
+
+        Computed once, and again only when the encoder has changed.
+
+        Raises:
+            RuntimeError: The model has another image encoder by now.
+        """
+        return self._facts().weights_sha256
+
+    def check(self, embedding: ImageEmbedding) -> None:
+        """Check that the model can decode an embedding.
+
+        Raises:
+            ValueError: It was made with other weights or of a picture prepared otherwise; the
+                decoder wants an early map that it does not have.
+        """
+        embedding.check(self.weights_sha256(), self.image_spec)
+        if self._wants_early and embedding.interm_features is None:
+            raise ValueError(
+                "this model has Light HQ-SAM's mask decoder, and the embedding has no "
+                "interm_features; encode the picture again with this model"
+            )
+
+    @property
+    def _wants_early(self) -> bool:
+        return isinstance(self._model.mask_decoder, HQMaskDecoder)
+
+    def _embeddings(self, stream: Iterable[Encoded]) -> Iterator[ImageEmbedding]:
+        for encoded in stream:
+            facts = self._facts()
+            early = None
+            if encoded.stages is not None:
+                early = facts.early_map(encoded.stages[1])
+            yield ImageEmbedding(
+                encoded.features, encoded.placement, self.image_spec, facts.weights_sha256, early
+            )
+
+    def _facts(self) -> _Known:
+        if self._model.image_encoder is not self._encoder:
+            raise RuntimeError(
+                "the model has been given another image encoder; make a new predictor (or "
+                "Segmenter) for it"
+            )
+        with self._lock:
+            if self._known is None or self._known.watch.has_changed():
+                self._known = _Known(self._encoder, self.engine)
+            return self._known
+
+
+class _Known:
+    """What is derived of an encoder's weights as they are."""
+
+    def __init__(self, encoder: TinyViT, engine: Engine) -> None:
+        self.watch = ModelWatch(encoder)
+        self._encoder = encoder
+        self._merge: Any = None
+        try:
+            self.weights_sha256: str | None = engine.weights_sha256()
+        except ValueError:  # an engine with a backend of its own has no weights to name
+            self.weights_sha256 = None
+
+    def early_map(self, stage: Tensor) -> Tensor:
+        """The second stage's map [C, H, W] after its downsample, [h, w, D]; ``forward_hq``'s."""
+        if self._merge is None:
+            merge = copy.deepcopy(self._encoder.stages()[1].downsample)
+            self._merge = merge.eval().to("cpu", torch.float32)
+        with torch.no_grad():
+            tokens = self._merge(stage[None])  # [1, h*w, D]
+        height, width = self._merge.output_size((stage.shape[1], stage.shape[2]))
+        early: Tensor = tokens[0].unflatten(0, (height, width))
+        return early
+
+
+def spec_of(model: Sam) -> ImageSpec:
+    """How a ``Sam``'s pictures are prepared: as its encoder says, with the ``Sam``'s own pixels.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The encoder's ``image_spec``, or segment-anything's rule where it has none; ``mean`` and
+        ``std`` are those of the ``Sam`` where they differ.
+    """
+    encoder = model.image_encoder
+    spec = encoder.image_spec or ImageSpec.sam(encoder.img_size)
+    mean, std = (v.flatten().tolist() for v in (model.pixel_mean, model.pixel_std))
+    if np.allclose([*mean, *std], [*spec.mean, *spec.std], rtol=1e-6):  # they are float32
+        return spec
+    return replace(spec, mean=tuple(mean), std=tuple(std))

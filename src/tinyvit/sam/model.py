@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from tinyvit.image_spec import IMAGENET_MEAN, IMAGENET_STD
 from tinyvit.images.preprocess import normalise_and_pad
 from tinyvit.modules import TinyViT
-
-from .hq_mask_decoder import HQMaskDecoder
-from .mask_decoder import MaskDecoder
-from .prompt_encoder import PromptEncoder
+from tinyvit.modules.sam.mask_decoder import HQMaskDecoder as HQMaskDecoder
+from tinyvit.modules.sam.mask_decoder import MaskDecoder as MaskDecoder
+from tinyvit.modules.sam.prompt_encoder import PromptEncoder as PromptEncoder
+from tinyvit.modules.sam.transformer import TwoWayTransformer as TwoWayTransformer
 
 if TYPE_CHECKING:
     from typing_extensions import NotRequired
 
-__all__ = ["Sam", "SamInput", "SamOutput"]
 
 Size = tuple[int, int]
 

@@ -24,23 +24,18 @@ from tinyvit.images.decode import ImageSource
 from tinyvit.images.preprocess import ResizeLongestSide
 from tinyvit.inference import Backend, Engine
 from tinyvit.inference.backend import BackendName, choose_device
-from tinyvit.inference.pictures import Prepared
+from tinyvit.inference.engine import Prepared
 
 from .build import build_sam
-from .decoding import PromptDecoder
-from .embedding import ImageEmbedding
-from .encoding import PictureEncoder
-from .mask_prompts import Size
-from .masks import enlarge
+from .decoder import PromptDecoder, PromptTensors, stack_prompts
+from .embedding import ImageEmbedding, PictureEncoder, prepare_picture, prepare_resized
 from .model import Sam
-from .picture_inputs import prepare_picture, prepare_resized
-from .prompt_tensors import PromptTensors, stack_prompts
-from .prompts import Prompt
+from .prompts import Prompt, Size
+from .segmenter import enlarge
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["SamPredictor"]
 
 _NOT_SET = "An image must be set with .set_image(...) before mask prediction."
 

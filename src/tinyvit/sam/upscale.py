@@ -22,8 +22,6 @@ from torch import Tensor
 
 from tinyvit.image_spec import Placement
 
-__all__ = ["Region", "RegionUpscaler", "upscale"]
-
 PITCH = 4.0
 """Pixels of the model's frame for one low-resolution logit: stride 16 of the encoder by 4."""
 

@@ -13,8 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["draw_curves"]
-
 RGB = NDArray[np.uint8]
 Point = tuple[float, float]
 

@@ -25,8 +25,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tinyvit.inference.backend import choose_device
 
-__all__ = ["Processes", "join_processes"]
-
 _PATIENCE = timedelta(hours=12)  # the others wait while the first process validates
 
 

@@ -1,51 +1,269 @@
-"""The loop: steps, validations, saved states; the same for every task.
+"""Ctrl-C and SIGTERM as a wish: the step is finished and the state saved before the run stops.
 
-``train`` writes into its folder:
-
-    settings.toml            the choices of the run
-    log.jsonl  curves.png    figures, and the same as a picture
-    state.safetensors        from which the run goes on (and the one before it)
-    last.safetensors         the newest weights; best.safetensors the best by the task's figure
-
-Weights are written by the task, so that every other command loads them; with averaging on they are
-the averaged ones. A run that goes on gives the numbers of an unbroken one, on a CPU bit for bit:
-what is random depends on the seed and the step alone (``samples.py``), and states are saved only
-between steps, never within an accumulated one.
-
-What is learnt is the task's business; pictures and losses are not known here.
+A second one stops at once; then, as after a kill, what was done since the last saved state is done
+again when the run goes on. Only the main thread hears signals; elsewhere nothing is changed.
 """
 
 from __future__ import annotations
 
+import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 
 import torch
+from torch import Tensor, nn
 
 from tinyvit.checkpoints.files import replacing
 from tinyvit.errors import CheckpointError
 
+from .data.sampling import Key, Order, derived_seed, load_batches
 from .distributed import Processes, join_processes
-from .divergence import DivergedError, keep_batch
-from .ema import Ema
-from .journal import Journal, Progress
-from .learner import Gradient, Learner, accumulate_gradient
-from .moving import learning_mode, merged
-from .optimisation import Schedule, clip_gradients, make_optimiser, set_rates
-from .preparation import choose_batch_stats, prepare
-from .samples import Order, load_batches
+from .optim import (
+    Ema,
+    Schedule,
+    choose_batch_stats,
+    clip_gradients,
+    learning_mode,
+    make_optimiser,
+    merged,
+    prepare,
+    set_rates,
+)
+from .run_folder import (
+    DivergedError,
+    Facts,
+    Journal,
+    Progress,
+    RunState,
+    keep_batch,
+    pack,
+    read_state,
+    sweep,
+    unpack,
+    write_state,
+)
 from .settings import BatchStats, TrainSettings
-from .state import Facts, RunState, pack, read_state, sweep, unpack, write_state
-from .stopping import StopWish, hear_signals
-from .tally import Tally
-from .task import Batch, Task
+from .task import Batch, Goal, Task
 
-__all__ = ["Report", "Result", "train"]
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopWish:
+    """Whether somebody asked the run to stop.
+
+    Attributes:
+        is_there: True once asked.
+    """
+
+    def __init__(self) -> None:
+        self.is_there = False
+
+
+@contextmanager
+def hear_signals() -> Iterator[StopWish]:
+    """Hear Ctrl-C and SIGTERM; what was set for them before is set again at the end."""
+    wish = StopWish()
+    if threading.current_thread() is not threading.main_thread():
+        yield wish
+        return
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in _SIGNALS}
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        wish.is_there = True
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+    for number in _SIGNALS:
+        signal.signal(number, hear)
+    try:
+        yield wish
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Tally:
+    """The counts of a run.
+
+    Attributes:
+        step: Steps done.
+        best: The best value of the task's figure.
+        best_step: The step it was measured after.
+        figures: Of the last validation.
+        sums: Sums of the steps' figures since the last line of the log.
+        counts: Steps in each of these sums.
+    """
+
+    step: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def count(self, figures: Mapping[str, float]) -> None:
+        """Take a step's figures into the next means; not every step must have the same ones."""
+        for name, value in figures.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """The means since the last call."""
+        means = {name: value / self.counts[name] for name, value in self.sums.items()}
+        self.sums, self.counts = {}, {}
+        return means
+
+    def take(self, figures: Mapping[str, float], goal: Goal) -> bool:
+        """Take the figures of a validation.
+
+        Args:
+            figures: By name; none at all where nothing was held out.
+            goal: The figure that decides, and which way it is better.
+
+        Returns:
+            Whether it is better than ever; what is no number never is.
+
+        Raises:
+            ValueError: There are figures, and the deciding one is not among them.
+        """
+        self.figures = dict(figures)
+        name, way = goal
+        if not figures:
+            return False
+        if name not in figures:
+            raise ValueError(
+                f"the goal of this task is {name!r}, but its validation gives {', '.join(figures)}"
+            )
+        value = figures[name]
+        if self.best is not None:
+            is_better = value > self.best if way == "max" else value < self.best
+        else:
+            is_better = not math.isnan(value)
+        if is_better:
+            self.best, self.best_step = value, self.step
+        return is_better
+
 
 Sample = TypeVar("Sample")
+
+
+class Learner(nn.Module):
+    """A task's loss as a ``forward``, which ``DistributedDataParallel`` needs to see.
+
+    Args:
+        task: Gives the loss.
+        precision: "bf16" computes in autocast.
+        device: Of the network and the batches.
+    """
+
+    def __init__(self, task: Task[Sample], precision: str, device: torch.device) -> None:
+        super().__init__()
+        self.model = task.model
+        self.loss_of = task.loss
+        self.is_bf16 = precision == "bf16"
+        self.device = device
+
+    def forward(self, batch: Batch, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and the figures of a batch; all chance comes from ``seed``.
+
+        Raises:
+            ValueError: The task's loss is no scalar.
+        """
+        torch.manual_seed(seed)  # of dropout and stochastic depth, which know no other source
+        generator = torch.Generator().manual_seed(derived_seed(seed))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_bf16):
+            loss, figures = self.loss_of(self.model, batch, generator)
+        if loss.ndim:
+            raise ValueError(f"a task's loss must be a scalar, got one of shape {list(loss.shape)}")
+        return loss, figures
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What came with a step's gradient.
+
+    Attributes:
+        loss: Mean over this process's samples, times its part of all samples of the step; the sum
+            over the processes is the step's loss.
+        figures: Means over this process's samples.
+        parts: (keys, batch on the CPU) of each part.
+    """
+
+    loss: float
+    figures: dict[str, float]
+    parts: list[tuple[list[Key], Batch]]
+
+
+def accumulate_gradient(
+    learner: nn.Module,
+    batches: Iterator[Batch],
+    order: Order,
+    step: int,
+    settings: TrainSettings,
+    processes: Processes,
+) -> Gradient:
+    """Compute the gradient of the mean loss over a step's samples, in this and the other processes.
+
+    Each part counts by its number of samples, so parts of different sizes give the same mean as
+    one large batch.
+
+    Args:
+        learner: A ``Learner``, shared with the other processes; its gradients are empty.
+        batches: The batches of this process, in order.
+        order: Which samples they are.
+        step: The step, from 0.
+        settings: Seed and memory layout.
+        processes: The processes.
+    """
+    keys = order.parts(step, processes.rank)
+    total, own = len(order.group(step)), sum(len(part) for part in keys)
+    parts: list[tuple[list[Key], Batch]] = []
+    sums: dict[str, float] = {}
+    for number, part in enumerate(keys):
+        batch = next(batches)
+        parts.append((part, batch))
+        # the same in all processes, so that chance gives each as much to do: they wait for the last
+        seed = derived_seed(settings.seed, step, number, 0)
+        with processes.adding_up(learner, is_last=number == len(keys) - 1):
+            loss, figures = learner(_moved(batch, processes.device, settings.channels_last), seed)
+            # the processes' gradients are averaged, hence their number
+            (loss * (len(part) * processes.count / total)).backward()
+        names = ["loss", *figures]
+        values = [loss.detach(), *(figure.detach() for figure in figures.values())]
+        shown = torch.stack([value.float().reshape(()) for value in values]).tolist()
+        for name, value in zip(names, shown, strict=True):
+            sums[name] = sums.get(name, 0.0) + value * len(part)
+    loss_sum = sums.pop("loss")
+    return Gradient(loss_sum / total, {name: s / own for name, s in sums.items()}, parts)
+
+
+def _moved(batch: Batch, device: torch.device, channels_last: bool) -> Batch:
+    """A batch on the device, its pictures in channels-last memory."""
+    moved = dict(batch)
+    values: Mapping[str, object] = batch  # what a task alone reads is no tensor
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            continue
+        there = value.to(device, non_blocking=True)
+        if channels_last and there.ndim == 4 and there.is_floating_point():
+            there = there.contiguous(memory_format=torch.channels_last)
+        moved[name] = there
+    return moved
+
+
+pass
+pass
+pass
+
+
 Report: TypeAlias = Callable[[Progress], None]
 
 SETTINGS, LAST, BEST = "settings.toml", "last.safetensors", "best.safetensors"

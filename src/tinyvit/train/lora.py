@@ -24,21 +24,9 @@ from torch import Tensor, nn
 from tinyvit.checkpoints.files import read_state_dict, write_state_dict
 from tinyvit.errors import CheckpointError
 from tinyvit.modules import Attention, Mlp
-from tinyvit.sam.transformer import Attention as DecoderAttention
+from tinyvit.modules.sam.transformer import Attention as DecoderAttention
 
-from .fingerprint import fingerprint
-
-__all__ = [
-    "DECODER_TARGETS",
-    "ENCODER_TARGETS",
-    "LoraLinear",
-    "add_lora",
-    "base_sha256",
-    "load_lora",
-    "lora_layers",
-    "merge_lora",
-    "save_lora",
-]
+from .tasks.teachers import tensor_fingerprint as fingerprint
 
 ENCODER_TARGETS = ("qkv", "proj", "fc1", "fc2")
 """Linear layers of a TinyViT block."""

@@ -22,7 +22,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
-__all__ = ["BatchStats", "Moving", "Optimiser", "TrainSettings"]
 
 Moving: TypeAlias = Literal["full", "decoder", "neck", "head", "lora"]
 BatchStats: TypeAlias = Literal["auto", "frozen", "own", "synchronised"]

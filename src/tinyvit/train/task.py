@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Batch", "Goal", "Task"]
-
 Batch: TypeAlias = dict[str, Tensor]
 """Tensors by name, batch first. Values that are no tensors pass through the loop untouched."""
 

@@ -1,0 +1,30 @@
+from .allocator import tune_allocator as tune_allocator
+from .catalog import list_checkpoints as list_checkpoints
+from .catalog import list_models as list_models
+from .checkpoints.conversion import convert_checkpoint as convert_checkpoint
+from .checkpoints.conversion import inspect_checkpoint as inspect_checkpoint
+from .errors import CheckpointError as CheckpointError
+from .errors import DownloadError as DownloadError
+from .errors import ImageError as ImageError
+from .errors import MissingExtraError as MissingExtraError
+from .errors import TinyViTError as TinyViTError
+from .factory import LoadReport as LoadReport
+from .factory import create_model as create_model
+from .factory import load_checkpoint as load_checkpoint
+from .hub import from_pretrained as from_pretrained
+from .hub import push_to_hub as push_to_hub
+from .hub import save_pretrained as save_pretrained
+from .image_spec import ImageSpec as ImageSpec
+from .inference.engine import Encoded as Encoded
+from .inference.engine import Engine as Engine
+from .modules import TinyViT as TinyViT
+from .sam.automatic import SamAutomaticMaskGenerator as SamAutomaticMaskGenerator
+from .sam.build import build_sam as build_sam
+from .sam.build import sam_model_registry as sam_model_registry
+from .sam.embedding import ImageEmbedding as ImageEmbedding
+from .sam.predictor import SamPredictor as SamPredictor
+from .sam.prompts import Prompt as Prompt
+from .sam.segmenter import Masks as Masks
+from .sam.segmenter import Segmenter as Segmenter
+
+__version__: str

@@ -1,0 +1,114 @@
+"""Find a checkpoint, by name or path, and read it once: what it is, and its tensors.
+
+Names are those of the catalog; files are of any family. No model is built here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from tinyvit.catalog import Checkpoint, get_checkpoint, list_checkpoints
+from tinyvit.errors import CheckpointError
+
+from .detection import Detection, detect
+from .download import fetch
+from .families import to_canonical
+from .files import read_state_dict
+
+Progress = Callable[[int, "int | None"], None]
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A checkpoint that was read once, for a model and what else the file holds.
+
+    Attributes:
+        path: The file.
+        row: Its row in the catalog, if it has one.
+        found: What it is.
+        tensors: Its tensors under canonical keys.
+        metadata: The texts in its header.
+    """
+
+    path: Path
+    row: Checkpoint | None
+    found: Detection
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def find_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    sha256: str | None = None,
+    progress: Progress | None = None,
+) -> tuple[Path, Checkpoint | None]:
+    """The file of a checkpoint, fetched if need be, and its row in the catalog if it has one.
+
+    Args:
+        checkpoint: A name of ``list_checkpoints()``, or a path.
+        sha256: Hash that a downloaded file must have.
+        progress: Called with (bytes there, bytes in all or None) during a download.
+
+    Returns:
+        (path, row or None).
+
+    Raises:
+        CheckpointError: Neither a name nor a file.
+        DownloadError: The file cannot be fetched.
+    """
+    text = os.fspath(checkpoint)
+    if text in list_checkpoints():
+        row = get_checkpoint(text)
+        return fetch(row, sha256=sha256, progress=progress), row
+    path = Path(text)
+    if path.is_dir() and (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} is a folder written by save_pretrained; load it with "
+            f"tinyvit.from_pretrained({text!r})"
+        )
+    if path.exists() or path.suffix.lower() in {".pt", ".pth", ".safetensors", ".bin", ".ckpt"}:
+        return path, None
+    return path, get_checkpoint(text)  # raises, and names the nearest one
+
+
+def open_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    sha256: str | None = None,
+    progress: Progress | None = None,
+) -> OpenedCheckpoint:
+    """Find a checkpoint and read it; arguments and errors as ``find_checkpoint``'s.
+
+    Raises:
+        CheckpointError: The file is damaged, incomplete, or holds no TinyViT encoder.
+        DownloadError: The file cannot be fetched.
+    """
+    path, row = find_checkpoint(checkpoint, sha256, progress)
+    file = read_state_dict(path)
+    found = detect(file.tensors, filename=path.name, metadata=file.metadata)
+    problems = list_keys("missing", found.missing) + list_keys("unexpected", found.unexpected)
+    problems += [
+        f"{key} has shape {list(came)} instead of {list(wanted)}"
+        for key, (wanted, came) in found.wrong_shapes.items()
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{path} looks like {found.family}, but does not add up: {'; '.join(problems)}"
+        )
+    if not found.has_encoder:
+        raise CheckpointError(
+            f"{path} holds no image encoder ({found.family}: {', '.join(found.parts)}); "
+            f"give the file with the encoder"
+        )
+    return OpenedCheckpoint(
+        path, row, found, to_canonical(file.tensors, found.family), file.metadata
+    )
+
+
+def list_keys(what: str, keys: Sequence[str]) -> list[str]:
+    """``["2 missing: a, b"]``, or nothing for no keys."""
+    return [f"{len(keys)} {what}: {', '.join(keys)}"] if keys else []

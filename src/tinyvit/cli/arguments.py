@@ -1,0 +1,246 @@
+"""Arguments that several verbs have in common, with their help."""
+
+from __future__ import annotations
+
+import warnings
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tinyvit.catalog import (
+    CHECKPOINTS,
+    DEFAULT_CHECKPOINT,
+    VARIANTS,
+    Checkpoint,
+    Task,
+    get_checkpoint,
+    get_variant,
+    list_checkpoints,
+    list_models,
+)
+from tinyvit.errors import CheckpointError
+
+from .console import Console
+
+if TYPE_CHECKING:
+    from tinyvit.modules import TinyViT
+
+
+class PrecisionName(str, Enum):
+    """What ``--precision`` takes."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    auto = "auto"
+
+
+def parse_precision(word: str) -> PrecisionName:
+    """The precision of a word.
+
+    Raises:
+        typer.BadParameter: There is none of this name; for fp16, why not.
+    """
+    names = [name.value for name in PrecisionName]
+    if word in names:
+        return PrecisionName(word)
+    if word == "fp16":
+        from tinyvit.inference.backend import FP16_REFUSED
+
+        raise typer.BadParameter(f"{FP16_REFUSED}.")
+    raise typer.BadParameter(f"{word!r} is not one of {', '.join(map(repr, names))}.")
+
+
+def matching_checkpoints(incomplete: str) -> list[str]:
+    """Names for the shell to complete."""
+    return [name for name in list_checkpoints() if name.startswith(incomplete)]
+
+
+def matching_models(incomplete: str) -> list[str]:
+    """Names for the shell to complete."""
+    return [name for name in list_models() if name.startswith(incomplete)]
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead.")]
+Pictures = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="PICTURE_OR_FOLDER",
+        show_default=False,
+        help="JPEG, PNG, WebP, TIFF, BMP, GIF or PPM files. Folders are read with all folders in "
+        "them; hidden files and folders are left out.",
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="VARIANT",
+        autocompletion=matching_models,
+        help="Build this variant for the checkpoint. By default the checkpoint says which.",
+    ),
+]
+Size = Annotated[
+    int | None,
+    typer.Option(
+        "--size",
+        min=1,
+        help="Side of the model's input in pixels. By default the one it was trained for.",
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", help="auto (a GPU if there is one), or a torch device: cpu, cuda, cuda:1, mps."
+    ),
+]
+Precision = Annotated[
+    PrecisionName,
+    typer.Option(
+        "--precision",
+        metavar="[fp32|bf16|auto]",
+        parser=parse_precision,
+        help="What to compute in; auto is bf16 where the hardware has it built in.",
+    ),
+]
+
+
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_GOOD_CLASSIFIER = "tiny_vit_5m_224.dist_in22k_ft_in1k"
+
+
+def file_of(text: str) -> Path:
+    """The file that a path, a folder or the name of a checkpoint stands for; fetches nothing.
+
+    Raises:
+        CheckpointError: An unknown name, or a checkpoint that is not on this machine.
+    """
+    from tinyvit.checkpoints import cached_path, fetch
+
+    path = Path(text)
+    if text not in list_checkpoints():
+        if (path / _WEIGHTS).is_file():
+            return path / _WEIGHTS
+        if path.exists() or path.suffix.lower() in _SUFFIXES or path.name != text:
+            return path
+    row = get_checkpoint(text)  # raises for an unknown name, and says the nearest one
+    if row.embedded:
+        return fetch(row)
+    there = cached_path(row)
+    if not there.is_file():
+        raise CheckpointError(
+            f"{text} is not on this machine yet; fetch it with: tinyvit download {text}"
+        )
+    return there
+
+
+def load_encoder(
+    own: Console, checkpoint: str | None, model: str | None, size: int | None
+) -> TinyViT:
+    """A model whose ``forward`` gives a map: the neck's, or the last stage's where there is none.
+
+    Args:
+        own: Where progress is shown.
+        checkpoint: A name, a file or a folder; None for the embedded one.
+        model: A variant, or None for the checkpoint's.
+        size: Side of the input, or None for the checkpoint's.
+
+    Raises:
+        ValueError: ``model`` is unknown or does not go with ``checkpoint``.
+        CheckpointError: The checkpoint cannot be loaded.
+    """
+    default = get_checkpoint(DEFAULT_CHECKPOINT).variant
+    if checkpoint is None and model is not None and get_variant(model).name != default:
+        raise ValueError(
+            f"--model {model} needs a --checkpoint: the embedded {DEFAULT_CHECKPOINT} does not fit "
+            f"it; {_suggestion(model)}"
+        )
+    built = _load(own, checkpoint or DEFAULT_CHECKPOINT, model, size)
+    if built.neck is None:
+        built.norm_head = built.head = None  # features are wanted, not logits
+    return built
+
+
+def load_classifier(
+    own: Console, checkpoint: str | None, model: str | None, size: int | None
+) -> TinyViT:
+    """A model with a classification head.
+
+    Args:
+        own: Where progress is shown.
+        checkpoint: A name, a file or a folder.
+        model: A variant, or None for the checkpoint's.
+        size: Side of the input, or None for the checkpoint's.
+
+    Raises:
+        ValueError: ``checkpoint`` is None, or ``model`` is unknown.
+        CheckpointError: The checkpoint cannot be loaded or has no trained head.
+
+    Warns:
+        UserWarning: The head is that of a SAM encoder.
+    """
+    hint = f"choose another with --checkpoint, {_suggestion(model, 'classification')}"
+    if checkpoint is None:
+        raise ValueError(f"the embedded {DEFAULT_CHECKPOINT} has no classification head; {hint}")
+    if checkpoint in list_checkpoints():
+        variant = get_variant(get_checkpoint(checkpoint).variant)
+        if variant.task != "classification":
+            raise CheckpointError(
+                f"{checkpoint} is a SAM encoder and has no trained classification head; {hint}"
+            )
+    built = _load(own, checkpoint, model, size)
+    if built.head is None or not built.num_classes:
+        raise CheckpointError(f"{checkpoint} has no classification head; {hint}")
+    if built.neck is not None:
+        warnings.warn(
+            f"{checkpoint} is a SAM encoder; the classification head in such files was mostly "
+            "never trained",
+            stacklevel=2,
+        )
+    return built
+
+
+def announce(own: Console, row: Checkpoint, cache_dir: Path | None = None) -> None:
+    """Say what is about to be fetched, from where and under which licence."""
+    from tinyvit.checkpoints import cached_path
+
+    if not row.embedded and not cached_path(row, cache_dir).is_file():
+        own.say(f"fetching {row.name} ({row.licence}), published at {row.source}")
+
+
+def variant_of(model: TinyViT) -> str | None:
+    """The name of the catalog's variant with this model's sizes, or None."""
+    sizes = ("embed_dims", "depths", "num_heads", "window_sizes", "strides", "stem", "neck_dim")
+    for row in VARIANTS:
+        if all(getattr(row, name) == getattr(model, name) for name in sizes):
+            return row.name
+    return None
+
+
+def _load(own: Console, checkpoint: str, model: str | None, size: int | None) -> TinyViT:
+    from tinyvit.factory import create_model
+    from tinyvit.hub import from_pretrained
+
+    path = Path(checkpoint)
+    if checkpoint not in list_checkpoints() and (path / _CONFIG).is_file():
+        if model is not None or size is not None:
+            raise ValueError(
+                f"{checkpoint} is a folder that says itself which model it is and how pictures "
+                "are prepared; leave --model and --size out"
+            )
+        return from_pretrained(path)
+    if checkpoint in list_checkpoints():
+        announce(own, get_checkpoint(checkpoint))
+    with own.progress("downloading", counts_bytes=True) as update:
+        return create_model(model, checkpoint, img_size=size, progress=update)
+
+
+def _suggestion(variant: str | None, task: Task | None = None) -> str:
+    """What to name for a variant: the last of its checkpoints, which is the best known."""
+    rows = [row for row in CHECKPOINTS if variant in (None, row.variant)]
+    names = [row.name for row in rows if task in (None, get_variant(row.variant).task)]
+    if variant is None or not names:
+        names = [_GOOD_CLASSIFIER] if task == "classification" else ["a file of your own"]
+    return f"for example {names[-1]} ('tinyvit models' lists all)"

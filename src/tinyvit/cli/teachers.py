@@ -1,0 +1,195 @@
+"""``tinyvit train write-logits`` and ``store-features``: have a teacher look once, and keep it.
+
+Students learn from what is kept (``train distill-logits`` and ``distill-features``). Both jobs may
+be stopped at any moment and go on by the same command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tinyvit.cli import console
+
+from .arguments import Device, Json, matching_checkpoints
+from .console import Console, Update, counted
+from .settings_options import Row
+
+LOGITS_EXAMPLES = (
+    "tinyvit train write-logits photos --teacher teacher.safetensors -o answers",
+    "tinyvit train write-logits photos --teacher big.onnx --teacher-size 384 -o answers",
+)
+FEATURES_EXAMPLES = (
+    "tinyvit train store-features photos --teacher mobile_sam -o features",
+    "tinyvit train store-features photos --teacher big.onnx --teacher-size 1024 -o features",
+)
+
+_STRENGTH = Row("augment", "text", "", words=("none", "light", "full"))
+
+Data = Annotated[
+    str, typer.Argument(metavar="DATA", help="Labelled pictures, as 'tinyvit train classify' has.")
+]
+Root = Annotated[Path, typer.Argument(metavar="PICTURES", help="A folder of pictures.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to write to.")
+]
+TeacherName = Annotated[
+    str,
+    typer.Option(
+        "--teacher",
+        metavar="NAME_OR_FILE",
+        autocompletion=matching_checkpoints,
+        help="Weights of a TinyViT by name or file, or an ONNX file; for features also timm:NAME "
+        "and hf:NAME.",
+    ),
+]
+TeacherSize = Annotated[
+    int | None,
+    typer.Option(
+        "--teacher-size",
+        min=1,
+        help="Side of the teacher's input, for ONNX files, which do not say it. Pictures are then "
+        "prepared as timm's classifiers have them, or for features as SAM has them.",
+    ),
+]
+Views = Annotated[int, typer.Option("--views", min=1, help="Views of each picture.")]
+TopK = Annotated[int, typer.Option("--top-k", min=1, help="Probabilities kept of each answer.")]
+Augment = Annotated[
+    str,
+    typer.Option(
+        "--augment",
+        metavar="[none|light|full]",
+        parser=_STRENGTH.parse,
+        help="Chance that makes the views, as in 'tinyvit train classify'.",
+    ),
+]
+Flip = Annotated[
+    bool, typer.Option("--flip/--no-flip", help="Mirror half of the views; not for digits.")
+]
+Val = Annotated[
+    str | None,
+    typer.Option("--val", metavar="DATA", help="The part to measure on; it is not shown."),
+]
+ValPart = Annotated[
+    float, typer.Option("--val-part", help="Part of each class that is held out and not shown.")
+]
+SplitSeed = Annotated[int, typer.Option("--split-seed", help="Which pictures are held out.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Source of all chance.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Answered together.")]
+Flips = Annotated[
+    bool, typer.Option("--flips", help="Keep features of mirrored pictures too: twice the room.")
+]
+
+
+def write_logits(
+    ctx: typer.Context,
+    data: Data,
+    teacher: TeacherName,
+    output: Output,
+    views: Views = 10,
+    top_k: TopK = 10,
+    augment: Augment = "light",
+    flip: Flip = True,
+    val: Val = None,
+    val_part: ValPart = 0.1,
+    split_seed: SplitSeed = 0,
+    teacher_size: TeacherSize = None,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Write a teacher's answers down, for 'distill-logits'.
+
+    Each picture is shown in several views. Of each answer the largest probabilities are kept, with
+    the seed that makes the view again. What is there already is kept; a folder with answers of
+    another teacher, other pictures or another chance is refused. A broken picture is named, and
+    the exit code is 1.
+    """
+    own = console.of(ctx)
+
+    from tinyvit.image_spec import ImageSpec
+    from tinyvit.train.data.augment import augmentation
+    from tinyvit.train.data.images import open_data_set
+    from tinyvit.train.tasks.teachers import open_logit_teacher as open_teacher
+    from tinyvit.train.tasks.teachers import write_logits as write
+
+    parts = open_data_set(data, val, val_part=val_part, split_seed=split_seed)
+    spec = None if teacher_size is None else ImageSpec.timm(teacher_size)
+    chance = augmentation(augment, flip)  # type: ignore[arg-type]  # one of the words
+    asked = open_teacher(teacher, spec, device)
+    with _asking(own, asked.name, "views") as update:
+        _, broken = write(
+            output,
+            parts.train,
+            asked,
+            chance=chance,
+            views=views,
+            k=top_k,
+            seed=seed,
+            batch_size=batch_size,
+            progress=update,
+        )
+    facts = {"output": str(output), "pictures": len(parts.train), "views": views}
+    _finish(own, facts, broken, as_json)
+
+
+def store_features(
+    ctx: typer.Context,
+    pictures: Root,
+    teacher: TeacherName,
+    output: Output,
+    flips: Flips = False,
+    teacher_size: TeacherSize = None,
+    batch_size: BatchSize = 4,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Keep a teacher's feature maps, for 'distill-features'.
+
+    Two bytes for each number: 2 MB a picture for SAM at 1024 pixels. What is there already is kept,
+    a picture that has changed since is looked at anew, and a folder of another teacher is refused.
+    A broken picture is named, and the exit code is 1.
+    """
+    own = console.of(ctx)
+
+    from tinyvit.image_spec import ImageSpec
+    from tinyvit.train.tasks.teachers import open_teacher
+    from tinyvit.train.tasks.teachers import store_features as store
+
+    spec = None if teacher_size is None else ImageSpec.sam(teacher_size)
+    asked = open_teacher(teacher, spec, device)
+    with _asking(own, asked.name, "pictures") as update:
+        kept = store(asked, pictures, output, flips=flips, batch_size=batch_size, progress=update)
+    facts = {"output": str(output), "pictures": len(kept.good), "shape": list(kept.shape or ())}
+    _finish(own, facts, kept.broken, as_json)
+
+
+@contextmanager
+def _asking(own: Console, teacher: str, things: str) -> Iterator[Update]:
+    """A bar; after Ctrl-C the word how to go on."""
+    own.say(f"asking {teacher}")
+    try:
+        with own.progress("asking", things=things) as update:
+            yield update
+    except KeyboardInterrupt:
+        console.complain("stopped; the same command goes on from there")
+        raise
+
+
+def _finish(
+    own: Console, facts: Mapping[str, object], broken: Mapping[str, str], as_json: bool
+) -> None:
+    number = facts["pictures"]
+    words = counted(number, "picture") if isinstance(number, int) else ""
+    own.say(f"{words} are in {facts['output']}")
+    if as_json:
+        console.write_json({**facts, "broken": dict(broken)})
+    for name, reason in broken.items():
+        console.complain(f"failed: {reason if name in reason else f'{name}: {reason}'}")
+    if broken:
+        raise typer.Exit(1)

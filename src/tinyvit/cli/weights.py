@@ -1,0 +1,282 @@
+"""``tinyvit inspect``: what a file of weights is, for people or as JSON."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, get_args
+
+import typer
+
+from tinyvit.catalog import Family, get_checkpoint
+from tinyvit.cli import console
+
+from .arguments import Json, matching_checkpoints
+from .console import counted, megabytes
+
+if TYPE_CHECKING:
+    from tinyvit.checkpoints import Detection, Inspection
+
+INSPECT_EXAMPLES = (
+    "tinyvit inspect mobile_sam.pt",
+    "tinyvit inspect mine.safetensors --json | jq .detection.variant",
+)
+
+
+def inspect(
+    ctx: typer.Context,
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="A file of weights, a folder of save_pretrained, or the name of a checkpoint that "
+            "is here.",
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Say what a file of weights is, before trusting it.
+
+    Names the project whose form it has and those whose files look just the same, the variant and
+    its sizes, head and neck, the strides and why they are assumed (no tensor shows them), what is
+    missing or left over, and its SHA-256. Nothing in the file is run.
+    """
+    from tinyvit.checkpoints import inspect as inspect_file
+    from tinyvit.checkpoints.families import get_layout
+
+    from .arguments import file_of
+
+    report = inspect_file(file_of(file))
+    if as_json:
+        console.write_json(report.to_dict())
+        return
+    console.write(console.fields(_facts(report, get_layout(report.detection.family).title)))
+    stages = _stages(report.detection)
+    if stages:
+        console.write(f"\n{stages}")
+    remarks = [text for text in report.remarks if text != report.detection.strides_reason]
+    if remarks:
+        console.write("\nremarks")
+        console.write(console.fields([("-", remark) for remark in remarks]))
+
+
+def _facts(report: Inspection, title: str) -> list[tuple[str, str]]:
+    """Name and value of everything that is one value."""
+    found = report.detection
+    sizes = found.architecture
+    dtypes = ", ".join(
+        kind if len(found.dtypes) == 1 else f"{number} {kind}"
+        for kind, number in found.dtypes.items()
+    )
+    facts = [
+        ("file", report.path),
+        ("size", f"{megabytes(report.size)}, {report.container}"),
+        ("sha256", report.sha256),
+        ("family", f"{found.family}: {title}"),
+        ("same keys", ", ".join(found.also)),
+        ("variant", found.variant or "none of the catalog"),
+        ("parts", ", ".join(part.replace("_", " ") for part in found.parts)),
+        ("parameters", f"{found.parameters:,} in {counted(report.tensors, 'tensor')}"),
+        ("dtype", dtypes),
+    ]
+    if sizes is not None:
+        head = f"{sizes.num_classes} classes" if found.has_head else "none"
+        facts += [
+            ("picture", f"{found.img_size} x {found.img_size}, {sizes.in_chans} channels"),
+            ("stem", sizes.stem),
+            ("strides", found.strides_reason.removeprefix("strides ")),
+            ("head", head),
+            ("neck", f"{sizes.neck_dim} channels" if found.has_neck else "none"),
+        ]
+    facts.append(("complete", _completeness(found)))
+    return [(name, value) for name, value in facts if value]
+
+
+def _completeness(found: Detection) -> str:
+    counts = [
+        f"{len(keys)} {what}"
+        for what, keys in (
+            ("missing", found.missing),
+            ("left over", found.unexpected),
+            ("of a wrong shape", found.wrong_shapes),
+        )
+        if keys
+    ]
+    if not counts:
+        return "yes, nothing missing and nothing left over"
+    return f"{'yes' if found.is_complete else 'no'}: {', '.join(counts)} (--json names them)"
+
+
+def _stages(found: Detection) -> str:
+    """The sizes of the stages as a table; empty without an encoder."""
+    sizes = found.architecture
+    if sizes is None:
+        return ""
+    rows = []
+    for i, channels in enumerate(sizes.embed_dims):
+        kind = ("convolution", "-", "-") if i == 0 else (
+            "attention", str(sizes.num_heads[i]), str(sizes.window_sizes[i])
+        )  # fmt: skip
+        rows.append((str(i + 1), kind[0], str(channels), str(sizes.depths[i]), *kind[1:]))
+    heads = ("stage", "of", "channels", "blocks", "heads", "window")
+    return console.table(heads, rows, right=(2, 3, 4, 5))
+
+
+CONVERT_EXAMPLES = (
+    "tinyvit convert mobile_sam.pt encoder.safetensors --to tinyvit",
+    "tinyvit convert mine.safetensors for_cream.pth --to cream --overwrite",
+)
+
+NAMED_AT_MOST = 3
+FAMILIES: tuple[str, ...] = get_args(Family)
+
+
+def known_family(family: str) -> str:
+    """The family, if there is one of that name.
+
+    Raises:
+        typer.BadParameter: There is none.
+    """
+    if family in FAMILIES:
+        return family
+    near = difflib.get_close_matches(family.lower().replace("-", "_"), FAMILIES, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise typer.BadParameter(f"unknown family {family!r}{hint} Choose one of {', '.join(FAMILIES)}")
+
+
+def matching_families(incomplete: str) -> list[str]:
+    """Names for shell completion."""
+    return [family for family in FAMILIES if family.startswith(incomplete)]
+
+
+def convert(
+    ctx: typer.Context,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="IN", help="A file of weights, or the name of a checkpoint that is here."
+        ),
+    ],
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT",
+            help="The file to write. Its suffix says what it is: .safetensors, or .pt, .pth, .bin "
+            "or .ckpt for torch.",
+        ),
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="FAMILY",
+            callback=known_family,
+            autocompletion=matching_families,
+            help=f"Whose form to write: {', '.join(FAMILIES)}.",
+        ),
+    ],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it is there; IN never is.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a file of weights in another project's form, bit for bit.
+
+    What IN is, is found out from its tensors. What the other form cannot hold is dropped and named;
+    where something it needs is not in IN, nothing is written and everything lacking is named.
+    'tinyvit' is this package's encoder or classifier; 'tinyvit_sam' the whole of a SAM.
+    """
+    from tinyvit.checkpoints import convert as convert_file
+
+    from .arguments import file_of
+
+    own = console.of(ctx)
+    report = convert_file(file_of(source), target, to, overwrite)
+    if as_json:
+        console.write_json(report.to_dict())
+        return
+    size = console.megabytes(target.stat().st_size)
+    lines = [
+        ("read", f"{report.source} ({report.source_family})"),
+        ("wrote", f"{report.target} ({report.family}, {report.container}, "
+                  f"{report.tensors} tensors, {size})"),
+    ]  # fmt: skip
+    for reason, keys in report.dropped.items():
+        lines.append(
+            ("dropped", f"{console.counted(len(keys), 'tensor')}: {reason} ({_few(keys)})")
+        )
+    lines += [("note", note) for note in report.notes]
+    console.write(console.fields(lines))
+    if not report.dropped:
+        own.say("nothing was dropped")
+    elif any(len(keys) > NAMED_AT_MOST for keys in report.dropped.values()):
+        own.say("--json names every tensor that was dropped")
+
+
+def _few(keys: tuple[str, ...]) -> str:
+    """The first keys by name."""
+    return ", ".join(keys[:NAMED_AT_MOST]) + (", ..." if len(keys) > NAMED_AT_MOST else "")
+
+
+DOWNLOAD_EXAMPLES = (
+    "tinyvit download mobile_sam",
+    "tinyvit convert $(tinyvit download mobile_sam) encoder.safetensors --to tinyvit",
+)
+
+
+def download(
+    ctx: typer.Context,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            autocompletion=matching_checkpoints,
+            help="A name of 'tinyvit models'.",
+        ),
+    ],
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--cache-dir",
+            metavar="DIR",
+            help="Folder for the file. By default $TINYVIT_CACHE, or the user's cache.",
+        ),
+    ] = None,
+    sha256: Annotated[
+        str | None,
+        typer.Option("--sha256", metavar="HASH", help="The hash that the file must have."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch published weights and print the path of the file.
+
+    Every file is checked by its SHA-256. One that is here already is not fetched again, and a
+    broken download goes on where it stopped. The embedded weights need no download: their path is
+    printed. TINYVIT_MIRROR names another server, TINYVIT_OFFLINE=1 forbids the network.
+    """
+    from tinyvit.checkpoints import fetch, file_sha256
+
+    from .arguments import announce
+
+    own = console.of(ctx)
+    row = get_checkpoint(name)
+    announce(own, row, cache_dir)
+    with own.progress("downloading", counts_bytes=True) as update:
+        path = fetch(row, cache_dir, sha256, update)
+    if not as_json:
+        console.write(str(path))
+        return
+    console.write_json(
+        {
+            "name": row.name,
+            "path": str(path),
+            "bytes": path.stat().st_size,
+            "sha256": file_sha256(path),
+            "variant": row.variant,
+            "family": row.family,
+            "licence": row.licence,
+            "source": row.source,
+            "embedded": row.embedded,
+            "note": row.note,
+        }
+    )

@@ -1,0 +1,295 @@
+"""How good a mask is, and where a person would click to better it.
+
+The boundary F-measure is that of Martin et al. (2004) as Perazzi et al. (2016) use it for masks;
+the most interior point is the maximum of the Euclidean distance transform, as is usual in
+interactive segmentation. Here are arrays only: no model, no files.
+
+Shapes: H W a picture. Points are (x, y), continuous: the centre of the first pixel is (0.5, 0.5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Mask = NDArray[np.bool_]
+Point = tuple[float, float]
+
+BOUNDARY_TOLERANCE = 0.0075
+"""How far apart two boundaries may lie and still agree, as a share of the picture's diagonal."""
+
+
+def iou(first: Mask, second: Mask) -> float:
+    """Intersection over union of two masks [H, W]; 1 where both are empty.
+
+    Raises:
+        ValueError: The masks have different shapes.
+
+    Example:
+        >>> iou(np.array([[True, True, False]]), np.array([[False, True, True]]))
+        0.3333333333333333
+    """
+    _check_pair(first, second)
+    union = int(np.count_nonzero(first | second))
+    return int(np.count_nonzero(first & second)) / union if union else 1.0
+
+
+def boundary_f(predicted: Mask, target: Mask, tolerance: float = BOUNDARY_TOLERANCE) -> float:
+    """How well two outlines agree, from 0 to 1.
+
+    A mask's boundary is its pixels that have one of their four neighbours outside of it; the edge
+    of the picture is no boundary. Precision is the share of the predicted boundary that lies
+    within the tolerance of the true one, recall the share of the true boundary that lies within
+    the tolerance of the predicted one, and the result is their harmonic mean.
+
+    Args:
+        predicted: [H, W] bool.
+        target: [H, W] bool.
+        tolerance: As a share of the picture's diagonal; at least one pixel is allowed.
+
+    Returns:
+        The F-measure; 1 where neither has a boundary, 0 where only one has.
+
+    Raises:
+        ValueError: The masks have different shapes.
+    """
+    from scipy.ndimage import distance_transform_edt
+
+    _check_pair(predicted, target)
+    reach = max(1.0, tolerance * float(np.hypot(*target.shape)))
+    ours, theirs = _boundary(predicted), _boundary(target)
+    if not ours.any() or not theirs.any():
+        return float(ours.any() == theirs.any())
+    window = _window(ours | theirs)  # distances are only asked for between boundary pixels
+    ours, theirs = ours[window], theirs[window]
+    precision = float(np.mean(distance_transform_edt(~theirs)[ours] <= reach))
+    recall = float(np.mean(distance_transform_edt(~ours)[theirs] <= reach))
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def most_interior_point(mask: Mask) -> Point:
+    """The point of a mask that is farthest from its outside; the picture's edge is outside.
+
+    Args:
+        mask: [H, W] bool with at least one pixel.
+
+    Returns:
+        (x, y), the centre of a pixel; the first one, row by row, where several are as far inside.
+
+    Raises:
+        ValueError: The mask is empty.
+
+    Example:
+        >>> most_interior_point(np.ones((3, 5), bool))
+        (1.5, 1.5)
+    """
+    if not mask.any():
+        raise ValueError("an empty mask has no interior; leave it out")
+    row, column, _ = _deepest(mask)
+    return float(column + 0.5), float(row + 0.5)
+
+
+def next_click(predicted: Mask, target: Mask) -> tuple[Point, int] | None:
+    """The click that would correct the largest error, at its most interior point.
+
+    Errors are the object's missing pixels and the pixels too many; of the connected regions of
+    both kinds the one with the most pixels is corrected.
+
+    Args:
+        predicted: [H, W] bool.
+        target: [H, W] bool.
+
+    Returns:
+        ((x, y), 1 for a missing part or 0 for a part too many); None where there is no error.
+
+    Raises:
+        ValueError: The masks have different shapes.
+    """
+    _check_pair(predicted, target)
+    regions = [
+        (*_largest_region(error), label)
+        for error, label in ((target & ~predicted, 1), (predicted & ~target, 0))
+        if error.any()
+    ]
+    if not regions:
+        return None
+    _, region, label = max(regions, key=lambda found: found[0])
+    return most_interior_point(region), label
+
+
+def _check_pair(first: Mask, second: Mask) -> None:
+    if first.shape != second.shape or first.ndim != 2:
+        raise ValueError(
+            f"wanted two masks [H, W] of one picture; came {list(first.shape)} and "
+            f"{list(second.shape)}"
+        )
+
+
+def _boundary(mask: Mask) -> Mask:
+    """Pixels of a mask with a neighbour outside; beyond the picture's edge it goes on."""
+    padded = np.pad(mask, 1, mode="edge")
+    around = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    boundary: Mask = mask & ~around
+    return boundary
+
+
+def _window(mask: Mask) -> tuple[slice, slice]:
+    """The part of the picture that holds a mask, which is not empty."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+
+
+def _deepest(mask: Mask) -> tuple[int, int, float]:
+    """(row, column, depth in pixels) of the most interior pixel."""
+    from scipy.ndimage import distance_transform_edt
+
+    window = _window(mask)
+    depth = distance_transform_edt(np.pad(mask[window], 1))[1:-1, 1:-1]
+    row, column = np.unravel_index(int(np.argmax(depth)), depth.shape)
+    return window[0].start + int(row), window[1].start + int(column), float(depth[row, column])
+
+
+def _largest_region(error: Mask) -> tuple[int, Mask]:
+    """(pixels, mask) of the largest connected region of errors, of which there are some."""
+    from scipy.ndimage import label
+
+    regions, _ = label(error)
+    sizes = np.bincount(regions.ravel())
+    sizes[0] = 0
+    largest = int(np.argmax(sizes))
+    return int(sizes[largest]), regions == largest
+
+
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean and its 95 % interval.
+
+    Attributes:
+        value: The mean; nan without any number.
+        low: Lower end of the interval.
+        high: Upper end.
+        count: Numbers that went into it.
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def bootstrap(
+    values: Sequence[float], groups: Sequence[int], resamples: int = RESAMPLES, seed: int = 0
+) -> Figure:
+    """The mean of some numbers with its 95 % interval, resampled by group.
+
+    Masks of one picture are alike, so whole pictures are drawn, with replacement.
+
+    Args:
+        values: The numbers.
+        groups: Of each number, which picture it is from.
+        resamples: How often the pictures are drawn.
+        seed: Of the draws; the same numbers always give the same interval.
+
+    Returns:
+        The mean over all numbers and its percentile interval.
+
+    Raises:
+        ValueError: Not one group for each number.
+    """
+    if len(values) != len(groups):
+        raise ValueError(f"wanted a group for each of {len(values)} values; came {len(groups)}")
+    if not len(values):
+        return Figure(float("nan"), float("nan"), float("nan"), 0)
+    numbers = np.asarray(values, np.float64)
+    _, places = np.unique(np.asarray(groups), return_inverse=True)
+    sums, counts = np.bincount(places, numbers), np.bincount(places)
+    draws = np.random.default_rng(seed).multinomial(
+        len(sums), np.full(len(sums), 1 / len(sums)), size=resamples
+    )  # [resamples, pictures]: how often each was drawn
+    means = (draws @ sums) / (draws @ counts)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Figure(float(numbers.mean()), float(low), float(high), len(numbers))
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """Masks whose predicted IoU lies in one range.
+
+    Attributes:
+        low: Start of the range; the first one holds everything below, too.
+        high: End of the range; the last one holds everything above, too.
+        count: Masks in it.
+        predicted: Their mean predicted IoU; nan without any.
+        true: Their mean true IoU; nan without any.
+    """
+
+    low: float
+    high: float
+    count: int
+    predicted: float
+    true: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a model's own estimate of its masks' IoU goes with the truth.
+
+    Attributes:
+        correlation: Pearson's; nan where one of the two does not vary.
+        mean_error: Mean of predicted minus true: above 0 the model thinks too well of itself.
+        mean_absolute_error: Mean of their distance.
+        bins: By predicted IoU.
+    """
+
+    correlation: float
+    mean_error: float
+    mean_absolute_error: float
+    bins: tuple[CalibrationBin, ...]
+
+
+def calibrate(predicted: Sequence[float], true: Sequence[float], bins: int = 10) -> Calibration:
+    """Compare predicted with true IoU.
+
+    Args:
+        predicted: Of each mask; unbounded, as the network gives it.
+        true: Of each mask, 0..1.
+        bins: Ranges of equal width from 0 to 1.
+
+    Returns:
+        Correlation, errors and bins; all nan without any mask.
+
+    Raises:
+        ValueError: The numbers of both differ.
+    """
+    if len(predicted) != len(true):
+        raise ValueError(f"wanted as many predicted as true; came {len(predicted)} and {len(true)}")
+    ours, truth = np.asarray(predicted, np.float64), np.asarray(true, np.float64)
+    places = np.clip((ours * bins).astype(np.int64), 0, bins - 1)
+    rows = []
+    for place in range(bins):
+        inside = places == place
+        rows.append(
+            CalibrationBin(
+                place / bins,
+                (place + 1) / bins,
+                int(inside.sum()),
+                _mean(ours[inside]),
+                _mean(truth[inside]),
+            )
+        )
+    varies = len(ours) > 1 and float(ours.std()) > 0 and float(truth.std()) > 0
+    correlation = float(np.corrcoef(ours, truth)[0, 1]) if varies else float("nan")
+    return Calibration(correlation, _mean(ours - truth), _mean(np.abs(ours - truth)), tuple(rows))
+
+
+def _mean(numbers: NDArray[np.float64]) -> float:
+    return float(numbers.mean()) if len(numbers) else float("nan")

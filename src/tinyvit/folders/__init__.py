@@ -1,0 +1,1 @@
+"""Work on folders of images, without a command line: list, read ahead, compute, write, report."""

@@ -1,0 +1,156 @@
+"""Which pictures a command is about, in a fixed order, and what their outputs are called.
+
+Knows names of files only; no picture is opened here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+SUFFIXES = (
+    *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"),
+    *(".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A click.
+
+    Attributes:
+        x: Pixels from the left edge of the upright picture.
+        y: Pixels from its top.
+        label: 1 the object, 0 not the object.
+    """
+
+    x: float
+    y: float
+    label: int = 1
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box around an object, in pixels of the upright picture.
+
+    Attributes:
+        x0: Its left edge.
+        y0: Its top.
+        x1: Its right edge.
+        y1: Its bottom.
+    """
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """One picture to work on.
+
+    Attributes:
+        path: The file.
+        name: Its path relative to the folder that was named, with slashes.
+        stem: What its outputs are called: ``name`` without the suffix; with the suffix where
+            another picture has the same stem.
+    """
+
+    path: Path
+    name: str
+    stem: str
+
+
+def list_pictures(paths: Sequence[Path], output: Path | None = None) -> list[PictureFile]:
+    """The pictures that are named, and those in the folders that are named.
+
+    Folders are read with all folders in them, sorted by name; files count by their suffix, and
+    hidden ones not at all; links to folders are not followed. A picture named as a file counts
+    whatever its suffix. Where several
+    folders are named, each keeps its own name in front, so that outputs do not meet.
+
+    Args:
+        paths: Files and folders.
+        output: A folder that is written to: nothing is listed from it.
+
+    Returns:
+        Each picture once, in the order of ``paths``.
+
+    Raises:
+        ValueError: A path is not there, no picture was found, the output folder is one of the
+            folders, or two pictures would have the same outputs.
+        OSError: A folder cannot be read.
+    """
+    folders = [path for path in paths if path.is_dir()]
+    found: list[PictureFile] = []
+    for path in paths:
+        if path.is_dir():
+            if output is not None and output.resolve() == path.resolve():
+                raise ValueError(
+                    f"{str(path)!r} is read and written to; outputs beside the pictures would be "
+                    f"taken for pictures the next time. Give another folder, such as "
+                    f"{str(path / 'features')!r}"
+                )
+            before = f"{path.resolve().name}/" if len(folders) > 1 else ""
+            for inner in _walk(path, output):
+                found.append(_named(inner, before + inner.relative_to(path).as_posix()))
+        elif path.exists():
+            found.append(_named(path, path.name))
+        else:
+            raise ValueError(f"there is no file or folder {str(path)!r}; check the path")
+    if not found:
+        names = ", ".join(repr(str(path)) for path in paths)
+        raise ValueError(
+            f"there are no pictures in {names}; looked for files with the suffixes "
+            f"{' '.join(SUFFIXES)}"
+        )
+    once: dict[str, PictureFile] = {}
+    for picture in found:
+        once.setdefault(os.path.abspath(picture.path), picture)
+    return _apart(list(once.values()))
+
+
+def _named(path: Path, name: str) -> PictureFile:
+    return PictureFile(path, name, str(PurePosixPath(name).with_suffix("")))
+
+
+def _walk(folder: Path, output: Path | None) -> Iterator[Path]:
+    """The pictures in a folder and the folders in it, in a fixed order."""
+
+    def give_up(err: OSError) -> None:
+        raise err
+
+    leave_out = None if output is None else output.resolve()
+    for place, folders, files in os.walk(folder, onerror=give_up):
+        here = Path(place)
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and (here / name).resolve() != leave_out
+        )
+        for name in sorted(files):
+            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+                yield here / name
+
+
+def _apart(pictures: list[PictureFile]) -> list[PictureFile]:
+    """Give pictures that share a stem their whole names instead."""
+    while True:
+        seen = Counter(picture.stem.casefold() for picture in pictures)  # some disks fold case
+        clash = {p for p in pictures if seen[p.stem.casefold()] > 1 and p.stem != p.name}
+        if not clash:
+            break
+        pictures = [replace(p, stem=p.name) if p in clash else p for p in pictures]
+    first: dict[str, PictureFile] = {}
+    for picture in pictures:
+        other = first.setdefault(picture.stem, picture)
+        if other is not picture:
+            raise ValueError(
+                f"{str(other.path)!r} and {str(picture.path)!r} would have the same outputs, "
+                f"{picture.stem}; name the folder above both instead, or take them one by one"
+            )
+    return pictures

@@ -1,0 +1,298 @@
+"""Prompts as a user writes them: on the command line, in JSON or CSV files, masks as files.
+
+They become the library's ``Prompt``, which says what is wrong with one; here it is said where it
+stands. Knows no model and opens no photograph.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyvit.checkpoints import read_state_dict
+from tinyvit.folders.images import Box, Point
+from tinyvit.images.decode import decode
+from tinyvit.sam import Prompt
+from tinyvit.sam.prompts import to_prompt
+
+from .images import PictureFile
+
+COLUMNS = ("picture", "x", "y", "label", "x0", "y0", "x1", "y1", "object")
+INSIDE = 128  # brightness from which a pixel of a mask's picture is mask
+
+Prompts = tuple[Prompt, ...]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Which picture gets which prompts.
+
+    Attributes:
+        tasks: Pictures with their prompts, one for each object.
+        without: Pictures that have no prompts.
+        missing: Names that have prompts, and what to say: no picture has that name.
+    """
+
+    tasks: tuple[tuple[PictureFile, Prompts], ...]
+    without: tuple[PictureFile, ...] = ()
+    missing: tuple[tuple[str, str], ...] = ()
+
+
+def prompts_of(
+    points: Sequence[Point], boxes: Sequence[Box], mask: Path | None, each: bool
+) -> Prompts:
+    """What the options of one call mean, one prompt for each object.
+
+    All points are about one object, and so are a box and a mask that come with them. Several boxes
+    are several objects. With ``each`` every point and every box is an object of its own.
+
+    Args:
+        points: All of the call.
+        boxes: All of the call.
+        mask: File of a mask, or None.
+        each: Whether each is an object.
+
+    Raises:
+        ValueError: Nothing is prompted, it is not clear what goes with what, or a prompt is wrong.
+        ImageError: The mask's picture cannot be read.
+        CheckpointError: The mask's file of logits cannot be read.
+    """
+    if not points and not boxes and mask is None:
+        raise ValueError(
+            "nothing is prompted; give --point X,Y or --box X0,Y0,X1,Y1, --mask FILE, --prompts "
+            "FILE for many pictures, or --everything"
+        )
+    is_many = len(boxes) > 1 or (each and len(points) + len(boxes) > 1)
+    if is_many and mask is not None:
+        raise ValueError("--mask is about one object; give it with points, one box, or alone")
+    if points and len(boxes) > 1 and not each:
+        raise ValueError(
+            "several --box are several objects, and it is not clear which of them the points are "
+            "about; make every one an object of its own with --each, or say it with --prompts FILE"
+        )
+    if not is_many:
+        return (_one(points, boxes[0] if boxes else None, mask),)
+    if not each:
+        return tuple(_one((), box, None) for box in boxes)
+    alone = [_one((point,), None, None) for point in points]
+    return (*alone, *(_one((), box, None) for box in boxes))
+
+
+def _one(points: Sequence[Point], box: Box | None, mask: Path | None) -> Prompt:
+    if points and box is None and mask is None and not any(point.label for point in points):
+        raise ValueError(
+            "points with the label 0 alone say only what the object is not; give a point on it, "
+            "or a box around it, too"
+        )
+    return Prompt(
+        points=[[point.x, point.y] for point in points] if points else None,
+        labels=[point.label for point in points] if points else None,
+        box=None if box is None else [box.x0, box.y0, box.x1, box.y1],
+        mask=None if mask is None else read_mask(mask),
+    )
+
+
+def read_mask(path: Path) -> NDArray[np.float32] | NDArray[np.bool_]:
+    """A mask prompt of a file.
+
+    Args:
+        path: ``.npy`` or ``.safetensors`` with low-res logits, or a picture of a mask.
+
+    Returns:
+        Logits [h4, w4] float32, or a mask [H, W] bool: what is bright in the picture.
+
+    Raises:
+        ValueError: The file holds no logits, or nothing in the picture is bright.
+        ImageError: The picture cannot be read.
+        CheckpointError: The safetensors file cannot be read.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (EOFError, ValueError) as err:
+            raise ValueError(f"{str(path)!r} is no array of numpy: {err}") from err
+        return _logits(path, [array])
+    if suffix == ".safetensors":
+        return _logits(path, [tensor.numpy() for tensor in read_state_dict(path).tensors.values()])
+    brightness = decode(path).mean(axis=2)  # [H, W]
+    mask: NDArray[np.bool_] = brightness >= INSIDE
+    if not mask.any():
+        raise ValueError(
+            f"nothing in the mask {str(path)!r} is white: its brightest pixel is "
+            f"{brightness.max():.0f} of 255, and pixels from {INSIDE} on are mask"
+        )
+    return mask
+
+
+def _logits(path: Path, arrays: Sequence[NDArray[np.generic]]) -> NDArray[np.float32]:
+    is_one = len(arrays) == 1 and arrays[0].dtype.kind == "f"
+    if not is_one or arrays[0].squeeze().ndim != 2:
+        came = ", ".join(f"{list(array.shape)} of {array.dtype}" for array in arrays)
+        raise ValueError(
+            f"{str(path)!r} must hold the low-res logits of one mask, [h, w] of floats; came {came}"
+        )
+    return arrays[0].squeeze().astype(np.float32)
+
+
+def read_prompts(path: Path) -> dict[str, Prompts]:
+    """Prompts of a file: for each picture's name one prompt for each object.
+
+    Args:
+        path: A ``.csv`` file, or JSON. Files of masks named in it are found from its folder.
+
+    Raises:
+        ValueError: It is neither, or something in it is wrong; it says at which picture and object.
+        OSError: It cannot be read.
+        ImageError: The picture of a mask cannot be read.
+        CheckpointError: A mask's file of logits cannot be read.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    objects = _of_csv(path, text) if path.suffix.lower() == ".csv" else _of_json(path, text)
+    found: dict[str, Prompts] = {}
+    for picture, dictionaries in objects.items():
+        prompts = []
+        for number, dictionary in enumerate(dictionaries, 1):
+            try:
+                prompts.append(_prompt(path, dictionary))
+            except (TypeError, ValueError) as err:
+                raise ValueError(f"{path}: {picture!r}, object {number}: {err}") from err
+        found[picture] = tuple(prompts)
+    return found
+
+
+def _prompt(path: Path, dictionary: object) -> Prompt:
+    if not isinstance(dictionary, Mapping):
+        raise TypeError(f"wanted an object like {{'points': [[x, y]]}}; came {dictionary!r:.60}")
+    values = dict(dictionary)
+    mask = values.get("mask")
+    if mask is not None:
+        if not isinstance(mask, str):
+            raise TypeError(f"mask must be the name of a file; came {mask!r:.60}")
+        values["mask"] = read_mask(path.parent / mask)
+    prompt = to_prompt(values)
+    if prompt.labels is not None and not prompt.labels.any() and prompt.kind[1:] == (False, False):
+        raise ValueError("points with the label 0 alone say only what the object is not")
+    return prompt
+
+
+def _of_json(path: Path, text: str) -> dict[str, Sequence[object]]:
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{path}: {twice[0]!r} stands there twice; put its objects together")
+        return dict(pairs)
+
+    try:
+        content = json.loads(text, object_pairs_hook=once)
+    except json.JSONDecodeError as err:
+        raise ValueError(f"{path} is no JSON (and not named .csv): {err}") from err
+    if not isinstance(content, dict) or not all(isinstance(v, list) for v in content.values()):
+        raise ValueError(
+            f"{path} must be an object of pictures with a list of objects each, such as "
+            '{"a.jpg": [{"points": [[320, 240]]}]}'
+        )
+    return content
+
+
+def _of_csv(path: Path, text: str) -> dict[str, list[dict[str, object]]]:
+    """Rows with the same picture and object are one dictionary; all others one each."""
+    rows = csv.DictReader(text.splitlines())
+    heads = [head.strip() for head in rows.fieldnames or ()]
+    unknown = [head for head in heads if head not in COLUMNS]
+    if "picture" not in heads or unknown:
+        wrong = f"came {unknown[0]!r}" if unknown else "there is no column 'picture'"
+        raise ValueError(
+            f"{path}: the first line must name columns among {', '.join(COLUMNS)}; {wrong}"
+        )
+    rows.fieldnames = heads
+    found: dict[str, list[dict[str, object]]] = {}
+    named: dict[tuple[str, str], dict[str, object]] = {}
+    for row in rows:
+        place = f"{path}: line {rows.line_num}"
+        if None in row or None in row.values():
+            raise ValueError(f"{place} must have {len(heads)} values, as the first line")
+        cells = {head: cell.strip() for head, cell in row.items() if cell.strip()}
+        if not cells:
+            continue
+        picture, name = cells.pop("picture", ""), cells.pop("object", "")
+        if not picture:
+            raise ValueError(f"{place} names no picture")
+        of_picture = found.setdefault(picture, [])
+        entry = named.get((picture, name))
+        if entry is None or not name:
+            entry = {"name": name} if name else {}
+            of_picture.append(entry)
+            named[picture, name] = entry
+        _add_row(place, entry, cells)
+    return found
+
+
+def _add_row(place: str, entry: dict[str, object], cells: Mapping[str, str]) -> None:
+    """Add a row's point and box to its object."""
+    try:
+        numbers = {head: float(cell) for head, cell in cells.items()}
+    except ValueError as err:
+        raise ValueError(f"{place}: {err}") from err
+    box = [numbers[head] for head in ("x0", "y0", "x1", "y1") if head in numbers]
+    if len(box) not in (0, 4) or ("x" in numbers) != ("y" in numbers):
+        raise ValueError(f"{place}: a point has x and y, a box x0, y0, x1 and y1; came {numbers}")
+    if "x" not in numbers and not box:
+        raise ValueError(f"{place} has neither a point nor a box")
+    if "label" in numbers and "x" not in numbers:
+        raise ValueError(f"{place} has a label and no point; a label belongs to x and y")
+    if box:
+        if "box" in entry:
+            raise ValueError(f"{place}: object {entry.get('name')!r} has a box already")
+        entry["box"] = box
+    if "x" in numbers:
+        points, labels = entry.setdefault("points", []), entry.setdefault("labels", [])
+        if isinstance(points, list) and isinstance(labels, list):
+            points.append([numbers["x"], numbers["y"]])
+            labels.append(numbers.get("label", 1))
+
+
+def share_out(
+    pictures: Sequence[PictureFile], prompts: Mapping[str, Prompts], source: Path
+) -> Work:
+    """Find the picture for each name of a file of prompts.
+
+    Args:
+        pictures: From ``list_pictures``.
+        prompts: From ``read_prompts``; a name is a picture's path relative to the folder that was
+            named, or its path as it was given.
+        source: The file, for what is said.
+
+    Raises:
+        ValueError: One picture is named in two ways, or no picture has prompts.
+    """
+    of_name = {picture.path.as_posix(): picture for picture in pictures}
+    of_name.update({picture.name: picture for picture in pictures})
+    found: dict[PictureFile, Prompts] = {}
+    missing: list[tuple[str, str]] = []
+    for name, wanted in prompts.items():
+        picture = of_name.get(name) or of_name.get(Path(name).as_posix())
+        if picture is None:
+            near = get_close_matches(name, [one.name for one in pictures], 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            words = f"{source} has prompts for {name!r}, which is not among the pictures{hint}"
+            missing.append((name, words))
+        elif picture in found:
+            raise ValueError(f"{source} names {picture.name!r} in two ways; put them together")
+        else:
+            found[picture] = wanted
+    tasks = tuple((picture, found[picture]) for picture in pictures if found.get(picture))
+    if not tasks:
+        names = ", ".join(repr(picture.name) for picture in pictures[:3])
+        more = f": {missing[0][1]}" if missing else ""
+        raise ValueError(f"none of the pictures ({names}) has prompts in {source}{more}")
+    without = tuple(picture for picture in pictures if not found.get(picture))
+    return Work(tasks, without, tuple(missing))

@@ -1,0 +1,1 @@
+"""Networks of Segment Anything: prompt encoder, mask decoders, two-way transformer."""

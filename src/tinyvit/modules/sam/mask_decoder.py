@@ -1,0 +1,353 @@
+"""The mask decoder: image embedding and prompt embeddings become masks and their quality.
+
+The architecture is Segment Anything's (Kirillov et al., 2023). Every grid size and any number of
+prompts will do. Knows no pictures: its masks are logits of four cells a side for each cell.
+
+Shapes: N prompts, T tokens of a prompt, K masks, C channels, h w the image embedding's grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinyvit.modules import LayerNorm2d
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them.
+
+    Args:
+        input_dim: Channels in.
+        hidden_dim: Channels between.
+        output_dim: Channels out.
+        num_layers: Linear layers.
+        sigmoid_output: End with a sigmoid.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dim: int,
+        output_dim: int,
+        num_layers: int,
+        sigmoid_output: bool = False,
+    ) -> None:
+        super().__init__()
+        widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
+        self.num_layers = num_layers
+        self.layers = nn.ModuleList(nn.Linear(widths[i], widths[i + 1]) for i in range(num_layers))
+        self.sigmoid_output = sigmoid_output
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., input_dim] -> [..., output_dim]."""
+        for index, layer in enumerate(self.layers):
+            x = layer(x) if index == self.num_layers - 1 else F.relu(layer(x))
+        return x.sigmoid() if self.sigmoid_output else x
+
+
+class MaskDecoder(nn.Module):
+    """Masks of prompts, and how good the network thinks they are.
+
+    Args:
+        transformer_dim: Channels C of the image embedding.
+        transformer: A ``TwoWayTransformer`` of that width.
+        num_multimask_outputs: Masks for an ambiguous prompt; one more is made for a clear one.
+        activation: Class of the activation between the upscalings.
+        iou_head_depth: Linear layers of the quality head.
+        iou_head_hidden_dim: Its hidden width.
+    """
+
+    def __init__(
+        self,
+        *,
+        transformer_dim: int,
+        transformer: nn.Module,
+        num_multimask_outputs: int = 3,
+        activation: type[nn.Module] = nn.GELU,
+        iou_head_depth: int = 3,
+        iou_head_hidden_dim: int = 256,
+    ) -> None:
+        super().__init__()
+        dim = transformer_dim
+        self.transformer_dim = dim
+        self.transformer = transformer
+        self.num_multimask_outputs = num_multimask_outputs
+        self.num_mask_tokens = num_multimask_outputs + 1
+        self.iou_token = nn.Embedding(1, dim)
+        self.mask_tokens = nn.Embedding(self.num_mask_tokens, dim)
+        self.output_upscaling = nn.Sequential(
+            nn.ConvTranspose2d(dim, dim // 4, kernel_size=2, stride=2),
+            LayerNorm2d(dim // 4),
+            activation(),
+            nn.ConvTranspose2d(dim // 4, dim // 8, kernel_size=2, stride=2),
+            activation(),
+        )
+        self.output_hypernetworks_mlps = nn.ModuleList(
+            MLP(dim, dim, dim // 8, 3) for _ in range(self.num_mask_tokens)
+        )
+        self.iou_prediction_head = MLP(
+            dim, iou_head_hidden_dim, self.num_mask_tokens, iou_head_depth
+        )
+
+    def forward(
+        self,
+        image_embeddings: Tensor,
+        image_pe: Tensor,
+        sparse_prompt_embeddings: Tensor,
+        dense_prompt_embeddings: Tensor,
+        multimask_output: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Predict masks.
+
+        Args:
+            image_embeddings: [1, C, h, w] of one picture for all prompts, or [N, C, h, w].
+            image_pe: [1, C, h, w], from ``PromptEncoder.get_dense_pe``.
+            sparse_prompt_embeddings: [N, T, C]; N may be 0.
+            dense_prompt_embeddings: [N, C, h, w].
+            multimask_output: Return the masks of an ambiguous prompt instead of the single one.
+
+        Returns:
+            (low-res logits [N, K, 4h, 4w], predicted IoU [N, K]), K = ``num_multimask_outputs``
+            or 1. The IoU is unbounded: no sigmoid.
+
+        Raises:
+            ValueError: The shapes do not go together.
+        """
+        masks, iou_predictions = self.predict_masks(
+            image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings
+        )
+        chosen = slice(1, None) if multimask_output else slice(0, 1)
+        return masks[:, chosen], iou_predictions[:, chosen]
+
+    def predict_masks(
+        self,
+        image_embeddings: Tensor,
+        image_pe: Tensor,
+        sparse_prompt_embeddings: Tensor,
+        dense_prompt_embeddings: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """All masks of all prompts: the single one first.
+
+        Args and errors are those of ``forward``.
+
+        Returns:
+            (low-res logits [N, num_mask_tokens, 4h, 4w], predicted IoU [N, num_mask_tokens]).
+        """
+        special = torch.cat((self.iou_token.weight, self.mask_tokens.weight))
+        tokens, cells = self.attend(
+            special, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings
+        )
+        masks = multiply_masks(self.hypernetworks(tokens[:, 1:]), self.output_upscaling(cells))
+        return masks, self.iou_prediction_head(tokens[:, 0])
+
+    def attend(
+        self,
+        special: Tensor,
+        image_embeddings: Tensor,
+        image_pe: Tensor,
+        sparse: Tensor,
+        dense: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the transformer on the decoder's own tokens and the prompts'.
+
+        Args:
+            special: [S, C], the decoder's own tokens.
+            image_embeddings: [1 or N, C, h, w].
+            image_pe: [1, C, h, w].
+            sparse: [N, T, C].
+            dense: [N, C, h, w].
+
+        Returns:
+            (the own tokens [N, S, C], image cells as a map [N, C, h, w]).
+
+        Raises:
+            ValueError: The shapes do not go together.
+        """
+        self._check(image_embeddings, image_pe, sparse, dense)
+        count = sparse.shape[0]
+        tokens = torch.cat((special.expand(count, -1, -1), sparse.to(special.dtype)), dim=1)
+        source = image_embeddings + dense  # [N, C, h, w]
+        tokens, cells = self.transformer(source, image_pe, tokens)
+        return tokens[:, : special.shape[0]], cells.transpose(1, 2).reshape(source.shape)
+
+    def hypernetworks(self, tokens: Tensor) -> Tensor:
+        """Each mask token by its own perceptron: [N, K, C] -> [N, K, C / 8]."""
+        mlps = self.output_hypernetworks_mlps
+        return torch.stack([mlp(tokens[:, i]) for i, mlp in enumerate(mlps)], dim=1)
+
+    def _check(self, image: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor) -> None:
+        count, channels = sparse.shape[0], self.transformer_dim
+        grid = image.shape[2:]
+        if (
+            image.ndim != 4
+            or sparse.ndim != 3
+            or image.shape[0] not in (1, count)
+            or {image.shape[1], sparse.shape[2]} != {channels}
+            or dense.shape != (count, channels, *grid)
+            or image_pe.shape[1:] != (channels, *grid)
+            or image_pe.shape[0] not in (1, count)
+        ):
+            raise ValueError(
+                f"for N prompts the mask decoder wants image_embeddings [1 or N, {channels}, h, w],"
+                f" image_pe [1, {channels}, h, w], sparse_prompt_embeddings [N, T, {channels}] and "
+                f"dense_prompt_embeddings [N, {channels}, h, w]; got {list(image.shape)}, "
+                f"{list(image_pe.shape)}, {list(sparse.shape)} and {list(dense.shape)}"
+            )
+
+
+def multiply_masks(hyper: Tensor, upscaled: Tensor) -> Tensor:
+    """[N, K, c] and [N, c, H, W] -> the products [N, K, H, W]."""
+    masks = hyper @ upscaled.flatten(2)
+    return masks.reshape(*masks.shape[:2], *upscaled.shape[2:])
+
+
+pass
+
+
+class HQMaskDecoder(MaskDecoder):
+    """A mask decoder that corrects its best mask by a high-quality one.
+
+    Args:
+        transformer_dim: Channels C of the image embedding.
+        transformer: A ``TwoWayTransformer`` of that width.
+        num_multimask_outputs: Masks for an ambiguous prompt; the best of them is corrected.
+        activation: Class of the activation between the upscalings.
+        iou_head_depth: Linear layers of the quality head.
+        iou_head_hidden_dim: Its hidden width.
+        vit_dim: Channels D of the encoder's early map.
+    """
+
+    def __init__(
+        self,
+        *,
+        transformer_dim: int,
+        transformer: nn.Module,
+        num_multimask_outputs: int = 3,
+        activation: type[nn.Module] = nn.GELU,
+        iou_head_depth: int = 3,
+        iou_head_hidden_dim: int = 256,
+        vit_dim: int = 160,
+    ) -> None:
+        super().__init__(
+            transformer_dim=transformer_dim,
+            transformer=transformer,
+            num_multimask_outputs=num_multimask_outputs,
+            activation=activation,
+            iou_head_depth=iou_head_depth,
+            iou_head_hidden_dim=iou_head_hidden_dim,
+        )
+        dim, quarter, eighth = transformer_dim, transformer_dim // 4, transformer_dim // 8
+        self.vit_dim = vit_dim
+        self.hf_token = nn.Embedding(1, dim)
+        self.hf_mlp = MLP(dim, dim, eighth, 3)
+        self.compress_vit_feat = _upscaling(vit_dim, dim, eighth)
+        self.embedding_encoder = _upscaling(dim, quarter, eighth)
+        self.embedding_maskfeature = nn.Sequential(
+            nn.Conv2d(eighth, quarter, kernel_size=3, padding=1),
+            LayerNorm2d(quarter),
+            nn.GELU(),
+            nn.Conv2d(quarter, eighth, kernel_size=3, padding=1),
+        )
+
+    def forward(
+        self,
+        image_embeddings: Tensor,
+        image_pe: Tensor,
+        sparse_prompt_embeddings: Tensor,
+        dense_prompt_embeddings: Tensor,
+        multimask_output: bool,
+        hq_token_only: bool = False,
+        interm_embeddings: Tensor | Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Predict one mask for each prompt.
+
+        Args:
+            image_embeddings: [1, C, h, w] of one picture for all prompts, or [N, C, h, w].
+            image_pe: [1, C, h, w], from ``PromptEncoder.get_dense_pe``.
+            sparse_prompt_embeddings: [N, T, C]; N may be 0.
+            dense_prompt_embeddings: [N, C, h, w].
+            multimask_output: Correct the mask of the highest predicted IoU among those of an
+                ambiguous prompt, instead of the single one.
+            hq_token_only: Return the high-quality mask alone.
+            interm_embeddings: The encoder's early map [1 or N, h, w, D], as ``TinyViT.forward_hq``
+                gives it, or a list that begins with it.
+
+        Returns:
+            (low-res logits [N, 1, 4h, 4w], predicted IoU [N, 1]). The IoU is that of the mask
+            that is corrected: the high-quality one has none of its own.
+
+        Raises:
+            ValueError: The shapes do not go together, or there is no early map.
+        """
+        masks, iou_predictions = self.predict_masks(
+            image_embeddings,
+            image_pe,
+            sparse_prompt_embeddings,
+            dense_prompt_embeddings,
+            interm_embeddings,
+        )
+        plain, fine = masks[:, :-1], masks[:, -1:]
+        if multimask_output:
+            iou_predictions, best = iou_predictions[:, 1:].max(dim=1, keepdim=True)
+            rows = torch.arange(masks.shape[0], device=masks.device)
+            plain = plain[rows, best[:, 0] + 1].unsqueeze(1)
+        else:
+            iou_predictions, plain = iou_predictions[:, :1], plain[:, :1]
+        return (fine if hq_token_only else plain + fine), iou_predictions
+
+    def predict_masks(
+        self,
+        image_embeddings: Tensor,
+        image_pe: Tensor,
+        sparse_prompt_embeddings: Tensor,
+        dense_prompt_embeddings: Tensor,
+        interm_embeddings: Tensor | Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """All masks of all prompts: the single one first, the high-quality one last.
+
+        Args and errors are those of ``forward``.
+
+        Returns:
+            (low-res logits [N, num_mask_tokens + 1, 4h, 4w], predicted IoU [N, num_mask_tokens]).
+        """
+        early = self._early_map(interm_embeddings, image_embeddings, sparse_prompt_embeddings)
+        special = torch.cat((self.iou_token.weight, self.mask_tokens.weight, self.hf_token.weight))
+        tokens, cells = self.attend(
+            special, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings
+        )
+        upscaled = self.output_upscaling(cells)
+        masks = multiply_masks(self.hypernetworks(tokens[:, 1:-1]), upscaled)
+        detail = self.embedding_encoder(image_embeddings) + self.compress_vit_feat(early)
+        fine = self.embedding_maskfeature(upscaled) + detail
+        fine_mask = multiply_masks(self.hf_mlp(tokens[:, -1:]), fine)
+        return torch.cat((masks, fine_mask), dim=1), self.iou_prediction_head(tokens[:, 0])
+
+    def _early_map(
+        self, given: Tensor | Sequence[Tensor] | None, image: Tensor, sparse: Tensor
+    ) -> Tensor:
+        """The early map as [1 or N, D, h, w]."""
+        early = given if given is None or isinstance(given, Tensor) else given[0]
+        wanted = f"[1 or N, {image.shape[2]}, {image.shape[3]}, {self.vit_dim}]"
+        if early is None:
+            raise ValueError(
+                f"HQMaskDecoder wants interm_embeddings, the encoder's early map {wanted}; "
+                "TinyViT.forward_hq gives it beside the image embedding"
+            )
+        fits = early.ndim == 4 and early.shape[0] in (1, sparse.shape[0])
+        if not fits or early.shape[1:] != (*image.shape[2:], self.vit_dim):
+            raise ValueError(f"interm_embeddings must be {wanted}, got {list(early.shape)}")
+        return early.permute(0, 3, 1, 2)
+
+
+def _upscaling(into: int, middle: int, out: int) -> nn.Sequential:
+    """Four times the size in two steps."""
+    return nn.Sequential(
+        nn.ConvTranspose2d(into, middle, kernel_size=2, stride=2),
+        LayerNorm2d(middle),
+        nn.GELU(),
+        nn.ConvTranspose2d(middle, out, kernel_size=2, stride=2),
+    )

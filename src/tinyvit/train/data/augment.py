@@ -1,0 +1,404 @@
+"""Chance for pictures that are learnt from: crop, flip, RandAugment, erasing.
+
+A ``View`` turns one RGB picture into one input and takes all chance from the generator it is given.
+What is drawn does not depend on the size of the input, apart from the noise of erasing, which comes
+last: so one seed means the same crop and the same changes for a teacher and a student that want
+other sizes.
+
+RandAugment is of Cubuk et al., 2020 (arXiv 1909.13719), random erasing of Zhong et al., 2020
+(arXiv 1708.04896); the crop is that of Inception (Szegedy et al., 2015). Pixels are changed by
+Pillow.
+
+Letters: H, W picture; h, w input.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance, ImageOps
+
+from tinyvit.image_spec import ImageSpec
+
+RGB = NDArray[np.uint8]
+Strength: TypeAlias = Literal["none", "light", "full"]
+
+_MOST = 10.0  # the end of RandAugment's scale
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How much chance, as plain data.
+
+    Args:
+        scale: Least and largest part of the picture's area that a crop keeps; (1, 1) keeps the
+            whole picture and squashes it.
+        ratio: Least and largest width over height of a crop.
+        flip: Probability of mirroring left and right; 0 for letters and digits.
+        operations: Changes by RandAugment.
+        magnitude: How strong they are, 0 to 10.
+        spread: Standard deviation of the magnitude.
+        colours: Let RandAugment change colours too (invert, solarize, ...), not only geometry.
+        erase: Probability of erasing a rectangle.
+        rotate: Largest turn in degrees, and ``shift`` largest move in parts of a side, of a small
+            change of place that every picture gets; 0 for none.
+        shift: See ``rotate``.
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    operations: int = 2
+    magnitude: float = 9.0
+    spread: float = 0.5
+    colours: bool = True
+    erase: float = 0.25
+    rotate: float = 0.0
+    shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", (float(self.scale[0]), float(self.scale[1])))
+        object.__setattr__(self, "ratio", (float(self.ratio[0]), float(self.ratio[1])))
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale must be two parts of an area, 0 < a <= b <= 1: {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio must be 0 < a <= b, got {self.ratio}")
+        for name in ("flip", "erase", "shift"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if self.operations < 0 or not 0 <= self.magnitude <= _MOST or self.spread < 0:
+            raise ValueError(
+                f"RandAugment wants operations >= 0, magnitude 0 to 10 and spread >= 0, got "
+                f"{self.operations}, {self.magnitude} and {self.spread}"
+            )
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        values = dataclasses.asdict(self)
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+
+
+def augmentation(strength: Strength, flip: bool = True) -> Augmentation:
+    """A ready choice.
+
+    Args:
+        strength: "full": TinyViT's recipe for ImageNet. "light": for small data sets and for
+            pictures in which place and colour matter: crops of at least 60 percent, small turns
+            and moves. "none": the picture as it is.
+        flip: Mirror half of the pictures; not for letters and digits. "none" never does.
+
+    Raises:
+        ValueError: An unknown strength.
+
+    Example:
+        >>> augmentation("light", flip=False).flip
+        0.0
+    """
+    half = 0.5 if flip else 0.0
+    if strength == "full":
+        return Augmentation(flip=half)
+    if strength == "light":
+        return Augmentation(
+            scale=(0.6, 1.0), ratio=(0.9, 1.1), flip=half, operations=0, erase=0.0,
+            rotate=10.0, shift=0.06,
+        )  # fmt: skip
+    if strength == "none":
+        return Augmentation((1, 1), (1, 1), flip=0.0, operations=0, erase=0.0)
+    raise ValueError(f"augmentation must be 'none', 'light' or 'full', got {strength!r}")
+
+
+@dataclass(frozen=True)
+class View:
+    """Makes inputs to learn from.
+
+    Args:
+        augmentation: How much chance.
+        spec: The model's own preparation; gives size, filter, mean and standard deviation.
+    """
+
+    augmentation: Augmentation
+    spec: ImageSpec
+
+    def __call__(self, image: RGB, rng: np.random.Generator) -> NDArray[np.float32]:
+        """Make one input.
+
+        Args:
+            image: RGB, [H, W, 3] uint8.
+            rng: All chance comes from here.
+
+        Returns:
+            [3, h, w] float32, normalised.
+        """
+        settings, spec = self.augmentation, self.spec
+        height, width = spec.size
+        box = _draw_box(image.shape[0], image.shape[1], settings, rng)
+        is_mirrored = rng.random() < settings.flip
+        picture = Image.fromarray(image).resize(
+            (width, height), _FILTERS[spec.interpolation], box=box
+        )
+        if is_mirrored:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if settings.rotate or settings.shift:
+            picture = _moved(picture, settings, rng)
+        for _ in range(settings.operations):
+            picture = _changed(picture, settings, rng)
+        pixels = _normalised(np.asarray(picture), spec)
+        if rng.random() < settings.erase:
+            _erase(pixels, rng)
+        return pixels
+
+
+def _draw_box(
+    height: int, width: int, settings: Augmentation, rng: np.random.Generator
+) -> tuple[float, float, float, float]:
+    """A crop (x0, y0, x1, y1) in the picture; its centre where ten drawn shapes do not fit."""
+    if settings.scale == (1.0, 1.0):
+        return 0.0, 0.0, float(width), float(height)
+    logs = math.log(settings.ratio[0]), math.log(settings.ratio[1])
+    draws = rng.random((10, 2))
+    corner = rng.random(2)
+    for part, shape in draws:
+        area = height * width * (settings.scale[0] + part * (settings.scale[1] - settings.scale[0]))
+        ratio = math.exp(logs[0] + shape * (logs[1] - logs[0]))
+        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if w <= width and h <= height:
+            x0, y0 = corner[0] * (width - w), corner[1] * (height - h)
+            return x0, y0, min(x0 + w, float(width)), min(y0 + h, float(height))
+    ratio = min(max(width / height, settings.ratio[0]), settings.ratio[1])
+    w, h = min(float(width), height * ratio), min(float(height), width / ratio)
+    x0, y0 = (width - w) / 2, (height - h) / 2
+    return x0, y0, x0 + w, y0 + h
+
+
+def _moved(picture: Image.Image, settings: Augmentation, rng: np.random.Generator) -> Image.Image:
+    """Turn and move a little; what comes in from outside has the colour of the border."""
+    angle, right, down = rng.uniform(-1, 1, 3)
+    turn = math.radians(settings.rotate * angle)
+    across = settings.shift * right * picture.width, settings.shift * down * picture.height
+    return _affine(picture, math.cos(turn), -math.sin(turn), math.sin(turn), math.cos(turn), across)
+
+
+def _affine(
+    picture: Image.Image, a: float, b: float, c: float, d: float, move: tuple[float, float]
+) -> Image.Image:
+    """Map by [[a, b], [c, d]] about the centre, from output to input; outside: the border."""
+    x, y = picture.width / 2, picture.height / 2
+    left, top = (max(picture.width // 2, 1), max(picture.height // 2, 1))
+    padded = Image.fromarray(
+        np.pad(np.asarray(picture), ((top, top), (left, left), (0, 0)), mode="edge")
+    )
+    matrix = (
+        *(a, b, x + left - a * x - b * y + move[0]),
+        *(c, d, y + top - c * x - d * y + move[1]),
+    )
+    return padded.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+
+
+def _changed(picture: Image.Image, settings: Augmentation, rng: np.random.Generator) -> Image.Image:
+    """One operation of RandAugment."""
+    names = tuple(_OPERATIONS if settings.colours else _PLACES)
+    name = names[int(rng.integers(len(names)))]
+    level = float(np.clip(rng.normal(settings.magnitude, settings.spread), 0, _MOST)) / _MOST
+    sign = 1.0 if rng.random() < 0.5 else -1.0
+    return _OPERATIONS[name](picture, level, sign)
+
+
+def _normalised(pixels: RGB, spec: ImageSpec) -> NDArray[np.float32]:
+    """[h, w, 3] uint8 -> [3, h, w] float32 as the spec says."""
+    values = pixels.transpose(2, 0, 1).astype(np.float32)
+    if spec.normalise == "min_max":
+        low, high = float(values.min()), float(values.max())
+        scaled: NDArray[np.float32] = (values - np.float32(low)) / np.float32(max(high - low, 1e-8))
+        return scaled
+    mean, std = (np.array(v, dtype=np.float32)[:, None, None] for v in (spec.mean, spec.std))
+    out: NDArray[np.float32] = np.ascontiguousarray((values - mean) / std)
+    return out
+
+
+def _erase(pixels: NDArray[np.float32], rng: np.random.Generator) -> None:
+    """Put noise in a rectangle of 2 to 33 percent of the area, in place."""
+    height, width = pixels.shape[1:]
+    part, shape, across, down = rng.random(4)
+    area = height * width * (0.02 + part * (1 / 3 - 0.02))
+    ratio = math.exp((2 * shape - 1) * math.log(10 / 3))
+    h = min(max(round(math.sqrt(area * ratio)), 1), height)
+    w = min(max(round(math.sqrt(area / ratio)), 1), width)
+    top, left = int(down * (height - h + 1)), int(across * (width - w + 1))
+    pixels[:, top : top + h, left : left + w] = rng.standard_normal((3, h, w), dtype=np.float32)
+
+
+_Operation = Callable[[Image.Image, float, float], Image.Image]
+
+
+def _enhanced(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> _Operation:
+    return lambda picture, level, sign: kind(picture).enhance(1 + sign * 0.9 * level)
+
+
+_PLACES: dict[str, _Operation] = {
+    "identity": lambda picture, level, sign: picture,
+    "rotate": lambda p, level, sign: _affine(
+        p,
+        math.cos(a := math.radians(30 * level * sign)),
+        -math.sin(a),
+        math.sin(a),
+        math.cos(a),
+        (0.0, 0.0),
+    ),
+    "shear_x": lambda p, level, sign: _affine(p, 1, 0.3 * level * sign, 0, 1, (0.0, 0.0)),
+    "shear_y": lambda p, level, sign: _affine(p, 1, 0, 0.3 * level * sign, 1, (0.0, 0.0)),
+    "move_x": lambda p, level, sign: _affine(p, 1, 0, 0, 1, (0.45 * level * sign * p.width, 0.0)),
+    "move_y": lambda p, level, sign: _affine(p, 1, 0, 0, 1, (0.0, 0.45 * level * sign * p.height)),
+}
+_OPERATIONS: dict[str, _Operation] = {
+    **_PLACES,
+    "autocontrast": lambda picture, level, sign: ImageOps.autocontrast(picture),
+    "equalize": lambda picture, level, sign: ImageOps.equalize(picture),
+    "invert": lambda picture, level, sign: ImageOps.invert(picture),
+    "posterize": lambda picture, level, sign: ImageOps.posterize(
+        picture, 4 + round(4 * (1 - level))
+    ),
+    "solarize": lambda picture, level, sign: ImageOps.solarize(picture, round(256 * (1 - level))),
+    "colour": _enhanced(ImageEnhance.Color),
+    "contrast": _enhanced(ImageEnhance.Contrast),
+    "brightness": _enhanced(ImageEnhance.Brightness),
+    "sharpness": _enhanced(ImageEnhance.Sharpness),
+}
+
+
+Masks = NDArray[np.bool_]
+Size = tuple[int, int]
+
+_GREY = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+@dataclass(frozen=True)
+class FramedScene:
+    """A picture in the model's frame.
+
+    Attributes:
+        pixels: RGB [h, w, 3] uint8, at most as large as the frame.
+        masks: [N, h, w] bool; some may be empty now.
+    """
+
+    pixels: RGB
+    masks: Masks
+
+
+def frame_scene(image: RGB, masks: Masks, size: Size) -> FramedScene:
+    """Fit the whole picture into the frame and change nothing else.
+
+    Args:
+        image: RGB [H, W, 3] uint8.
+        masks: [N, H, W] bool.
+        size: (F, G).
+    """
+    return _resized(image, masks, size, 1.0)
+
+
+@dataclass(frozen=True)
+class SceneAugment:
+    """What may be changed, and how much.
+
+    Args:
+        smallest_crop: The least side of a crop, as a share of the picture's; 1 never crops.
+        smallest_scale: The least size in the frame, as a share of the largest that fits.
+        flip: How often the picture is mirrored, 0 to 1.
+        colour: How far brightness, contrast and saturation go, as a share; 0 leaves them.
+        grey: How often the picture loses its colours, 0 to 1.
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
+
+    smallest_crop: float = 0.5
+    smallest_scale: float = 0.7
+    flip: float = 0.5
+    colour: float = 0.3
+    grey: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name in ("smallest_crop", "smallest_scale"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, not {getattr(self, name)}")
+        for name in ("flip", "grey"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in 0 to 1, but is {getattr(self, name)}")
+        if not 0 <= self.colour < 1:
+            raise ValueError(f"colour must be at least 0 and below 1, but is {self.colour}")
+
+    def __call__(
+        self, image: RGB, masks: Masks, size: Size, rng: np.random.Generator
+    ) -> FramedScene:
+        """Change a picture and its masks.
+
+        Args:
+            image: RGB [H, W, 3] uint8.
+            masks: [N, H, W] bool.
+            size: (F, G) of the model's frame.
+            rng: The source of chance.
+
+        Returns:
+            The picture in the frame; at least a part of one object is in it, if there was any.
+        """
+        rows, columns = self._crop(masks, rng)
+        image, masks = image[rows, columns], masks[:, rows, columns]
+        if rng.random() < self.flip:
+            image, masks = image[:, ::-1], masks[:, :, ::-1]
+        framed = _resized(image, masks, size, rng.uniform(self.smallest_scale, 1.0))
+        return FramedScene(self._coloured(framed.pixels, rng), framed.masks)
+
+    def _crop(self, masks: Masks, rng: np.random.Generator) -> tuple[slice, slice]:
+        """A window that holds a random pixel of a random object."""
+        sides = masks.shape[1:]
+        shown = [mask for mask in masks if mask.any()]
+        if shown:
+            places = np.flatnonzero(shown[rng.integers(len(shown))])
+            centre = divmod(int(places[rng.integers(len(places))]), sides[1])
+        else:
+            centre = sides[0] // 2, sides[1] // 2
+        window = []
+        for side, inside in zip(sides, centre, strict=True):
+            length = max(1, round(side * rng.uniform(self.smallest_crop, 1.0)))
+            first = rng.integers(max(0, inside - length + 1), min(inside, side - length) + 1)
+            window.append(slice(int(first), int(first) + length))
+        return window[0], window[1]
+
+    def _coloured(self, pixels: RGB, rng: np.random.Generator) -> RGB:
+        contrast, bright, saturation = rng.uniform(1 - self.colour, 1 + self.colour, 3)
+        is_grey = rng.random() < self.grey
+        if not self.colour and not is_grey:
+            return pixels
+        values = pixels.astype(np.float32)
+        grey = (values @ _GREY)[:, :, None]
+        values = grey + np.float32(0.0 if is_grey else saturation) * (values - grey)
+        mean = np.float32(grey.mean())
+        values = (mean + np.float32(contrast) * (values - mean)) * np.float32(bright)
+        coloured: RGB = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+        return coloured
+
+
+def _resized(image: RGB, masks: Masks, size: Size, part: float) -> FramedScene:
+    """Fit into ``part`` of the frame, keeping the shape."""
+    height, width = image.shape[:2]
+    scale = part * min(size[0] / height, size[1] / width)
+    new_h, new_w = (
+        min(limit, max(1, round(side * scale)))
+        for side, limit in ((height, size[0]), (width, size[1]))
+    )
+    bilinear = Image.Resampling.BILINEAR
+    pixels = np.array(Image.fromarray(np.ascontiguousarray(image)).resize((new_w, new_h), bilinear))
+    small = np.zeros((len(masks), new_h, new_w), np.bool_)
+    for target, mask in zip(small, masks, strict=True):
+        whole = Image.fromarray(mask.astype(np.uint8) * np.uint8(255))
+        target[...] = np.asarray(whole.resize((new_w, new_h), bilinear)) > 127  # half is covered
+    return FramedScene(pixels, small)

@@ -1,0 +1,293 @@
+"""Which pictures are measured on and never learnt from; names in, names out.
+
+Each name is put on a side by a hash of itself, so that it stays there when others come or go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyvit.errors import ImageError
+from tinyvit.evaluate.classify import LabelledPictures
+from tinyvit.images.decode import decode
+
+from .lists import FileList, Labels, read_csv, read_folder, split
+from .tar import find_shards, read_shards
+
+
+def hold_out(names: Sequence[str], part: float | str, seed: int = 0) -> tuple[list[str], list[str]]:
+    """Split names into those to learn from and those to measure on.
+
+    Args:
+        names: What is there; at least two.
+        part: About this part is held out, above 0 and below 1, at least one name on each side; or
+            the folder whose names are.
+        seed: Which names.
+
+    Returns:
+        (to learn from, held out), each in the order of ``names``.
+
+    Raises:
+        ValueError: Fewer than two names, ``part`` is out of its range, or the folder leaves nothing
+            on one side.
+
+    Example:
+        >>> learnt, held = hold_out([f"{n}.jpg" for n in range(100)], 0.2)
+        >>> len(learnt), len(held)
+        (80, 20)
+    """
+    if isinstance(part, str):
+        return _by_folder(names, part)
+    if not 0 < part < 1:
+        raise ValueError(f"held_out must be a part above 0 and below 1, got {part}")
+    if len(names) < 2:
+        raise ValueError(
+            f"learning and measuring want at least 2 pictures, got {len(names)}; measuring on a "
+            "picture that was learnt from says nothing"
+        )
+    drawn = {name: _number(name, seed) for name in names}
+    held = {name for name, number in drawn.items() if number < part}
+    if not held:
+        held = {min(drawn, key=lambda name: drawn[name])}
+    if len(held) == len(drawn):
+        held.discard(max(drawn, key=lambda name: drawn[name]))
+    return [n for n in names if n not in held], [n for n in names if n in held]
+
+
+def _by_folder(names: Sequence[str], folder: str) -> tuple[list[str], list[str]]:
+    prefix = folder.strip("/") + "/"
+    learnt = [name for name in names if not name.startswith(prefix)]
+    held = [name for name in names if name.startswith(prefix)]
+    if not learnt or not held:
+        raise ValueError(
+            f"held_out={folder!r} leaves {len(learnt)} pictures to learn from and {len(held)} to "
+            "measure on; wanted a folder below the pictures' with some of them"
+        )
+    return learnt, held
+
+
+def _number(name: str, seed: int) -> float:
+    """An even number from 0 to below 1."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+OnBroken: TypeAlias = Literal["skip", "error"]
+
+TRAIN_NAMES, VAL_NAMES = ("train", "training"), ("val", "valid", "validation", "test")
+_TRIES = 20
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some pictures of a list.
+
+    Attributes:
+        whole: The list.
+        indices: [N] int64, which of it.
+    """
+
+    whole: LabelledPictures
+    indices: Labels
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of the whole list."""
+        return self.whole.classes
+
+    @property
+    def labels(self) -> Labels:
+        """[N] int64, number of each picture's class."""
+        return self.whole.labels[self.indices]
+
+    def name(self, index: int) -> str:
+        """What to call a picture in messages."""
+        return self.whole.name(int(self.indices[index]))
+
+    def source(self, index: int) -> Path | bytes:
+        """Where a picture is read from."""
+        return self.whole.source(int(self.indices[index]))
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Two parts that share no picture.
+
+    Attributes:
+        train: What is learnt from.
+        val: What is measured on.
+        origin: Where both come from, in words.
+    """
+
+    train: LabelledPictures
+    val: LabelledPictures
+    origin: str
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their numbers."""
+        return self.train.classes
+
+
+def open_data_set(
+    data: str | os.PathLike[str],
+    val: str | os.PathLike[str] | None = None,
+    *,
+    val_part: float = 0.1,
+    split_seed: int = 0,
+) -> DataSet:
+    """Open labelled pictures and part them.
+
+    Args:
+        data: A folder with one subfolder for each class; a folder with such folders ``train`` and
+            ``val`` (or with tar files in them); a CSV file, perhaps with a column ``split``; a tar
+            file, a folder of tar files, or a pattern such as ``train-*.tar``.
+        val: The part to measure on, of any of these kinds; None takes the one that ``data`` names
+            itself, or holds out ``val_part`` of each class.
+        val_part: Part of each class to hold out where neither names one.
+        split_seed: The same seed gives the same split.
+
+    Returns:
+        The two parts.
+
+    Raises:
+        ValueError: The data cannot be read, a class has no picture to learn from, or nothing can
+            be held out.
+
+    Warns:
+        UserWarning: A class has no picture to be measured on.
+    """
+    path = Path(data)
+    if val is not None:
+        train = open_part(_inner(path, TRAIN_NAMES) or path)
+        held = open_part(val, train.classes)
+        return DataSet(train, held, f"{path} and {val}")
+    inner_train, inner_val = _inner(path, TRAIN_NAMES), _inner(path, VAL_NAMES)
+    if inner_train is not None and inner_val is not None:
+        train = open_part(inner_train)
+        return DataSet(train, open_part(inner_val, train.classes), f"{inner_train}, {inner_val}")
+    if path.suffix.lower() in (".csv", ".tsv"):
+        listed, parts = read_csv(path)
+        if parts is not None:
+            return _by_column(listed, parts, path)
+        whole: LabelledPictures = listed
+    else:
+        whole = open_part(path)
+    kept, out = split(whole.labels, val_part, split_seed)
+    words = f"{path}, {val_part:.0%} of each class held out with seed {split_seed}"
+    return DataSet(Subset(whole, kept), Subset(whole, out), words)
+
+
+def open_part(
+    data: str | os.PathLike[str], classes: Sequence[str] | None = None
+) -> LabelledPictures:
+    """Open labelled pictures as they are, without parting them.
+
+    Args:
+        data: A folder of classes, a CSV file, or tar files, as for ``open_data_set``.
+        classes: The classes to number by; None: those of the data.
+
+    Returns:
+        The pictures.
+
+    Raises:
+        ValueError: The data cannot be read or does not fit ``classes``.
+
+    Warns:
+        UserWarning: ``classes`` are given and some have no picture here.
+    """
+    path = Path(data)
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return read_csv(path, classes)[0]
+    shards = find_shards(path)
+    if shards:
+        return read_shards(shards, classes)
+    if not path.exists():
+        raise ValueError(
+            f"there is no file or folder {str(path)!r}; wanted a folder of classes, a CSV file or "
+            "tar files"
+        )
+    return read_folder(path, classes)
+
+
+def read_one(
+    pictures: LabelledPictures,
+    index: int,
+    rng: np.random.Generator,
+    on_broken: OnBroken = "skip",
+) -> tuple[int, NDArray[np.uint8], dict[str, str]]:
+    """Read a picture to learn from; where it is broken, another one that ``rng`` draws.
+
+    Args:
+        pictures: The list.
+        index: Which of it.
+        rng: Drawn from only where a picture is broken.
+        on_broken: "skip", or "error" to raise for the first broken picture.
+
+    Returns:
+        (index of the picture that was read, RGB [H, W, 3] uint8, reason by name of each broken
+        one).
+
+    Raises:
+        ImageError: A picture is broken and ``on_broken`` is "error", or many were in a row.
+    """
+    broken: dict[str, str] = {}
+    for _ in range(_TRIES):
+        try:
+            return index, decode(pictures.source(index)), broken
+        except ImageError as err:
+            if on_broken == "error":
+                raise ImageError(f"{pictures.name(index)}: {err}") from err
+            broken[pictures.name(index)] = str(err)
+            index = int(rng.integers(len(pictures)))
+    name, reason = next(iter(broken.items()))
+    raise ImageError(
+        f"{_TRIES} pictures drawn in a row were broken, the first is {name!r} ({reason}); most of "
+        "the data cannot be read"
+    )
+
+
+def fingerprint(pictures: LabelledPictures) -> str:
+    """SHA-256 of the names, labels and classes of a list, in order: tells data sets apart.
+
+    The pictures themselves are not read.
+    """
+    digest = hashlib.sha256(repr(tuple(pictures.classes)).encode())
+    labels = pictures.labels
+    for index in range(len(pictures)):
+        digest.update(f"{pictures.name(index)}\0{labels[index]}\n".encode())
+    return digest.hexdigest()
+
+
+def _inner(path: Path, names: tuple[str, ...]) -> Path | None:
+    return next((path / name for name in names if (path / name).is_dir()), None)
+
+
+def _by_column(listed: FileList, parts: tuple[str, ...], path: Path) -> DataSet:
+    """Part a list as its column ``split`` says."""
+    kinds = [text.lower() for text in parts]
+    strange = sorted(set(kinds) - {*TRAIN_NAMES, *VAL_NAMES})
+    train = np.flatnonzero([kind in TRAIN_NAMES for kind in kinds])
+    val = np.flatnonzero([kind in VAL_NAMES for kind in kinds])
+    if strange or not len(train) or not len(val):
+        came = f"the values {strange}" if strange else f"{len(train)} and {len(val)} pictures"
+        raise ValueError(
+            f"the column 'split' of {str(path)!r} has {came}; wanted 'train' and 'val', each at "
+            "least once"
+        )
+    lacking = set(range(len(listed.classes))) - set(listed.labels[train].tolist())
+    if lacking:
+        names = ", ".join(repr(listed.classes[number]) for number in sorted(lacking))
+        raise ValueError(f"classes of {str(path)!r} with no picture in 'train': {names}")
+    return DataSet(Subset(listed, train), Subset(listed, val), f"{path}, by its column 'split'")

@@ -1,0 +1,541 @@
+"""One object's mask as a data set writes it down: polygons, run lengths, a file; made a mask.
+
+Each outline knows the size of the picture that it was drawn on, as far as its format says, and
+becomes pixels only when asked, so that a data set of a million objects fits into memory. A pixel
+belongs to a polygon if its centre lies inside (even-odd rule); the polygons of one object are
+joined, as in COCO.
+
+Knows no data set. Shapes: H W the picture.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from tinyvit.errors import ImageError
+from tinyvit.images.decode import read_size
+from tinyvit.sam.mask_ops import decode as decode_rle
+
+Mask = NDArray[np.bool_]
+Size = tuple[int, int]
+
+_VOID = 255  # of a palette picture: the uncertain edge in Pascal VOC's masks
+_PLAINLY_LARGE = 8.0  # pixels: a polygon of such a width and area has pixels for certain
+
+
+class Outline(Protocol):
+    """What can be made a mask."""
+
+    def mask(self, size: Size) -> Mask:
+        """The mask [H, W] bool in a picture of this size.
+
+        Raises:
+            ValueError: The outline is of a picture of another size, or damaged.
+            ImageError: Its file cannot be read.
+        """
+        ...
+
+    def check(self, size: Size) -> None:
+        """Find out, as cheaply as it can be, whether ``mask`` would give some pixels.
+
+        Raises:
+            ValueError: It would raise, or the mask would be empty.
+            ImageError: As for ``mask``.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Polygons:
+    """An object as polygons.
+
+    Attributes:
+        rings: Each at least three points, [P, 2] (x, y) in pixels of the picture.
+    """
+
+    rings: tuple[NDArray[np.float64], ...]
+
+    @classmethod
+    def read(cls, rings: object) -> Polygons:
+        """Polygons from JSON: lists of numbers (x, y, x, y, ...) or of pairs.
+
+        Raises:
+            ValueError: There are none, or one has fewer than three points or no finite numbers.
+        """
+        if not isinstance(rings, Sequence) or not len(rings):
+            raise ValueError("wanted a list of polygons; came none")
+        arrays = []
+        for ring in rings:
+            try:
+                array = np.asarray(ring, np.float64).reshape(-1, 2)
+            except (TypeError, ValueError) as err:
+                raise ValueError("a polygon must be numbers x, y, x, y, ...") from err
+            if len(array) < 3 or not np.isfinite(array).all():
+                raise ValueError(
+                    f"a polygon wants at least three points of finite numbers; came {len(array)}"
+                )
+            arrays.append(array)
+        return cls(tuple(arrays))
+
+    def mask(self, size: Size) -> Mask:
+        """As ``Outline.mask``; what lies outside of the picture is cut off."""
+        joined = np.zeros(size, np.bool_)
+        for ring in self.rings:
+            joined |= fill_polygon(ring, size)
+        return joined
+
+    def check(self, size: Size) -> None:
+        """As ``Outline.check``; polygons that are plainly large are not drawn."""
+        corners = np.array([0.0, 0.0]), np.array([size[1], size[0]], np.float64)
+        for ring in self.rings:
+            low, high = (np.clip(end, *corners) for end in (ring.min(0), ring.max(0)))
+            if (high - low).min() >= _PLAINLY_LARGE and _area(ring) >= 2 * _PLAINLY_LARGE**2:
+                return
+        _check_not_empty(self.mask(size))
+
+
+@dataclass(frozen=True)
+class RunLengths:
+    """An object as COCO's run lengths, compressed or not.
+
+    Attributes:
+        counts: As COCO has them: text, or numbers.
+        size: (H, W) they are for.
+    """
+
+    counts: str | tuple[int, ...]
+    size: Size
+
+    @classmethod
+    def read(cls, record: Mapping[str, object]) -> RunLengths:
+        """Run lengths from JSON.
+
+        Raises:
+            ValueError: ``size`` or ``counts`` is missing or of another kind.
+        """
+        counts, size = record.get("counts"), record.get("size")
+        if isinstance(counts, list):
+            counts = tuple(int(count) for count in counts)
+        if not isinstance(counts, (str, tuple)) or not isinstance(size, list) or len(size) != 2:
+            raise ValueError('run lengths want {"size": [height, width], "counts": ...}')
+        return cls(counts, (int(size[0]), int(size[1])))
+
+    def mask(self, size: Size) -> Mask:
+        """As ``Outline.mask``."""
+        if self.size != size:
+            raise ValueError(_wrong_size("the run lengths are", self.size, size))
+        counts = self.counts if isinstance(self.counts, str) else list(self.counts)
+        found: Mask = np.asarray(decode_rle({"size": list(self.size), "counts": counts}), np.bool_)
+        return found
+
+    def check(self, size: Size) -> None:
+        """As ``Outline.check``."""
+        _check_not_empty(self.mask(size))
+
+
+@dataclass(frozen=True)
+class MaskFile:
+    """An object in a file of pixels.
+
+    Attributes:
+        path: The file.
+        value: The object's id in it; None: the file shows one object.
+    """
+
+    path: Path
+    value: int | None = None
+
+    def mask(self, size: Size) -> Mask:
+        """As ``Outline.mask``."""
+        ids = read_mask_file(self.path, is_one_object=self.value is None)
+        if ids.shape != size:
+            raise ValueError(_wrong_size(f"the mask {self.path} is", ids.shape, size))
+        found: Mask = ids == (1 if self.value is None else self.value)
+        return found
+
+    def check(self, size: Size) -> None:
+        """As ``Outline.check``; an id was seen in the file, so that its size is all to look at."""
+        if self.value is None:
+            _check_not_empty(self.mask(size))
+        elif (own := read_size(self.path)) != size:
+            raise ValueError(_wrong_size(f"the mask {self.path} is", own, size))
+
+
+def read_mask_file(path: Path, *, is_one_object: bool) -> NDArray[np.int64]:
+    """Read a picture of masks.
+
+    Args:
+        path: PNG, or anything that Pillow reads without loss.
+        is_one_object: Whether the file shows one object: what is brighter than half of the
+            brightest possible value, or, in a picture of 0 and 1 or of a palette, what is not 0.
+            Otherwise each pixel holds an object's id, see ``object_ids``: grey, or a palette's
+            number (there 255 is nobody's), or a colour of its own for each object, and 0 or black
+            for none. An 8-bit grey picture with the value 255 holds one soft or hard mask all the
+            same.
+
+    Returns:
+        [H, W] int64 ids, 0 for none.
+
+    Raises:
+        ImageError: The file is missing, damaged, or of a mode that has no rule.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            mode = image.mode
+            values = np.asarray(image.convert("RGB") if mode in ("RGBA", "CMYK") else image)
+    except FileNotFoundError as err:
+        raise ImageError(f"there is no mask file {path}; check the path") from err
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as err:
+        raise ImageError(f"the mask file {path} cannot be read: {err}") from err
+    if mode == "P":
+        ids = np.where(values == _VOID, 0, values).astype(np.int64)
+        return (ids > 0).astype(np.int64) if is_one_object else ids
+    if values.ndim == 3 and values.shape[2] == 2:  # grey with transparency
+        values = values[:, :, 0]
+    if values.ndim == 3:
+        parts = values[:, :, :3].astype(np.int64)
+        ids = (parts[:, :, 0] << 16) | (parts[:, :, 1] << 8) | parts[:, :, 2]
+        return (parts.max(2) > 127).astype(np.int64) if is_one_object else ids
+    if values.dtype.kind not in "bui":
+        raise ImageError(f"the mask file {path} has pixels of mode {mode}; wanted whole numbers")
+    ids = values.astype(np.int64)
+    largest = int(ids.max(initial=0))
+    if is_one_object or (mode == "L" and largest == 255):
+        half = 0 if largest <= 1 else (127 if largest <= 255 else 32767)
+        return (ids > half).astype(np.int64)
+    return ids
+
+
+def object_ids(ids: NDArray[np.int64]) -> list[int]:
+    """The ids in a picture of ids, without 0."""
+    return [int(value) for value in np.unique(ids) if value]
+
+
+def fill_polygon(ring: NDArray[np.float64], size: Size) -> Mask:
+    """The pixels whose centres lie inside a polygon.
+
+    Args:
+        ring: [P, 2] (x, y) in pixels, continuous; the last point is joined to the first.
+        size: (H, W).
+
+    Returns:
+        [H, W] bool.
+
+    Example:
+        >>> fill_polygon(np.array([[1.0, 0.0], [3.0, 0.0], [3.0, 1.0], [1.0, 1.0]]), (1, 4))
+        array([[False,  True,  True, False]])
+    """
+    height, width = size
+    crossings = np.zeros((height, width + 1), np.bool_)
+    for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
+        low, high = sorted((y0, y1))
+        first, last = (min(max(int(np.ceil(y - 0.5)), 0), height) for y in (low, high))
+        if first >= last:
+            continue
+        rows = np.arange(first, last)
+        x = x0 + (rows + 0.5 - y0) * (x1 - x0) / (y1 - y0)
+        columns = np.clip(np.ceil(x - 0.5), 0, width).astype(np.int64)
+        crossings[rows, columns] ^= True  # the first centre to the right of the edge
+    inside: Mask = np.logical_xor.accumulate(crossings, axis=1)[:, :width]
+    return inside
+
+
+def _area(ring: NDArray[np.float64]) -> float:
+    x, y = ring.T
+    return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
+
+
+def _check_not_empty(mask: Mask) -> None:
+    if not mask.any():
+        raise ValueError("the mask is empty: no pixel of the picture belongs to it")
+
+
+def _wrong_size(what: str, came: Size | tuple[int, ...], wanted: Size) -> str:
+    return (
+        f"{what} {came[1]} x {came[0]} pixels (width x height), but the picture is "
+        f"{wanted[1]} x {wanted[0]}"
+    )
+
+
+pass
+
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm")
+MASKS = (".png", ".tif", ".tiff", ".bmp", ".gif", ".webp")
+
+_PICTURE_COLUMNS = ("picture", "image", "file_name", "filename")
+_CIRCLE = 72  # corners of the polygon that stands for a circle
+
+
+@dataclass
+class Draft:
+    """One picture and its outlines as a data set names them; nothing is checked yet.
+
+    Attributes:
+        picture: Its file.
+        objects: (outline, label) of each object.
+        size: (H, W) that the data set says the picture has; None if it says nothing.
+    """
+
+    picture: Path
+    objects: list[tuple[Outline, str]] = field(default_factory=list)
+    size: tuple[int, int] | None = None
+
+
+Drafts = tuple[list[Draft], list[str]]
+
+
+def read_drafts(path: Path, images: Path | None) -> Drafts:
+    """Find out which convention a path follows, and read it.
+
+    Args:
+        path: A JSON, a CSV or a folder.
+        images: Folder of the pictures; None for the one that ``path`` implies.
+
+    Returns:
+        (drafts in the order of the data set, faults).
+
+    Raises:
+        ValueError: There is nothing at ``path``, or nothing that is known.
+    """
+    if not path.exists():
+        raise ValueError(f"there is nothing at {path}; give a JSON, a CSV or a folder of masks")
+    if images is not None and not images.is_dir():
+        raise ValueError(f"images={str(images)!r} is no folder; wanted the folder of the pictures")
+    if path.is_file():
+        return _read_file(path, images)
+    manifests = sorted(path.glob("*.csv"))
+    if len(manifests) == 1:
+        return _read_csv(manifests[0], images)
+    jsons = sorted(path.glob("*.json"))
+    if jsons:
+        first = _load_json(jsons[0])
+        if "annotations" in first and len(jsons) == 1:
+            return _read_coco(first, jsons[0], images)
+        return _read_labelme(jsons, images)
+    masks = path / "masks" if (path / "masks").is_dir() else path
+    folder = images or (path / "images" if (path / "images").is_dir() else None)
+    if folder is not None and folder != masks:
+        return _read_folders(folder, masks)
+    raise ValueError(
+        f"{path} is no data set that is known: wanted one JSON of COCO, JSON files of labelme, one "
+        "CSV with the columns picture and mask, or the folders images and masks in it; or say with "
+        "images=... where the pictures of these masks are"
+    )
+
+
+def _read_file(path: Path, images: Path | None) -> Drafts:
+    if path.suffix.lower() == ".csv":
+        return _read_csv(path, images)
+    if path.suffix.lower() != ".json":
+        raise ValueError(f"{path} is no JSON and no CSV; give one of these, or a folder")
+    content = _load_json(path)
+    if "annotations" in content:
+        return _read_coco(content, path, images)
+    if "shapes" in content:
+        return _read_labelme([path], images)
+    raise ValueError(
+        f"{path} is neither COCO's JSON (with 'images' and 'annotations') nor labelme's (with "
+        f"'shapes'); its keys are {', '.join(sorted(content)[:6])}"
+    )
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise ValueError(f"{path} cannot be read as JSON: {err}") from err
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, but holds a {type(content).__name__}")
+    return content
+
+
+def _find(name: str, folders: Iterable[Path]) -> Path:
+    """The file of this name in the first folder that has it; else where it was expected first."""
+    places = [place for folder in folders for place in (folder / name, folder / Path(name).name)]
+    return next((place for place in places if place.is_file()), places[0])
+
+
+# -- COCO --------------------------------------------------------------------------------------
+
+
+def _read_coco(content: Mapping[str, Any], path: Path, images: Path | None) -> Drafts:
+    folders = [images] if images is not None else [path.parent, path.parent / "images"]
+    faults: list[str] = []
+    drafts: dict[object, Draft] = {}
+    names = {row.get("id"): str(row.get("name", "")) for row in content.get("categories", [])}
+    for row in content.get("images", []):
+        if "id" not in row or "file_name" not in row:
+            faults.append(f"{path}: a picture without 'id' or 'file_name': {_short(row)}")
+            continue
+        size = (int(row["height"]), int(row["width"])) if "height" in row else None
+        drafts[row["id"]] = Draft(_find(row["file_name"], folders), [], size)
+    for row in content["annotations"]:
+        what = f"{path}, annotation {row.get('id')}"
+        draft = drafts.get(row.get("image_id"))
+        if draft is None:
+            faults.append(f"{what}: there is no picture with the id {row.get('image_id')!r}")
+        elif row.get("iscrowd"):
+            faults.append(f"{what}: a crowd is no single object")
+        else:
+            try:
+                outline = _coco_outline(row.get("segmentation"))
+            except ValueError as err:
+                faults.append(f"{what}: {err}")
+            else:
+                draft.objects.append((outline, names.get(row.get("category_id"), "")))
+    return list(drafts.values()), faults
+
+
+def _coco_outline(segmentation: object) -> Outline:
+    if isinstance(segmentation, Mapping):
+        return RunLengths.read(segmentation)
+    return Polygons.read(segmentation)
+
+
+def _short(row: object) -> str:
+    text = json.dumps(row)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+# -- labelme -----------------------------------------------------------------------------------
+
+
+def _read_labelme(paths: list[Path], images: Path | None) -> Drafts:
+    drafts, faults = [], []
+    for path in paths:
+        try:
+            content = _load_json(path)
+        except ValueError as err:
+            faults.append(str(err))
+            continue
+        if not isinstance(content.get("shapes"), list):
+            faults.append(f"{path} is no file of labelme: it has no list 'shapes'")
+            continue
+        name = Path(str(content.get("imagePath") or path.stem).replace("\\", "/"))
+        picture = _find(str(name), [path.parent] if images is None else [images])
+        sides = content.get("imageHeight"), content.get("imageWidth")
+        size = (int(sides[0]), int(sides[1])) if sides[0] and sides[1] else None
+        drafts.append(Draft(picture, _labelme_objects(content["shapes"], path, faults), size))
+    return drafts, faults
+
+
+def _labelme_objects(
+    shapes: list[Mapping[str, Any]], path: Path, faults: list[str]
+) -> list[tuple[Outline, str]]:
+    """Objects in the order of their first shapes; those of one label and group are joined."""
+    rings: dict[object, tuple[str, list[Any]]] = {}
+    for number, shape in enumerate(shapes):
+        label, group = str(shape.get("label", "")), shape.get("group_id")
+        try:
+            ring = _labelme_ring(shape)
+        except ValueError as err:
+            faults.append(f"{path}, shape {number}: {err}")
+            continue
+        key = number if group is None else (label, group)
+        rings.setdefault(key, (label, []))[1].append(ring)
+    return [(Polygons(tuple(found)), label) for label, found in rings.values()]
+
+
+def _labelme_ring(shape: Mapping[str, Any]) -> Any:
+    kind = shape.get("shape_type", "polygon")
+    try:
+        points = np.asarray(shape.get("points"), np.float64).reshape(-1, 2)
+    except (TypeError, ValueError) as err:
+        raise ValueError("points must be pairs of numbers") from err
+    if kind in ("rectangle", "circle"):
+        if len(points) != 2:
+            raise ValueError(f"a {kind} wants two points; came {len(points)}")
+        (x0, y0), (x1, y1) = points
+        if kind == "rectangle":
+            return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
+        turn = np.linspace(0, 2 * math.pi, _CIRCLE, endpoint=False)
+        return points[0] + math.hypot(x1 - x0, y1 - y0) * np.stack((np.cos(turn), np.sin(turn)), 1)
+    if kind != "polygon":
+        raise ValueError(f"a {kind} has no area; wanted a polygon, rectangle or circle")
+    return Polygons.read([points]).rings[0]
+
+
+# -- files of masks ----------------------------------------------------------------------------
+
+
+def _read_csv(path: Path, images: Path | None) -> Drafts:
+    here = path.parent
+    folders = [images] if images is not None else [here, here / "images"]
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        column = next((name for name in _PICTURE_COLUMNS if name in columns), None)
+        if column is None or "mask" not in columns:
+            raise ValueError(
+                f"{path} must have the columns 'picture' (or 'image') and 'mask'; it has "
+                f"{', '.join(columns) or 'none'}"
+            )
+        drafts: dict[Path, Draft] = {}
+        faults: list[str] = []
+        for row in reader:
+            if not row[column] or not row["mask"]:
+                faults.append(f"{path}, line {reader.line_num}: no {column} or no mask is named")
+                continue
+            picture = _find(row[column], folders)
+            mask = _find(row["mask"], [here, here / "masks"])
+            draft = drafts.setdefault(picture, Draft(picture))
+            draft.objects.append((MaskFile(mask), row.get("label") or ""))
+    return list(drafts.values()), faults
+
+
+def _read_folders(pictures: Path, masks: Path) -> Drafts:
+    faults: list[str] = []
+    drafts: dict[str, Draft] = {}
+    for picture in _files(pictures, PICTURES):
+        if picture.stem in drafts:
+            faults.append(f"{picture} has the stem of {drafts[picture.stem].picture.name}")
+        else:
+            drafts[picture.stem] = Draft(picture)
+    for mask in _files(masks, MASKS):
+        draft = drafts.get(mask.stem)
+        if draft is not None:
+            _add_ids(draft, mask, faults)
+            continue
+        stem = mask.stem
+        while "_" in stem and stem not in drafts:  # the longest stem that is a picture's
+            stem = stem.rpartition("_")[0]
+        if stem in drafts:
+            drafts[stem].objects.append((MaskFile(mask), ""))
+        else:
+            faults.append(f"{mask} belongs to no picture in {pictures}")
+    for folder in sorted(place for place in masks.iterdir() if place.is_dir()):
+        for mask in _files(folder, MASKS):
+            if folder.name in drafts:
+                drafts[folder.name].objects.append((MaskFile(mask), ""))
+            else:
+                faults.append(f"{mask} belongs to no picture in {pictures}")
+    return list(drafts.values()), faults
+
+
+def _files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    return sorted(place for place in folder.iterdir() if place.suffix.lower() in endings)
+
+
+def _add_ids(draft: Draft, mask: Path, faults: list[str]) -> None:
+    """One object for each id in a file of masks."""
+    try:
+        ids = read_mask_file(mask, is_one_object=False)
+    except ImageError as err:
+        faults.append(str(err))
+        return
+    found = object_ids(ids)
+    if not found:
+        faults.append(f"{mask} is empty: it shows no object")
+    draft.objects += [(MaskFile(mask, value), "") for value in found]

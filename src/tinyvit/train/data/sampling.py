@@ -1,0 +1,183 @@
+"""Which samples come when: an order that depends on the seed and the step, and on nothing else.
+
+An epoch visits each sample at most once, in an order drawn from (seed, epoch). Each step takes the
+next ``batch_size`` samples of it and splits them into parts, one for each process and accumulated
+pass; the parts of a step differ by one sample at most and no sample is in two of them. The last
+step of an epoch takes what is left. It is left out where ``drop_last`` says so or where fewer
+samples are left than there are processes: nothing is ever repeated to fill it up.
+
+Where a run goes on at a step, the order is computed from there on; nothing has to be read again.
+What a sample is, is not known here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from tinyvit.train.task import Batch, Task
+
+Key = tuple[int, int]
+"""(epoch, index): with the seed, all that a sample's chance depends on."""
+
+Sample = TypeVar("Sample")
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of the samples of a run.
+
+    Attributes:
+        samples: Samples in the data.
+        batch_size: Samples of a step, over all processes.
+        accumulate: Parts of a step in each process.
+        ranks: Processes.
+        seed: Source of the order.
+        drop_last: Leave out an epoch's last, smaller step.
+    """
+
+    samples: int
+    batch_size: int
+    accumulate: int = 1
+    ranks: int = 1
+    seed: int = 0
+    drop_last: bool = False
+
+    def __post_init__(self) -> None:
+        """Check that an epoch has a step.
+
+        Raises:
+            ValueError: There are no samples, or too few.
+        """
+        if self.samples < 1:
+            raise ValueError("the training data holds no samples; nothing can be learnt")
+        if self.batch_size < self.accumulate * self.ranks:
+            raise ValueError(
+                f"batch_size={self.batch_size} gives no sample to some of the {self.ranks} "
+                f"processes with accumulate={self.accumulate}; it counts all samples of a step "
+                f"and must be at least {self.accumulate * self.ranks}"
+            )
+        if self.steps_per_epoch < 1:
+            raise ValueError(
+                f"{self.samples} samples give no step: batch_size is {self.batch_size}, "
+                f"drop_last is {self.drop_last} and there are {self.ranks} processes; "
+                "take a smaller batch_size, or drop_last=False"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch."""
+        whole, left = divmod(self.samples, self.batch_size)
+        return whole + (not self.drop_last and left >= self.ranks)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch, from 0, of a step, from 0."""
+        return step // self.steps_per_epoch
+
+    def group(self, step: int) -> NDArray[np.int64]:
+        """Indices of all samples of a step, [n] with n <= batch_size."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        first = place * self.batch_size
+        return _shuffled(self.samples, self.seed, epoch)[first : first + self.batch_size]
+
+    def parts(self, step: int, rank: int) -> list[list[Key]]:
+        """What a process computes in a step, part after part; no part is empty."""
+        epoch, indices = self.epoch_of(step), self.group(step)
+        passes = min(self.accumulate, len(indices) // self.ranks)
+        pieces = np.array_split(indices, passes * self.ranks)
+        return [[(epoch, int(i)) for i in piece] for piece in pieces[rank :: self.ranks]]
+
+
+@lru_cache(maxsize=2)
+def _shuffled(samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of an epoch; kept, since every step asks for it."""
+    order = np.random.default_rng([seed, epoch]).permutation(samples)
+    order.flags.writeable = False
+    return order
+
+
+def derived_seed(*numbers: int) -> int:
+    """A seed for ``torch`` made of numbers, 0 or more: alike for equal ones, else unrelated."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def load_batches(
+    task: Task[Sample],
+    order: Order,
+    rank: int,
+    steps: range,
+    workers: int = 0,
+    is_pinned: bool = False,
+) -> Iterator[Batch]:
+    """The batches of a process, in order, on the CPU.
+
+    Args:
+        task: Makes samples and batches.
+        order: Says which.
+        rank: The process.
+        steps: The steps wanted.
+        workers: Processes that prepare them ahead; 0 for none.
+        is_pinned: Put them in memory from which a GPU fetches them faster.
+
+    Returns:
+        One batch for each part of each step.
+    """
+    keys = (part for step in steps for part in order.parts(step, rank))
+    loader: DataLoader[Sample] = DataLoader(
+        _Samples(task, order.seed),
+        batch_sampler=_Once(keys),
+        num_workers=workers,
+        collate_fn=_Collate(task),
+        generator=torch.Generator(),  # else the loader would draw from the global one
+        pin_memory=is_pinned,
+    )
+    return iter(loader)
+
+
+class _Once:
+    """An iterable over what is computed along the way."""
+
+    def __init__(self, keys: Iterator[list[Key]]) -> None:
+        self.keys = keys
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return self.keys
+
+
+class _WithoutModel(Generic[Sample]):
+    """Holds a task; pickled into another process, it leaves the network behind."""
+
+    def __init__(self, task: Task[Sample]) -> None:
+        self.task = task
+
+    def __getstate__(self) -> dict[str, object]:
+        light = copy.copy(self.task)
+        light.model = nn.Identity()
+        return {**self.__dict__, "task": light}
+
+
+class _Samples(_WithoutModel[Sample], Dataset[Sample]):
+    """The task's samples by key."""
+
+    def __init__(self, task: Task[Sample], seed: int) -> None:
+        super().__init__(task)
+        self.seed = seed
+
+    def __getitem__(self, key: Key) -> Sample:
+        return self.task.sample(key[1], np.random.default_rng([self.seed, *key]))
+
+
+class _Collate(_WithoutModel[Sample]):
+    """The task's batches."""
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        return self.task.collate(samples)

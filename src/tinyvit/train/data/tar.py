@@ -1,0 +1,292 @@
+"""Labelled pictures in tar files, in the layout of WebDataset, read at random.
+
+A sample is the members that share a name up to the first dot: ``000000.jpg`` and ``000000.cls``
+(or ``000000.json``). The tar files are walked once, for an index of where each picture's bytes lie;
+it is kept in a file beside them, so that the next start takes no time. Reading a picture afterwards
+is one seek, in any order and in any process. Compressed tar files have no such places.
+
+Letters: N pictures.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyvit.checkpoints.files import replacing
+from tinyvit.errors import CheckpointError, ImageError
+from tinyvit.labels import read_labels
+
+from .lists import SUFFIXES, Labels, number_classes
+
+INDEX = ".tinyvit-index.npz"
+_VERSION = 1
+_KEYS = ("label", "cls", "class", "target", "class_name")
+_NAMES = ("classes.txt", "labels.txt", "classes.json", "labels.json")
+
+logger = logging.getLogger("tinyvit")
+
+
+@dataclass(frozen=True)
+class TarShards:
+    """Labelled pictures in tar files.
+
+    Attributes:
+        shards: The tar files.
+        names: Name of each picture, ``shard/member``.
+        shard: [N] int64, number of the tar file.
+        offset: [N] int64, byte at which the picture begins.
+        size: [N] int64, its bytes.
+        labels: [N] int64, number of its class.
+        classes: Names of the classes, in the order of their numbers.
+    """
+
+    shards: tuple[Path, ...]
+    names: tuple[str, ...]
+    shard: NDArray[np.int64]
+    offset: NDArray[np.int64]
+    size: NDArray[np.int64]
+    labels: Labels
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        """What to call a picture in messages."""
+        return self.names[index]
+
+    def source(self, index: int) -> Path | bytes:
+        """The bytes of a picture's file.
+
+        Raises:
+            ImageError: The tar file is gone or has become shorter.
+        """
+        path, size = self.shards[int(self.shard[index])], int(self.size[index])
+        try:
+            with path.open("rb") as file:
+                file.seek(int(self.offset[index]))
+                data: bytes = file.read(size)
+        except OSError as err:
+            raise ImageError(f"{str(path)!r} cannot be read: {err}") from err
+        if len(data) < size:
+            raise ImageError(
+                f"{self.names[index]!r} ends beyond its tar file, which has become shorter; "
+                "copy or download it again"
+            )
+        return data
+
+
+def find_shards(path: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """The tar files that a path means: itself, those of a folder, or those of a pattern.
+
+    Args:
+        path: A ``.tar`` file, a folder, or a pattern such as ``train-*.tar``.
+
+    Returns:
+        The files, sorted by name; none if the path means no tar files.
+    """
+    here = Path(path)
+    if here.is_dir():
+        return tuple(sorted(p for p in here.glob("*.tar") if not p.name.startswith(".")))
+    if here.suffix == ".tar" and here.is_file():
+        return (here,)
+    return tuple(sorted(Path(p) for p in glob.glob(os.fspath(path)) if p.endswith(".tar")))
+
+
+def read_shards(
+    shards: Sequence[Path], classes: Sequence[str] | None = None, *, keep_index: bool = True
+) -> TarShards:
+    """Index tar files.
+
+    Names of classes come from ``classes``, or else from a file ``classes.txt`` (or ``labels.txt``,
+    ``.json``) beside the tar files, or else from the labels themselves.
+
+    Args:
+        shards: The tar files, as ``find_shards`` gives them.
+        classes: The classes to number by, for a part that belongs to another one. Labels that are
+            numbers count positions in it.
+        keep_index: Keep the index beside the first tar file, and use one that fits. Where that
+            place cannot be written, the index is in memory only.
+
+    Returns:
+        The pictures, in the order of the files.
+
+    Raises:
+        ValueError: A tar file is cut short, damaged or compressed; a picture has no label or a
+            label no picture; or the labels do not fit ``classes``.
+
+    Warns:
+        UserWarning: ``classes`` are given and some have no picture here.
+    """
+    if not shards:
+        raise ValueError("wanted at least one tar file, got none")
+    marks = json.dumps([_VERSION, *(_mark(path) for path in shards)])
+    place = shards[0].parent / INDEX
+    found = _read_index(place, marks) if keep_index else None
+    if found is None:
+        found = _index(shards)
+        if keep_index:
+            _write_index(place, marks, found)
+    names, places, texts = found
+    if classes is None:
+        beside = (shards[0].parent / name for name in _NAMES)
+        file = next((path for path in beside if path.is_file()), None)
+        classes = None if file is None else read_labels(file)
+    labels, known = _labels(texts, classes, str(shards[0].parent))
+    return TarShards(tuple(shards), tuple(names), places[0], places[1], places[2], labels, known)
+
+
+_Index = tuple[list[str], NDArray[np.int64], list[str]]
+"""Names, [3, N] of (shard, offset, size), and labels as they stand in the files."""
+
+
+def _index(shards: Sequence[Path]) -> _Index:
+    names: list[str] = []
+    places: list[tuple[int, int, int]] = []
+    texts: list[str] = []
+    for number, path in enumerate(shards):
+        pictures: dict[str, tuple[str, int, int]] = {}
+        labels: dict[str, str] = {}
+        for key, suffix, member, content in _members(path):
+            if suffix in SUFFIXES:
+                pictures[key] = (member.name, member.offset_data, member.size)
+            elif content is not None and (suffix == ".cls" or key not in labels):
+                labels[key] = _label(content, suffix, f"{path.name}/{member.name}")
+        lost = [key for key in pictures if key not in labels]
+        if lost:
+            raise ValueError(
+                f"{len(lost)} pictures of {str(path)!r} have no label, the first is {lost[0]!r}; "
+                f"wanted {lost[0]}.cls or {lost[0]}.json beside it"
+            )
+        for key, (name, offset, size) in pictures.items():
+            names.append(f"{path.name}/{name}")
+            places.append((number, offset, size))
+            texts.append(labels[key])
+    if not names:
+        raise ValueError(
+            f"there are no pictures in {len(shards)} tar files, the first is {str(shards[0])!r}; "
+            "wanted members such as 000000.jpg and 000000.cls"
+        )
+    return names, np.array(places, dtype=np.int64).T, texts
+
+
+def _members(path: Path) -> Iterator[tuple[str, str, tarfile.TarInfo, bytes | None]]:
+    """(name up to the first dot, suffix, member, its bytes where it may hold a label)."""
+    count = 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            end = path.stat().st_size
+            for member in tar:
+                if member.offset_data + member.size > end:
+                    raise tarfile.ReadError("unexpected end of data")
+                count += 1
+                plain = PurePosixPath(member.name)
+                if not member.isfile() or plain.name.startswith("."):
+                    continue
+                stem, _, rest = plain.name.partition(".")
+                suffix = f".{rest.lower()}"
+                content = None
+                if suffix in (".cls", ".json"):
+                    file = tar.extractfile(member)
+                    content = None if file is None else file.read()
+                yield str(plain.parent / stem), suffix, member, content
+            _check_end(path, tar.offset)
+    except (tarfile.TarError, OSError) as err:
+        raise ValueError(
+            f"{str(path)!r} is cut short, damaged or compressed ({err}) after {count} members; "
+            "copy or download it again, and unpack .gz first"
+        ) from err
+
+
+def _check_end(path: Path, offset: int) -> None:
+    """A tar file ends with blocks of zeros; one without them was cut between two members.
+
+    ``tarfile`` takes a header that is cut, too, for the end.
+    """
+    with path.open("rb") as file:
+        file.seek(offset)
+        block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE or any(block):
+        raise tarfile.ReadError("unexpected end of data")
+
+
+def _label(content: bytes, suffix: str, name: str) -> str:
+    try:
+        text = content.decode("utf-8").strip()
+        value: object = json.loads(text) if suffix == ".json" else text
+    except ValueError as err:
+        raise ValueError(f"the label {name!r} is no {suffix[1:]}: {err}") from err
+    if isinstance(value, dict):
+        value = next((value[key] for key in _KEYS if key in value), None)
+    if isinstance(value, (str, int)) and not isinstance(value, bool) and str(value):
+        return str(value)
+    raise ValueError(
+        f"the label {name!r} is {text[:60]!r}; wanted a number or a name, in .json under one of "
+        f"{', '.join(_KEYS)}"
+    )
+
+
+def _labels(
+    texts: Sequence[str], classes: Sequence[str] | None, origin: str
+) -> tuple[Labels, tuple[str, ...]]:
+    """Numbers of classes; labels that are numbers count positions among given classes."""
+    if classes is None or not all(text.isdecimal() for text in texts) or set(texts) <= set(classes):
+        return number_classes(texts, classes, origin)
+    highest = max(int(text) for text in texts)
+    if highest >= len(classes):
+        raise ValueError(
+            f"{origin} has the label {highest}, but there are {len(classes)} classes (0 to "
+            f"{len(classes) - 1})"
+        )
+    return number_classes([classes[int(text)] for text in texts], classes, origin)
+
+
+def _mark(path: Path) -> list[str | int]:
+    """What tells that a tar file is still the one that was indexed."""
+    status = path.stat()
+    return [path.name, status.st_size, status.st_mtime_ns]
+
+
+def _read_index(place: Path, marks: str) -> _Index | None:
+    try:
+        with np.load(place, allow_pickle=False) as held:
+            if str(held["marks"]) != marks:
+                return None
+            names, texts = (bytes(held[k]).decode("utf-8").split("\n") for k in ("names", "texts"))
+            return names, held["places"], texts
+    except FileNotFoundError:
+        return None
+    except Exception as err:  # numpy's and zip's errors on a damaged file have no common class
+        logger.warning("%s is damaged (%s) and is made anew", place, err)
+        return None
+
+
+def _write_index(place: Path, marks: str, index: _Index) -> None:
+    names, places, texts = index
+    if any("\n" in text for text in (*names, *texts)):
+        return  # such an index stays in memory
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez_compressed(
+                file,
+                marks=np.array(marks),
+                names=np.frombuffer("\n".join(names).encode(), dtype=np.uint8),
+                places=places,
+                texts=np.frombuffer("\n".join(texts).encode(), dtype=np.uint8),
+            )
+
+    try:
+        replacing(place, write)
+    except CheckpointError as err:
+        logger.info("the index of the tar files stays in memory: %s", err)

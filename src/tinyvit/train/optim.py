@@ -1,0 +1,405 @@
+"""What may move: which parameters learn, and which parts stay as they are to the last bit.
+
+A frozen part does not require gradients *and* is in eval mode, so that neither batch statistics
+nor dropout act in it, whatever ``train()`` says: ``learning_mode`` takes the place of ``train()``.
+
+The names of the parts are those of ``Sam`` (``image_encoder``, ``mask_decoder``) and ``TinyViT``
+(``neck``, ``norm_head``, ``head``). Low-rank additions are made by ``lora.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tinyvit.modules import TinyViT
+from tinyvit.modules.tiny_vit import NO_DECAY
+
+from .distributed import Processes
+from .settings import BatchStats, Moving, TrainSettings
+
+_PARTS = {
+    "decoder": ("mask_decoder",),
+    "neck": ("neck",),
+    "head": ("norm_head", "head"),
+}
+
+
+def choose_moving(model: nn.Module, moving: Moving, lora_rank: int = 8) -> None:
+    """Set ``requires_grad`` of every parameter: True for what learns, False for all else.
+
+    Args:
+        model: A Sam or a TinyViT; "full" and "lora" take others too.
+        moving: What learns.
+        lora_rank: Rank of the additions that "lora" makes.
+
+    Raises:
+        ValueError: The model has no such part.
+    """
+    model.requires_grad_(moving == "full")
+    if moving == "full":
+        return
+    if moving == "lora":
+        from .lora import add_lora
+
+        add_lora(model, lora_rank)
+        return
+    parts = _find(model, moving)
+    if not any(True for part in parts for _ in part.parameters()):
+        held = [name for name in _PARTS if any(True for _ in _find(model, name))]
+        raise ValueError(
+            f"moving={moving!r} wants a model with a {moving}, but this {type(model).__name__} has "
+            f"none; it has {', '.join(held) or 'none of the parts'}, and 'full' and 'lora' always "
+            "work"
+        )
+    for part in parts:
+        part.requires_grad_(True)
+
+
+def _find(model: nn.Module, moving: str) -> list[nn.Module]:
+    """The modules of a part; the neck and the head are the encoder's."""
+    encoder = getattr(model, "image_encoder", model)
+    found = [getattr(owner, name, None) for owner in {model, encoder} for name in _PARTS[moving]]
+    return [part for part in found if isinstance(part, nn.Module)]
+
+
+def learning_mode(model: nn.Module, freeze_batch_stats: bool) -> None:
+    """Put what learns into train mode and all else into eval mode.
+
+    Args:
+        model: The network.
+        freeze_batch_stats: Keep every batch norm on its running statistics, learning or not.
+    """
+    model.train()
+    for module in model.modules():
+        is_norm = freeze_batch_stats and isinstance(module, _BatchNorm)
+        if is_norm or _is_frozen(module):
+            module.eval()
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether it has parameters and none of them learns."""
+    learns = [parameter.requires_grad for parameter in module.parameters()]
+    return bool(learns) and not any(learns)
+
+
+def merged(model: nn.Module, moving: Moving) -> nn.Module:
+    """The network as other commands know it: low-rank additions added to their weights.
+
+    Args:
+        model: Stays as it is.
+        moving: What was moved; "lora" gives a copy, all else the model itself.
+    """
+    if moving != "lora":
+        return model
+    from .lora import merge_lora
+
+    plain = copy.deepcopy(model)
+    merge_lora(plain)
+    return plain
+
+
+pass
+
+
+def prepare(
+    model: nn.Module, settings: TrainSettings, processes: Processes, batch_stats: BatchStats
+) -> None:
+    """Make a network ready to learn.
+
+    Args:
+        model: Changed in place.
+        settings: What to do.
+        processes: On which device, and with how many others.
+        batch_stats: What ``choose_batch_stats`` gave.
+
+    Raises:
+        ValueError: A setting asks for what the network does not have.
+    """
+    choose_moving(model, settings.moving, settings.lora_rank)
+    model.to(processes.device)
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    encoders = [module for module in model.modules() if isinstance(module, TinyViT)]
+    for encoder in encoders:
+        if settings.drop_path is not None:
+            set_drop_path(encoder, settings.drop_path)
+        encoder.set_grad_checkpointing(settings.grad_checkpointing)
+    if settings.grad_checkpointing and not encoders:
+        raise ValueError(
+            f"grad_checkpointing wants a model with a TinyViT in it, got {type(model).__name__}; "
+            "turn it off"
+        )
+    if batch_stats == "synchronised" and processes.count > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+
+
+def set_drop_path(encoder: TinyViT, rate: float) -> None:
+    """Stochastic depth that rises in a straight line from 0 in the first block to ``rate``."""
+    blocks = [block for stage in encoder.stages() for block in stage.blocks]
+    for i, block in enumerate(blocks):
+        block.drop_path.drop_prob = rate * i / max(len(blocks) - 1, 1)  # type: ignore[union-attr]
+    encoder.drop_path_rate = rate
+
+
+def choose_batch_stats(model: nn.Module, wanted: BatchStats, processes: Processes) -> BatchStats:
+    """What to do with batch statistics: what was asked for, or what fits.
+
+    "auto" keeps statistics that were learnt before, as fine-tuning should: a few batches of other
+    pictures would spoil them. Untouched ones (mean 0 and variance 1) must move; together with the
+    other processes on GPUs, else each on its own, and then those of the first process count.
+
+    Args:
+        model: With the weights it starts from.
+        wanted: The setting.
+        processes: On which device, and how many.
+
+    Returns:
+        "frozen", "own" or "synchronised".
+
+    Raises:
+        ValueError: "synchronised" was asked for in several processes without GPUs, where torch
+            cannot do it.
+    """
+    on_gpu = processes.device.type == "cuda"
+    if wanted == "synchronised" and processes.count > 1 and not on_gpu:
+        raise ValueError(
+            f"batch_stats='synchronised' works on GPUs only, and the {processes.count} processes "
+            f"run on {processes.device.type}; take 'frozen', or 'own'"
+        )
+    if wanted != "auto":
+        return wanted
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if any(not _is_untouched(norm) for norm in norms):
+        return "frozen"
+    return "synchronised" if on_gpu and processes.count > 1 else "own"
+
+
+def _is_untouched(norm: _BatchNorm) -> bool:
+    if norm.running_mean is None or norm.running_var is None:
+        return True
+    return not norm.running_mean.any() and bool((norm.running_var == 1).all())
+
+
+class Ema:
+    """An exponential moving average of a network.
+
+    Early on the memory is shorter, (1 + step) / (10 + step), so that the first, random weights are
+    soon forgotten.
+
+    Args:
+        model: The trained network; a copy is made.
+        decay: Memory: the part of the average that stays in each step, from 0 to below 1.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    def decay_at(self, step: int) -> float:
+        """The memory in a step, counted from 0."""
+        return min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take the weights after a step into the average.
+
+        Args:
+            model: The trained network.
+            step: The step, counted from 0.
+        """
+        weight = 1.0 - self.decay_at(step)
+        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
+        for mean, parameter in pairs:
+            if parameter.requires_grad:
+                mean.lerp_(parameter, weight)
+            else:
+                mean.copy_(parameter)
+        for mine, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            mine.copy_(buffer)
+
+
+class NamedGroup(TypedDict):
+    """A group for a ``torch.optim`` optimiser, with the names of its parameters."""
+
+    params: list[nn.Parameter]
+    names: list[str]
+    lr: float
+    lr_scale: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A straight rise, then half a cosine down to the last step.
+
+    Attributes:
+        rate: The highest rate.
+        steps: Steps in all.
+        warmup_steps: Steps of the rise; the last of them has the highest rate.
+        final_rate: The last step's rate as a part of the highest.
+    """
+
+    rate: float
+    steps: int
+    warmup_steps: int = 0
+    final_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check that the rise fits.
+
+        Raises:
+            ValueError: The rise takes more steps than there are.
+        """
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} is more than the {self.steps} steps of the run; "
+                "take fewer, or train longer"
+            )
+
+    def __call__(self, step: int) -> float:
+        """The rate of a step, counted from 0."""
+        if step < self.warmup_steps:
+            return self.rate * (step + 1) / self.warmup_steps
+        part = (step + 1 - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
+        return self.rate * (self.final_rate + (1 - self.final_rate) * cosine)
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0
+) -> list[NamedGroup]:
+    """Every parameter that requires gradients, once, by its rate and decay.
+
+    Args:
+        model: A network; the layer-wise rates of each TinyViT in it are set.
+        weight_decay: For matrices and kernels. What has one dimension (norms, biases), attention
+            biases and embeddings have none.
+        layer_decay: Factor on the rate from each block to the one before it.
+
+    Returns:
+        Groups with ``lr`` 0; ``set_rates`` sets it.
+
+    Raises:
+        ValueError: Nothing requires gradients.
+    """
+    embeddings: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, TinyViT):
+            module.set_layer_lr_decay(layer_decay)
+        elif isinstance(module, nn.Embedding):
+            embeddings.add(id(module.weight))
+    groups: dict[tuple[float, float], NamedGroup] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_bare = parameter.ndim <= 1 or name.endswith(NO_DECAY) or id(parameter) in embeddings
+        scale, decay = float(getattr(parameter, "lr_scale", 1.0)), 0.0 if is_bare else weight_decay
+        empty: NamedGroup = {
+            "params": [],
+            "names": [],
+            "lr": 0.0,
+            "lr_scale": scale,
+            "weight_decay": decay,
+        }
+        group = groups.setdefault((scale, decay), empty)
+        group["params"].append(parameter)
+        group["names"].append(name)
+    if not groups:
+        raise ValueError("no parameter of the model requires gradients; nothing can be learnt")
+    return list(groups.values())
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for the matrices of linear layers, AdamW for everything else, as one optimiser.
+
+    Args:
+        matrices: Groups of parameters of two dimensions.
+        others: All other groups; may be empty.
+        betas: AdamW's.
+
+    Raises:
+        ValueError: This torch has no Muon.
+    """
+
+    def __init__(
+        self, matrices: list[NamedGroup], others: list[NamedGroup], betas: tuple[float, float]
+    ) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(
+                f"Muon is in torch 2.9 and later, and this is {torch.__version__}; install a newer "
+                "one, or take optimiser='adamw'"
+            )
+        self._parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(
+                [dict(group) for group in matrices], lr=0.0, adjust_lr_fn="match_rms_adamw"
+            )
+        ]
+        if others:
+            self._parts.append(
+                torch.optim.AdamW([dict(group) for group in others], lr=0.0, betas=betas)
+            )
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        for part in self._parts:
+            part.state = self.state
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of both."""
+        for part in self._parts:
+            part.step()
+
+
+def make_optimiser(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """The chosen optimiser over what may move.
+
+    Raises:
+        ValueError: Nothing may move; or Muon was chosen, and nothing that moves is the matrix of a
+            linear layer, or this torch has none.
+    """
+    groups = parameter_groups(model, settings.weight_decay, settings.layer_decay)
+    betas = settings.beta1, settings.beta2
+    if settings.optimiser == "adamw":
+        return torch.optim.AdamW([dict(group) for group in groups], lr=0.0, betas=betas)
+    linear = {id(one.weight) for one in model.modules() if isinstance(one, nn.Linear)}
+    matrices = _those(groups, lambda parameter: id(parameter) in linear)
+    if not matrices:
+        raise ValueError(
+            "optimiser='muon' is for the matrices of linear layers, and none of them moves; take "
+            "'adamw'"
+        )
+    return MuonAndAdamW(matrices, _those(groups, lambda parameter: id(parameter) not in linear),
+                        betas)  # fmt: skip
+
+
+def _those(groups: list[NamedGroup], is_one: Callable[[nn.Parameter], bool]) -> list[NamedGroup]:
+    """The groups with those parameters alone; without the groups that become empty."""
+    found: list[NamedGroup] = []
+    for group in groups:
+        pairs = [pair for pair in zip(group["params"], group["names"], strict=True)
+                 if is_one(pair[0])]  # fmt: skip
+        if pairs:
+            found.append({**group, "params": [p for p, _ in pairs], "names": [n for _, n in pairs]})
+    return found
+
+
+def set_rates(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """Give each group its part of a step's rate."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+
+
+def clip_gradients(optimiser: torch.optim.Optimizer, most: float) -> Tensor:
+    """Scale the whole gradient down to a norm; 0 leaves it as it is.
+
+    Returns:
+        The norm before that, a float scalar; not finite where some gradient is not.
+    """
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    return nn.utils.clip_grad_norm_(parameters, most if most > 0 else math.inf)

@@ -1,0 +1,399 @@
+"""When the loss or the gradient is no number any more: keep the batch, and say so.
+
+Found before the optimiser steps, so the weights are still those of the step before. What the batch
+means is not known here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from tinyvit.checkpoints.files import read_state_dict, replacing, write_state_dict
+from tinyvit.errors import CheckpointError, TinyViTError
+from tinyvit.images.draw import save_png
+
+from .curves import draw_curves
+from .data.sampling import Key
+from .task import Batch
+
+
+class DivergedError(TinyViTError, ArithmeticError):
+    """The loss or the gradient became infinite or no number; the batch that did it was kept."""
+
+
+def keep_batch(
+    folder: Path, step: int, rank: int, parts: Sequence[tuple[Sequence[Key], Batch]]
+) -> str:
+    """Write the batch of a step to ``diverged_step_N_rank_R.safetensors``.
+
+    Tensors are written as ``part/name``; the samples' (epoch, index) and whatever is no tensor
+    stand as text in the file's header.
+
+    Args:
+        folder: The run's folder.
+        step: The step, counted from 1.
+        rank: The process; each writes what it had.
+        parts: (keys, batch) of each part.
+
+    Returns:
+        In words, where the batch is, or why it could not be kept.
+    """
+    path = folder / f"diverged_step_{step}_rank_{rank}.safetensors"
+    tensors: dict[str, Tensor] = {}
+    header: dict[str, str] = {}
+    for number, (keys, batch) in enumerate(parts):
+        header[f"{number}/samples"] = json.dumps([list(key) for key in keys])
+        values: Mapping[str, object] = batch  # what a task alone reads is no tensor
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{number}/{name}"] = value
+            else:
+                header[f"{number}/{name}"] = repr(value)
+    try:
+        write_state_dict(path, tensors, metadata=header)
+    except CheckpointError as err:
+        return f"its batch could not be kept ({err})"
+    return f"its batch is kept in {path}"
+
+
+Kind: TypeAlias = Literal["train", "validate"]
+Line: TypeAlias = dict[str, str | int | float | None]
+
+LOG, CURVES, BOARD = "log.jsonl", "curves.png", "tensorboard"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, for a ``report`` callback; given after each step and before validations.
+
+    Attributes:
+        phase: What comes next: "train" or "validate"; "done" after the last step.
+        step: Steps done.
+        steps: Steps in all.
+        epoch: The epoch of the last step, from 1.
+        epochs: Epochs in all.
+        loss: Mean loss of the last step; None before the first.
+        rate: Its highest learning rate.
+        images_per_second: Samples of all processes by seconds, since this call began.
+        seconds_left: Until the end, as fast as until now; None before the first step.
+        figures: Of the last validation.
+        words: Something to tell once; else empty.
+    """
+
+    phase: Literal["train", "validate", "done"]
+    step: int
+    steps: int
+    epoch: int
+    epochs: int
+    loss: float | None
+    rate: float
+    images_per_second: float
+    seconds_left: float | None
+    figures: Mapping[str, float]
+    words: str = ""
+
+
+class Board(Protocol):
+    """What is used of TensorBoard's writer."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        """Write a figure."""
+        ...
+
+    def close(self) -> None:
+        """Finish the file."""
+        ...
+
+
+class Journal:
+    """Writes the log of a run.
+
+    Args:
+        folder: The run's folder.
+        step: Steps already done; later lines of an earlier attempt are taken away.
+        tensorboard: Write TensorBoard's files too, if it is installed.
+
+    Attributes:
+        lines: All lines of the run.
+
+    Raises:
+        TinyViTError: The log cannot be read or written.
+    """
+
+    def __init__(self, folder: Path, step: int = 0, tensorboard: bool = False) -> None:
+        self.folder = folder
+        self.lines = _read_until(folder / LOG, step)
+        text = "".join(_as_text(line) for line in self.lines)
+        replacing(folder / LOG, lambda path: _write(path, text))
+        self._board = _open_board(folder / BOARD, step) if tensorboard else None
+        try:
+            self._file = (folder / LOG).open("a", encoding="utf-8")
+        except OSError as err:
+            raise _refused(folder / LOG, err) from err
+
+    def write(self, kind: Kind, step: int, figures: Mapping[str, float]) -> None:
+        """Write a line; figures that are no finite numbers are written as null.
+
+        Raises:
+            TinyViTError: The disk is full, or refuses for another reason.
+        """
+        line: Line = {"kind": kind, "step": step}
+        for name, value in figures.items():
+            line[name] = value if math.isfinite(value) else None
+            if self._board is not None:
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+        try:
+            self._file.write(_as_text(line))
+            self._file.flush()
+        except OSError as err:
+            raise _refused(self.folder / LOG, err) from err
+        self.lines.append(line)
+
+    def settle(self) -> None:
+        """Bring all lines to the disk itself.
+
+        Raises:
+            TinyViTError: The disk is full, or refuses for another reason.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as err:
+            raise _refused(self.folder / LOG, err) from err
+
+    def draw(self) -> None:
+        """Draw the curves anew.
+
+        Raises:
+            TinyViTError: The disk is full, or refuses for another reason.
+        """
+        try:
+            save_png(self.folder / CURVES, draw_curves(self.lines))
+        except OSError as err:
+            raise _refused(self.folder / CURVES, err) from err
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _read_until(path: Path, step: int) -> list[Line]:
+    """The lines up to a step; a last line that a kill cut off is none."""
+    if not path.exists() or not step:
+        return []
+    lines: list[Line] = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+            is_early = int(line["step"]) <= step
+        except (ValueError, KeyError, TypeError):
+            continue
+        if is_early:
+            lines.append(line)
+    return lines
+
+
+def _as_text(line: Line) -> str:
+    return json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _open_board(folder: Path, step: int) -> Board | None:
+    """TensorBoard's writer, or None where it is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return cast(Board, SummaryWriter(folder, purge_step=step + 1))
+
+
+def _refused(path: Path, err: OSError) -> TinyViTError:
+    reason = err.strerror or str(err)
+    return TinyViTError(
+        f"{path} could not be written: {reason}; free space, then go on with resume: "
+        "the last saved state is whole"
+    )
+
+
+Facts: TypeAlias = dict[str, object]
+"""JSON-able values by name."""
+
+NEXT, CURRENT, PREVIOUS = (
+    "state.next.safetensors",
+    "state.safetensors",
+    "state.previous.safetensors",
+)
+_HEADER = "run"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What was read.
+
+    Attributes:
+        path: The file.
+        tensors: As ``pack`` gives them.
+        facts: As they were written.
+        trouble: Newer files that could not be read, in words.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    facts: Facts
+    trouble: tuple[str, ...] = ()
+
+
+def write_state(folder: Path, tensors: Mapping[str, Tensor], facts: Facts) -> Path:
+    """Write a state; the one before it stays beside it.
+
+    Args:
+        folder: The run's folder.
+        tensors: As ``pack`` gives them.
+        facts: JSON-able.
+
+    Returns:
+        The file.
+
+    Raises:
+        CheckpointError: It could not be written; then the files are as they were.
+    """
+    current = folder / CURRENT
+    fresh = folder / NEXT
+    try:
+        write_state_dict(fresh, tensors, metadata={_HEADER: json.dumps(facts)})
+    except CheckpointError as err:
+        kept = f"the state before it, {current}, is whole" if current.exists() else "none was kept"
+        raise CheckpointError(
+            f"the run's state could not be saved, and {kept}: {err}; then go on with resume"
+        ) from err
+    if current.exists():
+        os.replace(current, folder / PREVIOUS)
+    os.replace(fresh, current)
+    _flush(folder)
+    return current
+
+
+def read_state(folder: Path) -> RunState | None:
+    """Read the newest whole state of a folder.
+
+    Returns:
+        The state; None where none was ever written.
+
+    Raises:
+        CheckpointError: There are states, and none can be read.
+    """
+    trouble: list[str] = []
+    for name in (NEXT, CURRENT, PREVIOUS):  # NEXT is there only if a kill came between renames
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            file = read_state_dict(path)
+            facts = json.loads(file.metadata[_HEADER])
+        except (CheckpointError, KeyError, ValueError) as err:
+            trouble.append(f"{path} is no whole state ({err})")
+            continue
+        return RunState(path, file.tensors, facts, tuple(trouble))
+    if trouble:
+        raise CheckpointError(
+            f"{'; '.join(trouble)}; no other state is there: start anew in another folder"
+        )
+    return None
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a kill left half written: temporary files beside the run's own."""
+    for pattern in (".*.safetensors.*.tmp", ".*.toml.*.tmp", ".*.jsonl.*.tmp", ".*.png.*.part"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def pack(
+    model: nn.Module, average: nn.Module | None, optimiser: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Flatten a run's tensors: ``model/…``, ``average/…``, ``optimiser/parameter/…``."""
+    tensors = {f"model/{key}": value for key, value in model.state_dict().items()}
+    if average is not None:
+        tensors.update({f"average/{key}": value for key, value in average.state_dict().items()})
+    for name, parameter in _named(optimiser):
+        for key, value in optimiser.state[parameter].items():
+            tensors[f"optimiser/{name}/{key}"] = value
+    return tensors
+
+
+def unpack(
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    average: nn.Module | None,
+    optimiser: torch.optim.Optimizer,
+) -> None:
+    """Put a run's tensors back where ``pack`` took them from.
+
+    Raises:
+        CheckpointError: They are of another network.
+    """
+    memory: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        part, _, rest = key.partition("/")
+        if part == "optimiser":
+            name, _, what = rest.rpartition("/")
+            memory.setdefault(name, {})[what] = value
+    try:
+        model.load_state_dict(_part(tensors, "model"))
+        if average is not None:
+            average.load_state_dict(_part(tensors, "average"))
+    except RuntimeError as err:
+        raise CheckpointError(f"the state is of another network: {err}") from err
+    unknown = sorted(set(memory) - {name for name, _ in _named(optimiser)})
+    if unknown:
+        raise CheckpointError(
+            f"the state is of another run: it moved {', '.join(unknown)}, which does not move now"
+        )
+    for name, parameter in _named(optimiser):
+        if name in memory:
+            optimiser.state[parameter] = {
+                what: value.clone() if what == "step" else _like(value, parameter)
+                for what, value in memory[name].items()
+            }
+
+
+def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    prefix = f"{name}/"
+    return {
+        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+    }
+
+
+def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A tensor of the optimiser's own, in memory as the parameter is: channels last or not."""
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def _named(optimiser: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
+    """The optimiser's parameters by the names that ``parameter_groups`` gave them."""
+    for group in optimiser.param_groups:
+        yield from zip(group["names"], group["params"], strict=True)
+
+
+def _flush(folder: Path) -> None:
+    """Make renames survive a power cut, where the system knows how."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

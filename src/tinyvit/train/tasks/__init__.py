@@ -1,0 +1,1 @@
+"""The tasks of ``tinyvit train``: classify, segment, distil features or logits."""

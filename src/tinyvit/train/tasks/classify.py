@@ -1,0 +1,686 @@
+"""Losses of classifiers: cross entropy with soft targets, and with a teacher's sparse ones.
+
+The sparse distribution is that of TinyViT's fast distillation (Wu et al., ECCV 2022, equation 2):
+a teacher's k largest probabilities are kept, and what is missing to 1 is spread evenly over the
+other classes. Pure functions on tensors.
+
+Letters: B batch, K classes, k classes that are kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tinyvit.catalog import DEFAULT_CHECKPOINT, get_variant
+from tinyvit.checkpoints.files import classes_in, header_for, image_spec_in, write_state_dict
+from tinyvit.checkpoints.open import open_checkpoint
+from tinyvit.errors import CheckpointError, ImageError
+from tinyvit.evaluate.classify import LabelledPictures, hits_in_top
+from tinyvit.factory import create_model
+from tinyvit.image_spec import ImageSpec
+from tinyvit.inference.engine import prepare
+from tinyvit.inference.read_ahead import choose_workers, read_ahead
+from tinyvit.modules import TinyViT
+from tinyvit.train.data.augment import Strength, View, augmentation
+from tinyvit.train.data.images import DataSet, OnBroken, open_data_set, read_one
+from tinyvit.train.task import Batch, Goal
+
+
+def one_hot(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
+    """Distributions of labels, smoothed.
+
+    Args:
+        labels: [B] int64, 0 to ``classes`` - 1.
+        classes: K.
+        smoothing: Part that is spread evenly over all classes, 0 to below 1.
+
+    Returns:
+        [B, K] float32; rows sum to 1.
+
+    Raises:
+        ValueError: ``smoothing`` is out of its range.
+
+    Example:
+        >>> one_hot(torch.tensor([1]), 4, smoothing=0.2)
+        tensor([[0.0500, 0.8500, 0.0500, 0.0500]])
+    """
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing must be at least 0 and below 1, got {smoothing}")
+    target = torch.full(
+        (len(labels), classes), smoothing / classes, dtype=torch.float32, device=labels.device
+    )
+    return target.scatter_(1, labels[:, None], 1 - smoothing + smoothing / classes)
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy of logits with distributions.
+
+    Args:
+        logits: [B, K], any floating-point type; computed in float32 at least.
+        targets: [B, K], rows sum to 1.
+
+    Returns:
+        A scalar.
+    """
+    logs = F.log_softmax(_wide(logits), dim=1)
+    return -(targets.to(logs.dtype) * logs).sum(dim=1).mean()
+
+
+def sparse_cross_entropy(logits: Tensor, indices: Tensor, probabilities: Tensor) -> Tensor:
+    """Mean cross entropy of logits with a teacher's sparse distributions.
+
+    Equal to ``soft_cross_entropy`` with ``dense_distribution``, without building it.
+
+    Args:
+        logits: [B, K] of the student.
+        indices: [B, k] int64, the classes that were kept, distinct in a row.
+        probabilities: [B, k], their probabilities.
+
+    Returns:
+        A scalar.
+    """
+    logs = F.log_softmax(_wide(logits), dim=1)  # [B, K]
+    kept = probabilities.to(logs.dtype)
+    seen = logs.gather(1, indices)  # [B, k]
+    others = logits.shape[1] - indices.shape[1]
+    total = (kept * seen).sum(dim=1)
+    if others:
+        rest = (1 - kept.sum(dim=1)).clamp_min(0) / others  # rounding may carry the sum above 1
+        total = total + rest * (logs.sum(dim=1) - seen.sum(dim=1))
+    return -total.mean()
+
+
+def dense_distribution(indices: Tensor, probabilities: Tensor, classes: int) -> Tensor:
+    """A teacher's distribution, what was not kept spread evenly.
+
+    Args:
+        indices: [B, k] int64, distinct in a row.
+        probabilities: [B, k].
+        classes: K, at least k.
+
+    Returns:
+        [B, K] of the type of ``probabilities``.
+    """
+    others = classes - indices.shape[1]
+    rest = (1 - probabilities.sum(dim=1, keepdim=True)).clamp_min(0) / max(others, 1)
+    return rest.expand(-1, classes).contiguous().scatter_(1, indices, probabilities)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How much is mixed.
+
+    Args:
+        mixup: The parameter of the Beta distribution for mixup; 0 for none.
+        cutmix: The same for cutmix; 0 for none.
+        probability: Part of the batches that are mixed.
+        switch: Part of the mixed batches that get cutmix, where both are on.
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    probability: float = 1.0
+    switch: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.mixup < 0 or self.cutmix < 0:
+            raise ValueError(
+                f"mixup and cutmix must be at least 0, got {self.mixup} and {self.cutmix}"
+            )
+        if not (0 <= self.probability <= 1 and 0 <= self.switch <= 1):
+            raise ValueError(
+                "probability and switch must be between 0 and 1, got "
+                f"{self.probability} and {self.switch}"
+            )
+
+
+def mix(
+    images: Tensor, targets: Tensor, settings: Mixing, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Mix a batch.
+
+    Args:
+        images: [B, 3, H, W].
+        targets: [B, K], a distribution over the classes for each picture.
+        settings: How much.
+        generator: On the CPU; all chance comes from here.
+
+    Returns:
+        The mixed pictures and targets; new tensors, or the given ones where nothing is mixed. A
+        target is mixed by the areas that are really seen.
+    """
+    seed = int(torch.randint(2**62, (), generator=generator))
+    rng = np.random.default_rng(seed)  # torch has no public Beta with a generator
+    can = (settings.mixup > 0, settings.cutmix > 0)
+    if not any(can) or len(images) < 2 or rng.random() >= settings.probability:
+        return images, targets
+    is_cut = can[1] and (not can[0] or rng.random() < settings.switch)
+    alpha = settings.cutmix if is_cut else settings.mixup
+    keep = float(rng.beta(alpha, alpha))
+    order = torch.from_numpy(rng.permutation(len(images))).to(images.device)
+    if is_cut:
+        top, bottom, left, right = _box(images.shape[2], images.shape[3], keep, rng)
+        mixed = images.clone()
+        mixed[:, :, top:bottom, left:right] = images[order, :, top:bottom, left:right]
+        keep = 1 - (bottom - top) * (right - left) / (images.shape[2] * images.shape[3])
+    else:
+        mixed = torch.lerp(images[order], images, keep)
+    return mixed, torch.lerp(targets[order], targets, keep)
+
+
+def _box(
+    height: int, width: int, keep: float, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of a rectangle of 1 - keep of the area, cut at the borders."""
+    side = (1 - keep) ** 0.5
+    h, w = int(height * side), int(width * side)
+    y, x = int(rng.integers(height)), int(rng.integers(width))
+    top, left = max(y - h // 2, 0), max(x - w // 2, 0)
+    return top, min(y + h - h // 2, height), left, min(x + w - w // 2, width)
+
+
+_USUAL_SIZE = 224
+_REDUCTIONS = (4, 8, 16, 32)  # side of a picture over that of each stage's map
+_LEAST_WINDOWS = (7, 7, 14, 7)  # those of 224, below which windows are only as small as the map
+
+
+def windows_for(img_size: int) -> tuple[int, ...]:
+    """Window sides of a four-stage classifier for a size of pictures.
+
+    The published rows follow this rule: 7, 7, 14, 7 at 224; 12, 12, 24, 12 at 384; 16, 16, 32, 16
+    at 512. The maps are cut into whole windows where that is possible, and a window is never
+    larger than its map.
+
+    Args:
+        img_size: Side of the pictures in pixels.
+
+    Returns:
+        One side for each stage, in tokens.
+
+    Raises:
+        ValueError: ``img_size`` is below 1.
+
+    Example:
+        >>> windows_for(384), windows_for(32)
+        ((12, 12, 24, 12), (4, 4, 2, 1))
+    """
+    if img_size < 1:
+        raise ValueError(f"img_size must be at least 1 pixel, got {img_size}")
+    windows = []
+    for reduction, least in zip(_REDUCTIONS, _LEAST_WINDOWS, strict=True):
+        side = -(-img_size // reduction)
+        usual = max(least, round(img_size * least / _USUAL_SIZE))
+        count = max(1, round(side / usual))
+        windows.append(-(-side // count))
+    return (windows[1], *windows[1:])  # the first stage has no attention and no windows
+
+
+def build_classifier(
+    classes: Sequence[str],
+    *,
+    model: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    img_size: int | None = None,
+    window_sizes: Sequence[int] | None = None,
+    seed: int = 0,
+) -> TinyViT:
+    """Build a classifier to train.
+
+    Args:
+        classes: Names of the classes.
+        model: A variant of ``tinyvit.list_models()``; None takes the checkpoint's.
+        checkpoint: A name, a file or a folder of ``save_pretrained``; None starts from chance.
+            Of a SAM checkpoint the encoder is taken, without the neck and with classifiers'
+            strides.
+        img_size: Side of the pictures in pixels; None takes the checkpoint's or variant's, and 224
+            for a SAM encoder.
+        window_sizes: Window sides; None chooses by ``windows_for`` where the size is another one.
+        seed: Source of the weights that are new.
+
+    Returns:
+        The model, whose ``forward`` gives logits [B, K]. Its head is new unless the checkpoint's
+        classes are these (or unnamed and as many).
+
+    Raises:
+        ValueError: Neither model nor checkpoint, or an unknown model.
+        CheckpointError: The checkpoint cannot be read or does not fit.
+        DownloadError: The checkpoint cannot be fetched.
+    """
+    if checkpoint is None:
+        if model is None:
+            raise ValueError(
+                "wanted a model or a checkpoint to train, for example checkpoint='tinyvit_starter' "
+                "or model='tiny_vit_5m_224'"
+            )
+        return _from_chance(classes, get_variant(model).task == "sam", model, img_size,
+                            window_sizes, seed)  # fmt: skip
+    opened = open_checkpoint(_file_of(checkpoint))
+    natural = image_spec_in(opened.metadata, opened.path)
+    if opened.found.has_neck:
+        natural = None
+        size: int | None = img_size or _USUAL_SIZE
+    else:
+        size = img_size or (None if natural is None else natural.size[0])
+    if window_sizes is None and (img_size is not None or opened.found.has_neck):
+        is_same = natural is not None and natural.size[0] == img_size
+        window_sizes = None if is_same else windows_for(size or _USUAL_SIZE)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = create_model(
+            model,
+            opened,
+            num_classes=len(classes),
+            img_size=size,
+            window_sizes=window_sizes,
+            strides=(2, 2, 2) if opened.found.has_neck else None,
+            head=True,
+        )
+        known = classes_in(opened.metadata, opened.path)
+        if opened.found.has_neck or (known is not None and known != tuple(classes)):
+            built.reset_classifier(len(classes))
+    return _finished(built, natural, size)
+
+
+def save_classifier(model: TinyViT, path: str | os.PathLike[str], classes: Sequence[str]) -> Path:
+    """Write a classifier that every command loads, with the names of its classes.
+
+    Args:
+        model: The model.
+        path: A ``.safetensors`` file; an existing one is replaced at the end.
+        classes: One name for each class.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: There are more or fewer names than classes.
+        CheckpointError: The file cannot be written.
+    """
+    if len(classes) != model.num_classes:
+        raise ValueError(
+            f"the model has {model.num_classes} classes, but {len(classes)} names came"
+        )
+    header = {
+        "tinyvit.family": "tinyvit",
+        "tinyvit.strides": ",".join(str(stride) for stride in model.strides),
+        **header_for(model.image_spec, classes),
+    }
+    return write_state_dict(path, model.state_dict(), metadata=header)
+
+
+def load_classifier(
+    path: str | os.PathLike[str],
+) -> tuple[TinyViT, tuple[str, ...] | None]:
+    """Load a classifier as it was saved.
+
+    Args:
+        path: A file of ``save_classifier``, or any other checkpoint of a classifier.
+
+    Returns:
+        The model in eval mode, and the names of its classes; None where the file names none.
+
+    Raises:
+        CheckpointError: The file cannot be read or holds no classifier.
+        DownloadError: A published checkpoint cannot be fetched.
+    """
+    opened = open_checkpoint(_file_of(path))
+    if not opened.found.has_head:
+        raise CheckpointError(f"{opened.path} has no classification head; train one first")
+    return create_model(checkpoint=opened), classes_in(opened.metadata, opened.path)
+
+
+def _from_chance(
+    classes: Sequence[str],
+    is_sam: bool,
+    name: str,
+    img_size: int | None,
+    window_sizes: Sequence[int] | None,
+    seed: int,
+) -> TinyViT:
+    size = img_size if img_size is not None or not is_sam else _USUAL_SIZE
+    if size is not None and window_sizes is None and size != get_variant(name).img_size:
+        window_sizes = windows_for(size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = create_model(
+            name,
+            num_classes=len(classes),
+            img_size=size,
+            window_sizes=window_sizes,
+            strides=(2, 2, 2) if is_sam else None,
+            head=True,
+        )
+    return _finished(built, None, size)
+
+
+def _finished(built: TinyViT, natural: ImageSpec | None, size: int | None) -> TinyViT:
+    """Take the neck off, and say how pictures are prepared."""
+    if built.neck is not None:
+        built.neck = built.neck_dim = None
+        built.image_spec = ImageSpec.timm(size or _USUAL_SIZE)
+    elif natural is not None:
+        built.image_spec = natural if size in (None, natural.size[0]) else _resized(natural, size)
+    return built
+
+
+def _resized(spec: ImageSpec, size: int) -> ImageSpec:
+    shorter = spec.shorter_side
+    if shorter is not None:
+        shorter = max(shorter * size // spec.size[0], size)
+    return replace(spec, size=(size, size), shorter_side=shorter)
+
+
+def _file_of(checkpoint: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The file of weights in a folder of ``save_pretrained``; anything else as it is."""
+    inner = Path(checkpoint) / "model.safetensors"
+    return inner if inner.is_file() else checkpoint
+
+
+pass
+pass
+pass
+
+
+_TOP = 5
+
+
+@dataclass(frozen=True)
+class ClassifySettings:
+    """The choices of learning classes; those of the loop are ``TrainSettings``.
+
+    Attributes:
+        data: A folder of classes, a CSV file, or tar files; see ``data_sets.open_data_set``.
+        val: The part to measure on; None takes the one ``data`` names, or holds some out.
+        val_part: Part of each class to hold out then.
+        split_seed: Which pictures those are.
+        model: A variant; None takes the checkpoint's. Without a checkpoint it starts from chance.
+        checkpoint: What to start from; None, where no model is named either, takes the embedded
+            encoder.
+        img_size: Side of the pictures in pixels; None takes the checkpoint's or variant's.
+        window_sizes: Window sides; None chooses for ``img_size``.
+        augment: "none", "light" (small data sets) or "full" (TinyViT's recipe for ImageNet).
+        flip: Mirror half of the pictures; False for letters and digits.
+        mixup: Parameter of mixup; 0 for none, 0.8 in TinyViT's recipe.
+        cutmix: Parameter of cutmix; 0 for none, 1.0 in TinyViT's recipe.
+        smoothing: Part of a label that is spread over all classes.
+        on_broken: "skip" names broken pictures and learns from others instead; "error" stops.
+        val_batch_size: Pictures measured together.
+        seed: Source of the weights that are new.
+    """
+
+    data: str
+    val: str | None = None
+    val_part: float = 0.1
+    split_seed: int = 0
+    model: str | None = None
+    checkpoint: str | None = None
+    img_size: int | None = None
+    window_sizes: tuple[int, ...] | None = None
+    augment: Strength = "light"
+    flip: bool = True
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    smoothing: float = 0.1
+    on_broken: OnBroken = "skip"
+    val_batch_size: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ClassifySample:
+    """One picture to learn from.
+
+    Attributes:
+        pixels: [3, h, w] float32, normalised.
+        label: Number of its class.
+        broken: Reason by name of each broken picture met on the way.
+    """
+
+    pixels: NDArray[np.float32]
+    label: int
+    broken: dict[str, str]
+
+
+@dataclass
+class Classify:
+    """Learns classes; a ``Task``.
+
+    Attributes:
+        model: The classifier, trained in place; its ``forward`` gives logits.
+        data: What is learnt from and measured on.
+        view: Makes an input of a picture, with chance.
+        mixing: How pictures of a batch are mixed.
+        smoothing: Part of a label that is spread over all classes.
+        on_broken: What a broken picture does.
+        val_batch_size: Pictures measured together.
+        broken: Reason by name of each broken picture met so far, in this process.
+    """
+
+    model: nn.Module
+    data: DataSet
+    view: View
+    mixing: Mixing = field(default_factory=Mixing)
+    smoothing: float = 0.0
+    on_broken: OnBroken = "skip"
+    val_batch_size: int = 64
+    broken: dict[str, str] = field(default_factory=dict)
+    name: str = "classify"
+    goal: Goal = ("top1", "max")
+
+    def __len__(self) -> int:
+        """Training pictures in an epoch."""
+        return len(self.data.train)
+
+    def sample(self, index: int, rng: np.random.Generator) -> ClassifySample:
+        """One picture, as ``view`` makes it; another one that ``rng`` draws where it is broken.
+
+        Args:
+            index: 0 to ``len(self) - 1``.
+            rng: The only source of chance.
+
+        Raises:
+            ImageError: The picture is broken and ``on_broken`` is "error", or many were in a row.
+        """
+        index, image, broken = read_one(self.data.train, index, rng, self.on_broken)
+        return ClassifySample(self.view(image, rng), int(self.data.train.labels[index]), broken)
+
+    def collate(self, samples: list[ClassifySample]) -> Batch:
+        """``images`` [B, 3, h, w], ``labels`` [B], and ``broken``: reasons by name."""
+        broken = {name: text for one in samples for name, text in one.broken.items()}
+        batch: dict[str, Any] = {
+            "images": torch.from_numpy(np.stack([one.pixels for one in samples])),
+            "labels": torch.tensor([one.label for one in samples]),
+            "broken": broken,
+        }
+        return batch
+
+    def loss(
+        self, model: nn.Module, batch: Batch, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross entropy with smoothed and mixed labels; ``train_top1`` counts the larger part.
+
+        Args:
+            model: Gives logits [B, K].
+            batch: What ``collate`` gave.
+            generator: Chance of the mixing.
+
+        Returns:
+            The mean loss, and figures to log.
+        """
+        self.broken.update(cast("dict[str, str]", batch.get("broken", {})))
+        targets = one_hot(batch["labels"], len(self.data.classes), self.smoothing)
+        images, targets = mix(batch["images"], targets, self.mixing, generator)
+        logits = model(images)
+        hits = logits.detach().argmax(dim=1) == targets.argmax(dim=1)
+        return soft_cross_entropy(logits, targets), {"train_top1": hits.float().mean()}
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """``top1``, ``loss`` and, with more than five classes, ``top5`` on the held-out part.
+
+        Raises:
+            ValueError: No picture of it can be read.
+        """
+        figures, broken = measure(model, self.data.val, self.view.spec, self.val_batch_size)
+        if broken and self.on_broken == "error":
+            name, reason = next(iter(broken.items()))
+            raise ImageError(f"{name}: {reason}")
+        self.broken.update(broken)
+        return figures
+
+    def save(self, model: nn.Module, path: Path) -> None:
+        """Write the classifier with the names of its classes.
+
+        Raises:
+            TypeError: ``model`` is no TinyViT.
+            CheckpointError: The file cannot be written.
+        """
+        if not isinstance(model, TinyViT):
+            raise TypeError(f"wanted a TinyViT to save, got {type(model).__name__}")
+        save_classifier(model, path, self.data.classes)
+
+
+def make_task(settings: ClassifySettings) -> Classify:
+    """Open the data, build the classifier, and put both together.
+
+    Args:
+        settings: The choices.
+
+    Returns:
+        The task, for ``tinyvit.train.train``.
+
+    Raises:
+        ValueError: The data or a choice is wrong.
+        CheckpointError: The checkpoint cannot be read or does not fit.
+        DownloadError: The checkpoint cannot be fetched.
+
+    Warns:
+        UserWarning: A class has no picture to be measured on.
+    """
+    data = open_data_set(
+        settings.data,
+        settings.val,
+        val_part=settings.val_part,
+        split_seed=settings.split_seed,
+    )
+    if len(data.classes) < 2:
+        raise ValueError(
+            f"there is only one class, {data.classes[0]!r}, in {settings.data!r}; a classifier "
+            "needs two or more"
+        )
+    chance = augmentation(settings.augment, settings.flip)
+    start = settings.checkpoint or (None if settings.model else DEFAULT_CHECKPOINT)
+    model = build_classifier(
+        data.classes,
+        model=settings.model,
+        checkpoint=start,
+        img_size=settings.img_size,
+        window_sizes=settings.window_sizes,
+        seed=settings.seed,
+    )
+    return Classify(
+        model,
+        data,
+        View(chance, spec_of(model)),
+        Mixing(settings.mixup, settings.cutmix),
+        settings.smoothing,
+        settings.on_broken,
+        settings.val_batch_size,
+    )
+
+
+def spec_of(model: TinyViT) -> ImageSpec:
+    """How pictures are prepared for a model.
+
+    Raises:
+        ValueError: The model does not say.
+    """
+    if model.image_spec is None:
+        raise ValueError(
+            "this model does not say how its pictures are prepared; set model.image_spec, for "
+            "example to tinyvit.ImageSpec.timm(224)"
+        )
+    return model.image_spec
+
+
+def measure(
+    model: nn.Module, pictures: LabelledPictures, spec: ImageSpec, batch_size: int = 64
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Accuracy and loss of a model as it is, without an engine around it.
+
+    Args:
+        model: In eval mode; gives logits [B, K].
+        pictures: What to measure on.
+        spec: How pictures are prepared.
+        batch_size: Pictures computed together.
+
+    Returns:
+        ``top1``, ``loss`` and, with more than five classes, ``top5``; and the reason by name of
+        each broken picture.
+
+    Raises:
+        ValueError: No picture can be read.
+    """
+    place = next(model.parameters())
+    broken: dict[str, str] = {}
+    logits: list[Tensor] = []
+    labels: list[Tensor] = []
+    with torch.inference_mode():
+        for images, numbers in _batches(pictures, spec, batch_size, broken):
+            logits.append(model(images.to(place)).float().cpu())
+            labels.append(numbers)
+    if not logits:
+        name, reason = next(iter(broken.items()), ("", "there is none"))
+        raise ValueError(f"no picture to measure on can be read; {name}: {reason}")
+    answers, right = torch.cat(logits), torch.cat(labels)
+    figures = {
+        "top1": float(hits_in_top(answers, right, 1).float().mean()),
+        "loss": float(nn.functional.cross_entropy(answers, right)),
+    }
+    if answers.shape[1] > _TOP:
+        figures["top5"] = float(hits_in_top(answers, right, _TOP).float().mean())
+    return figures, broken
+
+
+def _batches(
+    pictures: LabelledPictures, spec: ImageSpec, batch_size: int, broken: dict[str, str]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Prepared pictures [B, 3, h, w] and their labels [B], read ahead in threads."""
+    labels = pictures.labels
+    jobs = (partial(_prepared, pictures, index, spec) for index in range(len(pictures)))
+    good: list[tuple[Tensor, int]] = []
+    workers = choose_workers()
+    for index, made in enumerate(read_ahead(jobs, workers=workers, ahead=batch_size + workers)):
+        if isinstance(made, ImageError):
+            broken[pictures.name(index)] = str(made)
+        else:
+            good.append((made, int(labels[index])))
+        if len(good) == batch_size:
+            yield torch.stack([tensor for tensor, _ in good]), torch.tensor([n for _, n in good])
+            good = []
+    if good:
+        yield torch.stack([tensor for tensor, _ in good]), torch.tensor([n for _, n in good])
+
+
+def _prepared(pictures: LabelledPictures, index: int, spec: ImageSpec) -> Tensor | ImageError:
+    try:
+        return prepare(pictures.source(index), spec)[0]
+    except ImageError as err:
+        return err

@@ -1,0 +1,583 @@
+"""What a SAM's heads make of two image embeddings, asked with the same random points.
+
+The heads stand between an embedding and what it is for: two embeddings are alike where it counts
+when the masks are alike. The heads are frozen; gradients flow through them into the embedding.
+
+Letters: N pictures, P points a picture, M mask tokens, C channels, h w the embedding's grid.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tinyvit.checkpoints.files import header_for, write_state_dict
+from tinyvit.image_spec import ImageSpec
+from tinyvit.images.decode import decode
+from tinyvit.images.preprocess import to_tensor
+from tinyvit.modules import TinyViT
+from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
+from tinyvit.modules.sam.prompt_encoder import PromptEncoder
+from tinyvit.sam.model import Sam
+from tinyvit.train.data.images import fingerprint, hold_out, read_one
+from tinyvit.train.store import FeatureStore, LogitStore
+from tinyvit.train.task import Batch, Goal
+from tinyvit.train.tasks import classify
+
+from .classify import Classify, ClassifySettings, sparse_cross_entropy
+from .losses import FeatureLoss, cosine_per_cell, covered_cells, feature_loss, fit_grid, mask_loss
+
+
+def random_points(placed: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Points drawn evenly over the pictures, padding left out.
+
+    Args:
+        placed: [N, 2] (height, width) of the pictures within the frame, as parts of it, 0..1.
+        count: P.
+        generator: On the CPU; the source of chance.
+
+    Returns:
+        [N, P, 2], (x, y) as parts of the frame, 0..1, on the device of ``placed``.
+    """
+    drawn = torch.rand(placed.shape[0], count, 2, generator=generator).to(placed.device)
+    return drawn * placed.flip(1)[:, None]  # (height, width) -> (x, y)
+
+
+class MaskAgreement:
+    """The frozen heads of a SAM.
+
+    Args:
+        sam: Gives its prompt encoder and mask decoder, which are set to eval mode and frozen.
+
+    Raises:
+        ValueError: Its decoder is Light HQ-SAM's, which wants more than an embedding.
+    """
+
+    prompt_encoder: PromptEncoder
+    mask_decoder: MaskDecoder
+
+    def __init__(self, sam: Sam) -> None:
+        if isinstance(sam.mask_decoder, HQMaskDecoder):
+            raise ValueError(
+                "the mask decoder of Light HQ-SAM wants an early map beside the embedding, which "
+                "no store holds; give a SAM with the plain decoder, or mask_weight=0"
+            )
+        self.prompt_encoder = sam.prompt_encoder.eval().requires_grad_(False)
+        self.mask_decoder = sam.mask_decoder.eval().requires_grad_(False)
+
+    @property
+    def channels(self) -> int:
+        """C of the embeddings that the heads want."""
+        return self.prompt_encoder.embed_dim
+
+    def masks(self, embeddings: Tensor, points: Tensor) -> Tensor:
+        """All masks of single points: the one for clear prompts, and those for ambiguous ones.
+
+        Args:
+            embeddings: [N, C, h, w]; every grid will do, and it covers the whole frame.
+            points: [N, P, 2], (x, y) as parts of the frame, 0..1.
+
+        Returns:
+            Logits [N * P * M, 4h, 4w].
+        """
+        prompt_encoder = self.prompt_encoder.to(embeddings.device)
+        decoder = self.mask_decoder.to(embeddings.device)
+        height, width = prompt_encoder.input_image_size
+        grid = (embeddings.shape[2], embeddings.shape[3])
+        pixels = points.flatten(0, 1)[:, None] * points.new_tensor([width, height]) - 0.5
+        labels = torch.ones(pixels.shape[:2], device=points.device)
+        sparse, dense = prompt_encoder((pixels, labels), None, None, embedding_size=grid)
+        positions = prompt_encoder.pe_layer(grid, grid)[None]  # cells of a whole frame
+        each = embeddings.repeat_interleave(points.shape[1], dim=0)  # [N * P, C, h, w]
+        masks, _ = decoder.predict_masks(each, positions, sparse, dense)
+        return masks.flatten(0, 1)
+
+
+pass
+
+
+_FLOOR_PICTURES = 512
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class DistillFeaturesSettings:
+    """The choices of learning features; those of the loop are ``TrainSettings``.
+
+    Attributes:
+        loss: "mse" (MobileSAM's), "huber" or "cosine".
+        held_out: What is measured on and never learnt from: a part of the pictures, or the name of
+            a folder below the pictures' (best where pictures resemble each other).
+        split_seed: Which pictures those are; a picture stays on its side when others are added.
+        mask_weight: Weight of the masks' loss; 0 leaves the decoder out of the loop.
+        points: Random points for each picture, for the masks' loss.
+        val_batch_size: Pictures measured together.
+        val_points: Random points for each picture when measuring masks.
+    """
+
+    loss: FeatureLoss = "mse"
+    held_out: float | str = 0.1
+    split_seed: int = 0
+    mask_weight: float = 0.0
+    points: int = 4
+    val_batch_size: int = 16
+    val_points: int = 8
+
+
+@dataclass(frozen=True)
+class FeatureSample:
+    """One picture to learn from.
+
+    Attributes:
+        pixels: [3, H, W] float32, normalised.
+        features: [C, teacher h, teacher w] float16.
+        placed: (height, width) of the picture within the frame, as parts of it, 0..1.
+    """
+
+    pixels: Tensor
+    features: Tensor
+    placed: tuple[float, float]
+
+
+class Student(nn.Module):
+    """An encoder whose channels are brought to the teacher's by a 1x1 convolution.
+
+    Args:
+        image_encoder: What is learnt and kept.
+        channels: C of the teacher.
+    """
+
+    image_encoder: TinyViT
+
+    def __init__(self, image_encoder: TinyViT, channels: int) -> None:
+        super().__init__()
+        self.image_encoder = image_encoder
+        own = image_encoder.neck_dim or image_encoder.embed_dims[-1]
+        self.adapter = nn.Conv2d(own, channels, kernel_size=1)  # dropped afterwards
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W] -> [N, C, h, w]."""
+        y: Tensor = self.adapter(self.image_encoder.forward_features(x))
+        return y
+
+
+class DistillFeatures:
+    """Learns a teacher's features; a ``Task``.
+
+    Args:
+        student: The encoder, trained in place.
+        store: The teacher's features.
+        root: The pictures' folder.
+        settings: The choices.
+        sam: A SAM with the teacher's prompt encoder and mask decoder: for the masks' loss, for
+            measuring masks, and to save a whole SAM with the student as its encoder.
+
+    Raises:
+        ValueError: Pictures have changed since their features were stored, fewer than two are
+            there, the student prepares pictures otherwise than the teacher, or ``sam`` is wanted
+            and missing or does not fit.
+    """
+
+    name: str = "distill-features"
+    goal: Goal = ("cosine", "max")
+    model: nn.Module
+
+    def __init__(
+        self,
+        student: TinyViT,
+        store: FeatureStore,
+        root: str | os.PathLike[str],
+        settings: DistillFeaturesSettings | None = None,
+        sam: Sam | None = None,
+    ) -> None:
+        self.settings = settings = settings or DistillFeaturesSettings()
+        self.store, self.root = store, Path(root)
+        self.spec = _spec_of(student, store.facts.image_spec)
+        _check_current(store, self.root)
+        self.train_names, self.val_names = hold_out(
+            store.good, settings.held_out, settings.split_seed
+        )
+        channels = 0 if store.shape is None else store.shape[0]
+        own = student.neck_dim or student.embed_dims[-1]
+        self.model = student if own == channels else Student(student, channels)
+        self.heads = None if sam is None else MaskAgreement(sam)
+        if self.heads is None and settings.mask_weight > 0:
+            raise ValueError(
+                f"mask_weight={settings.mask_weight} wants the heads of a SAM; give sam"
+            )
+        if self.heads is not None and self.heads.channels != channels:
+            raise ValueError(
+                f"the heads want embeddings of {self.heads.channels} channels, but the teacher's "
+                f"have {channels}; give the teacher's own SAM"
+            )
+        self._floors: dict[str, Tensor] | None = None
+
+    def __len__(self) -> int:
+        """Training pictures, each once an epoch."""
+        return len(self.train_names)
+
+    def sample(self, index: int, rng: np.random.Generator) -> FeatureSample:
+        """One picture and its features; mirrored half of the time where those are stored.
+
+        Raises:
+            ImageError: The picture cannot be read any more.
+            CheckpointError: Its features cannot.
+        """
+        flip = self.store.facts.flips and bool(rng.integers(2))
+        return self._read(self.train_names[index], flip)
+
+    def collate(self, samples: list[FeatureSample]) -> Batch:
+        """``images`` [N, 3, H, W], ``features`` [N, C, h, w] fp16, ``placed`` [N, 2]."""
+        return {
+            "images": torch.stack([one.pixels for one in samples]),
+            "features": torch.stack([one.features for one in samples]),
+            "placed": torch.tensor([one.placed for one in samples]),
+        }
+
+    def loss(
+        self, model: nn.Module, batch: Batch, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Distance of the maps, plus that of the masks if it is weighted.
+
+        Args:
+            model: The student.
+            batch: What ``collate`` gave.
+            generator: Chance of the points.
+
+        Returns:
+            The mean loss, and figures: ``train_cosine`` and the parts of the loss.
+        """
+        found = model(batch["images"])
+        teacher = batch["features"].float()
+        target = fit_grid(teacher, (found.shape[2], found.shape[3]))
+        loss = feature_loss(found, target, self.settings.loss)
+        cosine = cosine_per_cell(found.detach(), target).mean()
+        figures = {"train_cosine": cosine, "feature_loss": loss.detach()}
+        if self.heads is not None and self.settings.mask_weight > 0:
+            points = random_points(batch["placed"], self.settings.points, generator)
+            with torch.no_grad():
+                wanted = self.heads.masks(teacher, points)
+            masks = self.heads.masks(found.float(), points)
+            apart = mask_loss(masks, fit_grid(wanted[:, None], _size(masks))[:, 0])
+            figures["mask_loss"] = apart.detach()
+            loss = loss + self.settings.mask_weight * apart
+        return loss, figures
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Figures on pictures never learnt from, over the cells that they cover.
+
+        Returns:
+            ``cosine``, the mean over all cells of the cosine of the two channel vectors, nothing
+            subtracted; ``cosine_floor``, the same for a student that always gives the teacher's
+            mean map of the training pictures; ``cosine_centred``, the cosine after that mean map
+            has been subtracted from both; ``mse``; with heads ``mask_iou``, mean IoU of the masks
+            for clear and ambiguous prompts at random points.
+        """
+        sums: dict[str, float] = {}
+        count = {"cells": 0.0, "masks": 0.0}
+        generator = torch.Generator().manual_seed(0)  # the same points at each validation
+        device = next(model.parameters()).device
+        size = self.settings.val_batch_size
+        for start in range(0, len(self.val_names), size):
+            names = self.val_names[start : start + size]
+            batch = self.collate([self._read(name, flip=False) for name in names])
+            images, teacher, placed = (
+                batch[key].to(device) for key in ("images", "features", "placed")
+            )
+            found = model(images).float()
+            target = fit_grid(teacher.float(), _size(found))
+            mean = fit_grid(self._mean_map().to(device), _size(found))
+            cells = covered_cells(placed, (1, 1), _size(found))
+            maps = {
+                "cosine": cosine_per_cell(found, target),
+                "cosine_floor": cosine_per_cell(mean, target),
+                "cosine_centred": cosine_per_cell(found - mean, target - mean),
+                "mse": (found - target).square().mean(1),
+            }
+            for key, value in maps.items():
+                sums[key] = sums.get(key, 0.0) + float(value[cells].double().sum())
+            count["cells"] += float(cells.sum())
+            if self.heads is not None:
+                points = random_points(placed, self.settings.val_points, generator)
+                iou = _iou(
+                    self.heads.masks(teacher.float(), points), self.heads.masks(found, points)
+                )
+                sums["mask_iou"] = sums.get("mask_iou", 0.0) + float(iou.double().sum())
+                count["masks"] += len(iou)
+        return {
+            key: value / count["masks" if key == "mask_iou" else "cells"]
+            for key, value in sums.items()
+        }
+
+    def save(self, model: nn.Module, path: Path) -> None:
+        """Write the student: a whole SAM where heads were given and fit, else the encoder.
+
+        Raises:
+            CheckpointError: The file cannot be written.
+        """
+        encoder = model.image_encoder if isinstance(model, Student) else model
+        if not isinstance(encoder, TinyViT):
+            raise TypeError(f"wanted a TinyViT to save, got {type(encoder).__name__}")
+        header = {
+            "tinyvit.family": "tinyvit",
+            "tinyvit.strides": ",".join(str(stride) for stride in encoder.strides),
+            **header_for(self.spec),
+        }
+        state = dict(encoder.state_dict())
+        if self.heads is not None and not isinstance(model, Student):
+            header["tinyvit.family"] = "tinyvit_sam"
+            state = {f"image_encoder.{key}": value for key, value in state.items()}
+            for name in ("prompt_encoder", "mask_decoder"):
+                own = getattr(self.heads, name).state_dict()
+                state.update({f"{name}.{key}": value for key, value in own.items()})
+        write_state_dict(path, state, metadata=header)
+
+    def _read(self, name: str, flip: bool) -> FeatureSample:
+        image = decode(self.root / name)
+        if flip:
+            image = np.ascontiguousarray(image[:, ::-1])
+        pixels, placement = to_tensor(image, self.spec)
+        frame, resized = placement.model_size, placement.resized_size
+        placed = (min(1.0, resized[0] / frame[0]), min(1.0, resized[1] / frame[1]))
+        return FeatureSample(pixels, self.store.read(name, flip), placed)
+
+    def _mean_map(self) -> Tensor:
+        """The teacher's mean map of (at most 512) training pictures, [1, C, h, w]."""
+        if self._floors is None:
+            names = self.train_names[:: max(1, len(self.train_names) // _FLOOR_PICTURES)]
+            total = sum(self.store.read(name).double() for name in names)
+            self._floors = {"map": torch.as_tensor(total / len(names)).float()[None]}
+        return self._floors["map"]
+
+
+def make_features_task(
+    student: TinyViT,
+    store: FeatureStore | str | os.PathLike[str],
+    root: str | os.PathLike[str],
+    settings: DistillFeaturesSettings | None = None,
+    sam: Sam | None = None,
+) -> DistillFeatures:
+    """Put a student, stored features and their pictures together; see ``DistillFeatures``.
+
+    Raises:
+        CheckpointError: There is no store.
+        ValueError: As ``DistillFeatures``.
+    """
+    opened = store if isinstance(store, FeatureStore) else FeatureStore(store)
+    return DistillFeatures(student, opened, root, settings, sam)
+
+
+def _spec_of(student: TinyViT, teacher: ImageSpec) -> ImageSpec:
+    """How the student's pictures are prepared: as the teacher's, at a size of its own."""
+    own = student.image_spec
+    if own is None:
+        own = replace(teacher, size=_pair(student.img_size))
+        student.image_spec = own
+    if own.resize == "longest_side":
+        own = replace(own, pad=True)
+    if replace(own, size=teacher.size) != teacher:
+        raise ValueError(
+            f"teacher and student must prepare pictures alike, but for the size; the teacher has "
+            f"{teacher}, the student {own}. Set student.image_spec"
+        )
+    (a, b), (c, d) = own.size, teacher.size
+    if a * d != b * c:
+        raise ValueError(
+            f"the frames of student {own.size} and teacher {teacher.size} must have one shape"
+        )
+    return own
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _size(features: Tensor) -> tuple[int, int]:
+    return features.shape[-2], features.shape[-1]
+
+
+def _check_current(store: FeatureStore, root: Path) -> None:
+    """Features of other pixels would teach nonsense."""
+    changed = store.missing(root, store.good)
+    if changed:
+        more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+        raise ValueError(
+            f"{len(changed)} pictures below {root} are gone or have changed since their features "
+            f"were stored: {', '.join(changed[:_SHOWN])}{more}; store features again"
+        )
+
+
+def _iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of masks from logits, [P, h, w] each -> [P]; 1 where both are empty."""
+    found, wanted = (masks.flatten(1) > 0 for masks in (a, b))
+    both, either = (found & wanted).sum(1), (found | wanted).sum(1)
+    return torch.where(either > 0, both / either.clamp_min(1), torch.ones_like(both / 1))
+
+
+_TRIES = 20
+
+
+@dataclass(frozen=True)
+class DistillSample:
+    """One view to learn from.
+
+    Attributes:
+        pixels: [3, h, w] float32, normalised for the student.
+        probabilities: [k] float32, the teacher's.
+        classes: [k] int64, whose they are.
+        label: Number of the picture's own class.
+        broken: Reason by name of each broken picture met on the way.
+    """
+
+    pixels: NDArray[np.float32]
+    probabilities: NDArray[np.float32]
+    classes: NDArray[np.int64]
+    label: int
+    broken: dict[str, str]
+
+
+@dataclass
+class DistillLogits:
+    """Learns a teacher's written answers; a ``Task``.
+
+    Attributes:
+        student: The same network learning from labels; it measures and saves.
+        store: The answers.
+        model: The network that is trained, in place.
+    """
+
+    student: Classify
+    store: LogitStore
+    name: str = "distill-logits"
+    goal: Goal = ("top1", "max")
+    model: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Check that the answers belong to the data and the views.
+
+        Raises:
+            StoreMismatchError: They belong to something else.
+        """
+        data = self.student.data
+        self.model = self.student.model
+        self.store.check(
+            pictures=len(data.train),
+            classes=data.classes,
+            data=fingerprint(data.train),
+            augmentation=self.student.view.augmentation.to_dict(),
+        )
+
+    @property
+    def broken(self) -> dict[str, str]:
+        """Reason by name of each broken picture met so far, in this process."""
+        return self.student.broken
+
+    def __len__(self) -> int:
+        """Training pictures in an epoch."""
+        return len(self.student)
+
+    def sample(self, index: int, rng: np.random.Generator) -> DistillSample:
+        """One of the views of a picture with the teacher's answer; ``rng`` draws which.
+
+        Args:
+            index: 0 to ``len(self) - 1``.
+            rng: The only source of chance here; the view's own chance is that of its stored seed.
+
+        Raises:
+            ImageError: The picture is broken and ``on_broken`` is "error", or many were in a row.
+            ValueError: Many pictures in a row have no answer: the store is not finished.
+        """
+        pictures = self.student.data.train
+        broken: dict[str, str] = {}
+        for _ in range(_TRIES):
+            index, image, found = read_one(pictures, index, rng, self.student.on_broken)
+            broken.update(found)
+            view = int(rng.integers(self.store.header.views))
+            kept = self.store.read(view, index)
+            if kept is not None:
+                seed, probabilities, classes = kept
+                pixels = self.student.view(image, np.random.default_rng(seed))
+                label = int(pictures.labels[index])
+                return DistillSample(pixels, probabilities, classes, label, broken)
+            broken[pictures.name(index)] = f"no answer to view {view} in the store"
+            if self.student.on_broken == "error":
+                break
+            index = int(rng.integers(len(pictures)))
+        raise ValueError(
+            f"pictures without an answer in {self.store.folder}, for example "
+            f"{next(reversed(broken))!r}; call write_logits again, which writes what is missing"
+        )
+
+    def collate(self, samples: list[DistillSample]) -> Batch:
+        """``images`` [B, 3, h, w], ``probabilities`` and ``classes`` [B, k], ``labels`` [B]."""
+        batch: dict[str, Any] = {
+            "images": torch.from_numpy(np.stack([one.pixels for one in samples])),
+            "probabilities": torch.from_numpy(np.stack([one.probabilities for one in samples])),
+            "classes": torch.from_numpy(np.stack([one.classes for one in samples])),
+            "labels": torch.tensor([one.label for one in samples]),
+            "broken": {name: text for one in samples for name, text in one.broken.items()},
+        }
+        return batch
+
+    def loss(
+        self, model: nn.Module, batch: Batch, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross entropy with the teacher's distribution; labels are only counted.
+
+        Args:
+            model: Gives logits [B, K].
+            batch: What ``collate`` gave.
+            generator: Not used: there is no chance left.
+
+        Returns:
+            The mean loss; ``train_top1``, and ``as_teacher``: how often both choose one class.
+        """
+        self.broken.update(cast("dict[str, str]", batch.get("broken", {})))
+        logits = model(batch["images"])
+        choice = logits.detach().argmax(dim=1)
+        figures = {
+            "train_top1": (choice == batch["labels"]).float().mean(),
+            "as_teacher": (choice == batch["classes"][:, 0]).float().mean(),
+        }
+        return sparse_cross_entropy(logits, batch["classes"], batch["probabilities"]), figures
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """As ``Classify.validate``: against the labels of the held-out part."""
+        return self.student.validate(model)
+
+    def save(self, model: nn.Module, path: Path) -> None:
+        """As ``Classify.save``."""
+        self.student.save(model, path)
+
+
+def make_logits_task(settings: ClassifySettings, store: str | os.PathLike[str]) -> DistillLogits:
+    """Open data and answers, and build the student.
+
+    Args:
+        settings: As for classification; the chance must be the store's, and there is no mixing and
+            no smoothing.
+        store: The folder of ``write_logits``.
+
+    Returns:
+        The task, for ``tinyvit.train.train``.
+
+    Raises:
+        ValueError: The data, the store or a choice is wrong.
+        StoreMismatchError: The answers belong to something else.
+        CheckpointError: The checkpoint cannot be read or does not fit.
+        DownloadError: The checkpoint cannot be fetched.
+    """
+    if settings.mixup or settings.cutmix:
+        raise ValueError(
+            f"mixup={settings.mixup} and cutmix={settings.cutmix} cannot be used here: answers are "
+            "kept for single pictures; leave them 0"
+        )
+    answers = LogitStore.open(store)
+    return DistillLogits(classify.make_task(replace(settings, smoothing=0.0)), answers)

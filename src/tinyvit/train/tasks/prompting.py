@@ -1,0 +1,340 @@
+"""What a person would prompt, simulated: clicks in an object, boxes around it, corrections.
+
+First prompts follow Segment Anything's training (Kirillov et al., 2023): a click at a random place
+of the object, or its box with each edge moved by chance. Half of the clicks go to the most
+interior point instead, where people click. A correction goes to the largest connected error.
+
+All chance comes from the generator that is handed in. Shapes: H W the frame. Points are (x, y),
+continuous: the centre of the first pixel is (0.5, 0.5).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tinyvit.evaluate.metrics import most_interior_point
+from tinyvit.modules.sam.mask_decoder import MaskDecoder
+from tinyvit.sam.model import Sam
+
+from .losses import MaskLoss, MaskLosses, shrink_masks
+
+Mask = NDArray[np.bool_]
+Point = tuple[float, float]
+
+BOX_NOISE = 0.1
+"""Standard deviation of a box's edges, as a share of its side."""
+MOST_BOX_NOISE = 20 / 1024
+"""The farthest that an edge moves, as a share of the frame's longer side."""
+
+_INTERIOR_SHARE = 0.5
+_LARGEST_SHARE = 0.8  # how often the largest error is corrected; else any, by its size
+
+
+def first_click(mask: Mask, rng: np.random.Generator) -> Point:
+    """A click in an object: at its most interior point, or anywhere in it.
+
+    Args:
+        mask: [H, W] bool with at least one pixel.
+        rng: The source of chance.
+
+    Returns:
+        (x, y), the centre of a pixel of the mask.
+
+    Raises:
+        ValueError: The mask is empty.
+    """
+    if rng.random() < _INTERIOR_SHARE:
+        return most_interior_point(mask)
+    return _any_point(mask, rng)
+
+
+def noisy_box(mask: Mask, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """The box around an object as a person would draw it.
+
+    Args:
+        mask: [H, W] bool with at least one pixel.
+        rng: The source of chance.
+
+    Returns:
+        (x0, y0, x1, y1) inside the frame, at least one pixel wide and high.
+
+    Raises:
+        ValueError: The mask is empty.
+    """
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        raise ValueError("an empty mask has no box; leave it out")
+    height, width = mask.shape
+    edges = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)
+    sides = np.tile(edges[2:] - edges[:2], 2)
+    most = MOST_BOX_NOISE * max(height, width)
+    moved = edges + np.clip(BOX_NOISE * sides * rng.standard_normal(4), -most, most)
+    moved = np.clip(moved, 0, [width, height, width, height])
+    if (moved[2:] - moved[:2] < 1).any():  # too thin to be moved
+        moved = edges
+    x0, y0, x1, y1 = moved.tolist()
+    return x0, y0, x1, y1
+
+
+def correct(predicted: Mask, target: Mask, rng: np.random.Generator) -> tuple[Point, int] | None:
+    """A click that corrects a mask, somewhere in one connected error, most often the largest.
+
+    Args:
+        predicted: [H, W] bool.
+        target: [H, W] bool.
+        rng: The source of chance.
+
+    Returns:
+        ((x, y), 1 where the object was missed or 0 where there was too much); None without errors.
+    """
+    from scipy.ndimage import label
+
+    errors = predicted != target
+    if not errors.any():
+        return None
+    kinds = np.where(errors, np.where(target, 1, 2), 0)
+    missed, count = label(kinds == 1)
+    extra, more = label(kinds == 2)
+    sizes = np.concatenate(
+        (
+            np.bincount(missed.ravel(), minlength=count + 1)[1:],
+            np.bincount(extra.ravel(), minlength=more + 1)[1:],
+        )
+    )
+    if rng.random() < _LARGEST_SHARE:
+        chosen = int(np.argmax(sizes))
+    else:
+        chosen = int(rng.choice(len(sizes), p=sizes / sizes.sum()))
+    is_missed = chosen < count
+    region = missed == chosen + 1 if is_missed else extra == chosen + 1 - count
+    return first_click(region, rng), int(is_missed)
+
+
+def _any_point(mask: Mask, rng: np.random.Generator) -> Point:
+    places = np.flatnonzero(mask)
+    if not len(places):
+        raise ValueError("an empty mask has no point; leave it out")
+    row, column = divmod(int(places[rng.integers(len(places))]), mask.shape[1])
+    return float(column + 0.5), float(row + 0.5)
+
+
+pass
+
+
+_SINGLE, _MULTIPLE = slice(0, 1), slice(1, None)  # of the decoder's masks
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How objects are prompted.
+
+    Args:
+        box_share: How many objects are prompted by a box first, 0 to 1; the others by a click.
+        corrective_share: In how many steps clicks correct earlier answers, 0 to 1.
+        most_corrections: The most clicks that correct one object; at least 1.
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
+
+    box_share: float = 0.4
+    corrective_share: float = 1 / 3
+    most_corrections: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("box_share", "corrective_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in 0 to 1, but is {getattr(self, name)}")
+        if self.most_corrections < 1:
+            raise ValueError(f"most_corrections must be at least 1, not {self.most_corrections}")
+
+
+@dataclass(frozen=True)
+class Objects:
+    """Objects of several pictures, and the first prompts of each.
+
+    Attributes:
+        rows: [N] int64, which picture's embedding.
+        targets: [N, h4, w4] in 0..1, the covered share of each cell.
+        weights: [N, h4, w4], 1 where the picture is and 0 in the padding.
+        points: [N, 2] (x, y) of the first click, in pixels of the model's frame.
+        boxes: [N, 4] xyxy in the model's frame.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    weights: Tensor
+    points: Tensor
+    boxes: Tensor
+
+    @classmethod
+    def of(
+        cls, sam: Sam, grid: tuple[int, int], masks: Tensor, sizes: Tensor, points: Tensor,
+        boxes: Tensor,
+    ) -> Objects:  # fmt: skip
+        """Objects of a batch.
+
+        Args:
+            sam: The model, for its frame.
+            grid: (h, w) of the embeddings.
+            masks: [B, K, H, W] bool in the model's frame, K objects of each picture.
+            sizes: [B, 2] (height, width) of each picture in the frame, without padding.
+            points: [B, K, 2].
+            boxes: [B, K, 4].
+        """
+        batch, count, height, width = masks.shape
+        pitch = pitch_of(sam)
+        low_res = 4 * grid[0], 4 * grid[1]
+        frame = round(low_res[0] * pitch), round(low_res[1] * pitch)
+        flat = F.pad(masks.flatten(0, 1), (0, frame[1] - width, 0, frame[0] - height))
+        y, x = (pitch * torch.arange(n, device=masks.device) for n in low_res)
+        inside = (y[:, None] < sizes[:, 0, None, None]) & (x < sizes[:, 1, None, None])
+        return cls(
+            torch.arange(batch, device=masks.device).repeat_interleave(count),
+            shrink_masks(flat, low_res),
+            inside.float().repeat_interleave(count, dim=0),
+            points.flatten(0, 1),
+            boxes.flatten(0, 1),
+        )
+
+    def part(self, chosen: Tensor) -> Objects:
+        """Those where ``chosen`` [N] is true."""
+        parts = self.rows, self.targets, self.weights, self.points, self.boxes
+        return Objects(*(part[chosen] for part in parts))
+
+
+def pitch_of(sam: Sam) -> float:
+    """Pixels of the model's frame for one low-res logit."""
+    return sam.prompt_encoder.input_image_size[0] / sam.prompt_encoder.mask_input_size[0]
+
+
+def prompt_and_learn(
+    sam: Sam,
+    features: Tensor,
+    objects: Objects,
+    losses: MaskLosses,
+    prompting: Prompting,
+    generator: torch.Generator,
+) -> MaskLoss:
+    """Prompt every object once or several times; the loss of the last answers.
+
+    Args:
+        sam: The model; its prompt encoder and mask decoder are asked.
+        features: [B, C, h, w], with or without gradient.
+        objects: Of these pictures.
+        losses: Weights of the losses.
+        prompting: How to prompt.
+        generator: On the CPU; the source of chance.
+
+    Returns:
+        The loss of each object, in two runs: those prompted by clicks first, then by boxes.
+    """
+    seed, steps = (int(torch.randint(2**62, (), generator=generator)) for _ in range(2))
+    rng = np.random.default_rng(seed)
+    corrections = 0
+    if torch.rand((), generator=generator).item() < prompting.corrective_share:
+        corrections = 1 + steps % prompting.most_corrections
+    by_box = torch.rand(len(objects.rows), generator=generator) < prompting.box_share
+    found = [
+        _learn_one_kind(sam, features, objects.part(chosen.to(features.device)), kind, corrections,
+                        losses, rng)
+        for chosen, kind in ((~by_box, False), (by_box, True))
+        if chosen.any()
+    ]  # fmt: skip
+    names = "total", "iou", "focal", "dice", "iou_error"
+    return MaskLoss(*(torch.cat([getattr(one, name) for one in found]) for name in names))
+
+
+def _learn_one_kind(
+    sam: Sam,
+    features: Tensor,
+    objects: Objects,
+    by_box: bool,
+    corrections: int,
+    losses: MaskLosses,
+    rng: np.random.Generator,
+) -> MaskLoss:
+    """Objects that all have the same kind of prompts, so that they can be decoded together."""
+    boxes = objects.boxes if by_box else None
+    points: Tensor | None = None
+    labels: Tensor | None = None
+    if not by_box:
+        points = objects.points[:, None]  # [N, P, 2]
+        labels = torch.ones_like(points[:, :, 0], dtype=torch.int64)
+    previous: Tensor | None = None
+    source = features[objects.rows]
+    for _ in range(corrections):
+        with torch.no_grad():
+            logits, ious = _decode(sam, source, points, labels, boxes, previous)
+        asked = _MULTIPLE if _is_ambiguous(points, boxes) else _SINGLE
+        logits, best = logits[:, asked], ious[:, asked].argmax(1)
+        previous = logits[torch.arange(len(best), device=best.device), best][:, None]
+        new, kinds = _corrections(previous[:, 0], objects, pitch_of(sam), rng)
+        points = new if points is None else torch.cat((points, new), 1)
+        labels = kinds if labels is None else torch.cat((labels, kinds), 1)
+    logits, ious = _decode(sam, source, points, labels, boxes, previous)
+    targets, weights = objects.targets.to(logits.dtype), objects.weights.to(logits.dtype)
+    single = losses(logits[:, _SINGLE], ious[:, _SINGLE], targets, weights)
+    if not _is_ambiguous(points, boxes):
+        return single
+    multiple = losses(logits[:, _MULTIPLE], ious[:, _MULTIPLE], targets, weights)
+    return replace(multiple, total=(multiple.total + single.total) / 2)
+
+
+def _is_ambiguous(points: Tensor | None, boxes: Tensor | None) -> bool:
+    """Whether the prompt is a single click."""
+    return boxes is None and points is not None and points.shape[1] == 1
+
+
+def _decode(
+    sam: Sam,
+    source: Tensor,
+    points: Tensor | None,
+    labels: Tensor | None,
+    boxes: Tensor | None,
+    previous: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(low-res logits [N, K, h4, w4], predicted IoU [N, K]) of all masks, at least float32."""
+    grid = int(source.shape[2]), int(source.shape[3])
+    pair = None if points is None or labels is None else (points, labels)
+    sparse, dense = sam.prompt_encoder(pair, boxes, previous, grid)
+    pe = sam.prompt_encoder.get_dense_pe(grid)
+    logits, ious = sam.mask_decoder.predict_masks(source, pe, sparse, dense)
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    return logits.to(exact), ious.to(exact)
+
+
+def _corrections(
+    logits: Tensor, objects: Objects, pitch: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """A click for each object: ([N, 1, 2] (x, y) in the frame, labels [N, 1])."""
+    inside = objects.weights > 0
+    answers = ((logits > 0) & inside).cpu().numpy()
+    wanted = ((objects.targets > 0.5) & inside).cpu().numpy()
+    points, labels = objects.points.cpu().numpy().copy(), np.ones(len(answers), np.int64)
+    for row, (answer, target) in enumerate(zip(answers, wanted, strict=True)):
+        click = correct(answer, target, rng)
+        if click is not None:  # else the first click once more
+            points[row], labels[row] = np.array(click[0]) * pitch, click[1]
+    device = logits.device
+    moved = torch.from_numpy(points).to(device, objects.points.dtype)
+    return moved[:, None], torch.from_numpy(labels).to(device)[:, None]
+
+
+def check_trainable(sam: Sam) -> None:
+    """Refuse a model whose decoder this file cannot prompt.
+
+    Raises:
+        ValueError: Light HQ-SAM's decoder, which gives one corrected mask for every prompt.
+    """
+    if type(sam.mask_decoder) is not MaskDecoder:
+        raise ValueError(
+            f"promptable segmentation is learnt with Segment Anything's mask decoder; this model "
+            f"has {type(sam.mask_decoder).__name__} instead; take a checkpoint without it"
+        )

@@ -1,0 +1,475 @@
+"""From a picture with masks to one training sample: framed, with objects chosen and prompted.
+
+Runs in worker processes, so no model is known here. Letters: B batch, K objects of a picture, H W
+the model's frame.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tinyvit.catalog import DEFAULT_CHECKPOINT
+from tinyvit.checkpoints import write_state_dict
+from tinyvit.checkpoints.files import header_for
+from tinyvit.errors import ImageError
+from tinyvit.evaluate.segment import (
+    LabelledPicture,
+    MeasureSettings,
+    PlainPredictor,
+    evaluate_segment,
+)
+from tinyvit.image_spec import ImageSpec
+from tinyvit.images.preprocess import normalise_and_pad
+from tinyvit.sam.build import build_sam
+from tinyvit.sam.embedding import spec_of
+from tinyvit.sam.model import Sam
+from tinyvit.train.data.augment import FramedScene, SceneAugment, frame_scene
+from tinyvit.train.data.masks import MaskSet, open_mask_set
+from tinyvit.train.task import Batch, Goal
+
+from .losses import MaskLosses
+from .prompting import Objects, Prompting, check_trainable, first_click, noisy_box, prompt_and_learn
+
+OnBroken = Literal["skip", "error"]
+
+_TRIES = 20
+
+
+class Scenes(Protocol):
+    """Pictures with masks by number: a ``MaskSet``, or pictures drawn when they are asked for."""
+
+    def __len__(self) -> int:
+        """How many."""
+        ...
+
+    def __getitem__(self, index: int, /) -> LabelledPicture:
+        """One of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class SceneSample:
+    """One picture to learn from.
+
+    Attributes:
+        index: Which picture.
+        image: [3, H, W] float32, normalised and padded.
+        size: (height, width) of the picture in the frame, without padding.
+        masks: [K, H, W] bool in the frame.
+        points: [K, 2] float32, a first click for each object.
+        boxes: [K, 4] float32, a box for each object.
+        broken: Reason by name of each broken picture met on the way.
+    """
+
+    index: int
+    image: Tensor
+    size: tuple[int, int]
+    masks: NDArray[np.bool_]
+    points: NDArray[np.float32]
+    boxes: NDArray[np.float32]
+    broken: dict[str, str]
+
+
+@dataclass(frozen=True)
+class SceneSampler:
+    """Makes training samples of pictures with masks.
+
+    Args:
+        data: The pictures.
+        spec: How pictures are prepared; fitted by their longest side.
+        augment: Changes pictures by chance; None does not.
+        objects: Objects of a picture that are prompted; those of a picture with fewer come again,
+            with other prompts.
+        least_pixels: Objects with fewer pixels in the frame are not learnt from, unless there is
+            no larger one.
+        on_broken: What a broken picture does: "skip" takes another one and gives the reason.
+
+    Raises:
+        ValueError: ``objects`` is below 1, or pictures are prepared otherwise.
+    """
+
+    data: Scenes
+    spec: ImageSpec
+    augment: SceneAugment | None = field(default_factory=SceneAugment)
+    objects: int = 4
+    least_pixels: int = 64
+    on_broken: OnBroken = "skip"
+
+    def __post_init__(self) -> None:
+        if self.objects < 1:
+            raise ValueError(f"objects must be at least 1, but is {self.objects}")
+        if self.spec.resize != "longest_side":
+            raise ValueError(
+                f"a SAM's pictures are fitted by their longest side, not {self.spec.resize!r}"
+            )
+
+    def sample(self, index: int, rng: np.random.Generator) -> SceneSample:
+        """One picture and some of its objects; another one that ``rng`` draws where it is broken.
+
+        Args:
+            index: 0 to ``len(self) - 1``.
+            rng: The only source of chance.
+
+        Raises:
+            ImageError: The picture is broken and ``on_broken`` is "error", or many were in a row.
+        """
+        broken: dict[str, str] = {}
+        for _ in range(_TRIES):
+            try:
+                framed = self._framed(index, rng)
+            except (ImageError, ValueError) as err:
+                name = self.data[index].name
+                if self.on_broken == "error":
+                    raise ImageError(f"{name}: {err}") from err
+                broken[name] = str(err)
+                index = int(rng.integers(len(self.data)))
+            else:
+                return self._prompted(index, framed, rng, broken)
+        name, reason = next(iter(broken.items()))
+        raise ImageError(
+            f"{_TRIES} pictures drawn in a row were broken, the first is {name!r} ({reason}); most "
+            "of the data cannot be read"
+        )
+
+    def _framed(self, index: int, rng: np.random.Generator) -> FramedScene:
+        """A picture in the frame with at least one object that is large enough."""
+        image, masks = self.data[index].load()
+        if self.augment is not None:
+            framed = self.augment(image, masks, self.spec.size, rng)
+            if (framed.masks.sum((1, 2)) >= self.least_pixels).any():
+                return framed
+        framed = frame_scene(image, masks, self.spec.size)
+        if not framed.masks.any():
+            height, width = self.spec.size
+            raise ValueError(f"all its objects vanish at {width} x {height} pixels")
+        return framed
+
+    def _prompted(
+        self, index: int, framed: FramedScene, rng: np.random.Generator, broken: dict[str, str]
+    ) -> SceneSample:
+        areas = framed.masks.sum((1, 2))
+        good = np.flatnonzero(areas >= min(self.least_pixels, int(areas.max())))
+        order = rng.permutation(good)
+        chosen = framed.masks[np.resize(order, self.objects)]  # again from the start if too few
+        size = framed.pixels.shape[0], framed.pixels.shape[1]
+        frame = np.zeros((self.objects, *self.spec.size), np.bool_)
+        frame[:, : size[0], : size[1]] = chosen
+        pixels = torch.from_numpy(framed.pixels).permute(2, 0, 1)
+        return SceneSample(
+            index,
+            normalise_and_pad(pixels, replace(self.spec, pad=True))[0],
+            size,
+            frame,
+            np.array([first_click(mask, rng) for mask in chosen], np.float32),
+            np.array([noisy_box(mask, rng) for mask in chosen], np.float32),
+            broken,
+        )
+
+
+def collate_scenes(samples: list[SceneSample]) -> Batch:
+    """The samples' arrays, stacked by name, and ``broken``: reasons by name."""
+    batch: dict[str, Any] = {
+        "index": torch.tensor([one.index for one in samples]),
+        "images": torch.stack([one.image for one in samples]),
+        "sizes": torch.tensor([one.size for one in samples]),
+        "masks": torch.from_numpy(np.stack([one.masks for one in samples])),
+        "points": torch.from_numpy(np.stack([one.points for one in samples])),
+        "boxes": torch.from_numpy(np.stack([one.boxes for one in samples])),
+        "broken": {name: text for one in samples for name, text in one.broken.items()},
+    }
+    return batch
+
+
+pass
+
+
+@dataclass(frozen=True)
+class SegmentSettings:
+    """The choices of learning to segment; those of the loop are ``TrainSettings``.
+
+    A learning rate of 5e-4 leaves the plateau at the start quickly with these weights of the
+    losses; to fine-tune trained weights, a tenth of it is safe.
+
+    Attributes:
+        data: Pictures with masks; see ``mask_sets.open_mask_set``.
+        val: Others to measure on; None holds some of ``data`` out.
+        images: Folder of the pictures, where ``data`` does not imply it.
+        val_images: The same for ``val``.
+        val_part: Part of the pictures to hold out.
+        split_seed: Which pictures those are.
+        checkpoint: What to start from; None starts from chance.
+        model: A SAM variant; None takes the checkpoint's.
+        img_size: Side of the model's frame in pixels; None takes the checkpoint's or variant's.
+        objects: Objects of a picture that are prompted in a step.
+        augment: "none", or "full": crop, scale, mirror image, colours.
+        least_pixels: Objects with fewer pixels in the model's frame are not learnt from.
+        box_share: How many objects are prompted by a box, 0 to 1.
+        corrective_share: In how many steps clicks correct the model's answers, 0 to 1.
+        most_corrections: The most clicks that correct one object.
+        focal: Weight of the focal loss.
+        dice: Weight of the dice loss.
+        iou: Weight of the predicted IoU's error.
+        cached_features: Pictures whose embeddings are kept in memory, for an encoder that does not
+            learn and ``augment="none"``; 0 keeps none.
+        on_broken: "skip" names what is broken and learns from the rest; "error" stops.
+        val_masks: The most masks to measure on.
+        seed: Source of the weights that are new.
+    """
+
+    data: str
+    val: str | None = None
+    images: str | None = None
+    val_images: str | None = None
+    val_part: float = 0.1
+    split_seed: int = 0
+    checkpoint: str | None = DEFAULT_CHECKPOINT
+    model: str | None = None
+    img_size: int | None = None
+    objects: int = 4
+    augment: Literal["none", "full"] = "full"
+    least_pixels: int = 64
+    box_share: float = 0.4
+    corrective_share: float = 1 / 3
+    most_corrections: int = 3
+    focal: float = 10.0
+    dice: float = 1.0
+    iou: float = 1.0
+    cached_features: int = 0
+    on_broken: OnBroken = "skip"
+    val_masks: int = 200
+    seed: int = 0
+
+
+@dataclass
+class Segment:
+    """Learns to segment by prompts; a ``Task``.
+
+    Attributes:
+        model: The network, trained in place.
+        sampler: Makes samples of what is learnt from.
+        val: What is measured on.
+        prompting: How objects are prompted.
+        losses: Weights of the losses.
+        cached_features: Pictures whose embeddings are kept.
+        val_masks: The most masks to measure on.
+        broken: Reason by name of each broken picture met so far, in this process.
+    """
+
+    model: nn.Module
+    sampler: SceneSampler
+    val: Iterable[LabelledPicture]
+    prompting: Prompting = field(default_factory=Prompting)
+    losses: MaskLosses = field(default_factory=MaskLosses)
+    cached_features: int = 0
+    val_masks: int = 200
+    broken: dict[str, str] = field(default_factory=dict)
+    name: str = "segment"
+    goal: Goal = ("mean_iou", "max")
+
+    def __post_init__(self) -> None:
+        if self.cached_features and self.sampler.augment is not None:
+            raise ValueError(
+                "embeddings can be kept only of pictures that stay the same: cached_features wants "
+                "augment='none'"
+            )
+        self._kept: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        """Training pictures in an epoch."""
+        return len(self.sampler.data)
+
+    def sample(self, index: int, rng: np.random.Generator) -> SceneSample:
+        """One picture and some of its objects, see ``SceneSampler``."""
+        return self.sampler.sample(index, rng)
+
+    def collate(self, samples: list[SceneSample]) -> Batch:
+        """The samples' arrays, stacked by name, and ``broken``: reasons by name."""
+        return collate_scenes(samples)
+
+    def loss(
+        self, model: nn.Module, batch: Batch, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Focal, dice and IoU loss of every object's last answer.
+
+        Args:
+            model: A ``Sam``.
+            batch: What ``collate`` gave.
+            generator: Chance of the prompts.
+
+        Returns:
+            The mean loss, and figures to log: ``train_iou``, ``focal``, ``dice``, ``iou_error``.
+
+        Raises:
+            ValueError: Embeddings are to be kept, but the encoder learns.
+        """
+        self.broken.update(cast("dict[str, str]", batch.get("broken", {})))
+        sam = cast(Sam, model)
+        features = self._features(sam, batch)
+        grid = int(features.shape[2]), int(features.shape[3])
+        objects = Objects.of(
+            sam, grid, batch["masks"], batch["sizes"], batch["points"], batch["boxes"]
+        )
+        found = prompt_and_learn(sam, features, objects, self.losses, self.prompting, generator)
+        figures = {
+            "train_iou": found.iou,
+            "focal": found.focal,
+            "dice": found.dice,
+            "iou_error": found.iou_error,
+        }
+        return found.total.mean(), {name: x.detach().mean() for name, x in figures.items()}
+
+    def _features(self, sam: Sam, batch: Batch) -> Tensor:
+        """[B, C, h, w]; without gradient where the encoder does not learn."""
+        encoder, images = sam.image_encoder, batch["images"]
+        learns = any(parameter.requires_grad for parameter in encoder.parameters())
+        if learns and self.cached_features:
+            raise ValueError(
+                "embeddings can be kept only of an encoder that stays the same: cached_features "
+                "wants moving='decoder'"
+            )
+        if learns:
+            return cast(Tensor, encoder(images))
+        indices = batch["index"].tolist()
+        missing = [row for row, index in enumerate(indices) if index not in self._kept]
+        fresh: dict[int, Tensor] = {}
+        if missing:
+            with torch.no_grad():
+                encoded = encoder(images[missing])
+            fresh = {indices[row]: one for row, one in zip(missing, encoded, strict=True)}
+            for index, one in fresh.items():
+                if len(self._kept) < self.cached_features:
+                    self._kept[index] = one.cpu()
+        return torch.stack(
+            [fresh[i] if i in fresh else self._kept[i].to(images.device) for i in indices]
+        )
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Mean IoU on the held-out part.
+
+        Args:
+            model: A ``Sam`` in eval mode; asked as it is.
+
+        Returns:
+            ``iou_1_click``, ``iou_3_clicks``, ``iou_box``, their mean ``mean_iou``, and
+            ``predicted_iou_error``, the mean distance of predicted and true IoU at one click.
+
+        Raises:
+            ValueError: No mask of it can be measured on.
+        """
+        settings = MeasureSettings(
+            (1, 3), most_clicks=3, with_floors=False, most_masks=self.val_masks
+        )
+        report = evaluate_segment(PlainPredictor(cast(Sam, model)), self.val, settings)
+        if report.left_out and self.sampler.on_broken == "error":
+            raise ImageError(report.left_out[0])
+        self.broken.update({text.partition(":")[0]: text for text in report.left_out})
+        figures = {
+            "iou_1_click": report.ious["1 click"].value,
+            "iou_3_clicks": report.ious["3 clicks"].value,
+            "iou_box": report.ious["box"].value,
+        }
+        error = report.calibrations["1 click"].mean_absolute_error
+        mean = sum(figures.values()) / len(figures)
+        return {"mean_iou": mean, **figures, "predicted_iou_error": error}
+
+    def save(self, model: nn.Module, path: Path) -> None:
+        """Write the whole model under the names of segment-anything.
+
+        Raises:
+            TypeError: ``model`` is no Sam.
+            CheckpointError: The file cannot be written.
+        """
+        if not isinstance(model, Sam):
+            raise TypeError(f"wanted a Sam to save, got {type(model).__name__}")
+        save_sam(model, path)
+
+
+def save_sam(model: Sam, path: str | os.PathLike[str]) -> Path:
+    """Write a Sam as one file, which ``build_sam`` and every command load.
+
+    Args:
+        model: The model.
+        path: A ``.safetensors`` file; an existing one is replaced at the end.
+
+    Returns:
+        The path.
+
+    Raises:
+        CheckpointError: The file cannot be written.
+    """
+    strides = ",".join(str(stride) for stride in model.image_encoder.strides)
+    header = {
+        "tinyvit.family": "tinyvit_sam",
+        "tinyvit.strides": strides,
+        **header_for(model.image_encoder.image_spec),
+    }
+    return write_state_dict(path, model.state_dict(), metadata=header)
+
+
+def make_task(settings: SegmentSettings) -> Segment:
+    """Open the data, build the model, and put both together.
+
+    Args:
+        settings: The choices.
+
+    Returns:
+        The task, for ``tinyvit.train.train``.
+
+    Raises:
+        ValueError: The data or a choice is wrong.
+        CheckpointError: The checkpoint cannot be read, holds no whole SAM, or does not fit.
+        DownloadError: The checkpoint cannot be fetched.
+
+    Warns:
+        UserWarning: Masks were left out, or there is only one picture.
+    """
+    data, val = _open(settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        sam = build_sam(settings.checkpoint, settings.model, img_size=settings.img_size)
+    check_trainable(sam)
+    augment = SceneAugment() if settings.augment == "full" else None
+    sampler = SceneSampler(
+        data, spec_of(sam), augment, settings.objects, settings.least_pixels, settings.on_broken
+    )
+    return Segment(
+        sam,
+        sampler,
+        val,
+        Prompting(settings.box_share, settings.corrective_share, settings.most_corrections),
+        MaskLosses(settings.focal, settings.dice, settings.iou),
+        settings.cached_features,
+        settings.val_masks,
+    )
+
+
+def _open(settings: SegmentSettings) -> tuple[MaskSet, MaskSet]:
+    """What to learn from and what to measure on."""
+    if settings.augment not in ("none", "full"):
+        raise ValueError(f"augment must be 'none' or 'full', but is {settings.augment!r}")
+    whole = open_mask_set(settings.data, settings.images, on_fault=settings.on_broken)
+    if settings.val is not None:
+        parts = whole, open_mask_set(settings.val, settings.val_images, on_fault=settings.on_broken)
+    elif len(whole) == 1:
+        warnings.warn(
+            f"{settings.data} has only one picture: it is learnt from and measured on, so the "
+            "figures say nothing about others; name pictures to measure on with val=...",
+            stacklevel=3,
+        )
+        parts = whole, replace(whole, faults=())
+    else:
+        parts = whole.split(settings.val_part, settings.split_seed)
+    for part in parts:
+        if part.faults:
+            warnings.warn(part.describe(), stacklevel=3)
+    return parts
