@@ -2,7 +2,7 @@
 
 Run it with the environment that ``scripts/peers`` makes. ``benchmarks/README.md`` says how to read
 what it writes. Each contestant runs in a process of its own (``contestants.py``), all with the same
-weights and pictures (``weights.py``), and they take turns round by round (``tinyvit.bench``).
+weights and images (``weights.py``), and they take turns round by round (``tinyvit.bench``).
 """
 
 import argparse
@@ -38,7 +38,7 @@ FOR_ALL = (
     *("tinyvit-openvino-fp32", "tinyvit-openvino-bf16", "tinyvit-onnx-fp32"),
     *("tinyvit-openvinograph-fp32", "tinyvit-openvinograph-bf16"),
 )
-COMPARED = 4  # pictures of a batch whose outputs are compared with the plain model's
+COMPARED = 4  # images of a batch whose outputs are compared with the plain model's
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Case:
 
     @property
     def gflop(self) -> float:
-        """Useful operations for one picture, in 1e9."""
+        """Useful operations for one image, in 1e9."""
         row = get_variant(self.model)
         return 2 * row.gmacs * self.size**2 / row.img_size**2
 
@@ -75,7 +75,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--starts", type=int, default=None, help="starts of each; 3 by default")
     parser.add_argument("--threads", type=int, default=None, help="each library's own by default")
     parser.add_argument(
-        "--quick", action="store_true", help="small pictures, 2 rounds, 1 start; prints the tables"
+        "--quick", action="store_true", help="small images, 2 rounds, 1 start; prints the tables"
     )
     parser.add_argument(
         "--output", type=Path, default=None, help="folder of results.md and results.json; this one"
@@ -214,7 +214,7 @@ def _row(case: Case, name: str, turns: Sequence[Turn], error: float, first: floa
         "name": name,
         "seconds": asdict(seconds),
         "rounds": rounds,
-        "pictures_per_s": case.batch / seconds.median,
+        "images_per_s": case.batch / seconds.median,
         "gflops": case.gflop * case.batch / seconds.median,
         "max_abs_error": error,
         "page_faults": statistics.median(faults) if faults else None,

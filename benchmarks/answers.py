@@ -74,7 +74,7 @@ def same_prompts(theirs: np.ndarray, ours: np.ndarray) -> dict:
 
 
 def same_things(theirs: np.ndarray, ours: np.ndarray, least: float = 0.98) -> dict:
-    """How far two answers about everything in a picture agree, whatever the order of the masks."""
+    """How far two answers about everything in an image agree, whatever the order of the masks."""
     if not len(theirs) or not len(ours):
         alone = {"theirs_alone": len(theirs), "ours_alone": len(ours)}
         return {"theirs": len(theirs), "ours": len(ours), "least_iou": None, **alone}

@@ -166,7 +166,7 @@ def _tinyvit(spec, batch, rest):
 
 
 def _reference(spec, batch, rest):
-    """The plain model in double precision on the first pictures; not timed."""
+    """The plain model in double precision on the first images; not timed."""
     import torch
 
     model = _our_model(spec).double()
@@ -185,9 +185,9 @@ def _our_model(spec):
 
 
 def _prepare(spec, batch, rest):
-    """Write the weights in each project's form, the pictures, and the plain export."""
+    """Write the weights in each project's form, the images, and the plain export."""
     import torch
-    from weights import pictures, weights
+    from weights import images, weights
 
     import tinyvit
     from tinyvit.checkpoints import from_canonical, write_state_dict
@@ -201,13 +201,13 @@ def _prepare(spec, batch, rest):
         strides = {"tinyvit.strides": ",".join(map(str, model.strides))}
         path = folder / f"{family}.safetensors"
         write_state_dict(path, from_canonical(state, family), metadata=strides)
-    np.save(folder / "pictures.npy", pictures(spec["batch"], spec["size"]))
+    np.save(folder / "pictures.npy", images(spec["batch"], spec["size"]))
     if spec["export"]:
         from tinyvit.inference.graph_backend import export_onnx
 
         model.load_state_dict(state)
         (folder / "tinyvit.onnx").write_bytes(export_onnx(model))
-        example = torch.from_numpy(pictures(spec["batch"], spec["size"]))
+        example = torch.from_numpy(images(spec["batch"], spec["size"]))
         with torch.no_grad():
             torch.onnx.export(model.eval(), (example,), folder / "plain.onnx", dynamo=False)
     return lambda: None

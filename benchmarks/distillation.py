@@ -59,7 +59,7 @@ def new_student(spec) -> TinyViT:
     return student
 
 
-def write_pictures(scenes, folder: Path) -> None:
+def write_images(scenes, folder: Path) -> None:
     """Each as a PNG."""
     folder.mkdir(parents=True)
     for scene in scenes:
@@ -78,10 +78,10 @@ def settings_of(folder: Path, options, steps: int) -> TrainSettings:
 def distil(options, folder: Path, teacher) -> tuple[dict, TinyViT]:
     """Figures and the student after all steps; storing features is part of the time."""
     began = time.perf_counter()
-    store = store_features(teacher, folder / "pictures", folder / "features", flips=True)
+    store = store_features(teacher, folder / "images", folder / "features", flips=True)
     stored = time.perf_counter() - began
     student = new_student(teacher.image_spec)
-    task = make_task(student, store, folder / "pictures", DistillFeaturesSettings(held_out="val"))
+    task = make_task(student, store, folder / "images", DistillFeaturesSettings(held_out="val"))
     settings = replace(
         settings_of(folder / "distilled", options, options.steps), learning_rate=3e-3
     )
@@ -123,11 +123,11 @@ def masks_of(sam, scenes) -> dict[str, float]:
 
 
 def cosines(encoder: TinyViT, folder: Path, teacher) -> dict[str, float]:
-    """``DistillFeatures``' figures on the held-out pictures."""
+    """``DistillFeatures``' figures on the held-out images."""
     from tinyvit.train.store import FeatureStore
 
     task = make_task(
-        encoder, FeatureStore(folder / "features"), folder / "pictures",
+        encoder, FeatureStore(folder / "features"), folder / "images",
         DistillFeaturesSettings(held_out="val"),
     )  # fmt: skip
     encoder.eval()
@@ -139,14 +139,14 @@ def measure(options) -> dict:
     """Both students and the teacher; everything about it as plain data."""
     from composites import CompositeSet  # of the recipe
 
-    learnt = CompositeSet(options.work, "train", weights=KINDS, length=options.pictures)
+    learnt = CompositeSet(options.work, "train", weights=KINDS, length=options.images)
     unseen = CompositeSet(options.work, "test", weights=KINDS, length=options.unseen)
     teacher = open_teacher(TEACHER, device="cpu")
     rows = {}
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_pictures(learnt[:], folder / "pictures" / "train")
-        write_pictures(unseen[:], folder / "pictures" / "val")
+        write_images(learnt[:], folder / "images" / "train")
+        write_images(unseen[:], folder / "images" / "val")
         figures, student = distil(options, folder, teacher)
         sam = build_sam(TEACHER)
         sam.image_encoder = student
@@ -162,7 +162,7 @@ def measure(options) -> dict:
     rows["teacher"] = {"ious": masks_of(build_sam(TEACHER), unseen)}
     return {
         "command": f"benchmarks/distillation.py WORK --steps {options.steps}",
-        "pictures": options.pictures,
+        "images": options.images,
         "unseen": options.unseen,
         "batch": options.batch,
         "rows": rows,
@@ -193,7 +193,7 @@ def markdown(found: dict) -> str:
     floor = found["rows"]["distilled"]["cosine_floor"]
     lines += [
         "",
-        "A student that gives the teacher's mean map whatever the picture has a cosine of",
+        "A student that gives the teacher's mean map whatever the image has a cosine of",
         f"{floor:.3f}; the centred cosine has that map subtracted, and its floor is 0. Clicks and",
         "box: mean IoU with the true masks. *distilled* uses the teacher's heads, which never",
         "moved; *masks* moved them.",
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder of the recipe's supply")
     parser.add_argument("--steps", type=int, default=250, help="of distillation")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--pictures", type=int, default=512)
+    parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--unseen", type=int, default=100)
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     options = parser.parse_args()

@@ -1,10 +1,10 @@
 """Measure everything mode against MobileSAM with the same weights, and whether the masks agree.
 
-Run it with the environment that ``scripts/peers`` makes. Two halves for each weights and picture:
+Run it with the environment that ``scripts/peers`` makes. Two halves for each weights and image:
 
 - *prompts*: ``SamPredictor`` with clicks, boxes and refinements, not timed. Masks should agree to
   an IoU of 0.999 and scores to 1e-4.
-- *everything*: ``SamAutomaticMaskGenerator.generate``, from the picture to the masks, in turns.
+- *everything*: ``SamAutomaticMaskGenerator.generate``, from the image to the masks, in turns.
   Each mask of one should have a partner of IoU 0.98 in the other.
 
 Each contestant runs in a process of its own (``segmenters.py``). The weights (``sam_weights.py``)
@@ -32,7 +32,7 @@ from tinyvit.bench import Spread, Turn, Worker, machine_facts
 HERE = Path(__file__).parent
 COMMAND = (sys.executable, str(HERE / "segmenters.py"))
 PACKAGES = ("mobilesam-mirror", "openvino")
-PICTURES = tuple(
+IMAGES = tuple(
     HERE.parent / "examples" / "pictures" / name
     for name in ("coffee.png", "chelsea.png", "rocket.jpg")
 )
@@ -49,8 +49,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     several = {"action": "append", "default": None}
     parser.add_argument("--weights", **several, choices=WEIGHTS, help="both by default")
-    parser.add_argument("--picture", **several, type=Path, help="files; three photographs here")
-    parser.add_argument("--longer-side", type=int, help="resize pictures so; as they are")
+    parser.add_argument("--image", **several, type=Path, help="files; three photographs here")
+    parser.add_argument("--longer-side", type=int, help="resize images so; as they are")
     parser.add_argument("--contestant", **several, help=f"{', '.join(CONTESTANTS)} by default")
     parser.add_argument("--points-per-side", type=int, default=32)
     parser.add_argument("--points-per-batch", type=int, default=64)
@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def cases_of(options: argparse.Namespace) -> Iterator[dict]:
-    """What the options ask for: weights by picture."""
+    """What the options ask for: weights by image."""
     for weights in options.weights or WEIGHTS:
         variant, size, offset = WEIGHTS[weights]
         given = options.stability_score_offset
@@ -78,13 +78,13 @@ def cases_of(options: argparse.Namespace) -> Iterator[dict]:
             "stability_score_offset": offset if given is None else given,
             "crop_n_layers": options.crop_n_layers,
         }
-        for picture in options.picture or PICTURES:
+        for image in options.image or IMAGES:
             yield {
                 "weights": weights,
                 "variant": variant,
                 "size": size,
-                "picture": Path(picture).name,
-                "path": str(Path(picture).resolve()),
+                "picture": Path(image).name,
+                "path": str(Path(image).resolve()),
                 "arguments": arguments,
             }
 
@@ -99,8 +99,8 @@ def run_case(case: dict, options: argparse.Namespace) -> dict:
         np.save(folder / "picture.npy", image)
         environment = _environment(folder)
         spec = {**case, "folder": temporary, "threads": options.threads}
-        pictures = [case["path"]] if options.picture else [str(path) for path in PICTURES]
-        with Worker(COMMAND, {**spec, "name": "prepare", "pictures": pictures}, environment):
+        images = [case["path"]] if options.image else [str(path) for path in IMAGES]
+        with Worker(COMMAND, {**spec, "name": "prepare", "pictures": images}, environment):
             say("  weights are made")
         prompts, left_out, workers = {}, [], {}
         for name in names:
@@ -124,7 +124,7 @@ def run_case(case: dict, options: argparse.Namespace) -> dict:
     compare(rows, baselines)
     return {
         **{key: value for key, value in case.items() if key != "path"},
-        "picture_size": list(image.shape[:2]),
+        "image_size": list(image.shape[:2]),
         "rounds": options.rounds,
         "threads": options.threads,
         "machine": machine_facts(*PACKAGES),
@@ -137,7 +137,7 @@ def run_case(case: dict, options: argparse.Namespace) -> dict:
 
 
 def _read(path: str, longer_side: int | None) -> np.ndarray:
-    """A picture as RGB [H, W, 3] uint8."""
+    """An image as RGB [H, W, 3] uint8."""
     image = Image.open(path).convert("RGB")
     if longer_side is not None:
         scale = longer_side / max(image.size)

@@ -1,6 +1,6 @@
 """What ``everything.py`` measured, as one file for programs and one for people.
 
-A *case* is weights, a picture and the arguments of everything mode, with all its contestants, as
+A *case* is weights, an image and the arguments of everything mode, with all its contestants, as
 plain data. Cases of earlier runs stay until the same case is measured again.
 """
 
@@ -13,7 +13,7 @@ _FACTS = ("cpu", "cores", "instruction_sets", "os")
 _HEADS = ("contestant", "s", "quartiles", "peak MB", "masks", "least IoU", "alone", "score differs")
 _INTRODUCTION = """# Everything mode
 
-Written by `benchmarks/everything.py`. From the picture to the masks: encoding, decoding of a grid
+Written by `benchmarks/everything.py`. From the image to the masks: encoding, decoding of a grid
 of points, filters, duplicates; each contestant in a process of its own, in turn, with the same
 weights and arguments. Times hold for this machine and this run; compare ratios.
 
@@ -62,7 +62,7 @@ def write(folder: Path, cases: Sequence[dict]) -> None:
 def markdown(case: Mapping) -> str:
     """One case: a title, the machine, the arguments, and a table."""
     machine = case["machine"]
-    height, width = case["picture_size"]
+    height, width = case["image_size"]
     shown = ", ".join(str(machine[key]) for key in _FACTS if machine.get(key))
     known = (*_FACTS, "date", "memory")
     versions = ", ".join(f"{key} {value}" for key, value in machine.items() if key not in known)
@@ -111,5 +111,5 @@ def _row(row: Mapping, baselines: Sequence[str]) -> list[str]:
 
 
 def _key(case: Mapping) -> tuple:
-    size = tuple(case["picture_size"])
+    size = tuple(case["image_size"])
     return case["weights"], case["picture"], size, json.dumps(case["arguments"], sort_keys=True)

@@ -21,27 +21,29 @@ import tinyvit
 from tinyvit.bench import machine_facts
 
 FOLDER = Path(__file__).parents[1] / "examples" / "pictures"
-PICTURES = [FOLDER / name for name in ("chelsea.png", "coffee.png", "rocket.jpg")]
+IMAGES = [FOLDER / name for name in ("chelsea.png", "coffee.png", "rocket.jpg")]
 
 
-def write_pictures(folder: Path, count: int) -> list[Path]:
+def write_images(folder: Path, count: int) -> list[Path]:
     """JPEGs of 480 to 4000 pixels, upright and lying."""
     random = np.random.default_rng(0)
     paths = []
     for number in range(count):
-        with Image.open(PICTURES[number % len(PICTURES)]) as image:
+        with Image.open(IMAGES[number % len(IMAGES)]) as original:
             longer = int(np.exp(random.uniform(np.log(480), np.log(4000))))
-            scale = longer / max(image.size)
-            picture = image.convert("RGB").resize([max(round(s * scale), 1) for s in image.size])
+            scale = longer / max(original.size)
+            image = original.convert("RGB").resize(
+                [max(round(s * scale), 1) for s in original.size]
+            )
         if random.uniform() < 0.5:
-            picture = picture.transpose(Image.Transpose.ROTATE_90)
+            image = image.transpose(Image.Transpose.ROTATE_90)
         paths.append(folder / f"{number:04}.jpg")
-        picture.save(paths[-1], quality=90)
+        image.save(paths[-1], quality=90)
     return paths
 
 
 def pure_rate(engine: tinyvit.Engine, seconds: float) -> float:
-    """Pictures a second of the backend alone, on a prepared tensor: the median call."""
+    """Images a second of the backend alone, on a prepared tensor: the median call."""
     height, width = engine.image_spec.size
     batch = torch.randn(1, 3, height, width)
     engine.backend(batch)
@@ -62,7 +64,7 @@ def main() -> None:
     options = parser.parse_args()
     engine = tinyvit.Engine(tinyvit.create_model(options.model), precision=options.precision)
     with tempfile.TemporaryDirectory() as folder:
-        paths = write_pictures(Path(folder), options.count)
+        paths = write_images(Path(folder), options.count)
         before = pure_rate(engine, 10)
         start, peaks, done = time.perf_counter(), [], 0
         for done, _ in enumerate(engine.stream(paths), 1):

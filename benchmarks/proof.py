@@ -33,7 +33,7 @@ from tinyvit.inference import OnnxBackend, OpenVINOBackend, OpenVINOGraph, Torch
 from tinyvit.sam.build import build_sam
 
 HERE = Path(__file__).parent
-PICTURES = HERE.parent / "examples" / "pictures"
+IMAGES = HERE.parent / "examples" / "pictures"
 MODEL, CHECKPOINT = "tiny_vit_5m_sam", "tinyvit_starter"
 SIZES = ((1024, 1024), (683, 1024), (250, 333), (75, 58))
 RANGE_SIZES = (256, 1024)
@@ -109,7 +109,7 @@ def random_cases() -> list[dict]:
     runs = contestants(model)
     cases = []
     for size in SIZES:
-        batch = torch.from_numpy(values(f"picture of {size}", (3, *size)))[None]
+        batch = torch.from_numpy(values(f"image of {size}", (3, *size)))[None]
         wanted = [plain(model, torch.float64, batch)]
         rows = {name: errors(name, run, [batch], wanted) for name, run in runs.items()}
         cases.append({"title": f"{MODEL}, random weights, {size[0]}x{size[1]}", "rows": rows})
@@ -118,7 +118,7 @@ def random_cases() -> list[dict]:
 
 def photographs(spec: ImageSpec) -> list[tuple[Tensor, Placement]]:
     """([1, 3, H, W] float32, placement) of each photograph."""
-    files = [path for path in sorted(PICTURES.iterdir()) if path.suffix in (".png", ".jpg")]
+    files = [path for path in sorted(IMAGES.iterdir()) if path.suffix in (".png", ".jpg")]
     prepared = [to_tensor(decode(path), spec) for path in files]
     return [(tensor[None], placement) for tensor, placement in prepared]
 
@@ -131,15 +131,15 @@ def trained_cases() -> list[dict]:
     cases = []
     for padded in (True, False):
         spec = ImageSpec.sam(max(model.image_spec.size), pad=padded)
-        pictures = photographs(spec)
-        batches = [batch for batch, _ in pictures]
+        images = photographs(spec)
+        batches = [batch for batch, _ in images]
         wanted = [plain(model, torch.float64, batch) for batch in batches]
         rows = {name: errors(name, run, batches, wanted) for name, run in runs.items()}
         if padded:
-            places = [place for _, place in pictures]
+            places = [place for _, place in images]
             reference = [masks(sam, *pair) for pair in zip(wanted, places, strict=True)]
             for name, run in runs.items():
-                answers = [masks(sam, run(batch), place) for batch, place in pictures]
+                answers = [masks(sam, run(batch), place) for batch, place in images]
                 overlaps = np.concatenate(
                     [iou(*pair) for pair in zip(answers, reference, strict=True)]
                 )
@@ -151,7 +151,7 @@ def trained_cases() -> list[dict]:
 
 
 def masks(sam, embedding: Tensor, placement: Placement) -> np.ndarray:
-    """Masks of a grid of clicks on one picture: [clicks, H, W] bool, heads in float32."""
+    """Masks of a grid of clicks on one image: [clicks, H, W] bool, heads in float32."""
     height, width = placement.original_size
     steps = (np.arange(CLICKS) + 0.5) / CLICKS
     clicks = np.stack(np.meshgrid(steps * width, steps * height), axis=-1).reshape(-1, 1, 2)
@@ -192,7 +192,7 @@ def markdown(found: Mapping) -> str:
     lines = [
         "# The fast forms against the plain model in float64",
         "",
-        "Written by `benchmarks/proof.py`. Each number is the worst of all pictures of a case; "
+        "Written by `benchmarks/proof.py`. Each number is the worst of all images of a case; "
         "mean errors are the mean over one embedding. IoU is that of the masks of "
         f"{CLICKS}x{CLICKS} clicks on each photograph with those from the float64 embedding.",
         "",
@@ -206,7 +206,7 @@ def markdown(found: Mapping) -> str:
     lines += [
         f"## Largest values inside, {CHECKPOINT}, photographs",
         "",
-        f"float16 ends at {FLOAT16_MAX:.0f}. Padded and unpadded pictures.",
+        f"float16 ends at {FLOAT16_MAX:.0f}. Padded and unpadded images.",
         "",
         *_range_table(found["ranges"]),
         "",

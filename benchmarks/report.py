@@ -24,7 +24,7 @@ _INTRODUCTION = """# Against the peers
 
 Written by `benchmarks/against_peers.py`; `benchmarks/README.md` says how to run it and how to read
 this. Times hold for this machine and this run; compare ratios. All contestants have the same random
-weights and pictures, run in a process of their own, and take turns.
+weights and images, run in a process of their own, and take turns.
 """
 
 
@@ -64,7 +64,7 @@ def markdown(case: Mapping) -> str:
     lines = [
         f"## {case['model']}, {size}x{size}, batch {case['batch']}",
         "",
-        f"{case['gflop']:.1f} GFLOP a picture; {case['rounds']} rounds; outputs up to "
+        f"{case['gflop']:.1f} GFLOP an image; {case['rounds']} rounds; outputs up to "
         f"{case['largest_output']:.1f}; {machine['date']}",
         "",
         f"    {case['command']}",
@@ -93,7 +93,7 @@ def _row(row: Mapping, baselines: Sequence[str]) -> list[str]:
         row["name"],
         f"{1e3 * seconds['median']:.1f}",
         f"{1e3 * seconds['lower']:.1f}-{1e3 * seconds['upper']:.1f}",
-        f"{row['pictures_per_s']:.2f}",
+        f"{row['images_per_s']:.2f}",
         f"{row['gflops']:.0f}",
         *(f"{row['times_as_fast'][name]['median']:.2f}" for name in baselines),
         f"{row['max_abs_error']:.1e}",

@@ -26,7 +26,7 @@ STEEPNESS = 10  # logits of the starter are flat, those of published weights rea
 PARTS = ("prompt_encoder.", "mask_decoder.")
 
 
-def write_weights(folder: Path, kind: str, pictures: Sequence[str]) -> None:
+def write_weights(folder: Path, kind: str, images: Sequence[str]) -> None:
     """Write ``sam.safetensors``, a whole SAM in MobileSAM's keys, float32.
 
     Raises:
@@ -38,7 +38,7 @@ def write_weights(folder: Path, kind: str, pictures: Sequence[str]) -> None:
     state = {key: value.float() for key, value in starter.items()}
     if kind == "5m":
         state = {key: value for key, value in state.items() if key.startswith(PARTS)}
-        encoder = from_canonical(fitted_encoder(pictures).state_dict(), "mobile_sam")
+        encoder = from_canonical(fitted_encoder(images).state_dict(), "mobile_sam")
         state |= {key: value.detach().clone() for key, value in encoder.items()}
         for key in state:
             if key.startswith(HYPERNETWORKS) and ".layers.2." in key:
@@ -47,7 +47,7 @@ def write_weights(folder: Path, kind: str, pictures: Sequence[str]) -> None:
 
 
 @torch.inference_mode()
-def fitted_encoder(pictures: Sequence[str]) -> torch.nn.Module:
+def fitted_encoder(images: Sequence[str]) -> torch.nn.Module:
     """A 5M encoder of random weights whose neck gives nearly the starter's embedding."""
     small = tinyvit.create_model(checkpoint=STARTER)
     model = tinyvit.create_model("tiny_vit_5m_sam")
@@ -56,10 +56,10 @@ def fitted_encoder(pictures: Sequence[str]) -> torch.nn.Module:
     scale, shift = small.neck[3].weight[:, None, None], small.neck[3].bias[:, None, None]
     wanted = []
     engine = tinyvit.Engine(model, device="cpu")
-    for features in tinyvit.Engine(small, device="cpu").embed(pictures):
+    for features in tinyvit.Engine(small, device="cpu").embed(images):
         normal = (features - shift) / scale
         wanted.append(torch.nn.functional.interpolate(normal[None], (64, 64), mode="bilinear")[0])
-    given = [engine.stages(picture)[0][-1] for picture in pictures]
+    given = [engine.stages(image)[0][-1] for image in images]
     fitted = _fit(_rows(given), _rows(wanted))
     model.neck[0].weight.copy_(fitted[:, :, None, None])
     model.neck[1].weight.fill_(1)
@@ -72,7 +72,7 @@ def fitted_encoder(pictures: Sequence[str]) -> torch.nn.Module:
 
 
 def _rows(maps: Sequence[Tensor]) -> Tensor:
-    """Maps [C, h, w] of all pictures as [cells, C]."""
+    """Maps [C, h, w] of all images as [cells, C]."""
     return torch.cat([one.flatten(1).T for one in maps]).double()
 
 

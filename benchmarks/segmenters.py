@@ -19,7 +19,7 @@ SAM_PIXELS = {"pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.395, 57.
 
 
 def prompts_of(height, width):
-    """Prompts for a picture of any content, as arguments of ``SamPredictor.predict``.
+    """Prompts for an image of any content, as arguments of ``SamPredictor.predict``.
 
     Nine clicks; a click with a second one that is background; a box; a box with a click.
     """
@@ -133,12 +133,12 @@ def _let_any_size_through(encoder, strides):
     for layer, stride in zip(list(encoder.layers)[:-1], strides, strict=True):
         layer.downsample.conv2.c.stride = (stride, stride)
 
-    def forward(pictures):
-        tokens = encoder.patch_embed(pictures)
+    def forward(images):
+        tokens = encoder.patch_embed(images)
         for layer in encoder.layers:
             tokens = layer(tokens)
         batch, _, channels = tokens.size()
-        grid = [side // 16 for side in pictures.shape[-2:]]
+        grid = [side // 16 for side in images.shape[-2:]]
         return encoder.neck(tokens.view(batch, *grid, channels).permute(0, 3, 1, 2))
 
     encoder.forward = forward

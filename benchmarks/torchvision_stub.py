@@ -1,6 +1,6 @@
 """Lets torchvision be imported beside a build of torch that its compiled library does not fit.
 
-timm and mobile_sam import torchvision for things that encoding a picture never uses. Its Python
+timm and mobile_sam import torchvision for things that encoding an image never uses. Its Python
 files register shape rules and gradients for operators that the compiled library would define; all
 they need is that the operators exist. So their signatures are declared here, without any code
 behind them: calling one fails. Import this module before timm or mobile_sam.

@@ -1,7 +1,7 @@
 """Measure training throughput against timm's TinyViT: forward, backward, AdamW's step.
 
 Run it with the environment that ``scripts/peers`` makes. Each contestant runs in a process of its
-own, with the same random pictures and labels, and they take turns round by round
+own, with the same random images and labels, and they take turns round by round
 (``tinyvit.bench``). ``training.md`` and ``training.json`` are written beside this file:
 
     .venv-peers/bin/python benchmarks/training.py
@@ -43,7 +43,7 @@ def make(spec: Mapping[str, object]) -> tuple[Callable[[], object], dict[str, ob
         torch.set_num_threads(spec["threads"])
     torch.manual_seed(0)
     model = _timm(spec["model"]) if project == "timm" else _tinyvit(spec["model"])
-    pictures = torch.randn(spec["batch"], 3, spec["size"], spec["size"])
+    images = torch.randn(spec["batch"], 3, spec["size"], spec["size"])
     labels = torch.randint(0, 1000, (spec["batch"],))
     model.train()
     # Both as their own trainers have it: tinyvit's model and maps are channels-last by themselves.
@@ -52,7 +52,7 @@ def make(spec: Mapping[str, object]) -> tuple[Callable[[], object], dict[str, ob
 
     def step():
         with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
-            loss = torch.nn.functional.cross_entropy(model(pictures), labels)
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
         loss.backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
@@ -111,10 +111,10 @@ def run_case(options: argparse.Namespace, precision: str) -> dict:
 
 
 def compare(rows: Sequence[dict], batch: int) -> None:
-    """Add pictures per second, and how many times as fast as each baseline in the same round."""
+    """Add images per second, and how many times as fast as each baseline in the same round."""
     by_name = {row["name"]: row["rounds"] for row in rows}
     for row in rows:
-        row["pictures_per_s"] = batch / row["seconds"]["median"]
+        row["images_per_s"] = batch / row["seconds"]["median"]
         row["times_as_fast"] = {}
         for baseline in BASELINES:
             if baseline in by_name:
@@ -128,7 +128,7 @@ def markdown(cases: Sequence[Mapping]) -> str:
     lines = [
         "# Training throughput",
         "",
-        "One step is forward, backward and AdamW's step on random pictures, all contestants in one",
+        "One step is forward, backward and AdamW's step on random images, all contestants in one",
         "interleaved run. `+mallopt` is with `tinyvit.tune_allocator()`, one line at the start.",
         "Written by `benchmarks/training.py`.",
     ]
@@ -160,7 +160,7 @@ def _line(row: Mapping) -> str:
         row["name"],
         f"{1000 * spread['median']:.0f}",
         f"{1000 * spread['lower']:.0f}-{1000 * spread['upper']:.0f}",
-        f"{row['pictures_per_s']:.2f}",
+        f"{row['images_per_s']:.2f}",
         *shown,
         faults,
         memory,

@@ -1,4 +1,4 @@
-"""Random weights and pictures that depend on a name alone, so that all contestants get the same.
+"""Random weights and images that depend on a name alone, so that all contestants get the same.
 
 Every tensor is random, batch statistics too: nothing is at a neutral start that some code could
 take for granted. Needs numpy only.
@@ -40,6 +40,6 @@ def weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
     return {name: weight(name, shape) for name, shape in shapes.items()}
 
 
-def pictures(batch: int, size: int) -> np.ndarray:
-    """[batch, 3, size, size] float32, prepared pictures of noise; the first ones are always so."""
-    return np.stack([values(f"picture {i} of {size}", (3, size, size)) for i in range(batch)])
+def images(batch: int, size: int) -> np.ndarray:
+    """[batch, 3, size, size] float32, prepared images of noise; the first ones are always so."""
+    return np.stack([values(f"image {i} of {size}", (3, size, size)) for i in range(batch)])

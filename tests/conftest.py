@@ -111,8 +111,8 @@ def describe_arguments():
 
 
 @pytest.fixture(scope="session")
-def picture():
-    """``picture(batch, height, width, ...)``: normal noise that depends on the shape alone."""
+def image():
+    """``image(batch, height, width, ...)``: normal noise that depends on the shape alone."""
 
     def make(batch, height, width, channels=3, seed=0, dtype=torch.float32):
         generator = torch.Generator().manual_seed(1000 * height + width + seed)

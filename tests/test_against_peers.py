@@ -104,20 +104,20 @@ def test_every_tensor_is_random_and_reaches_every_family(load):
             assert renamed[prefix + key] is value
     model.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
     with torch.inference_mode():
-        output = model(torch.from_numpy(load("weights").pictures(1, 64)))
+        output = model(torch.from_numpy(load("weights").images(1, 64)))
     assert 0.5 < output.abs().max() < 50
 
 
-def test_the_first_pictures_do_not_depend_on_the_batch(load):
-    pictures = load("weights").pictures
-    assert pictures(3, 8).shape == (3, 3, 8, 8)
-    assert np.array_equal(pictures(3, 8)[:1], pictures(1, 8))
+def test_the_first_images_do_not_depend_on_the_batch(load):
+    images = load("weights").images
+    assert images(3, 8).shape == (3, 3, 8, 8)
+    assert np.array_equal(images(3, 8)[:1], images(1, 8))
 
 
 def a_case(model="tiny_vit_5m_sam", date="today"):
     row = {
         "name": "ultralytics", "seconds": {"median": 1.5, "lower": 1.25, "upper": 2.0},
-        "rounds": [1.5], "pictures_per_s": 0.67, "gflops": 51.7, "max_abs_error": 1.2e-5,
+        "rounds": [1.5], "images_per_s": 0.67, "gflops": 51.7, "max_abs_error": 1.2e-5,
         "page_faults": 500000.0, "peak_memory": 670_000_000, "first_result_s": 2.5,
         "times_as_fast": {"ultralytics": {"median": 1.0, "lower": 1.0, "upper": 1.0}},
     }  # fmt: skip
@@ -134,7 +134,7 @@ def test_a_case_becomes_a_table(load):
     text = load("report").markdown(a_case())
     assert text.startswith("## tiny_vit_5m_sam, 1024x1024, batch 1\n")
     for words in (
-        "77.5 GFLOP a picture; 7 rounds; outputs up to 5.6; today",
+        "77.5 GFLOP an image; 7 rounds; outputs up to 5.6; today",
         "    python benchmarks/against_peers.py",
         "processor: A, cores: 2, memory: 8 GB; threads: each library's choice",
         "- torch 2.13.0\n",

@@ -39,7 +39,7 @@ def test_the_words_survive_other_processes(error: type[TinyViTError]) -> None:
         assert str(again) == "wanted 1, came 2; try 3"
 
 
-def test_a_picture_is_no_checkpoint() -> None:
+def test_an_image_is_no_checkpoint() -> None:
     assert not issubclass(ImageError, CheckpointError)
     assert not issubclass(CheckpointError, OSError)
     assert not issubclass(TinyViTError, ValueError)

@@ -42,9 +42,9 @@ def test_the_default_cases(load):
     everything = load("everything")
     cases = list(everything.cases_of(everything.parse([])))
     assert [(case["weights"], case["picture"]) for case in cases] == [
-        (weights, picture)
+        (weights, image)
         for weights in ("starter", "5m")
-        for picture in ("coffee.png", "chelsea.png", "rocket.jpg")
+        for image in ("coffee.png", "chelsea.png", "rocket.jpg")
     ]
     assert {case["arguments"]["points_per_side"] for case in cases} == {32}
     assert all(Path(case["path"]).is_file() for case in cases)
@@ -112,7 +112,7 @@ def test_everything_is_compared_whatever_its_order(load):
     assert (none["theirs_alone"], none["ours_alone"], none["least_iou"]) == (3, 0, None)
 
 
-def test_prompts_lie_in_the_picture(load):
+def test_prompts_lie_in_the_image(load):
     prompts = list(load("segmenters").prompts_of(100, 300))
     for prompt in prompts:
         points = prompt.get("point_coords", np.zeros((0, 2)))
@@ -137,7 +137,7 @@ def a_case(things=None):
     }  # fmt: skip
     return {
         "weights": "starter", "variant": "tiny_vit_2m_sam", "size": 256, "picture": "coffee.png",
-        "picture_size": [400, 600], "arguments": {"points_per_side": 32}, "rounds": 3, "threads": 2,
+        "image_size": [400, 600], "arguments": {"points_per_side": 32}, "rounds": 3, "threads": 2,
         "machine": {"cpu": "A", "cores": 2, "os": "Linux", "torch": "2.13.0", "date": "today"},
         "command": "python benchmarks/everything.py", "compared_with": "mobile_sam",
         "baselines": ["mobile_sam"], "contestants": [row],

@@ -99,7 +99,7 @@ def assert_same(model: TinyViT, state: State) -> None:
         assert torch.equal(own[key], value.to(own[key].dtype)), key
 
 
-def picture(side: int = 64, channels: int = 3) -> Tensor:
+def image(side: int = 64, channels: int = 3) -> Tensor:
     return torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(side))
 
 
@@ -147,7 +147,7 @@ def test_every_family_gives_what_the_state_loaded_by_hand_gives(
     )  # fmt: skip
     assert not any(module.training for module in model.modules())
     with torch.inference_mode():
-        out, wanted = model(picture()), by_hand(picture())
+        out, wanted = model(image()), by_hand(image())
     assert torch.isfinite(out).all()
     assert torch.equal(out, wanted)
     assert model.image_spec is not None
@@ -198,7 +198,7 @@ def test_published_sizes(family: str, published: tuple[TinyViT, dict[str, Path]]
     by_hand = TinyViT(**variant.arguments()).eval()
     by_hand.load_state_dict(wanted)
     with torch.inference_mode():
-        assert torch.equal(model(picture()), by_hand(picture()))
+        assert torch.equal(model(image()), by_hand(image()))
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -488,7 +488,7 @@ def test_another_number_of_classes_gives_a_fresh_head(classifier: tuple[State, P
         assert key.startswith("head.") or torch.equal(own[key], state[key]), key
     assert model.arguments()["num_classes"] == 7
     with torch.inference_mode():
-        assert model(picture()).shape == (1, 7)
+        assert model(image()).shape == (1, 7)
 
 
 def test_a_number_of_classes_gives_a_head_to_a_file_without_one(
@@ -498,7 +498,7 @@ def test_a_number_of_classes_gives_a_head_to_a_file_without_one(
     path = write(tmp_path / "encoder.safetensors", state, "tinyvit")
     assert create_model(checkpoint=path).head is None
     model = create_model(checkpoint=path, num_classes=3)
-    assert model.classify(picture()).shape == (1, 3)
+    assert model.classify(image()).shape == (1, 3)
     with pytest.warns(UserWarning) as caught:
         model = create_model(checkpoint=path, head=True)
     assert [str(w.message) for w in caught] == [
@@ -522,7 +522,7 @@ def test_without_a_head(classifier: tuple[State, Path]) -> None:
     assert (model.head, model.norm_head) == (None, None)
     assert_same(model, {key: t for key, t in state.items() if "head" not in key})
     with torch.inference_mode():
-        assert model(picture()).shape == (1, 24, 2, 2)
+        assert model(image()).shape == (1, 24, 2, 2)
 
 
 def test_other_strides(classifier: tuple[State, Path], build: Callable[..., TinyViT]) -> None:
@@ -532,14 +532,14 @@ def test_other_strides(classifier: tuple[State, Path], build: Callable[..., Tiny
     by_hand = build(TINY_64, strides=(2, 2, 1))
     by_hand.load_state_dict(state)
     with torch.inference_mode():
-        assert torch.equal(model(picture()), by_hand(picture()))
-        assert not torch.equal(model(picture()), create_model("tiny_64", path)(picture()))
+        assert torch.equal(model(image()), by_hand(image()))
+        assert not torch.equal(model(image()), create_model("tiny_64", path)(image()))
 
 
 def resized_by_hand(table: Tensor, window: int, antialias: bool) -> Tensor:
     side = round(table.shape[1] ** 0.5)
-    picture = table.view(1, -1, side, side)
-    large = F.interpolate(picture, size=(window, window), mode="bicubic", antialias=antialias)
+    image = table.view(1, -1, side, side)
+    large = F.interpolate(image, size=(window, window), mode="bicubic", antialias=antialias)
     return large.flatten(2)[0]
 
 
@@ -636,7 +636,7 @@ def test_a_sam_file_in_a_classifier(encoder: tuple[State, Path]) -> None:
     assert_same(model, {key: t for key, t in state.items() if not key.startswith("neck.")})
     assert model.image_spec == ImageSpec.timm(64)
     with torch.inference_mode():
-        assert model(picture()).shape == (1, 5)
+        assert model(image()).shape == (1, 5)
 
 
 def test_a_whole_sam_file(encoder: tuple[State, Path], build: Callable[..., TinyViT]) -> None:

@@ -68,7 +68,7 @@ def test_sam_sizes(old, new):
     assert ImageSpec.sam(pad=False).place(*old).model_size == new
 
 
-def test_a_rectangle_holds_the_whole_picture():
+def test_a_rectangle_holds_the_whole_image():
     assert SPECS["sam_rectangle"].place(448, 320).resized_size == (224, 160)
     assert SPECS["sam_rectangle"].place(100, 320).resized_size == (100, 320)
 
@@ -108,10 +108,10 @@ def test_coordinates_come_back(spec, height, width, x, y):
     place = spec.place(height, width)
     box = [0.0, 0.0, x * width, y * height]
     # float64 keeps 15 digits of numbers up to 705000 (a strip for the crop), scaled by up to 3000
-    np.testing.assert_allclose(place.boxes_to_picture(place.boxes_to_model(box)), box, atol=1e-5)
+    np.testing.assert_allclose(place.boxes_to_image(place.boxes_to_model(box)), box, atol=1e-5)
     point = np.array([[x * width, y * height]])
     np.testing.assert_allclose(
-        place.points_to_picture(place.points_to_model(point)), point, atol=1e-5
+        place.points_to_image(place.points_to_model(point)), point, atol=1e-5
     )
     assert place.boxes_to_model(box)[2:] == pytest.approx(place.points_to_model(point)[0].tolist())
 
@@ -119,7 +119,7 @@ def test_coordinates_come_back(spec, height, width, x, y):
 @settings(deadline=None)
 @given(height=SIDES, width=SIDES)
 @specs
-def test_the_picture_fills_its_resized_size(spec, height, width):
+def test_the_image_fills_its_resized_size(spec, height, width):
     place = spec.place(height, width)
     (new_h, new_w), (top, left) = place.resized_size, place.crop_offset
     got = place.boxes_to_model([0, 0, width, height])
@@ -179,7 +179,7 @@ def test_wrong_points_are_named(points, came):
 
 def test_wrong_boxes_are_named():
     with pytest.raises(ValueError, match=r"wanted boxes \[\.\.\., 4\].*shape \[1, 2\]"):
-        SPECS["sam"].place(4, 4).boxes_to_picture(np.zeros((1, 2)))
+        SPECS["sam"].place(4, 4).boxes_to_image(np.zeros((1, 2)))
 
 
 @specs
@@ -232,7 +232,7 @@ def test_wrong_crop_pct(crop_pct):
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, -1), (5, 2.0), (None, 5)])
-def test_wrong_picture_sizes(size):
+def test_wrong_image_sizes(size):
     with pytest.raises(ValueError, match=r"(height|width) must be a whole number of pixels"):
         SPECS["sam"].place(*size)
 

@@ -206,8 +206,8 @@ def test_the_wheel_works_without_the_tree(wheel: Path, tmp_path: Path) -> None:
         "import numpy, tinyvit\n"
         f"assert tinyvit.__file__.startswith({str(target)!r}), tinyvit.__file__\n"
         "engine = tinyvit.Engine(tinyvit.create_model('tinyvit_starter'), device='cpu')\n"
-        "picture = numpy.arange(60 * 80 * 3, dtype=numpy.uint8).reshape(60, 80, 3)\n"
-        "out = engine.embed(picture)\n"
+        "image = numpy.arange(60 * 80 * 3, dtype=numpy.uint8).reshape(60, 80, 3)\n"
+        "out = engine.embed(image)\n"
         "assert bool(out.isfinite().all()) and float(out.std()) > 0\n"
         "print(tinyvit.__version__, list(out.shape))\n"
     )

@@ -22,7 +22,7 @@ def load(monkeypatch):
         sys.modules.pop(path.stem, None)
 
 
-def test_errors_are_those_of_the_worst_call_and_picture(load):
+def test_errors_are_those_of_the_worst_call_and_image(load):
     proof = load("proof")
     calls = []
 

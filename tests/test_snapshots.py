@@ -69,13 +69,13 @@ def keys_of(value):
     [
         "models",
         "inspect tinyvit_starter",
-        "encode PICTURE -o OUT",
-        "segment PICTURE --point 172,118 -o OUT",
+        "encode IMAGE -o OUT",
+        "segment IMAGE --point 172,118 -o OUT",
     ],
 )
 def test_keys_of_json(words, tmp_path):
-    picture = Path(__file__).parents[1] / "examples" / "pictures" / "chelsea.png"
-    argv = words.replace("PICTURE", str(picture)).replace("OUT", str(tmp_path)).split()
+    image = Path(__file__).parents[1] / "examples" / "pictures" / "chelsea.png"
+    argv = words.replace("IMAGE", str(image)).replace("OUT", str(tmp_path)).split()
     result = CliRunner().invoke(app, [*argv, "--json"])
     assert result.exit_code == 0, result.output
     compare(f"json.{words.split()[0]}", keys_of(json.loads(result.stdout)))

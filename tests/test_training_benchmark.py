@@ -31,7 +31,7 @@ def test_ratios_are_taken_round_by_round(training):
     training.compare(rows, batch=8)
     assert rows[1]["times_as_fast"]["timm"]["median"] == 2.0  # of 2, 4 and 1
     assert "timm+mallopt" not in rows[1]["times_as_fast"]
-    assert rows[1]["pictures_per_s"] == 8.0
+    assert rows[1]["images_per_s"] == 8.0
 
 
 def test_a_case_becomes_a_table(training):
@@ -59,6 +59,6 @@ def test_a_step_trains(training):
     first = float(step())
     for _ in range(3):
         last = float(step())
-    assert last < first  # the same pictures and labels each time
+    assert last < first  # the same images and labels each time
     with pytest.raises(ValueError, match="unknown contestant 'cream'"):
         training.make({**spec, "name": "cream"})

@@ -3,7 +3,7 @@
     python recipes/default_model/backgrounds.py WORK
 
 Leaves ``WORK/backgrounds/*.jpg`` and, last of all, ``WORK/backgrounds/manifest.csv``: the table is
-there if all its pictures are. Which photographs, under which licences and whose, says
+there if all its images are. Which photographs, under which licences and whose, says
 ``selection/backgrounds.csv``, chosen by eye. A source ``a.rcc:b`` is the file ``b`` in the Qt
 resource file ``a.rcc``. ``selection/held_out.csv`` lists photographs that models are measured on;
 none of them may be chosen. Packages must have been fetched.
@@ -118,15 +118,15 @@ def _members(path: Path, sources: Sequence[str]) -> Iterator[tuple[str, bytes]]:
 def _photograph(data: bytes, source: str) -> Image.Image:
     """A photograph, upright, RGB, longest side at most 900 pixels."""
     try:
-        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     except (OSError, SyntaxError, ValueError) as err:
         raise ValueError(f"{source} cannot be read: {err}; fetch its package again") from err
-    scale = LONGEST / max(picture.size)
+    scale = LONGEST / max(image.size)
     if scale >= 1:
-        return picture
+        return image
     # Halves go up, which round() does not do: 2560 x 1600 becomes 900 x 563.
-    width, height = (max(1, int(side * scale + 0.5)) for side in picture.size)
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
+    width, height = (max(1, int(side * scale + 0.5)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

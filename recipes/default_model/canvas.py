@@ -1,6 +1,6 @@
-"""A picture on which cut-outs are laid, and what can be seen of each of them.
+"""An image on which cut-outs are laid, and what can be seen of each of them.
 
-Letters: N objects, H W the picture.
+Letters: N objects, H W the image.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Plane = NDArray[np.float32]
 
 
 class Canvas:
-    """The picture so far and what can be seen of each object."""
+    """The image so far and what can be seen of each object."""
 
     def __init__(self, image: Image.Image) -> None:
         self.image = image

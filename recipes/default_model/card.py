@@ -33,8 +33,8 @@ FLOORS = {
 }
 
 LICENCE = """\
-No picture is contained in the weights file. The weights are offered under Apache-2.0, like the
-package. Whether a licence of training pictures reaches the weights is not settled everywhere; if
+No image is contained in the weights file. The weights are offered under Apache-2.0, like the
+package. Whether a licence of training images reaches the weights is not settled everywhere; if
 that matters to you, load other weights (`tinyvit models` lists them). Who made the 3D models and
 the background photographs stands beside each in `recipes/default_model/models.csv` and
 `recipes/default_model/selection/backgrounds.csv`."""
@@ -42,12 +42,12 @@ the background photographs stands beside each in `recipes/default_model/models.c
 LIMITS = """\
 It has learnt from cut-out objects pasted on photographs, and from regions that an algorithm found
 by their colours; no person has drawn a mask for it. It knows no classes and no text. What is unlike
-the pictures below it has never seen: measure it on your own (`tinyvit evaluate segment`) before you
+the images below it has never seen: measure it on your own (`tinyvit evaluate segment`) before you
 rely on it."""
 
 
 def describe_supply(work: Path, split: str = "train") -> list[str]:
-    """What was learnt from: a Markdown table of pictures by package and licence.
+    """What was learnt from: a Markdown table of images by package and licence.
 
     Args:
         work: The folder of the supply, with the tables ``objects/*.csv`` and
@@ -63,26 +63,26 @@ def describe_supply(work: Path, split: str = "train") -> list[str]:
     tables = sorted((work / "objects").glob("*.csv"))
     if not tables:
         raise ValueError(f"{work / 'objects'} holds no table; build the supply first")
-    pictures: Counter[tuple[str, str, str]] = Counter()
+    images: Counter[tuple[str, str, str]] = Counter()
     groups: dict[tuple[str, str, str], set[str]] = {}
     for table in tables:
         for row in read_rows(table, Row):
             if row.split == split:
                 key = (f"objects: {row.kind}", row.package, row.license)
-                pictures[key] += 1
+                images[key] += 1
                 groups.setdefault(key, set()).add(row.group)
     backgrounds = work / "backgrounds" / "manifest.csv"
     if backgrounds.is_file():
         for ground in read_rows(backgrounds, Background):
             if ground.split == split:
-                pictures["backgrounds", ground.package, ground.license] += 1
+                images["backgrounds", ground.package, ground.license] += 1
     lines = [
-        "| what | package | licence there | pictures | objects |",
+        "| what | package | licence there | images | objects |",
         "|---|---|---|---|---|",
     ]
-    for key in sorted(pictures, key=lambda key: (key[0] == "backgrounds", key)):
+    for key in sorted(images, key=lambda key: (key[0] == "backgrounds", key)):
         distinct = str(len(groups[key])) if key in groups else "-"
-        cells = (*(_cell(text) for text in key), str(pictures[key]), distinct)
+        cells = (*(_cell(text) for text in key), str(images[key]), distinct)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -99,7 +99,7 @@ def describe_training(history: History, machine: str = "") -> str:
         words.append(f"{history.hours:.1f} hours{f' on {machine}' if machine else ''}")
     elif machine:
         words.append(f"on {machine}")
-    words.append(f"{_spaced(history.images)} pictures in {_spaced(history.steps)} steps")
+    words.append(f"{_spaced(history.images)} images in {_spaced(history.steps)} steps")
     return ", ".join(words)
 
 
@@ -191,7 +191,7 @@ def write_card(
         f"Measured with: {_machine(results['machine'])}.",
         f"## What it cannot do\n\n{LIMITS}",
         "## Data and licences\n\nTrained on composites of these objects and backgrounds, and on "
-        "regions of these backgrounds; a public\npackage ships each of the pictures:",
+        "regions of these backgrounds; a public\npackage ships each of the images:",
         "\n".join(supply),
         LICENCE,
         f"## What the training began with\n\n{began_with.strip()}" if began_with else "",
@@ -212,7 +212,7 @@ def _network(weights: Path) -> list[tuple[str, str]]:
             "prompt encoder and mask decoder in MobileSAM's key format",
         ),
         (
-            "pictures",
+            "images",
             f"{size} px, SAM's preparation (longest side, normalise, pad with zeros)",
         ),
     ]

@@ -1,6 +1,6 @@
 """What happens by chance to the parts of a composite: sizes, colours, shapes, and the camera.
 
-Pillow's pictures in and out; all chance comes from the generator that is handed in. No file is
+Pillow's images in and out; all chance comes from the generator that is handed in. No file is
 known here.
 """
 
@@ -19,19 +19,19 @@ RGB = NDArray[np.uint8]
 
 
 def crop(
-    picture: Image.Image,
+    image: Image.Image,
     size: tuple[int, int],
     rng: np.random.Generator,
     resample: Image.Resampling = _BILINEAR,
 ) -> Image.Image:
-    """A random part of a picture at another size."""
+    """A random part of an image at another size."""
     width, height = size
-    most = min(picture.width / width, picture.height / height)
+    most = min(image.width / width, image.height / height)
     scale = most * float(np.exp(rng.uniform(np.log(0.35), 0.0)))
-    x = rng.uniform(0, picture.width - scale * width)
-    y = rng.uniform(0, picture.height - scale * height)
+    x = rng.uniform(0, image.width - scale * width)
+    y = rng.uniform(0, image.height - scale * height)
     box = (x, y, x + scale * width, y + scale * height)
-    part = picture.resize(size, resample, box=box, reducing_gap=2.0)
+    part = image.resize(size, resample, box=box, reducing_gap=2.0)
     return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else part
 
 
@@ -53,7 +53,7 @@ def changed(cutout: Image.Image, side: float, rng: np.random.Generator) -> Image
     return rgb
 
 
-def recoloured(picture: Image.Image, most: float, rng: np.random.Generator) -> Image.Image:
+def recoloured(image: Image.Image, most: float, rng: np.random.Generator) -> Image.Image:
     """Other brightness, contrast, saturation and tint; sometimes grey."""
     saturation = 0.0 if rng.random() < 0.05 else rng.uniform(1 - 1.5 * most, 1 + most)
     contrast = rng.uniform(1 - most, 1 + most)
@@ -61,7 +61,7 @@ def recoloured(picture: Image.Image, most: float, rng: np.random.Generator) -> I
     matrix = saturation * np.eye(3) + (1 - saturation) / 3  # towards the grey of each pixel
     scaled = contrast * tint[:, None] * matrix
     offset = tint * 128 * (1 - contrast) + rng.uniform(-100, 100) * most
-    return picture.convert("RGB", np.column_stack((scaled, offset)).ravel().tolist())
+    return image.convert("RGB", np.column_stack((scaled, offset)).ravel().tolist())
 
 
 def towards(
@@ -79,9 +79,9 @@ def towards(
     return rgb
 
 
-def _mean_colour(picture: Image.Image) -> NDArray[np.float64]:
+def _mean_colour(image: Image.Image) -> NDArray[np.float64]:
     """[3], of what is not transparent."""
-    few = picture.convert("RGBA").resize((6, 6), Image.Resampling.BOX)  # weighs by the alpha
+    few = image.convert("RGBA").resize((6, 6), Image.Resampling.BOX)  # weighs by the alpha
     values = np.asarray(few, np.float64).reshape(-1, 4)
     shares: NDArray[np.float64] = values[:, 3:] + 1e-3
     mean: NDArray[np.float64] = (values[:, :3] * shares).sum(0) / shares.sum()
@@ -106,18 +106,18 @@ def blob(side: int, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray((soft * 255).astype(np.uint8))
 
 
-def as_a_camera(picture: Image.Image, rng: np.random.Generator) -> RGB:
+def as_a_camera(image: Image.Image, rng: np.random.Generator) -> RGB:
     """Blur, noise and JPEG over the whole composite, each sometimes."""
     if rng.random() < 0.3:
-        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.2)))
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.2)))
     if rng.random() < 0.4:
-        values = np.asarray(picture, np.float32)
+        values = np.asarray(image, np.float32)
         noise = rng.standard_normal(values.shape, np.float32)
         noise *= np.float32(rng.uniform(1, 10))
-        picture = Image.fromarray(np.clip(values + noise, 0, 255).astype(np.uint8))
+        image = Image.fromarray(np.clip(values + noise, 0, 255).astype(np.uint8))
     if rng.random() < 0.6:
         stored = io.BytesIO()
-        picture.save(stored, "JPEG", quality=int(rng.integers(35, 96)))
+        image.save(stored, "JPEG", quality=int(rng.integers(35, 96)))
         with Image.open(stored) as read:
-            picture = read.convert("RGB")
-    return np.array(picture)
+            image = read.convert("RGB")
+    return np.array(image)

@@ -5,7 +5,7 @@ and needs no room on the disk. What keeps a network from learning the paste inst
 soft shadows, colours drawn towards the background's, blur, noise and JPEG after compositing, and
 patches of other photographs with the same kind of edge that are no objects.
 
-Letters: N objects, H W the picture.
+Letters: N objects, H W the image.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Look:
 
     Attributes:
         most_objects: Objects pasted at most.
-        smallest: Longest side of the smallest object, as a share of the picture's.
+        smallest: Longest side of the smallest object, as a share of the image's.
         largest: The same of the largest.
         distractors: Unlabelled patches at most.
         least_visible: Objects of which less can be seen, as a share, are not labelled.
@@ -94,7 +94,7 @@ class CompositeSet(Sequence[Composite]):
     Attributes:
         work: The folder of the supply: ``objects/*.csv`` and ``backgrounds/manifest.csv``.
         split: Which objects and backgrounds are used; a background knows train and val only.
-        size: The pictures' longest side in pixels.
+        size: The images' longest side in pixels.
         seed: Source of all chance.
         length: How many there are.
         weights: How often each kind of object is drawn; kinds that are not named are left out.
@@ -165,7 +165,7 @@ class CompositeSet(Sequence[Composite]):
         return None if found is None else (*found, ("region",) * len(found[1]))
 
     def _sides(self, rng: np.random.Generator) -> tuple[int, int]:
-        """(width, height) of a picture."""
+        """(width, height) of an image."""
         shape = _SHAPES[rng.integers(len(_SHAPES))]
         width = self.size if shape >= 1 else round(self.size * shape)
         height = self.size if shape <= 1 else round(self.size / shape)
@@ -177,8 +177,8 @@ class CompositeSet(Sequence[Composite]):
         if rng.random() < 0.08:
             return Canvas(gradient(sides, rng))
         files = _backgrounds(self.work, self.split)
-        picture = crop(open_photograph(files[rng.integers(len(files))]), sides, rng)
-        return Canvas(recoloured(picture, 0.25, rng))
+        image = crop(open_photograph(files[rng.integers(len(files))]), sides, rng)
+        return Canvas(recoloured(image, 0.25, rng))
 
     def _paste_all(
         self, canvas: Canvas, rng: np.random.Generator

@@ -1,7 +1,7 @@
-"""Make a cut-out of a picture with alpha: cropped, small enough, written whole or not at all.
+"""Make a cut-out of an image with alpha: cropped, small enough, written whole or not at all.
 
 Also here: how much of it is filled, and whether it is one object. Knows no packages and no tables.
-Letters: H W the picture.
+Letters: H W the image.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _OPAQUE = 240
 _EVERY_NEIGHBOUR = np.ones((3, 3), bool)
 
 
-def cut_out(picture: Image.Image) -> Image.Image | None:
-    """Crop a picture to what can be seen of it and make it small enough.
+def cut_out(image: Image.Image) -> Image.Image | None:
+    """Crop an image to what can be seen of it and make it small enough.
 
     Args:
-        picture: Any mode that has or can get an alpha channel.
+        image: Any mode that has or can get an alpha channel.
 
     Returns:
         RGBA, longest side at most 384 pixels; None if nothing can be seen.
     """
-    rgba = picture.convert("RGBA")
+    rgba = image.convert("RGBA")
     seen = _alpha(rgba) > _FAINT
     if not seen.any():
         return None
@@ -93,20 +93,20 @@ def has_hard_edge(cutout: Image.Image, share: float = 0.12) -> bool:
     return bool(seen.any() and (seen & ~solid).sum() <= share * seen.sum())
 
 
-def write_whole(picture: Image.Image, path: Path, **options: int | bool) -> None:
-    """Write a picture, whole or not at all.
+def write_whole(image: Image.Image, path: Path, **options: int | bool) -> None:
+    """Write an image, whole or not at all.
 
     Args:
-        picture: What to write.
+        image: What to write.
         path: Where; the suffix says how. Folders are made.
         options: Passed to the format's writer.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.part{path.suffix}")
-    picture.save(temporary, None, **options)
+    image.save(temporary, None, **options)
     os.replace(temporary, path)
 
 
-def _alpha(picture: Image.Image) -> NDArray[np.uint8]:
+def _alpha(image: Image.Image) -> NDArray[np.uint8]:
     """The alpha channel [H, W]."""
-    return np.asarray(picture.getchannel("A"))
+    return np.asarray(image.getchannel("A"))

@@ -1,6 +1,6 @@
 """Measure weights beside each other: on photographs with masks, and on composites held out.
 
-One report for each file of weights and set of pictures; the floors that need no network stand in
+One report for each file of weights and set of images; the floors that need no network stand in
 the same table. All measuring is ``tinyvit.evaluate``'s. Written are ``evaluation.json`` (figures),
 ``cases.json`` (every mask), ``evaluation.md`` (tables) and one contact sheet for each report.
 
@@ -25,14 +25,14 @@ from tinyvit.bench.machine import machine_facts
 from tinyvit.checkpoints.open import find_checkpoint
 from tinyvit.evaluate.segment import (
     ContactSheet,
-    LabelledPicture,
+    LabelledImage,
     MeasureSettings,
     SegmentReport,
     evaluate_segment,
 )
 from tinyvit.train.data.masks import open_mask_set
 
-__all__ = ["Choices", "Pictures", "build", "measure", "open_sets", "tables"]
+__all__ = ["Choices", "Images", "build", "measure", "open_sets", "tables"]
 
 JSON, MARKDOWN, CASES = "evaluation.json", "evaluation.md", "cases.json"
 PROMPTS = ("1 click", "3 clicks", "box")
@@ -50,7 +50,7 @@ class Choices:
         size: Their longest side in pixels.
         seed: Of the composites.
         most_masks: Stop after so many masks of each set; None measures all.
-        floors: An earlier ``evaluation.json`` of the same pictures, whose floors are taken: they do
+        floors: An earlier ``evaluation.json`` of the same images, whose floors are taken: they do
             not hang on the model, and GrabCut is slow. None measures them.
     """
 
@@ -64,23 +64,23 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Images:
     """A set to measure on.
 
     Attributes:
         name: What to call it: "photographs" or "composites".
-        pictures: Its pictures with masks.
+        images: Its images with masks.
         faults: What was left out when it was opened.
         note: What a reader of its figures should know.
     """
 
     name: str
-    pictures: Sequence[LabelledPicture]
+    images: Sequence[LabelledImage]
     faults: tuple[str, ...] = ()
     note: str = ""
 
 
-def open_sets(choices: Choices) -> list[Pictures]:
+def open_sets(choices: Choices) -> list[Images]:
     """The sets that the choices name, photographs first.
 
     Raises:
@@ -89,13 +89,13 @@ def open_sets(choices: Choices) -> list[Pictures]:
     found = []
     if choices.photographs is not None:
         masks = open_mask_set(choices.photographs)
-        found.append(Pictures("photographs", masks, masks.faults, _note(choices.photographs)))
+        found.append(Images("photographs", masks, masks.faults, _note(choices.photographs)))
     if choices.work is not None:
         from composites import CompositeSet
 
         composites = CompositeSet(choices.work, "test", choices.size, choices.seed)
         drawn = composites[: choices.composites]
-        found.append(Pictures("composites", drawn, note="Objects held out, pasted on photographs."))
+        found.append(Images("composites", drawn, note="Objects held out, pasted on photographs."))
     if not found:
         raise ValueError("there is nothing to measure on: give --photographs DIR or --work WORK")
     return found
@@ -113,7 +113,7 @@ def _note(folder: Path) -> str:
 
 def measure(
     weights: Mapping[str, str],
-    sets: Sequence[Pictures],
+    sets: Sequence[Images],
     *,
     out: Path | None = None,
     most_masks: int | None = None,
@@ -135,7 +135,7 @@ def measure(
         and, by name of each set, its figures; single masks under ``cases``.
 
     Raises:
-        ValueError: A set holds not one good mask, or ``earlier`` is of other pictures.
+        ValueError: A set holds not one good mask, or ``earlier`` is of other images.
         CheckpointError: A file cannot be read, or holds no whole SAM.
     """
     results: dict[str, Any] = {
@@ -144,12 +144,12 @@ def measure(
         "weights": {name: _file_facts(path) for name, path in weights.items()},
         "sets": {},
     }
-    for pictures in sets:
+    for images in sets:
         reports: dict[str, SegmentReport] = {}
         for name, path in weights.items():
-            say(f"measuring {name} on {pictures.name}")
+            say(f"measuring {name} on {images.name}")
             sheet = None if out is None else ContactSheet()
-            # The floors are those of the pictures, not of the model: once is enough.
+            # The floors are those of the images, not of the model: once is enough.
             settings = MeasureSettings(
                 (1, 3),
                 most_clicks=3,
@@ -158,19 +158,19 @@ def measure(
             )
             reports[name] = evaluate_segment(
                 path,
-                pictures.pictures,
+                images.images,
                 settings,
                 name=name,
-                data=pictures.name,
-                faults=pictures.faults,
+                data=images.name,
+                faults=images.faults,
                 watch=sheet,
             )
             if sheet is not None and out is not None:
-                sheet.save(out / f"{pictures.name}_{name}.png", f"{name}, one click")
-        figures = _figures(pictures, reports)
+                sheet.save(out / f"{images.name}_{name}.png", f"{name}, one click")
+        figures = _figures(images, reports)
         if earlier:
-            figures["floors"] = _floors_of(earlier, pictures.name, figures)
-        results["sets"][pictures.name] = figures
+            figures["floors"] = _floors_of(earlier, images.name, figures)
+        results["sets"][images.name] = figures
     return results
 
 
@@ -180,7 +180,7 @@ def _floors_of(
     """The floors of a set that was measured before.
 
     Raises:
-        ValueError: It was not, or had other pictures.
+        ValueError: It was not, or had other images.
     """
     found = earlier["sets"].get(name)
     if found is None:
@@ -188,7 +188,7 @@ def _floors_of(
     if any(found[key] != figures[key] for key in ("pictures", "masks", "left_out")):
         raise ValueError(
             f"the earlier evaluation has other {name}: {found['masks']} masks of "
-            f"{found['pictures']} pictures, not {figures['masks']} of {figures['pictures']}; "
+            f"{found['pictures']} images, not {figures['masks']} of {figures['pictures']}; "
             "measure the floors anew"
         )
     floors: Mapping[str, Any] = found["floors"]
@@ -203,12 +203,12 @@ def _file_facts(path: str) -> dict[str, object]:
     return {"file": file.name, "bytes": len(content), "sha256": sha256}
 
 
-def _figures(pictures: Pictures, reports: Mapping[str, SegmentReport]) -> dict[str, Any]:
+def _figures(images: Images, reports: Mapping[str, SegmentReport]) -> dict[str, Any]:
     plain = {name: json.loads(report.to_json()) for name, report in reports.items()}
     first, shared = next(iter(plain.values())), ("pictures", "masks", "left_out", "floors")
     own = ("ious", "boundary_fs", "calibrations", "cost", "cases")
     return {
-        "note": pictures.note,
+        "note": images.note,
         **{key: first[key] for key in shared},
         "models": {name: {key: report[key] for key in own} for name, report in plain.items()},
     }
@@ -218,7 +218,7 @@ def tables(results: Mapping[str, Any]) -> str:
     """The figures as Markdown, a table for each set; models first, floors below them."""
     parts = []
     for name, found in results["sets"].items():
-        head = f"### {name.capitalize()}: {found['pictures']} pictures, {found['masks']} masks"
+        head = f"### {name.capitalize()}: {found['pictures']} images, {found['masks']} masks"
         rows = [
             "| mean IoU | 1 click | 3 clicks | box | predicted IoU: correlation, mean distance |",
             "|---|---|---|---|---|",
@@ -231,7 +231,7 @@ def tables(results: Mapping[str, Any]) -> str:
         if found["left_out"]:
             words.append(f"Left out: {'; '.join(found['left_out'])}.")
         parts.append("\n".join([head, "", *rows, *(["", " ".join(words)] if words else [])]))
-    legend = "In brackets: 95 % of 1000 means over pictures drawn anew, with replacement."
+    legend = "In brackets: 95 % of 1000 means over images drawn anew, with replacement."
     return "\n\n".join([*parts, legend]) + "\n"
 
 

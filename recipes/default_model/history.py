@@ -1,4 +1,4 @@
-"""What the folders of the training's runs tell of it: pictures, steps, hours, and the results kept.
+"""What the folders of the training's runs tell of it: images, steps, hours, and the results kept.
 
 A run's folder is one of ``tinyvit.train``; each stage of ``stages.toml`` has one in ``WORK/runs``.
 Hours are those that the steps took at the logged speed, measurements between them included; a run
@@ -32,7 +32,7 @@ class History:
     Attributes:
         start: The checkpoint that the first stage began with; empty for chance.
         steps: Steps of the optimiser.
-        images: Pictures seen.
+        images: Images seen.
         hours: That they took; 0 where nothing is logged.
     """
 
@@ -104,7 +104,7 @@ def _lines(texts: Iterable[str]) -> Iterable[dict[str, Any]]:
 
 
 def keep_results(work: Path, stages: Path, evaluation: Path, target: Path) -> list[Path]:
-    """Copy what the repository keeps of a training: choices, logs, curves and figures, no pictures.
+    """Copy what the repository keeps of a training: choices, logs, curves and figures, no images.
 
     Args:
         work: The folder of the recipe.

@@ -1,7 +1,7 @@
-"""The tables that tell what the pictures of the recipe are: rows, reading, writing, splits.
+"""The tables that tell what the images of the recipe are: rows, reading, writing, splits.
 
 A table is a CSV file with one header line. Here are the two kinds of rows, and the rule that puts
-a group of pictures into train, val or test. Knows no pictures and no packages.
+a group of images into train, val or test. Knows no images and no packages.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """An object cut out of its picture.
+    """An object cut out of its image.
 
     Attributes:
         file: The PNG, RGBA, relative to the folder of the table.
@@ -131,7 +131,7 @@ def write_rows(path: Path, rows: Iterable[AnyRow], kind: type[AnyRow]) -> None:
 
 
 def is_done(path: Path, kind: type[AnyRow]) -> bool:
-    """Whether a table is there and so is every picture that it names.
+    """Whether a table is there and so is every image that it names.
 
     Args:
         path: The CSV file.
@@ -149,7 +149,7 @@ def is_done(path: Path, kind: type[AnyRow]) -> bool:
 def split_of(group: str) -> str:
     """Put a group into a split: 85 % train, 5 % val, 10 % test.
 
-    The choice hangs on the group's name alone, so that a picture added later moves no other.
+    The choice hangs on the group's name alone, so that an image added later moves no other.
 
     Args:
         group: The group's name.

@@ -22,7 +22,7 @@ __all__ = ["Floats", "Material", "ReadFile", "read_materials"]
 Floats: TypeAlias = NDArray[np.float32]
 ReadFile: TypeAlias = Callable[[str], "bytes | None"]
 
-LARGEST_TEXTURE = 512  # pixels; a picture of the model is smaller than that
+LARGEST_TEXTURE = 512  # pixels; an image of the model is smaller than that
 LEAST_GLASS = 0.55  # a pane is part of the object, so no pane is fainter than a mask's threshold
 DARK_TINT = 0.35  # below, a colour beside a texture is an exporter's default, not a paint
 

@@ -3,7 +3,7 @@
     python recipes/default_model/objects.py WORK [photo|emoji|clipart ...]
 
 Leaves ``WORK/objects/KIND/*.png`` and, last of all, ``WORK/objects/KIND.csv``: a table is there if
-all its pictures are. Photographs and emoji are lists chosen by eye (``selection/*.csv``); drawings
+all its images are. Photographs and emoji are lists chosen by eye (``selection/*.csv``); drawings
 are chosen by a rule, less a list of those left out by eye. Packages must have been fetched.
 """
 
@@ -54,7 +54,7 @@ def build(work: Path, kinds: Sequence[str] = ()) -> dict[str, int]:
         Kind -> how many objects were made; a kind that was done before is missing.
 
     Raises:
-        ValueError: If there is no such kind, or a package is missing or lacks a picture.
+        ValueError: If there is no such kind, or a package is missing or lacks an image.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
@@ -141,10 +141,10 @@ def _one_drawing(data: bytes) -> Image.Image | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data))
-            if picture.mode not in ("RGBA", "LA") and "transparency" not in picture.info:
+            image = Image.open(io.BytesIO(data))
+            if image.mode not in ("RGBA", "LA") and "transparency" not in image.info:
                 return None
-            cutout = cut_out(picture)
+            cutout = cut_out(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None  # one bad drawing in thousands that nobody chose
     if cutout is None or max(cutout.size) < CLIPART_LEAST_SIDE:
@@ -169,7 +169,7 @@ def _words(stem: str) -> str:
 
 
 def _cut(data: bytes, source: str) -> Image.Image:
-    """The cut-out of a picture that was chosen."""
+    """The cut-out of an image that was chosen."""
     try:
         cutout = cut_out(Image.open(io.BytesIO(data)))
     except (OSError, SyntaxError, ValueError) as err:

@@ -1,7 +1,7 @@
 """Background photographs: opened, and as they are with regions of them as masks (``regions.py``).
 
 A person who clicks into a photograph means a thing, but the things of composites are all pasted.
-Regions follow the edges that real light made. Letters: N regions, H W the picture.
+Regions follow the edges that real light made. Letters: N regions, H W the image.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["draw_regions", "open_photograph"]
 RGB = NDArray[np.uint8]
 
 _LONGEST = 640
-_LEAST, _LARGEST = 0.004, 0.6  # shares of the picture
+_LEAST, _LARGEST = 0.004, 0.6  # shares of the image
 _FILL = 0.25  # share of its box that a region fills: what is thinner is no shape but an outline
 _MOST = 12
 
@@ -40,11 +40,11 @@ def draw_regions(
         (RGB [H, W, 3] uint8, masks [N, H, W] bool with N >= 1); None if no region there is
         neither too small, too large nor too thin.
     """
-    picture = open_photograph(photograph)
-    stages = _stages(regions, picture.size)
+    image = open_photograph(photograph)
+    stages = _stages(regions, image.size)
     stage = stages[int(rng.integers(len(stages)))]
     seed = int(rng.integers(2**62))  # the same part of both
-    part = crop(picture, size, np.random.default_rng(seed))
+    part = crop(image, size, np.random.default_rng(seed))
     labels = np.asarray(crop(stage, size, np.random.default_rng(seed), Image.Resampling.NEAREST))
     masks = [mask for number in np.unique(labels) if number and _is_shape(mask := labels == number)]
     if not masks:
@@ -64,11 +64,11 @@ def _is_shape(mask: NDArray[np.bool_]) -> bool:
 @lru_cache(maxsize=256)
 def open_photograph(path: Path) -> Image.Image:
     """A background, RGB, longest side at most 640 pixels; kept in memory, not to be changed."""
-    with Image.open(path) as image:
-        image.draft("RGB", (_LONGEST, _LONGEST))
-        picture: Image.Image = image.convert("RGB")
-    picture.thumbnail((_LONGEST, _LONGEST), Image.Resampling.BILINEAR)
-    return picture
+    with Image.open(path) as file:
+        file.draft("RGB", (_LONGEST, _LONGEST))
+        image: Image.Image = file.convert("RGB")
+    image.thumbnail((_LONGEST, _LONGEST), Image.Resampling.BILINEAR)
+    return image
 
 
 @lru_cache(maxsize=256)

@@ -1,4 +1,4 @@
-"""A mesh and a view -> a picture with exact alpha.
+"""A mesh and a view -> an image with exact alpha.
 
 Rays through each pixel find the surfaces (Embree does, on the CPU); panes and cut-out textures let
 part of the light through. A surface is lit by a lamp with a soft shadow and by the whole sky, whose
@@ -33,7 +33,7 @@ BOUNCE = 0.12  # light in a corner that no ray of the sky comes to
 
 
 def render(mesh: Mesh, view: View) -> NDArray[np.uint8]:
-    """Take a picture.
+    """Take an image.
 
     Args:
         mesh: What to show.
@@ -76,7 +76,7 @@ def _is_edge(alpha: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def _develop(light: NDArray[np.float64], exposure: float) -> NDArray[np.uint8]:
-    """Premultiplied linear light [H, W, 4] to a cropped picture."""
+    """Premultiplied linear light [H, W, 4] to a cropped image."""
     alpha = np.rint(light[:, :, 3] * 255)
     rows, columns = np.flatnonzero(alpha.any(axis=1)), np.flatnonzero(alpha.any(axis=0))
     if len(rows) == 0:
@@ -85,8 +85,8 @@ def _develop(light: NDArray[np.float64], exposure: float) -> NDArray[np.uint8]:
     bright = colour > 0.7  # above, light is pressed together and never clipped hard
     colour = np.where(bright, 1 - 0.3 * np.exp(-(colour - 0.7) / 0.3), colour)
     shown = np.rint(255 * np.clip(colour, 0, 1) ** (1 / 2.2)) * (alpha > 0)[:, :, None]
-    picture = np.concatenate([shown, alpha[:, :, None]], axis=2).astype(np.uint8)
-    cropped = picture[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    image = np.concatenate([shown, alpha[:, :, None]], axis=2).astype(np.uint8)
+    cropped = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     return np.ascontiguousarray(cropped)
 
 

@@ -53,15 +53,15 @@ def build(work: Path) -> int:
 
     Raises:
         FileNotFoundError: The backgrounds have not been made.
-        ImportError: scikit-image is missing.
+        ImportError: scikit-file is missing.
     """
     rows = read_rows(work / "backgrounds" / "manifest.csv", Background)
     left = [row for row in rows if not regions_path(work, row.file).is_file()]
     for number, row in enumerate(left, 1):
-        with Image.open(work / "backgrounds" / row.file) as image:
-            picture = image.convert("RGB")
-        picture.thumbnail((LONGEST, LONGEST))
-        found = find_regions(np.asarray(picture))
+        with Image.open(work / "backgrounds" / row.file) as file:
+            image = file.convert("RGB")
+        image.thumbnail((LONGEST, LONGEST))
+        found = find_regions(np.asarray(image))
         write_whole(Image.fromarray(found), regions_path(work, row.file))
         if number % 20 == 0 or number == len(left):
             print(f"    regions: {number} of {len(left)} photographs", file=sys.stderr)

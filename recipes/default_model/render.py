@@ -45,7 +45,7 @@ LICENSES = {
 LEAST_FILL = 0.12  # of its box; thinner things make masks of nothing but edge
 LEAST_SIDE = 32  # pixels; below, a thing is seen from its edge
 ATTEMPTS = 4  # how often a view is drawn anew before it is given up
-EDITION = 1  # raise it when pictures come out differently: old ones are then made again
+EDITION = 1  # raise it when images come out differently: old ones are then made again
 MODELS = Path(__file__).with_name("models.csv")
 
 
@@ -76,7 +76,7 @@ def build(
         say: Told of progress and of what was left out.
 
     Returns:
-        The table of the pictures.
+        The table of the images.
 
     Raises:
         FileNotFoundError: If the package is not there; says what to run.
@@ -144,7 +144,7 @@ def render_model(
         model: The model.
         read: What reads it.
         split: The split of its group.
-        folder: Where pictures and notes go.
+        folder: Where images and notes go.
         views: How many views there are to be.
 
     Returns:
@@ -159,30 +159,30 @@ def render_model(
     rows, left_out = list(notes.rows), list(notes.left_out)
     mesh = read(model)
     for number in range(notes.views, views):
-        picture, reason = _take(mesh, f"{model.library}/{model.name}", number)
-        if picture is None:
+        image, reason = _take(mesh, f"{model.library}/{model.name}", number)
+        if image is None:
             left_out.append(f"{model.library}/{model.name}, view {number}: {reason}")
             continue
         file = folder / f"{model.library}__{model.name}_{number}.png"
-        _write_picture(file, picture)
-        rows.append(_row(model, split, f"{folder.name}/{file.name}", picture))
+        _write_image(file, image)
+        rows.append(_row(model, split, f"{folder.name}/{file.name}", image))
     notes = Notes(max(views, notes.views), tuple(rows), tuple(left_out))
     _write_notes(path, notes)
     return notes
 
 
 def _take(mesh: Mesh, name: str, number: int) -> tuple[NDArray[np.uint8] | None, str]:
-    """A picture of a view that shows enough, or None and why there is none."""
+    """An image of a view that shows enough, or None and why there is none."""
     reason = ""
     for attempt in range(ATTEMPTS):
         try:
-            picture = render(mesh, draw_view(name, number, attempt))
+            image = render(mesh, draw_view(name, number, attempt))
         except ValueError as err:  # from this side there is nothing to see
             reason = str(err)
             continue
-        fill, side = float((picture[..., 3] > 127).mean()), min(picture.shape[:2])
+        fill, side = float((image[..., 3] > 127).mean()), min(image.shape[:2])
         if fill >= LEAST_FILL and side >= LEAST_SIDE:
-            return picture, ""
+            return image, ""
         reason = f"fill {fill:.3f}, shorter side {side}"
     return None, reason
 
@@ -224,16 +224,16 @@ def _chance(name: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
 
 
-def _row(model: Model, split: str, file: str, picture: NDArray[np.uint8]) -> Row:
-    """The table's line of a picture."""
+def _row(model: Model, split: str, file: str, image: NDArray[np.uint8]) -> Row:
+    """The table's line of an image."""
     return Row(
         file=file,
         kind="cg",
         label=model.name,
         category=model.library,
-        width=picture.shape[1],
-        height=picture.shape[0],
-        fill=round(float((picture[..., 3] > 127).mean()), 3),
+        width=image.shape[1],
+        height=image.shape[0],
+        fill=round(float((image[..., 3] > 127).mean()), 3),
         group=f"sh:{model.library}/{model.name}",
         split=split,
         package=PACKAGE,
@@ -242,10 +242,10 @@ def _row(model: Model, split: str, file: str, picture: NDArray[np.uint8]) -> Row
     )
 
 
-def _write_picture(path: Path, picture: NDArray[np.uint8]) -> None:
+def _write_image(path: Path, image: NDArray[np.uint8]) -> None:
     """Write a PNG, whole or not at all."""
     temporary = path.with_name(f".{path.name}.part")
-    Image.fromarray(picture).save(temporary, format="PNG")
+    Image.fromarray(image).save(temporary, format="PNG")
     os.replace(temporary, path)
 
 
@@ -265,7 +265,7 @@ def _notes_file(folder: Path, library: str, model: str) -> Path:
 
 
 def _read_notes(path: Path) -> Notes | None:
-    """Notes of this edition whose pictures are all there; None if there are none."""
+    """Notes of this edition whose images are all there; None if there are none."""
     if not path.is_file():
         return None
     values = json.loads(path.read_text(encoding="utf-8"))

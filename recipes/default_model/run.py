@@ -3,7 +3,7 @@
     python recipes/default_model/run.py WORK --photographs DIR
 
 Each step keeps what is done and may be stopped at any moment; the same command goes on. The steps
-that make pictures and the training know themselves what is done. The last three are passed over
+that make images and the training know themselves what is done. The last three are passed over
 while their inputs and choices are what they were when they ended.
 
 WORK lies outside the repository; nothing in it is ever committed.
@@ -38,7 +38,7 @@ class Choices:
         stages: The file of the training's stages; None takes ``stages.toml`` beside this file.
         photographs: Photographs with masks to measure on; None measures on composites alone.
         composites: How many composites to measure on.
-        tiny: Two steps of training and a handful of pictures: whether it runs, not how well.
+        tiny: Two steps of training and a handful of images: whether it runs, not how well.
         machine: What the training ran on, in words, for the card.
         beside: Other weights to measure in the same table.
     """
@@ -134,7 +134,7 @@ def steps_of(choices: Choices) -> list[Step]:
     trained = trained_by(work, choices.table)
     tables = work / "objects" / "photo.csv", work / "backgrounds" / "manifest.csv"
     return [
-        Step("fetch", "fetch the packages that the pictures come from", _builder("fetch", work)),
+        Step("fetch", "fetch the packages that the images come from", _builder("fetch", work)),
         Step("objects", "cut out objects", _builder("objects", work)),
         Step("renders", "render 3D models", _builder("render", work)),
         Step("backgrounds", "choose background photographs", _builder("backgrounds", work)),

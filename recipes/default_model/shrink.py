@@ -3,11 +3,11 @@
 Batch statistics and the positional matrix stay float32: statistics are divided by, and the matrix
 is multiplied by up to 2 pi and put into sines. Attention biases are stored in half precision, too.
 Left out are the classification head and the counters of batches. The header stays as it was. The
-written file is read again, strictly, and both answer the same prompts about a picture.
+written file is read again, strictly, and both answer the same prompts about an image.
 
     python shrink.py run/best.safetensors starter.safetensors
 
-Letters: K masks, h w of the low-resolution logits, C channels, H W the picture.
+Letters: K masks, h w of the low-resolution logits, C channels, H W the image.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from tinyvit.checkpoints import read_state_dict, write_state_dict
 from tinyvit.sam import SamPredictor
 
-__all__ = ["MOST_BYTES", "Shrunk", "build", "example_picture", "shrink_tensors"]
+__all__ = ["MOST_BYTES", "Shrunk", "build", "example_image", "shrink_tensors"]
 
 MOST_BYTES = 16_000_000
 """The most that the file may take in the package."""
@@ -91,8 +91,8 @@ def shrink_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-def example_picture(side: int = 256) -> NDArray[np.uint8]:
-    """A picture with soft ground and sharp objects, RGB [H, W, 3] uint8; always the same."""
+def example_image(side: int = 256) -> NDArray[np.uint8]:
+    """An image with soft ground and sharp objects, RGB [H, W, 3] uint8; always the same."""
     y, x = np.mgrid[0 : 1 : side * 1j, 0 : 4 / 3 : (side * 4 // 3) * 1j]
     ground = np.stack([120 + 60 * x, 160 - 80 * y, 90 + 40 * np.sin(6 * x)], -1)
     ground[np.hypot(x - 0.4, y - 0.5) < 0.22] = (200, 50, 40)
@@ -142,12 +142,12 @@ def build(source: Path, target: Path) -> Shrunk:
 
 def _compare(source: Path, target: Path) -> tuple[float, float, float]:
     """(error of the embedding, error of the logits, agreement of the masks)."""
-    picture = example_picture()
-    height, width = picture.shape[:2]
+    image = example_image()
+    height, width = image.shape[:2]
     before, after = (SamPredictor.from_checkpoint(path) for path in (source, target))
     embeddings = []
     for predictor in (before, after):
-        predictor.set_image(picture)
+        predictor.set_image(image)
         embeddings.append(predictor.get_image_embedding().cpu().numpy())
     logit_error, agreement = 0.0, 1.0
     box = np.array([width * 0.12, height * 0.25, width * 0.5, height * 0.75])

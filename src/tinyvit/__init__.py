@@ -1,4 +1,4 @@
-"""TinyViT, the compact vision transformer: encoder, classifier, segmenter, for any picture size.
+"""TinyViT, the compact vision transformer: encoder, classifier, segmenter, for any image size.
 
 The public names are found on first use, so that ``import tinyvit`` takes milliseconds and loads no
 torch. Everything else is reached by its room: ``tinyvit.modules`` has the ten module classes,

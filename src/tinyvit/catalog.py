@@ -6,7 +6,7 @@ which file holds weights for it, who published the file, under which licence, an
 checked after a download.
 
 Sizes, multiply-accumulates and published names are facts of the TinyViT and MobileSAM papers
-and of the files themselves; GMAC are counted at the variant's own picture size and include the
+and of the files themselves; GMAC are counted at the variant's own image size and include the
 attention products, the neck where there is one, and the classification head only for
 classification.
 """
@@ -53,11 +53,11 @@ class Variant:
         num_heads: Attention heads of the four stages (the first is not used: stage 1 convolves).
         window_sizes: Window side of the four stages in tokens (the first is not used).
         strides: Stride of the three merges.
-        img_size: Side of the square picture the weights were trained for, in pixels.
+        img_size: Side of the square image the weights were trained for, in pixels.
         task: ``"classification"`` or ``"sam"``.
-        image_spec: How a picture is prepared.
+        image_spec: How an image is prepared.
         parameters: Number of parameters, head and neck included where the variant has them.
-        gmacs: Giga multiply-accumulates for one picture of ``img_size``.
+        gmacs: Giga multiply-accumulates for one image of ``img_size``.
         num_classes: Outputs of the classification head.
         drop_path_rate: Stochastic depth used in training.
         stem: ``"conv"`` (two 3x3 convolutions of stride 2) or ``"pointwise"`` (two 1x1, stride 1).
@@ -123,7 +123,7 @@ class Checkpoint:
         sha256: Hash of the file, or None where no publisher states one. See
             ``tinyvit.checkpoints.fetch`` for what happens then.
         num_classes: Outputs of the head in the file.
-        image_spec: Preparation of pictures where it differs from the variant's, else None.
+        image_spec: Preparation of images where it differs from the variant's, else None.
         note: What a user should know, in a sentence.
         embedded: True if the file ships inside the package.
     """
@@ -233,7 +233,7 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
         "Apache-2.0", "shipped inside the package", embedded=True,
         sha256="2e39be0bc20d60ff6a62c1c6d49d335e458f8fe078f1518775b4408b1edcc4a6",
         note="Small and weak, for a first try without a download; trained on GPL-2, CC-BY-SA, "
-        "CC-BY, MIT and CC0 pictures, see its model card.",
+        "CC-BY, MIT and CC0 images, see its model card.",
     ),
     Checkpoint(
         "mobile_sam", "tiny_vit_5m_sam", "mobile_sam", "mobile_sam.pt", "torch",

@@ -1,7 +1,7 @@
 """The errors that tinyvit raises for a caller to catch.
 
 Each message says what was wanted, what came and what to do. Wrong arguments are ordinary
-``ValueError`` / ``TypeError``; the classes here are for the world outside: files, pictures,
+``ValueError`` / ``TypeError``; the classes here are for the world outside: files, images,
 downloads and optional packages.
 """
 
@@ -21,7 +21,7 @@ class DownloadError(CheckpointError):
 
 
 class ImageError(TinyViTError, ValueError):
-    """A picture that cannot be decoded, or is not a picture."""
+    """An image that cannot be decoded, or is not an image."""
 
 
 class MissingExtraError(TinyViTError, ImportError):

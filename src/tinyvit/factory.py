@@ -87,7 +87,7 @@ def create_model(
             ``open_checkpoint`` gave.
         num_classes: Classes of the head. None takes the checkpoint's number; another number than
             the checkpoint's gives a fresh head.
-        img_size: Side of the pictures in pixels; None takes the variant's.
+        img_size: Side of the images in pixels; None takes the variant's.
         in_chans: Input channels; None takes the checkpoint's number, or 3.
         drop_rate: Dropout in the perceptrons.
         drop_path_rate: Stochastic depth in training; None takes the variant's.
@@ -103,7 +103,7 @@ def create_model(
         progress: Called with (bytes there, bytes in all or None) during a download.
 
     Returns:
-        The model; ``model.image_spec`` says how to prepare pictures for it.
+        The model; ``model.image_spec`` says how to prepare images for it.
 
     Raises:
         ValueError: Neither ``name`` nor ``checkpoint``, an unknown variant, or arguments that
@@ -287,7 +287,7 @@ def _arguments(variant: Variant | None, found: Detection | None) -> dict[str, An
 
 
 def _own_spec(opened: OpenedCheckpoint, name: str | None) -> ImageSpec | None:
-    """How the file says pictures are prepared, unless another variant's sizes are wanted."""
+    """How the file says images are prepared, unless another variant's sizes are wanted."""
     is_same = name is None or opened.found.variant == name
     return image_spec_in(opened.metadata, opened.path) if is_same else None
 
@@ -299,7 +299,7 @@ def _image_spec(
     found: Detection | None,
     img_size: int | None,
 ) -> ImageSpec:
-    """How pictures are prepared: as the file says, its row, the variant, or else its family."""
+    """How images are prepared: as the file says, its row, the variant, or else its family."""
     if own is not None:
         spec = own
     elif row and variant and row.variant == variant.name and row.image_spec is not None:

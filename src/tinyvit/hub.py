@@ -1,7 +1,7 @@
 """Models as folders: config.json and model.safetensors, on the disk or on the Hugging Face Hub.
 
 The folder has the layout of huggingface_hub's model mixin. config.json holds the constructor
-arguments and the preparation of pictures as plain data, so a folder of one's own sizes loads
+arguments and the preparation of images as plain data, so a folder of one's own sizes loads
 anywhere. Repositories that timm publishes load too. huggingface_hub is imported only where the
 Hub is really asked.
 """

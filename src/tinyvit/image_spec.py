@@ -1,7 +1,7 @@
-"""How a picture becomes a model's input, as plain data, and the map of coordinates it implies.
+"""How an image becomes a model's input, as plain data, and the map of coordinates it implies.
 
-``ImageSpec`` says what to do with any picture; ``Placement`` says where one picture of a known
-size ends up. Only numbers live here: no pixels, no torch, no numpy, no files. Pictures are changed
+``ImageSpec`` says what to do with any image; ``Placement`` says where one image of a known
+size ends up. Only numbers live here: no pixels, no torch, no numpy, no files. Images are changed
 by ``tinyvit.images.preprocess``, which asks this file for every size.
 
 Sizes are (height, width); points are (x, y); boxes are (x0, y0, x1, y1). Coordinates are
@@ -31,16 +31,16 @@ IMAGENET_STD: Triple = (58.395, 57.12, 57.375)
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one picture lies in a model's frame; maps coordinates both ways.
+    """Where one image lies in a model's frame; maps coordinates both ways.
 
     Coordinates may be nested lists or tuples, numpy arrays or torch tensors with a last dimension
     of 2 (points) or 4 (boxes). The same kind of container comes back, with floating-point numbers.
 
     Args:
-        original_size: (height, width) of the picture in pixels.
-        resized_size: (height, width) of the whole picture after resizing, before crop and padding;
+        original_size: (height, width) of the image in pixels.
+        resized_size: (height, width) of the whole image after resizing, before crop and padding;
             what segment-anything calls ``input_size``.
-        crop_offset: (top, left) corner of the crop in the resized picture; (0, 0) without crop.
+        crop_offset: (top, left) corner of the crop in the resized image; (0, 0) without crop.
         model_size: (height, width) of the model's input, padding included.
     """
 
@@ -50,7 +50,7 @@ class Placement:
     model_size: Size
 
     def points_to_model(self, points: Coords) -> Coords:
-        """Map points [..., 2] (x, y) from the original picture to the model's frame.
+        """Map points [..., 2] (x, y) from the original image to the model's frame.
 
         Raises:
             ValueError: The last dimension is not 2.
@@ -61,36 +61,36 @@ class Placement:
         """
         return self._to_model(points, 2)
 
-    def points_to_picture(self, points: Coords) -> Coords:
-        """Map points [..., 2] (x, y) from the model's frame to the original picture.
+    def points_to_image(self, points: Coords) -> Coords:
+        """Map points [..., 2] (x, y) from the model's frame to the original image.
 
         Raises:
             ValueError: The last dimension is not 2.
         """
-        return self._to_picture(points, 2)
+        return self._to_image(points, 2)
 
     def boxes_to_model(self, boxes: Coords) -> Coords:
-        """Map boxes [..., 4] (x0, y0, x1, y1) from the original picture to the model's frame.
+        """Map boxes [..., 4] (x0, y0, x1, y1) from the original image to the model's frame.
 
         Raises:
             ValueError: The last dimension is not 4.
         """
         return self._to_model(boxes, 4)
 
-    def boxes_to_picture(self, boxes: Coords) -> Coords:
-        """Map boxes [..., 4] (x0, y0, x1, y1) from the model's frame to the original picture.
+    def boxes_to_image(self, boxes: Coords) -> Coords:
+        """Map boxes [..., 4] (x0, y0, x1, y1) from the model's frame to the original image.
 
         Raises:
             ValueError: The last dimension is not 4.
         """
-        return self._to_picture(boxes, 4)
+        return self._to_image(boxes, 4)
 
     def _to_model(self, coords: Coords, last: int) -> Coords:
         (old_h, old_w), (new_h, new_w) = self.original_size, self.resized_size
         top, left = self.crop_offset
         return _affine(coords, last, (0, 0), (new_w / old_w, new_h / old_h), (-left, -top))
 
-    def _to_picture(self, coords: Coords, last: int) -> Coords:
+    def _to_image(self, coords: Coords, last: int) -> Coords:
         (old_h, old_w), (new_h, new_w) = self.original_size, self.resized_size
         top, left = self.crop_offset
         return _affine(coords, last, (left, top), (old_w / new_w, old_h / new_h), (0, 0))
@@ -98,11 +98,11 @@ class Placement:
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """How any picture becomes a model's input of one size.
+    """How any image becomes a model's input of one size.
 
     Args:
         size: (height, width) of the model's input in pixels.
-        resize: ``"longest_side"`` fits the whole picture inside ``size`` and keeps its shape;
+        resize: ``"longest_side"`` fits the whole image inside ``size`` and keeps its shape;
             ``"crop"`` resizes the shorter side to ``shorter_side`` and cuts out the centre;
             ``"squash"`` resizes to ``size`` and gives up the shape.
         interpolation: How pixels are interpolated, always with antialiasing.
@@ -110,8 +110,8 @@ class ImageSpec:
         std: Three numbers above 0 in the same unit; the difference is divided by them.
         shorter_side: For ``"crop"`` only: the shorter side before the crop, in pixels.
         pad: For ``"longest_side"`` only: pad with zeros at the bottom and the right to ``size``,
-            after normalising. False keeps the resized picture as it is.
-        normalise: ``"mean_std"``, or ``"min_max"``: each picture from its own darkest value (0) to
+            after normalising. False keeps the resized image as it is.
+        normalise: ``"mean_std"``, or ``"min_max"``: each image from its own darkest value (0) to
             its own brightest (1) over all three channels; then ``mean`` and ``std`` are not used.
 
     Raises:
@@ -147,7 +147,7 @@ class ImageSpec:
             if shorter < max(self.size):
                 raise ValueError(
                     f"shorter_side must be at least {max(self.size)}, the longer side of size "
-                    f"{self.size}, or the crop leaves the picture; it is {shorter}"
+                    f"{self.size}, or the crop leaves the image; it is {shorter}"
                 )
 
     @classmethod
@@ -162,7 +162,7 @@ class ImageSpec:
         Args:
             size: Side of the square input in pixels.
             crop_pct: Part of the shorter side that the crop keeps, above 0 and at most 1. None
-                follows timm: 0.95 below 384; 1.0 below 512; from 512 on the picture is squashed.
+                follows timm: 0.95 below 384; 1.0 below 512; from 512 on the image is squashed.
 
         Raises:
             ValueError: ``size`` or ``crop_pct`` is out of its range.
@@ -188,7 +188,7 @@ class ImageSpec:
 
     @classmethod
     def litemedsam(cls, size: int = 256) -> ImageSpec:
-        """LiteMedSAM: longest side, each picture scaled by its own range to 0..1, zero padding.
+        """LiteMedSAM: longest side, each image scaled by its own range to 0..1, zero padding.
 
         LiteMedSAM shrinks with OpenCV's area filter; antialiased bilinear comes nearest to it.
         """
@@ -216,7 +216,7 @@ class ImageSpec:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
     def place(self, height: int, width: int) -> Placement:
-        """Say where a picture of this size ends up; no side ever becomes 0 pixels.
+        """Say where an image of this size ends up; no side ever becomes 0 pixels.
 
         Raises:
             ValueError: ``height`` or ``width`` is not a whole number of at least 1.

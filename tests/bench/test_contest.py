@@ -51,7 +51,7 @@ def test_results_follow_from_the_turns(fakes):
     assert result.rounds == (1.0, 2.0)
     assert result.seconds.median == 1.5
     assert result.size == (64, 32)
-    assert result.pictures_per_s == 4 / 1.5
+    assert result.images_per_s == 4 / 1.5
     assert result.gflops == 2.0 / 1.5
     assert result.matmul_gflops == 4.0  # 2 * 1000**3 operations in half a second
     assert result.share == 0.375  # the median of 2/1/4 and 2/2/4

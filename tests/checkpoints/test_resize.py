@@ -23,8 +23,8 @@ def plain(table: torch.Tensor, side: int) -> torch.Tensor:
         centre = (i + 0.5) * old / side - 0.5
         for tap in range(int(centre // 1) - 1, int(centre // 1) + 3):
             rows[i, min(max(tap, 0), old - 1)] += keys_weight(centre - tap)
-    picture = table.double().view(-1, old, old)
-    return (rows @ picture @ rows.T).reshape(table.shape[0], side * side)
+    image = table.double().view(-1, old, old)
+    return (rows @ image @ rows.T).reshape(table.shape[0], side * side)
 
 
 @pytest.mark.parametrize(("old", "new"), [(7, 12), (14, 24), (7, 16), (14, 7), (3, 8)])

@@ -58,7 +58,7 @@ def run(capsys):
 
 @pytest.fixture(scope="session")
 def photo():
-    """``photo(path, height, width, seed)`` writes a picture of noise and returns its path."""
+    """``photo(path, height, width, seed)`` writes an image of noise and returns its path."""
 
     def make(path: Path, height: int = 24, width: int = 40, seed: int = 0) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ def outcome(contestant):
     return Result(
         contestant=contestant, chose="torch", backend="torch", precision=contestant.precision,
         size=(side, side), threads=2, gflop=77.5, seconds=Spread(12.3456, 12.0, 13.0),
-        rounds=(12.0, 13.0), pictures_per_s=1234.5, gflops=150.4, matmul_gflops=199.9, share=0.75,
+        rounds=(12.0, 13.0), images_per_s=1234.5, gflops=150.4, matmul_gflops=199.9, share=0.75,
         page_faults=512345.0, peak_memory=1_700_000_000, first_result_s=12.34,
     )  # fmt: skip
 
@@ -47,7 +47,7 @@ def test_the_table_fits_80_columns_and_has_the_machine_above_it(run, heats):
     assert lines[0].split() == [
         *("ms", "spread", "pictures/s", "GFLOP/s", "share", "MB", "faults", "start")
     ]
-    assert lines[1] == "tiny_vit_2m_sam, 1024x1024, batch 1: 77.5 GFLOP a picture"
+    assert lines[1] == "tiny_vit_2m_sam, 1024x1024, batch 1: 77.5 GFLOP an image"
     assert lines[2].split() == [
         *("torch", "fp32", "12345.6", "8%", "1234", "150", "75%", "1700", "512345", "12.3")
     ]

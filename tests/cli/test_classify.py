@@ -57,7 +57,7 @@ def test_json_is_complete(run, tmp_path, photo, thousand):
     assert content["failed"][0]["picture"] == str(tmp_path / "in" / "c.png")
 
 
-def test_broken_pictures_do_not_stop_the_others(run, tmp_path, photo, five):
+def test_broken_images_do_not_stop_the_others(run, tmp_path, photo, five):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").touch()
     photo(tmp_path / "in" / "b.png")
@@ -90,13 +90,13 @@ def test_a_file_may_name_its_classes(run, tmp_path, photo, five):
     header = {**file.metadata, **header_for(classes=names)}
     header.pop("format", None)
     named = write_state_dict(tmp_path / "named.safetensors", file.tensors, metadata=header)
-    picture = photo(tmp_path / "a.png")
-    result = run("classify", picture, "--checkpoint", named, *five[2:])
+    image = photo(tmp_path / "a.png")
+    result = run("classify", image, "--checkpoint", named, *five[2:])
     assert result.code == 0
     assert sorted(line.split(maxsplit=2)[2] for line in result.out.splitlines()[1:]) == names
     labels = tmp_path / "labels.txt"
     labels.write_text("v\nw\nx\ny\nz\n")
-    result = run("classify", picture, "--checkpoint", named, *five[2:], "--labels", labels)
+    result = run("classify", image, "--checkpoint", named, *five[2:], "--labels", labels)
     assert sorted(line.split()[2] for line in result.out.splitlines()[1:]) == list("vwxyz")
 
 
@@ -138,10 +138,10 @@ def test_a_head_that_was_hardly_trained_is_a_warning(run, tmp_path, photo, check
     assert result.err.count("\n") == 1
 
 
-def test_a_folder_without_pictures(run, tmp_path, five):
+def test_a_folder_without_images(run, tmp_path, five):
     result = run("classify", tmp_path, *five)
     assert result.code == 1
-    assert "there are no pictures in" in result.err
+    assert "there are no images in" in result.err
 
 
 def test_bf16_answers_too(run, tmp_path, photo, five):

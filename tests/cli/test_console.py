@@ -108,7 +108,7 @@ def test_no_bar_when_quiet(terminal):
     assert stream.getvalue() == ""
 
 
-def test_pictures_are_counted_with_their_rate(terminal, monkeypatch):
+def test_images_are_counted_with_their_rate(terminal, monkeypatch):
     stream = terminal()
     clock = iter([10.0, 10.0, 12.0])
     monkeypatch.setattr("tinyvit.cli.console.monotonic", lambda: next(clock))

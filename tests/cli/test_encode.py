@@ -29,19 +29,19 @@ def names(folder):
 
 @pytest.fixture
 def tiny(checkpoints):
-    """Options for a tiny model on tiny pictures."""
+    """Options for a tiny model on tiny images."""
     return ("--checkpoint", checkpoints / "encoder.safetensors", "--size", 32)
 
 
-def test_a_picture_becomes_features_that_say_how_they_came_about(run, tmp_path, photo):
-    picture = photo(tmp_path / "böse Katze [1].jpg", 30, 60)
-    result = run("encode", picture, "-o", tmp_path / "out")
+def test_an_image_becomes_features_that_say_how_they_came_about(run, tmp_path, photo):
+    image = photo(tmp_path / "böse Katze [1].jpg", 30, 60)
+    result = run("encode", image, "-o", tmp_path / "out")
     assert (result.code, result.out) == (0, "")
     assert names(tmp_path / "out") == ["böse Katze [1].png", "böse Katze [1].safetensors"]
     features, header = read(tmp_path / "out" / "böse Katze [1].safetensors")
     engine = Engine(create_model(checkpoint="tinyvit_starter"))
-    torch.testing.assert_close(features, engine.embed(picture)[0], atol=1e-5, rtol=1e-5)
-    stat = picture.stat()
+    torch.testing.assert_close(features, engine.embed(image)[0], atol=1e-5, rtol=1e-5)
+    stat = image.stat()
     assert header == {
         "picture": "böse Katze [1].jpg",
         "picture_bytes": stat.st_size,
@@ -63,7 +63,7 @@ def test_a_picture_becomes_features_that_say_how_they_came_about(run, tmp_path, 
     assert decode(tmp_path / "out" / "böse Katze [1].png").shape[1] > 3 * 320
     lines = result.err.splitlines()
     assert lines[0].startswith("tinyvit_starter: torch ")
-    assert lines[1].startswith("encoded 1 picture in ")
+    assert lines[1].startswith("encoded 1 image in ")
     assert f"features [256, 16, 16] in {tmp_path}/out/böse Katze [1].safetensors" in lines[1]
     assert lines[1].endswith(f"seen in {tmp_path}/out/böse Katze [1].png")
 
@@ -80,7 +80,7 @@ def test_a_folder_keeps_its_shape(run, tmp_path, photo, tiny):
         "deep/er/b.safetensors",
     ]
     assert read(tmp_path / "out" / "deep/er/b.safetensors")[1]["picture"] == "deep/er/b.webp"
-    assert "encoded 4 pictures" in result.err
+    assert "encoded 4 images" in result.err
     assert "/out/NAME.safetensors" in result.err
 
 
@@ -89,7 +89,7 @@ def test_quiet_says_nothing(run, tmp_path, photo, tiny):
     assert (result.code, result.out, result.err) == (0, "", "")
 
 
-def test_broken_pictures_are_named_counted_and_listed(run, tmp_path, photo, tiny):
+def test_broken_images_are_named_counted_and_listed(run, tmp_path, photo, tiny):
     photo(tmp_path / "in" / "good.png")
     (tmp_path / "in" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
     (tmp_path / "in" / "empty.png").touch()
@@ -107,7 +107,7 @@ def test_broken_pictures_are_named_counted_and_listed(run, tmp_path, photo, tiny
     assert [row["picture"] for row in result.json["written"]] == ["good.png"]
 
 
-def test_a_folder_of_nothing_but_broken_pictures(run, tmp_path, tiny):
+def test_a_folder_of_nothing_but_broken_images(run, tmp_path, tiny):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "empty.png").touch()
     result = run("encode", tmp_path / "in", "-o", tmp_path / "out", *tiny)
@@ -151,10 +151,10 @@ def test_json_has_everything(run, tmp_path, photo, tiny):
 def test_what_is_there_is_kept_and_what_is_outdated_is_made_anew(
     run, tmp_path, photo, tiny, checkpoints
 ):
-    pictures, out = tmp_path / "in", tmp_path / "out"
+    images, out = tmp_path / "in", tmp_path / "out"
     for name in ("a.png", "b.png"):
-        photo(pictures / name)
-    words = ["encode", pictures, "-o", out, *tiny]
+        photo(images / name)
+    words = ["encode", images, "-o", out, *tiny]
     run(*words)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
 
@@ -162,9 +162,9 @@ def test_what_is_there_is_kept_and_what_is_outdated_is_made_anew(
     assert "encoded nothing new\nkept 2 made before (--overwrite makes them anew)\n" in again.err
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
-    os.utime(pictures / "a.png", ns=(1, 1))
+    os.utime(images / "a.png", ns=(1, 1))
     changed = run(*words)
-    assert "replaced 1 that were made of a picture that has changed since\n" in changed.err
+    assert "replaced 1 that were made of an image that has changed since\n" in changed.err
     assert "kept 1 made before" in changed.err
 
     other = run(*words, "--checkpoint", checkpoints / "other.safetensors")
@@ -175,48 +175,48 @@ def test_what_is_there_is_kept_and_what_is_outdated_is_made_anew(
     smaller = run(*words, "--size", 16)
     assert "replaced 2 that were made by another model\n" in smaller.err
     smaller = run(*words)
-    assert "replaced 2 that were made with another preparation of pictures\n" in smaller.err
+    assert "replaced 2 that were made with another preparation of images\n" in smaller.err
 
     coarse = run(*words, "--precision", "bf16")
     assert "replaced 2 that were made in another precision\n" in coarse.err
     assert read(out / "a.safetensors")[1]["precision"] == "bf16"
 
     forced = run(*words, "--precision", "bf16", "--overwrite")
-    assert "encoded 2 pictures" in forced.err
+    assert "encoded 2 images" in forced.err
     assert "replaced" not in forced.err
 
 
-def test_without_pictures_and_then_with(run, tmp_path, photo, tiny):
-    picture, out = photo(tmp_path / "a.jpg"), tmp_path / "out"
-    run("encode", picture, "-o", out, "--no-pictures", *tiny)
+def test_without_images_and_then_with(run, tmp_path, photo, tiny):
+    image, out = photo(tmp_path / "a.jpg"), tmp_path / "out"
+    run("encode", image, "-o", out, "--no-pictures", *tiny)
     assert names(out) == ["a.safetensors"]
-    result = run("encode", picture, "-o", out, *tiny)
-    assert "replaced 1 that were without a picture of the features" in result.err
+    result = run("encode", image, "-o", out, *tiny)
+    assert "replaced 1 that were without an image of the features" in result.err
     assert names(out) == ["a.png", "a.safetensors"]
-    assert "kept 1" in run("encode", picture, "-o", out, "--no-pictures", *tiny).err
+    assert "kept 1" in run("encode", image, "-o", out, "--no-pictures", *tiny).err
 
 
 def test_files_of_the_user_s_own_are_not_replaced_unasked(run, tmp_path, photo, tiny):
-    picture = photo(tmp_path / "a.jpg")
+    image = photo(tmp_path / "a.jpg")
     (tmp_path / "a.png").write_text("mine")
-    result = run("encode", picture, "-o", tmp_path, *tiny)
+    result = run("encode", image, "-o", tmp_path, *tiny)
     assert result.code == 1
     assert "a.png is there already and was not made by this command; choose" in result.err
     assert (tmp_path / "a.png").read_text() == "mine"
     assert names(tmp_path) == ["a.jpg", "a.png"]
-    assert run("encode", picture, "-o", tmp_path, "--overwrite", *tiny).code == 0
+    assert run("encode", image, "-o", tmp_path, "--overwrite", *tiny).code == 0
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_picture_is_never_replaced_by_the_picture_of_its_features(run, tmp_path, photo, tiny):
-    picture = photo(tmp_path / "a.png")
-    before = picture.read_bytes()
+def test_an_image_is_never_replaced_by_the_image_of_its_features(run, tmp_path, photo, tiny):
+    image = photo(tmp_path / "a.png")
+    before = image.read_bytes()
     for more in ((), ("--overwrite",)):
-        result = run("encode", picture, "-o", tmp_path, *more, *tiny)
+        result = run("encode", image, "-o", tmp_path, *more, *tiny)
         assert result.code == 1
         assert "would replace" in result.err
-    assert picture.read_bytes() == before
-    assert run("encode", picture, "-o", tmp_path, "--no-pictures", *tiny).code == 0
+    assert image.read_bytes() == before
+    assert run("encode", image, "-o", tmp_path, "--no-pictures", *tiny).code == 0
 
 
 # --- wrong arguments ------------------------------------------------------------------------------
@@ -226,12 +226,12 @@ def test_a_picture_is_never_replaced_by_the_picture_of_its_features(run, tmp_pat
     ("words", "expected"),
     [
         (["none.jpg", "-o", "out"], "there is no file or folder"),
-        (["empty", "-o", "out"], "there are no pictures in 'empty'"),
+        (["empty", "-o", "out"], "there are no images in 'empty'"),
         (["in", "-o", "in"], "is read and written to"),
         (["in", "-o", "file"], "'file' is a file; give a folder to write to"),
         (["in", "-o", "out", "--checkpoint", "nothing"], "unknown checkpoint 'nothing'"),
         (["in", "-o", "out", "--checkpoint", "none.pt"], "no such file"),
-        (["in", "-o", "out", "--checkpoint", "in/a.png"], "PNG picture"),
+        (["in", "-o", "out", "--checkpoint", "in/a.png"], "PNG image"),
         (["in", "-o", "out", "--checkpoint", "mobile_sam"], "TINYVIT_OFFLINE"),
         (["in", "-o", "out", "--model", "tiny_vit_5m_sam"], "needs a --checkpoint"),
         (["in", "-o", "out", "--model", "tiny_vit"], "unknown model 'tiny_vit'"),
@@ -303,7 +303,7 @@ def test_a_stop_in_the_middle_says_how_far_it_came(run, tmp_path, photo, tiny, m
     result = run("encode", tmp_path / "in", "-o", tmp_path / "out", "--json", *tiny)
     assert (result.code, result.out) == (130, "")
     assert result.err.splitlines()[1:] == [
-        "stopped after 2 of 4 pictures; the same command goes on from there",
+        "stopped after 2 of 4 images; the same command goes on from there",
         "interrupted",
     ]
 
@@ -316,13 +316,13 @@ def test_no_pad(run, tmp_path, photo, tiny):
     assert padded["image_spec"]["pad"] is True
     result = run("encode", tmp_path / "in", "-o", out, "--no-pad", "--json", *tiny)
     assert ", not padded" in result.err
-    assert "made with another preparation of pictures" in result.err
+    assert "made with another preparation of images" in result.err
     assert result.json["image_spec"] == {**padded["image_spec"], "pad": False}
     height, width = padded["image_spec"]["size"]
     assert result.json["written"][0]["shape"][1:] == [-(-height // 2 // 16), -(-width // 16)]
 
 
-def test_pictures_of_many_shapes_without_padding(run, tmp_path, photo, checkpoints):
+def test_images_of_many_shapes_without_padding(run, tmp_path, photo, checkpoints):
     for number in range(5):
         photo(tmp_path / "in" / f"{number}.png", 20 + 9 * number, 64)
     folder = tmp_path / "saved"

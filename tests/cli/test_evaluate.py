@@ -12,8 +12,8 @@ FAST = ("--clicks", "1,2", "--most-clicks", 2, "--no-floors", "--size", 64)
 
 
 @pytest.fixture
-def pictures(tmp_path, photo):
-    """Five classes of four pictures."""
+def images(tmp_path, photo):
+    """Five classes of four images."""
     for name in ("a", "b", "c", "d", "e"):
         for number in range(4):
             photo(tmp_path / "pictures" / name / f"{number}.png", 16, 16, number)
@@ -38,24 +38,24 @@ def classifier(checkpoints):
 
 
 def width_of(path):
-    with Image.open(path) as picture:
-        return picture.width
+    with Image.open(path) as image:
+        return image.width
 
 
-def test_classify_as_a_table(run, pictures, classifier, tmp_path):
+def test_classify_as_a_table(run, images, classifier, tmp_path):
     sheet = tmp_path / "wrong.png"
-    result = run("evaluate", "classify", pictures, *classifier, "--sheet", sheet)
+    result = run("evaluate", "classify", images, *classifier, "--sheet", sheet)
     assert result.code == 0, result.err
     lines = result.out.splitlines()
-    assert lines[0].split() == ["pictures", "20", "in", "5", "classes"]
+    assert lines[0].split() == ["images", "20", "in", "5", "classes"]
     assert any(line.startswith("top-1 ") for line in lines)
-    assert any(line.startswith("class  pictures  found  taken for") for line in lines)
+    assert any(line.startswith("class  images  found  taken for") for line in lines)
     assert result.err.splitlines()[-1] == f"contact sheet: {sheet}"
     assert width_of(sheet) > 200
 
 
-def test_classify_as_json_by_a_part(run, pictures, classifier):
-    words = ("evaluate", "classify", pictures, *classifier, "--json")
+def test_classify_as_json_by_a_part(run, images, classifier):
+    words = ("evaluate", "classify", images, *classifier, "--json")
     whole = run(*words).json
     assert (whole["pictures"], whole["classes"]) == (20, 5)
     assert run(*words, "--held-out", "--val-part", 0.25).json["pictures"] == 5
@@ -64,45 +64,43 @@ def test_classify_as_json_by_a_part(run, pictures, classifier):
     assert some[0]["wrong"] == some[1]["wrong"] != some[2]["wrong"]
 
 
-def test_a_broken_picture_is_named(run, pictures, classifier):
-    (pictures / "a" / "0.png").write_bytes(b"no picture")
-    result = run("evaluate", "classify", pictures, *classifier)
+def test_a_broken_image_is_named(run, images, classifier):
+    (images / "a" / "0.png").write_bytes(b"no image")
+    result = run("evaluate", "classify", images, *classifier)
     assert result.code == 1
     assert result.out.splitlines()[0].split()[1] == "19"
     assert result.err.splitlines()[-1].startswith("left out: a/0.png: ")
 
 
-def test_the_model_must_know_the_classes(run, pictures, checkpoints):
+def test_the_model_must_know_the_classes(run, images, checkpoints):
     head = ("--checkpoint", checkpoints / "thousand.safetensors")
-    result = run("evaluate", "classify", pictures, *head)
+    result = run("evaluate", "classify", images, *head)
     assert result.code == 1
     assert "1000 classes" in result.err.splitlines()[-1]
-    none = run(
-        "evaluate", "classify", pictures, "--checkpoint", checkpoints / "encoder.safetensors"
-    )
+    none = run("evaluate", "classify", images, "--checkpoint", checkpoints / "encoder.safetensors")
     assert none.code == 1
     assert "has no classification head" in none.err
 
 
-def test_held_out_wants_the_classes_that_were_learnt(run, pictures, classifier, monkeypatch):
+def test_held_out_wants_the_classes_that_were_learnt(run, images, classifier, monkeypatch):
     from tinyvit.train.tasks import classify as classifiers
 
     load = classifiers.load_classifier
     names = tuple("vwxyz")
     monkeypatch.setattr(classifiers, "load_classifier", lambda path: (load(path)[0], names))
-    result = run("evaluate", "classify", pictures, *classifier, "--held-out")
+    result = run("evaluate", "classify", images, *classifier, "--held-out")
     assert result.code == 1
     assert "has the classes a, b, c, d, e, ..., and the checkpoint v, w, x, y, z" in result.err
 
 
-def test_no_sheet_where_nothing_is_wrong(run, pictures, classifier, tmp_path, monkeypatch):
+def test_no_sheet_where_nothing_is_wrong(run, images, classifier, tmp_path, monkeypatch):
     from tinyvit.evaluate import classify
 
     monkeypatch.setattr(classify, "_wrong", lambda *_: ())
     sheet = tmp_path / "wrong.png"
-    result = run("evaluate", "classify", pictures, *classifier, "--sheet", sheet)
+    result = run("evaluate", "classify", images, *classifier, "--sheet", sheet)
     assert result.code == 0
-    assert f"{sheet} was not written: no picture was taken for another class" in result.err
+    assert f"{sheet} was not written: no image was taken for another class" in result.err
     assert not sheet.exists()
 
 
@@ -112,7 +110,7 @@ def test_segment(run, cells, sams, tmp_path):
     result = run(*words, "--sheet", sheet)
     assert result.code == 0, result.err
     lines = result.out.splitlines()
-    assert lines[0] == f"{sams[0]} on {cells}: 3 pictures, 3 masks"
+    assert lines[0] == f"{sams[0]} on {cells}: 3 images, 3 masks"
     assert lines[1].split()[0] == "measure"
     assert any(line.startswith("mean IoU, 2 clicks ") for line in lines)
     assert result.err.splitlines()[-1] == f"contact sheet: {sheet}"
@@ -127,13 +125,13 @@ def test_what_is_wrong_with_masks_is_named(run, cells, sams):
     words = ("evaluate", "segment", cells, "--checkpoint", sams[0], *FAST)
     result = run(*words)
     assert result.code == 1
-    assert "2 pictures, 2 masks" in result.out
+    assert "2 images, 2 masks" in result.out
     assert sum(line.startswith("left out: ") for line in result.err.splitlines()) == 1
     (cells / "images" / "2.png").unlink()
     (cells / "masks" / "2.png").unlink()
     alone = run(*words, "--held-out")
     assert alone.code == 1
-    assert "only one picture, of which none is held out" in alone.err
+    assert "only one image, of which none is held out" in alone.err
 
 
 def test_agreement(run, cells, sams):
@@ -143,7 +141,7 @@ def test_agreement(run, cells, sams):
     assert result.out.splitlines()[1].split() == ["cosine", "1.000000", "1.000000"]
     assert result.out.splitlines()[2].split() == ["mask", "IoU", "1.0000", "1.0000"]
     assert "(auto, fp32)" in result.out
-    assert result.err.endswith("comparing on 2 pictures\n")
+    assert result.err.endswith("comparing on 2 images\n")
     other = ("evaluate", "agreement", *sams, cells / "images", "--size", 64, "--grid", 1)
     found = run(*other, "--json", "--backend-a", "torch").json
     assert found["names"] == [str(path) for path in sams]
@@ -151,8 +149,8 @@ def test_agreement(run, cells, sams):
     assert len(found["pictures"]) == 3
 
 
-def test_agreement_names_broken_pictures(run, cells, sams):
-    (cells / "images" / "0.png").write_bytes(b"no picture")
+def test_agreement_names_broken_images(run, cells, sams):
+    (cells / "images" / "0.png").write_bytes(b"no image")
     words = ("evaluate", "agreement", *sams, cells / "images", "--size", 64, "--grid", 1)
     result = run(*words)
     assert result.code == 1
@@ -184,9 +182,9 @@ def test_wrong_words(run, words, code, said, tmp_path, monkeypatch):
 
 def test_an_empty_folder(run, tmp_path, sams, classifier):
     for words, said in (
-        (("classify", tmp_path, *classifier), "no subfolders with pictures"),
+        (("classify", tmp_path, *classifier), "no subfolders with images"),
         (("segment", tmp_path, "--checkpoint", sams[0]), "no data set that is known"),
-        (("agreement", *sams, tmp_path), "there are no pictures in"),
+        (("agreement", *sams, tmp_path), "there are no images in"),
     ):
         result = run("evaluate", *words)
         assert result.code == 1

@@ -11,7 +11,7 @@ from tinyvit.checkpoints import write_state_dict
 from tinyvit.folders.encode import (
     draw_features,
     drawing_of,
-    facts_of_picture,
+    facts_of_image,
     look,
     remove_drawing,
     write,
@@ -76,11 +76,11 @@ def test_a_drawing_that_is_not_asked_for_does_no_harm(target):
     [
         ({"weights_sha256": "cd"}, "made by another model"),
         ({"strides": [2, 2, 2]}, "made with other strides"),
-        ({"image_spec": {"size": [64, 64]}}, "made with another preparation of pictures"),
+        ({"image_spec": {"size": [64, 64]}}, "made with another preparation of images"),
         ({"precision": "bf16"}, "made in another precision"),
-        ({"picture": "a b.png"}, "made of another picture"),
-        ({"picture_bytes": 11}, "made of a picture that has changed since"),
-        ({"picture_mtime_ns": 1}, "made of a picture that has changed since"),
+        ({"picture": "a b.png"}, "made of another image"),
+        ({"picture_bytes": 11}, "made of an image that has changed since"),
+        ({"picture_mtime_ns": 1}, "made of an image that has changed since"),
     ],
 )
 def test_whatever_changes_the_features_makes_them_outdated(target, change, reason):
@@ -91,10 +91,10 @@ def test_whatever_changes_the_features_makes_them_outdated(target, change, reaso
 
 def test_a_missing_drawing_makes_them_outdated(target):
     write(target, FEATURES, FACTS)
-    assert look(target, FACTS, True).reason == "without a picture of the features"
+    assert look(target, FACTS, True).reason == "without an image of the features"
     write(target, FEATURES, FACTS, DRAWING)
     drawing_of(target).unlink()
-    assert look(target, FACTS, True).reason == "without a picture of the features"
+    assert look(target, FACTS, True).reason == "without an image of the features"
 
 
 def test_files_of_others_are_foreign(target):
@@ -131,10 +131,10 @@ def test_only_a_drawing_of_ours_is_removed(target):
     assert drawing_of(target).exists()
 
 
-def test_a_picture_is_known_by_size_and_time(tmp_path):
+def test_an_image_is_known_by_size_and_time(tmp_path):
     path = tmp_path / "a.jpg"
     path.write_bytes(b"1234")
-    facts = facts_of_picture(path, "sub/a.jpg")
+    facts = facts_of_image(path, "sub/a.jpg")
     assert facts["picture"] == "sub/a.jpg"
     assert facts["picture_bytes"] == 4
     assert facts["picture_mtime_ns"] == path.stat().st_mtime_ns

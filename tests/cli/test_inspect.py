@@ -109,7 +109,7 @@ def test_wrong_files_are_one_line(run, tmp_path, photo):
     empty = tmp_path / "empty.pt"
     empty.touch()
     for name, words in [
-        (photo(tmp_path / "a.png"), "PNG picture"),
+        (photo(tmp_path / "a.png"), "PNG image"),
         (empty, "empty"),
         (tmp_path / "none.pt", "no such file"),
         (tmp_path, "folder"),

@@ -39,10 +39,10 @@ def test_an_unknown_or_absent_name_is_an_error():
         file_of("tinysam")
 
 
-def test_an_encoder_gives_maps_whatever_it_was(checkpoints, picture):
+def test_an_encoder_gives_maps_whatever_it_was(checkpoints, image):
     for name, channels in [("encoder", 16), ("both", 16), ("five", 24)]:
         model = load_encoder(QUIET, str(checkpoints / f"{name}.safetensors"), None, None)
-        assert model(picture(1, 32, 32)).shape[:2] == (1, channels)
+        assert model(image(1, 32, 32)).shape[:2] == (1, channels)
     assert variant_of(load_encoder(QUIET, None, None, None)) == "tiny_vit_2m_sam"
     assert load_encoder(QUIET, None, "tiny_vit_2m_sam", 128).image_spec.size == (128, 128)
 

@@ -145,10 +145,10 @@ def test_a_full_disk_behind_stdout_is_one_line():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are another thing there")
 def test_ctrl_c_leaves_nothing_half_written_and_the_rest_can_follow(tmp_path, photo):
-    pictures, out = tmp_path / "in", tmp_path / "out"
+    images, out = tmp_path / "in", tmp_path / "out"
     for number in range(40):
-        photo(pictures / f"{number:02}.png", 200, 300, number)
-    words = [*COMMAND, "encode", str(pictures), "-o", str(out), "--batch-size", "1"]
+        photo(images / f"{number:02}.png", 200, 300, number)
+    words = [*COMMAND, "encode", str(images), "-o", str(out), "--batch-size", "1"]
     job = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=CALM)
     deadline = time.monotonic() + 60
     while len(list(out.glob("*.safetensors"))) < 2 and time.monotonic() < deadline:

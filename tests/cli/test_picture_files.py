@@ -5,7 +5,7 @@ import os
 import pytest
 from PIL import Image
 
-from tinyvit.folders.images import SUFFIXES, list_pictures
+from tinyvit.folders.images import SUFFIXES, list_images
 from tinyvit.images.decode import FORMATS
 
 
@@ -17,7 +17,7 @@ def touch(folder, *names):
 
 
 def names_of(*args, **kwargs):
-    return {picture.name: picture.stem for picture in list_pictures(*args, **kwargs)}
+    return {image.name: image.stem for image in list_images(*args, **kwargs)}
 
 
 def test_the_suffixes_are_of_formats_that_are_read():
@@ -44,7 +44,7 @@ def test_a_file_counts_whatever_its_suffix_and_each_once(tmp_path):
     assert list(names_of([tmp_path / "b.jpg", tmp_path])) == ["b.jpg", "sub/c.png"]
 
 
-def test_pictures_of_one_stem_keep_their_suffixes(tmp_path):
+def test_images_of_one_stem_keep_their_suffixes(tmp_path):
     touch(tmp_path, "a.jpg", "a.png", "b.jpg", "a.jpg.png", "C.jpg", "c.png", "sub/a.jpg")
     assert names_of([tmp_path]) == {
         "a.jpg": "a.jpg",
@@ -63,31 +63,31 @@ def test_several_folders_keep_their_names_apart(tmp_path):
     assert list(names_of(paths)) == ["one/x.jpg", "two/x.jpg", "y.png"]
 
 
-def test_pictures_that_would_meet_are_refused(tmp_path):
+def test_images_that_would_meet_are_refused(tmp_path):
     touch(tmp_path, "one/x.jpg", "two/x.jpg")
     with pytest.raises(ValueError, match=r"one/x\.jpg' and '.*two/x\.jpg' would have the same"):
-        list_pictures([tmp_path / "one/x.jpg", tmp_path / "two/x.jpg"])
+        list_images([tmp_path / "one/x.jpg", tmp_path / "two/x.jpg"])
 
 
 def test_nothing_is_listed_from_the_output(tmp_path):
     touch(tmp_path, "a.jpg", "out/a.png", "out2/b.png")
     assert list(names_of([tmp_path], output=tmp_path / "out")) == ["a.jpg", "out2/b.png"]
     with pytest.raises(ValueError, match=r"is read and written to; .*features'"):
-        list_pictures([tmp_path], output=tmp_path / "out" / "..")
+        list_images([tmp_path], output=tmp_path / "out" / "..")
 
 
 @pytest.mark.parametrize("name", ["", "empty", "texts"])
-def test_a_folder_without_pictures_is_an_error_with_its_name(tmp_path, name):
+def test_a_folder_without_images_is_an_error_with_its_name(tmp_path, name):
     touch(tmp_path, "texts/a.txt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=rf"there are no pictures in '{tmp_path / name}'; .*\.jpg"):
-        list_pictures([tmp_path / name])
+    with pytest.raises(ValueError, match=rf"there are no images in '{tmp_path / name}'; .*\.jpg"):
+        list_images([tmp_path / name])
 
 
 def test_a_path_that_is_not_there_is_an_error_before_anything_else(tmp_path):
     touch(tmp_path, "a.jpg")
     with pytest.raises(ValueError, match=r"there is no file or folder '.*typo'; check the path"):
-        list_pictures([tmp_path / "a.jpg", tmp_path / "typo"])
+        list_images([tmp_path / "a.jpg", tmp_path / "typo"])
 
 
 def test_a_folder_that_cannot_be_read_does_not_vanish(tmp_path, monkeypatch):
@@ -98,4 +98,4 @@ def test_a_folder_that_cannot_be_read_does_not_vanish(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError):
-        list_pictures([tmp_path])
+        list_images([tmp_path])

@@ -11,7 +11,7 @@ from PIL import Image
 from tinyvit.checkpoints import write_state_dict
 from tinyvit.cli.segment import Box, Point
 from tinyvit.errors import CheckpointError, ImageError
-from tinyvit.folders.images import PictureFile
+from tinyvit.folders.images import ImageFile
 from tinyvit.folders.prompt_files import prompts_of, read_mask, read_prompts, share_out
 from tinyvit.sam import Prompt
 
@@ -88,7 +88,7 @@ def test_what_is_not_clear_is_refused(tmp_path, points, boxes, has_mask, each, w
 # --- masks ----------------------------------------------------------------------------------------
 
 
-def test_a_picture_of_a_mask(tmp_path):
+def test_an_image_of_a_mask(tmp_path):
     mask = read_mask(mask_file(tmp_path / "m.png"))
     assert mask.dtype == bool
     assert mask.shape == (4, 6)
@@ -151,8 +151,8 @@ def test_json(tmp_path):
     ("text", "words"),
     [
         ("[1", "is no JSON"),
-        ("[1]", "must be an object of pictures"),
-        ('{"a.jpg": {"points": [[1, 2]]}}', "must be an object of pictures with a list"),
+        ("[1]", "must be an object of images"),
+        ('{"a.jpg": {"points": [[1, 2]]}}', "must be an object of images with a list"),
         ('{"a.jpg": [], "a.jpg": []}', "'a.jpg' stands there twice"),
         ('{"a.jpg": [{"box": [0, 0, 1, 1]}, {"point": [1, 2]}]}', r"'a.jpg', object 2: a prompt"),
         ('{"a.jpg": [{"box": [9, 0, 1, 1]}]}', r"'a.jpg', object 1: box must be"),
@@ -199,7 +199,7 @@ def test_csv(tmp_path):
 
 
 def test_csv_of_clicks_alone(tmp_path):
-    found = read_prompts(csv_file(tmp_path, "picture, x, y", "a.jpg, 1, 2", "a.jpg, 3, 4"))
+    found = read_prompts(csv_file(tmp_path, "image, x, y", "a.jpg, 1, 2", "a.jpg, 3, 4"))
     assert [prompt.points.tolist() for prompt in found["a.jpg"]] == [[[1, 2]], [[3, 4]]]
 
 
@@ -213,7 +213,7 @@ def test_csv_of_clicks_alone(tmp_path):
         (["picture,x,y", "a.jpg,1,2,3"], "line 2 must have 3 values"),
         (["picture,x,y", "a.jpg,1,"], "a point has x and y"),
         (["picture,x,y", "a.jpg,1,z"], "line 2: could not convert"),
-        (["picture,x,y", ",1,2"], "names no picture"),
+        (["picture,x,y", ",1,2"], "names no image"),
         (["picture,x,y", "a.jpg,,"], "neither a point nor a box"),
         (["picture,x,y,label,x0,y0,x1,y1", "a,,,1,1,2,3,4"], "a label and no point"),
         (["picture,x0,y0", "a,1,2"], "a box x0, y0, x1 and y1"),
@@ -230,43 +230,43 @@ def test_wrong_csv_says_where(tmp_path, lines, words):
         read_prompts(csv_file(tmp_path, *lines))
 
 
-# --- which picture gets what ----------------------------------------------------------------------
+# --- which image gets what ----------------------------------------------------------------------
 
-PICTURES = [
-    PictureFile(Path("photos/a.jpg"), "a.jpg", "a"),
-    PictureFile(Path("photos/in/b.jpg"), "in/b.jpg", "in/b"),
-    PictureFile(Path("photos/c.jpg"), "c.jpg", "c"),
+IMAGES = [
+    ImageFile(Path("photos/a.jpg"), "a.jpg", "a"),
+    ImageFile(Path("photos/in/b.jpg"), "in/b.jpg", "in/b"),
+    ImageFile(Path("photos/c.jpg"), "c.jpg", "c"),
 ]
 ONE = (Prompt(points=[[1, 2]]),)
 
 
 def test_names_are_relative_to_the_folder_or_as_given():
-    found = share_out(PICTURES, {"photos/in/b.jpg": ONE, "./a.jpg": ONE}, Path("p.json"))
-    assert [picture.name for picture, _ in found.tasks] == ["a.jpg", "in/b.jpg"]
-    assert [picture.name for picture in found.without] == ["c.jpg"]
+    found = share_out(IMAGES, {"photos/in/b.jpg": ONE, "./a.jpg": ONE}, Path("p.json"))
+    assert [image.name for image, _ in found.tasks] == ["a.jpg", "in/b.jpg"]
+    assert [image.name for image in found.without] == ["c.jpg"]
     assert found.missing == ()
 
 
 def test_what_is_not_there_is_told_with_the_nearest_name():
-    found = share_out(PICTURES, {"a.jpg": ONE, "b.jpg": ONE, "zz": ONE}, Path("p.json"))
+    found = share_out(IMAGES, {"a.jpg": ONE, "b.jpg": ONE, "zz": ONE}, Path("p.json"))
     assert [name for name, _ in found.missing] == ["b.jpg", "zz"]
     words = found.missing[0][1]
-    assert words.startswith("p.json has prompts for 'b.jpg', which is not among the pictures; did")
+    assert words.startswith("p.json has prompts for 'b.jpg', which is not among the images; did")
     assert "did you mean" not in found.missing[1][1]
 
 
 def test_an_empty_list_is_no_prompts():
-    found = share_out(PICTURES, {"a.jpg": ONE, "c.jpg": ()}, Path("p.json"))
-    assert [picture.name for picture in found.without] == ["in/b.jpg", "c.jpg"]
+    found = share_out(IMAGES, {"a.jpg": ONE, "c.jpg": ()}, Path("p.json"))
+    assert [image.name for image in found.without] == ["in/b.jpg", "c.jpg"]
 
 
 def test_nothing_to_do_is_an_error():
-    with pytest.raises(ValueError, match=r"none of the pictures \('a.jpg', .* has prompts in p"):
-        share_out(PICTURES, {}, Path("p.json"))
-    with pytest.raises(ValueError, match=r"'q\.jpg', which is not among the pictures"):
-        share_out(PICTURES, {"q.jpg": ONE}, Path("p.json"))
+    with pytest.raises(ValueError, match=r"none of the images \('a.jpg', .* has prompts in p"):
+        share_out(IMAGES, {}, Path("p.json"))
+    with pytest.raises(ValueError, match=r"'q\.jpg', which is not among the images"):
+        share_out(IMAGES, {"q.jpg": ONE}, Path("p.json"))
 
 
-def test_one_picture_under_two_names():
+def test_one_image_under_two_names():
     with pytest.raises(ValueError, match=r"names 'a.jpg' in two ways"):
-        share_out(PICTURES, {"a.jpg": ONE, "photos/a.jpg": ONE}, Path("p.json"))
+        share_out(IMAGES, {"a.jpg": ONE, "photos/a.jpg": ONE}, Path("p.json"))

@@ -25,7 +25,7 @@ def tiny(monkeypatch, make_sam):
 
 
 @pytest.fixture
-def picture(tmp_path, photo):
+def image(tmp_path, photo):
     return photo(tmp_path / "böse Katze.png", 24, 40)
 
 
@@ -48,16 +48,16 @@ def annotations(path):
     return json.loads(path.read_text())["annotations"]
 
 
-# --- one picture ----------------------------------------------------------------------------------
+# --- one image ----------------------------------------------------------------------------------
 
 
-def test_a_click(run, picture, tmp_path, tiny):
+def test_a_click(run, image, tmp_path, tiny):
     out = tmp_path / "out"
-    result = run("segment", picture, "--point", "20,10", "-o", out)
+    result = run("segment", image, "--point", "20,10", "-o", out)
     assert (result.code, result.out) == (0, "")
     assert names(out) == [f"böse Katze.{end}" for end in ("json", "mask-1.png", "overlay.png")]
     predictor = SamPredictor(tiny)
-    predictor.set_image(picture)
+    predictor.set_image(image)
     masks, scores, _ = predictor.predict(np.array([[20, 10]]), np.array([1]))
     wanted = masks[scores.argmax()]
     np.testing.assert_array_equal(np.asarray(Image.open(out / "böse Katze.mask-1.png")) > 0, wanted)
@@ -70,24 +70,24 @@ def test_a_click(run, picture, tmp_path, tiny):
     assert len(facts["model_sha256"]) == 64
     lines = result.err.splitlines()
     assert lines[0].startswith("tinyvit_starter: torch ")
-    assert lines[1].startswith("segmented 1 picture in ")
+    assert lines[1].startswith("segmented 1 image in ")
     assert "1 mask (predicted IoU " in lines[1]
     assert lines[1].endswith(f"seen in {out}/böse Katze.overlay.png")
-    assert lines[2].startswith("seconds a picture: read 0.")
+    assert lines[2].startswith("seconds an image: read 0.")
     assert "encode" in lines[2] and "decode" in lines[2]
 
 
-def test_points_with_a_box_are_one_object_and_boxes_are_many(run, picture, tmp_path):
+def test_points_with_a_box_are_one_object_and_boxes_are_many(run, image, tmp_path):
     out = tmp_path / "out"
-    run("segment", picture, "--point", "9,9", "--point", "2,2,0", "--box", "1,1,20,20", "-o", out)
+    run("segment", image, "--point", "9,9", "--point", "2,2,0", "--box", "1,1,20,20", "-o", out)
     (found,) = annotations(out / "böse Katze.json")
     wanted = {"points": [[9, 9], [2, 2]], "labels": [1, 0], "box": [1, 1, 20, 20]}
     assert found["prompt"] == wanted
-    words = ("segment", picture, "--box", "1,1,20,20", "--box", "20,1,39,20", "-o", out)
+    words = ("segment", image, "--box", "1,1,20,20", "--box", "20,1,39,20", "-o", out)
     assert "replaced 1 that were made with other prompts or options" in run(*words).err
     assert [one["object"] for one in annotations(out / "böse Katze.json")] == [1, 2]
     assert "böse Katze.mask-2.png" in names(out)
-    words = ("segment", picture, "--point", "9,9", "--point", "30,9", "--each", "-o", out)
+    words = ("segment", image, "--point", "9,9", "--point", "30,9", "--each", "-o", out)
     assert run(*words).code == 0
     assert [one["prompt"]["points"] for one in annotations(out / "böse Katze.json")] == [
         [[9, 9]],
@@ -95,9 +95,9 @@ def test_points_with_a_box_are_one_object_and_boxes_are_many(run, picture, tmp_p
     ]
 
 
-def test_multimask_and_logits_to_refine(run, picture, tmp_path):
+def test_multimask_and_logits_to_refine(run, image, tmp_path):
     out = tmp_path / "out"
-    run("segment", picture, "--point", "9,9", "--multimask", "--logits", "-o", out)
+    run("segment", image, "--point", "9,9", "--multimask", "--logits", "-o", out)
     assert names(out) == [
         f"böse Katze.{end}"
         for end in (
@@ -107,26 +107,24 @@ def test_multimask_and_logits_to_refine(run, picture, tmp_path):
     ]
     for mask in (out / "böse Katze.logits-1.npy", out / "böse Katze.mask-1-2.png"):
         again = tmp_path / mask.suffix
-        result = run("segment", picture, "--point", "9,9", "--mask", mask, "-o", again)
+        result = run("segment", image, "--point", "9,9", "--mask", mask, "-o", again)
         assert result.code == 0
         assert annotations(again / "böse Katze.json")[0]["prompt"]["mask"] is True
 
 
 def test_a_turned_photograph_is_upright_first(run, tmp_path, photo):
-    picture = photo(tmp_path / "t.jpg", 24, 40)
+    image = photo(tmp_path / "t.jpg", 24, 40)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees: 40 high, 24 wide
-    Image.open(picture).save(tmp_path / "turned.jpg", exif=exif)
+    Image.open(image).save(tmp_path / "turned.jpg", exif=exif)
     words = ("segment", tmp_path / "turned.jpg", "-o", tmp_path / "out")
     assert run(*words, "--point", "10,35").code == 0
     assert decode(tmp_path / "out" / "turned.overlay.png").shape == (40, 24, 3)
-    assert (
-        "lies outside the picture of width 24 and height 40" in run(*words, "--point", "35,9").err
-    )
+    assert "lies outside the image of width 24 and height 40" in run(*words, "--point", "35,9").err
 
 
-def test_quiet_says_nothing(run, picture, tmp_path):
-    result = run("segment", picture, "--point", "9,9", "-o", tmp_path / "out", "-q")
+def test_quiet_says_nothing(run, image, tmp_path):
+    result = run("segment", image, "--point", "9,9", "-o", tmp_path / "out", "-q")
     assert (result.code, result.out, result.err) == (0, "", "")
 
 
@@ -134,10 +132,10 @@ def test_quiet_says_nothing(run, picture, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools
-def test_everything_is_a_file_that_cocos_own_tools_read(run, picture, tmp_path, capsys):
+def test_everything_is_a_file_that_cocos_own_tools_read(run, image, tmp_path, capsys):
     out = tmp_path / "out"
     words = ("--pred-iou-thresh", "-9", "--stability-score-thresh", "-1", "--points-per-side", "4")
-    result = run("segment", picture, "--everything", *words, "-o", out, "--json")
+    result = run("segment", image, "--everything", *words, "-o", out, "--json")
     assert result.code == 0
     assert names(out) == ["böse Katze.json", "böse Katze.overlay.png"]
     coco = COCO(str(out / "böse Katze.json"))
@@ -145,7 +143,7 @@ def test_everything_is_a_file_that_cocos_own_tools_read(run, picture, tmp_path, 
     assert len(coco.anns) == result.json["written"][0]["count"] > 0
     for annotation in coco.anns.values():
         assert coco.annToMask(annotation).sum() == annotation["area"]
-    assert (decode(out / "böse Katze.overlay.png") != decode(picture)).any()
+    assert (decode(out / "böse Katze.overlay.png") != decode(image)).any()
     assert info(out / "böse Katze.json")["task"] == {
         "mode": "everything",
         "points_per_side": 4,
@@ -155,17 +153,17 @@ def test_everything_is_a_file_that_cocos_own_tools_read(run, picture, tmp_path, 
     assert "generate" in result.json["written"][0]["seconds"]
 
 
-def test_everything_may_be_nothing(run, picture, tmp_path):
+def test_everything_may_be_nothing(run, image, tmp_path):
     words = ("--points-per-side", "2", "--pred-iou-thresh", "99", "--min-mask-region-area", "4")
-    result = run("segment", picture, "--everything", *words, "-o", tmp_path / "out")
+    result = run("segment", image, "--everything", *words, "-o", tmp_path / "out")
     assert result.code == 0
     assert "0 masks" in result.err
     np.testing.assert_array_equal(
-        decode(tmp_path / "out" / "böse Katze.overlay.png"), decode(picture)
+        decode(tmp_path / "out" / "böse Katze.overlay.png"), decode(image)
     )
 
 
-# --- many pictures --------------------------------------------------------------------------------
+# --- many images --------------------------------------------------------------------------------
 
 
 def test_a_folder_with_prompts_in_one_run(run, folder, tmp_path):
@@ -185,9 +183,9 @@ def test_a_folder_with_prompts_in_one_run(run, folder, tmp_path):
     lines = result.err.splitlines()
     failed = sorted(line for line in lines if line.startswith("failed: "))
     assert len(failed) == 3
-    assert "'gone.jpg', which is not among the pictures" in "".join(failed)
+    assert "'gone.jpg', which is not among the images" in "".join(failed)
     assert f"{folder / 'in/c.webp'}: point 0 at (x, y) = (9, 99) lies outside" in "".join(failed)
-    assert "left out 1 picture without prompts: b.jpg" in lines
+    assert "left out 1 image without prompts: b.jpg" in lines
     assert lines[-1] == "failed 3 of 4, named above"
     content = result.json
     assert [row["picture"] for row in content["written"]] == ["a.png"]
@@ -208,12 +206,12 @@ def test_csv_and_the_same_prompts_for_all(run, folder, tmp_path):
     assert [n for n in names(tmp_path / "csv") if n.endswith("json")] == ["b.json", "in/c.json"]
     result = run("segment", folder, "--point", "9,9", "-o", tmp_path / "all")
     assert result.code == 0
-    assert "segmented 3 pictures" in result.err
+    assert "segmented 3 images" in result.err
     assert result.err.splitlines()[1].endswith(f"3 masks in {tmp_path / 'all'}")
 
 
-def test_what_is_there_is_kept_and_what_is_outdated_is_made_anew(run, picture, tmp_path):
-    words = ("segment", picture, "--point", "9,9", "-o", tmp_path / "out")
+def test_what_is_there_is_kept_and_what_is_outdated_is_made_anew(run, image, tmp_path):
+    words = ("segment", image, "--point", "9,9", "-o", tmp_path / "out")
     run(*words)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert "kept 1 made before" in run(*words).err
@@ -222,16 +220,16 @@ def test_what_is_there_is_kept_and_what_is_outdated_is_made_anew(run, picture, t
     bf16 = run(*words, "--precision", "bf16")
     assert "replaced 1 that were made in another precision" in bf16.err
     no_pad = run(*words, "--no-pad", "--precision", "bf16")
-    assert "made with another preparation of pictures" in no_pad.err
-    os.utime(picture, ns=(1, 1))
+    assert "made with another preparation of images" in no_pad.err
+    os.utime(image, ns=(1, 1))
     changed = run(*words, "--no-pad", "--precision", "bf16")
-    assert "made of a picture that has changed since" in changed.err
+    assert "made of an image that has changed since" in changed.err
 
 
-def test_files_of_the_user_s_own_are_not_replaced_unasked(run, picture, tmp_path):
+def test_files_of_the_user_s_own_are_not_replaced_unasked(run, image, tmp_path):
     mine = tmp_path / "böse Katze.json"
     mine.write_text("{}")
-    words = ("segment", picture, "--point", "9,9", "-o", tmp_path)
+    words = ("segment", image, "--point", "9,9", "-o", tmp_path)
     result = run(*words)
     assert result.code == 1
     assert "is there already and was not made by this command; choose another" in result.err
@@ -253,7 +251,7 @@ def test_a_stop_in_the_middle_says_how_far_it_came(run, folder, tmp_path, monkey
     result = run("segment", folder, "--point", "9,9", "-o", tmp_path / "out", "--json")
     assert (result.code, result.out) == (130, "")
     assert result.err.splitlines()[1:] == [
-        "stopped after 2 of 3 pictures; the same command goes on from there",
+        "stopped after 2 of 3 images; the same command goes on from there",
         "interrupted",
     ]
 
@@ -296,12 +294,12 @@ def test_wrong_arguments_are_one_line_and_write_nothing(
     assert names(tmp_path) == before
 
 
-def test_a_point_outside_is_told_in_the_library_s_words(run, picture, tmp_path):
-    result = run("-q", "segment", picture, "--point", "10,30", "-o", tmp_path / "out")
+def test_a_point_outside_is_told_in_the_library_s_words(run, image, tmp_path):
+    result = run("-q", "segment", image, "--point", "10,30", "-o", tmp_path / "out")
     assert result.code == 1
     assert result.err == (
-        f"failed: {picture}: point 0 at (x, y) = (10, 30) lies outside the picture of width 40 and "
-        "height 24; wanted pixels of the original picture, 0 <= x <= 40 and 0 <= y <= 24; are x "
+        f"failed: {image}: point 0 at (x, y) = (10, 30) lies outside the image of width 40 and "
+        "height 24; wanted pixels of the original image, 0 <= x <= 40 and 0 <= y <= 24; are x "
         "and y swapped?\nfailed 1 of 1, named above\n"
     )
 
@@ -323,25 +321,25 @@ def real(monkeypatch, tiny):
         ("saved", "is a folder, and folders of save_pretrained hold an encoder alone"),
     ],
 )
-def test_wrong_checkpoints(run, picture, tmp_path, monkeypatch, real, checkpoint, expected):
+def test_wrong_checkpoints(run, image, tmp_path, monkeypatch, real, checkpoint, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "saved").mkdir()
-    words = ("-q", "segment", picture, "--point", "9,9", "-o", "out", "--checkpoint", checkpoint)
+    words = ("-q", "segment", image, "--point", "9,9", "-o", "out", "--checkpoint", checkpoint)
     result = run(*words)
     assert (result.code, result.err.count("\n")) == (1, 1)
     assert expected in result.err
 
 
-def test_an_encoder_alone_is_refused(run, picture, tmp_path, checkpoints, real):
+def test_an_encoder_alone_is_refused(run, image, tmp_path, checkpoints, real):
     words = ("--checkpoint", checkpoints / "encoder.safetensors", "-o", tmp_path / "out")
-    result = run("-q", "segment", picture, "--point", "9,9", *words)
+    result = run("-q", "segment", image, "--point", "9,9", *words)
     assert result.code == 1
     assert "holds no prompt_encoder and no mask_decoder" in result.err
 
 
-def test_the_embedded_weights(run, picture, tmp_path, real):
+def test_the_embedded_weights(run, image, tmp_path, real):
     words = ("--point", "9,9", "--size", "64", "-o", tmp_path / "out", "--json")
-    result = run("segment", picture, *words)
+    result = run("segment", image, *words)
     assert result.code == 0
     assert result.json["checkpoint"] == "tinyvit_starter"
     assert result.json["image_spec"]["size"] == [64, 64]

@@ -62,11 +62,11 @@ def test_nothing_then_current(names):
     ("fact", "words"),
     [
         ("model_sha256", "made by another model"),
-        ("image_spec", "made with another preparation of pictures"),
+        ("image_spec", "made with another preparation of images"),
         ("precision", "made in another precision"),
-        ("picture", "made of another picture"),
-        ("picture_bytes", "made of a picture that has changed since"),
-        ("picture_mtime_ns", "made of a picture that has changed since"),
+        ("picture", "made of another image"),
+        ("picture_bytes", "made of an image that has changed since"),
+        ("picture_mtime_ns", "made of an image that has changed since"),
         ("task", "made with other prompts or options"),
     ],
 )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinyvit.folders.images import PictureFile
+from tinyvit.folders.images import ImageFile
 from tinyvit.folders.segment import Reading, Settings, Task, by_grid, by_prompts, recipe
 from tinyvit.sam import Prompt, SamAutomaticMaskGenerator, SamPredictor
 from tinyvit.sam import mask_ops as rle
@@ -28,9 +28,9 @@ def answers_of(tmp_path):
     def call(method, work):
         readings = []
         for number, (image, prompts) in enumerate(work):
-            picture = PictureFile(tmp_path / f"{number}.png", f"{number}.png", f"{number}")
-            names = method.names(tmp_path, picture.stem, prompts)
-            task = Task(picture, prompts, names, {}, None)
+            file = ImageFile(tmp_path / f"{number}.png", f"{number}.png", f"{number}")
+            names = method.names(tmp_path, file.stem, prompts)
+            task = Task(file, prompts, names, {}, None)
             readings.append(Reading(task, image, method.prepare(image), {}))
         return [(list(answer.annotations), answer) for answer in method.answers(iter(readings))]
 
@@ -101,13 +101,13 @@ def test_batches_change_no_mask_and_keep_the_order(make_sam, answers_of, batch_s
     method = by_prompts(make_sam(), Settings(batch_size=batch_size), False, False)
     noise = np.random.default_rng(1).integers(0, 256, (5, 24, 40, 3), np.uint8)
     together = answers_of(method, [(one, (POINT,)) for one in noise])
-    assert [a.reading.task.picture.stem for _, a in together] == list("01234")
+    assert [a.reading.task.image.stem for _, a in together] == list("01234")
     for image, (found, _) in zip(noise, together, strict=True):
         ((alone, _),) = answers_of(method, [(image, (POINT,))])
         assert alone[0][0]["segmentation"] == found[0][0]["segmentation"]
 
 
-def test_a_prompt_that_does_not_fit_is_a_failure_and_the_next_picture_goes_on(
+def test_a_prompt_that_does_not_fit_is_a_failure_and_the_next_image_goes_on(
     make_sam, image, answers_of
 ):
     method = by_prompts(make_sam(), Settings(), False, False)
@@ -117,7 +117,7 @@ def test_a_prompt_that_does_not_fit_is_a_failure_and_the_next_picture_goes_on(
         method, [(image, (POINT, outside)), (image, (wrong_mask,)), (image, (POINT,))]
     )
     assert first[1].failure.startswith("object 2: point 0 at (x, y) = (10, 30) lies outside")
-    assert second[1].failure.startswith("a mask prompt must be a bool mask of the picture")
+    assert second[1].failure.startswith("a mask prompt must be a bool mask of the image")
     assert first[0] == second[0] == []
     assert third[1].failure == ""
     assert len(third[0]) == 1

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tinyvit.errors import CheckpointError
-from tinyvit.folders.images import list_pictures
+from tinyvit.folders.images import list_images
 from tinyvit.folders.segment import Answer, Job, Names
 from tinyvit.images import draw
 from tinyvit.images import draw as segments
@@ -24,7 +24,7 @@ POINT = (Prompt(points=[[5, 5]]),)
 
 
 class HalfMethod:
-    """Says that the left half of each picture is the object."""
+    """Says that the left half of each image is the object."""
 
     engine = None
 
@@ -43,7 +43,7 @@ class HalfMethod:
 
     def answers(self, readings):
         for reading in readings:
-            name = reading.task.picture.name
+            name = reading.task.image.name
             self.seen.append((name, self.open))
             failure = "of no use" if name in self.fails else ""
             yield Answer(reading, self._annotations(reading), failure=failure)
@@ -65,13 +65,13 @@ def folder(tmp_path, photo):
 
 
 def work_of(folder, prompts=POINT):
-    return [(picture, prompts) for picture in list_pictures([folder])]
+    return [(image, prompts) for image in list_images([folder])]
 
 
 def test_files_are_written_and_told(folder, tmp_path):
     outcomes = list(Job(HalfMethod(), tmp_path / "out", FACTS).run(work_of(folder)))
     assert [outcome.state for outcome in outcomes] == ["written"] * 4
-    assert [outcome.picture.name for outcome in outcomes] == ["0.png", "1.png", "2.png", "3.png"]
+    assert [outcome.image.name for outcome in outcomes] == ["0.png", "1.png", "2.png", "3.png"]
     first = outcomes[0]
     assert first.masks == ({"score": 0.5, "mask": "0.mask-1.png"},)
     assert (first.count, first.seconds["decode"]) == (1, 0.5)
@@ -110,19 +110,19 @@ def test_candidates_that_are_not_best_are_not_drawn(folder, tmp_path):
     np.testing.assert_array_equal(decode(tmp_path / "out" / "0.overlay.png"), wanted)
 
 
-def test_broken_pictures_and_failures_stop_nothing(folder, tmp_path):
+def test_broken_images_and_failures_stop_nothing(folder, tmp_path):
     (folder / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n no more")
     method = HalfMethod(fails=["2.png"])
     outcomes = list(Job(method, tmp_path / "out", FACTS).run(work_of(folder)))
-    states = {outcome.picture.name: outcome.state for outcome in outcomes}
+    states = {outcome.image.name: outcome.state for outcome in outcomes}
     assert states == {"0.png": "written", "1.png": "failed", "2.png": "failed", "3.png": "written"}
-    reasons = {outcome.picture.name: outcome.reason for outcome in outcomes}
+    reasons = {outcome.image.name: outcome.reason for outcome in outcomes}
     assert reasons["2.png"] == f"{folder / '2.png'}: of no use"
     assert "1.png" in reasons["1.png"]
     assert len(list((tmp_path / "out").glob("*.json"))) == 2
 
 
-def test_nothing_but_broken_pictures(tmp_path):
+def test_nothing_but_broken_images(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").touch()
     outcomes = list(Job(HalfMethod(), tmp_path / "out", FACTS).run(work_of(tmp_path / "in")))
@@ -156,12 +156,12 @@ def test_no_more_is_read_ahead_than_allowed(tmp_path, photo):
 def test_an_input_is_never_replaced(tmp_path, photo):
     for name in ("a.png", "a.mask-1.png"):
         photo(tmp_path / name)
-    pictures = list_pictures([tmp_path / "a.png", tmp_path / "a.mask-1.png"])
+    images = list_images([tmp_path / "a.png", tmp_path / "a.mask-1.png"])
     before = (tmp_path / "a.mask-1.png").read_bytes()
     job = Job(HalfMethod(), tmp_path, FACTS, overwrite=True)
-    first, *_ = job.run([(picture, POINT) for picture in pictures])
+    first, *_ = job.run([(image, POINT) for image in images])
     assert first.state == "failed"
-    assert "would replace one of the pictures; write to another folder" in first.reason
+    assert "would replace one of the images; write to another folder" in first.reason
     assert (tmp_path / "a.mask-1.png").read_bytes() == before
 
 
@@ -189,7 +189,7 @@ def test_a_document_that_cannot_be_written_stops_too(folder, tmp_path, monkeypat
         list(Job(HalfMethod(), tmp_path / "out", FACTS).run(work_of(folder)))
 
 
-def test_a_name_too_long_is_one_picture_s_affair(tmp_path, photo):
+def test_a_name_too_long_is_one_image_s_affair(tmp_path, photo):
     photo(tmp_path / "in" / f"{'x' * 240}.png")
     photo(tmp_path / "in" / "y.png")
     outcomes = list(Job(HalfMethod(), tmp_path / "out", FACTS).run(work_of(tmp_path / "in")))

@@ -4,17 +4,17 @@ import pytest
 
 
 @pytest.fixture
-def pictures(tmp_path, photo):
+def images(tmp_path, photo):
     for name in ("a", "b", "c", "d", "e"):
         for number in range(2):
             photo(tmp_path / "pictures" / name / f"{number}.png", 16, 16, number)
     return tmp_path / "pictures"
 
 
-def test_a_broken_picture_is_named_and_the_rest_is_kept(run, pictures, checkpoints, tmp_path):
-    (pictures / "a" / "0.png").write_bytes(b"no picture")
+def test_a_broken_image_is_named_and_the_rest_is_kept(run, images, checkpoints, tmp_path):
+    (images / "a" / "0.png").write_bytes(b"no image")
     encoder = checkpoints / "encoder.safetensors"
-    words = ("train", "store-features", pictures, "--teacher", encoder, "-o", tmp_path / "out")
+    words = ("train", "store-features", images, "--teacher", encoder, "-o", tmp_path / "out")
     result = run(*words, "--json")
     assert result.code == 1
     assert result.json["pictures"] == 9
@@ -23,21 +23,21 @@ def test_a_broken_picture_is_named_and_the_rest_is_kept(run, pictures, checkpoin
     assert "0.png" in result.err.splitlines()[-1]
 
 
-def test_the_same_call_goes_on_and_another_teacher_is_refused(run, pictures, checkpoints, tmp_path):
-    words = ("train", "store-features", pictures, "-o", tmp_path / "out")
+def test_the_same_call_goes_on_and_another_teacher_is_refused(run, images, checkpoints, tmp_path):
+    words = ("train", "store-features", images, "-o", tmp_path / "out")
     assert run(*words, "--teacher", checkpoints / "encoder.safetensors").code == 0
     shards = sorted((tmp_path / "out").iterdir())
     again = run(*words, "--teacher", checkpoints / "encoder.safetensors")
     assert (again.code, sorted((tmp_path / "out").iterdir())) == (0, shards)
-    assert again.err.splitlines()[-1] == f"10 pictures are in {tmp_path / 'out'}"
+    assert again.err.splitlines()[-1] == f"10 images are in {tmp_path / 'out'}"
     other = run(*words, "--teacher", checkpoints / "other.safetensors")
     assert other.code == 1
     assert "choose another folder" in other.err
 
 
-def test_answers_go_on_and_broken_pictures_have_none(run, pictures, checkpoints, tmp_path):
-    (pictures / "e" / "2.png").write_bytes(b"no picture")
-    words = ("train", "write-logits", pictures, "-o", tmp_path / "out", "--views", 1)
+def test_answers_go_on_and_broken_images_have_none(run, images, checkpoints, tmp_path):
+    (images / "e" / "2.png").write_bytes(b"no image")
+    words = ("train", "write-logits", images, "-o", tmp_path / "out", "--views", 1)
     five = ("--teacher", checkpoints / "five.safetensors")
     for _ in range(2):
         result = run(*words, *five, "--val-part", 0.1, "--split-seed", 3, "--json")
@@ -49,13 +49,13 @@ def test_answers_go_on_and_broken_pictures_have_none(run, pictures, checkpoints,
     assert refused.err.splitlines()[-1].startswith("error: ")
 
 
-def test_stopping_says_how_to_go_on(run, pictures, checkpoints, tmp_path, monkeypatch):
+def test_stopping_says_how_to_go_on(run, images, checkpoints, tmp_path, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tinyvit.train.tasks.teachers.store_features", stop)
     encoder = checkpoints / "encoder.safetensors"
-    result = run("train", "store-features", pictures, "--teacher", encoder, "-o", tmp_path / "out")
+    result = run("train", "store-features", images, "--teacher", encoder, "-o", tmp_path / "out")
     assert result.code == 130
     assert result.err.splitlines()[-2:] == [
         "stopped; the same command goes on from there",

@@ -23,7 +23,7 @@ def sam(make_tiny_vit, randomise, tmp_path):
 
 
 @pytest.fixture
-def pictures(tmp_path, photo):
+def images(tmp_path, photo):
     for name in ("ant", "bee"):
         for number in range(3):
             photo(tmp_path / "pictures" / name / f"{number}.png", 16, 16, number)
@@ -63,20 +63,20 @@ def test_segment_from_chance(run, cells, tmp_path, monkeypatch):
     assert seen[0].seed == 3
 
 
-def test_distil_logits(run, pictures, checkpoints, tmp_path):
+def test_distil_logits(run, images, checkpoints, tmp_path):
     split = ("--val-part", 0.3)
     teacher = tmp_path / "teacher" / "best.safetensors"
     start = ("--checkpoint", checkpoints / "five.safetensors", "--img-size", 32, *split, *QUICK)
-    first = run("train", "classify", pictures, "-o", teacher.parent, *start)
+    first = run("train", "classify", images, "-o", teacher.parent, *start)
     assert first.code == 0, first.err
     answers = tmp_path / "answers"
     written = run(
-        *("train", "write-logits", pictures, "--teacher", teacher, "-o", answers, *split),
+        *("train", "write-logits", images, "--teacher", teacher, "-o", answers, *split),
         *("--views", 2, "--top-k", 2, "--json"),
     )
     assert written.code == 0, written.err
     assert written.json == {"output": str(answers), "pictures": 4, "views": 2, "broken": {}}
-    words = ("train", "distill-logits", pictures, *start)
+    words = ("train", "distill-logits", images, *start)
     result = run(*words, "--logits", answers, "-o", tmp_path / "run", "--json")
     assert result.code == 0, result.err
     assert result.json["task"] == "distill-logits"
@@ -115,17 +115,17 @@ def test_distil_features(run, cells, checkpoints, sam, tmp_path):
 @pytest.mark.parametrize(
     ("prepare", "said"),
     [
-        ("empty", "has no subfolders with pictures"),
+        ("empty", "has no subfolders with images"),
         ("missing", "there is no file or folder"),
         ("one class", "only one class, 'ant'"),
-        ("one picture", "nothing can be held out"),
+        ("one image", "nothing can be held out"),
     ],
 )
-def test_wrong_pictures_for_a_classifier(run, tmp_path, photo, prepare, said):
+def test_wrong_images_for_a_classifier(run, tmp_path, photo, prepare, said):
     data = tmp_path / "data"
     if prepare != "missing":
         data.mkdir()
-    if prepare == "one picture":
+    if prepare == "one image":
         photo(data / "ant" / "0.png")
     if prepare == "one class":
         for number in range(3):
@@ -144,7 +144,7 @@ def test_wrong_masks(run, cells, tmp_path, photo, sam):
     result = run("train", "segment", cells, "-o", tmp_path / "run")
     assert result.code == 1
     assert len(result.err.splitlines()) == 1
-    assert "no picture with a good mask" in result.err or "holds no pictures" in result.err
+    assert "no image with a good mask" in result.err or "holds no images" in result.err
     empty = tmp_path / "empty"
     empty.mkdir()
     nothing = run("train", "segment", empty, "-o", tmp_path / "run")
@@ -152,14 +152,14 @@ def test_wrong_masks(run, cells, tmp_path, photo, sam):
     assert "is no data set that is known" in nothing.err
 
 
-def test_one_picture_with_a_mask_is_warned_of(run, cells, tmp_path, sam):
+def test_one_image_with_a_mask_is_warned_of(run, cells, tmp_path, sam):
     for number in (1, 2):
         (cells / "images" / f"{number}.png").unlink()
         (cells / "masks" / f"{number}.png").unlink()
     words = ("--checkpoint", sam, "--size", 64, "--move", "decoder")
     result = run("train", "segment", cells, "-o", tmp_path / "run", *QUICK, *words)
     assert result.code == 0, result.err
-    assert f"warning: {cells} has only one picture" in result.err
+    assert f"warning: {cells} has only one image" in result.err
 
 
 @pytest.mark.parametrize(

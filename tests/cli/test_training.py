@@ -22,7 +22,7 @@ def allocator(monkeypatch):
 
 
 @pytest.fixture
-def pictures(tmp_path, photo):
+def images(tmp_path, photo):
     for name in ("ant", "bee"):
         for number in range(4):
             photo(tmp_path / "pictures" / name / f"{number}.png", 16, 16, number)
@@ -30,10 +30,10 @@ def pictures(tmp_path, photo):
 
 
 @pytest.fixture
-def words(pictures, checkpoints):
+def words(images, checkpoints):
     """Arguments of a run that takes a second."""
     start = ("--checkpoint", checkpoints / "five.safetensors", "--img-size", 32)
-    return (*TRAIN, pictures, *start, *QUICK)
+    return (*TRAIN, images, *start, *QUICK)
 
 
 def test_a_run_and_its_summary(run, words, tmp_path, allocator):
@@ -93,9 +93,9 @@ def test_other_settings_are_refused(run, words, tmp_path):
         assert result.err.count("error:") == 1
 
 
-def test_broken_pictures_are_named_at_the_end(run, words, pictures, tmp_path):
-    (pictures / "ant" / "9.png").write_bytes(b"no picture")
-    (pictures / "bee" / "9.png").write_bytes(b"no picture")
+def test_broken_images_are_named_at_the_end(run, words, images, tmp_path):
+    (images / "ant" / "9.png").write_bytes(b"no image")
+    (images / "bee" / "9.png").write_bytes(b"no image")
     result = run(*words, "-o", tmp_path / "run", "--json", "--epochs", 3)
     assert result.code == 0
     assert set(result.json["broken"]) == {"ant/9.png", "bee/9.png"}

@@ -4,7 +4,7 @@ import numpy as np
 
 
 class Discs:
-    """A picture with two objects."""
+    """An image with two objects."""
 
     def __init__(self, name="discs.png", labels=("left", "right")):
         self.name, self.labels = name, labels

@@ -17,7 +17,7 @@ def test_a_model_agrees_with_itself():
     assert found.mean_cosine == pytest.approx(1)
     assert found.least_cosine == pytest.approx(1)
     assert (found.mean_iou, found.least_iou) == (1, 1)
-    assert len(found.pictures[0].ious) == 4
+    assert len(found.images[0].ious) == 4
     assert json.loads(found.to_json())["names"] == ["first", "second"]
 
 
@@ -26,8 +26,8 @@ def test_other_weights_agree_less():
     with torch.no_grad():
         for parameter in sam.image_encoder.parameters():
             parameter.mul_(1 + 0.5 * torch.randn_like(parameter))
-    pictures = [Discs().load()[0]]
-    found = compare(SamPredictor.from_checkpoint(), SamPredictor(sam), pictures, grid=3)
+    images = [Discs().load()[0]]
+    found = compare(SamPredictor.from_checkpoint(), SamPredictor(sam), images, grid=3)
     assert found.least_cosine <= found.mean_cosine < 0.99
     assert found.mean_iou < 0.99
     assert [row[0] for row in found.rows()][1:3] == ["cosine", "mask IoU"]
@@ -40,14 +40,14 @@ def test_embeddings_of_different_shapes_have_no_cosine():
     assert found.rows()[1][0] == "mask IoU"
 
 
-def test_broken_pictures_are_named(tmp_path):
+def test_broken_images_are_named(tmp_path):
     predictor = SamPredictor.from_checkpoint()
     (tmp_path / "bad.png").write_bytes(b"bad")
     good = np.zeros((20, 20, 3), np.uint8)
     found = compare(predictor, predictor, [tmp_path / "bad.png", good], grid=1)
     assert "bad.png" in found.left_out[0]
-    assert [one.picture for one in found.pictures] == ["picture 1"]
-    with pytest.raises(ValueError, match=r"no picture could be compared: .*bad.png"):
+    assert [one.image for one in found.images] == ["image 1"]
+    with pytest.raises(ValueError, match=r"no image could be compared: .*bad.png"):
         compare(predictor, predictor, [tmp_path / "bad.png"])
     with pytest.raises(ValueError, match="grid must be at least 1"):
         compare(predictor, predictor, [good], grid=0)

@@ -14,7 +14,7 @@ def test_the_interval_is_that_of_the_mean():
     assert (figure.high - figure.low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.1)
 
 
-def test_masks_of_one_picture_count_as_one_draw():
+def test_masks_of_one_image_count_as_one_draw():
     rng = np.random.default_rng(0)
     values = np.repeat(rng.normal(0, 1, 50), 10)
     alone = bootstrap(values.tolist(), range(500))

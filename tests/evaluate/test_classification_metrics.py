@@ -17,7 +17,7 @@ def test_hits_in_top_by_hand():
 
 
 @pytest.mark.parametrize("hits, count", [(0, 20), (20, 20), (31, 40), (300, 1000)])
-def test_the_interval_is_that_of_drawing_pictures(hits, count):
+def test_the_interval_is_that_of_drawing_images(hits, count):
     values = np.arange(count) < hits
     made = share_of_hits(values, resamples=4000)
     drawn = bootstrap(values.astype(float).tolist(), range(count), resamples=4000)
@@ -29,8 +29,8 @@ def test_the_interval_is_that_of_drawing_pictures(hits, count):
     assert share_of_hits(values) == share_of_hits(values)
 
 
-def test_no_pictures_have_no_share():
-    with pytest.raises(ValueError, match="at least one picture, got none"):
+def test_no_images_have_no_share():
+    with pytest.raises(ValueError, match="at least one image, got none"):
         share_of_hits(np.zeros(0, bool))
 
 
@@ -55,7 +55,7 @@ def test_confusions_name_the_worst_first():
     labels = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2])
     answers = np.array([1, 1, 2, 0, 1, 1, 2, 2, 0])
     found = confusions(labels, answers, ("a", "b", "c"))
-    assert [(row.name, row.pictures) for row in found] == [("a", 4), ("c", 3)]
+    assert [(row.name, row.images) for row in found] == [("a", 4), ("c", 3)]
     assert found[0].accuracy == 0.25
     assert found[0].taken_for == (("b", 2), ("c", 1))
     assert confusions(labels, answers, ("a", "b", "c"), most=1) == found[:1]

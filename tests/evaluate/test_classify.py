@@ -21,7 +21,7 @@ class Listed:
         return len(self.sources)
 
     def name(self, index):
-        return f"picture {index}"
+        return f"image {index}"
 
     def source(self, index) -> Path | bytes:
         return self.sources[index]
@@ -36,7 +36,7 @@ def engine(make_tiny_vit):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -47,13 +47,13 @@ def pictures(tmp_path):
     return Listed(paths, rng.integers(0, 7, 10), tuple("abcdefg"))
 
 
-def test_the_report_is_what_the_logits_say(engine, pictures):
+def test_the_report_is_what_the_logits_say(engine, images):
     told = []
-    report = evaluate_classifier(engine, pictures, progress=lambda *now: told.append(now))
-    logits = engine.classify(pictures.sources)
-    labels = torch.from_numpy(pictures.labels)
+    report = evaluate_classifier(engine, images, progress=lambda *now: told.append(now))
+    logits = engine.classify(images.sources)
+    labels = torch.from_numpy(images.labels)
     hits = logits.argmax(1) == labels
-    assert report.pictures == report.top1.count == 10
+    assert report.images == report.top1.count == 10
     assert report.top1.value == float(hits.double().mean())
     assert report.top1.low <= report.top1.value <= report.top1.high
     in_five = [labels[i] in logits[i].topk(5).indices for i in range(10)]
@@ -68,54 +68,54 @@ def test_the_report_is_what_the_logits_say(engine, pictures):
     assert "torch" in report.engine
 
 
-def test_the_worst_pictures_are_named(engine, pictures):
-    report = evaluate_classifier(engine, pictures, most_wrong=4)
-    chances = engine.classify(pictures.sources).softmax(1)
+def test_the_worst_images_are_named(engine, images):
+    report = evaluate_classifier(engine, images, most_wrong=4)
+    chances = engine.classify(images.sources).softmax(1)
     sure = [row.probability for row in report.wrong]
     assert sure == sorted(sure, reverse=True)
     assert len(report.wrong) == 4
     for row in report.wrong:
-        assert row.name == f"picture {row.index}"
-        assert row.label == pictures.classes[pictures.labels[row.index]] != row.predicted
-        assert row.predicted == pictures.classes[int(chances[row.index].argmax())]
+        assert row.name == f"image {row.index}"
+        assert row.label == images.classes[images.labels[row.index]] != row.predicted
+        assert row.predicted == images.classes[int(chances[row.index].argmax())]
         assert row.probability == pytest.approx(float(chances[row.index].max()))
 
 
-def test_broken_pictures_are_named_and_not_measured(engine, pictures):
-    whole = evaluate_classifier(engine, pictures)
-    pictures.sources.insert(3, b"nonsense")
-    pictures.labels = np.insert(pictures.labels, 3, 0)
-    report = evaluate_classifier(engine, pictures)
-    assert list(report.broken) == ["picture 3"]
-    assert "nonsense" in report.broken["picture 3"]
-    assert (report.pictures, report.top1) == (10, whole.top1)
+def test_broken_images_are_named_and_not_measured(engine, images):
+    whole = evaluate_classifier(engine, images)
+    images.sources.insert(3, b"nonsense")
+    images.labels = np.insert(images.labels, 3, 0)
+    report = evaluate_classifier(engine, images)
+    assert list(report.broken) == ["image 3"]
+    assert "nonsense" in report.broken["image 3"]
+    assert (report.images, report.top1) == (10, whole.top1)
     assert report.loss == pytest.approx(whole.loss, abs=1e-5)  # other batches
 
 
 def test_all_broken(engine):
-    with pytest.raises(ValueError, match=r"no picture of 1 could be read; picture 0: .*0 bytes"):
+    with pytest.raises(ValueError, match=r"no image of 1 could be read; image 0: .*0 bytes"):
         evaluate_classifier(engine, Listed([b""], np.array([0]), tuple("abcdefg")))
 
 
-def test_another_number_of_classes(engine, pictures):
-    pictures.classes = tuple("abcdefgh")
-    with pytest.raises(ValueError, match="the model has 7 classes and the pictures have 8"):
-        evaluate_classifier(engine, pictures)
+def test_another_number_of_classes(engine, images):
+    images.classes = tuple("abcdefgh")
+    with pytest.raises(ValueError, match="the model has 7 classes and the images have 8"):
+        evaluate_classifier(engine, images)
 
 
-def test_few_classes_have_no_top5(make_tiny_vit, pictures):
+def test_few_classes_have_no_top5(make_tiny_vit, images):
     model = make_tiny_vit(num_classes=3, img_size=16, neck_dim=None, strides=(2, 2, 2))
     model.image_spec = ImageSpec.timm(16)
-    listed = Listed(pictures.sources, pictures.labels % 3, tuple("abc"))
+    listed = Listed(images.sources, images.labels % 3, tuple("abc"))
     report = evaluate_classifier(tinyvit.Engine(model), listed)
     assert report.top5 is None
     assert "top-5" not in dict(report.rows())
 
 
-def test_rows_and_json(engine, pictures):
-    report = evaluate_classifier(engine, pictures)
+def test_rows_and_json(engine, images):
+    report = evaluate_classifier(engine, images)
     rows = dict(report.rows())
-    assert rows["pictures"] == "10 in 7 classes"
+    assert rows["images"] == "10 in 7 classes"
     assert rows["top-1"].startswith(f"{report.top1.value:.1%} (")
     values = json.loads(json.dumps(report.to_json()))
     assert values["top1"]["value"] == report.top1.value

@@ -13,13 +13,13 @@ from tinyvit.evaluate.segment import (
 from .segmenting import Discs, Growing
 
 
-def collect(sheet, pictures):
+def collect(sheet, images):
     settings = MeasureSettings((1,), most_clicks=1, with_floors=False)
-    evaluate_segment(Growing(radius=9), [Discs() for _ in range(pictures)], settings, watch=sheet)
+    evaluate_segment(Growing(radius=9), [Discs() for _ in range(images)], settings, watch=sheet)
     return sheet
 
 
-def test_a_sheet_shows_pictures_found_masks_and_truth(tmp_path):
+def test_a_sheet_shows_images_found_masks_and_truth(tmp_path):
     sheet = collect(ContactSheet(4), 4)
     sheet.save(tmp_path / "sheet.png", "Discs")
     drawn = np.array(Image.open(tmp_path / "sheet.png"))

@@ -26,9 +26,9 @@ def test_a_box_without_area_has_no_ellipse():
 
 
 def test_floors_by_name():
-    picture = np.zeros((20, 30, 3), np.uint8)
-    assert click_floors()["disc"](picture, (10, 10)).shape == (20, 30)
-    assert box_floors()["ellipse"](picture, (2, 2, 20, 18)).shape == (20, 30)
+    image = np.zeros((20, 30, 3), np.uint8)
+    assert click_floors()["disc"](image, (10, 10)).shape == (20, 30)
+    assert box_floors()["ellipse"](image, (2, 2, 20, 18)).shape == (20, 30)
 
 
 def test_grabcut_is_there_exactly_where_opencv_is(monkeypatch):
@@ -46,8 +46,8 @@ def test_grabcut_wants_one_prompt():
 def test_grabcut_finds_a_plain_object():
     pytest.importorskip("cv2")
     rng = np.random.default_rng(0)
-    picture = rng.integers(0, 40, (80, 80, 3), dtype=np.uint8)
-    picture[20:60, 20:60, 0] += 180
-    for mask in (grabcut(picture, point=(40, 40)), grabcut(picture, box=(15, 15, 65, 65))):
+    image = rng.integers(0, 40, (80, 80, 3), dtype=np.uint8)
+    image[20:60, 20:60, 0] += 180
+    for mask in (grabcut(image, point=(40, 40)), grabcut(image, box=(15, 15, 65, 65))):
         assert mask[30:50, 30:50].all()
         assert mask.sum() == pytest.approx(1600, rel=0.1)

@@ -21,7 +21,7 @@ def test_iou_of_two_empty_masks_is_1():
     assert iou(square(4, 0, 0, 0), square(4, 0, 0, 0)) == 1.0
 
 
-def test_masks_of_different_pictures_are_refused():
+def test_masks_of_different_images_are_refused():
     with pytest.raises(ValueError, match=r"wanted two masks .* came \[4, 4\] and \[5, 5\]"):
         iou(square(4, 0, 0, 2), square(5, 0, 0, 2))
 
@@ -39,7 +39,7 @@ def test_boundary_f_is_the_harmonic_mean_of_precision_and_recall():
     assert boundary_f(both, target) == pytest.approx(2 * 0.5 / 1.5)
 
 
-def test_the_edge_of_the_picture_is_no_boundary():
+def test_the_edge_of_the_image_is_no_boundary():
     whole = np.ones((50, 50), bool)
     assert boundary_f(whole, whole) == 1.0
     assert boundary_f(whole, square(50, 10, 10, 20)) == 0.0
@@ -49,7 +49,7 @@ def test_the_most_interior_point_is_the_middle():
     assert most_interior_point(square(20, 4, 6, 5)) == (8.5, 6.5)
 
 
-def test_the_picture_s_edge_is_outside():
+def test_the_image_s_edge_is_outside():
     assert most_interior_point(np.ones((5, 5), bool)) == (2.5, 2.5)
 
 

@@ -16,10 +16,10 @@ from tinyvit.sam.predictor import SamPredictor
 )
 def test_it_answers_as_the_predictor_does(prompt):
     sam = build_sam("tinyvit_starter")
-    picture = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
     answers = []
     for predictor in (PlainPredictor(sam), SamPredictor(sam)):
-        predictor.set_image(picture)
+        predictor.set_image(image)
         answers.append(predictor.predict(**prompt))
     (masks, scores, logits), (their_masks, their_scores, their_logits) = answers
     # the predictor's folded copies sum in another order
@@ -40,7 +40,7 @@ def test_it_sees_weights_at_once():
     np.testing.assert_allclose(after, before + 1, atol=1e-5)
 
 
-def test_a_picture_comes_first():
+def test_an_image_comes_first():
     predictor = PlainPredictor(build_sam("tinyvit_starter"))
-    with pytest.raises(RuntimeError, match="no picture is set"):
+    with pytest.raises(RuntimeError, match="no image is set"):
         predictor.predict(box=np.array([0, 0, 1, 1]))

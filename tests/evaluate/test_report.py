@@ -29,5 +29,5 @@ def test_the_table_says_what_was_cut_off():
     rows = {row[0]: row for row in report(case(0.2, 0.3)).rows()}
     assert rows["clicks to IoU 0.8 (at most 5)"][1] == "5.00"
     assert rows["never reached it"][1] == "100 %"
-    assert rows["encode a picture"][1] == "10.0 ms"
+    assert rows["encode an image"][1] == "10.0 ms"
     assert "peak memory" not in rows  # the system did not say

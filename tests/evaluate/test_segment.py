@@ -27,7 +27,7 @@ def test_ious_after_each_click_and_with_boxes():
         assert case.box_iou == pytest.approx(pixels / side**2)
     assert report.ious["1 click"].value == pytest.approx((1 / 9 + 1 / 4) / 2, abs=0.03)
     assert report.ious["3 clicks"].value == 1
-    assert (report.masks, report.pictures) == (2, 1)
+    assert (report.masks, report.images) == (2, 1)
     assert (left.label, right.label) == ("left", "right")
 
 
@@ -62,14 +62,14 @@ def test_the_mask_counts_that_the_model_thinks_best():
     assert report.ious["1 click, best of three masks"].value > 0.1
 
 
-def test_broken_pictures_and_empty_masks_are_named():
+def test_broken_images_and_empty_masks_are_named():
     class Empty(Discs):
         def load(self):
             image, masks = super().load()
             return image, masks & np.array([True, False])[:, None, None]
 
-    pictures = [Broken("broken.png"), Empty("empty.png")]
-    report = evaluate_segment(Growing(), pictures, faults=["x.png: gone"])
+    images = [Broken("broken.png"), Empty("empty.png")]
+    report = evaluate_segment(Growing(), images, faults=["x.png: gone"])
     assert report.left_out == (
         "x.png: gone",
         "broken.png: cut short",
@@ -77,7 +77,7 @@ def test_broken_pictures_and_empty_masks_are_named():
     )
     assert report.masks == 1
     with pytest.raises(ValueError, match=r"not one good mask to measure on: .*cut short"):
-        evaluate_segment(Growing(), pictures[:1])
+        evaluate_segment(Growing(), images[:1])
     with pytest.raises(ValueError, match="not one good mask"):
         evaluate_segment(Growing(), [])
 

@@ -8,7 +8,7 @@ from tinyvit.evaluate.classify import (
     CELL,
     MARGIN,
     TITLE,
-    WrongPicture,
+    WrongImage,
     draw_wrong,
     evaluate_classifier,
 )
@@ -26,14 +26,14 @@ def measured(tmp_path, make_tiny_vit):
     for i in range(6):
         paths.append(tmp_path / f"{i}.png")
         save_png(paths[-1], np.full((8, 8 + 4 * i, 3), (200, 10 * i, 30), np.uint8))
-    pictures = Listed(paths, np.arange(6) % 3, ("ant", "bee", "a rather long name of a class"))
-    return evaluate_classifier(tinyvit.Engine(model), pictures), pictures
+    images = Listed(paths, np.arange(6) % 3, ("ant", "bee", "a rather long name of a class"))
+    return evaluate_classifier(tinyvit.Engine(model), images), images
 
 
-def test_the_wrong_pictures_are_shown_in_order(measured):
-    report, pictures = measured
+def test_the_wrong_images_are_shown_in_order(measured):
+    report, images = measured
     assert report.wrong  # untrained, so not all of three classes are right
-    sheet = draw_wrong(report, pictures)
+    sheet = draw_wrong(report, images)
     columns = min(4, len(report.wrong))
     assert sheet.shape[1] == 2 * MARGIN + columns * (CELL + 20) - 20
     for place, row in enumerate(report.wrong[:columns]):
@@ -42,16 +42,16 @@ def test_the_wrong_pictures_are_shown_in_order(measured):
 
 
 def test_long_names_stay_in_their_cell(measured):
-    report, pictures = measured
-    long = WrongPicture(0, "a", "x" * 300, "y" * 300, 0.5)
-    sheet = draw_wrong(replace(report, wrong=(long,)), pictures, "x")
+    report, images = measured
+    long = WrongImage(0, "a", "x" * 300, "y" * 300, 0.5)
+    sheet = draw_wrong(replace(report, wrong=(long,)), images, "x")
     assert sheet.shape[1] == 2 * MARGIN + CELL
     assert (sheet[:, -MARGIN + 2 :] == 255).all()
-    wide = draw_wrong(replace(report, wrong=(long,)), pictures, "a title wider than one cell of it")
+    wide = draw_wrong(replace(report, wrong=(long,)), images, "a title wider than one cell of it")
     assert wide.shape[1] > sheet.shape[1]
 
 
 def test_nothing_wrong_is_nothing_to_show(measured):
-    report, pictures = measured
-    with pytest.raises(ValueError, match="no picture was taken for another class"):
-        draw_wrong(replace(report, wrong=()), pictures)
+    report, images = measured
+    with pytest.raises(ValueError, match="no image was taken for another class"):
+        draw_wrong(replace(report, wrong=()), images)

@@ -148,5 +148,5 @@ def configurations(draw):
 )
 def test_random_configurations_against_the_plain_form(arguments, pointwise, size, batch, seed):
     if pointwise:
-        size = (-(-size[0] // 3), -(-size[1] // 3))  # its maps keep the picture's size
+        size = (-(-size[0] // 3), -(-size[1] // 3))  # its maps keep the image's size
     compare(seed, size, batch, pointwise, **arguments)

@@ -124,16 +124,16 @@ def test_torch_is_not_imported():
 @settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_any_size_comes_back(height, width):
-    picture = np.resize(BIG, (height, width, 3))
-    data = encoded(picture, "PNG")
-    np.testing.assert_array_equal(decode(data), picture)
+    image = np.resize(BIG, (height, width, 3))
+    data = encoded(image, "PNG")
+    np.testing.assert_array_equal(decode(data), image)
     assert read_size(data) == (height, width)
 
 
 def test_files_that_are_not_there(tmp_path):
     with pytest.raises(ImageError, match=r"there is no file '.*none\.png'; check the path"):
         decode(tmp_path / "none.png")
-    with pytest.raises(ImageError, match="is a folder; give the path of one picture"):
+    with pytest.raises(ImageError, match="is a folder; give the path of one image"):
         read_size(tmp_path)
     with pytest.raises(ImageError, match=r"cannot be opened: .*too long"):
         decode("x" * 5000)
@@ -150,8 +150,8 @@ def test_empty_files(tmp_path):
 
 
 @pytest.mark.parametrize("data", [b"<!DOCTYPE html><html>", b"hello", b"%PDF-1.7\n", b"\0" * 99])
-def test_files_that_are_no_pictures(data):
-    with pytest.raises(ImageError, match=r"is not a picture that can be read: it starts with b'"):
+def test_files_that_are_no_images(data):
+    with pytest.raises(ImageError, match=r"is not an image that can be read: it starts with b'"):
         decode(data)
 
 
@@ -184,7 +184,7 @@ def test_a_file_cut_anywhere_is_an_image_error(name):
 @pytest.mark.filterwarnings("ignore")
 @settings(deadline=None)
 @given(st.sampled_from(sorted(CUT)), st.integers(0, 10**6), st.binary(min_size=1, max_size=9))
-def test_damage_gives_a_picture_or_an_image_error(name, at, junk):
+def test_damage_gives_an_image_or_an_image_error(name, at, junk):
     data = bytearray(CUT[name])
     at %= len(data)
     data[at : at + len(junk)] = junk
@@ -237,7 +237,7 @@ def test_a_bomb_is_refused_without_a_warning():
 
 
 @pytest.mark.parametrize("source", [5, None, ["a.png"], io.StringIO("text")])
-def test_things_that_hold_no_picture(source):
+def test_things_that_hold_no_image(source):
     with pytest.raises(TypeError, match="wanted a"):
         decode(source)
 
@@ -268,7 +268,7 @@ def test_a_disk_that_fails(tmp_path, monkeypatch):
         decode(path)
 
 
-def test_no_memory_is_not_the_pictures_fault(monkeypatch):
+def test_no_memory_is_not_the_images_fault(monkeypatch):
     def refuse(*_):
         raise MemoryError
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images import draw
-from tinyvit.images.draw import feature_picture, feature_rgb, overlay, save_png, stage_grid
+from tinyvit.images.draw import feature_image, feature_rgb, overlay, save_png, stage_grid
 
 PHOTO = np.full((30, 60, 3), 100, np.uint8)
 PLACE = ImageSpec.sam(64).place(30, 60)  # 32 rows of 64 hold the photograph
@@ -116,7 +116,7 @@ class TestOverlay:
 
     def test_cells_lie_where_the_model_saw_them(self):
         colours = np.zeros((4, 4, 3), np.uint8)
-        colours[1, 2] = 250  # model pixels x 32..48, y 16..32 -> picture x 30..45, y 15..30
+        colours[1, 2] = 250  # model pixels x 32..48, y 16..32 -> image x 30..45, y 15..30
         got = overlay(PHOTO, colours, PLACE, alpha=1.0, interpolation="nearest")
         wanted = np.zeros_like(PHOTO)
         wanted[15:30, 30:45] = 250
@@ -155,11 +155,11 @@ class TestOverlay:
     @pytest.mark.parametrize(
         ("change", "words"),
         [
-            ({"image": PHOTO[:, :, 0]}, r"image must be a picture .*came \[30, 60\] uint8"),
-            ({"colours": PHOTO / 2}, r"colours must be a picture .*came \[30, 60, 3\] float64"),
-            ({"colours": [1]}, "colours must be a picture .*came list"),
+            ({"image": PHOTO[:, :, 0]}, r"image must be an image .*came \[30, 60\] uint8"),
+            ({"colours": PHOTO / 2}, r"colours must be an image .*came \[30, 60, 3\] float64"),
+            ({"colours": [1]}, "colours must be an image .*came list"),
             ({"colours": PHOTO[:0]}, r"colours must be .*came \[0, 60, 3\]"),
-            ({"image": PHOTO[:9]}, r"picture of \(30, 60\) .* image is \(9, 60\)"),
+            ({"image": PHOTO[:9]}, r"image of \(30, 60\) .* image is \(9, 60\)"),
             ({"alpha": 1.5}, "alpha must be from 0 to 1, but is 1.5"),
             ({"alpha": float("nan")}, "alpha must be from 0 to 1, but is nan"),
             ({"interpolation": "cubic"}, "must be one of nearest, bilinear, but is 'cubic'"),
@@ -171,13 +171,13 @@ class TestOverlay:
             overlay(**{**good, **change})
 
 
-def test_feature_picture():
+def test_feature_image():
     features = random_map(4, 4, 4)
-    got = feature_picture(PHOTO, features, PLACE)
+    got = feature_image(PHOTO, features, PLACE)
     wanted = overlay(PHOTO, feature_rgb(features, visible=(2, 4)), PLACE)
     np.testing.assert_array_equal(got, wanted)
     with pytest.raises(ValueError, match="one feature map"):
-        feature_picture(PHOTO, features[None], PLACE)
+        feature_image(PHOTO, features[None], PLACE)
 
 
 class TestStageGrid:
@@ -214,9 +214,9 @@ class TestStageGrid:
     def test_wrong_input(self):
         with pytest.raises(ValueError, match="wanted 5 captions, the photograph's first; came 4"):
             stage_grid(PHOTO, self.stages, PLACE, captions=["a"] * 4)
-        with pytest.raises(ValueError, match=r"picture of \(30, 60\)"):
+        with pytest.raises(ValueError, match=r"image of \(30, 60\)"):
             stage_grid(PHOTO[:8], self.stages, PLACE)
-        with pytest.raises(ValueError, match="image must be a picture"):
+        with pytest.raises(ValueError, match="image must be an image"):
             stage_grid(PHOTO / 2, self.stages, PLACE)
 
 
@@ -244,7 +244,7 @@ class TestSavePNG:
         assert path.read_bytes() == before
 
     def test_wrong_input(self, tmp_path):
-        with pytest.raises(ValueError, match="pixels must be a picture"):
+        with pytest.raises(ValueError, match="pixels must be an image"):
             save_png(tmp_path / "out.png", PHOTO[0])
         with pytest.raises(FileNotFoundError):
             save_png(tmp_path / "none" / "out.png", PHOTO)

@@ -166,7 +166,7 @@ def test_tensors():
         (np.zeros(4, np.uint8), r"wanted an array \[H, W\].*came \[4\]"),
         (np.zeros((3, 8, 9), np.uint8), r"came \[3, 8, 9\]; move the channels last"),
         (np.zeros((8, 9, 2), np.uint8), r"came \[8, 9, 2\]$"),
-        (np.zeros((1, 8, 9, 3), np.uint8), r"of one picture; came \[1, 8, 9, 3\]"),
+        (np.zeros((1, 8, 9, 3), np.uint8), r"of one image; came \[1, 8, 9, 3\]"),
         (np.zeros((8, 9), np.int64), "type int64; wanted uint8, uint16, bool or floats"),
         (np.zeros((8, 9), np.uint32), "type uint32; wanted uint8"),
         (np.zeros((8, 9), complex), "type complex128; wanted uint8"),

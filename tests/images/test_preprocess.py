@@ -69,7 +69,7 @@ def test_padding_is_zero_after_normalising():
     assert (got[:, :47] != 0).all()
 
 
-def test_a_picture_of_one_colour_has_no_range():
+def test_an_image_of_one_colour_has_no_range():
     got, _ = to_tensor(np.full((4, 4, 3), 77, np.uint8), ImageSpec.litemedsam(8))
     assert (got == 0).all()
 
@@ -103,7 +103,7 @@ def test_a_thin_strip_does_not_explode(shape, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(30, 41), (41, 30), (200, 90)])
-def test_the_strip_and_the_whole_picture_agree(shape, monkeypatch):
+def test_the_strip_and_the_whole_image_agree(shape, monkeypatch):
     rows, columns = np.indices(shape)
     image = np.stack([rows, columns, rows + columns], axis=2).astype(np.uint8) * 2 // 3
     whole, _ = to_tensor(image, ImageSpec.cream(24))
@@ -113,7 +113,7 @@ def test_the_strip_and_the_whole_picture_agree(shape, monkeypatch):
     torch.testing.assert_close(crop, whole, rtol=0, atol=1.01 / STD.min())
 
 
-def test_read_only_pictures_give_no_warning():
+def test_read_only_images_give_no_warning():
     image = np.frombuffer(b"\7" * 48, np.uint8).reshape(4, 4, 3)
     got, _ = to_tensor(image, ImageSpec.sam(4))
     assert got.shape == (3, 4, 4)
@@ -140,13 +140,13 @@ def test_resize():
         (torch.from_numpy(PHOTO), "Tensor"),
     ],
 )
-def test_other_things_are_no_pictures(image, came):
+def test_other_things_are_no_images(image, came):
     for call in (
         lambda: to_tensor(image, ImageSpec.sam(8)),
         lambda: resize(image, (4, 4)),
         lambda: ResizeLongestSide(8).apply_image(image),
     ):
-        with pytest.raises(ValueError, match=rf"wanted an RGB picture \[H, W, 3\].*came {came}"):
+        with pytest.raises(ValueError, match=rf"wanted an RGB image \[H, W, 3\].*came {came}"):
             call()
 
 
@@ -155,7 +155,7 @@ def test_wrong_sizes_and_filters():
         resize(PHOTO, (0, 4))
     with pytest.raises(ValueError, match="must be one of bilinear, bicubic, but is 'area'"):
         resize(PHOTO, (4, 4), "area")
-    with pytest.raises(ValueError, match="a picture with pixels"):
+    with pytest.raises(ValueError, match="an image with pixels"):
         to_tensor(PHOTO[:0], ImageSpec.sam(8))
 
 
@@ -177,7 +177,7 @@ def test_normalise_and_pad_takes_batches_and_passes_gradients():
     got = normalise_and_pad(batch.requires_grad_(), spec)
     assert got.shape == (2, 3, 8, 8)
     assert (got[0] == 0).all()
-    assert got[1].max() == 1  # each picture by its own range
+    assert got[1].max() == 1  # each image by its own range
     got.sum().backward()
     assert batch.grad.isfinite().all()
     assert normalise_and_pad(batch, ImageSpec.sam(8, pad=False)).shape == (2, 3, 4, 8)

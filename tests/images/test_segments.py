@@ -101,7 +101,7 @@ class TestMasks:
         np.testing.assert_array_equal(got, got[::-1])
         np.testing.assert_array_equal(got, got[:, ::-1])
 
-    def test_the_outline_grows_with_the_picture(self):
+    def test_the_outline_grows_with_the_image(self):
         def width_of_line(scale):
             size = 300 * scale, 400 * scale
             mask = block(0, 0, size[0], size[1] // 2, size)
@@ -113,7 +113,7 @@ class TestMasks:
             unit = scale * np.sqrt(300 * 400) / segments.UNIT
             assert width_of_line(scale) == pytest.approx(segments.OUTLINE * unit, rel=tolerance)
 
-    def test_the_edge_of_the_picture_is_none_of_the_mask(self):
+    def test_the_edge_of_the_image_is_none_of_the_mask(self):
         got = draw_masks(GREY, [np.ones((60, 80), bool)], [RED], alpha=0.5)
         assert (got == mixed(GREY, RED, 0.5)).all()
 
@@ -131,7 +131,7 @@ class TestMasks:
     @pytest.mark.parametrize(
         ("change", "words"),
         [
-            ({"picture": PHOTO[0]}, r"picture must be a picture \[H, W, 3\] uint8"),
+            ({"image": PHOTO[0]}, r"image must be an image \[H, W, 3\] uint8"),
             ({"masks": [SMALL, SMALL[1:]]}, r"\[60, 80\]; mask 1 is \[59, 80\] of bool"),
             ({"masks": [SMALL[None]]}, r"mask 0 is \[1, 60, 80\] of bool"),
             ({"masks": iter([SMALL * 1.0])}, r"mask 0 is \[60, 80\] of float64"),
@@ -145,7 +145,7 @@ class TestMasks:
         ],
     )
     def test_wrong_input(self, change, words):
-        good = {"picture": PHOTO, "masks": [LARGE, SMALL]}
+        good = {"image": PHOTO, "masks": [LARGE, SMALL]}
         with pytest.raises(ValueError, match=words):
             draw_masks(**{**good, **change})
 
@@ -161,7 +161,7 @@ class TestPoints:
         for row, column in ((250, ring), (ring, 250), (499 - ring, 249), (249, 499 - ring)):
             assert tuple(large[row, column]) == segments.WHITE
 
-    def test_size_follows_the_picture(self):
+    def test_size_follows_the_image(self):
         def area(scale):
             photo = np.zeros((300 * scale, 400 * scale, 3), np.uint8)
             got = draw_points(photo, [[200 * scale, 150 * scale]], [1])
@@ -198,8 +198,8 @@ class TestPoints:
         with pytest.raises(ValueError, match=words):
             draw_points(PHOTO, points, labels)
 
-    def test_wrong_picture(self):
-        with pytest.raises(ValueError, match="picture must be a picture"):
+    def test_wrong_image(self):
+        with pytest.raises(ValueError, match="image must be an image"):
             draw_points(PHOTO / 2, [[1, 2]], [1])
 
 
@@ -237,7 +237,7 @@ class TestBoxes:
         is_apart = x0 > width + 5 or y0 > height + 5 or x1 < -5 or y1 < -5
         if is_apart:
             assert (got == 9).all()
-        if 0 < x0 < width and y0 < 0 and y1 > height:  # its left line crosses the picture
+        if 0 < x0 < width and y0 < 0 and y1 > height:  # its left line crosses the image
             assert (got != 9).any(axis=(1, 2)).all()
 
     def test_none_and_wrong_input(self):
@@ -250,7 +250,7 @@ class TestBoxes:
             draw_boxes(PHOTO, [[5, 1, np.inf, 3]])
         with pytest.raises(ValueError, match="a colour for each of the boxes; came only 0"):
             draw_boxes(PHOTO, [[1, 1, 2, 3]], [])
-        with pytest.raises(ValueError, match="picture must be a picture"):
+        with pytest.raises(ValueError, match="image must be an image"):
             draw_boxes(PHOTO[0], [])
 
 
@@ -291,7 +291,7 @@ class TestCaption:
             np.testing.assert_array_equal(draw_caption(PHOTO, text), PHOTO)
 
     def test_wrong_input(self):
-        with pytest.raises(ValueError, match="picture must be a picture"):
+        with pytest.raises(ValueError, match="image must be an image"):
             draw_caption(PHOTO[:0], "text")
 
 

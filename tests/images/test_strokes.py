@@ -11,7 +11,7 @@ def blank(height=20, width=30):
     return np.zeros((height, width, 3), np.uint8)
 
 
-def test_a_window_stays_within_the_picture():
+def test_a_window_stays_within_the_image():
     assert window(blank(), 2.4, 3.6, 8.1, 9.0) == (slice(3, 9), slice(2, 9))
     assert window(blank(), -5, -5, 500, 500) == (slice(0, 20), slice(0, 30))
     for away in ((40, 0, 50, 9), (-9, 0, -3, 9), (0, 1e300, 9, 1e301)):

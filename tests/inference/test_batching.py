@@ -13,7 +13,7 @@ from tinyvit.inference.engine import run_in_batches
 Inputs = Iterator[tuple[Tensor, int]]
 
 
-def pictures(widths: list[int]) -> list[tuple[Tensor, int]]:
+def images(widths: list[int]) -> list[tuple[Tensor, int]]:
     return [(torch.full((3, 2, width), float(i)), i) for i, width in enumerate(widths)]
 
 
@@ -22,13 +22,13 @@ class Run:
         self.batches: list[list[int]] = []
 
     def __call__(self, batch: Tensor) -> list[Tensor]:
-        self.batches.append([int(picture[0, 0, 0]) for picture in batch])
-        return [picture.clone() for picture in batch]
+        self.batches.append([int(image[0, 0, 0]) for image in batch])
+        return [image.clone() for image in batch]
 
 
 @given(st.lists(st.integers(1, 4), max_size=30), st.integers(1, 5), st.integers(1, 12))
 def test_every_input_once_in_order(widths: list[int], size: int, window: int) -> None:
-    run, given = Run(), pictures(widths)
+    run, given = Run(), images(widths)
     out = list(run_in_batches(iter(given), run, lambda _: size, window))
     assert [label for _, label in out] == list(range(len(widths)))
     for (result, _), (tensor, _) in zip(out, given, strict=True):
@@ -44,7 +44,7 @@ def test_one_shape_waits_for_its_own_batch_only() -> None:
     run, taken = Run(), []
 
     def inputs() -> Inputs:
-        for item in pictures([4] * 9):
+        for item in images([4] * 9):
             taken.append(item[1])
             yield item
 
@@ -55,23 +55,23 @@ def test_one_shape_waits_for_its_own_batch_only() -> None:
 
 def test_shapes_are_put_together_within_the_window() -> None:
     run = Run()
-    list(run_in_batches(iter(pictures([1, 2] * 4)), run, lambda _: 4, window=8))
+    list(run_in_batches(iter(images([1, 2] * 4)), run, lambda _: 4, window=8))
     assert run.batches == [[0, 2, 4, 6], [1, 3, 5, 7]]
     run = Run()
-    list(run_in_batches(iter(pictures([1, 2] * 4)), run, lambda _: 4, window=3))
+    list(run_in_batches(iter(images([1, 2] * 4)), run, lambda _: 4, window=3))
     assert run.batches == [[0, 2], [1, 3], [4, 6], [5, 7]]
 
 
 def test_the_largest_batch_may_depend_on_the_shape() -> None:
     run = Run()
     most = lambda tensor: 6 // tensor.shape[2]  # noqa: E731
-    list(run_in_batches(iter(pictures([3, 3, 3, 2, 2, 2])), run, most, window=20))
+    list(run_in_batches(iter(images([3, 3, 3, 2, 2, 2])), run, most, window=20))
     assert run.batches == [[0, 1], [3, 4, 5], [2]] or run.batches == [[0, 1], [2], [3, 4, 5]]
 
 
 def test_errors_of_the_inputs_come_after_the_good_ones_and_of_the_run_at_once() -> None:
     def broken() -> Inputs:
-        yield from pictures([1, 2, 1])
+        yield from images([1, 2, 1])
         raise OSError("gone")
 
     results = run_in_batches(broken(), Run(), lambda _: 4, window=8)
@@ -83,7 +83,7 @@ def test_errors_of_the_inputs_come_after_the_good_ones_and_of_the_run_at_once() 
         raise RuntimeError("no memory")
 
     with pytest.raises(RuntimeError, match="no memory"):
-        list(run_in_batches(iter(pictures([1])), fail, lambda _: 4, window=8))
+        list(run_in_batches(iter(images([1])), fail, lambda _: 4, window=8))
 
 
 def test_nothing() -> None:

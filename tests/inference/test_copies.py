@@ -10,7 +10,7 @@ from tinyvit.inference.fold import folded_copy, frozen_copy
 from tinyvit.modules import Attention, Conv2d_BN, TinyViT
 
 MakeModel = Callable[..., TinyViT]
-MakePicture = Callable[..., Tensor]
+MakeImage = Callable[..., Tensor]
 
 
 def test_a_frozen_copy_shares_nothing(make_tiny_vit: MakeModel) -> None:
@@ -27,9 +27,9 @@ def test_a_frozen_copy_shares_nothing(make_tiny_vit: MakeModel) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 48, 64), (1, 75, 58)])
 def test_a_folded_copy_gives_what_the_model_gives(
-    shape: tuple[int, int, int], make_tiny_vit: MakeModel, picture: MakePicture
+    shape: tuple[int, int, int], make_tiny_vit: MakeModel, image: MakeImage
 ) -> None:
-    model, x = make_tiny_vit(), picture(*shape)
+    model, x = make_tiny_vit(), image(*shape)
     folded = folded_copy(model)
     close = {"rtol": 1e-4, "atol": 1e-4}  # some ulps for each layer
     with torch.inference_mode():
@@ -54,8 +54,8 @@ def test_what_can_be_folded_is(make_tiny_vit: MakeModel) -> None:
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
-def test_in_another_precision_all_of_it_is(make_tiny_vit: MakeModel, picture: MakePicture) -> None:
-    model, x = make_tiny_vit(), picture(1, 48, 64)
+def test_in_another_precision_all_of_it_is(make_tiny_vit: MakeModel, image: MakeImage) -> None:
+    model, x = make_tiny_vit(), image(1, 48, 64)
     with torch.inference_mode():
         out = folded_copy(model).to(torch.bfloat16)(x.bfloat16())
         assert out.dtype == torch.bfloat16

@@ -20,7 +20,7 @@ from tinyvit.inference.cuda_graphs import (
 from tinyvit.modules import TinyViT
 
 MakeModel = Callable[..., TinyViT]
-MakePicture = Callable[..., Tensor]
+MakeImage = Callable[..., Tensor]
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # folding changes some ulps for each layer
 
@@ -231,14 +231,14 @@ def captured(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> Tape:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_backend_that_captures(
-    precision: str, captured: Tape, make_tiny_vit: MakeModel, picture: MakePicture
+    precision: str, captured: Tape, make_tiny_vit: MakeModel, image: MakeImage
 ) -> None:
     model = make_tiny_vit()
     backend = TorchBackend(model, "cpu", precision)
     # bf16 keeps 8 bits, see test_torch_backend.py
     close = CLOSE if precision == "fp32" else {"rtol": 0.05, "atol": 0.15}
     for seed in range(3):
-        x = picture(2, 33, 50, seed=seed)
+        x = image(2, 33, 50, seed=seed)
         with torch.inference_mode():
             torch.testing.assert_close(backend(x), model(x), **close)
             torch.testing.assert_close(backend.logits(x), model.classify(x), **close)
@@ -255,9 +255,9 @@ def test_a_backend_that_captures(
 
 
 def test_graphs_of_old_weights_are_not_used(
-    captured: Tape, make_tiny_vit: MakeModel, picture: MakePicture
+    captured: Tape, make_tiny_vit: MakeModel, image: MakeImage
 ) -> None:
-    model, x = make_tiny_vit(), picture(1, 32, 32)
+    model, x = make_tiny_vit(), image(1, 32, 32)
     backend = TorchBackend(model)
     for step in range(3):
         for _ in range(EARNED + 1):
@@ -271,10 +271,10 @@ def test_graphs_of_old_weights_are_not_used(
 
 
 def test_a_backend_says_when_capturing_failed(
-    captured: Tape, make_tiny_vit: MakeModel, picture: MakePicture
+    captured: Tape, make_tiny_vit: MakeModel, image: MakeImage
 ) -> None:
     captured.error = RuntimeError("operation not permitted when stream is capturing")
-    model, x = make_tiny_vit(), picture(1, 32, 32)
+    model, x = make_tiny_vit(), image(1, 32, 32)
     backend = TorchBackend(model)
     for _ in range(EARNED):
         with torch.inference_mode():
@@ -285,9 +285,9 @@ def test_a_backend_says_when_capturing_failed(
 
 
 def test_a_model_with_a_hook_is_not_captured(
-    captured: Tape, make_tiny_vit: MakeModel, picture: MakePicture
+    captured: Tape, make_tiny_vit: MakeModel, image: MakeImage
 ) -> None:
-    model, x, calls = make_tiny_vit(), picture(1, 32, 32), []
+    model, x, calls = make_tiny_vit(), image(1, 32, 32), []
     model.neck.register_forward_hook(lambda module, args, out: calls.append(1))
     backend = TorchBackend(model)
     for _ in range(4):
@@ -320,7 +320,7 @@ def test_cuda_graphs_give_what_the_network_gives() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_backend_on_a_gpu_captures(
-    precision: str, make_tiny_vit: MakeModel, picture: MakePicture
+    precision: str, make_tiny_vit: MakeModel, image: MakeImage
 ) -> None:
     model = make_tiny_vit()
     backend = TorchBackend(model, "cuda", precision)
@@ -328,7 +328,7 @@ def test_a_backend_on_a_gpu_captures(
     close = {"rtol": 1e-3, "atol": 1e-3} if precision == "fp32" else {"rtol": 0.05, "atol": 0.15}
     for step in range(4):
         for shape in ((1, 64, 64), (2, 33, 50)):
-            x = picture(*shape, seed=step)
+            x = image(*shape, seed=step)
             with torch.inference_mode():
                 torch.testing.assert_close(backend(x), model(x), **close)
         if step == 2:
@@ -339,10 +339,10 @@ def test_a_backend_on_a_gpu_captures(
 
 
 @pytest.mark.gpu
-def test_two_threads_on_a_gpu(make_tiny_vit: MakeModel, picture: MakePicture) -> None:
+def test_two_threads_on_a_gpu(make_tiny_vit: MakeModel, image: MakeImage) -> None:
     model = make_tiny_vit()
     backend = TorchBackend(model, "cuda")
-    inputs = [picture(1, 32, 32 + 16 * i) for i in range(3)]
+    inputs = [image(1, 32, 32 + 16 * i) for i in range(3)]
     wanted = [backend(x) for x in inputs]
     wrong: list[int] = []
 

@@ -102,9 +102,9 @@ def test_logits_without_a_head_are_an_error(make_tiny_vit):
 @given(st.integers(0, 5), st.integers(1, 60), st.integers(1, 10**6), st.integers(1, 9))
 def test_pieces_cover_every_row_once_in_order(batch, rows, bytes_per_row, multiple):
     seen = []
-    for pictures, top, bottom in deploy._pieces(batch, rows, bytes_per_row, multiple):
+    for images, top, bottom in deploy._pieces(batch, rows, bytes_per_row, multiple):
         assert top % multiple == 0 or top == 0
         assert bottom % multiple == 0 or bottom == rows
-        for i in range(*pictures.indices(batch)):
+        for i in range(*images.indices(batch)):
             seen += [(i, row) for row in range(top, bottom)]
     assert sorted(seen) == [(i, row) for i in range(batch) for row in range(rows)]

@@ -52,7 +52,7 @@ def photo(height: int, width: int, seed: int = 0) -> RGB:
 
 
 def plain(*colours: int) -> list[RGB]:
-    """Pictures of one colour each: their features tell them apart."""
+    """Images of one colour each: their features tell them apart."""
     return [np.full((6, 6, 3), colour, np.uint8) for colour in colours]
 
 
@@ -67,7 +67,7 @@ def model(make_tiny_vit: MakeModel) -> TinyViT:
     return model
 
 
-# --- every kind of picture ------------------------------------------------------------------------
+# --- every kind of image ------------------------------------------------------------------------
 
 
 def encoded_bytes(image: RGB) -> bytes:
@@ -97,7 +97,7 @@ KINDS: dict[str, Callable[[RGB, Path], Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_picture_gives_the_same(kind: str, model: TinyViT, tmp_path: Path) -> None:
+def test_every_kind_of_image_gives_the_same(kind: str, model: TinyViT, tmp_path: Path) -> None:
     image = photo(40, 56)
     path = tmp_path / "picture.png"
     path.write_bytes(encoded_bytes(image))
@@ -128,9 +128,9 @@ def test_greys_and_mixed_kinds(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(encoded_bytes(plain(40)[0]))
     engine = Engine(backend=Mean(), image_spec=PLAIN)
-    pictures = [np.full((6, 6), 10, np.uint8), plain(20)[0], Image.new("L", (3, 5), 30), path]
-    assert colours(engine.embed(pictures)) == [10, 20, 30, 40]
-    assert colours(engine.embed(pictures[0])) == [10]
+    images = [np.full((6, 6), 10, np.uint8), plain(20)[0], Image.new("L", (3, 5), 30), path]
+    assert colours(engine.embed(images)) == [10, 20, 30, 40]
+    assert colours(engine.embed(images[0])) == [10]
 
 
 def test_prepare_is_decode_and_to_tensor(model: TinyViT) -> None:
@@ -148,14 +148,14 @@ def test_order_is_kept_and_shapes_are_put_together() -> None:
     backend = Mean()
     engine = Engine(backend=backend, image_spec=ImageSpec.sam(8, pad=False), batch_size=3)
     wide, tall, square = ((4, 8), (8, 4), (8, 8))
-    pictures = [
+    images = [
         np.full((*size, 3), 10 * i, np.uint8)
         for i, size in enumerate([wide, tall, wide, square, tall, wide, wide])
     ]
-    out = [encoded.features for encoded in engine.stream(pictures)]
-    wanted = [to_tensor(image, engine.image_spec)[0].mean((1, 2)) for image in pictures]
+    out = [encoded.features for encoded in engine.stream(images)]
+    wanted = [to_tensor(image, engine.image_spec)[0].mean((1, 2)) for image in images]
     torch.testing.assert_close(out, wanted)  # means of one colour, summed in another order
-    # the first six pictures are read together, then the last one
+    # the first six images are read together, then the last one
     assert backend.batches == [(3, 3, 4, 8), (2, 3, 8, 4), (1, 3, 8, 8), (1, 3, 4, 8)]
 
 
@@ -193,19 +193,19 @@ def test_stream_of_nothing() -> None:
 
 
 def test_alone_and_in_a_batch(model: TinyViT) -> None:
-    pictures = [photo(48, 64, seed) for seed in range(5)]
-    together = Engine(model, batch_size=5).embed(pictures)
-    alone = Engine(model, batch_size=1).embed(pictures)
+    images = [photo(48, 64, seed) for seed in range(5)]
+    together = Engine(model, batch_size=5).embed(images)
+    alone = Engine(model, batch_size=1).embed(images)
     torch.testing.assert_close(together, alone, **CLOSE)  # products of other sizes
-    assert torch.equal(together, Engine(model, batch_size=5).embed(iter(pictures)))
+    assert torch.equal(together, Engine(model, batch_size=5).embed(iter(images)))
 
 
 def test_sizes_without_padding(model: TinyViT) -> None:
     engine = Engine(model, image_spec=LOOSE)
-    pictures = [photo(64, 64), photo(64, 32), photo(16, 64)]
-    shapes = [tuple(encoded.features.shape) for encoded in engine.stream(pictures)]
+    images = [photo(64, 64), photo(64, 32), photo(16, 64)]
+    shapes = [tuple(encoded.features.shape) for encoded in engine.stream(images)]
     assert shapes == [(16, 4, 4), (16, 4, 2), (16, 1, 4)]
-    for encoded, image in zip(engine.stream(pictures), pictures, strict=True):
+    for encoded, image in zip(engine.stream(images), images, strict=True):
         with torch.inference_mode():
             wanted = model(to_tensor(image, LOOSE)[0][None])[0]
         torch.testing.assert_close(encoded.features, wanted, **CLOSE)
@@ -229,15 +229,15 @@ def test_embeddings_can_be_trained_on(model: TinyViT) -> None:
     assert not features.requires_grad
 
 
-# --- what can go wrong with pictures --------------------------------------------------------------
+# --- what can go wrong with images --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("nothing", [[], (), iter([]), np.zeros((0, 4, 4, 3), np.uint8)])
-def test_embed_and_classify_want_a_picture(nothing: Any, model: TinyViT) -> None:
+def test_embed_and_classify_want_an_image(nothing: Any, model: TinyViT) -> None:
     engine = Engine(model)
-    with pytest.raises(ValueError, match=r"^embed wants at least one picture, got none$"):
+    with pytest.raises(ValueError, match=r"^embed wants at least one image, got none$"):
         engine.embed(nothing)
-    with pytest.raises(ValueError, match=r"^classify wants at least one picture, got none$"):
+    with pytest.raises(ValueError, match=r"^classify wants at least one image, got none$"):
         engine.classify(nothing)
 
 
@@ -250,7 +250,7 @@ def test_embed_cannot_stack_different_shapes(model: TinyViT) -> None:
     )
 
 
-def test_broken_pictures_say_which(model: TinyViT, tmp_path: Path) -> None:
+def test_broken_images_say_which(model: TinyViT, tmp_path: Path) -> None:
     engine = Engine(model, batch_size=1)
     missing, broken = tmp_path / "none.png", tmp_path / "broken.png"
     broken.write_bytes(encoded_bytes(photo(40, 40))[:60])
@@ -271,11 +271,11 @@ def test_broken_pictures_say_which(model: TinyViT, tmp_path: Path) -> None:
 
 
 def test_classify(model: TinyViT) -> None:
-    pictures = [photo(40, 56), photo(64, 64), photo(8, 8)]
-    logits = Engine(model).classify(iter(pictures))
+    images = [photo(40, 56), photo(64, 64), photo(8, 8)]
+    logits = Engine(model).classify(iter(images))
     assert (logits.shape, logits.dtype) == ((3, 5), torch.float32)
     with torch.inference_mode():
-        for row, image in zip(logits, pictures, strict=True):
+        for row, image in zip(logits, images, strict=True):
             wanted = model.classify(to_tensor(image, SPEC)[0][None])[0]
             torch.testing.assert_close(row, wanted, **CLOSE)
 
@@ -317,7 +317,7 @@ def test_explain(model: TinyViT, caplog: pytest.LogCaptureFixture) -> None:
         engine = Engine(model, device="cpu")
     text = (
         f"torch {torch.__version__} on cpu, fp32 (exact; the default); auto is torch: measured "
-        "level with openvino; pictures longest_side to 64x64"
+        "level with openvino; images longest_side to 64x64"
     )
     assert engine.explain().startswith(f"{text}; runs folded, ")
     assert repr(engine) == f"Engine({text})"
@@ -325,7 +325,7 @@ def test_explain(model: TinyViT, caplog: pytest.LogCaptureFixture) -> None:
     assert "bf16 (asked for)" in Engine(model, device="cpu", precision="bf16").explain()
     spec = ImageSpec((32, 48), "squash")
     fake = Engine(backend=Mean(), image_spec=spec)
-    assert fake.explain() == "mean on paper: given; pictures squash to 32x48"
+    assert fake.explain() == "mean on paper: given; images squash to 32x48"
 
 
 def test_precision_reaches_the_backend(model: TinyViT, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,7 +405,7 @@ def test_the_model_stays_as_it_is(model: TinyViT) -> None:
         (
             {"backend": Mean()},
             ValueError,
-            "this model does not say how its pictures are prepared; pass "
+            "this model does not say how its images are prepared; pass "
             "image_spec=ImageSpec.sam(1024), ImageSpec.timm(224) or another",
         ),
     ],
@@ -424,7 +424,7 @@ def test_wrong_arguments(
 
 
 def test_a_model_built_by_hand_needs_an_image_spec(make_tiny_vit: MakeModel) -> None:
-    with pytest.raises(ValueError, match="does not say how its pictures are prepared"):
+    with pytest.raises(ValueError, match="does not say how its images are prepared"):
         Engine(make_tiny_vit())
 
 

@@ -39,11 +39,11 @@ def test_two_engines_in_two_threads(backend: BackendName, make_tiny_vit: MakeMod
         model.image_spec = ImageSpec.sam(64)
         threads = None if backend == "torch" else 1
         engines.append(Engine(model, backend=backend, device="cpu", threads=threads))
-    pictures = [photo(40, 56, seed) for seed in range(3)]
-    alone = [engine.embed(pictures) for engine in engines]
+    images = [photo(40, 56, seed) for seed in range(3)]
+    alone = [engine.embed(images) for engine in engines]
     assert not torch.allclose(*alone, atol=0.1)
     with ThreadPoolExecutor(4) as workers:
-        together = list(workers.map(lambda i: engines[i % 2].embed(pictures), range(6)))
+        together = list(workers.map(lambda i: engines[i % 2].embed(images), range(6)))
     for i, features in enumerate(together):
         # OpenVINO may sum in another order in the form that a shape gets at its third call
         torch.testing.assert_close(features, alone[i % 2], rtol=1e-5, atol=1e-5)
@@ -78,5 +78,5 @@ def test_memory_does_not_grow(
 
     after_100 = run(4)
     after_600 = run(20)
-    # A picture's tensors are 1.5 MB: one kept in a hundred would be 8 MB; the allocator moves by 10
+    # An image's tensors are 1.5 MB: one kept in a hundred would be 8 MB; the allocator moves by 10
     assert after_600 - after_100 < 24 << 20

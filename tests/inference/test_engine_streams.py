@@ -1,4 +1,4 @@
-"""Engine.stream: reading ahead, batches, pictures without padding, maps of stages, threads."""
+"""Engine.stream: reading ahead, batches, images without padding, maps of stages, threads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinyvit.errors import ImageError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.preprocess import to_tensor
 from tinyvit.inference import Engine
-from tinyvit.inference import engine as pictures
+from tinyvit.inference import engine as images
 from tinyvit.inference.engine import Prepared
 from tinyvit.modules import TinyViT
 
@@ -82,9 +82,9 @@ def no_thread_is_left() -> Iterator[None]:
 def test_threads_change_nothing(
     pad: bool, batch_size: int, model: TinyViT, files: list[Path]
 ) -> None:
-    pictures = [*files, files[0].read_bytes(), photo(40, 50), Image.open(files[1])]
-    alone = list(Engine(model, pad=pad, batch_size=batch_size, workers=0).stream(iter(pictures)))
-    ahead = list(Engine(model, pad=pad, batch_size=batch_size, workers=3).stream(iter(pictures)))
+    images = [*files, files[0].read_bytes(), photo(40, 50), Image.open(files[1])]
+    alone = list(Engine(model, pad=pad, batch_size=batch_size, workers=0).stream(iter(images)))
+    ahead = list(Engine(model, pad=pad, batch_size=batch_size, workers=3).stream(iter(images)))
     assert len(alone) == len(ahead) == 12
     for one, other in zip(alone, ahead, strict=True):
         assert torch.equal(one.features, other.features)
@@ -104,21 +104,21 @@ def test_files_are_decoded_in_other_threads_while_the_backend_computes(
             return super().__call__(batch)
 
     engine = Engine(backend=Patient(), image_spec=PLAIN, batch_size=1, workers=1)
-    real = pictures.prepare
+    real = images.prepare
 
-    def prepare(picture: Path, spec: ImageSpec) -> Prepared:
+    def prepare(image: Path, spec: ImageSpec) -> Prepared:
         decoded.append(threading.current_thread().name)
         if len(decoded) == 2:
             second.set()
-        return real(picture, spec)
+        return real(image, spec)
 
-    monkeypatch.setattr(pictures, "prepare", prepare)
+    monkeypatch.setattr(images, "prepare", prepare)
     assert len(list(engine.stream(files))) == 9
     assert all(waited)
     assert all(name.startswith("tinyvit-read-ahead") for name in decoded)
 
 
-def test_one_picture_starts_no_thread(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_image_starts_no_thread(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(backend=Mean(), image_spec=PLAIN, workers=3)
     monkeypatch.setattr(threading.Thread, "start", None)
     assert engine.embed(files[0]).shape == (1, 3)
@@ -126,14 +126,14 @@ def test_one_picture_starts_no_thread(files: list[Path], monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_pictures_that_change_once_the_next_is_taken(workers: int) -> None:
-    """A camera's buffer, a file that is read on, the frames of one picture."""
+def test_images_that_change_once_the_next_is_taken(workers: int) -> None:
+    """A camera's buffer, a file that is read on, the frames of one image."""
     buffer = np.zeros((6, 6, 3), np.uint8)
     frames = [Image.new("L", (6, 6), 60 + i) for i in range(3)]
     stream = io.BytesIO()
     frames[0].save(stream, "TIFF", save_all=True, append_images=frames[1:])
 
-    def pictures() -> Iterator[object]:
+    def images() -> Iterator[object]:
         for i in range(5):
             buffer[:] = i
             yield buffer
@@ -143,7 +143,7 @@ def test_pictures_that_change_once_the_next_is_taken(workers: int) -> None:
         yield from ImageSequence.Iterator(Image.open(stream))
 
     engine = Engine(backend=Mean(), image_spec=PLAIN, batch_size=4, workers=workers)
-    features = engine.embed(pictures())  # type: ignore[arg-type]
+    features = engine.embed(images())  # type: ignore[arg-type]
     assert features[:, 0].int().tolist() == [*range(10), 60, 61, 62]
 
 
@@ -194,7 +194,7 @@ def test_a_wrong_number_of_workers(model: TinyViT) -> None:
 # --- batches --------------------------------------------------------------------------------------
 
 
-def test_large_pictures_go_alone_on_a_cpu() -> None:
+def test_large_images_go_alone_on_a_cpu() -> None:
     sizes = {1024: [1, 1, 1], 512: [2, 1], 256: [3]}
     for side, wanted in sizes.items():
         backend = Mean()
@@ -210,10 +210,10 @@ def test_large_pictures_go_alone_on_a_cpu() -> None:
 # --- without padding ------------------------------------------------------------------------------
 
 
-def test_without_padding_a_map_is_as_large_as_its_picture(model: TinyViT) -> None:
+def test_without_padding_a_map_is_as_large_as_its_image(model: TinyViT) -> None:
     engine = Engine(model, pad=False)
     assert engine.image_spec == ImageSpec.sam(64, pad=False)
-    assert "; pictures longest_side to 64x64, not padded; runs " in engine.explain()
+    assert "; images longest_side to 64x64, not padded; runs " in engine.explain()
     for height, width in ((64, 64), (64, 43), (43, 64), (200, 133), (1, 64), (33, 64)):
         image = photo(height, width)
         tensor, placement = to_tensor(image, engine.image_spec)
@@ -249,15 +249,15 @@ def test_stages_come_with_the_features(folded: bool, make_tiny_vit: MakeModel) -
     if not folded:
         model.layers[1].register_forward_hook(hook)
     engine = Engine(model, image_spec=ImageSpec.sam(64, pad=False), batch_size=3)
-    pictures = [photo(64, 40, 0), photo(64, 40, 1), photo(40, 64), photo(64, 40, 2)]
-    out = list(engine.stream(pictures, stages=True))
+    images = [photo(64, 40, 0), photo(64, 40, 1), photo(40, 64), photo(64, 40, 2)]
+    out = list(engine.stream(images, stages=True))
     assert len(out) == 4
-    for encoded, image in zip(out, pictures, strict=True):
+    for encoded, image in zip(out, images, strict=True):
         assert isinstance(encoded.stages, tuple)
         torch.testing.assert_close(encoded.features, engine.embed(image)[0], **CLOSE)
         torch.testing.assert_close(list(encoded.stages), engine.stages(image)[0], **CLOSE)
         assert all(s.dtype == torch.float32 and not s.is_inference() for s in encoded.stages)
-    assert next(engine.stream(pictures)).stages is None
+    assert next(engine.stream(images)).stages is None
 
 
 @pytest.mark.parametrize("folded", [True, False])
@@ -282,11 +282,11 @@ def test_without_a_head_or_stages(make_tiny_vit: MakeModel) -> None:
         next(engine.stream(photo(8, 8), stages=True))
 
 
-def test_prepared_pictures(model: TinyViT) -> None:
+def test_prepared_images(model: TinyViT) -> None:
     engine = Engine(model)
-    pictures = [photo(40, 56), photo(64, 30)]
-    out = list(engine.stream_prepared(engine.prepare(picture) for picture in pictures))
-    torch.testing.assert_close(torch.stack([e.features for e in out]), engine.embed(pictures))
+    images = [photo(40, 56), photo(64, 30)]
+    out = list(engine.stream_prepared(engine.prepare(image) for image in images))
+    torch.testing.assert_close(torch.stack([e.features for e in out]), engine.embed(images))
     assert [e.placement.original_size for e in out] == [(40, 56), (64, 30)]
 
 

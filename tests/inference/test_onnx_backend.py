@@ -17,7 +17,7 @@ from tinyvit.inference import Backend, Engine, LogitsBackend, OnnxBackend, OnnxG
 from tinyvit.modules import TinyViT
 
 MakeModel = Callable[..., TinyViT]
-MakePicture = Callable[..., Tensor]
+MakeImage = Callable[..., Tensor]
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # other orders of summing
 
@@ -34,23 +34,23 @@ def assert_right(out: Tensor, model: TinyViT, x: Tensor) -> None:
 
 
 def test_it_gives_what_the_model_gives(
-    make_tiny_vit: MakeModel, picture: MakePicture, cache: Path
+    make_tiny_vit: MakeModel, image: MakeImage, cache: Path
 ) -> None:
     model = make_tiny_vit()
     backend = OnnxBackend(model, precision="auto", threads=1)
     assert isinstance(backend, Backend)
     assert (backend.name, backend.device, backend.precision) == ("onnx", "cpu", "fp32")
     for shape in ((1, 250, 33), (2, 48, 64), (1, 1, 1), (3, 17, 33)):
-        out = backend(picture(*shape))
-        assert_right(out, model, picture(*shape))
+        out = backend(image(*shape))
+        assert_right(out, model, image(*shape))
         out.zero_()  # it is the caller's own
-        assert_right(backend(picture(*shape)), model, picture(*shape))
+        assert_right(backend(image(*shape)), model, image(*shape))
     assert backend.graph_file is not None
     assert backend.graph_file.parent == cache / "graphs"
 
 
-def test_hooks_and_foreign_modules_run(make_tiny_vit: MakeModel, picture: MakePicture) -> None:
-    model, x = make_tiny_vit(), picture(1, 33, 48)
+def test_hooks_and_foreign_modules_run(make_tiny_vit: MakeModel, image: MakeImage) -> None:
+    model, x = make_tiny_vit(), image(1, 33, 48)
     model.neck = torch.nn.Sequential(model.neck[0], torch.nn.Tanh())
     model.layers[1].register_forward_hook(lambda module, args, out: out * 2)
     backend = OnnxBackend(model)
@@ -58,8 +58,8 @@ def test_hooks_and_foreign_modules_run(make_tiny_vit: MakeModel, picture: MakePi
     assert backend.graph_file is None
 
 
-def test_it_follows_the_model(make_tiny_vit: MakeModel, picture: MakePicture) -> None:
-    model, x = make_tiny_vit(drop_path_rate=0.5).train(), picture(2, 48, 64)
+def test_it_follows_the_model(make_tiny_vit: MakeModel, image: MakeImage) -> None:
+    model, x = make_tiny_vit(drop_path_rate=0.5).train(), image(2, 48, 64)
     backend = OnnxBackend(model, threads=1)
     before = backend(x)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -71,9 +71,9 @@ def test_it_follows_the_model(make_tiny_vit: MakeModel, picture: MakePicture) ->
     assert_right(after, model.eval(), x)
 
 
-def test_threads_give_what_one_gives(make_tiny_vit: MakeModel, picture: MakePicture) -> None:
+def test_threads_give_what_one_gives(make_tiny_vit: MakeModel, image: MakeImage) -> None:
     backend = OnnxBackend(make_tiny_vit(), threads=1)
-    inputs = [picture(1, 32, 32 + 16 * i) for i in range(3)]
+    inputs = [image(1, 32, 32 + 16 * i) for i in range(3)]
     wanted = [backend(x) for x in inputs]
     backend.refresh()
     wrong: list[int] = []
@@ -131,9 +131,9 @@ def test_a_damaged_graph(tmp_path: Path) -> None:
 
 
 def test_a_damaged_graph_in_the_cache_is_made_anew(
-    make_tiny_vit: MakeModel, picture: MakePicture
+    make_tiny_vit: MakeModel, image: MakeImage
 ) -> None:
-    model, x = make_tiny_vit(), picture(1, 33, 48)
+    model, x = make_tiny_vit(), image(1, 33, 48)
     first = OnnxBackend(model)
     file = first.graph_file
     assert file is not None
@@ -145,10 +145,8 @@ def test_a_damaged_graph_in_the_cache_is_made_anew(
     assert len(file.read_bytes()) == len(whole)
 
 
-def test_a_closed_backend_makes_what_it_needs(
-    make_tiny_vit: MakeModel, picture: MakePicture
-) -> None:
-    model, x = make_tiny_vit(), picture(1, 33, 48)
+def test_a_closed_backend_makes_what_it_needs(make_tiny_vit: MakeModel, image: MakeImage) -> None:
+    model, x = make_tiny_vit(), image(1, 33, 48)
     backend = OnnxBackend(model)
     runner = backend.runner()
     backend.close()

@@ -17,7 +17,7 @@ from tinyvit.inference.graphs import load_openvino
 from tinyvit.modules import TinyViT
 
 MakeModel = Callable[..., TinyViT]
-MakePicture = Callable[..., Tensor]
+MakeImage = Callable[..., Tensor]
 
 # fp32: other orders of summing; bf16 keeps 8 bits, see test_torch_backend.py
 TOLERANCE = {"fp32": {"rtol": 1e-4, "atol": 1e-4}, "bf16": {"rtol": 0.05, "atol": 0.15}}
@@ -39,24 +39,24 @@ def assert_right(out: Tensor, model: TinyViT, x: Tensor, precision: str = "fp32"
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
 def test_it_gives_what_the_model_gives(
-    precision: str, make_tiny_vit: MakeModel, picture: MakePicture, cache: Path
+    precision: str, make_tiny_vit: MakeModel, image: MakeImage, cache: Path
 ) -> None:
     model = make_tiny_vit()
     backend = OpenVINOBackend(model, precision=precision, threads=1)
     assert isinstance(backend, Backend)
     assert (backend.name, backend.device, backend.precision) == ("openvino", "cpu", precision)
     for shape in ((1, 250, 33), (2, 48, 64), (1, 1, 1)):
-        assert_right(backend(picture(*shape)), model, picture(*shape), precision)
+        assert_right(backend(image(*shape)), model, image(*shape), precision)
     assert backend.graph_file is not None
     assert backend.graph_file.parent == cache / "graphs"
     again = OpenVINOGraph(backend.graph_file, precision=precision, threads=1)  # type: ignore[arg-type]
-    x = picture(2, 48, 64)
+    x = image(2, 48, 64)
     torch.testing.assert_close(torch.from_numpy(again(x.numpy())), backend(x))
     backend.close()
 
 
-def test_it_follows_the_model(make_tiny_vit: MakeModel, picture: MakePicture, cache: Path) -> None:
-    model, x = make_tiny_vit(), picture(1, 48, 64)
+def test_it_follows_the_model(make_tiny_vit: MakeModel, image: MakeImage, cache: Path) -> None:
+    model, x = make_tiny_vit(), image(1, 48, 64)
     backend = OpenVINOBackend(model, threads=1)
     before = backend(x)
     kept = backend.graph_file
@@ -76,7 +76,7 @@ def test_an_engine_with_openvino(make_tiny_vit: MakeModel) -> None:
     images = [np.full((40, 56, 3), 9, np.uint8), np.full((64, 20, 3), 200, np.uint8)]
     with Engine(model, backend="openvino", threads=1) as engine:
         assert engine.explain().startswith("openvino 20")
-        assert " on cpu, fp32 (exact; the default); pictures " in engine.explain()
+        assert " on cpu, fp32 (exact; the default); images " in engine.explain()
         assert isinstance(engine.backend, LogitsBackend)
         wanted = Engine(model, device="cpu").classify(images)
         torch.testing.assert_close(engine.classify(images), wanted, **TOLERANCE["fp32"])

@@ -19,7 +19,7 @@ from tinyvit.inference.graphs import OpenVINOGraph, load_openvino
 from tinyvit.modules import TinyViT
 
 MakeModel = Callable[..., TinyViT]
-MakePicture = Callable[..., Tensor]
+MakeImage = Callable[..., Tensor]
 Array = NDArray[np.float32]
 
 # fp32: other orders of summing; bf16 keeps 8 bits, see test_torch_backend.py
@@ -53,9 +53,9 @@ def assert_right(out: Array, model: TinyViT, x: Tensor, precision: str = "fp32")
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 17, 33), (2, 75, 58), (1, 64, 64)])
 def test_any_size_and_batch(
-    shape: tuple[int, int, int], graph: OpenVINOGraph, model: TinyViT, picture: MakePicture
+    shape: tuple[int, int, int], graph: OpenVINOGraph, model: TinyViT, image: MakeImage
 ) -> None:
-    x = picture(*shape)
+    x = image(*shape)
     out = graph(x.numpy())
     assert_right(out, model, x)
     out[...] = 0  # it is the caller's own
@@ -64,7 +64,7 @@ def test_any_size_and_batch(
 
 
 def test_a_shape_that_comes_again_gets_a_form_of_its_own(
-    file: Path, model: TinyViT, picture: MakePicture, monkeypatch: pytest.MonkeyPatch
+    file: Path, model: TinyViT, image: MakeImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinyvit.inference.graphs._OWN_FORMS", 1)
     monkeypatch.setattr("tinyvit.inference.graphs._SHAPES_COUNTED", 3)
@@ -72,23 +72,23 @@ def test_a_shape_that_comes_again_gets_a_form_of_its_own(
     compiled: list[object] = []
     really = graph._compile
     monkeypatch.setattr(graph, "_compile", lambda *a: compiled.append(a) or really(*a))
-    first, second = picture(1, 33, 17), picture(2, 48, 64)
+    first, second = image(1, 33, 17), image(2, 48, 64)
     for calls, x in ((2, first), (2, second), (2, first), (3, second), (1, second)):
         for _ in range(calls):
             assert_right(graph(x.numpy()), model, x)
     assert [tuple(shape) for shape in graph._own] == [(2, 3, 48, 64)]
     assert len(compiled) == 2
     for size in range(20, 30):  # shapes that never come again are forgotten
-        graph(picture(1, size, size).numpy())
+        graph(image(1, size, size).numpy())
     assert len(compiled) == 2
     assert len(graph._counts) <= 3
 
 
 @needs_bf16
 def test_bf16_is_bf16_and_fp32_is_fp32_whatever_is_kept(
-    file: Path, model: TinyViT, picture: MakePicture
+    file: Path, model: TinyViT, image: MakeImage
 ) -> None:
-    x = picture(1, 75, 58)
+    x = image(1, 75, 58)
     for precision in ("fp32", "bf16", "fp32", "bf16"):  # twice: compiled, and kept beside the file
         graph = OpenVINOGraph(file, precision=precision, threads=1)  # type: ignore[arg-type]
         out = graph(x.numpy())
@@ -100,9 +100,9 @@ def test_bf16_is_bf16_and_fp32_is_fp32_whatever_is_kept(
 
 
 def test_a_file_with_other_weights_is_compiled_anew(
-    make_tiny_vit: MakeModel, picture: MakePicture, tmp_path: Path
+    make_tiny_vit: MakeModel, image: MakeImage, tmp_path: Path
 ) -> None:
-    x, path, cache = picture(1, 32, 32), tmp_path / "graph.onnx", tmp_path / "kept"
+    x, path, cache = image(1, 32, 32), tmp_path / "graph.onnx", tmp_path / "kept"
     for seed in (1, 2):
         model = make_tiny_vit(seed)
         path.write_bytes(export_onnx(model))
@@ -112,8 +112,8 @@ def test_a_file_with_other_weights_is_compiled_anew(
     assert_right(out, model, x)
 
 
-def test_threads_give_what_one_gives(graph: OpenVINOGraph, picture: MakePicture) -> None:
-    inputs = [picture(1, 32, 32 + 16 * i).numpy() for i in range(3)]
+def test_threads_give_what_one_gives(graph: OpenVINOGraph, image: MakeImage) -> None:
+    inputs = [image(1, 32, 32 + 16 * i).numpy() for i in range(3)]
     wanted = [graph(x) for x in inputs]
     wrong: list[int] = []
 
@@ -153,11 +153,11 @@ def test_it_starts_without_torch(file: Path) -> None:
     [
         (
             np.zeros((3, 8, 8), np.float32),
-            r"wants pictures \[batch, 3, height, width\] .*\[3, 8, 8",
+            r"wants images \[batch, 3, height, width\] .*\[3, 8, 8",
         ),
         (np.zeros((1, 4, 8, 8), np.float32), r"got \[1, 4, 8, 8\]"),
         (np.zeros((0, 3, 8, 8), np.float32), r"got \[0, 3, 8, 8\]"),
-        (np.zeros((1, 3, 8, 8), np.uint8), "wants pictures in float32, got uint8"),
+        (np.zeros((1, 3, 8, 8), np.uint8), "wants images in float32, got uint8"),
     ],
 )
 def test_arrays_of_another_form(array: Any, words: str, graph: OpenVINOGraph) -> None:

@@ -22,9 +22,9 @@ def test_one_and_many() -> None:
     stream, pil, tensor = io.BytesIO(), Image.fromarray(IMAGE), torch.from_numpy(IMAGE)
     for one in ("a.png", Path("a.png"), b"x", bytearray(b"x"), memoryview(b"x"), stream, pil):
         assert list(each(one)) == [one]  # type: ignore[arg-type]
-    assert [picture is IMAGE for picture in each(IMAGE)] == [True]
-    assert [picture is tensor for picture in each(tensor)] == [True]
-    assert [picture.shape for picture in each(np.stack([IMAGE] * 3))] == [IMAGE.shape] * 3  # type: ignore[union-attr]
+    assert [image is IMAGE for image in each(IMAGE)] == [True]
+    assert [image is tensor for image in each(tensor)] == [True]
+    assert [image.shape for image in each(np.stack([IMAGE] * 3))] == [IMAGE.shape] * 3  # type: ignore[union-attr]
     paths = (path for path in ("a", "b"))
     assert each(paths) is paths
 
@@ -47,7 +47,7 @@ def test_files_are_read_when_the_work_is_done_and_the_rest_when_it_is_taken(tmp_
     assert not torch.equal(work[0]()[0], wanted)
 
 
-def test_errors_come_when_the_picture_is_read(tmp_path: Path) -> None:
+def test_errors_come_when_the_image_is_read(tmp_path: Path) -> None:
     [job] = preparations([tmp_path / "none.png"], SPEC)
     with pytest.raises(ImageError, match="there is no file"):
         job()

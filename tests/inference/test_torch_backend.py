@@ -17,7 +17,7 @@ from tinyvit.inference.fast_encoder import DeployedTinyViT
 from tinyvit.modules import TinyViT
 
 MakeModel = Callable[..., TinyViT]
-MakePicture = Callable[..., Tensor]
+MakeImage = Callable[..., Tensor]
 
 # fp32: norms folded into products and other orders of summing change some ulps per layer;
 # bf16 keeps 8 bits: each of some dozen layers errs by 2**-9 of values near 1 to 4
@@ -25,8 +25,8 @@ TOLERANCE = {"fp32": {"rtol": 1e-4, "atol": 1e-4}, "bf16": {"rtol": 0.05, "atol"
 
 
 @pytest.fixture
-def batch(picture: MakePicture) -> Tensor:
-    return picture(2, 48, 64)
+def batch(image: MakeImage) -> Tensor:
+    return image(2, 48, 64)
 
 
 def plain(model: TinyViT, batch: Tensor) -> Tensor:
@@ -170,11 +170,11 @@ def test_logits_of_a_model_without_a_head(make_tiny_vit: MakeModel, batch: Tenso
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 17, 33), (1, 64, 16)])
 def test_any_size_and_batch(
-    shape: tuple[int, int, int], make_tiny_vit: MakeModel, picture: MakePicture
+    shape: tuple[int, int, int], make_tiny_vit: MakeModel, image: MakeImage
 ) -> None:
     model = make_tiny_vit()
     backend = TorchBackend(model)
-    assert_close(backend(picture(*shape)), plain(model, picture(*shape)))
+    assert_close(backend(image(*shape)), plain(model, image(*shape)))
 
 
 def add_hook(model: TinyViT) -> None:
@@ -373,9 +373,9 @@ def test_close_lets_go_of_what_was_made(
     backend.close()
 
 
-def test_two_threads_give_what_one_gives(make_tiny_vit: MakeModel, picture: MakePicture) -> None:
+def test_two_threads_give_what_one_gives(make_tiny_vit: MakeModel, image: MakeImage) -> None:
     model = make_tiny_vit().train()
-    wanted = [TorchBackend(model)(picture(1, 32, 32 + 16 * i)) for i in range(4)]
+    wanted = [TorchBackend(model)(image(1, 32, 32 + 16 * i)) for i in range(4)]
     backend = TorchBackend(model)
     start = threading.Barrier(4)
     wrong: list[int] = []
@@ -384,7 +384,7 @@ def test_two_threads_give_what_one_gives(make_tiny_vit: MakeModel, picture: Make
         start.wait(10)
         for step in range(5):
             i = (step + offset) % 4
-            if not torch.equal(backend(picture(1, 32, 32 + 16 * i)), wanted[i]):
+            if not torch.equal(backend(image(1, 32, 32 + 16 * i)), wanted[i]):
                 wrong.append(i)
             if step == offset:
                 backend.refresh()

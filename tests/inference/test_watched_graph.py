@@ -16,7 +16,7 @@ from tinyvit.inference.graph_backend import WatchedGraph
 from tinyvit.modules import TinyViT
 
 MakeModel = Callable[..., TinyViT]
-MakePicture = Callable[..., Tensor]
+MakeImage = Callable[..., Tensor]
 Array = NDArray[np.float32]
 
 
@@ -26,9 +26,9 @@ class Twin:
     def __init__(self, model: TinyViT, change: Callable[[Array], Array]) -> None:
         self.model, self.change, self.is_closed = copy.deepcopy(model).eval(), change, False
 
-    def __call__(self, pictures: Array) -> Array:
+    def __call__(self, images: Array) -> Array:
         with torch.inference_mode():
-            return self.change(self.model(torch.from_numpy(pictures)).numpy())
+            return self.change(self.model(torch.from_numpy(images)).numpy())
 
     def close(self) -> None:
         self.is_closed = True
@@ -55,11 +55,11 @@ def watch(
 
 
 def test_it_gives_what_the_model_gives(
-    make_tiny_vit: MakeModel, picture: MakePicture, made: list[str]
+    make_tiny_vit: MakeModel, image: MakeImage, made: list[str]
 ) -> None:
     model = make_tiny_vit()
     graph = watch(model)
-    x = picture(2, 33, 17, dtype=torch.float64).requires_grad_()
+    x = image(2, 33, 17, dtype=torch.float64).requires_grad_()
     out = graph(x)
     with torch.inference_mode():
         assert torch.equal(out, model(x.float()))
@@ -68,11 +68,9 @@ def test_it_gives_what_the_model_gives(
     assert made == ["cache"]
 
 
-def test_it_follows_the_model(
-    make_tiny_vit: MakeModel, picture: MakePicture, made: list[str]
-) -> None:
+def test_it_follows_the_model(make_tiny_vit: MakeModel, image: MakeImage, made: list[str]) -> None:
     model = make_tiny_vit()
-    graph, x = watch(model), picture(1, 32, 32)
+    graph, x = watch(model), image(1, 32, 32)
     before = graph(x)
     with torch.no_grad():
         model.neck[3].bias.add_(1)
@@ -83,10 +81,10 @@ def test_it_follows_the_model(
     assert made == ["cache", "memory", "memory"]  # what changes is not kept
 
 
-def test_close(make_tiny_vit: MakeModel, picture: MakePicture, made: list[str]) -> None:
+def test_close(make_tiny_vit: MakeModel, image: MakeImage, made: list[str]) -> None:
     graph = watch(make_tiny_vit())
     graph.close()
-    graph(picture(1, 16, 16))
+    graph(image(1, 16, 16))
     runner = graph.runner()
     assert isinstance(runner, Twin)
     graph.close()
@@ -149,12 +147,12 @@ def test_a_damaged_file_is_replaced(
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 4, 16, 16), (0, 3, 16, 16), (1, 3, 0, 16)])
 def test_batches_of_another_form(shape: tuple[int, ...], make_tiny_vit: MakeModel) -> None:
-    with pytest.raises(ValueError, match=r"wants pictures \[batch, 3, height, width\] of at least"):
+    with pytest.raises(ValueError, match=r"wants images \[batch, 3, height, width\] of at least"):
         watch(make_tiny_vit())(torch.zeros(shape))
 
 
-def test_logits(make_tiny_vit: MakeModel, picture: MakePicture, made: list[str]) -> None:
-    x = picture(2, 32, 32)
+def test_logits(make_tiny_vit: MakeModel, image: MakeImage, made: list[str]) -> None:
+    x = image(2, 32, 32)
     classifier = make_tiny_vit(neck_dim=None)
     with torch.inference_mode():
         assert torch.equal(watch(classifier).logits(x), classifier(x))

@@ -91,9 +91,9 @@ def test_maps_have_the_channels_and_sizes_of_the_info(make_tiny_vit, form, reduc
 
 
 class TestForwardIntermediates:
-    def test_maps_are_what_the_blocks_give(self, make_tiny_vit, picture):
+    def test_maps_are_what_the_blocks_give(self, make_tiny_vit, image):
         model = make_tiny_vit()
-        x = picture(2, 50, 70)
+        x = image(2, 50, 70)
         seen = {}
         for i, layer in enumerate(model.layers):
             layer.blocks[-1].register_forward_hook(lambda _, a, out, i=i: seen.update({i: out}))
@@ -104,17 +104,17 @@ class TestForwardIntermediates:
         assert torch.equal(out, model.forward_features(x))
         assert torch.equal(model.neck(maps[-1]), out)
 
-    def test_the_last_map_is_the_backbone_s(self, make_tiny_vit, picture):
+    def test_the_last_map_is_the_backbone_s(self, make_tiny_vit, image):
         model = make_tiny_vit(neck_dim=None)
-        x = picture(1, 40, 40)
+        x = image(1, 40, 40)
         out, [last] = model.forward_intermediates(x, 1)
         assert torch.equal(out, model.forward_backbone(x))
         assert torch.equal(last, out)
 
     @pytest.mark.parametrize("indices", [1, [0, 2], [-2], None])
-    def test_chosen_maps_equal_those_of_all(self, make_tiny_vit, picture, indices):
+    def test_chosen_maps_equal_those_of_all(self, make_tiny_vit, image, indices):
         model = make_tiny_vit()
-        x = picture(1, 33, 50)
+        x = image(1, 33, 50)
         everything = model.forward_intermediates(x, intermediates_only=True)
         wanted = [everything[i] for i in select_stages(indices, 4)]
         out, maps = model.forward_intermediates(x, indices)
@@ -125,14 +125,14 @@ class TestForwardIntermediates:
             map(torch.equal, model.forward_intermediates(x, indices, intermediates_only=True), maps)
         )
 
-    def test_stop_early_runs_nothing_more(self, make_tiny_vit, picture):
+    def test_stop_early_runs_nothing_more(self, make_tiny_vit, image):
         model = make_tiny_vit()
         ran = []
         for i, layer in enumerate(model.layers):
             layer.blocks[0].register_forward_pre_hook(lambda *_, i=i: ran.append(i))
             if layer.downsample is not None:
                 layer.downsample.register_forward_pre_hook(lambda *_, i=i: ran.append(f"down{i}"))
-        x = picture(1, 32, 32)
+        x = image(1, 32, 32)
         out, maps = model.forward_intermediates(x, [0, 1], stop_early=True)
         assert ran == [0, "down0", 1]
         assert torch.equal(out, maps[1])
@@ -141,43 +141,43 @@ class TestForwardIntermediates:
         model.forward_intermediates(x, [0], intermediates_only=True)
         assert ran == [0]
 
-    def test_nhwc(self, make_tiny_vit, picture):
+    def test_nhwc(self, make_tiny_vit, image):
         model = make_tiny_vit()
-        x = picture(2, 30, 45)
+        x = image(2, 30, 45)
         usual = model.forward_intermediates(x, intermediates_only=True)
         turned = model.forward_intermediates(x, intermediates_only=True, output_fmt="NHWC")
         assert all(
             torch.equal(a.permute(0, 2, 3, 1), b) for a, b in zip(usual, turned, strict=True)
         )
 
-    def test_bad_arguments(self, make_tiny_vit, picture):
+    def test_bad_arguments(self, make_tiny_vit, image):
         model = make_tiny_vit()
         with pytest.raises(ValueError, match="output_fmt must be 'NCHW' or 'NHWC', got 'NLC'"):
-            model.forward_intermediates(picture(1, 16, 16), output_fmt="NLC")
+            model.forward_intermediates(image(1, 16, 16), output_fmt="NLC")
         with pytest.raises(ValueError, match=r"indices must name stages 0 to 3 .*got \(4,\)"):
-            model.forward_intermediates(picture(1, 16, 16), [4])
+            model.forward_intermediates(image(1, 16, 16), [4])
 
 
 class TestFeatureMaps:
-    def test_gives_the_chosen_maps(self, make_tiny_vit, picture):
+    def test_gives_the_chosen_maps(self, make_tiny_vit, image):
         encoder = make_tiny_vit(neck_dim=None, head=False, strides=(2, 2, 2))
         model = FeatureMaps(encoder, (1, -1)).eval()
-        x = picture(2, 70, 50)
+        x = image(2, 70, 50)
         wanted = encoder.forward_intermediates(x, [1, 3], intermediates_only=True)
         assert all(map(torch.equal, model(x), wanted))
         assert model.out_indices == (1, 3)
         assert model.feature_info.channels() == [12, 24]
         assert model.feature_info.reduction() == [8, 32]
 
-    def test_all_maps_by_default(self, make_tiny_vit, picture):
+    def test_all_maps_by_default(self, make_tiny_vit, image):
         model = FeatureMaps(make_tiny_vit())
-        assert len(model(picture(1, 16, 16))) == 4
+        assert len(model(image(1, 16, 16))) == 4
         assert len(model.feature_info) == 4
 
-    def test_every_parameter_gets_a_gradient(self, make_tiny_vit, picture):
+    def test_every_parameter_gets_a_gradient(self, make_tiny_vit, image):
         encoder = make_tiny_vit(neck_dim=None, head=False)
         model = FeatureMaps(encoder, (1, 2, 3)).train()
-        sum(map_.square().mean() for map_ in model(picture(2, 64, 64))).backward()
+        sum(map_.square().mean() for map_ in model(image(2, 64, 64))).backward()
         assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
     def test_unknown_stage(self, make_tiny_vit):

@@ -157,11 +157,11 @@ class TestParamGroups:
         assert listed == trainable
         assert id(model.head.bias) not in listed
 
-    def test_an_optimiser_takes_them(self, model, picture):
+    def test_an_optimiser_takes_them(self, model, image):
         optimiser = torch.optim.AdamW(model.param_groups(lr=0.01, weight_decay=0.05))
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        out = model.train()(picture(2, 32, 32)).square().sum()
-        (out + model.classify(picture(2, 32, 32)).square().sum()).backward()
+        out = model.train()(image(2, 32, 32)).square().sum()
+        (out + model.classify(image(2, 32, 32)).square().sum()).backward()
         optimiser.step()
         same = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
         assert same == []

@@ -88,19 +88,19 @@ class TestContract:
     def test_parameter_counts(self, arguments, count):
         assert sum(p.numel() for p in on_meta(**arguments).parameters()) == count
 
-    def test_hooks_on_every_layer_see_tokens(self, make_tiny_vit, picture):
+    def test_hooks_on_every_layer_see_tokens(self, make_tiny_vit, image):
         model = make_tiny_vit(layer_lr_decay=0.8)
         seen = {}
         for i, layer in enumerate(model.layers[:3]):
             layer.register_forward_hook(lambda _, a, out, i=i: seen.update({i: out.shape}))
-        model(picture(2, 64, 48))
+        model(image(2, 64, 48))
         assert seen == {0: (2, 8 * 6, 12), 1: (2, 4 * 3, 16), 2: (2, 4 * 3, 24)}
 
-    def test_hooks_on_the_last_layer_see_tokens(self, make_tiny_vit, picture):
+    def test_hooks_on_the_last_layer_see_tokens(self, make_tiny_vit, image):
         model = make_tiny_vit()
         seen = []
         model.layers[3].register_forward_hook(lambda _, a, out: seen.append(out.shape))
-        model(picture(2, 64, 48))
+        model(image(2, 64, 48))
         assert seen == [(2, 4 * 3, 24)]
 
 
@@ -128,38 +128,38 @@ class TestAnySize:
             map_ = model.forward_features(x)
         assert map_.shape == (batch, 24, ceil(height, 32), ceil(width, 32))
 
-    def test_pointwise_form(self, make_tiny_vit, picture):
+    def test_pointwise_form(self, make_tiny_vit, image):
         model = make_tiny_vit(stem="pointwise", head=False)
-        assert model(picture(2, 33, 21)).shape == (2, 16, 9, 6)
+        assert model(image(2, 33, 21)).shape == (2, 16, 9, 6)
 
     @pytest.mark.parametrize("size", [(64, 64), (50, 77)])
-    def test_an_image_alone_is_the_same_as_in_a_batch(self, make_tiny_vit, picture, size):
+    def test_an_image_alone_is_the_same_as_in_a_batch(self, make_tiny_vit, image, size):
         model = make_tiny_vit()
-        x = picture(3, *size)
+        x = image(3, *size)
         together = model(x)
         for i in range(3):
             # matrix products of another height may add in another order: float32 rounding
             torch.testing.assert_close(model(x[i : i + 1])[0], together[i], rtol=1e-4, atol=1e-5)
 
-    def test_nothing_is_kept_between_calls(self, make_tiny_vit, picture):
+    def test_nothing_is_kept_between_calls(self, make_tiny_vit, image):
         model = make_tiny_vit()
-        x = picture(2, 50, 70)
+        x = image(2, 50, 70)
         before = model(x)
         state = {key: value.clone() for key, value in model.state_dict().items()}
         for size in ((64, 64), (70, 50), (1, 1), (16, 200)):
-            model(picture(1, *size))
+            model(image(1, *size))
             model.set_imgsz(size)
         assert torch.equal(model(x), before)
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
-    def test_the_declared_size_changes_nothing(self, make_tiny_vit, picture):
-        x = picture(1, 40, 60)
+    def test_the_declared_size_changes_nothing(self, make_tiny_vit, image):
+        x = image(1, 40, 60)
         outputs = [make_tiny_vit(img_size=size)(x) for size in (64, (40, 60), 1024)]
         assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
-    def test_memory_format_of_the_input_changes_nothing(self, make_tiny_vit, picture):
+    def test_memory_format_of_the_input_changes_nothing(self, make_tiny_vit, image):
         model = make_tiny_vit()
-        x = picture(2, 50, 70)
+        x = image(2, 50, 70)
         assert torch.equal(model(x), model(x.contiguous(memory_format=torch.channels_last)))
         assert torch.equal(model(x), model(x.transpose(2, 3).contiguous().transpose(2, 3)))
 
@@ -170,9 +170,9 @@ class TestAnySize:
             (torch.bfloat16, 0.25),  # 8 bits: 4e-3 at each of two dozen layers
         ],
     )
-    def test_close_to_the_float64_result(self, make_tiny_vit, picture, dtype, tolerance):
+    def test_close_to_the_float64_result(self, make_tiny_vit, image, dtype, tolerance):
         exact = make_tiny_vit().double()
-        x = picture(2, 50, 70, dtype=torch.float64)
+        x = image(2, 50, 70, dtype=torch.float64)
         wanted = exact(x)
         got = make_tiny_vit().to(dtype)(x.to(dtype))
         assert (got.dtype, wanted.dtype) == (dtype, torch.float64)
@@ -181,15 +181,15 @@ class TestAnySize:
     @pytest.mark.parametrize(
         "shape", [(3, 32, 32), (1, 1, 32, 32), (1, 4, 32, 32), (1, 3, 0, 32), (1, 3, 32, 0), (9,)]
     )
-    def test_what_is_no_batch_of_pictures(self, make_tiny_vit, shape):
+    def test_what_is_no_batch_of_images(self, make_tiny_vit, shape):
         with pytest.raises(ValueError) as caught:
             make_tiny_vit()(torch.zeros(shape))
         assert str(caught.value) == (
-            f"TinyViT wants pictures [batch, 3, height, width] of at least 1x1, got {list(shape)}"
+            f"TinyViT wants images [batch, 3, height, width] of at least 1x1, got {list(shape)}"
         )
 
     def test_whole_numbers(self, make_tiny_vit):
-        with pytest.raises(TypeError, match=r"floating-point pictures, got torch.uint8; tinyvit\."):
+        with pytest.raises(TypeError, match=r"floating-point images, got torch.uint8; tinyvit\."):
             make_tiny_vit()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
@@ -231,8 +231,8 @@ def test_random_configurations(stages, data, neck_dim, head, stem):
 
 
 class TestHead:
-    def test_forward_with_and_without_a_neck(self, make_tiny_vit, picture):
-        x = picture(2, 40, 56)
+    def test_forward_with_and_without_a_neck(self, make_tiny_vit, image):
+        x = image(2, 40, 56)
         encoder = make_tiny_vit()
         backbone = encoder.forward_backbone(x)
         assert backbone.shape == (2, 24, 3, 4)
@@ -245,9 +245,9 @@ class TestHead:
         bare = make_tiny_vit(neck_dim=None, head=False)
         assert bare(x).shape == (2, 24, 3, 4)
 
-    def test_logits_are_mean_norm_linear(self, make_tiny_vit, picture):
+    def test_logits_are_mean_norm_linear(self, make_tiny_vit, image):
         model = make_tiny_vit(neck_dim=None).double()
-        x = picture(2, 40, 56, dtype=torch.float64)
+        x = image(2, 40, 56, dtype=torch.float64)
         pooled = model.forward_backbone(x).flatten(2).mean(2)
         features = model.norm_head(pooled)
         logits = features @ model.head.weight.T + model.head.bias
@@ -256,9 +256,9 @@ class TestHead:
             model.forward_head(model.forward_backbone(x), pre_logits=True), features
         )
 
-    def test_reset_classifier(self, make_tiny_vit, picture):
+    def test_reset_classifier(self, make_tiny_vit, image):
         model = make_tiny_vit(neck_dim=None).double()
-        x = picture(2, 16, 16, dtype=torch.float64)
+        x = image(2, 16, 16, dtype=torch.float64)
         norm = model.norm_head
         model.reset_classifier(9)
         assert (model.num_classes, model.classify(x).shape) == (9, (2, 9))
@@ -272,17 +272,17 @@ class TestHead:
         model.reset_classifier(3)
         assert model(x).shape == (2, 3)
 
-    def test_zero_classes_from_the_start(self, make_tiny_vit, picture):
+    def test_zero_classes_from_the_start(self, make_tiny_vit, image):
         model = make_tiny_vit(neck_dim=None, num_classes=0)
-        assert model(picture(1, 16, 16)).shape == (1, 24)
+        assert model(image(1, 16, 16)).shape == (1, 24)
 
-    def test_without_a_head(self, make_tiny_vit, picture):
+    def test_without_a_head(self, make_tiny_vit, image):
         model = make_tiny_vit(head=False)
         assert not any("head" in key for key in model.state_dict())
         with pytest.raises(ValueError, match=r"without a classification head; .*reset_classifier"):
-            model.classify(picture(1, 16, 16))
+            model.classify(image(1, 16, 16))
         model.reset_classifier(4)
-        assert model.classify(picture(1, 16, 16)).shape == (1, 4)
+        assert model.classify(image(1, 16, 16)).shape == (1, 4)
 
     def test_a_new_head_takes_over_the_mode(self, make_tiny_vit):
         model = make_tiny_vit(head=False)
@@ -295,9 +295,9 @@ class TestHead:
         with pytest.raises(ValueError, match="num_classes must not be negative, got -2"):
             make_tiny_vit(num_classes=-2)
 
-    def test_forward_hq(self, make_tiny_vit, picture):
+    def test_forward_hq(self, make_tiny_vit, image):
         model = make_tiny_vit()
-        x = picture(2, 70, 50)
+        x = image(2, 70, 50)
         seen = []
         model.layers[1].register_forward_hook(lambda _, a, out: seen.append(out))
         y, early = model.forward_hq(x)
@@ -307,7 +307,7 @@ class TestHead:
         backbone, _ = make_tiny_vit(neck_dim=None).forward_hq(x)
         assert backbone.shape == (2, 24, 5, 4)
 
-    def test_forward_hq_wants_three_stages(self, picture):
+    def test_forward_hq_wants_three_stages(self, image):
         model = TinyViT(embed_dims=(4, 4), depths=(1, 1), num_heads=(1, 1), window_sizes=(2, 2))
         with pytest.raises(ValueError, match="forward_hq wants at least 3 stages, got 2"):
-            model.forward_hq(picture(1, 16, 16))
+            model.forward_hq(image(1, 16, 16))

@@ -80,9 +80,9 @@ class TestSettings:
         with pytest.raises(ValueError, match=words):
             make_tiny_vit(**change)
 
-    def test_train_eval_train(self, make_tiny_vit, picture):
+    def test_train_eval_train(self, make_tiny_vit, image):
         model = make_tiny_vit()
-        x = picture(2, 32, 32)
+        x = image(2, 32, 32)
         wanted = model(x)
         assert model.train() is model and model.training
         model(x)
@@ -92,22 +92,22 @@ class TestSettings:
         model.train()
         assert model(x).shape == wanted.shape
 
-    def test_drop_path_acts_in_training(self, make_tiny_vit, picture):
+    def test_drop_path_acts_in_training(self, make_tiny_vit, image):
         model = make_tiny_vit(drop_path_rate=0.5).freeze_batch_stats().train()
-        x = picture(8, 32, 32)
+        x = image(8, 32, 32)
         assert not torch.equal(model(x), model(x))
         assert torch.equal(model.eval()(x), model(x))
 
-    def test_attention_biases_get_gradients_in_eval_mode(self, make_tiny_vit, picture):
+    def test_attention_biases_get_gradients_in_eval_mode(self, make_tiny_vit, image):
         model = make_tiny_vit()
-        model(picture(2, 40, 40)).square().sum().backward()
+        model(image(2, 40, 40)).square().sum().backward()
         tables = [p for n, p in model.named_parameters() if n.endswith("attention_biases")]
         assert len(tables) == 4
         assert all(table.grad.abs().max() > 0 for table in tables)
 
-    def test_freeze_batch_stats(self, make_tiny_vit, picture):
+    def test_freeze_batch_stats(self, make_tiny_vit, image):
         model = make_tiny_vit(drop_path_rate=0.0)
-        x = picture(2, 32, 32)
+        x = image(2, 32, 32)
         wanted = model(x)
         assert model.freeze_batch_stats() is model
         frozen = copy.deepcopy(model).train()
@@ -115,12 +115,12 @@ class TestSettings:
         assert torch.equal(frozen.eval()(x), wanted)
         assert not torch.equal(frozen.freeze_batch_stats(False).train()(x), wanted)
 
-    def test_set_grad_checkpointing(self, make_tiny_vit, picture):
+    def test_set_grad_checkpointing(self, make_tiny_vit, image):
         model = make_tiny_vit().train()
         saving = copy.deepcopy(model)
         saving.set_grad_checkpointing()
         assert saving.arguments()["use_checkpoint"] and not model.arguments()["use_checkpoint"]
-        x = picture(2, 40, 40)
+        x = image(2, 40, 40)
         for one in (model, saving):
             one(x).square().sum().backward()
         # the same operations on the same numbers
@@ -143,14 +143,14 @@ class TestCopies:
             {"layer_lr_decay": 0.8},
         ],
     )
-    def test_arguments_round_trip(self, make_tiny_vit, picture, change):
+    def test_arguments_round_trip(self, make_tiny_vit, image, change):
         model = make_tiny_vit(**change)
         arguments = model.arguments()
         assert json.loads(json.dumps(arguments)) == arguments
         again = TinyViT(**arguments).eval()
         assert again.arguments() == arguments
         again.load_state_dict(model.state_dict())
-        x = picture(1, 20, 30, channels=model.in_chans)
+        x = image(1, 20, 30, channels=model.in_chans)
         assert torch.equal(again(x), model(x))
         assert repr(again) == repr(model)
 
@@ -169,9 +169,9 @@ class TestCopies:
         )
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-    def test_copies_compute_the_same_on_their_own(self, make_tiny_vit, picture, copied):
+    def test_copies_compute_the_same_on_their_own(self, make_tiny_vit, image, copied):
         model = make_tiny_vit()
-        x = picture(1, 30, 50)
+        x = image(1, 30, 50)
         wanted = model(x)
         other = copied(model)
         assert torch.equal(other(x), wanted)
@@ -191,31 +191,31 @@ class TestCopies:
             sizes.append(file.tell())
         assert sizes[0] <= 1.02 * sizes[1]
 
-    def test_meta_device(self, make_tiny_vit, picture):
+    def test_meta_device(self, make_tiny_vit, image):
         model = make_tiny_vit()
         with torch.device("meta"):
             empty = TinyViT(**model.arguments())
         assert all(tensor.is_meta for tensor in empty.state_dict().values())
-        assert empty(picture(2, 40, 40).to("meta")).shape == (2, 16, 3, 3)
+        assert empty(image(2, 40, 40).to("meta")).shape == (2, 16, 3, 3)
         filled = empty.to_empty(device="cpu").eval()
         filled.load_state_dict(model.state_dict())
-        x = picture(1, 40, 40)
+        x = image(1, 40, 40)
         assert torch.equal(filled(x), model(x))
 
-    def test_default_dtype(self, picture):
+    def test_default_dtype(self, image):
         torch.set_default_dtype(torch.float64)
         try:
             model = TinyViT(img_size=16, embed_dims=(4, 8, 8, 8), num_heads=(1, 2, 2, 2)).eval()
         finally:
             torch.set_default_dtype(torch.float32)
         assert {p.dtype for p in model.parameters()} == {torch.float64}
-        assert model(picture(1, 16, 16, dtype=torch.float64)).dtype == torch.float64
+        assert model(image(1, 16, 16, dtype=torch.float64)).dtype == torch.float64
 
     def test_a_model_built_by_hand_has_no_image_spec(self, make_tiny_vit):
         assert make_tiny_vit().image_spec is None
 
 
-def test_gradients_are_right(make_tiny_vit, picture):
+def test_gradients_are_right(make_tiny_vit, image):
     model = make_tiny_vit(
         embed_dims=(4, 4, 8, 8), depths=(1, 1, 1, 1), window_sizes=(2, 2, 2, 2),
         num_heads=(1, 1, 2, 2), neck_dim=4, num_classes=2,
@@ -228,9 +228,9 @@ def test_gradients_are_right(make_tiny_vit, picture):
         # a sum of squares keeps layer norm's output from being constant in some directions
         return y.sin().sum((2, 3))
 
-    x = picture(1, 40, 24, dtype=torch.float64).requires_grad_()
+    x = image(1, 40, 24, dtype=torch.float64).requires_grad_()
     inputs = (x, *(parameter.detach().requires_grad_() for parameter in model.parameters()))
     # fast_mode: one random projection of the whole Jacobian, over every parameter and pixel
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
-    small = picture(1, 8, 8, dtype=torch.float64).requires_grad_()
+    small = image(1, 8, 8, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: model(x).sin(), (small,))

@@ -14,7 +14,7 @@ WIDTH, SIDE = 16, 64
 
 @pytest.fixture(scope="session")
 def tiny_sam_file(make_tiny_vit, randomise, tmp_path_factory):
-    """A whole SAM for pictures of 64 pixels, as training leaves it: float32, with a header."""
+    """A whole SAM for images of 64 pixels, as training leaves it: float32, with a header."""
     from tinyvit.train.tasks.segment import save_sam
 
     encoder = make_tiny_vit(img_size=SIDE, neck_dim=WIDTH)  # with a head, as classifiers have it
@@ -64,7 +64,7 @@ def make_supply():
 
 @pytest.fixture
 def make_photographs():
-    """``make_photographs(folder, method="drawn")``: two pictures, three masks, a manifest."""
+    """``make_photographs(folder, method="drawn")``: two images, three masks, a manifest."""
 
     def make(folder, method="drawn"):
         lines = ["image,mask,label,method"]

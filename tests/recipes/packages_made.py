@@ -1,4 +1,4 @@
-"""Tiny packages made by hand: .deb, .tgz, .whl and .rcc, and pictures to put into them."""
+"""Tiny packages made by hand: .deb, .tgz, .whl and .rcc, and images to put into them."""
 
 import io
 import struct

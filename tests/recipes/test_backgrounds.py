@@ -34,7 +34,7 @@ def choose(tmp_path, monkeypatch):
             "usr/text.jpg": b"text",
         },
     )
-    wheel(packages / "pictures.whl", {"data/brick.png": photograph(30, 20, "PNG")})
+    wheel(packages / "images.whl", {"data/brick.png": photograph(30, 20, "PNG")})
     (chosen / "held_out.csv").write_text("package,source\nwalls,img/apple.webp\n")
     monkeypatch.setattr(backgrounds, "SELECTION", chosen)
     held_out = backgrounds.read_held_out
@@ -56,7 +56,7 @@ def choose(tmp_path, monkeypatch):
 LINES = (
     "c.jpg,walls,usr/lake.jpg,CC0,train",
     "b.jpg,walls,usr/a.rcc:img/dam.webp,CC-BY-2.0,val",
-    "a.jpg,pictures,data/brick.png,BSD-3,test",
+    "a.jpg,images,data/brick.png,BSD-3,test",
 )
 
 
@@ -65,17 +65,17 @@ def test_photographs_come_out_of_every_package(choose):
     assert backgrounds.build(work) == 3
     rows = read_rows(work / "backgrounds" / "manifest.csv", Background)
     assert rows == [
-        Background("a.jpg", 20, 30, "pictures 1.0", "data/brick.png", "BSD-3", "test"),
+        Background("a.jpg", 20, 30, "images 1.0", "data/brick.png", "BSD-3", "test"),
         Background("b.jpg", 80, 60, "walls 1.0", "usr/a.rcc:img/dam.webp", "CC-BY-2.0", "val"),
         Background("c.jpg", 900, 500, "walls 1.0", "usr/lake.jpg", "CC0", "train"),
     ]
     for row in rows:
-        with Image.open(work / "backgrounds" / row.file) as picture:
-            assert (picture.format, picture.mode) == ("JPEG", "RGB")
-            assert picture.size == (row.width, row.height)
+        with Image.open(work / "backgrounds" / row.file) as image:
+            assert (image.format, image.mode) == ("JPEG", "RGB")
+            assert image.size == (row.width, row.height)
             # a smooth ramp: what JPEG and shrinking change is below one step in twenty
-            first = picture.getpixel((0, 0))
-            last = picture.getpixel((row.width - 1, row.height - 1))
+            first = image.getpixel((0, 0))
+            last = image.getpixel((row.width - 1, row.height - 1))
             assert max(first[:2]) < 20
             assert min(last[:2]) > 235
 
@@ -83,8 +83,8 @@ def test_photographs_come_out_of_every_package(choose):
 def test_halves_of_pixels_go_up(choose):
     work = choose("a.jpg,walls,usr/wide.jpg,CC0,train")
     backgrounds.build(work)
-    with Image.open(work / "backgrounds" / "a.jpg") as picture:
-        assert picture.size == (900, 563)  # 1280 x 800: 562.5
+    with Image.open(work / "backgrounds" / "a.jpg") as image:
+        assert image.size == (900, 563)  # 1280 x 800: 562.5
 
 
 def test_what_is_done_is_kept(choose, capsys):

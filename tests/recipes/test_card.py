@@ -45,7 +45,7 @@ def test_verdicts_count_only_intervals_that_are_apart(tiny_sam_file):
 
 def test_the_supply_is_counted_by_package_and_licence(tmp_path, make_supply):
     assert card.describe_supply(make_supply(tmp_path)) == [
-        "| what | package | licence there | pictures | objects |",
+        "| what | package | licence there | images | objects |",
         "|---|---|---|---|---|",
         "| objects: photo | things 1.0 | CC0-1.0 | 2 | 2 |",
         "| backgrounds | grounds 2.0 | CC-BY-4.0 | 2 | - |",
@@ -60,14 +60,14 @@ def test_no_supply_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     "history, machine, words",
     [
-        (("", 0, 0, 0.0), "", "from scratch, 0 pictures in 0 steps"),
+        (("", 0, 0, 0.0), "", "from scratch, 0 images in 0 steps"),
         (
             ("", 9, 72, 0.51),
             "one GPU",
-            "from scratch, 0.5 hours on one GPU, 72 pictures in 9 steps",
+            "from scratch, 0.5 hours on one GPU, 72 images in 9 steps",
         ),
-        (("mine", 1, 8, 0.0), "a laptop", "from `mine`, on a laptop, 8 pictures in 1 steps"),
-        (("", 2000, 1_234_567, 0.0), "", "from scratch, 1 234 567 pictures in 2 000 steps"),
+        (("mine", 1, 8, 0.0), "a laptop", "from `mine`, on a laptop, 8 images in 1 steps"),
+        (("", 2000, 1_234_567, 0.0), "", "from scratch, 1 234 567 images in 2 000 steps"),
     ],
 )
 def test_training_is_told_as_far_as_it_is_known(history, machine, words):
@@ -100,14 +100,14 @@ def test_the_card_has_every_part(tmp_path, tiny_sam_file, make_supply):
         "`tiny.safetensors`, " + f"{size:,} bytes".replace(",", " "),
         hashlib.sha256(tiny_sam_file.read_bytes()).hexdigest(),
         "widths 8, 12, 16, 24; strides 2, 2, 1",
-        "| pictures | 64 px",
-        "| training | from scratch, 2.0 hours on a laptop, 7 200 pictures in 900 steps |",
+        "| images | 64 px",
+        "| training | from scratch, 2.0 hours on a laptop, 7 200 images in 900 steps |",
         "| licence of the weights | Apache-2.0 |",
         "| a table |",
         "- With one click on photographs (0.60)",
         "Measured with: a processor, torch 2.7, 2026-01-01.",
         "| objects: photo | things 1.0 | CC0-1.0 | 2 | 2 |",
-        "No picture is contained in the weights file.",
+        "No image is contained in the weights file.",
     )
     assert [part for part in wanted if part not in text] == []
     assert str(tmp_path) not in text

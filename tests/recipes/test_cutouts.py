@@ -23,7 +23,7 @@ def test_faint_pixels_do_not_widen_it():
     assert cut_out(Image.fromarray(pixels)).size == (39, 49)
 
 
-def test_a_picture_that_shows_nothing_has_no_cut_out():
+def test_an_image_that_shows_nothing_has_no_cut_out():
     assert cut_out(Image.new("RGBA", (20, 20), (255, 0, 0, 16))) is None
 
 

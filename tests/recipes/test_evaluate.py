@@ -56,7 +56,7 @@ def test_the_table_says_what_it_does_not_show(tmp_path, tiny_sam_file, make_phot
         {"new": str(tiny_sam_file)}, evaluate.Choices(folder), tmp_path / "out", lambda words: None
     )
     text = (tmp_path / "out" / "evaluation.md").read_text()
-    assert "### Photographs: 2 pictures, 2 masks" in text
+    assert "### Photographs: 2 images, 2 masks" in text
     assert "| floor: disc around the click, ellipse in the box |" in text
     assert "| floor: GrabCut" not in text
     assert "GrabCut was not measured: OpenCV is not installed." in text
@@ -75,13 +75,13 @@ def test_grabcut_has_a_row_where_it_ran():
 
 def test_masks_drawn_by_hand_have_no_note(tmp_path, make_photographs):
     (sets,) = evaluate.open_sets(evaluate.Choices(make_photographs(tmp_path / "photos")))
-    assert (sets.name, sets.note, len(sets.pictures)) == ("photographs", "", 2)
+    assert (sets.name, sets.note, len(sets.images)) == ("photographs", "", 2)
 
 
 def test_composites_are_those_of_the_test_objects(tmp_path, make_supply):
     (sets,) = evaluate.open_sets(evaluate.Choices(None, make_supply(tmp_path), 3, 64))
-    assert len(sets.pictures) == 3
-    labels = {label for picture in sets.pictures for label in picture.labels}
+    assert len(sets.images) == 3
+    labels = {label for image in sets.images for label in image.labels}
     assert labels <= {"thing 2", "thing 5"}  # every third one is a test object
 
 
@@ -104,7 +104,7 @@ def test_the_command_prints_the_table(tmp_path, tiny_sam_file, make_photographs,
     folder = make_photographs(tmp_path / "photos")
     arguments = [str(tiny_sam_file), "--photographs", str(folder), "--out", str(tmp_path / "out")]
     evaluate.main([*arguments, "--most-masks", "1"])
-    assert "### Photographs: 1 pictures, 1 masks" in capsys.readouterr().out
+    assert "### Photographs: 1 images, 1 masks" in capsys.readouterr().out
 
 
 def test_floors_of_an_earlier_evaluation_are_taken(tmp_path, tiny_sam_file, make_photographs):
@@ -121,7 +121,7 @@ def test_floors_of_an_earlier_evaluation_are_taken(tmp_path, tiny_sam_file, make
     assert results["grabcut"] is True
     assert "| 0.125 [" in (tmp_path / "two" / "evaluation.md").read_text()
     fewer = evaluate.Choices(folder, floors=earlier, most_masks=1)
-    with pytest.raises(ValueError, match="other photographs: 3 masks of 2 pictures, not 1 of 1"):
+    with pytest.raises(ValueError, match="other photographs: 3 masks of 2 images, not 1 of 1"):
         evaluate.build(weights, fewer, tmp_path / "three")
     earlier.write_text(json.dumps({**known, "sets": {}}))
     with pytest.raises(ValueError, match="the earlier evaluation has no photographs"):

@@ -35,11 +35,11 @@ def runs(tmp_path):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "log.jsonl").write_text(text + '{"kind": "tr')
         (folder / "settings.toml").write_text(f'folder = "{folder}"\n')
-        (folder / "curves.png").write_bytes(b"a picture")
+        (folder / "curves.png").write_bytes(b"an image")
     return tmp_path
 
 
-def test_steps_pictures_and_hours_of_all_stages_add_up(runs):
+def test_steps_images_and_hours_of_all_stages_add_up(runs):
     found = history.read_history(runs, runs / "stages.toml")
     # 90 steps of 4 at 2 a second, 10 of 4 at 1, and 342 of 10 at 1: 180 + 40 + 3420 = 3640 s.
     assert found == history.History("tinyvit_starter", 442, 3820, pytest.approx(3640 / 3600))

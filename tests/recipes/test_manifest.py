@@ -37,7 +37,7 @@ def test_a_failure_while_writing_leaves_the_old_table(tmp_path):
 
     def rows():
         yield dataclasses.replace(ROW, file="other.png")
-        raise ValueError("a picture is broken")
+        raise ValueError("an image is broken")
 
     with pytest.raises(ValueError, match="broken"):
         write_rows(path, rows(), Row)
@@ -58,7 +58,7 @@ def test_a_table_with_other_columns_or_no_numbers_is_refused(tmp_path):
         read_rows(path, Background)
 
 
-def test_done_means_that_every_picture_is_there(tmp_path):
+def test_done_means_that_every_image_is_there(tmp_path):
     path = tmp_path / "photo.csv"
     assert not is_done(path, Row)
     write_rows(path, [ROW], Row)

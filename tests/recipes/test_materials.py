@@ -66,7 +66,7 @@ def test_large_textures_are_made_smaller():
 
 @pytest.mark.parametrize(
     "data",
-    [None, b"", b"no picture", png(np.zeros((8, 8, 3)))[:40]],
+    [None, b"", b"no image", png(np.zeros((8, 8, 3)))[:40]],
     ids=["none", "empty", "other", "cut off"],
 )
 def test_a_missing_or_damaged_texture_leaves_the_colour(data):

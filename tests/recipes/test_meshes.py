@@ -23,7 +23,7 @@ def library(**more):
             "model#2=/Things/other/other.dae\nwidth#2=1\ndepth#2=1\nheight#2=1\n"
         ),
         "things/slab/slab.obj": "mtllib the slab.mtl\nusemtl a b\n" + SQUARE + "f 1 2 3 4\n",
-        "things/slab/the slab.mtl": "newmtl a b\nKd 1 0 0\nmap_Kd C:\\Pictures\\Red Paint.PNG\n",
+        "things/slab/the slab.mtl": "newmtl a b\nKd 1 0 0\nmap_Kd C:\\Images\\Red Paint.PNG\n",
         "things/other/other.dae": "<xml/>",
     }
     files |= more
@@ -97,8 +97,8 @@ def test_what_is_wrong_with_a_model_is_said(text, words):
 
 
 def test_a_library_gives_its_models_as_large_as_the_catalogue_says():
-    picture = png(255, 255, 255)
-    models, read = read_library("Lib", library(**{"things/slab/red paint.png": picture}))
+    image = png(255, 255, 255)
+    models, read = read_library("Lib", library(**{"things/slab/red paint.png": image}))
     assert [(model.library, model.name) for model in models] == [("Lib", "slab")]
     mesh = read(models[0])
     # A flat slab has no depth to scale.

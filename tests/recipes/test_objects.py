@@ -118,7 +118,7 @@ def test_what_is_done_is_kept_and_what_is_missing_is_made_again(work):
     assert is_done(table, Row)
 
 
-def test_no_table_is_left_when_a_picture_fails(work):
+def test_no_table_is_left_when_an_image_fails(work):
     (objects.SELECTION / "photo.csv").write_text(
         PHOTO + "a.png,A.,animals,tp:a,train,stamps,usr/gone.png,GPL-2\n"
     )

@@ -19,7 +19,7 @@ def photograph(tmp_path):
     return tmp_path / "a.png", tmp_path / "regions.png"
 
 
-def test_masks_lie_where_the_picture_has_them(photograph):
+def test_masks_lie_where_the_image_has_them(photograph):
     found = [draw_regions(*photograph, (64, 48), np.random.default_rng(n)) for n in range(60)]
     assert any(one is None for one in found)  # a stage of one region that covers everything
     whole = [one for one in found if one is not None]

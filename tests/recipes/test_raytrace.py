@@ -37,61 +37,61 @@ def texture(*rows):
 WHITE, RED, GREEN, BLUE = ((*colour, 1) for colour in [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)])
 
 
-def test_a_square_fills_its_picture():
-    picture = raytrace.render(square(Material((1, 0, 0))), FRONT)
-    assert picture.dtype == np.uint8
-    assert picture.shape == (16, 16, 4)
-    assert (picture[1:-1, 1:-1, 3] == 255).all()
-    assert (picture[..., 0] > picture[..., 1]).all()
+def test_a_square_fills_its_image():
+    image = raytrace.render(square(Material((1, 0, 0))), FRONT)
+    assert image.dtype == np.uint8
+    assert image.shape == (16, 16, 4)
+    assert (image[1:-1, 1:-1, 3] == 255).all()
+    assert (image[..., 0] > image[..., 1]).all()
 
 
 def test_textures_are_the_right_way_round():
-    image = texture([RED, GREEN], [BLUE, WHITE])  # as one sees it: red is top left
-    picture = raytrace.render(square(Material((1, 1, 1), texture=image)), FRONT)[..., :3]
-    assert picture[3, 3].argmax() == 0
-    assert picture[3, -4].argmax() == 1
-    assert picture[-4, 3].argmax() == 2
-    assert picture[-4, -4].min() > 100
+    texels = texture([RED, GREEN], [BLUE, WHITE])  # as one sees it: red is top left
+    image = raytrace.render(square(Material((1, 1, 1), texture=texels)), FRONT)[..., :3]
+    assert image[3, 3].argmax() == 0
+    assert image[3, -4].argmax() == 1
+    assert image[-4, 3].argmax() == 2
+    assert image[-4, -4].min() > 100
 
 
 def test_from_behind_it_is_lit_and_mirrored():
-    image = texture([RED, GREEN])
-    material = Material((1, 1, 1), texture=image)
+    texels = texture([RED, GREEN])
+    material = Material((1, 1, 1), texture=texels)
     view = View(180, 0, longest_side=16, lamp_azimuth=180, lamp_elevation=10)
-    picture = raytrace.render(square(material), view)[..., :3]
-    assert picture[8, 3].argmax() == 1
+    image = raytrace.render(square(material), view)[..., :3]
+    assert image[8, 3].argmax() == 1
     front = raytrace.render(square(material), FRONT)[..., :3]
     # The sky's directions turn with the lamp, so that both sides get the same light.
-    np.testing.assert_allclose(picture[8, 3, 1], front[8, -4, 1], atol=2)
+    np.testing.assert_allclose(image[8, 3, 1], front[8, -4, 1], atol=2)
 
 
 def test_alpha_is_the_share_of_a_pixel():
     triangle = mesh_of("f 1 2 3\n")
-    picture = raytrace.render(triangle, View(0, 0, longest_side=40))
+    image = raytrace.render(triangle, View(0, 0, longest_side=40))
     # Half of the square: the outline's pixels are known to one ray of 16 each.
-    assert picture[..., 3].mean() / 255 == pytest.approx(0.5 * 39**2 / 40**2, abs=0.01)
-    levels = set(np.unique(picture[..., 3]))
+    assert image[..., 3].mean() / 255 == pytest.approx(0.5 * 39**2 / 40**2, abs=0.01)
+    levels = set(np.unique(image[..., 3]))
     assert {0, 255} < levels
     assert all(min(abs(level - 255 * k / 16) for k in range(17)) < 1 for level in levels)
 
 
 def test_colours_at_an_edge_are_straight():
-    picture = raytrace.render(mesh_of("f 1 2 3\n"), View(0, 0, longest_side=24))
-    partly = (picture[..., 3] > 0) & (picture[..., 3] < 255)
-    inside = picture[picture[..., 3] == 255][:, :3].astype(int)
+    image = raytrace.render(mesh_of("f 1 2 3\n"), View(0, 0, longest_side=24))
+    partly = (image[..., 3] > 0) & (image[..., 3] < 255)
+    inside = image[image[..., 3] == 255][:, :3].astype(int)
     assert partly.sum() > 10
     # One surface in one light: what alpha mixes in would be darker by a half.
-    assert np.abs(picture[partly][:, :3].astype(int) - np.median(inside, axis=0)).max() < 20
-    assert (picture[picture[..., 3] == 0] == 0).all()
+    assert np.abs(image[partly][:, :3].astype(int) - np.median(inside, axis=0)).max() < 20
+    assert (image[image[..., 3] == 0] == 0).all()
 
 
 def test_holes_in_a_texture_are_holes():
     hole = (0, 0, 0, 0)
-    image = texture([RED, RED, hole, hole] * 2)
-    picture = raytrace.render(square(Material((1, 1, 1), texture=image)), FRONT)
-    assert picture[8, 2, 3] > 220  # a ray at the edge of a texel may miss
-    assert picture[8, 6, 3] == 0
-    seen = picture[picture[..., 3] > 0]
+    texels = texture([RED, RED, hole, hole] * 2)
+    image = raytrace.render(square(Material((1, 1, 1), texture=texels)), FRONT)
+    assert image[8, 2, 3] > 220  # a ray at the edge of a texel may miss
+    assert image[8, 6, 3] == 0
+    seen = image[image[..., 3] > 0]
     assert (seen[:, 1] < 30).all()  # no dark or other colour creeps in from the holes' texels
     assert (seen[:, 0] > 100).all()
 
@@ -139,12 +139,12 @@ def test_embree_sees_what_the_plain_tracer_sees(monkeypatch):
         "v -1 -1 -1\nv 1 -1 -1\nv 1 1 -1\nv -1 1 -1\nf 5 6 7 8\nf 1 2 6 5\nf 2 3 7 6\nf 1 4 8 5\n"
     )
     view = View(25, 30, roll=3, longest_side=32)
-    plain_picture = raytrace.render(mesh_of(cube), view).astype(int)
+    plain_image = raytrace.render(mesh_of(cube), view).astype(int)
     monkeypatch.undo()
-    picture = raytrace.render(mesh_of(cube), view).astype(int)
-    assert picture.shape == plain_picture.shape
+    image = raytrace.render(mesh_of(cube), view).astype(int)
+    assert image.shape == plain_image.shape
     # float32 against float64: a ray on an edge may fall to the other side.
-    assert (np.abs(picture - plain_picture) > 3).mean() < 0.02
+    assert (np.abs(image - plain_image) > 3).mean() < 0.02
 
 
 def test_a_missing_package_is_named(monkeypatch):

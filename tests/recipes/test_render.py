@@ -65,13 +65,13 @@ def supply(tmp_path):
 
 @pytest.fixture
 def views(monkeypatch):
-    """The views asked for so far; pictures of them are noise that hangs on the view."""
+    """The views asked for so far; images of them are noise that hangs on the view."""
     asked = []
 
     def take(mesh, view):
         asked.append(view)
-        picture = np.random.default_rng(int(view.azimuth * 1e6)).integers(0, 256, (50, 40, 4))
-        return picture.astype(np.uint8)
+        image = np.random.default_rng(int(view.azimuth * 1e6)).integers(0, 256, (50, 40, 4))
+        return image.astype(np.uint8)
 
     monkeypatch.setattr(render, "render", take)
     return asked
@@ -82,11 +82,11 @@ def build(supplied, views=2, said=None):
     return render.build(work, views, table=table, say=(said if said is not None else []).append)
 
 
-def pictures(work):
+def images(work):
     return {file.name: file.read_bytes() for file in (work / "objects" / "render").glob("*.png")}
 
 
-def test_the_table_says_what_each_picture_is(supply, views):
+def test_the_table_says_what_each_image_is(supply, views):
     said = []
     path = build(supply(), 2, said)
     rows = read_rows(path, Row)
@@ -98,10 +98,10 @@ def test_the_table_says_what_each_picture_is(supply, views):
     assert (first.kind, first.category, first.group) == ("cg", "Scopia", "sh:Scopia/cup")
     assert (first.package, first.source) == (render.PACKAGE, "Scopia.sh3f/cup")
     assert (first.license, first.width, first.height) == ("CC-BY-3.0", 40, 50)
-    picture = np.asarray(Image.open(path.parent / first.file))
-    assert picture.shape == (50, 40, 4)
+    image = np.asarray(Image.open(path.parent / first.file))
+    assert image.shape == (50, 40, 4)
     assert first.fill == pytest.approx(
-        (picture[..., 3] > 127).mean(), abs=6e-4
+        (image[..., 3] > 127).mean(), abs=6e-4
     )  # three digits are kept
     assert said == [f"6 views of 3 models: {path}"]
 
@@ -109,13 +109,13 @@ def test_the_table_says_what_each_picture_is(supply, views):
 def test_what_is_done_is_not_made_again(supply, views):
     supplied = supply()
     build(supplied)
-    before = pictures(supplied[0])
+    before = images(supplied[0])
     del views[:]
     build(supplied)
     assert views == []
     build(supplied, 3)
     assert len(views) == 3  # one more of each
-    after = pictures(supplied[0])
+    after = images(supplied[0])
     assert before.items() < after.items()
     assert len(read_rows(supplied[0] / "objects" / "render.csv", Row)) == 9
     build(supplied, 1)  # fewer: nothing is thrown away
@@ -138,7 +138,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(supply, views, monkeypatch):
         build(parted)
     monkeypatch.setattr(render, "render", take)
     build(parted)
-    assert pictures(parted[0]) == pictures(whole[0])
+    assert images(parted[0]) == images(whole[0])
     tables = [(work / "objects" / "render.csv").read_text() for work in (parted[0], whole[0])]
     assert tables[0] == tables[1]
     assert not list((parted[0] / "objects").rglob("*.part"))
@@ -161,15 +161,15 @@ def test_the_table_never_forgets_views_while_others_are_added(supply, views, mon
     assert len(read_rows(supplied[0] / "objects" / "render.csv", Row)) == 26 + 25
 
 
-def test_a_lost_picture_and_an_older_edition_are_made_again(supply, views, monkeypatch):
+def test_a_lost_image_and_an_older_edition_are_made_again(supply, views, monkeypatch):
     supplied = supply()
     path = build(supplied)
-    before = pictures(supplied[0])
+    before = images(supplied[0])
     (path.parent / "render" / "Scopia__hat_1.png").unlink()
     del views[:]
     build(supplied)
     assert len(views) == 2
-    assert pictures(supplied[0]) == before
+    assert images(supplied[0]) == before
     monkeypatch.setattr(render, "EDITION", render.EDITION + 1)
     build(supplied)
     assert len(views) == 2 + 6
@@ -245,7 +245,7 @@ def test_a_missing_package_is_named(tmp_path):
         render.build(tmp_path)
 
 
-def test_a_real_picture_of_a_cube(supply, monkeypatch):
+def test_a_real_image_of_a_cube(supply, monkeypatch):
     draw = render.draw_view
     monkeypatch.setattr(raytrace, "_scene", PlainScene)
     monkeypatch.setattr(
@@ -253,12 +253,12 @@ def test_a_real_picture_of_a_cube(supply, monkeypatch):
     )
     path = build(supply({"Scopia": {"cup": CUBE}}), 1)
     (row,) = read_rows(path, Row)
-    picture = np.asarray(Image.open(path.parent / row.file))
+    image = np.asarray(Image.open(path.parent / row.file))
     assert max(row.width, row.height) in (35, 36)
     # A cube covers at least half of its box; its inside has no hole.
     assert row.fill > 0.5
-    assert picture[row.height // 2, row.width // 2, 3] == 255
-    for line in (picture[0], picture[-1], picture[:, 0], picture[:, -1]):
+    assert image[row.height // 2, row.width // 2, 3] == 255
+    for line in (image[0], image[-1], image[:, 0], image[:, -1]):
         assert line[..., 3].any()
 
 

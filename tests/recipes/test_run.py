@@ -60,7 +60,7 @@ def test_all_steps_in_order_and_again_what_is_not_done(tmp_path, parts, capsys):
     assert run.main([str(tmp_path)]) == 0
     assert parts.done == [*ALWAYS, "shrink", "evaluate", "card"]
     out = capsys.readouterr().out
-    assert "[1/9] fetch: fetch the packages that the pictures come from" in out
+    assert "[1/9] fetch: fetch the packages that the images come from" in out
     parts.done.clear()
     assert run.main([str(tmp_path)]) == 0
     assert parts.done == ALWAYS  # these know themselves what is done
@@ -154,6 +154,6 @@ def test_from_cut_outs_to_a_card(tmp_path, make_supply, make_photographs):
     assert (work / "results" / "learn_curves.png").is_file()
     assert str(work) not in (work / "results" / "learn_settings.toml").read_text()
     card = (work / "weights" / "MODEL_CARD.md").read_text()
-    assert "| training | from scratch, 0.0 hours, 4 pictures in 2 steps |" in card
+    assert "| training | from scratch, 0.0 hours, 4 images in 2 steps |" in card
     assert results["weights"]["starter"]["sha256"] in card
     assert "| objects: photo | things 1.0 | CC0-1.0 | 2 | 2 |" in card

@@ -65,15 +65,15 @@ def masks_of_crop(sam, crop, points, offset):
     return found
 
 
-def reference(sam, picture, grids, n_layers=0, ratio=512 / 1500, **filters):
-    height, width = picture.shape[:2]
+def reference(sam, image, grids, n_layers=0, ratio=512 / 1500, **filters):
+    height, width = image.shape[:2]
     rows = []
     for box, layer in zip(*generate_crop_boxes((height, width), n_layers, ratio), strict=True):
         x0, y0, x1, y1 = box
         points = grids[layer] * np.array([x1 - x0, y1 - y0])
         here = []
         for mask, iou, stability, point in masks_of_crop(
-            sam, picture[y0:y1, x0:x1], points, filters["offset"]
+            sam, image[y0:y1, x0:x1], points, filters["offset"]
         ):
             if filters["iou"] > 0 and not iou > filters["iou"]:
                 continue
@@ -94,10 +94,10 @@ def reference(sam, picture, grids, n_layers=0, ratio=512 / 1500, **filters):
     return rows
 
 
-def filters_at(sam, picture, grids, share, offset, nms):
+def filters_at(sam, image, grids, share, offset, nms):
     """Bounds that a share of the masks passes, each in a gap, so that rounding decides nothing."""
-    points = grids[0] * np.array(picture.shape[1::-1])
-    found = masks_of_crop(sam, picture, points, offset)
+    points = grids[0] * np.array(image.shape[1::-1])
+    found = masks_of_crop(sam, image, points, offset)
 
     def gap(values):
         ranked = np.sort(np.array(values)[np.isfinite(values)])
@@ -144,10 +144,10 @@ def make_sparse_sam(make_tiny_sam, photo):
     [((48, 64), 0, True), ((90, 71), 0, True), ((90, 71), 0, False), ((200, 280), 1, True)],
 )
 def test_it_is_the_reference(make_sparse_sam, photo, size, layers, pad):
-    sam, picture = make_sparse_sam(pad=pad), photo(*size)
+    sam, image = make_sparse_sam(pad=pad), photo(*size)
     grids = build_all_layer_point_grids(5, layers, 2)
-    bounds = filters_at(sam, picture, grids, 0.6, 0.05, 0.8)
-    rows = reference(sam, picture, grids, layers, **bounds)
+    bounds = filters_at(sam, image, grids, 0.6, 0.05, 0.8)
+    rows = reference(sam, image, grids, layers, **bounds)
     assert len(rows) > 1
     assert len({tuple(row["crop"]) for row in rows}) > layers
     generator = SamAutomaticMaskGenerator(
@@ -162,35 +162,35 @@ def test_it_is_the_reference(make_sparse_sam, photo, size, layers, pad):
         crop_n_layers=layers,
         crop_n_points_downscale_factor=2,
     )
-    assert_same(generator.generate(picture), rows)
+    assert_same(generator.generate(image), rows)
 
 
 def test_without_filters_every_mask_stays(make_tiny_sam, photo):
     """Bounds of 0 filter nothing, and boxes never overlap by more than all."""
-    sam, picture = make_tiny_sam(), photo(40, 64)
+    sam, image = make_tiny_sam(), photo(40, 64)
     records = SamAutomaticMaskGenerator(
         sam, points_per_side=3, box_nms_thresh=1.0, **LENIENT
-    ).generate(picture)
+    ).generate(image)
     assert len(records) == 27
     ious = [record["predicted_iou"] for record in records]
     assert ious == sorted(ious, reverse=True)
 
 
 def test_the_model_s_own_decoder_for_hq(make_tiny_sam, photo):
-    sam, picture = make_tiny_sam(is_hq=True), photo(40, 64)
+    sam, image = make_tiny_sam(is_hq=True), photo(40, 64)
     records = SamAutomaticMaskGenerator(
         sam, points_per_side=3, box_nms_thresh=1.0, **LENIENT
-    ).generate(picture)
+    ).generate(image)
     assert len(records) == 9  # one mask of a point
     assert all(record["segmentation"].shape == (40, 64) for record in records)
 
 
 def test_given_grids(make_tiny_sam, photo):
-    sam, picture = make_tiny_sam(), photo(40, 64)
+    sam, image = make_tiny_sam(), photo(40, 64)
     grids = [np.array([[0.25, 0.5], [0.75, 0.5]])]
     records = SamAutomaticMaskGenerator(
         sam, None, point_grids=grids, box_nms_thresh=1.0, **LENIENT
-    ).generate(picture)
+    ).generate(image)
     assert {tuple(record["point_coords"][0]) for record in records} == {(16, 20), (48, 20)}
 
 
@@ -204,10 +204,10 @@ def decode_runs(counts, size):
 
 
 def test_output_modes_say_the_same(make_sparse_sam, photo):
-    sam, picture = make_sparse_sam(), photo(50, 70)
+    sam, image = make_sparse_sam(), photo(50, 70)
     modes = "binary_mask", "uncompressed_rle", "coco_rle"
     binary, plain, coco = (
-        SamAutomaticMaskGenerator(sam, 4, output_mode=mode, **LENIENT).generate(picture)
+        SamAutomaticMaskGenerator(sam, 4, output_mode=mode, **LENIENT).generate(image)
         for mode in modes
     )
     assert len(binary) == len(plain) == len(coco) > 1
@@ -224,7 +224,7 @@ def test_output_modes_say_the_same(make_sparse_sam, photo):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (33, 2)])
 @pytest.mark.parametrize("layers", [0, 2])
-def test_pictures_of_few_pixels(make_tiny_sam, photo, size, layers):
+def test_images_of_few_pixels(make_tiny_sam, photo, size, layers):
     generator = SamAutomaticMaskGenerator(
         make_tiny_sam(), points_per_side=2, crop_n_layers=layers, **LENIENT
     )
@@ -232,30 +232,30 @@ def test_pictures_of_few_pixels(make_tiny_sam, photo, size, layers):
         assert record["segmentation"].shape == size
 
 
-def test_every_kind_of_picture(make_tiny_sam, photo):
+def test_every_kind_of_image(make_tiny_sam, photo):
     generator = SamAutomaticMaskGenerator(make_tiny_sam(), points_per_side=2, **LENIENT)
     grey = photo(30, 40)[:, :, 0]
     plain = generator.generate(np.repeat(grey[:, :, None], 3, axis=2))
     opaque = np.dstack([grey, grey, grey, np.full_like(grey, 255)])
-    for picture in (grey, opaque):
-        records = generator.generate(picture)
+    for image in (grey, opaque):
+        records = generator.generate(image)
         assert len(records) == len(plain) > 0
         for record, wanted in zip(records, plain, strict=True):
             assert np.array_equal(record["segmentation"], wanted["segmentation"])
 
 
 def test_nothing_passes(make_tiny_sam, photo):
-    picture = photo(40, 64)
+    image = photo(40, 64)
     for bounds in ({"pred_iou_thresh": 1e6}, {"pred_iou_thresh": -1, "stability_score_thresh": 2}):
         for layers in (0, 1):
             generator = SamAutomaticMaskGenerator(
                 make_tiny_sam(), 2, crop_n_layers=layers, min_mask_region_area=9, **bounds
             )
-            assert generator.generate(picture) == []
+            assert generator.generate(image) == []
 
 
 def test_a_mask_is_enlarged_only_where_it_can_be(make_tiny_sam, photo, monkeypatch):
-    """Nothing ever holds masks in the size of the picture: neither torch nor what is kept."""
+    """Nothing ever holds masks in the size of the image: neither torch nor what is kept."""
 
     def refuse(*arguments):
         raise AssertionError("a whole mask was made")
@@ -280,7 +280,7 @@ def test_small_regions_go(make_tiny_sam, photo, monkeypatch):
     island[38, 38] = True
     close[20:32, 20:32] = True  # what holed becomes
 
-    def found(self, picture, progress):
+    def found(self, image, progress):
         made = []
         for score, mask in ((0.9, holed), (0.8, tidy), (0.7, island), (0.6, close)):
             region = upscale.Region(mask, 0, 0, *size, 1, 1)
@@ -311,12 +311,12 @@ def test_progress_counts_points(make_tiny_sam, photo):
 
 
 def test_changed_weights_count(make_tiny_sam, photo):
-    sam, picture = make_tiny_sam(seed=5), photo(40, 64)
+    sam, image = make_tiny_sam(seed=5), photo(40, 64)
     generator = SamAutomaticMaskGenerator(sam, 2, box_nms_thresh=1.0, **LENIENT)
-    before = [record["predicted_iou"] for record in generator.generate(picture)]
+    before = [record["predicted_iou"] for record in generator.generate(image)]
     with torch.no_grad():
         sam.mask_decoder.iou_prediction_head.layers[-1].bias += 1
-    after = [record["predicted_iou"] for record in generator.generate(picture)]
+    after = [record["predicted_iou"] for record in generator.generate(image)]
     np.testing.assert_allclose(after, np.array(before) + 1, atol=1e-5)  # float32
 
 

@@ -77,7 +77,7 @@ def test_every_family(tmp_path, family):
     own = {key for key in sam.state_dict() if not key.endswith("num_batches_tracked")}
     assert own <= loaded.keys()
     assert isinstance(sam.mask_decoder, HQMaskDecoder) == (family == "hq_sam")
-    # LiteMedSAM's stem keeps the picture's size: its encoder's total stride is 4, not 16
+    # LiteMedSAM's stem keeps the image's size: its encoder's total stride is 4, not 16
     cells = 16 if family == "litemedsam" else 4
     assert sam.prompt_encoder.image_embedding_size == (cells, cells)
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_another_size(tmp_path, img_size, grid, frame):
         assert sam.image_encoder(x).shape[2:] == grid == prompts.get_dense_pe().shape[2:]
 
 
-def test_the_embedded_weights_segment_a_synthetic_picture():
+def test_the_embedded_weights_segment_a_synthetic_image():
     sam = sam_model_registry["default"]()
     assert sam.prompt_encoder.image_embedding_size == (16, 16)
     assert sam.prompt_encoder.input_image_size == (256, 256)

@@ -46,7 +46,7 @@ def a_region(mask, inner=3, outer=4):
     return Region(np.array(mask, bool), 1, 2, 20, 30, inner, outer)
 
 
-def test_a_mask_of_a_crop_moves_into_the_picture():
+def test_a_mask_of_a_crop_moves_into_the_image():
     region = a_region([[0, 1, 1], [0, 0, 1]])
     one = Candidate.found(region, 0.75, np.array([4.5, 2.5]), [10, 20, 40, 40], (60, 80))
     assert one.mask.box == (10 + 2 + 1, 20 + 1, 10 + 2 + 2, 20 + 2)

@@ -1,4 +1,4 @@
-"""Grids of points and crops: segment-anything's numbers, and what must hold for any picture."""
+"""Grids of points and crops: segment-anything's numbers, and what must hold for any image."""
 
 import numpy as np
 import pytest
@@ -79,7 +79,7 @@ def test_crops_of_a_photograph():
 
 
 @given(st.integers(1, 900), st.integers(1, 900), st.integers(0, 3), st.floats(0, 0.99))
-def test_crops_lie_in_the_picture_and_cover_it(height, width, n_layers, ratio):
+def test_crops_lie_in_the_image_and_cover_it(height, width, n_layers, ratio):
     boxes, layers = generate_crop_boxes((height, width), n_layers, ratio)
     assert len(boxes) == len(layers)
     for layer in range(n_layers + 1):
@@ -96,16 +96,16 @@ def test_crops_lie_in_the_picture_and_cover_it(height, width, n_layers, ratio):
 
 
 def test_what_a_crop_may_have_cut_off():
-    crop, picture = [100, 0, 300, 200], [0, 0, 400, 200]
+    crop, image = [100, 0, 300, 200], [0, 0, 400, 200]
     boxes = [
         [50, 50, 100, 100],  # within
         [5, 50, 100, 100],  # at the crop's left edge
         [20, 50, 100, 100],  # 20 pixels from it: near
         [21, 50, 100, 100],
-        [50, 0, 100, 100],  # at its upper edge, which is the picture's
+        [50, 0, 100, 100],  # at its upper edge, which is the image's
         [50, 50, 199, 100],  # at its right edge
     ]
-    near = is_box_near_crop_edge(boxes, crop, picture)
+    near = is_box_near_crop_edge(boxes, crop, image)
     assert near.tolist() == [False, True, True, False, False, True]
-    assert is_box_near_crop_edge([[0, 0, 399, 199]], picture, picture).tolist() == [False]
-    assert is_box_near_crop_edge(np.zeros((0, 4)), crop, picture).shape == (0,)
+    assert is_box_near_crop_edge([[0, 0, 399, 199]], image, image).tolist() == [False]
+    assert is_box_near_crop_edge(np.zeros((0, 4)), crop, image).shape == (0,)

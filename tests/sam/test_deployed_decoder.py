@@ -150,8 +150,8 @@ def test_training_mode_stays_as_it_is(heads):
 
 
 @pytest.mark.parametrize("shape", [(2, WIDTH, 6, 9), (6, 9)])
-def test_wants_one_picture(heads, shape):
-    with pytest.raises(ValueError, match=r"wanted the embedding of one picture, \[1, C, h, w\]"):
+def test_wants_one_image(heads, shape):
+    with pytest.raises(ValueError, match=r"wanted the embedding of one image, \[1, C, h, w\]"):
         DeployedMaskDecoder(*heads).look(torch.randn(shape))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-PICTURE = next((Path(__file__).parents[2] / "examples" / "pictures").glob("*.jpg"))
+IMAGE = next((Path(__file__).parents[2] / "examples" / "pictures").glob("*.jpg"))
 HAS_AUTOMATIC = all(
     importlib.util.find_spec(f"tinyvit.sam.{name}") for name in ("automatic", "boxes", "rle")
 )
@@ -17,7 +17,7 @@ HAS_AUTOMATIC = all(
 
 @pytest.fixture
 def image():
-    with Image.open(PICTURE) as opened:
+    with Image.open(IMAGE) as opened:
         return np.array(opened.convert("RGB").resize((320, 240)))
 
 

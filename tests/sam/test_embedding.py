@@ -90,10 +90,10 @@ def test_features_of_any_kind_are_kept_as_float32_without_gradients():
 @pytest.mark.parametrize(
     "features, early, words",
     [
-        (FEATURES[None], None, r"features of one picture must be \[C, h, w\]"),
+        (FEATURES[None], None, r"features of one image must be \[C, h, w\]"),
         (FEATURES.int(), None, "torch.int32"),
         (FEATURES[:, :0], None, r"came \[8, 0, 4\]"),
-        (FEATURES, EARLY[0], r"interm_features of one picture must be \[h, w, D\]"),
+        (FEATURES, EARLY[0], r"interm_features of one image must be \[h, w, D\]"),
         (FEATURES, EARLY[:3], r"the grid of the features, \[4, 4\]; came \[3, 4, 6\]"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.preprocess import to_tensor
 from tinyvit.inference import Engine
-from tinyvit.sam.embedding import PictureEncoder, spec_of
+from tinyvit.sam.embedding import ImageEncoder, spec_of
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # folded norms and other orders of summing
 
@@ -25,9 +25,9 @@ class Mean:
 
 
 @pytest.mark.parametrize("pad", [True, False])
-def test_it_is_what_the_model_makes_of_a_picture(make_tiny_sam, photo, pad):
+def test_it_is_what_the_model_makes_of_an_image(make_tiny_sam, photo, pad):
     sam, image = make_tiny_sam(), photo(20, 40)
-    encoder = PictureEncoder(sam, pad=pad)
+    encoder = ImageEncoder(sam, pad=pad)
     (found,) = encoder.encode(image)
     x, placement = to_tensor(image, ImageSpec.sam(64, pad=pad))
     with torch.no_grad():
@@ -41,9 +41,9 @@ def test_it_is_what_the_model_makes_of_a_picture(make_tiny_sam, photo, pad):
 
 def test_light_hq_sam_gets_its_early_map(make_tiny_sam, photo):
     sam, image = make_tiny_sam(is_hq=True), photo(64, 50)
-    sam.train()  # batch norms must not use, nor count, the picture's own numbers
+    sam.train()  # batch norms must not use, nor count, the image's own numbers
     before = {key: value.clone() for key, value in sam.state_dict().items()}
-    (found,) = PictureEncoder(sam).encode(image)
+    (found,) = ImageEncoder(sam).encode(image)
     sam.eval()
     with torch.no_grad():
         features, early = sam.image_encoder.forward_hq(to_tensor(image, ImageSpec.sam(64))[0][None])
@@ -52,8 +52,8 @@ def test_light_hq_sam_gets_its_early_map(make_tiny_sam, photo):
     assert all(torch.equal(value, before[key]) for key, value in sam.state_dict().items())
 
 
-def test_many_pictures_come_in_order(make_tiny_sam, photo):
-    encoder = PictureEncoder(make_tiny_sam(), batch_size=2)
+def test_many_images_come_in_order(make_tiny_sam, photo):
+    encoder = ImageEncoder(make_tiny_sam(), batch_size=2)
     sizes = [(64, 64), (20, 30), (64, 64), (30, 20)]
     found = list(encoder.encode(photo(*size, seed=i) for i, size in enumerate(sizes)))
     assert [embedding.original_size for embedding in found] == sizes
@@ -63,7 +63,7 @@ def test_many_pictures_come_in_order(make_tiny_sam, photo):
 
 def test_the_hash_follows_the_weights(make_tiny_sam):
     sam = make_tiny_sam()
-    encoder = PictureEncoder(sam)
+    encoder = ImageEncoder(sam)
     first = encoder.weights_sha256()
     assert encoder.weights_sha256() == first
     with torch.no_grad():
@@ -72,17 +72,17 @@ def test_the_hash_follows_the_weights(make_tiny_sam):
 
 
 def test_an_embedding_of_other_weights_is_refused(make_tiny_sam, photo):
-    (embedding,) = PictureEncoder(make_tiny_sam(seed=1)).encode(photo(20, 20))
-    PictureEncoder(make_tiny_sam(seed=1)).check(embedding)
+    (embedding,) = ImageEncoder(make_tiny_sam(seed=1)).encode(photo(20, 20))
+    ImageEncoder(make_tiny_sam(seed=1)).check(embedding)
     with pytest.raises(ValueError, match="the model's encoder has weights"):
-        PictureEncoder(make_tiny_sam(seed=2)).check(embedding)
-    with pytest.raises(ValueError, match="no interm_features; encode the picture again"):
-        PictureEncoder(make_tiny_sam(seed=1, is_hq=True)).check(embedding)
+        ImageEncoder(make_tiny_sam(seed=2)).check(embedding)
+    with pytest.raises(ValueError, match="no interm_features; encode the image again"):
+        ImageEncoder(make_tiny_sam(seed=1, is_hq=True)).check(embedding)
 
 
 def test_another_encoder_in_the_model_is_noticed(make_tiny_sam, photo):
     sam = make_tiny_sam()
-    encoder = PictureEncoder(sam)
+    encoder = ImageEncoder(sam)
     sam.image_encoder = make_tiny_sam(seed=3).image_encoder
     with pytest.raises(RuntimeError, match="another image encoder; make a new"):
         list(encoder.encode(photo(20, 20)))
@@ -91,23 +91,23 @@ def test_another_encoder_in_the_model_is_noticed(make_tiny_sam, photo):
 def test_an_engine_may_be_given(make_tiny_sam, photo):
     sam = make_tiny_sam()
     engine = Engine(sam.image_encoder, batch_size=3)
-    encoder = PictureEncoder(sam, engine=engine)
+    encoder = ImageEncoder(sam, engine=engine)
     assert encoder.engine is engine
     with pytest.raises(ValueError, match="either an engine or backend, precision and pad"):
-        PictureEncoder(sam, engine=engine, pad=False)
+        ImageEncoder(sam, engine=engine, pad=False)
 
 
 def test_a_backend_of_ones_own_has_no_weights_to_name(make_tiny_sam, photo):
     engine = Engine(None, backend=Mean(), image_spec=ImageSpec.sam(64))
-    (found,) = PictureEncoder(make_tiny_sam(), engine=engine).encode(photo(20, 20))
+    (found,) = ImageEncoder(make_tiny_sam(), engine=engine).encode(photo(20, 20))
     assert found.weights_sha256 is None
     assert found.features.shape == (1, 4, 4)
-    hq = PictureEncoder(make_tiny_sam(is_hq=True), engine=engine)
+    hq = ImageEncoder(make_tiny_sam(is_hq=True), engine=engine)
     with pytest.raises(ValueError, match="gives no stages"):
         list(hq.encode(photo(20, 20)))
 
 
-def test_pictures_are_prepared_as_the_sam_says(make_tiny_sam):
+def test_images_are_prepared_as_the_sam_says(make_tiny_sam):
     sam = make_tiny_sam()
     assert spec_of(sam) == ImageSpec.sam(64)
     sam.pixel_mean.copy_(torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1))

@@ -78,7 +78,7 @@ def test_all_masks_of_predict_masks(decoder):
 
 
 @pytest.mark.parametrize("count, images", [(0, 1), (1, 1), (3, 3)])
-def test_numbers_of_prompts_and_pictures(decoder, count, images):
+def test_numbers_of_prompts_and_images(decoder, count, images):
     low_res, iou = decoder(
         *inputs(count, (2, 3), images), True, interm_embeddings=early_map(images, (2, 3))
     )

@@ -54,7 +54,7 @@ def test_by_the_steps_of_the_paper(decoder):
     torch.testing.assert_close(iou[0], decoder.iou_prediction_head(tokens[0, 0]))
 
 
-def test_one_picture_for_all_prompts_is_each_prompt_alone(decoder):
+def test_one_image_for_all_prompts_is_each_prompt_alone(decoder):
     image, image_pe, sparse, dense = inputs()
     low_res, iou = decoder(image, image_pe, sparse, dense, True)
     for n in range(3):
@@ -64,7 +64,7 @@ def test_one_picture_for_all_prompts_is_each_prompt_alone(decoder):
         torch.testing.assert_close(alone, (low_res[one], iou[one]), rtol=1e-4, atol=1e-5)
 
 
-def test_a_picture_for_each_prompt(decoder):
+def test_an_image_for_each_prompt(decoder):
     images, image_pe, sparse, dense = inputs(images=3)
     together = decoder(images, image_pe, sparse, dense, False)
     for n in range(3):

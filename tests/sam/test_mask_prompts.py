@@ -34,7 +34,7 @@ def test_padding_is_not_the_object():
     assert (found[12:] == -SURE).all()
 
 
-def test_an_unpadded_picture_has_a_smaller_grid():
+def test_an_unpadded_image_has_a_smaller_grid():
     placement = ImageSpec.sam(64, pad=False).place(24, 32)  # 48 x 64, which is 3 x 4 cells
     found = mask_to_logits(np.ones((24, 32), bool), placement, (12, 16), (48, 64))
     assert found.shape == (12, 16)
@@ -60,7 +60,7 @@ def test_the_outline_stays_where_it_was(height, width, left, right):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1)])
-def test_the_thinnest_pictures_will_do(size):
+def test_the_thinnest_images_will_do(size):
     placement = ImageSpec.sam(64).place(*size)
     found = mask_to_logits(np.ones(size, bool), placement, (16, 16), (64, 64))
     assert found.isfinite().all()

@@ -44,7 +44,7 @@ def test_scores_of_masks_that_a_prompt_does_not_have_are_nan(masks):
     wanted = np.array([[0.5, 0.9, 0.1], [0.7, nan, nan], [0.2, nan, nan]], np.float32)
     np.testing.assert_array_equal(masks.scores, wanted)
     assert masks.best().tolist() == [1, 0, 0]
-    assert "3 prompts, up to 3 masks each, picture 32x64" in repr(masks)
+    assert "3 prompts, up to 3 masks each, image 32x64" in repr(masks)
 
 
 def test_a_mask_is_its_logits_above_the_threshold(masks):
@@ -73,7 +73,7 @@ def test_all_at_once(masks):
 
 def test_boxes_are_around_the_best(masks):
     # cells are 4 pixels and the logits of neighbours are each other's negative, so that an edge
-    # lies exactly between two cells; the picture ends at row 32
+    # lies exactly between two cells; the image ends at row 32
     assert masks.boxes.tolist() == [[16, 8, 48, 24], [0, 0, 64, 32], [0, 0, 0, 0]]
 
 

@@ -39,7 +39,7 @@ def pixels(height, width, seed=0):
 
 
 def by_hand(sam, image, original, multimask, points=None, boxes=None, masks=None):
-    """One picture, the three parts called as segment-anything does it."""
+    """One image, the three parts called as segment-anything does it."""
     x = (image - sam.pixel_mean) / sam.pixel_std
     height, width = image.shape[1:]
     frame = sam.prompt_encoder.input_image_size
@@ -71,7 +71,7 @@ def assert_same(found, wanted):
 @torch.no_grad()
 @pytest.mark.parametrize("multimask", [True, False])
 @pytest.mark.parametrize("size", [(64, 64), (48, 80)])
-def test_batch_of_pictures_is_each_by_hand(make_sam, size, multimask):
+def test_batch_of_images_is_each_by_hand(make_sam, size, multimask):
     sam = make_sam(size)
     coords, labels = torch.tensor([[[10.0, 12.0], [30.0, 5.0]]]), torch.tensor([[1, 0]])
     boxes = torch.tensor([[3.0, 4.0, 30.0, 40.0], [0.0, 0.0, 20.0, 20.0]])
@@ -96,7 +96,7 @@ def test_batch_of_pictures_is_each_by_hand(make_sam, size, multimask):
     assert found[1]["masks"].shape == (2, 3 if multimask else 1, 48, 50)
 
 
-def test_no_pictures_and_no_prompts(make_sam):
+def test_no_images_and_no_prompts(make_sam):
     sam = make_sam()
     assert sam([], True) == []
     [found] = sam([{"image": pixels(64, 64), "original_size": (64, 64)}], True)
@@ -107,7 +107,7 @@ def test_no_pictures_and_no_prompts(make_sam):
     assert found["low_res_logits"].shape == (0, 3, 16, 16)
 
 
-def test_unpadded_pictures_of_any_size(make_sam):
+def test_unpadded_images_of_any_size(make_sam):
     sam = make_sam(spec=ImageSpec.sam(64, pad=False))
     records = [
         {"image": pixels(*size), "original_size": (2 * size[0], 2 * size[1])}
@@ -119,7 +119,7 @@ def test_unpadded_pictures_of_any_size(make_sam):
         assert found["masks"].shape == (1, 1, *record["original_size"])
 
 
-def test_an_unpadded_pictures_logits_keep_their_pitch(make_sam):
+def test_an_unpadded_images_logits_keep_their_pitch(make_sam):
     sam = make_sam(spec=ImageSpec.sam(64, pad=False))
     # a ramp along x; each low-res logit is 4 pixels wide, and its centre keeps its value
     ramp = torch.arange(12.0).expand(1, 1, 16, 12)
@@ -139,7 +139,7 @@ def test_a_frame_that_the_stride_does_not_divide(make_sam):
 
 def test_postprocess_cuts_the_padding_before_the_last_resize(make_sam):
     logits = torch.full((1, 1, 16, 16), -1.0)
-    logits[..., :8, :] = 1.0  # the picture fills the upper half
+    logits[..., :8, :] = 1.0  # the image fills the upper half
     found = make_sam().postprocess_masks(logits, (32, 64), (320, 640))
     assert found.shape == (1, 1, 320, 640)
     assert bool((found[..., :290, :] == 1).all())
@@ -176,7 +176,7 @@ def test_preprocess_of_a_min_max_model(make_sam):
         ((64, 64), r"got \[64, 64\]"),
     ],
 )
-def test_pictures_that_do_not_fit(make_sam, shape, words):
+def test_images_that_do_not_fit(make_sam, shape, words):
     with pytest.raises(ValueError, match=words):
         make_sam().preprocess(torch.zeros(shape))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tinyvit.sam.decoder import PointDecoder
-from tinyvit.sam.embedding import PictureEncoder
+from tinyvit.sam.embedding import ImageEncoder
 
 COORDS = torch.tensor([[5.0, 7.0], [33.0, 20.0], [60.5, 44.0], [12.0, 40.0], [0.0, 0.0]])
 
@@ -29,7 +29,7 @@ def plain(sam, embedding):
 
 @pytest.fixture
 def embedding(sam, photo):
-    return next(PictureEncoder(sam).encode(photo(48, 64)))
+    return next(ImageEncoder(sam).encode(photo(48, 64)))
 
 
 def test_all_masks(sam, embedding):

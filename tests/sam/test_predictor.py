@@ -109,7 +109,7 @@ def test_light_hq_sam_may_give_its_fine_mask_alone(make_tiny_sam, photo):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (64, 64), (33, 64), (300, 200)])
 @pytest.mark.parametrize("pad", [None, False])
-def test_pictures_of_any_size(make_tiny_sam, photo, size, pad):
+def test_images_of_any_size(make_tiny_sam, photo, size, pad):
     sam, image = make_tiny_sam(pad=pad is None), photo(*size)
     predictor = SamPredictor(sam, pad=pad)
     predictor.set_image(image)
@@ -120,8 +120,8 @@ def test_pictures_of_any_size(make_tiny_sam, photo, size, pad):
     assert_same(found, wanted)
 
 
-def test_an_unpadded_picture_keeps_its_coordinates(make_tiny_sam, photo):
-    """Without padding the encoder sees another picture, but a click means the same place."""
+def test_an_unpadded_image_keeps_its_coordinates(make_tiny_sam, photo):
+    """Without padding the encoder sees another image, but a click means the same place."""
     predictor = SamPredictor(make_tiny_sam(), pad=False)
     predictor.set_image(photo(30, 60))
     assert predictor.get_image_embedding().shape == (1, 32, 2, 4)
@@ -184,7 +184,7 @@ def test_label_minus_1_is_no_point_in_tensors(predictor):
     assert not torch.allclose(low_res, other)  # a padding point is a token of its own
 
 
-def test_a_transformed_picture(make_tiny_sam, photo):
+def test_a_transformed_image(make_tiny_sam, photo):
     sam, image = make_tiny_sam(), photo(48, 64)
     predictor = SamPredictor(sam)
     resized = predictor.transform.apply_image(image)
@@ -196,7 +196,7 @@ def test_a_transformed_picture(make_tiny_sam, photo):
             predictor.set_torch_image(wrong, (48, 64))
 
 
-# --- pictures -------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------
 
 
 def test_arrays_in_grey_and_with_transparency(make_tiny_sam, photo):
@@ -281,11 +281,11 @@ def test_a_large_photograph_is_enlarged_one_mask_at_a_time(make_tiny_sam, monkey
     assert_same(found, segment(sam, image, points, labels))
 
 
-def test_a_picture_that_cannot_be_read_is_not_set(predictor, tmp_path):
+def test_an_image_that_cannot_be_read_is_not_set(predictor, tmp_path):
     assert predictor.is_image_set
     with pytest.raises(ImageError, match="there is no file"):
         predictor.set_image(tmp_path / "none.png")
-    assert not predictor.is_image_set  # nor is the picture before
+    assert not predictor.is_image_set  # nor is the image before
     with pytest.raises(ImageError, match=r"came \[3, 48, 64\]; move the channels last"):
         predictor.set_image(np.zeros((3, 48, 64), np.uint8))
     with pytest.raises(TypeError, match="came int"):
@@ -295,7 +295,7 @@ def test_a_picture_that_cannot_be_read_is_not_set(predictor, tmp_path):
 # --- what is set ----------------------------------------------------------------------------------
 
 
-def test_nothing_works_without_a_picture(make_tiny_sam):
+def test_nothing_works_without_an_image(make_tiny_sam):
     predictor = SamPredictor(make_tiny_sam())
     coords, labels = torch.zeros(1, 1, 2), torch.ones(1, 1)
     for call in (
@@ -335,7 +335,7 @@ def test_features_may_be_put_in_by_hand(predictor, make_tiny_sam):
     assert other.embedding.weights_sha256 is None
 
 
-def test_features_put_in_by_hand_do_not_go_with_the_early_map_of_another_picture(
+def test_features_put_in_by_hand_do_not_go_with_the_early_map_of_another_image(
     make_tiny_sam, photo
 ):
     predictor = SamPredictor(make_tiny_sam(is_hq=True))
@@ -382,7 +382,7 @@ def test_new_weights_of_the_decoder_are_used(make_tiny_sam, photo):
     assert_same(predictor.predict(POINTS, LABELS), segment(sam, image, POINTS, LABELS))
 
 
-def test_new_weights_of_the_encoder_want_the_picture_again(make_tiny_sam, photo):
+def test_new_weights_of_the_encoder_want_the_image_again(make_tiny_sam, photo):
     sam, image = make_tiny_sam(), photo(48, 64)
     predictor = SamPredictor(sam)
     predictor.set_image(image)
@@ -414,8 +414,8 @@ def test_weights_that_are_written_again_are_the_same(predictor):
         ({"point_coords": POINTS, "point_labels": [1, 3]}, r"must be 1 .* came \[3"),
         ({"point_coords": POINTS[0], "point_labels": [1]}, r"\[P, 2\]; came \[2\]"),
         ({"point_coords": POINTS * np.nan, "point_labels": LABELS}, "must be finite"),
-        ({"point_coords": [[64.1, 0]], "point_labels": [1]}, "lies outside the picture"),
-        ({"point_coords": [[0, -1]], "point_labels": [1]}, "lies outside the picture"),
+        ({"point_coords": [[64.1, 0]], "point_labels": [1]}, "lies outside the image"),
+        ({"point_coords": [[0, -1]], "point_labels": [1]}, "lies outside the image"),
         ({"box": [50, 8, 5, 40]}, "x1 < x0"),
         ({"box": [5, 8, 50, 49]}, r"the box's corner .* lies outside"),
         ({"box": [5, 8, 50, np.inf]}, "box must be finite"),

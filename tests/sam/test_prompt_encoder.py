@@ -119,7 +119,7 @@ def test_masks_become_the_dense_embedding(encoder):
     assert changed.nonzero().tolist() == [[0, 1, 2], [1, 1, 2]]
 
 
-def test_masks_of_an_unpadded_picture(encoder):
+def test_masks_of_an_unpadded_image(encoder):
     _, dense = encoder(None, None, torch.randn(1, 1, 8, 4), embedding_size=(2, 1))
     assert dense.shape == (1, C, 2, 1)
 

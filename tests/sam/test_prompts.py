@@ -94,12 +94,12 @@ def test_wrong_prompts_say_what_was_wanted(arguments, words):
         (Prompt(mask=np.zeros((48, 64))), r"\[16, 16\] of floats; came \[48, 64\]"),
     ],
 )
-def test_a_prompt_must_lie_in_the_picture(prompt, words):
+def test_a_prompt_must_lie_in_the_image(prompt, words):
     with pytest.raises(ValueError, match=words):
         prompt.check_in((48, 64), (16, 16))
 
 
-def test_the_edges_belong_to_the_picture():
+def test_the_edges_belong_to_the_image():
     Prompt([[0, 0], [64, 48]], box=[0, 0, 64, 48], mask=MASK).check_in((48, 64), (16, 16))
     Prompt([[0, 0]], mask=LOGITS).check_in((48, 64), (16, 16))
 

@@ -12,7 +12,7 @@ from tinyvit.sam.mask_ops import (
     stability_score,
 )
 
-PICTURE = """
+IMAGE = """
 ..........
 .#####..#.
 .#.###....
@@ -28,21 +28,21 @@ def make(text):
 
 
 def test_holes():
-    filled, is_changed = remove_small_regions(make(PICTURE), 2, "holes")
+    filled, is_changed = remove_small_regions(make(IMAGE), 2, "holes")
     assert is_changed
     assert filled[2, 2] and filled[4, 4]
-    assert filled.sum() == make(PICTURE).sum() + 2
+    assert filled.sum() == make(IMAGE).sum() + 2
 
 
 def test_islands():
-    left, is_changed = remove_small_regions(make(PICTURE), 4, "islands")
+    left, is_changed = remove_small_regions(make(IMAGE), 4, "islands")
     assert is_changed
     assert not left[1, 8] and not left[6, 9]
     assert left[3:5, 7:9].all() and left[1:6, 1].all()
 
 
 def test_the_largest_island_stays():
-    left, is_changed = remove_small_regions(make(PICTURE), 1000, "islands")
+    left, is_changed = remove_small_regions(make(IMAGE), 1000, "islands")
     assert is_changed
     assert left[1:6, 1].all() and not left[:, 6:].any()
 
@@ -62,14 +62,14 @@ def test_constant_masks(mode, value):
 
 
 def test_the_mask_given_is_not_changed():
-    mask = make(PICTURE)
+    mask = make(IMAGE)
     remove_small_regions(mask, 4, "islands")
-    assert np.array_equal(mask, make(PICTURE))
+    assert np.array_equal(mask, make(IMAGE))
 
 
 def test_wrong_input():
     with pytest.raises(ValueError, match=r"mode must be one of .*, came 'hole'"):
-        remove_small_regions(make(PICTURE), 4, "hole")
+        remove_small_regions(make(IMAGE), 4, "hole")
     with pytest.raises(ValueError, match=r"a mask \[H, W\] of bool; came \[3\] of uint8"):
         remove_small_regions(np.zeros(3, np.uint8), 4, "holes")
     with pytest.raises(ValueError, match=r"wanted logits \[..., H, W\]; came \[3\]"):
@@ -77,15 +77,15 @@ def test_wrong_input():
 
 
 def test_parts_are_numbered_in_reading_order():
-    labels, areas = components(make(PICTURE))
+    labels, areas = components(make(IMAGE))
     assert (labels.dtype, areas.dtype) == (np.int32, np.int64)
     assert areas.tolist() == [23, 1, 4, 1]
     assert [labels[1, 1], labels[1, 8], labels[3, 7], labels[6, 9]] == [1, 2, 3, 4]
-    assert np.array_equal(labels > 0, make(PICTURE))
+    assert np.array_equal(labels > 0, make(IMAGE))
 
 
 def test_the_largest_part():
-    largest = largest_component(make(PICTURE))
+    largest = largest_component(make(IMAGE))
     assert largest.sum() == 23 and largest[1, 1]
     equal = np.array([[True, False, True]])
     assert largest_component(equal).tolist() == [[True, False, False]]

@@ -24,7 +24,7 @@ def of_coco(mask):
 
 
 def blob(height, width, seed=0):
-    """A disc with a hole, that touches the edges of the picture."""
+    """A disc with a hole, that touches the edges of the image."""
     rows, columns = np.mgrid[:height, :width]
     square = (2 * rows / height - 1) ** 2 + (2 * columns / width - 1.2) ** 2
     return (square < 1.1) & (square > 0.05 * seed)
@@ -73,7 +73,7 @@ class TestAgainstCoco:
         np.testing.assert_array_equal(rle.decode(rle.encode(mask)), mask)
         assert rle.to_box(rle.encode(mask)) == ((0, 0, size[1], size[0]) if value else (0, 0, 0, 0))
 
-    def test_a_large_picture(self):
+    def test_a_large_image(self):
         mask = np.zeros((6000, 8000), bool)
         mask[5990:, 10:300] = mask[:4, 11:301] = True  # runs that go on in the next column
         made = rle.encode(mask)
@@ -112,7 +112,7 @@ class TestText:
 
 class TestRegion:
     @given(masks, st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.integers(0, 3))
-    def test_as_the_whole_picture(self, part, above, below, before, after):
+    def test_as_the_whole_image(self, part, above, below, before, after):
         whole = np.pad(part, ((above, below), (before, after)))
         for compressed in (True, False):
             made = rle.encode_region(part, above, before, *whole.shape, compressed)
@@ -130,8 +130,8 @@ class TestRegion:
         part, top, left = rle.decode_region(made)
         assert (part.shape, part.dtype, top, left) == ((0, 0), np.bool_, 0, 0)
 
-    def test_the_picture_is_never_made(self):
-        side = 10**6  # a picture of this size would not fit
+    def test_the_image_is_never_made(self):
+        side = 10**6  # an image of this size would not fit
         made = rle.encode_region(np.eye(3, dtype=bool), side - 3, 5, side, side)
         assert (rle.area(made), rle.to_box(made)) == (3, (5, side - 3, 3, 3))
         part, top, left = rle.decode_region(made)
@@ -206,6 +206,6 @@ def test_wrong_run_lengths(runs, words):
             use(runs)
 
 
-def test_masks_of_other_pictures_have_no_iou():
+def test_masks_of_other_images_have_no_iou():
     with pytest.raises(ValueError, match="different sizes: 2 x 3 and 3 x 2"):
         rle.iou(rle.encode(np.ones((2, 3), bool)), rle.encode(np.ones((3, 2), bool)))

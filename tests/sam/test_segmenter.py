@@ -100,7 +100,7 @@ def test_the_order_and_the_company_do_not_matter(make_tiny_sam, photo, prompts):
             np.testing.assert_allclose(here, there, rtol=0, atol=ROUNDING)
 
 
-def test_many_pictures_each_with_prompts_of_its_own(make_tiny_sam, photo):
+def test_many_images_each_with_prompts_of_its_own(make_tiny_sam, photo):
     sam = make_tiny_sam()
     images = [photo(HEIGHT, WIDTH), photo(20, 30), photo(HEIGHT, WIDTH, seed=1)]
     prompts = [[Prompt([[10, 10]])], [], [Prompt(box=[0, 0, 9, 9]), Prompt([[3, 4]])]]
@@ -110,7 +110,7 @@ def test_many_pictures_each_with_prompts_of_its_own(make_tiny_sam, photo):
     predictor = SamPredictor(sam)
     predictor.set_image(images[2])
     low_res = by_predictor(predictor, prompts[2][0], False)[2]
-    # the encoder, too, has pictures in batches of another size here
+    # the encoder, too, has images in batches of another size here
     np.testing.assert_allclose(found[2].low_res_logits[0], low_res, atol=1e-4)
 
 
@@ -153,7 +153,7 @@ def test_new_weights_are_used(make_tiny_sam, photo):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1)])
-def test_the_thinnest_pictures_will_do(make_tiny_sam, photo, size):
+def test_the_thinnest_images_will_do(make_tiny_sam, photo, size):
     everything = Prompt([[0.5, 0.5]], box=[0, 0, size[1], size[0]], mask=np.ones(size, bool))
     for pad in (None, False):
         masks = only(Segmenter(make_tiny_sam(), pad=pad).segment(photo(*size), [[everything]]))
@@ -182,19 +182,19 @@ def test_threads_may_share_it(make_tiny_sam, photo):
 @pytest.mark.parametrize(
     "prompts, kind, words",
     [
-        ([[Prompt([[65, 1]])]], ValueError, "prompt 0 of picture 0: point 0 at .* outside"),
+        ([[Prompt([[65, 1]])]], ValueError, "prompt 0 of image 0: point 0 at .* outside"),
         (
             [[Prompt([[1, 1]]), {"points": [[1, 1]], "labels": [2]}]],
             ValueError,
-            "prompt 1 of picture 0: labels of points",
+            "prompt 1 of image 0: labels of points",
         ),
-        ([[Prompt(mask=np.zeros((8, 8)))]], ValueError, "prompt 0 of picture 0: a mask prompt"),
-        ([[{"pts": 1}]], ValueError, "prompt 0 of picture 0: a prompt has the keys"),
-        ([[[1, 2]]], TypeError, "prompt 0 of picture 0: wanted a Prompt or a dictionary"),
-        ([Prompt([[1, 1]])], TypeError, "of picture 0 must be a list of prompts, came Prompt"),
-        ([{"points": [[1, 1]]}], TypeError, "of picture 0 must be a list of prompts, came dict"),
-        ([], ValueError, "picture 0 has no list of prompts: there are only 0 lists"),
-        ([[], []], ValueError, "more lists of prompts than the 1 pictures"),
+        ([[Prompt(mask=np.zeros((8, 8)))]], ValueError, "prompt 0 of image 0: a mask prompt"),
+        ([[{"pts": 1}]], ValueError, "prompt 0 of image 0: a prompt has the keys"),
+        ([[[1, 2]]], TypeError, "prompt 0 of image 0: wanted a Prompt or a dictionary"),
+        ([Prompt([[1, 1]])], TypeError, "of image 0 must be a list of prompts, came Prompt"),
+        ([{"points": [[1, 1]]}], TypeError, "of image 0 must be a list of prompts, came dict"),
+        ([], ValueError, "image 0 has no list of prompts: there are only 0 lists"),
+        ([[], []], ValueError, "more lists of prompts than the 1 images"),
     ],
 )
 def test_wrong_prompts_say_where_they_are(make_tiny_sam, photo, prompts, kind, words):
@@ -207,11 +207,11 @@ def test_wrong_calls_say_what_was_wanted(make_tiny_sam, photo, tmp_path):
     embedding = only(segmenter.embed(image))
     with pytest.raises(ValueError, match="multimask must be True, False or 'auto', came 'best'"):
         segmenter.segment(image, [[]], "best")
-    with pytest.raises(TypeError, match="one list of prompts for each picture, came one prompt"):
+    with pytest.raises(TypeError, match="one list of prompts for each image, came one prompt"):
         segmenter.segment(image, Prompt([[1, 1]]))
     with pytest.raises(TypeError, match="after embeddings came a ndarray"):
         list(segmenter.segment([embedding, image], [[], []]))
-    with pytest.raises(TypeError, match="after pictures came an ImageEmbedding"):
+    with pytest.raises(TypeError, match="after images came an ImageEmbedding"):
         list(segmenter.segment([image, embedding], [[], []]))
     with pytest.raises(ImageError, match="there is no file"):
         list(segmenter.segment([tmp_path / "none.png"], [[]]))
@@ -219,13 +219,13 @@ def test_wrong_calls_say_what_was_wanted(make_tiny_sam, photo, tmp_path):
         Segmenter(tmp_path / "none.pt")
 
 
-def test_no_pictures_have_no_masks(make_tiny_sam):
+def test_no_images_have_no_masks(make_tiny_sam):
     assert list(Segmenter(make_tiny_sam()).segment([], [])) == []
-    with pytest.raises(ValueError, match="more lists of prompts than the 0 pictures"):
+    with pytest.raises(ValueError, match="more lists of prompts than the 0 images"):
         list(Segmenter(make_tiny_sam()).segment([], [[]]))
 
 
-def test_a_bad_picture_comes_after_the_good_ones(make_tiny_sam, photo, tmp_path):
+def test_a_bad_image_comes_after_the_good_ones(make_tiny_sam, photo, tmp_path):
     found = []
     stream = Segmenter(make_tiny_sam(), batch_size=1).segment(
         [photo(20, 20), tmp_path / "none.png"], [[Prompt([[1, 1]])], []]

@@ -26,7 +26,7 @@ def test_whole_masks(size):
     assert torch.equal(upscale(logits, placement), twice(logits, placement, (64, 64)))
 
 
-def test_logits_of_a_picture_without_padding():
+def test_logits_of_an_image_without_padding():
     placement = ImageSpec.sam(64, pad=False).place(300, 410)  # 47 x 64 pixels, 3 x 4 cells
     assert placement.model_size == (47, 64)
     logits = torch.randn(1, 12, 16)
@@ -92,17 +92,17 @@ def test_an_empty_mask():
 def test_logits_in_the_padding_are_no_mask():
     placement = ImageSpec.sam(64).place(32, 64)
     logits = torch.full((16, 16), -5.0)
-    logits[12:] = 5.0  # below the picture
+    logits[12:] = 5.0  # below the image
     assert not RegionUpscaler((16, 16), placement)(logits).mask.any()
 
 
-def test_logits_of_another_picture():
+def test_logits_of_another_image():
     placement = ImageSpec.sam(64).place(64, 64)
     for call in (
         lambda: upscale(torch.zeros(1, 8, 16), placement),
         lambda: RegionUpscaler((8, 16), placement),
     ):
-        with pytest.raises(ValueError, match=r"cover 32x64 pixels, but the picture has 64x64"):
+        with pytest.raises(ValueError, match=r"cover 32x64 pixels, but the image has 64x64"):
             call()
 
 

@@ -1,4 +1,4 @@
-"""Pictures of simple shapes with their masks, as a data set on the disk."""
+"""Images of simple shapes with their masks, as a data set on the disk."""
 
 import numpy as np
 from PIL import Image
@@ -22,13 +22,13 @@ def shapes(number, size=(48, 64)):
 
 
 def write_shapes(folder, count, size=(48, 64)):
-    """``images/pictureN.png`` and ``masks/pictureN_M.png`` in a folder, which is returned."""
+    """``images/imageN.png`` and ``masks/imageN_M.png`` in a folder, which is returned."""
     for part in ("images", "masks"):
         (folder / part).mkdir()
     for number in range(count):
         image, masks = shapes(number, size)
-        Image.fromarray(image).save(folder / "images" / f"picture{number}.png")
+        Image.fromarray(image).save(folder / "images" / f"image{number}.png")
         for place, mask in enumerate(masks):
-            name = f"picture{number}_{place}.png"
+            name = f"image{number}_{place}.png"
             Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "masks" / name)
     return folder

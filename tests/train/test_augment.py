@@ -22,7 +22,7 @@ def photo(height=24, width=30):
 
 @pytest.mark.parametrize("strength", ["none", "light", "full"])
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (24, 30), (3, 200)])
-def test_a_view_is_a_pure_function_of_picture_and_generator(strength, size):
+def test_a_view_is_a_pure_function_of_image_and_generator(strength, size):
     view = pickle.loads(pickle.dumps(View(augmentation(strength), SPEC)))
     image = photo(*size)
     before = image.copy()
@@ -56,12 +56,12 @@ def test_one_seed_means_one_crop_at_every_size():
         small = View(chance, SPEC)(photo(200, 300), np.random.default_rng(seed))
         large = View(chance, big)(photo(200, 300), np.random.default_rng(seed))
         halved = large.reshape(3, 20, 2, 20, 2).mean((2, 4))
-        # a smooth picture: the mean difference of two sizes of one view is small, that of two
+        # a smooth image: the mean difference of two sizes of one view is small, that of two
         # views (crops, mirrored, turned) is not
         assert np.abs(halved - small).mean() < 0.12
 
 
-def test_mirroring_is_half_of_the_pictures():
+def test_mirroring_is_half_of_the_images():
     chance = Augmentation((1, 1), (1, 1), flip=0.5, operations=0, erase=0)
     view = View(chance, SPEC)
     plain = View(augmentation("none"), SPEC)(photo(), np.random.default_rng(0))
@@ -97,7 +97,7 @@ def test_min_max_has_its_own_scale():
 
 
 @given(st.integers(1, 500), st.integers(1, 500), st.integers(0, 99))
-def test_a_crop_lies_in_the_picture(height, width, seed):
+def test_a_crop_lies_in_the_image(height, width, seed):
     chance = augmentation("full")
     x0, y0, x1, y1 = _draw_box(height, width, chance, np.random.default_rng(seed))
     assert 0 <= x0 < x1 <= width
@@ -119,11 +119,11 @@ def test_every_operation_keeps_size_and_mode(name):
 def test_turning_keeps_the_middle_and_moves_the_rest():
     from PIL import Image
 
-    picture = Image.fromarray(photo(21, 21))
-    turned = np.asarray(_OPERATIONS["rotate"](picture, 1.0, 1.0)).astype(int)
+    image = Image.fromarray(photo(21, 21))
+    turned = np.asarray(_OPERATIONS["rotate"](image, 1.0, 1.0)).astype(int)
     # the middle pixel stays, up to interpolation between neighbours that differ by 13
     assert np.abs(turned[10, 10] - photo(21, 21)[10, 10].astype(int)).max() <= 13
-    moved = np.asarray(_OPERATIONS["move_x"](picture, 1.0, 1.0)).astype(int)
+    moved = np.asarray(_OPERATIONS["move_x"](image, 1.0, 1.0)).astype(int)
     assert np.abs(moved[:, 0, 1] - photo(21, 21)[:, 9, 1].astype(int)).max() <= 13  # 0.45 * 21
 
 

@@ -21,7 +21,7 @@ from tinyvit.train.tasks.classify import (
     windows_for,
 )
 
-from .tiny_pictures import tiny_classifier
+from .tiny_images import tiny_classifier
 
 NAMES = ("ant", "bee", "cat")
 

@@ -26,7 +26,7 @@ from tinyvit.train.tasks.classify import (
 )
 
 from .pressing import interrupt
-from .tiny_pictures import png, tiny_classifier, write_folder
+from .tiny_images import png, tiny_classifier, write_folder
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_the_batch_size_of_validation_changes_nothing(task):
     assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)  # sums in another order
 
 
-def test_broken_pictures_are_counted_and_named(task, tmp_path):
+def test_broken_images_are_counted_and_named(task, tmp_path):
     one = task()
     victim = one.data.train.name(0)
     (tmp_path / "data" / victim).write_bytes(b"")
@@ -158,7 +158,7 @@ def test_broken_pictures_are_counted_and_named(task, tmp_path):
     assert "0 bytes" in one.broken[victim]
 
 
-def test_a_broken_picture_may_be_an_error(task, tmp_path):
+def test_a_broken_image_may_be_an_error(task, tmp_path):
     one = task(on_broken="error")
     (tmp_path / "data" / one.data.train.name(0)).write_bytes(b"")
     (tmp_path / "data" / one.data.val.name(1)).write_bytes(b"nonsense")
@@ -172,11 +172,11 @@ def test_nothing_to_measure_on(task, tmp_path):
     one = task()
     for i in range(len(one.data.val)):
         (tmp_path / "data" / one.data.val.name(i)).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no picture to measure on can be read; ant/.*0 bytes"):
+    with pytest.raises(ValueError, match=r"no image to measure on can be read; ant/.*0 bytes"):
         one.validate(one.model)
 
 
-def test_grey_and_transparent_and_tiny_pictures(task, tmp_path):
+def test_grey_and_transparent_and_tiny_images(task, tmp_path):
     one = task()
     kinds = (
         np.zeros((1, 1), np.uint8),
@@ -213,10 +213,10 @@ def test_make_task_puts_it_together(tmp_path):
     assert not torch.equal(by_chance.model.state_dict()[key], starter[key])
 
 
-def test_one_class_and_one_picture(tmp_path):
+def test_one_class_and_one_image(tmp_path):
     with pytest.raises(ValueError, match="only one class, 'ant'"):
         make_task(ClassifySettings(str(write_folder(tmp_path / "a", ("ant",)))))
-    with pytest.raises(ValueError, match="1 pictures and no class with more than one"):
+    with pytest.raises(ValueError, match="1 images and no class with more than one"):
         make_task(ClassifySettings(str(write_folder(tmp_path / "b", ("ant",), count=1))))
 
 

@@ -5,8 +5,8 @@ import numpy as np
 from tinyvit.train.curves import COLOURS, HEIGHT, WIDTH, draw_curves
 
 
-def has_colour(picture, colour):
-    return bool((np.abs(picture.astype(int) - colour).sum(-1) < 12).any())
+def has_colour(image, colour):
+    return bool((np.abs(image.astype(int) - colour).sum(-1) < 12).any())
 
 
 def test_a_panel_for_each_figure_training_first():
@@ -16,9 +16,9 @@ def test_a_panel_for_each_figure_training_first():
         for s in range(1, 60)
     ]
     lines.append({"kind": "validate", "step": 59, "iou": 0.9})
-    picture = draw_curves(lines)
-    assert picture.shape == (HEIGHT, 3 * WIDTH, 3) and picture.dtype == np.uint8
-    panels = np.split(picture, 3, axis=1)
+    image = draw_curves(lines)
+    assert image.shape == (HEIGHT, 3 * WIDTH, 3) and image.dtype == np.uint8
+    panels = np.split(image, 3, axis=1)
     found = [[has_colour(p, COLOURS[kind]) for kind in ("train", "validate")] for p in panels]
     assert found == [[True, False], [True, False], [False, True]]
 

@@ -4,11 +4,11 @@ import pytest
 from tinyvit.errors import ImageError
 from tinyvit.train.data.images import fingerprint, open_data_set, open_part, read_one
 
-from .tiny_pictures import write_folder, write_shards
+from .tiny_images import write_folder, write_shards
 
 
-def names(pictures):
-    return [pictures.name(i) for i in range(len(pictures))]
+def names(images):
+    return [images.name(i) for i in range(len(images))]
 
 
 def test_a_folder_of_classes_is_split(tmp_path):
@@ -52,9 +52,9 @@ def test_csv_by_its_column_or_by_chance(tmp_path):
 @pytest.mark.parametrize(
     "parts, words",
     [
-        (("train", "train", "train"), "has 3 and 0 pictures; wanted 'train' and 'val'"),
+        (("train", "train", "train"), "has 3 and 0 images; wanted 'train' and 'val'"),
         (("train", "dev", "val"), r"has the values \['dev'\]"),
-        (("train", "val", "val"), "no picture in 'train': 'cat'"),
+        (("train", "val", "val"), "no image in 'train': 'cat'"),
     ],
 )
 def test_a_column_split_that_is_wrong(tmp_path, parts, words):
@@ -77,27 +77,27 @@ def test_nothing_there(tmp_path):
         open_data_set(tmp_path / "nothing")
 
 
-def test_a_broken_picture_is_replaced_and_named(tmp_path):
-    pictures = open_part(write_folder(tmp_path, count=4))
+def test_a_broken_image_is_replaced_and_named(tmp_path):
+    images = open_part(write_folder(tmp_path, count=4))
     (tmp_path / "ant" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    first = read_one(pictures, 0, np.random.default_rng(3))
-    again = read_one(pictures, 0, np.random.default_rng(3))
+    first = read_one(images, 0, np.random.default_rng(3))
+    again = read_one(images, 0, np.random.default_rng(3))
     assert first[0] == again[0] != 0  # chance is in the generator alone
     np.testing.assert_array_equal(first[1], again[1])
     assert list(first[2]) == ["ant/0.png"]
     rng = np.random.default_rng(3)
-    assert read_one(pictures, 1, rng)[2] == {}
+    assert read_one(images, 1, rng)[2] == {}
     assert rng.random() == np.random.default_rng(3).random()  # nothing was drawn
     with pytest.raises(ImageError, match=r"ant/0.png: .*ant/0.png"):
-        read_one(pictures, 0, rng, "error")
+        read_one(images, 0, rng, "error")
 
 
-def test_pictures_that_are_all_broken(tmp_path):
-    pictures = open_part(write_folder(tmp_path, ("ant",), count=2))
+def test_images_that_are_all_broken(tmp_path):
+    images = open_part(write_folder(tmp_path, ("ant",), count=2))
     for path in tmp_path.rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(ImageError, match=r"20 pictures drawn in a row were broken.*0 bytes"):
-        read_one(pictures, 0, np.random.default_rng(0))
+    with pytest.raises(ImageError, match=r"20 images drawn in a row were broken.*0 bytes"):
+        read_one(images, 0, np.random.default_rng(0))
 
 
 def test_a_fingerprint_tells_lists_apart(tmp_path):

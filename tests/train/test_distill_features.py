@@ -49,7 +49,7 @@ def tiny_sam(encoder):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     rng = np.random.default_rng(0)
     for n in range(8):
         image = rng.integers(0, 256, (20, 32, 3) if n % 2 else (32, 24, 3), np.uint8)
@@ -57,20 +57,20 @@ def pictures(tmp_path):
     return tmp_path
 
 
-def stored(pictures, teacher=None, **more):
+def stored(images, teacher=None, **more):
     teacher = open_teacher(tiny(seed=7) if teacher is None else teacher, device="cpu")
-    return store_features(teacher, pictures, pictures / "features", **more)
+    return store_features(teacher, images, images / "features", **more)
 
 
 def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-def test_a_student_that_is_the_teacher_has_nothing_to_learn(pictures):
+def test_a_student_that_is_the_teacher_has_nothing_to_learn(images):
     teacher = tiny(seed=7)
     sam = tiny_sam(teacher)
     settings = DistillFeaturesSettings(held_out=0.4, mask_weight=1.0)
-    task = make_task(copy.deepcopy(teacher), stored(pictures), pictures, settings, sam)
+    task = make_task(copy.deepcopy(teacher), stored(images), images, settings, sam)
     assert len(task) + len(task.val_names) == 8
     with torch.no_grad():
         figures = task.validate(task.model)
@@ -84,10 +84,10 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(pictures):
     assert loss == parts["feature_loss"] + parts["mask_loss"]
 
 
-def test_figures_are_means_over_covered_cells_of_held_out_pictures(pictures):
-    store = stored(pictures)
+def test_figures_are_means_over_covered_cells_of_held_out_images(images):
+    store = stored(images)
     student = tiny(seed=1)
-    task = make_task(student, store, pictures, DistillFeaturesSettings(held_out=0.4))
+    task = make_task(student, store, images, DistillFeaturesSettings(held_out=0.4))
     cosines, floors = [], []
     mean = torch.stack([store.read(name).float() for name in task.train_names]).mean(0)
     with torch.no_grad():
@@ -107,8 +107,8 @@ def test_figures_are_means_over_covered_cells_of_held_out_pictures(pictures):
     assert "mask_iou" not in figures
 
 
-def test_the_student_comes_nearer_to_the_teacher(pictures, tmp_path):
-    task = make_task(tiny(seed=1, width=16), stored(pictures), pictures)
+def test_the_student_comes_nearer_to_the_teacher(images, tmp_path):
+    task = make_task(tiny(seed=1, width=16), stored(images), images)
     settings = TrainSettings(
         folder=str(tmp_path / "run"), steps=15, batch_size=8, learning_rate=1e-2, device="cpu",
         tensorboard=False, batch_stats="own", validate_every=15, weight_decay=0.0, warmup_steps=2,
@@ -128,9 +128,9 @@ def test_the_student_comes_nearer_to_the_teacher(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("loss", ["mse", "huber", "cosine"])
-def test_other_channels_and_another_grid_are_brought_together(pictures, tmp_path, loss):
+def test_other_channels_and_another_grid_are_brought_together(images, tmp_path, loss):
     student = tiny(seed=1, neck_dim=4, size=64)
-    task = make_task(student, stored(pictures), pictures, DistillFeaturesSettings(loss=loss))
+    task = make_task(student, stored(images), images, DistillFeaturesSettings(loss=loss))
     assert isinstance(task.model, Student)
     batch = task.collate([task.sample(i, rng()) for i in range(2)])
     assert batch["images"].shape == (2, 3, 64, 64) and batch["features"].shape == (2, 16, 2, 2)
@@ -147,11 +147,11 @@ def test_other_channels_and_another_grid_are_brought_together(pictures, tmp_path
         assert torch.equal(kept(x), student.eval()(x))
 
 
-def test_the_mask_s_loss_reaches_the_student_alone(pictures):
+def test_the_mask_s_loss_reaches_the_student_alone(images):
     sam = tiny_sam(tiny(seed=7))
     settings = DistillFeaturesSettings(mask_weight=2.0, points=3)
     student = tiny(seed=1, size=64)
-    task = make_task(student, stored(pictures), pictures, settings, sam)
+    task = make_task(student, stored(images), images, settings, sam)
     batch = task.collate([task.sample(0, rng())])
     loss, parts = task.loss(task.model, batch, torch.Generator().manual_seed(0))
     same, _ = task.loss(task.model, batch, torch.Generator().manual_seed(0))
@@ -163,11 +163,11 @@ def test_the_mask_s_loss_reaches_the_student_alone(pictures):
     assert student.patch_embed.seq[0].c.weight.grad.abs().sum() > 0
 
 
-def test_with_heads_a_whole_sam_is_saved(pictures, tmp_path):
+def test_with_heads_a_whole_sam_is_saved(images, tmp_path):
     teacher = tiny(seed=7)
     sam = tiny_sam(teacher)
     student = tiny(seed=1)
-    task = make_task(student, stored(pictures), pictures, None, sam)
+    task = make_task(student, stored(images), images, None, sam)
     task.save(task.model, tmp_path / "student.safetensors")
     whole = build_sam(tmp_path / "student.safetensors", img_size=32)
     for name, wanted in (("image_encoder", student), ("mask_decoder", sam.mask_decoder)):
@@ -175,9 +175,9 @@ def test_with_heads_a_whole_sam_is_saved(pictures, tmp_path):
         assert all(torch.equal(value, kept[key]) for key, value in wanted.state_dict().items())
 
 
-def test_mirrored_pictures_go_with_mirrored_pictures_features(pictures):
+def test_mirrored_images_go_with_mirrored_images_features(images):
     teacher = tiny(seed=7)
-    task = make_task(copy.deepcopy(teacher), stored(pictures, flips=True), pictures)
+    task = make_task(copy.deepcopy(teacher), stored(images, flips=True), images)
     seen = set()
     for seed in range(8):
         one = task.sample(0, rng(seed))
@@ -186,45 +186,43 @@ def test_mirrored_pictures_go_with_mirrored_pictures_features(pictures):
             assert torch.allclose(teacher(one.pixels[None])[0], one.features.float(), atol=5e-3)
         seen.add(round(float(one.pixels.sum() + one.pixels[0, 0, 0]), 3))
     assert len(seen) == 2
-    plain = make_task(tiny(), store_features(open_teacher(teacher, device="cpu"), pictures,
-                      pictures / "plain"), pictures)  # fmt: skip
+    plain = make_task(tiny(), store_features(open_teacher(teacher, device="cpu"), images,
+                      images / "plain"), images)  # fmt: skip
     first, second = (plain.sample(0, rng(seed)).pixels for seed in (0, 1))
     assert torch.equal(first, second)
 
 
-def test_workers_get_the_task_by_pickle(pictures):
-    task = make_task(tiny(), stored(pictures), pictures)
+def test_workers_get_the_task_by_pickle(images):
+    task = make_task(tiny(), stored(images), images)
     task.sample(0, rng())  # opens a file
     other = pickle.loads(pickle.dumps(task))
     assert torch.equal(other.sample(1, rng()).features, task.sample(1, rng()).features)
 
 
-def test_pictures_that_changed_are_refused(pictures):
-    store = stored(pictures)
-    (pictures / "3.png").unlink()
-    with pytest.raises(ValueError, match=r"1 pictures .* have changed .*: 3\.png; store features"):
-        make_task(tiny(), store, pictures)
+def test_images_that_changed_are_refused(images):
+    store = stored(images)
+    (images / "3.png").unlink()
+    with pytest.raises(ValueError, match=r"1 images .* have changed .*: 3\.png; store features"):
+        make_task(tiny(), store, images)
 
 
-def test_what_does_not_go_together_is_said(pictures):
-    store = stored(pictures)
+def test_what_does_not_go_together_is_said(images):
+    store = stored(images)
     student = tiny()
     student.image_spec = ImageSpec.timm(32)
-    with pytest.raises(ValueError, match="prepare pictures alike"):
-        make_task(student, store, pictures)
+    with pytest.raises(ValueError, match="prepare images alike"):
+        make_task(student, store, images)
     student.image_spec = ImageSpec.sam((32, 64))
     with pytest.raises(ValueError, match=r"student \(32, 64\) and teacher \(32, 32\)"):
-        make_task(student, store, pictures)
+        make_task(student, store, images)
     with pytest.raises(ValueError, match="wants the heads of a SAM; give sam"):
-        make_task(tiny(), store, pictures, DistillFeaturesSettings(mask_weight=1.0))
-    other = store_features(
-        open_teacher(tiny(neck_dim=4), device="cpu"), pictures, pictures / "other"
-    )
+        make_task(tiny(), store, images, DistillFeaturesSettings(mask_weight=1.0))
+    other = store_features(open_teacher(tiny(neck_dim=4), device="cpu"), images, images / "other")
     with pytest.raises(ValueError, match="16 channels, but the teacher's have 4"):
-        make_task(tiny(), other, pictures, None, tiny_sam(tiny()))
+        make_task(tiny(), other, images, None, tiny_sam(tiny()))
     without = tiny()
     without.image_spec = None
-    make_task(without, store, pictures)
+    make_task(without, store, images)
     assert without.image_spec == SPEC  # the teacher's way
     with pytest.raises(TypeError, match="wanted a TinyViT to save, got Identity"):
-        make_task(tiny(), store, pictures).save(torch.nn.Identity(), pictures / "x.safetensors")
+        make_task(tiny(), store, images).save(torch.nn.Identity(), images / "x.safetensors")

@@ -19,7 +19,7 @@ from tinyvit.train.tasks.distill import make_logits_task as make_task
 from tinyvit.train.tasks.teachers import LogitTeacher as Teacher
 from tinyvit.train.tasks.teachers import write_logits
 
-from .tiny_pictures import tiny_classifier, write_folder
+from .tiny_images import tiny_classifier, write_folder
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_sample_is_a_stored_view_with_its_answer(task, teacher):
         np.testing.assert_allclose(made.probabilities, best.values.numpy(), rtol=2e-3, atol=1e-6)
 
 
-def test_each_picture_is_seen_in_all_its_views(task):
+def test_each_image_is_seen_in_all_its_views(task):
     one = task()
     views = {one.sample(2, np.random.default_rng(seed)).pixels.tobytes() for seed in range(40)}
     assert len(views) == 3
@@ -109,11 +109,11 @@ def test_answers_of_something_else_are_refused(task, data):
         task("none")
     one = task()
     other = replace(one.student, data=replace(data, train=data.val))
-    with pytest.raises(StoreMismatchError, match=r"pictures is 9 there and 3 here; data is"):
+    with pytest.raises(StoreMismatchError, match=r"images is 9 there and 3 here; data is"):
         DistillLogits(other, one.store)
 
 
-def test_pictures_without_an_answer_are_named_and_replaced(task, data):
+def test_images_without_an_answer_are_named_and_replaced(task, data):
     one = task()
     raw = bytearray((one.store.folder / "logits.bin").read_bytes())
     size = one.store.header.record.itemsize

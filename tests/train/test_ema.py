@@ -22,11 +22,11 @@ def test_values_by_hand():
     assert [ema.decay_at(step) for step in (0, 5, 8, 100)] == [0.1, 0.4, 0.5, 0.5]
 
 
-def test_nothing_in_it_is_older_than_the_step(picture):
+def test_nothing_in_it_is_older_than_the_step(image):
     model = make_model()
     model.head.weight.requires_grad_(False)
     ema = Ema(model, 0.999)
-    ema.model(picture(1, 16, 16))  # whatever might be kept from a first call
+    ema.model(image(1, 16, 16))  # whatever might be kept from a first call
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.add_(1)
@@ -40,7 +40,7 @@ def test_nothing_in_it_is_older_than_the_step(picture):
     torch.testing.assert_close(mine, theirs - 0.999, rtol=0, atol=1e-6)
     fresh = make_model(seed=1).eval()
     fresh.load_state_dict(ema.model.state_dict())
-    assert torch.equal(ema.model(picture(2, 16, 16)), fresh(picture(2, 16, 16)))
+    assert torch.equal(ema.model(image(2, 16, 16)), fresh(image(2, 16, 16)))
 
 
 def test_it_is_a_network_of_its_own():

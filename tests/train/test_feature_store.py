@@ -6,7 +6,7 @@ import torch
 
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
-from tinyvit.train.store import FeatureStore, StoredPicture, StoreFacts, picture_state
+from tinyvit.train.store import FeatureStore, StoredImage, StoreFacts, image_state
 
 FACTS = StoreFacts("teacher", "ab" * 32, ImageSpec.sam(32))
 
@@ -15,15 +15,15 @@ def a_map(seed, shape=(3, 2, 2)):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).half()
 
 
-def pictures_in(root, *names):
+def images_in(root, *names):
     for name in names:
         (root / name).write_bytes(name.encode())
-    return [StoredPicture(name, *picture_state(root / name), 10, 20) for name in names]
+    return [StoredImage(name, *image_state(root / name), 10, 20) for name in names]
 
 
 def test_what_is_added_is_read_again_also_by_others(tmp_path):
     store = FeatureStore(tmp_path / "store", FACTS)
-    one, two, three = pictures_in(tmp_path, "a", "b", "c")
+    one, two, three = images_in(tmp_path, "a", "b", "c")
     store.add([a_map(0), a_map(1)], [], [one, two])
     store.add([a_map(2)], [], [three])
     for reader in (store, FeatureStore(store.folder), pickle.loads(pickle.dumps(store))):
@@ -34,28 +34,26 @@ def test_what_is_added_is_read_again_also_by_others(tmp_path):
     assert sorted(path.name for path in store.folder.iterdir()) == [
         "manifest.json", "shard-00000.safetensors", "shard-00001.safetensors",
     ]  # fmt: skip
-    assert (store.pictures["b"].height, store.pictures["b"].width) == (10, 20)
+    assert (store.images["b"].height, store.images["b"].width) == (10, 20)
 
 
 def test_what_is_there_and_true_is_not_missing(tmp_path):
     store = FeatureStore(tmp_path / "store", FACTS)
-    store.add([a_map(0), a_map(1)], [], pictures_in(tmp_path, "a", "b"))
+    store.add([a_map(0), a_map(1)], [], images_in(tmp_path, "a", "b"))
     (tmp_path / "b").write_bytes(b"longer")
     (tmp_path / "new").touch()
     assert store.missing(tmp_path, ["a", "b", "new"]) == ["b", "new"]
-    store.add([a_map(7)], [], pictures_in(tmp_path, "b"))
+    store.add([a_map(7)], [], images_in(tmp_path, "b"))
     assert torch.equal(FeatureStore(store.folder).read("b"), a_map(7))
     assert store.missing(tmp_path, ["a", "b"]) == []
     (tmp_path / "a").unlink()
     assert store.missing(tmp_path, ["a"]) == ["a"]
 
 
-def test_broken_pictures_are_entries_with_a_reason(tmp_path):
+def test_broken_images_are_entries_with_a_reason(tmp_path):
     store = FeatureStore(tmp_path / "store", FACTS)
-    bad, good, worse = pictures_in(tmp_path, "bad", "good", "worse")
-    bad, worse = (
-        StoredPicture(p.name, p.bytes, p.changed, reason="cut short") for p in (bad, worse)
-    )
+    bad, good, worse = images_in(tmp_path, "bad", "good", "worse")
+    bad, worse = (StoredImage(p.name, p.bytes, p.changed, reason="cut short") for p in (bad, worse))
     store.add([a_map(3)], [], [good], [bad])
     store.add([], [], [], [worse])
     reader = FeatureStore(store.folder)
@@ -69,13 +67,13 @@ def test_broken_pictures_are_entries_with_a_reason(tmp_path):
 def test_mirrored_features_are_kept_beside(tmp_path):
     with_flips = StoreFacts("teacher", "ab" * 32, ImageSpec.sam(32), flips=True)
     store = FeatureStore(tmp_path / "store", with_flips)
-    store.add([a_map(0)], [a_map(1)], pictures_in(tmp_path, "a"))
+    store.add([a_map(0)], [a_map(1)], images_in(tmp_path, "a"))
     assert torch.equal(store.read("a"), a_map(0))
     assert torch.equal(store.read("a", flipped=True), a_map(1))
     with pytest.raises(ValueError, match="want 1 maps and 1 mirrored ones; came 1 and 0"):
-        store.add([a_map(0)], [], pictures_in(tmp_path, "a"))
+        store.add([a_map(0)], [], images_in(tmp_path, "a"))
     plain = FeatureStore(tmp_path / "plain", FACTS)
-    plain.add([a_map(0)], [], pictures_in(tmp_path, "a"))
+    plain.add([a_map(0)], [], images_in(tmp_path, "a"))
     with pytest.raises(ValueError, match="store with flips"):
         plain.read("a", flipped=True)
 
@@ -94,22 +92,22 @@ def test_features_of_another_teacher_are_not_mixed_in(tmp_path, other, words):
         FeatureStore(tmp_path / "store", other)
 
 
-def test_a_damaged_shard_is_named_and_its_pictures_are_missing(tmp_path):
+def test_a_damaged_shard_is_named_and_its_images_are_missing(tmp_path):
     store = FeatureStore(tmp_path / "store", FACTS)
-    store.add([a_map(0)], [], pictures_in(tmp_path, "a"))
-    store.add([a_map(1)], [], pictures_in(tmp_path, "b"))
+    store.add([a_map(0)], [], images_in(tmp_path, "a"))
+    store.add([a_map(1)], [], images_in(tmp_path, "b"))
     first = store.folder / "shard-00000.safetensors"
     first.write_bytes(first.read_bytes()[:-1])
     again = FeatureStore(store.folder, FACTS)
     assert again.damaged == [first.name]
     assert again.good == ["b"] and again.missing(tmp_path, ["a", "b"]) == ["a"]
-    again.add([a_map(0)], [], pictures_in(tmp_path, "a"))
+    again.add([a_map(0)], [], images_in(tmp_path, "a"))
     assert FeatureStore(store.folder).good == ["a", "b"]  # a third shard; none is overwritten
 
 
 def test_a_shard_of_another_store_is_not_taken_up(tmp_path):
     other = FeatureStore(tmp_path / "other", StoreFacts("b", "cd" * 32, ImageSpec.sam(32)))
-    other.add([a_map(0)], [], pictures_in(tmp_path, "a"))
+    other.add([a_map(0)], [], images_in(tmp_path, "a"))
     FeatureStore(tmp_path / "store", FACTS)
     shard = other.folder / "shard-00000.safetensors"
     (tmp_path / "store" / shard.name).write_bytes(shard.read_bytes())
@@ -118,9 +116,9 @@ def test_a_shard_of_another_store_is_not_taken_up(tmp_path):
 
 def test_maps_of_another_shape_are_refused(tmp_path):
     store = FeatureStore(tmp_path / "store", FACTS)
-    store.add([a_map(0)], [], pictures_in(tmp_path, "a"))
+    store.add([a_map(0)], [], images_in(tmp_path, "a"))
     with pytest.raises(ValueError, match=r"\(3, 2, 2\); came \(3, 2, 3\).*padding"):
-        FeatureStore(store.folder).add([a_map(0, (3, 2, 3))], [], pictures_in(tmp_path, "b"))
+        FeatureStore(store.folder).add([a_map(0, (3, 2, 3))], [], images_in(tmp_path, "b"))
 
 
 def test_folders_that_are_no_store(tmp_path):
@@ -136,7 +134,7 @@ def test_folders_that_are_no_store(tmp_path):
 
 def test_a_shard_that_is_gone_is_said(tmp_path):
     store = FeatureStore(tmp_path / "store", FACTS)
-    store.add([a_map(0)], [], pictures_in(tmp_path, "a"))
+    store.add([a_map(0)], [], images_in(tmp_path, "a"))
     (store.folder / "shard-00000.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"shard-00000\.safetensors cannot be read"):
         store.read("a")

@@ -31,12 +31,12 @@ def test_a_folder_can_be_held_out():
         == hold_out(names, "val/")
         == (["a.jpg", "value/c.jpg"], ["val/b.jpg"])
     )
-    with pytest.raises(ValueError, match="'test' leaves 3 pictures to learn from and 0"):
+    with pytest.raises(ValueError, match="'test' leaves 3 images to learn from and 0"):
         hold_out(names, "test")
 
 
 def test_what_cannot_be_split_is_said():
-    with pytest.raises(ValueError, match="at least 2 pictures, got 1"):
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
         hold_out(["a"], 0.5)
     for part in (0.0, 1.0):
         with pytest.raises(ValueError, match="above 0 and below 1"):

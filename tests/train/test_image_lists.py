@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from tinyvit.train.data.lists import number_classes, read_csv, read_folder, split
 
-from .tiny_pictures import write_folder
+from .tiny_images import write_folder
 
 
 def test_a_folder_is_listed_by_class_and_name(tmp_path):
@@ -28,7 +28,7 @@ def test_a_folder_is_listed_by_class_and_name(tmp_path):
 def test_an_empty_class_is_an_error_that_names_it(tmp_path):
     root = write_folder(tmp_path, count=1)
     (root / "dog").mkdir()
-    with pytest.raises(ValueError, match=r"1 class \('dog'\) .* without a picture"):
+    with pytest.raises(ValueError, match=r"1 class \('dog'\) .* without an image"):
         read_folder(root)
 
 
@@ -37,13 +37,13 @@ def test_a_folder_without_classes(tmp_path, make):
     folder = tmp_path / "none"
     if make:
         folder.mkdir()
-    with pytest.raises(ValueError, match="no subfolders with pictures" if make else "no folder"):
+    with pytest.raises(ValueError, match="no subfolders with images" if make else "no folder"):
         read_folder(folder)
 
 
 def test_the_other_part_is_numbered_alike(tmp_path):
     root = write_folder(tmp_path / "val", ("bee", "cat"), count=1)
-    with pytest.warns(UserWarning, match=r"1 class \('ant'\) without a picture in"):
+    with pytest.warns(UserWarning, match=r"1 class \('ant'\) without an image in"):
         listed = read_folder(root, ("ant", "bee", "cat"))
     assert listed.labels.tolist() == [1, 2]
     with pytest.raises(ValueError, match="1 classes that the other part does not have: 'cat'"):
@@ -82,7 +82,7 @@ def test_csv_with_a_split(tmp_path):
         ("", "is empty"),
         ("path,label\n", "a header and no rows"),
         ("a/0.png,x\na/1.png\n", "line 2 of .* is 'a/1.png'; wanted a path and a label"),
-        ("a/0.png,x\nb/7.png,y\n", "1 of 2 pictures .* are not there: 'b/7.png'; paths are rel"),
+        ("a/0.png,x\nb/7.png,y\n", "1 of 2 images .* are not there: 'b/7.png'; paths are rel"),
     ],
 )
 def test_a_csv_that_is_wrong(tmp_path, text, words):
@@ -127,8 +127,8 @@ def test_another_seed_holds_out_others():
     assert split(labels, 0.5, 0)[1].tolist() != split(labels, 0.5, 1)[1].tolist()
 
 
-def test_one_picture_is_too_few_and_a_part_has_a_range():
-    with pytest.raises(ValueError, match="1 pictures and no class with more than one; a picture"):
+def test_one_image_is_too_few_and_a_part_has_a_range():
+    with pytest.raises(ValueError, match="1 images and no class with more than one; an image"):
         split(np.array([0]), 0.5, 0)
     with pytest.raises(ValueError, match=r"above 0 and below 1, got 1\.0"):
         split(np.array([0, 0]), 1.0, 0)

@@ -12,7 +12,7 @@ NAMES = ("ant", "bee", "cat", "dog")
 
 def header(**changes):
     values = {
-        "pictures": 5,
+        "images": 5,
         "views": 3,
         "k": 2,
         "classes": NAMES,
@@ -40,8 +40,8 @@ def test_what_is_written_is_read(tmp_path):
     store.write(1, np.array([4, 0, 2]), seeds, chances, classes)
     again = LogitStore.open(tmp_path / "s")
     assert again.header == store.header
-    for place, picture in enumerate((4, 0, 2)):
-        seed, probabilities, numbers = again.read(1, picture)
+    for place, image in enumerate((4, 0, 2)):
+        seed, probabilities, numbers = again.read(1, image)
         assert seed == seeds[place]
         np.testing.assert_array_equal(numbers, classes[place])
         # half precision: 11 bits
@@ -59,13 +59,13 @@ def test_the_size_of_a_record(classes, k, size):
     names = tuple(str(i) for i in range(classes))
     made = header(classes=names, k=k)
     assert made.record.itemsize == size
-    assert made.bytes_per_picture == 3 * size
+    assert made.bytes_per_image == 3 * size
     assert size == (12 + 4 * k if classes <= 65536 else 12 + 6 * k)
 
 
 def test_the_file_has_its_whole_length_from_the_start(tmp_path):
     store = LogitStore.create(tmp_path, header())
-    assert (tmp_path / "logits.bin").stat().st_size == 5 * store.header.bytes_per_picture
+    assert (tmp_path / "logits.bin").stat().st_size == 5 * store.header.bytes_per_image
 
 
 @given(st.integers(0, 19), st.integers(1, 255))
@@ -152,13 +152,13 @@ def test_a_damaged_store(tmp_path):
         LogitStore.open(tmp_path)
 
 
-@pytest.mark.parametrize("values", [{"pictures": 0}, {"views": 0}, {"k": 0}, {"k": 5}])
+@pytest.mark.parametrize("values", [{"images": 0}, {"views": 0}, {"k": 0}, {"k": 5}])
 def test_wrong_numbers(values):
-    with pytest.raises(ValueError, match=r"wants pictures and views|number of classes, 4"):
+    with pytest.raises(ValueError, match=r"wants images and views|number of classes, 4"):
         header(**values)
 
 
 @pytest.mark.parametrize("place", [(3, 0), (-1, 0), (0, 5), (0, -1)])
 def test_there_is_no_such_record(tmp_path, place):
-    with pytest.raises(ValueError, match="views 0 to 2 and pictures 0 to 4, got view"):
+    with pytest.raises(ValueError, match="views 0 to 2 and images 0 to 4, got view"):
         LogitStore.create(tmp_path, header()).read(*place)

@@ -19,7 +19,7 @@ from tinyvit.train.tasks.teachers import (
     write_logits,
 )
 
-from .tiny_pictures import tiny_classifier, write_folder
+from .tiny_images import tiny_classifier, write_folder
 
 SPEC = ImageSpec.timm(16)
 WEIGHT = torch.randn(3, 3 * 16 * 16, generator=torch.Generator().manual_seed(0)) / 20
@@ -33,12 +33,12 @@ TEACHER = Teacher(answer, SPEC, "linear", "0" * 64)
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     return open_part(write_folder(tmp_path / "data", count=3))
 
 
-def test_answers_are_those_of_the_view_that_the_seed_makes(tmp_path, pictures):
-    store, broken = write_logits(tmp_path / "s", pictures, TEACHER, views=2, k=2, batch_size=4)
+def test_answers_are_those_of_the_view_that_the_seed_makes(tmp_path, images):
+    store, broken = write_logits(tmp_path / "s", images, TEACHER, views=2, k=2, batch_size=4)
     assert not broken
     from tinyvit.images.decode import decode
 
@@ -48,7 +48,7 @@ def test_answers_are_those_of_the_view_that_the_seed_makes(tmp_path, pictures):
         for index in range(9):
             seed, probabilities, classes = store.read(view, index)
             seen.add(seed)
-            image = decode(pictures.source(index))
+            image = decode(images.source(index))
             pixels = View(augmentation("light"), SPEC)(image, np.random.default_rng(seed))
             wanted = answer(torch.from_numpy(pixels)[None]).softmax(1)[0]
             best = wanted.topk(2)
@@ -58,8 +58,8 @@ def test_answers_are_those_of_the_view_that_the_seed_makes(tmp_path, pictures):
     assert len(seen) == 18
 
 
-def test_a_stopped_writing_goes_on_to_the_same_bytes(tmp_path, pictures):
-    whole, _ = write_logits(tmp_path / "whole", pictures, TEACHER, views=2, k=2, batch_size=2)
+def test_a_stopped_writing_goes_on_to_the_same_bytes(tmp_path, images):
+    whole, _ = write_logits(tmp_path / "whole", images, TEACHER, views=2, k=2, batch_size=2)
     calls = []
 
     def killed(images):
@@ -70,10 +70,10 @@ def test_a_stopped_writing_goes_on_to_the_same_bytes(tmp_path, pictures):
 
     teacher = Teacher(killed, SPEC, "linear", "0" * 64)
     with pytest.raises(KeyboardInterrupt):
-        write_logits(tmp_path / "parts", pictures, teacher, views=2, k=2, batch_size=2)
+        write_logits(tmp_path / "parts", images, teacher, views=2, k=2, batch_size=2)
     told = []
     parts, _ = write_logits(
-        tmp_path / "parts", pictures, TEACHER, views=2, k=2, batch_size=4,
+        tmp_path / "parts", images, TEACHER, views=2, k=2, batch_size=4,
         progress=lambda done, of: told.append((done, of)),
     )  # fmt: skip
     assert told[0] == (9, 18)  # six of the first view were there; the last three came together
@@ -82,23 +82,23 @@ def test_a_stopped_writing_goes_on_to_the_same_bytes(tmp_path, pictures):
     assert bytes_of[0] == bytes_of[1]
     told.clear()
     write_logits(
-        tmp_path / "parts", pictures, teacher, views=2, k=2,
+        tmp_path / "parts", images, teacher, views=2, k=2,
         progress=lambda done, of: told.append(done),
     )  # fmt: skip
     assert told == []  # nothing was left to do
 
 
-def test_another_teacher_does_not_write_on(tmp_path, pictures):
-    write_logits(tmp_path / "s", pictures, TEACHER, views=1)
+def test_another_teacher_does_not_write_on(tmp_path, images):
+    write_logits(tmp_path / "s", images, TEACHER, views=1)
     other = Teacher(answer, SPEC, "linear", "1" * 64)
     with pytest.raises(StoreMismatchError, match=r"teacher_sha256 is '000.* there and '111"):
-        write_logits(tmp_path / "s", pictures, other, views=1)
+        write_logits(tmp_path / "s", images, other, views=1)
 
 
-def test_broken_pictures_are_named_and_have_no_answer(tmp_path, pictures):
-    (tmp_path / "data" / pictures.name(4)).write_bytes(b"")
-    store, broken = write_logits(tmp_path / "s", pictures, TEACHER, views=1)
-    assert list(broken) == [pictures.name(4)]
+def test_broken_images_are_named_and_have_no_answer(tmp_path, images):
+    (tmp_path / "data" / images.name(4)).write_bytes(b"")
+    store, broken = write_logits(tmp_path / "s", images, TEACHER, views=1)
+    assert list(broken) == [images.name(4)]
     assert store.missing(0).tolist() == [4]
 
 
@@ -109,14 +109,14 @@ def test_broken_pictures_are_named_and_have_no_answer(tmp_path, pictures):
         (lambda x: answer(x) * float("nan"), "not finite"),
     ],
 )
-def test_a_teacher_that_answers_wrongly(tmp_path, pictures, wrong, words):
+def test_a_teacher_that_answers_wrongly(tmp_path, images, wrong, words):
     with pytest.raises(ValueError, match=words):
-        write_logits(tmp_path / "s", pictures, Teacher(wrong, SPEC, "linear", ""), views=1)
+        write_logits(tmp_path / "s", images, Teacher(wrong, SPEC, "linear", ""), views=1)
 
 
-def test_a_checkpoint_as_a_teacher(tmp_path, make_tiny_vit, pictures):
+def test_a_checkpoint_as_a_teacher(tmp_path, make_tiny_vit, images):
     model = tiny_classifier(make_tiny_vit)
-    path = save_classifier(model, tmp_path / "t.safetensors", pictures.classes)
+    path = save_classifier(model, tmp_path / "t.safetensors", images.classes)
     teacher = open_teacher(path)
     assert teacher.spec == model.image_spec
     x = torch.randn(2, 3, 16, 16)

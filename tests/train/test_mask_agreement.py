@@ -19,7 +19,7 @@ def tiny_sam(decoder=MaskDecoder, **more):
     return Sam(encoder, PromptEncoder(16, (4, 4), (64, 64), 4), heads).eval()
 
 
-def test_points_lie_in_the_pictures():
+def test_points_lie_in_the_images():
     placed = torch.tensor([[1.0, 0.5], [0.25, 1.0]])
     points = random_points(placed, 200, torch.Generator().manual_seed(0))
     assert points.shape == (2, 200, 2)
@@ -34,14 +34,14 @@ def test_masks_are_those_of_the_model_at_the_same_place():
     points = torch.tensor([[[0.5, 0.25]], [[0.125, 0.75]]])  # (x, y)
     masks = MaskAgreement(sam).masks(embedding, points)
     assert masks.shape == (8, 16, 16)
-    for picture in range(2):
-        coords = points[picture][None] * 64 - 0.5  # the model adds half a pixel
+    for image in range(2):
+        coords = points[image][None] * 64 - 0.5  # the model adds half a pixel
         sparse, dense = sam.prompt_encoder((coords, torch.ones(1, 1)), None, None)
         wanted, _ = sam.mask_decoder.predict_masks(
-            embedding[picture : picture + 1], sam.prompt_encoder.get_dense_pe(), sparse, dense
+            embedding[image : image + 1], sam.prompt_encoder.get_dense_pe(), sparse, dense
         )
-        # one picture alone and two together: sums in another order
-        assert torch.allclose(masks[4 * picture :][:4], wanted[0], atol=1e-5)
+        # one image alone and two together: sums in another order
+        assert torch.allclose(masks[4 * image :][:4], wanted[0], atol=1e-5)
 
 
 def test_gradients_flow_into_the_embedding_and_not_into_the_heads():

@@ -13,12 +13,12 @@ from .shapes import shapes, write_shapes
 BOX = [10.0, 5.0, 30.0, 5.0, 30.0, 25.0, 10.0, 25.0]
 
 
-def picture(path, size=(48, 64)):
+def image(path, size=(48, 64)):
     Image.fromarray(np.full((*size, 3), 90, np.uint8)).save(path)
 
 
 def coco(tmp_path, annotations, **row):
-    picture(tmp_path / "a.png")
+    image(tmp_path / "a.png")
     content = {
         "images": [{"id": 7, "file_name": "a.png", "height": 48, "width": 64, **row}],
         "annotations": annotations,
@@ -43,19 +43,19 @@ def test_coco_with_polygons_and_run_lengths(tmp_path):
     assert masks[0].sum() == 400
     np.testing.assert_array_equal(masks[1], mask)
     words = " ".join(found.faults)
-    for expected in ("3: a crowd", "4: there is no picture with the id 8", "5: wanted a list"):
+    for expected in ("3: a crowd", "4: there is no image with the id 8", "5: wanted a list"):
         assert expected in words
     assert open_mask_set(tmp_path).objects == 2  # the folder finds its JSON
 
 
 def test_coco_of_another_size(tmp_path):
     path = coco(tmp_path, [{"id": 1, "image_id": 7, "segmentation": [BOX]}], width=100)
-    with pytest.raises(ValueError, match=r"masks are for 100 x 48 .* the picture is 64 x 48"):
+    with pytest.raises(ValueError, match=r"masks are for 100 x 48 .* the image is 64 x 48"):
         open_mask_set(path)
 
 
 def test_labelme(tmp_path):
-    picture(tmp_path / "a.png")
+    image(tmp_path / "a.png")
     square = [[0, 0], [10, 0], [10, 10], [0, 10]]
     shapes_ = [
         {"label": "cat", "points": [[10, 5], [30, 25]], "shape_type": "rectangle"},
@@ -77,9 +77,9 @@ def test_labelme(tmp_path):
 def test_csv(tmp_path):
     write_shapes(tmp_path, 2)
     rows = [
-        {"image": "picture0.png", "mask": "picture0_0.png", "label": "disc"},
-        {"image": "picture0.png", "mask": "picture0_1.png", "label": "box"},
-        {"image": "picture1.png", "mask": "", "label": ""},
+        {"image": "image0.png", "mask": "image0_0.png", "label": "disc"},
+        {"image": "image0.png", "mask": "image0_1.png", "label": "box"},
+        {"image": "image1.png", "mask": "", "label": ""},
     ]
     with (tmp_path / "manifest.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -102,9 +102,9 @@ def test_folders(tmp_path):
     ids = np.zeros((48, 64), np.uint8)
     ids[:10, :10], ids[20:30, 20:30] = 4, 9
     Image.fromarray(ids).save(masks / "many.png")
-    picture(tmp_path / "images" / "many.png")
-    picture(tmp_path / "images" / "own.png")
-    picture(tmp_path / "images" / "bare.png")
+    image(tmp_path / "images" / "many.png")
+    image(tmp_path / "images" / "own.png")
+    image(tmp_path / "images" / "bare.png")
     (masks / "own").mkdir()
     Image.fromarray((ids > 0).astype(np.uint8) * 255).save(masks / "own" / "first.png")
     Image.fromarray(ids).save(masks / "stranger.png")
@@ -112,13 +112,13 @@ def test_folders(tmp_path):
     assert {scene.name: len(scene) for scene in found} == {
         "many.png": 2,
         "own.png": 1,
-        "picture0.png": 2,
-        "picture1.png": 2,
+        "image0.png": 2,
+        "image1.png": 2,
     }
     many = next(scene for scene in found if scene.name == "many.png")
     assert many.load()[1].sum((1, 2)).tolist() == [100, 100]
     words = " ".join(found.faults)
-    assert "stranger.png belongs to no picture" in words
+    assert "stranger.png belongs to no image" in words
     assert "bare.png has no masks" in words
 
 

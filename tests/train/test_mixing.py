@@ -39,17 +39,17 @@ def test_nothing_is_mixed_where_it_is_off(settings):
     assert mixed[1] is targets
 
 
-def test_one_picture_alone_is_left_as_it_is():
+def test_one_image_alone_is_left_as_it_is():
     images, targets = batch(1)
     assert mix(images, targets, Mixing(0.8, 1.0), chance())[0] is images
 
 
 @given(st.integers(0, 10_000))
-def test_mixup_is_linear_in_pictures_and_targets(seed):
+def test_mixup_is_linear_in_images_and_targets(seed):
     images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 5, 6)
     targets = torch.eye(4)
     mixed, soft = mix(images, targets, Mixing(mixup=0.8), chance(seed))
-    # each picture is its number, so its mean must be the mean number under its target
+    # each image is its number, so its mean must be the mean number under its target
     torch.testing.assert_close(mixed[:, 0, 0, 0], soft @ torch.arange(4.0))
     torch.testing.assert_close(soft.sum(1), torch.ones(4))
 
@@ -59,8 +59,8 @@ def test_cutmix_counts_the_pixels_that_are_seen(seed, height, width):
     images = torch.arange(4.0)[:, None, None, None].expand(4, 3, height, width)
     mixed, soft = mix(images, torch.eye(4), Mixing(cutmix=1.0), chance(seed))
     assert set(mixed.unique().tolist()) <= {0.0, 1.0, 2.0, 3.0}
-    for picture, target in zip(mixed, soft, strict=True):
-        seen = torch.bincount(picture[0].flatten().long(), minlength=4) / (height * width)
+    for image, target in zip(mixed, soft, strict=True):
+        seen = torch.bincount(image[0].flatten().long(), minlength=4) / (height * width)
         torch.testing.assert_close(target, seen)  # float32 division both times
 
 

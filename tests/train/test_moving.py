@@ -96,7 +96,7 @@ def test_the_parts_of_a_sam():
     assert {name.rpartition(".neck.")[0] for name in moving_names(sam)} == {"image_encoder"}
 
 
-def test_lora_moves_what_it_adds_and_leaves_a_plain_network(picture):
+def test_lora_moves_what_it_adds_and_leaves_a_plain_network(image):
     pytest.importorskip("tinyvit.train.lora")
     model = make_model().eval()
     frozen = {name: p.clone() for name, p in model.named_parameters()}
@@ -111,7 +111,7 @@ def test_lora_moves_what_it_adds_and_leaves_a_plain_network(picture):
     model.eval()
     plain = merged(model, "lora")
     assert set(plain.state_dict()) == set(make_model().state_dict())
-    x = picture(2, 16, 16)
+    x = image(2, 16, 16)
     # the sum of two products against the product of a sum, in float32
     torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-5)
     assert merged(plain, "full") is plain

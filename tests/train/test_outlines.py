@@ -27,7 +27,7 @@ def test_a_polygon_holds_the_pixels_whose_centres_it_holds():
     assert (fill_polygon(ring, (32, 40)) != exact).sum() <= 4  # 200 corners are no ellipse yet
 
 
-def test_polygons_are_joined_and_cut_at_the_picture():
+def test_polygons_are_joined_and_cut_at_the_image():
     square = [-5.0, -5.0, 3.0, -5.0, 3.0, 3.0, -5.0, 3.0]
     other = [[6.0, 6.0], [20.0, 6.0], [20.0, 20.0], [6.0, 20.0]]
     mask = Polygons.read([square, other]).mask((10, 10))
@@ -50,7 +50,7 @@ def test_run_lengths_both_ways():
     for compressed in (True, False):
         outline = RunLengths.read(encode(mask, compressed))
         np.testing.assert_array_equal(outline.mask((7, 9)), mask)
-    with pytest.raises(ValueError, match=r"9 x 7 pixels .* but the picture is 7 x 9"):
+    with pytest.raises(ValueError, match=r"9 x 7 pixels .* but the image is 7 x 9"):
         outline.check((9, 7))
     with pytest.raises(ValueError, match="run lengths want"):
         RunLengths.read({"counts": [1, 2]})
@@ -84,6 +84,6 @@ def test_colours_and_palettes(tmp_path):
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ImageError, match=r"there is no mask file .*none.png"):
         read_mask_file(tmp_path / "none.png", is_one_object=True)
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(ImageError, match=r"bad.png cannot be read"):
         MaskFile(tmp_path / "bad.png").mask((2, 2))

@@ -63,7 +63,7 @@ def test_too_little(arguments, words):
         Order(*arguments)
 
 
-def test_one_picture_is_enough():
+def test_one_image_is_enough():
     order = Order(1, 8)
     assert order.steps_per_epoch == 1
     assert order.parts(4, 0) == [[(4, 0)]]

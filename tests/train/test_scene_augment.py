@@ -13,7 +13,7 @@ def scene(height=60, width=90):
     return image, masks
 
 
-def test_the_whole_picture_fits_into_the_frame():
+def test_the_whole_image_fits_into_the_frame():
     framed = frame_scene(*scene(), (64, 64))
     assert framed.pixels.shape == (43, 64, 3)
     assert framed.masks.shape == (2, 43, 64)
@@ -46,7 +46,7 @@ def test_grey_takes_all_colour_away():
     assert np.ptp(framed.pixels, axis=2).max() == 0
 
 
-def test_a_picture_of_one_pixel():
+def test_an_image_of_one_pixel():
     image, masks = np.full((1, 1, 3), 200, np.uint8), np.ones((1, 1, 1), bool)
     framed = SceneAugment()(image, masks, (32, 32), np.random.default_rng(0))
     assert framed.masks.all()

@@ -33,7 +33,7 @@ def test_small_objects_are_left_out_where_larger_ones_are(data):
     assert none.sample(0, np.random.default_rng(0)).masks.any((1, 2)).all()
 
 
-def test_a_batch_has_the_pictures_first(data):
+def test_a_batch_has_the_images_first(data):
     sampler = SceneSampler(data, ImageSpec.sam(32), objects=3, least_pixels=1)
     batch = collate_scenes([sampler.sample(i, np.random.default_rng(i)) for i in (0, 1)])
     shapes = {name: tuple(v.shape) for name, v in batch.items() if name != "broken"}
@@ -48,6 +48,6 @@ def test_a_batch_has_the_pictures_first(data):
     assert batch["broken"] == {}
 
 
-def test_pictures_that_are_cropped_are_refused(data):
+def test_images_that_are_cropped_are_refused(data):
     with pytest.raises(ValueError, match="fitted by their longest side, not 'crop'"):
         SceneSampler(data, ImageSpec.timm(224))

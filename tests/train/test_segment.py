@@ -16,7 +16,7 @@ from .shapes import write_shapes
 
 
 def learn(task, steps, lr, batch=2):
-    """The plainest loop: the same few pictures, over and over; the losses."""
+    """The plainest loop: the same few images, over and over; the losses."""
     moving = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(moving, lr=lr)
     found = []
@@ -106,7 +106,7 @@ def test_kept_embeddings_give_the_same_loss(tiny_task):
     tiny_task.cached_features = 1
     assert loss() == plain
     assert list(tiny_task._kept) == [0]
-    assert loss() == pytest.approx(plain, rel=1e-5)  # the other picture is encoded in a batch of 1
+    assert loss() == pytest.approx(plain, rel=1e-5)  # the other image is encoded in a batch of 1
 
 
 def test_embeddings_of_a_learning_encoder_are_not_kept(tiny_task):
@@ -116,8 +116,8 @@ def test_embeddings_of_a_learning_encoder_are_not_kept(tiny_task):
         tiny_task.loss(tiny_task.model, batch, torch.Generator())
 
 
-def test_a_broken_picture_is_replaced_and_named(tiny_task, data):
-    data[0].picture.write_bytes(b"\x89PNG broken")
+def test_a_broken_image_is_replaced_and_named(tiny_task, data):
+    data[0].image.write_bytes(b"\x89PNG broken")
     batch = tiny_task.collate([tiny_task.sample(0, np.random.default_rng(0))])
     tiny_task.loss(tiny_task.model, batch, torch.Generator())
     assert list(tiny_task.broken) == [data[0].name]
@@ -128,8 +128,8 @@ def test_a_broken_picture_is_replaced_and_named(tiny_task, data):
 
 def test_data_of_which_nothing_can_be_read(tiny_task, data):
     for scene in data:
-        scene.picture.write_bytes(b"")
-    with pytest.raises(ImageError, match="20 pictures drawn in a row were broken"):
+        scene.image.write_bytes(b"")
+    with pytest.raises(ImageError, match="20 images drawn in a row were broken"):
         tiny_task.sample(0, np.random.default_rng(0))
 
 
@@ -153,7 +153,7 @@ def spoil(module, share):
                 parameter.add_(noise * parameter.std() * share)
 
 
-def test_a_spoilt_decoder_gets_better_on_a_few_pictures(tmp_path):
+def test_a_spoilt_decoder_gets_better_on_a_few_images(tmp_path):
     folder = write_shapes(tmp_path, 2, size=(120, 160))
     task = make_task(
         SegmentSettings(str(folder), str(folder), augment="none", objects=2, corrective_share=0.2)
@@ -167,16 +167,16 @@ def test_a_spoilt_decoder_gets_better_on_a_few_pictures(tmp_path):
     assert after["mean_iou"] > before["mean_iou"] + 0.1
 
 
-def test_one_picture_is_learnt_from_and_measured_on(tmp_path):
-    with pytest.warns(UserWarning, match="only one picture: it is learnt from and measured on"):
+def test_one_image_is_learnt_from_and_measured_on(tmp_path):
+    with pytest.warns(UserWarning, match="only one image: it is learnt from and measured on"):
         task = make_task(SegmentSettings(str(write_shapes(tmp_path, 1))))
     assert len(task) == len(task.val) == 1
 
 
 def test_what_was_left_out_is_said(tmp_path):
     folder = write_shapes(tmp_path, 3)
-    Image.new("L", (5, 5), 255).save(folder / "masks" / "picture0_9.png")
-    with pytest.warns(UserWarning, match="left out 1: .*picture0.png, object 2"):
+    Image.new("L", (5, 5), 255).save(folder / "masks" / "image0_9.png")
+    with pytest.warns(UserWarning, match="left out 1: .*image0.png, object 2"):
         task = make_task(SegmentSettings(str(folder)))
     assert len(task) == 2
     with pytest.raises(ValueError, match="5 x 5 pixels"):

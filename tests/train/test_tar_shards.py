@@ -8,11 +8,11 @@ from tinyvit.errors import ImageError
 from tinyvit.images.decode import decode
 from tinyvit.train.data.tar import INDEX, find_shards, read_shards
 
-from .tiny_pictures import pixels_of, png, write_shards, write_tar
+from .tiny_images import pixels_of, png, write_shards, write_tar
 
 
 @pytest.mark.parametrize("label", [".cls", ".json"])
-def test_every_picture_is_read_at_its_place(tmp_path, label):
+def test_every_image_is_read_at_its_place(tmp_path, label):
     folder = write_shards(tmp_path, classes=2, count=3, label=label)
     listed = pickle.loads(pickle.dumps(read_shards(find_shards(folder))))
     assert len(listed) == 12
@@ -96,8 +96,8 @@ def test_a_file_that_is_no_tar(tmp_path):
 @pytest.mark.parametrize(
     "members, words",
     [
-        ([("a.png", b"x"), ("b.cls", b"1")], "1 pictures of .* have no label, the first is 'a'"),
-        ([("a.txt", b"x")], "no pictures in 1 tar files"),
+        ([("a.png", b"x"), ("b.cls", b"1")], "1 images of .* have no label, the first is 'a'"),
+        ([("a.txt", b"x")], "no images in 1 tar files"),
         ([("a.png", b"x"), ("a.cls", b"")], "label 'a.tar/a.cls' is ''; wanted a number or a name"),
         ([("a.png", b"x"), ("a.json", b"{")], "is no json"),
         ([("a.png", b"x"), ("a.json", b'{"caption": "x"}')], "in .json under one of label, cls"),

@@ -17,7 +17,7 @@ from tinyvit.train.tasks.teachers import (
     ModuleTeacher,
     OnnxTeacher,
     TinyViTTeacher,
-    list_pictures,
+    list_images,
     open_teacher,
     store_features,
 )
@@ -36,7 +36,7 @@ def tiny(**more):
     return model
 
 
-def write_pictures(folder, *names, seed=0):
+def write_images(folder, *names, seed=0):
     rng = np.random.default_rng(seed)
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def test_other_libraries_are_asked_for_only_when_wanted(monkeypatch):
             open_teacher(source, SPEC, device="cpu")
 
 
-def test_a_model_of_timm_says_how_its_pictures_go_in(monkeypatch):
+def test_a_model_of_timm_says_how_its_images_go_in(monkeypatch):
     class Swin(nn.Module):
         output_fmt = "NHWC"
         pretrained_cfg = {  # noqa: RUF012 (as timm has it)
@@ -157,20 +157,20 @@ def test_a_sam_of_transformers_teaches_by_its_vision_encoder(monkeypatch):
         open_teacher("hf:facebook/sam-vit-base", device="cpu")
 
 
-def test_pictures_are_found_below_a_folder(tmp_path):
-    write_pictures(tmp_path, "b.png", "deep/er/a.JPG")
+def test_images_are_found_below_a_folder(tmp_path):
+    write_images(tmp_path, "b.png", "deep/er/a.JPG")
     (tmp_path / "notes.txt").touch()
-    assert list_pictures(tmp_path) == ["b.png", "deep/er/a.JPG"]
+    assert list_images(tmp_path) == ["b.png", "deep/er/a.JPG"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no pictures below"):
-        list_pictures(tmp_path / "empty")
+    with pytest.raises(ValueError, match="no images below"):
+        list_images(tmp_path / "empty")
     with pytest.raises(ValueError, match="is no folder"):
-        list_pictures(tmp_path / "b.png")
+        list_images(tmp_path / "b.png")
 
 
 def test_features_are_stored_once_and_are_the_teacher_s(tmp_path):
-    write_pictures(tmp_path / "in", "a.png", "b.png", "c.png")
-    (tmp_path / "in" / "bad.png").write_bytes(b"no picture")
+    write_images(tmp_path / "in", "a.png", "b.png", "c.png")
+    (tmp_path / "in" / "bad.png").write_bytes(b"no image")
     module, told = Plain(), []
     teacher = ModuleTeacher(module, SPEC)
     store = store_features(
@@ -192,7 +192,7 @@ def test_features_are_stored_once_and_are_the_teacher_s(tmp_path):
 
 
 def test_a_job_that_was_killed_goes_on(tmp_path):
-    write_pictures(tmp_path / "in", *(f"{n}.png" for n in range(6)))
+    write_images(tmp_path / "in", *(f"{n}.png" for n in range(6)))
 
     class Killed(Plain):
         def forward(self, x):
@@ -217,7 +217,7 @@ def test_a_job_that_was_killed_goes_on(tmp_path):
 
 
 def test_features_that_fp16_cannot_hold_are_entries_with_a_reason(tmp_path):
-    write_pictures(tmp_path / "in", "a.png")
+    write_images(tmp_path / "in", "a.png")
 
     class Large(nn.Module):
         def forward(self, x):
@@ -229,7 +229,7 @@ def test_features_that_fp16_cannot_hold_are_entries_with_a_reason(tmp_path):
 
 
 def test_maps_must_have_one_shape(tmp_path):
-    write_pictures(tmp_path / "in", "a.png")
+    write_images(tmp_path / "in", "a.png")
     with pytest.raises(ValueError, match="image_spec has pad=False"):
         store_features(
             ModuleTeacher(Plain(), ImageSpec.sam(32, pad=False)), tmp_path / "in", tmp_path / "out"

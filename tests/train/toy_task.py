@@ -2,7 +2,7 @@
 
     python toy_task.py FOLDER [name=value ...]
 
-Pictures are noise, labels say whether their mean is above zero; with ``noise`` each sample and each
+Images are noise, labels say whether their mean is above zero; with ``noise`` each sample and each
 loss also takes chance from the generators it is given.
 """
 
@@ -61,25 +61,25 @@ class ToyTask:
         self.model = make_model() if model is None else model
         self.samples, self.noise, self.slow = samples, noise, slow
         generator = torch.Generator().manual_seed(5)
-        self.pictures = torch.randn(samples, 3, SIDE, SIDE, generator=generator)
-        self.pictures += torch.randn(samples, 1, 1, 1, generator=generator)
-        self.labels = (self.pictures.mean((1, 2, 3)) > 0).long()
+        self.images = torch.randn(samples, 3, SIDE, SIDE, generator=generator)
+        self.images += torch.randn(samples, 1, 1, 1, generator=generator)
+        self.labels = (self.images.mean((1, 2, 3)) > 0).long()
         if is_double:  # where rounding must not hide a mistake
             self.model.double()
-            self.pictures = self.pictures.double()
+            self.images = self.images.double()
 
     def __len__(self):
         return self.samples
 
     def sample(self, index, rng):
         chance = rng.standard_normal((3, SIDE, SIDE)).astype(np.float32)
-        return index, self.pictures[index] + self.noise * torch.from_numpy(chance)
+        return index, self.images[index] + self.noise * torch.from_numpy(chance)
 
     def collate(self, samples):
         indices = torch.tensor([index for index, _ in samples])
         return {
             "index": indices,
-            "images": torch.stack([picture for _, picture in samples]),
+            "images": torch.stack([image for _, image in samples]),
             "labels": self.labels[indices],
         }
 
@@ -93,7 +93,7 @@ class ToyTask:
         return loss, {"accuracy": right.detach()}
 
     def validate(self, model):
-        logits = model(self.pictures)
+        logits = model(self.images)
         right = (logits.argmax(1) == self.labels).float().mean()
         return {"accuracy": float(right), "loss": float(F.cross_entropy(logits, self.labels))}
 

@@ -25,13 +25,13 @@ Progress = Callable[[int, "int | None"], None]
 
 @dataclass(frozen=True)
 class Contestant:
-    """What is timed: a model on random pictures.
+    """What is timed: a model on random images.
 
     Attributes:
         model: A variant, or None for the checkpoint's.
         checkpoint: Name or file of weights; None makes every tensor random.
-        size: Side of the pictures in pixels, or None for the model's.
-        batch: Pictures in a call.
+        size: Side of the images in pixels, or None for the model's.
+        batch: Images in a call.
         backend: As for ``Engine``.
         precision: As for ``Engine``.
         device: As for ``Engine``.
@@ -57,12 +57,12 @@ class Result:
         chose: What the engine chose and why, in words.
         backend: What ran.
         precision: What it computed in.
-        size: Height and width of the pictures.
+        size: Height and width of the images.
         threads: torch's threads.
-        gflop: Useful operations for one picture, in 1e9.
+        gflop: Useful operations for one image, in 1e9.
         seconds: Of a call.
         rounds: Seconds of a call in each round.
-        pictures_per_s: At the median.
+        images_per_s: At the median.
         gflops: 1e9 operations a second at the median.
         matmul_gflops: The same of a large matrix product at this precision, in this run.
         share: Of that rate, taken round by round; the median.
@@ -80,7 +80,7 @@ class Result:
     gflop: float
     seconds: Spread
     rounds: tuple[float, ...]
-    pictures_per_s: float
+    images_per_s: float
     gflops: float
     matmul_gflops: float
     share: float
@@ -189,7 +189,7 @@ def _result(
         gflop=float(facts["gflop"]),
         seconds=seconds,
         rounds=rounds,
-        pictures_per_s=contestant.batch / seconds.median,
+        images_per_s=contestant.batch / seconds.median,
         gflops=work / seconds.median,
         matmul_gflops=statistics.median(matmul_rates),
         share=statistics.median(

@@ -73,11 +73,11 @@ def fill_randomly(model: TinyViT, seed: int = 0) -> None:
 
 
 def count_gflop(model: TinyViT, size: tuple[int, int], name: str | None = None) -> float:
-    """Useful operations for one picture, in 1e9.
+    """Useful operations for one image, in 1e9.
 
     Args:
         model: The model.
-        size: Height and width of the picture.
+        size: Height and width of the image.
         name: Its variant, whose count is scaled by the pixels; None counts the model's own.
     """
     if name is not None:
@@ -129,10 +129,10 @@ def _make_tiny_vit(spec: Mapping[str, object]) -> tuple[Callable[[], Tensor], di
 
 
 def _size_of(model: TinyViT) -> tuple[int, int]:
-    """Height and width of the pictures that the model is given."""
+    """Height and width of the images that the model is given."""
     if model.image_spec is not None:
         return model.image_spec.size
-    raise ValueError("this model does not say how its pictures are prepared; give --size")
+    raise ValueError("this model does not say how its images are prepared; give --size")
 
 
 def _make_matmul(

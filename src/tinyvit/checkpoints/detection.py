@@ -51,7 +51,7 @@ class Architecture:
         mlp_ratio: Hidden over outer channels of the MLPs.
         mbconv_expand_ratio: Hidden over outer channels of the first stage's convolutions.
         local_conv_size: Kernel side of the depthwise convolution in each block.
-        in_chans: Channels of the picture.
+        in_chans: Channels of the image.
         stem: ``"conv"`` (3x3) or ``"pointwise"`` (1x1).
         num_classes: Outputs of the head, or None without a head.
         neck_dim: Outputs of the neck, or None without a neck.
@@ -428,7 +428,7 @@ class Detection:
         parts: The parts of a model in the file.
         strides: Strides of the merges that will be used.
         strides_reason: Why those: no tensor shows them.
-        img_size: Side of the square picture the weights were probably trained for.
+        img_size: Side of the square image the weights were probably trained for.
         parameters: Number of parameters in the file, buffers not counted.
         dtypes: Dtype -> number of tensors.
         missing: Keys a complete file would have, in the file's spelling.
@@ -712,7 +712,7 @@ def _variant(sizes: Architecture | None, is_sam: bool) -> Variant | None:
 
 
 def _img_size(sizes: Architecture | None, is_sam: bool) -> int:
-    """A picture side for sizes of no variant: SAM's usual one, or the last stage in one window."""
+    """An image side for sizes of no variant: SAM's usual one, or the last stage in one window."""
     if is_sam or sizes is None:
         return 1024
     return 32 * sizes.window_sizes[-1]

@@ -44,7 +44,7 @@ def header_for(
     """Entries for a file to be written.
 
     Args:
-        image_spec: How pictures are prepared for the model.
+        image_spec: How images are prepared for the model.
         classes: Names of the classes, in the order of their numbers.
     """
     header = {}
@@ -67,7 +67,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
 def image_spec_in(
     header: Mapping[str, str], path: str | os.PathLike[str] = "the file"
 ) -> ImageSpec | None:
-    """How pictures are prepared for the model, where the header says so.
+    """How images are prepared for the model, where the header says so.
 
     Args:
         header: Texts of a header.
@@ -128,8 +128,8 @@ _FOREIGN = (
     (b"\x08\x06\x12", "an ONNX model"),
     (b"\x08\x07\x12", "an ONNX model"),
     (b"\x08\x08\x12", "an ONNX model"),
-    (b"\x89PNG", "a PNG picture"),
-    (b"\xff\xd8\xff", "a JPEG picture"),
+    (b"\x89PNG", "a PNG image"),
+    (b"\xff\xd8\xff", "a JPEG image"),
     (b"%PDF", "a PDF document"),
 )
 

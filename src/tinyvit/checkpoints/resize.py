@@ -1,7 +1,7 @@
 """Fit tables of relative-position biases to another window size.
 
 A table holds one bias per head and per offset (|dy|, |dx|) of two tokens in a window:
-[heads, side * side], row-major. For another window it is resized like a picture, bicubically.
+[heads, side * side], row-major. For another window it is resized like an image, bicubically.
 Two habits exist and both are offered: Cream without, timm with antialiasing (they differ only
 when a table shrinks). Tensors in, tensors out; no files, no key names but ``attention_biases``.
 """
@@ -55,9 +55,9 @@ def resize_bias_table(
     if (height, width) == (side, side):
         return table
     work = torch.float64 if table.dtype == torch.float64 else torch.float32
-    picture = table.detach().to(work).view(1, -1, side, side)  # [1, heads, side, side]
+    image = table.detach().to(work).view(1, -1, side, side)  # [1, heads, side, side]
     resized = F.interpolate(
-        picture, size=(height, width), mode="bicubic", align_corners=False, antialias=antialias
+        image, size=(height, width), mode="bicubic", align_corners=False, antialias=antialias
     )
     return resized.view(-1, height * width).to(table.dtype)  # [heads, height * width]
 

@@ -63,7 +63,7 @@ def matching_models(incomplete: str) -> list[str]:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead.")]
-Pictures = Annotated[
+ImagePaths = Annotated[
     list[Path],
     typer.Argument(
         metavar="PICTURE_OR_FOLDER",
@@ -227,7 +227,7 @@ def _load(own: Console, checkpoint: str, model: str | None, size: int | None) ->
     if checkpoint not in list_checkpoints() and (path / _CONFIG).is_file():
         if model is not None or size is not None:
             raise ValueError(
-                f"{checkpoint} is a folder that says itself which model it is and how pictures "
+                f"{checkpoint} is a folder that says itself which model it is and how images "
                 "are prepared; leave --model and --size out"
             )
         return from_pretrained(path)

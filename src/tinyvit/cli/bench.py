@@ -56,7 +56,7 @@ Sizes = Annotated[
         "--size",
         min=1,
         metavar="PIXELS",
-        help="Side of the pictures, more than once if you like; by default the model's.",
+        help="Side of the images, more than once if you like; by default the model's.",
     ),
 ]
 Batches = Annotated[
@@ -65,7 +65,7 @@ Batches = Annotated[
         "--batch",
         min=1,
         metavar="NUMBER",
-        help="Pictures in a call, more than once if you like; 1 by default.",
+        help="Images in a call, more than once if you like; 1 by default.",
     ),
 ]
 BackendOption = Annotated[
@@ -93,10 +93,10 @@ def bench(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Measure how fast this machine computes the features of pictures.
+    """Measure how fast this machine computes the features of images.
 
     Each backend and precision runs in a process of its own; they take turns, round by round, after
-    one round that does not count, so that a machine that slows down slows all of them. Pictures are
+    one round that does not count, so that a machine that slows down slows all of them. Images are
     random and already prepared: reading and resizing them is not measured.
 
     Run it on a machine that has nothing else to do, and compare times of one run only.
@@ -235,7 +235,7 @@ def _title(result: Result) -> str:
     height, width = result.size
     return (
         f"{' '.join(names)}, {height}x{width}, batch {contestant.batch}: "
-        f"{result.gflop:.1f} GFLOP a picture"
+        f"{result.gflop:.1f} GFLOP an image"
     )
 
 
@@ -244,7 +244,7 @@ def _row(result: Result) -> tuple[str, ...]:
         f" {result.backend} {result.precision}",
         f"{1e3 * result.seconds.median:.1f}",
         f"{100 * result.seconds.relative:.0f}%",
-        f"{result.pictures_per_s:.{1 if result.pictures_per_s < 1000 else 0}f}",
+        f"{result.images_per_s:.{1 if result.images_per_s < 1000 else 0}f}",
         f"{result.gflops:.0f}",
         f"{100 * result.share:.0f}%",
         "" if result.peak_memory is None else f"{result.peak_memory / 1e6:.0f}",

@@ -1,4 +1,4 @@
-"""``tinyvit classify``: the likeliest classes of pictures."""
+"""``tinyvit classify``: the likeliest classes of images."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import typer
 
 from tinyvit.cli import console
 from tinyvit.errors import ImageError
-from tinyvit.folders.images import list_pictures
+from tinyvit.folders.images import list_images
 from tinyvit.labels import labels_for, read_labels
 
 from .arguments import (
     Device,
+    ImagePaths,
     Json,
     Model,
-    Pictures,
     Precision,
     PrecisionName,
     Size,
@@ -45,7 +45,7 @@ Weights = Annotated[
         "a classification head. The embedded weights have none, so name one.",
     ),
 ]
-TopK = Annotated[int, typer.Option("--top-k", min=1, help="Classes to show for each picture.")]
+TopK = Annotated[int, typer.Option("--top-k", min=1, help="Classes to show for each image.")]
 Labels = Annotated[
     Path | None,
     typer.Option(
@@ -59,7 +59,7 @@ Labels = Annotated[
 
 def classify(
     ctx: typer.Context,
-    pictures: Pictures,
+    images: ImagePaths,
     checkpoint: Weights = None,
     model: Model = None,
     size: Size = None,
@@ -69,14 +69,14 @@ def classify(
     precision: Precision = PrecisionName.fp32,
     as_json: Json = False,
 ) -> None:
-    """Name the likeliest classes of pictures.
+    """Name the likeliest classes of images.
 
     Each class is shown with its probability, its number and, where names are known, its name. The
     weights must have a classification head; published ones are downloaded at the first use. A
-    broken picture does not stop the work: it is named, and the exit code is 1.
+    broken image does not stop the work: it is named, and the exit code is 1.
     """
     own = console.of(ctx)
-    listed = list_pictures(pictures)
+    listed = list_images(images)
     if labels is not None:
         read_labels(labels)  # complain before a model is fetched
 
@@ -91,17 +91,17 @@ def classify(
     failed: list[dict[str, object]] = []
     with Engine(built, device=device, precision=precision.value) as engine:
         own.say(f"{checkpoint}: {engine.explain()}")
-        for picture in listed:
+        for image in listed:
             try:
-                logits = engine.classify(decode(picture.path))[0]  # [classes]
+                logits = engine.classify(decode(image.path))[0]  # [classes]
             except ImageError as err:
-                failed.append({"picture": str(picture.path), "error": str(err)})
+                failed.append({"picture": str(image.path), "error": str(err)})
                 console.complain(f"failed: {err}")
                 continue
             rows = _top(logits, top_k, names)
-            found.append({"picture": str(picture.path), "top": rows})
+            found.append({"picture": str(image.path), "top": rows})
             if not as_json:
-                console.write(_for_people(str(picture.path), rows))
+                console.write(_for_people(str(image.path), rows))
     if as_json:
         console.write_json(
             {
@@ -142,8 +142,8 @@ def _top(logits: Tensor, top_k: int, names: Sequence[str] | None) -> list[dict[s
     ]
 
 
-def _for_people(picture: str, rows: Sequence[dict[str, object]]) -> str:
-    lines = [picture]
+def _for_people(image: str, rows: Sequence[dict[str, object]]) -> str:
+    lines = [image]
     for row in rows:
         label = "" if row["label"] is None else f"  {row['label']}"
         lines.append(f"  {row['probability']:6.1%}  {row['class']:>5}{label}")

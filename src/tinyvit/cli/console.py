@@ -1,6 +1,6 @@
 """From an exception to one line and an exit code.
 
-Expected errors (a file that is not there, a picture that is none, an unknown name) become
+Expected errors (a file that is not there, an image that is none, an unknown name) become
 ``error: ...`` and exit code 1; ``--debug`` shows the traceback too. What nobody expected keeps its
 traceback: it is a fault of the program, and to be reported.
 """
@@ -266,7 +266,7 @@ def megabytes(size: int) -> str:
 
 
 def counted(number: int, thing: str) -> str:
-    """``1 picture``, ``2 pictures``."""
+    """``1 image``, ``2 images``."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 

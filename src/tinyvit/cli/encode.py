@@ -1,4 +1,4 @@
-"""``tinyvit encode``: features of pictures as files, each with a picture that shows them."""
+"""``tinyvit encode``: features of images as files, each with an image that shows them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import typer
 from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.cli import console
 from tinyvit.errors import CheckpointError
-from tinyvit.folders.images import PictureFile, list_pictures
+from tinyvit.folders.images import ImageFile, list_images
 
 from .arguments import (
     Device,
+    ImagePaths,
     Json,
     Model,
-    Pictures,
     Precision,
     PrecisionName,
     Size,
@@ -50,16 +50,16 @@ Weights = Annotated[
     ),
 ]
 BatchSize = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Pictures computed together, at most.")
+    int, typer.Option("--batch-size", min=1, help="Images computed together, at most.")
 ]
-NoPictures = Annotated[
+NoImages = Annotated[
     bool, typer.Option("--no-pictures", help="Write features only, which is faster.")
 ]
 NoPad = Annotated[
     bool,
     typer.Option(
         "--no-pad",
-        help="Do not pad pictures to a square: less work where they are not square, and features "
+        help="Do not pad images to a square: less work where they are not square, and features "
         "that differ a little from those with padding, most of all near the edges.",
     ),
 ]
@@ -70,7 +70,7 @@ Overwrite = Annotated[
 
 def encode(
     ctx: typer.Context,
-    pictures: Pictures,
+    images: ImagePaths,
     output: Output,
     checkpoint: Weights = None,
     model: Model = None,
@@ -78,24 +78,24 @@ def encode(
     device: Device = "auto",
     precision: Precision = PrecisionName.fp32,
     batch_size: BatchSize = 8,
-    no_pictures: NoPictures = False,
+    no_images: NoImages = False,
     no_pad: NoPad = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Compute the features of pictures and write them to files.
+    """Compute the features of images and write them to files.
 
-    For each picture: NAME.safetensors with the tensor 'features' [C, h, w], float32, and in its
-    header the picture, its sizes, the model, its preparation and precision; and NAME.png, which
+    For each image: NAME.safetensors with the tensor 'features' [C, h, w], float32, and in its
+    header the image, its sizes, the model, its preparation and precision; and NAME.png, which
     shows the features beside the photograph. A classifier gives the map of its last stage.
 
-    What is there already is kept if it was made of the same picture by the same model in the same
-    way, and made anew otherwise. A broken picture does not stop the work: it is named, and the
+    What is there already is kept if it was made of the same image by the same model in the same
+    way, and made anew otherwise. A broken image does not stop the work: it is named, and the
     exit code is 1. After an interruption, the same command goes on where it stopped.
     """
     own = console.of(ctx)
-    listed = list_pictures(pictures, output)
-    _check_output(output, listed, with_drawings=not no_pictures)
+    listed = list_images(images, output)
+    _check_output(output, listed, with_drawings=not no_images)
 
     from tinyvit.folders.encode import Job, recipe
     from tinyvit.inference import Engine
@@ -112,7 +112,7 @@ def encode(
     ) as engine:
         facts = recipe(engine, built, checkpoint or DEFAULT_CHECKPOINT, variant_of(built))
         own.say(f"{facts['checkpoint']}: {engine.explain()}")
-        job = Job(engine, output, facts, not no_pictures, overwrite)
+        job = Job(engine, output, facts, not no_images, overwrite)
         start = time.monotonic()
         outcomes = _run(own, job, listed)
         seconds = time.monotonic() - start
@@ -124,39 +124,39 @@ def encode(
         raise typer.Exit(1)
 
 
-def _run(own: Console, job: Job, pictures: Sequence[PictureFile]) -> list[Outcome]:
+def _run(own: Console, job: Job, images: Sequence[ImageFile]) -> list[Outcome]:
     """Do the work, show how it goes, and name what failed."""
     outcomes: list[Outcome] = []
     try:
         with own.progress("encoding") as update:
-            for outcome in job.run(pictures):
+            for outcome in job.run(images):
                 outcomes.append(outcome)
-                update(len(outcomes), len(pictures))
+                update(len(outcomes), len(images))
                 if outcome.state == "failed":
                     console.complain(f"failed: {outcome.reason}")
     except (KeyboardInterrupt, CheckpointError, OSError) as err:
         if outcomes or isinstance(err, KeyboardInterrupt):  # files are written ahead of outcomes
-            done = f"{len(outcomes)} of {counted(len(pictures), 'picture')}"
+            done = f"{len(outcomes)} of {counted(len(images), 'image')}"
             own.say(f"stopped after {done}; the same command goes on from there")
         raise
     return outcomes
 
 
-def _check_output(output: Path, pictures: Sequence[PictureFile], with_drawings: bool) -> None:
+def _check_output(output: Path, images: Sequence[ImageFile], with_drawings: bool) -> None:
     """Refuse before any work what would end badly.
 
     Raises:
-        ValueError: The output folder is a file, or an output would replace a picture.
+        ValueError: The output folder is a file, or an output would replace an image.
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"{str(output)!r} is a file; give a folder to write to")
-    inputs = {os.path.realpath(picture.path) for picture in pictures}
-    for picture in pictures:
-        target = output / f"{picture.stem}.png"
+    inputs = {os.path.realpath(image.path) for image in images}
+    for image in images:
+        target = output / f"{image.stem}.png"
         if with_drawings and os.path.realpath(target) in inputs:
             raise ValueError(
-                f"the picture of the features of {picture.name!r} would replace {str(target)!r}, "
-                "which is one of the pictures to encode; write to another folder with -o, or give "
+                f"the image of the features of {image.name!r} would replace {str(target)!r}, "
+                "which is one of the images to encode; write to another folder with -o, or give "
                 "--no-pictures"
             )
 
@@ -168,9 +168,9 @@ def _summarise(own: Console, outcomes: Sequence[Outcome], output: Path, seconds:
     line = "encoded nothing new"
     if written:
         rate = len(written) / max(seconds, 1e-9)
-        line = f"encoded {counted(len(written), 'picture')} in {seconds:.1f} s"
+        line = f"encoded {counted(len(written), 'image')} in {seconds:.1f} s"
         line += f" ({rate:.1f} pictures/s)"
-        name = Path(written[0].picture.stem).name if len(written) == 1 else "NAME"
+        name = Path(written[0].image.stem).name if len(written) == 1 else "NAME"
         line += f": features {' '.join(str(list(shape)) for shape in shapes[:3])}"
         line += " ..." if len(shapes) > 3 else ""
         line += f" in {output / name}.safetensors"
@@ -190,8 +190,8 @@ def _as_json(outcomes: Sequence[Outcome]) -> dict[str, list[dict[str, object]]]:
     lists: dict[str, list[dict[str, object]]] = {"written": [], "skipped": [], "failed": []}
     for outcome in outcomes:
         row: dict[str, object] = {
-            "picture": outcome.picture.name,
-            "path": str(outcome.picture.path),
+            "picture": outcome.image.name,
+            "path": str(outcome.image.path),
         }
         if outcome.state == "failed":
             row["error"] = outcome.reason

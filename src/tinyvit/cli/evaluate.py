@@ -12,12 +12,12 @@ import typer
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT, get_checkpoint, list_checkpoints
 from tinyvit.cli import console
-from tinyvit.folders.images import list_pictures
+from tinyvit.folders.images import list_images
 
 from .arguments import (
     Device,
+    ImagePaths,
     Json,
-    Pictures,
     Precision,
     PrecisionName,
     Size,
@@ -28,7 +28,7 @@ from .console import Console, counted
 from .settings_options import Row
 
 if TYPE_CHECKING:
-    from tinyvit.evaluate.classify import ClassifyReport, LabelledPictures
+    from tinyvit.evaluate.classify import ClassifyReport, LabelledImages
     from tinyvit.inference.backend import BackendName
     from tinyvit.sam import Sam, SamPredictor
     from tinyvit.train.data.masks import MaskSet
@@ -52,7 +52,7 @@ MaskData = Annotated[
     typer.Argument(
         metavar="DATA",
         show_default=False,
-        help="Pictures with masks: COCO's JSON, a CSV of pictures and masks, labelme's JSON "
+        help="Images with masks: COCO's JSON, a CSV of images and masks, labelme's JSON "
         "files, or a folder with images and masks in it.",
     ),
 ]
@@ -81,7 +81,7 @@ SamWeights = Annotated[
 ]
 Images = Annotated[
     Path | None,
-    typer.Option("--images", metavar="FOLDER", help="The pictures, where DATA does not say."),
+    typer.Option("--images", metavar="FOLDER", help="The images, where DATA does not say."),
 ]
 HeldOut = Annotated[
     bool,
@@ -95,7 +95,7 @@ ValPart = Annotated[float, typer.Option("--val-part", help="With --held-out: how
 SplitSeed = Annotated[int, typer.Option("--split-seed", help="With --held-out: which it is.")]
 Limit = Annotated[
     int | None,
-    typer.Option("--limit", min=1, help="Measure so many pictures only, drawn by --seed."),
+    typer.Option("--limit", min=1, help="Measure so many images only, drawn by --seed."),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="What --limit draws with.")]
 Sheet = Annotated[
@@ -103,7 +103,7 @@ Sheet = Annotated[
     typer.Option("--sheet", metavar="FILE.png", help="Write a contact sheet to look at."),
 ]
 BatchSize = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Pictures computed together, at most.")
+    int, typer.Option("--batch-size", min=1, help="Images computed together, at most.")
 ]
 Clicks = Annotated[
     str, typer.Option("--clicks", metavar="N,N,...", help="After how many clicks IoU is wanted.")
@@ -115,7 +115,7 @@ MostClicks = Annotated[int, typer.Option("--most-clicks", help="Where counting s
 NoFloors = Annotated[
     bool, typer.Option("--no-floors", help="Leave out the floors, which is faster.")
 ]
-Grid = Annotated[int, typer.Option("--grid", min=1, help="Clicks along each side of a picture.")]
+Grid = Annotated[int, typer.Option("--grid", min=1, help="Clicks along each side of an image.")]
 BackendOfA = Annotated[
     str,
     typer.Option(
@@ -188,10 +188,10 @@ def classify(
     precision: Precision = PrecisionName.fp32,
     as_json: Json = False,
 ) -> None:
-    """Measure a classifier on labelled pictures.
+    """Measure a classifier on labelled images.
 
     Top-1 and top-5 with 95 percent intervals, cross entropy, calibration, the classes that are
-    confused most, time and memory. Measure on pictures that were not learnt from. A broken picture
+    confused most, time and memory. Measure on images that were not learnt from. A broken image
     is left out and named, and the exit code is 1.
     """
     own = console.of(ctx)
@@ -202,13 +202,13 @@ def classify(
 
     _announce(own, checkpoint)
     model, classes = load_classifier(checkpoint)
-    pictures = _labelled(data, classes, held_out, val_part, split_seed, limit, seed)
+    images = _labelled(data, classes, held_out, val_part, split_seed, limit, seed)
     with Engine(model, device=device, precision=precision.value, batch_size=batch_size) as engine:
         own.say(f"{checkpoint}: {engine.explain()}")
         with own.progress("measuring") as update:
-            report = evaluate_classifier(engine, pictures, progress=update)
+            report = evaluate_classifier(engine, images, progress=update)
     if sheet is not None:
-        _draw_wrong(own, sheet, report, pictures)
+        _draw_wrong(own, sheet, report, images)
     if as_json:
         found = {"checkpoint": checkpoint, "data": data, **report.to_json()}
         console.write_json(found)
@@ -242,7 +242,7 @@ def segment(
     """Measure how well a SAM segments by clicks and boxes.
 
     Mean IoU at some clicks and with a box, boundary F, clicks until an IoU, and what the model
-    thinks of its own masks, with 95 percent intervals over pictures; beside them floors that need
+    thinks of its own masks, with 95 percent intervals over images; beside them floors that need
     no network, time and memory. What is broken is left out and named, and the exit code is 1.
     """
     own = console.of(ctx)
@@ -274,7 +274,7 @@ def segment(
     if as_json:
         console.write_json(json.loads(report.to_json()))
     else:
-        measured = f"{counted(report.pictures, 'picture')}, {counted(report.masks, 'mask')}"
+        measured = f"{counted(report.images, 'image')}, {counted(report.masks, 'mask')}"
         console.write(f"{checkpoint} on {data}: {measured}")
         console.write(console.table(COLUMNS, report.rows()))
     _end(report.left_out)
@@ -284,7 +284,7 @@ def agreement(
     ctx: typer.Context,
     first: SamA,
     second: SamB,
-    pictures: Pictures,
+    images: ImagePaths,
     limit: Limit = None,
     seed: Seed = 0,
     grid: Grid = 4,
@@ -296,14 +296,14 @@ def agreement(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Compare what two SAMs, or one on two backends, see in pictures.
+    """Compare what two SAMs, or one on two backends, see in images.
 
     Embeddings by the cosine of each cell, masks by the IoU of the answers to a grid of clicks, and
     the time of each. There is no truth here: two models may agree and both be wrong. A broken
-    picture is left out and named, and the exit code is 1.
+    image is left out and named, and the exit code is 1.
     """
     own = console.of(ctx)
-    paths = [picture.path for picture in list_pictures(pictures)]
+    paths = [image.path for image in list_images(images)]
     chosen = [paths[index] for index in _drawn(len(paths), limit, seed)]
 
     from tinyvit.evaluate.agreement import compare
@@ -317,7 +317,7 @@ def agreement(
             (second, backend_b, precision_b),
         )
     )
-    own.say(f"comparing on {counted(len(chosen), 'picture')}")
+    own.say(f"comparing on {counted(len(chosen), 'image')}")
     found = compare(one, other, chosen, names=(names[0], names[1]), grid=grid)
     if as_json:
         console.write_json(json.loads(found.to_json()))
@@ -335,8 +335,8 @@ def _labelled(
     split_seed: int,
     limit: int | None,
     seed: int,
-) -> LabelledPictures:
-    """The pictures to measure on.
+) -> LabelledImages:
+    """The images to measure on.
 
     Raises:
         ValueError: The data cannot be read, or its classes are others than the model's.
@@ -353,12 +353,12 @@ def _labelled(
                 f"{', '.join(classes[:5])}, ...; measure it on the data it was trained with, or "
                 "leave --held-out away"
             )
-        pictures = parts.val
+        images = parts.val
     else:
-        pictures = open_part(data, classes)
-    if limit is None or limit >= len(pictures):
-        return pictures
-    return Subset(pictures, np.array(_drawn(len(pictures), limit, seed), dtype=np.int64))
+        images = open_part(data, classes)
+    if limit is None or limit >= len(images):
+        return images
+    return Subset(images, np.array(_drawn(len(images), limit, seed), dtype=np.int64))
 
 
 def _masks(
@@ -370,7 +370,7 @@ def _masks(
     limit: int | None,
     seed: int,
 ) -> MaskSet:
-    """The pictures with masks to measure on.
+    """The images with masks to measure on.
 
     Raises:
         ValueError: There is no such set, nothing in it is good, or nothing can be held out.
@@ -381,7 +381,7 @@ def _masks(
     if held_out:
         if len(masks) < 2:
             raise ValueError(
-                f"{data} has only one picture, of which none is held out; leave --held-out away"
+                f"{data} has only one image, of which none is held out; leave --held-out away"
             )
         faults = masks.faults
         masks = replace(masks.split(val_part, split_seed)[1], faults=faults)
@@ -442,27 +442,25 @@ def _predictor(
     return SamPredictor(sam, backend=runner, precision=precision.value, device=device)
 
 
-def _draw_wrong(
-    own: Console, sheet: Path, report: ClassifyReport, pictures: LabelledPictures
-) -> None:
-    """Write the most confidently wrong pictures, if any is wrong."""
+def _draw_wrong(own: Console, sheet: Path, report: ClassifyReport, images: LabelledImages) -> None:
+    """Write the most confidently wrong images, if any is wrong."""
     from tinyvit.evaluate.classify import draw_wrong
     from tinyvit.images.draw import save_png
 
     if not report.wrong:
-        own.say(f"{sheet} was not written: no picture was taken for another class")
+        own.say(f"{sheet} was not written: no image was taken for another class")
         return
-    save_png(sheet, draw_wrong(report, pictures))
+    save_png(sheet, draw_wrong(report, images))
     own.say(f"contact sheet: {sheet}")
 
 
 def _confused(report: ClassifyReport) -> str:
     """The classes that are found least, as a table."""
-    heads = ("class", "pictures", "found", "taken for")
+    heads = ("class", "images", "found", "taken for")
     rows = [
         (
             one.name,
-            str(one.pictures),
+            str(one.images),
             f"{one.accuracy:.1%}",
             ", ".join(f"{name} ({count})" for name, count in one.taken_for),
         )

@@ -20,7 +20,7 @@ def models(ctx: typer.Context, as_json: Json = False) -> None:
     """List the models, and the published weights for each.
 
     The first table has the variants (sizes of TinyViT): what they are for, their parameters, the
-    multiply-accumulates for one picture, the side of that picture in pixels, the strides between
+    multiply-accumulates for one image, the side of that image in pixels, the strides between
     the stages, and the sides of the attention windows.
 
     The second has the checkpoints (files of weights) for each variant: whose form they have, the

@@ -1,7 +1,7 @@
 """Options of ``tinyvit segment``: what they take, and what they say about it.
 
 A point and a box are read from text here. What they mean together is decided in ``prompt_files``;
-whether they lie in the picture is the library's affair.
+whether they lie in the image is the library's affair.
 """
 
 from __future__ import annotations
@@ -18,9 +18,17 @@ import typer
 from tinyvit.catalog import DEFAULT_CHECKPOINT, get_checkpoint, list_checkpoints
 from tinyvit.cli import console
 from tinyvit.errors import CheckpointError
-from tinyvit.folders.images import Box, Point, list_pictures
+from tinyvit.folders.images import Box, Point, list_images
 
-from .arguments import Device, Json, Pictures, Precision, PrecisionName, Size, matching_checkpoints
+from .arguments import (
+    Device,
+    ImagePaths,
+    Json,
+    Precision,
+    PrecisionName,
+    Size,
+    matching_checkpoints,
+)
 from .console import Console, Update, counted
 
 if TYPE_CHECKING:
@@ -73,7 +81,7 @@ Points = Annotated[
         "--point",
         metavar="X,Y[,LABEL]",
         parser=parse_point,
-        help="A click, in pixels of the upright picture from its upper left corner. LABEL 1 (the "
+        help="A click, in pixels of the upright image from its upper left corner. LABEL 1 (the "
         "default): it is on the object; 0: it is not. All --point together are about one object.",
     ),
 ]
@@ -95,7 +103,7 @@ MaskFile = Annotated[
     typer.Option(
         "--mask",
         metavar="FILE",
-        help="Refine a mask: a picture of it, white on black and as large as the photograph, or "
+        help="Refine a mask: an image of it, white on black and as large as the photograph, or "
         "an .npy or .safetensors file of low-res logits (--logits writes them).",
     ),
 ]
@@ -104,9 +112,9 @@ PromptsFile = Annotated[
     typer.Option(
         "--prompts",
         metavar="FILE",
-        help="Prompts for many pictures. JSON: {PICTURE: [{points: [[x, y], ...], labels: [1, "
+        help="Prompts for many images. JSON: {IMAGE: [{points: [[x, y], ...], labels: [1, "
         "...], box: [x0, y0, x1, y1], mask: FILE, name: TEXT}, ...]}, each part optional. CSV: "
-        "columns picture, x, y, label, x0, y0, x1, y1, object; rows with the same object are one "
+        "columns image, x, y, label, x0, y0, x1, y1, object; rows with the same object are one "
         "object, a row without is one of its own.",
     ),
 ]
@@ -140,7 +148,7 @@ BatchSize = Annotated[
     typer.Option(
         "--batch-size",
         min=1,
-        help="Pictures encoded together, at most. More may be faster on a GPU; photographs and "
+        help="Images encoded together, at most. More may be faster on a GPU; photographs and "
         "memory grow with it.",
     ),
 ]
@@ -148,7 +156,7 @@ NoPad = Annotated[
     bool,
     typer.Option(
         "--no-pad",
-        help="Do not pad pictures to a square: less work where they are not square, and masks "
+        help="Do not pad images to a square: less work where they are not square, and masks "
         "that differ somewhat from those with padding.",
     ),
 ]
@@ -205,7 +213,7 @@ EXAMPLES = (
 
 def segment(
     ctx: typer.Context,
-    pictures: Pictures,
+    images: ImagePaths,
     output: Output,
     point: Points = None,
     box: Boxes = None,
@@ -231,18 +239,18 @@ def segment(
 ) -> None:
     """Find the masks of what points and boxes mean, or of everything.
 
-    Coordinates are pixels of the upright picture, x to the right and y down: a photograph that its
+    Coordinates are pixels of the upright image, x to the right and y down: a photograph that its
     EXIF block turns is turned first. All --point of a call are about one object, with one --box or
     a --mask too; several --box are several objects; with --each every point and box is one. The
-    same prompts go to every picture, unless --prompts says which go to which.
+    same prompts go to every image, unless --prompts says which go to which.
 
-    For each picture: NAME.json as COCO has it, with the run lengths, area, box, score and prompt of
+    For each image: NAME.json as COCO has it, with the run lengths, area, box, score and prompt of
     each mask, hash of the model, and seconds; NAME.overlay.png, masks and prompts over the
     photograph; and NAME.mask-1.png, ... (NAME.mask-1-1.png, ... with --multimask), which
     --everything leaves out.
 
-    What is there already is kept if it was made of the same picture by the same model with the same
-    prompts, and made anew otherwise. A broken picture, or one that its prompts do not fit, does not
+    What is there already is kept if it was made of the same image by the same model with the same
+    prompts, and made anew otherwise. A broken image, or one that its prompts do not fit, does not
     stop the work: it is named, and the exit code is 1.
     """
     own = console.of(ctx)
@@ -255,7 +263,7 @@ def segment(
     )
     is_prompted = bool(point or box or mask or each)
     _check(output, is_prompted, prompts, everything, multimask or logits, arguments)
-    listed = list_pictures(pictures, output)
+    listed = list_images(images, output)
 
     from tinyvit.folders.prompt_files import Work, prompts_of, read_prompts, share_out
     from tinyvit.folders.segment import Job, Settings, by_grid, by_prompts, recipe
@@ -264,7 +272,7 @@ def segment(
         work = share_out(listed, read_prompts(prompts), prompts)
     else:
         same = () if everything else prompts_of(point or (), box or (), mask, each)
-        work = Work(tuple((picture, same) for picture in listed))
+        work = Work(tuple((image, same) for image in listed))
     sam = _load(own, checkpoint, size)
     settings = Settings(device, precision.value, batch_size, False if no_pad else None)
     method: Method = (
@@ -349,7 +357,7 @@ def _run(own: Console, job: Job, work: Work, as_json: bool, has_bar: bool) -> bo
                     console.complain(f"failed: {outcome.reason}")
     except (KeyboardInterrupt, CheckpointError, OSError) as err:
         if outcomes or isinstance(err, KeyboardInterrupt):  # files are written ahead of outcomes
-            done = f"{len(outcomes)} of {counted(len(work.tasks), 'picture')}"
+            done = f"{len(outcomes)} of {counted(len(work.tasks), 'image')}"
             own.say(f"stopped after {done}; the same command goes on from there")
         raise
     seconds = time.monotonic() - start
@@ -370,7 +378,7 @@ def _summarise(own: Console, outcomes: Sequence[Outcome], work: Work, seconds: f
     line = "segmented nothing new"
     if written:
         masks = counted(sum(outcome.count for outcome in written), "mask")
-        line = f"segmented {counted(len(written), 'picture')} in {seconds:.1f} s: {masks}"
+        line = f"segmented {counted(len(written), 'image')} in {seconds:.1f} s: {masks}"
         if len(written) == 1 and 0 < len(written[0].masks) <= 3:
             scores = ", ".join(f"{mask['score']:.2f}" for mask in written[0].masks)
             line += f" (predicted IoU {scores})"
@@ -380,16 +388,16 @@ def _summarise(own: Console, outcomes: Sequence[Outcome], work: Work, seconds: f
             line += f" in {names.document.parent}" if len(written) > 1 else ""
     own.say(line)
     if written:
-        own.say(f"seconds a picture: {_seconds_of(written)}")
+        own.say(f"seconds an image: {_seconds_of(written)}")
     for reason, number in Counter(o.reason for o in written if o.reason).items():
         own.say(f"replaced {number} that were {reason}")
     states = Counter(outcome.state for outcome in outcomes)
     if states["skipped"]:
         own.say(f"kept {states['skipped']} made before (--overwrite makes them anew)")
     if work.without:
-        names_of = ", ".join(picture.name for picture in work.without[:5])
+        names_of = ", ".join(image.name for image in work.without[:5])
         more = ", ..." if len(work.without) > 5 else ""
-        without = counted(len(work.without), "picture")
+        without = counted(len(work.without), "image")
         own.say(f"left out {without} without prompts: {names_of}{more}")
     failed = states["failed"] + len(work.missing)
     if failed:
@@ -409,8 +417,8 @@ def _as_json(outcomes: Sequence[Outcome], work: Work) -> dict[str, object]:
     lists: dict[str, list[dict[str, object]]] = {"written": [], "skipped": [], "failed": []}
     for outcome in outcomes:
         row: dict[str, object] = {
-            "picture": outcome.picture.name,
-            "path": str(outcome.picture.path),
+            "picture": outcome.image.name,
+            "path": str(outcome.image.path),
         }
         if outcome.state == "failed":
             row["error"] = outcome.reason
@@ -425,4 +433,4 @@ def _as_json(outcomes: Sequence[Outcome], work: Work) -> dict[str, object]:
     lists["failed"][:0] = [
         {"picture": name, "path": None, "error": words} for name, words in work.missing
     ]
-    return {**lists, "without_prompts": [picture.name for picture in work.without]}
+    return {**lists, "without_prompts": [image.name for image in work.without]}

@@ -323,11 +323,11 @@ _VARIANT = Row(
     group=START,
     complete=matching_models,
 )
-_SIZE = Row("img_size", "int", "Side of the pictures in pixels. By default the checkpoint's or "
+_SIZE = Row("img_size", "int", "Side of the images in pixels. By default the checkpoint's or "
             "variant's.", flags=("--img-size", "--size"), group=START)  # fmt: skip
-_BROKEN = Row("on_broken", "text", "A broken picture is named and left out, or ends the run.",
+_BROKEN = Row("on_broken", "text", "A broken image is named and left out, or ends the run.",
               "skip", words=("skip", "error"), group=DATA, is_free=True)  # fmt: skip
-_SPLIT_SEED = Row("split_seed", "int", "Which pictures are held out.", 0, group=DATA)
+_SPLIT_SEED = Row("split_seed", "int", "Which images are held out.", 0, group=DATA)
 
 _LABELLED = (
     Row(
@@ -344,23 +344,23 @@ _LABELLED = (
     Row("val_part", "float", "Part of each class that is held out.", 0.1, group=DATA),
     _SPLIT_SEED,
     _BROKEN,
-    Row("val_batch_size", "int", "Pictures measured together.", 64, group=DATA, is_free=True),
+    Row("val_batch_size", "int", "Images measured together.", 64, group=DATA, is_free=True),
     _WEIGHTS,
     _VARIANT,
     _SIZE,
     Row("window_sizes", "ints", "Sides of the windows of the four stages. By default chosen for "
-        "the size of the pictures.", metavar="N,N,N,N", group=START),
-    Row("augment", "text", "Chance that each picture goes through: none, some, or TinyViT's recipe "
+        "the size of the images.", metavar="N,N,N,N", group=START),
+    Row("augment", "text", "Chance that each image goes through: none, some, or TinyViT's recipe "
         "for ImageNet.", "light", words=("none", "light", "full"), group=TASK),
-    Row("flip", "flag", "Mirror half of the pictures; --no-flip for letters and digits.", True,
+    Row("flip", "flag", "Mirror half of the images; --no-flip for letters and digits.", True,
         group=TASK),
 )  # fmt: skip
 
 CLASSIFY = (
     *_LABELLED,
-    Row("mixup", "float", "Lay pictures over each other; 0.8 in TinyViT's recipe.", 0.0,
+    Row("mixup", "float", "Lay images over each other; 0.8 in TinyViT's recipe.", 0.0,
         group=TASK),
-    Row("cutmix", "float", "Put parts of pictures into others; 1.0 in TinyViT's recipe.", 0.0,
+    Row("cutmix", "float", "Put parts of images into others; 1.0 in TinyViT's recipe.", 0.0,
         group=TASK),
     Row("smoothing", "float", "Part of a label that is spread over all classes.", 0.1, group=TASK),
 )  # fmt: skip
@@ -372,15 +372,15 @@ DISTILL_LOGITS = (
 )  # fmt: skip
 
 DISTILL_FEATURES = (
-    Row("data", "argument", "Folder of the pictures whose features were stored. May be left out "
-        "with --resume.", metavar="PICTURES", is_free=True),
+    Row("data", "argument", "Folder of the images whose features were stored. May be left out "
+        "with --resume.", metavar="IMAGES", is_free=True),
     Row("features", "text", "Folder of features that 'tinyvit train store-features' wrote.",
         metavar="FOLDER", group=DATA, is_free=True),
-    Row("held_out", "part", "What is measured on and not learnt from: a part of the pictures, or "
-        "the name of a folder below PICTURES.", 0.1, metavar="PART|FOLDER", group=DATA),
+    Row("held_out", "part", "What is measured on and not learnt from: a part of the images, or "
+        "the name of a folder below IMAGES.", 0.1, metavar="PART|FOLDER", group=DATA),
     _SPLIT_SEED,
-    Row("val_batch_size", "int", "Pictures measured together.", 16, group=DATA, is_free=True),
-    Row("val_points", "int", "Points for each picture when masks are measured.", 8, group=DATA),
+    Row("val_batch_size", "int", "Images measured together.", 16, group=DATA, is_free=True),
+    Row("val_points", "int", "Points for each image when masks are measured.", 8, group=DATA),
     _WEIGHTS,
     _VARIANT,
     _SIZE,
@@ -391,25 +391,25 @@ DISTILL_FEATURES = (
         words=("mse", "huber", "cosine"), group=TASK),
     Row("mask_weight", "float", "Weight of the masks' loss; wants --sam. 0 for none.", 0.0,
         group=TASK),
-    Row("points", "int", "Random points for each picture, for the masks' loss.", 4, group=TASK),
+    Row("points", "int", "Random points for each image, for the masks' loss.", 4, group=TASK),
 )  # fmt: skip
 
 SEGMENT = (
     Row(
         "data",
         "argument",
-        "Pictures with masks: COCO's JSON, a CSV of pictures and masks, labelme's JSON files, or a "
+        "Images with masks: COCO's JSON, a CSV of images and masks, labelme's JSON files, or a "
         "folder with images and masks in it. May be left out with --resume.",
         metavar="DATA",
         is_free=True,
     ),
-    Row("images", "text", "Folder of the pictures, where DATA does not say.", metavar="FOLDER",
+    Row("images", "text", "Folder of the images, where DATA does not say.", metavar="FOLDER",
         group=DATA, is_free=True),
     Row("val", "text", "Others to measure on. By default some of DATA are held out.",
         metavar="DATA", group=DATA, is_free=True),
-    Row("val_images", "text", "Folder of the pictures of --val.", metavar="FOLDER", group=DATA,
+    Row("val_images", "text", "Folder of the images of --val.", metavar="FOLDER", group=DATA,
         is_free=True),
-    Row("val_part", "float", "Part of the pictures that is held out.", 0.1, group=DATA),
+    Row("val_part", "float", "Part of the images that is held out.", 0.1, group=DATA),
     _SPLIT_SEED,
     Row("val_masks", "int", "The most masks to measure on.", 200, group=DATA),
     Row("on_broken", "text", "What is broken is named and left out, or ends the run.", "skip",
@@ -417,7 +417,7 @@ SEGMENT = (
     _WEIGHTS,
     _VARIANT,
     _SIZE,
-    Row("objects", "int", "Objects of a picture that are prompted in a step.", 4, group=TASK),
+    Row("objects", "int", "Objects of an image that are prompted in a step.", 4, group=TASK),
     Row("augment", "text", "Chance: none; or crop, scale, mirror image and colours.", "full",
         words=("none", "full"), group=TASK),
     Row("least_pixels", "int", "Smaller objects are not learnt from.", 64, group=TASK),

@@ -31,9 +31,9 @@ FEATURES_EXAMPLES = (
 _STRENGTH = Row("augment", "text", "", words=("none", "light", "full"))
 
 Data = Annotated[
-    str, typer.Argument(metavar="DATA", help="Labelled pictures, as 'tinyvit train classify' has.")
+    str, typer.Argument(metavar="DATA", help="Labelled images, as 'tinyvit train classify' has.")
 ]
-Root = Annotated[Path, typer.Argument(metavar="PICTURES", help="A folder of pictures.")]
+Root = Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images.")]
 Output = Annotated[
     Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to write to.")
 ]
@@ -52,11 +52,11 @@ TeacherSize = Annotated[
     typer.Option(
         "--teacher-size",
         min=1,
-        help="Side of the teacher's input, for ONNX files, which do not say it. Pictures are then "
+        help="Side of the teacher's input, for ONNX files, which do not say it. Images are then "
         "prepared as timm's classifiers have them, or for features as SAM has them.",
     ),
 ]
-Views = Annotated[int, typer.Option("--views", min=1, help="Views of each picture.")]
+Views = Annotated[int, typer.Option("--views", min=1, help="Views of each image.")]
 TopK = Annotated[int, typer.Option("--top-k", min=1, help="Probabilities kept of each answer.")]
 Augment = Annotated[
     str,
@@ -77,11 +77,11 @@ Val = Annotated[
 ValPart = Annotated[
     float, typer.Option("--val-part", help="Part of each class that is held out and not shown.")
 ]
-SplitSeed = Annotated[int, typer.Option("--split-seed", help="Which pictures are held out.")]
+SplitSeed = Annotated[int, typer.Option("--split-seed", help="Which images are held out.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Source of all chance.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Answered together.")]
 Flips = Annotated[
-    bool, typer.Option("--flips", help="Keep features of mirrored pictures too: twice the room.")
+    bool, typer.Option("--flips", help="Keep features of mirrored images too: twice the room.")
 ]
 
 
@@ -105,9 +105,9 @@ def write_logits(
 ) -> None:
     """Write a teacher's answers down, for 'distill-logits'.
 
-    Each picture is shown in several views. Of each answer the largest probabilities are kept, with
+    Each image is shown in several views. Of each answer the largest probabilities are kept, with
     the seed that makes the view again. What is there already is kept; a folder with answers of
-    another teacher, other pictures or another chance is refused. A broken picture is named, and
+    another teacher, other images or another chance is refused. A broken image is named, and
     the exit code is 1.
     """
     own = console.of(ctx)
@@ -140,7 +140,7 @@ def write_logits(
 
 def store_features(
     ctx: typer.Context,
-    pictures: Root,
+    images: Root,
     teacher: TeacherName,
     output: Output,
     flips: Flips = False,
@@ -151,9 +151,9 @@ def store_features(
 ) -> None:
     """Keep a teacher's feature maps, for 'distill-features'.
 
-    Two bytes for each number: 2 MB a picture for SAM at 1024 pixels. What is there already is kept,
-    a picture that has changed since is looked at anew, and a folder of another teacher is refused.
-    A broken picture is named, and the exit code is 1.
+    Two bytes for each number: 2 MB an image for SAM at 1024 pixels. What is there already is kept,
+    an image that has changed since is looked at anew, and a folder of another teacher is refused.
+    A broken image is named, and the exit code is 1.
     """
     own = console.of(ctx)
 
@@ -164,7 +164,7 @@ def store_features(
     spec = None if teacher_size is None else ImageSpec.sam(teacher_size)
     asked = open_teacher(teacher, spec, device)
     with _asking(own, asked.name, "pictures") as update:
-        kept = store(asked, pictures, output, flips=flips, batch_size=batch_size, progress=update)
+        kept = store(asked, images, output, flips=flips, batch_size=batch_size, progress=update)
     facts = {"output": str(output), "pictures": len(kept.good), "shape": list(kept.shape or ())}
     _finish(own, facts, kept.broken, as_json)
 
@@ -185,7 +185,7 @@ def _finish(
     own: Console, facts: Mapping[str, object], broken: Mapping[str, str], as_json: bool
 ) -> None:
     number = facts["pictures"]
-    words = counted(number, "picture") if isinstance(number, int) else ""
+    words = counted(number, "image") if isinstance(number, int) else ""
     own.say(f"{words} are in {facts['output']}")
     if as_json:
         console.write_json({**facts, "broken": dict(broken)})

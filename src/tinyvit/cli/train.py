@@ -361,7 +361,7 @@ pass
 pass
 
 
-_NAMED = 20  # broken pictures that are named; --json has all
+_NAMED = 20  # broken images that are named; --json has all
 
 
 class Maker(Protocol):
@@ -549,7 +549,7 @@ EXAMPLES = {
 
 @with_rows((*LOOP[:1], *CONTROL, *CLASSIFY, *LOOP[1:]))
 def classify(ctx: typer.Context, **values: object) -> None:
-    """Train a classifier on pictures of named classes.
+    """Train a classifier on images of named classes.
 
     The run's folder gets best.safetensors and last.safetensors, which 'tinyvit classify' loads,
     log.jsonl, curves.png, the choices, and the state from which a stopped run goes on. Ctrl-C ends
@@ -562,7 +562,7 @@ def classify(ctx: typer.Context, **values: object) -> None:
 def distill_logits(ctx: typer.Context, **values: object) -> None:
     """Train a classifier with a teacher's answers.
 
-    The answers were written by 'tinyvit train write-logits', and belong to these pictures, this
+    The answers were written by 'tinyvit train write-logits', and belong to these images, this
     split and this chance: --val, --val-part, --split-seed, --augment and --flip must be the same.
     The run's folder is as with 'tinyvit train classify'.
     """
@@ -573,7 +573,7 @@ def distill_logits(ctx: typer.Context, **values: object) -> None:
 def distill_features(ctx: typer.Context, **values: object) -> None:
     """Train an encoder to give a teacher's features.
 
-    The features were written by 'tinyvit train store-features'. The student prepares pictures as
+    The features were written by 'tinyvit train store-features'. The student prepares images as
     the teacher does, perhaps at another size. The run's folder is as with 'tinyvit train classify';
     its weights are an encoder, or with --sam a whole SAM.
     """

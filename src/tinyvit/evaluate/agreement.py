@@ -1,4 +1,4 @@
-"""Do two models, or one model on two backends, see the same in a folder of pictures?
+"""Do two models, or one model on two backends, see the same in a folder of images?
 
 Embeddings are compared by the cosine of each cell, masks by the IoU of the answers to a grid of
 clicks, each side's own best mask; and each side's time is taken. There is no truth here: two models
@@ -13,7 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,21 +24,21 @@ from tinyvit.errors import ImageError
 from tinyvit.images.decode import ImageSource, decode
 from tinyvit.sam.predictor import SamPredictor
 
-from .metrics import Mask, iou
+from .metrics import Mask, as_json, iou
 
 
 @dataclass(frozen=True)
-class PictureAgreement:
-    """One picture.
+class ImageAgreement:
+    """One image.
 
     Attributes:
-        picture: What it is called.
-        cosines: (mean, least) cosine over the embedding's cells that show the picture; None where
+        image: What it is called.
+        cosines: (mean, least) cosine over the embedding's cells that show the image; None where
             the two embeddings have different shapes.
         ious: IoU of the two answers to each click.
     """
 
-    picture: str
+    image: str
     cosines: tuple[float, float] | None
     ious: tuple[float, ...]
 
@@ -49,18 +49,18 @@ class Agreement:
 
     Attributes:
         names: What was compared.
-        pictures: Each picture.
-        left_out: Pictures that could not be read, and why.
-        mean_cosine: Mean over the pictures; None where embeddings have different shapes.
-        least_cosine: The least of all cells of all pictures.
+        images: Each image.
+        left_out: Images that could not be read, and why.
+        mean_cosine: Mean over the images; None where embeddings have different shapes.
+        least_cosine: The least of all cells of all images.
         mean_iou: Mean over all clicks.
         least_iou: The least of all clicks.
-        encode_seconds: Median time of each to encode a picture.
+        encode_seconds: Median time of each to encode an image.
         prompt_seconds: Median time of each to answer a click.
     """
 
     names: tuple[str, str]
-    pictures: tuple[PictureAgreement, ...]
+    images: tuple[ImageAgreement, ...]
     left_out: tuple[str, ...]
     mean_cosine: float | None
     least_cosine: float | None
@@ -71,7 +71,7 @@ class Agreement:
 
     def to_json(self) -> str:
         """Everything, as JSON."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        return json.dumps(as_json(self), indent=2, ensure_ascii=False)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Lines of a table: the measure and its two numbers."""
@@ -81,7 +81,7 @@ class Agreement:
         rows.append(("mask IoU", f"{self.mean_iou:.4f}", f"{self.least_iou:.4f}"))
         rows.append(("", *self.names))
         for words, (first, second) in (
-            ("encode a picture", self.encode_seconds),
+            ("encode an image", self.encode_seconds),
             ("answer a click", self.prompt_seconds),
         ):
             rows.append((words, f"{1000 * first:.1f} ms", f"{1000 * second:.1f} ms"))
@@ -91,34 +91,34 @@ class Agreement:
 def compare(
     first: SamPredictor,
     second: SamPredictor,
-    pictures: Iterable[ImageSource],
+    images: Iterable[ImageSource],
     *,
     names: tuple[str, str] = ("first", "second"),
     grid: int = 4,
 ) -> Agreement:
-    """Ask two models the same about the same pictures.
+    """Ask two models the same about the same images.
 
     Args:
         first: One, with its checkpoint and backend.
         second: The other.
-        pictures: Paths or arrays; broken ones are left out and named.
+        images: Paths or arrays; broken ones are left out and named.
         names: What to call the two.
-        grid: Clicks along each side of a picture.
+        grid: Clicks along each side of an image.
 
     Returns:
         How far they agree.
 
     Raises:
-        ValueError: ``grid`` is below 1, or no picture can be read.
+        ValueError: ``grid`` is below 1, or no image can be read.
     """
     if grid < 1:
         raise ValueError(f"grid must be at least 1 click along a side, but is {grid}")
     sides = _Side(first), _Side(second)
-    found: list[PictureAgreement] = []
+    found: list[ImageAgreement] = []
     left_out: list[str] = []
-    for number, source in enumerate(pictures):
+    for number, source in enumerate(images):
         name = str(source) if isinstance(source, (str, bytes)) or hasattr(source, "__fspath__") \
-            else f"picture {number}"  # fmt: skip
+            else f"image {number}"  # fmt: skip
         try:
             image = decode(source)
         except ImageError as err:
@@ -133,15 +133,15 @@ def compare(
             for column in range(grid)
         ]
         ious = tuple(iou(*(side.answer(click) for side in sides)) for click in clicks)
-        found.append(PictureAgreement(name, _cosines(first, second), ious))
+        found.append(ImageAgreement(name, _cosines(first, second), ious))
     if not found:
         reasons = f": {'; '.join(left_out[:5])}" if left_out else ""
-        raise ValueError(f"no picture could be compared{reasons}")
+        raise ValueError(f"no image could be compared{reasons}")
     cosines = [one.cosines for one in found if one.cosines is not None]
     every = [value for one in found for value in one.ious]
     return Agreement(
         names=names,
-        pictures=tuple(found),
+        images=tuple(found),
         left_out=tuple(left_out),
         mean_cosine=statistics.fmean(mean for mean, _ in cosines) if cosines else None,
         least_cosine=min(least for _, least in cosines) if cosines else None,
@@ -181,7 +181,7 @@ class _Side:
 
 
 def _cosines(first: SamPredictor, second: SamPredictor) -> tuple[float, float] | None:
-    """(mean, least) over the cells that show the picture."""
+    """(mean, least) over the cells that show the image."""
     features = [side.get_image_embedding()[0].float().cpu() for side in (first, second)]
     if features[0].shape != features[1].shape:
         return None

@@ -3,7 +3,7 @@
 A disc around the click, the ellipse inscribed in the box, and GrabCut (Rother et al., 2004) where
 OpenCV happens to be installed. Here are pixels only: no model, no files.
 
-Shapes: H W a picture. Points are (x, y) and boxes xyxy, in pixels, continuous.
+Shapes: H W an image. Points are (x, y) and boxes xyxy, in pixels, continuous.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RGB = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 
 DISC_RADIUS = 0.2
-"""Of the disc around a click, as a share of the picture's longer side."""
+"""Of the disc around a click, as a share of the image's longer side."""
 
 _GRABCUT_ROUNDS = 5
 _SURE_RADIUS = 0.02  # around a click, as a share of the longer side: certainly the object

@@ -1,14 +1,13 @@
-"""The most confidently wrong pictures of a classifier, as one picture to look at.
+"""The most confidently wrong images of a classifier, as one image to look at.
 
-Each cell shows a picture and below it what it is and what it was taken for, with the model's
-probability. Small pictures are enlarged so that their pixels can be seen.
+Each cell shows an image and below it what it is and what it was taken for, with the model's
+probability. Small images are enlarged so that their pixels can be seen.
 
-Shapes: H W a picture.
+Shapes: H W an image.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from tinyvit.images.decode import decode
 from tinyvit.inference.engine import Engine
 from tinyvit.inference.read_ahead import read_ahead
 
-from .metrics import RESAMPLES, Figure
+from .metrics import RESAMPLES, Figure, as_json
 
 pass
 
@@ -40,25 +39,25 @@ PAPER, GROUND, INK, FAINT = (255, 255, 255), (240, 241, 244), (28, 32, 40), (118
 
 
 def draw_wrong(
-    report: ClassifyReport, pictures: LabelledPictures, title: str = "Most confidently wrong"
+    report: ClassifyReport, images: LabelledImages, title: str = "Most confidently wrong"
 ) -> RGB:
-    """Draw the wrong pictures of a report.
+    """Draw the wrong images of a report.
 
     Args:
         report: What was measured.
-        pictures: The list it was measured on.
+        images: The list it was measured on.
         title: The line at the top.
 
     Returns:
         RGB [H, W, 3] uint8, for ``tinyvit.images.draw.save_png``.
 
     Raises:
-        ValueError: No picture is wrong.
-        ImageError: A picture cannot be read any more.
+        ValueError: No image is wrong.
+        ImageError: An image cannot be read any more.
     """
     cells = report.wrong
     if not cells:
-        raise ValueError("there is nothing to show: no picture was taken for another class")
+        raise ValueError("there is nothing to show: no image was taken for another class")
     columns = min(COLUMNS, len(cells))
     row = CELL + CAPTION + GAP
     font = ImageFont.load_default(size=24)
@@ -70,7 +69,7 @@ def draw_wrong(
     for place, cell in enumerate(cells):
         line, column = divmod(place, columns)
         left, top = MARGIN + column * (CELL + GAP), MARGIN + TITLE + line * row
-        image = _fitted(decode(pictures.source(cell.index)))
+        image = _fitted(decode(images.source(cell.index)))
         pen.rectangle((left, top, left + CELL - 1, top + CELL - 1), fill=GROUND)
         sheet.paste(image, (left + (CELL - image.width) // 2, top + (CELL - image.height) // 2))
         _write(pen, left, top + CELL + 6, cell)
@@ -86,7 +85,7 @@ def _fitted(image: RGB) -> Image.Image:
     return Image.fromarray(image).resize(size, way)
 
 
-def _write(pen: ImageDraw.ImageDraw, left: int, top: int, cell: WrongPicture) -> None:
+def _write(pen: ImageDraw.ImageDraw, left: int, top: int, cell: WrongImage) -> None:
     lines = (
         (f"is {cell.label}", INK),
         (f"taken for {cell.predicted}, {cell.probability:.0%}", FAINT),
@@ -108,13 +107,13 @@ class ClassConfusion:
 
     Attributes:
         name: The class.
-        pictures: How many pictures it has.
+        images: How many images it has.
         accuracy: Part of them that is found.
         taken_for: (other class, how often), the most frequent first.
     """
 
     name: str
-    pictures: int
+    images: int
     accuracy: float
     taken_for: tuple[tuple[str, int], ...]
 
@@ -140,25 +139,25 @@ def hits_in_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
 
 
 def share_of_hits(hits: NDArray[np.bool_], resamples: int = RESAMPLES, seed: int = 0) -> Figure:
-    """The part of hits and its 95 % interval over the choice of pictures.
+    """The part of hits and its 95 % interval over the choice of images.
 
-    Drawing N pictures of which a part p are hits gives a binomial number of hits, so the bootstrap
+    Drawing N images of which a part p are hits gives a binomial number of hits, so the bootstrap
     is drawn from that distribution at once.
 
     Args:
         hits: [N].
-        resamples: How often the pictures are drawn.
+        resamples: How often the images are drawn.
         seed: Of the draws; the same hits always give the same interval.
 
     Returns:
         The part and its interval.
 
     Raises:
-        ValueError: There are no pictures.
+        ValueError: There are no images.
     """
     count = len(hits)
     if not count:
-        raise ValueError("wanted the hits of at least one picture, got none")
+        raise ValueError("wanted the hits of at least one image, got none")
     value = float(hits.mean())
     draws = np.random.default_rng(seed).binomial(count, value, size=resamples) / count
     low, high = np.percentile(draws, [2.5, 97.5])
@@ -176,7 +175,7 @@ def calibration_error(
         bins: Bins of equal width.
 
     Returns:
-        0 to 1: the difference in each bin, weighted by the pictures in it.
+        0 to 1: the difference in each bin, weighted by the images in it.
 
     Example:
         >>> calibration_error(np.array([0.75, 0.75]), np.array([True, False]))
@@ -225,11 +224,11 @@ _TOP = 5
 _MEBI = 1 << 20
 
 Progress = Callable[[int, int], None]
-"""Called with (pictures done, pictures in all)."""
+"""Called with (images done, images in all)."""
 
 
-class LabelledPictures(Protocol):
-    """A list of pictures whose classes are known."""
+class LabelledImages(Protocol):
+    """A list of images whose classes are known."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -238,23 +237,23 @@ class LabelledPictures(Protocol):
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """[N], number of each picture's class."""
+        """[N], number of each image's class."""
         ...
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What to call a picture in messages."""
+        """What to call an image in messages."""
         ...
 
     def source(self, index: int) -> Path | bytes:
-        """Where a picture is read from: a path, or the bytes of its file."""
+        """Where an image is read from: a path, or the bytes of its file."""
         ...
 
 
 @dataclass(frozen=True)
-class WrongPicture:
-    """A picture that is taken for another class, for a person to look at.
+class WrongImage:
+    """An image that is taken for another class, for a person to look at.
 
     Attributes:
         index: Its place in the list.
@@ -276,7 +275,7 @@ class ClassifyReport:
     """What was measured.
 
     Attributes:
-        pictures: Pictures that were measured; broken ones are not among them.
+        images: Images that were measured; broken ones are not among them.
         classes: Number of classes.
         top1: Part whose likeliest class is right.
         top5: Part whose class is among the five likeliest; None with five classes or fewer.
@@ -284,15 +283,15 @@ class ClassifyReport:
         calibration_error: Expected difference of confidence and accuracy, 0 to 1.
         confidence: Mean probability of the likeliest class.
         confusions: The classes that are found least, worst first.
-        wrong: The most confidently wrong pictures, worst first.
-        broken: Reason by name of each picture that could not be read.
+        wrong: The most confidently wrong images, worst first.
+        broken: Reason by name of each image that could not be read.
         seconds: Time for everything, reading included.
-        milliseconds: The same for one picture.
+        milliseconds: The same for one image.
         peak_memory: Most memory of the process in bytes, or None where it is not known.
         engine: What computed.
     """
 
-    pictures: int
+    images: int
     classes: int
     top1: Figure
     top5: Figure | None
@@ -300,7 +299,7 @@ class ClassifyReport:
     calibration_error: float
     confidence: float
     confusions: tuple[ClassConfusion, ...]
-    wrong: tuple[WrongPicture, ...]
+    wrong: tuple[WrongImage, ...]
     broken: dict[str, str]
     seconds: float
     milliseconds: float
@@ -309,13 +308,13 @@ class ClassifyReport:
 
     def to_json(self) -> dict[str, object]:
         """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)
+        return as_json(self)
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, figure) for a table."""
         memory = "unknown" if self.peak_memory is None else f"{self.peak_memory / _MEBI:.0f} MiB"
         rows = [
-            ("pictures", f"{self.pictures} in {self.classes} classes"),
+            ("images", f"{self.images} in {self.classes} classes"),
             ("broken", str(len(self.broken))),
             ("top-1", _percent(self.top1)),
         ]
@@ -325,7 +324,7 @@ class ClassifyReport:
             ("cross entropy", f"{self.loss:.4f}"),
             ("calibration error", f"{self.calibration_error:.1%}"),
             ("mean confidence", f"{self.confidence:.1%}"),
-            ("time", f"{self.seconds:.1f} s, {self.milliseconds:.2f} ms a picture"),
+            ("time", f"{self.seconds:.1f} s, {self.milliseconds:.2f} ms an image"),
             ("peak memory", memory),
         ]
         return rows
@@ -333,7 +332,7 @@ class ClassifyReport:
 
 def evaluate_classifier(
     engine: Engine,
-    pictures: LabelledPictures,
+    images: LabelledImages,
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -341,29 +340,29 @@ def evaluate_classifier(
     most_wrong: int = 16,
     progress: Progress | None = None,
 ) -> ClassifyReport:
-    """Measure a classifier on labelled pictures.
+    """Measure a classifier on labelled images.
 
     Args:
-        engine: Runs a model with as many classes as ``pictures``.
-        pictures: The pictures; broken ones are named in the report and not measured.
+        engine: Runs a model with as many classes as ``images``.
+        images: The images; broken ones are named in the report and not measured.
         resamples: Draws for the intervals.
         seed: Of these draws.
         most_confusions: Classes to name.
-        most_wrong: Pictures to name.
-        progress: Called as pictures are done.
+        most_wrong: Images to name.
+        progress: Called as images are done.
 
     Returns:
         The report.
 
     Raises:
-        ValueError: The model has another number of classes or gives no logits, or no picture could
+        ValueError: The model has another number of classes or gives no logits, or no image could
             be read.
     """
     began = time.perf_counter()
-    indices, logits, broken = _run(engine, pictures, progress)
+    indices, logits, broken = _run(engine, images, progress)
     seconds = time.perf_counter() - began
-    classes = pictures.classes
-    labels = np.asarray(pictures.labels)[indices]
+    classes = images.classes
+    labels = np.asarray(images.labels)[indices]
     chances = logits.double().softmax(dim=1)
     confidence, predicted = (found.numpy() for found in chances.max(dim=1))
     first = predicted == labels
@@ -373,7 +372,7 @@ def evaluate_classifier(
         hits = hits_in_top(logits, torch.from_numpy(labels), _TOP).numpy()
         top5 = share_of_hits(hits, resamples, seed)
     return ClassifyReport(
-        pictures=len(labels),
+        images=len(labels),
         classes=len(classes),
         top1=share_of_hits(first, resamples, seed),
         top5=top5,
@@ -381,7 +380,7 @@ def evaluate_classifier(
         calibration_error=calibration_error(confidence, first),
         confidence=float(confidence.mean()),
         confusions=confusions(labels, predicted, classes, most_confusions),
-        wrong=_wrong(pictures, indices, labels, predicted, confidence, most_wrong),
+        wrong=_wrong(images, indices, labels, predicted, confidence, most_wrong),
         broken=broken,
         seconds=seconds,
         milliseconds=1000 * seconds / len(labels),
@@ -391,42 +390,42 @@ def evaluate_classifier(
 
 
 def _run(
-    engine: Engine, pictures: LabelledPictures, progress: Progress | None
+    engine: Engine, images: LabelledImages, progress: Progress | None
 ) -> tuple[NDArray[np.int64], Tensor, dict[str, str]]:
-    """Indices of the pictures that could be read, their logits [N, K], and the broken ones."""
+    """Indices of the images that could be read, their logits [N, K], and the broken ones."""
     broken: dict[str, str] = {}
     indices: list[int] = []
     rows: list[Tensor] = []
-    for batch in _batches(engine, pictures):
+    for batch in _batches(engine, images):
         good: list[NDArray[np.uint8]] = []
         for index, read in batch:
             if isinstance(read, ImageError):
-                broken[pictures.name(index)] = str(read)
+                broken[images.name(index)] = str(read)
             else:
                 indices.append(index)
                 good.append(read)
         if good:
             logits = engine.classify(good)
-            if logits.shape[1] != len(pictures.classes):
+            if logits.shape[1] != len(images.classes):
                 raise ValueError(
-                    f"the model has {logits.shape[1]} classes and the pictures have "
-                    f"{len(pictures.classes)}; measure it on pictures of the classes it learnt"
+                    f"the model has {logits.shape[1]} classes and the images have "
+                    f"{len(images.classes)}; measure it on images of the classes it learnt"
                 )
             rows.append(logits)
         if progress is not None:
-            progress(batch[-1][0] + 1, len(pictures))
+            progress(batch[-1][0] + 1, len(images))
     if not rows:
         first = next(iter(broken.items()), ("", "there is none"))
-        raise ValueError(f"no picture of {len(pictures)} could be read; {first[0]}: {first[1]}")
+        raise ValueError(f"no image of {len(images)} could be read; {first[0]}: {first[1]}")
     return np.array(indices, dtype=np.int64), torch.cat(rows), broken
 
 
 _Read = tuple[int, "NDArray[np.uint8] | ImageError"]
 
 
-def _batches(engine: Engine, pictures: LabelledPictures) -> Iterator[list[_Read]]:
-    """Pictures read ahead in threads, some at a time, in order."""
-    jobs = (partial(_read, pictures, index) for index in range(len(pictures)))
+def _batches(engine: Engine, images: LabelledImages) -> Iterator[list[_Read]]:
+    """Images read ahead in threads, some at a time, in order."""
+    jobs = (partial(_read, images, index) for index in range(len(images)))
     batch: list[_Read] = []
     for found in read_ahead(jobs, workers=engine.workers, ahead=engine.ahead):
         batch.append(found)
@@ -437,28 +436,28 @@ def _batches(engine: Engine, pictures: LabelledPictures) -> Iterator[list[_Read]
         yield batch
 
 
-def _read(pictures: LabelledPictures, index: int) -> _Read:
+def _read(images: LabelledImages, index: int) -> _Read:
     try:
-        return index, decode(pictures.source(index))
+        return index, decode(images.source(index))
     except ImageError as err:
         return index, err
 
 
 def _wrong(
-    pictures: LabelledPictures,
+    images: LabelledImages,
     indices: NDArray[np.int64],
     labels: NDArray[np.int64],
     predicted: NDArray[np.int64],
     confidence: NDArray[np.floating],
     most: int,
-) -> tuple[WrongPicture, ...]:
-    classes = pictures.classes
+) -> tuple[WrongImage, ...]:
+    classes = images.classes
     places = np.flatnonzero(labels != predicted)
     places = places[np.argsort(-confidence[places], kind="stable")][:most]
     return tuple(
-        WrongPicture(
+        WrongImage(
             int(indices[i]),
-            pictures.name(int(indices[i])),
+            images.name(int(indices[i])),
             classes[labels[i]],
             classes[predicted[i]],
             float(confidence[i]),

@@ -4,13 +4,15 @@ The boundary F-measure is that of Martin et al. (2004) as Perazzi et al. (2016) 
 the most interior point is the maximum of the Euclidean distance transform, as is usual in
 interactive segmentation. Here are arrays only: no model, no files.
 
-Shapes: H W a picture. Points are (x, y), continuous: the centre of the first pixel is (0.5, 0.5).
+Shapes: H W an image. Points are (x, y), continuous: the centre of the first pixel is (0.5, 0.5).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +21,7 @@ Mask = NDArray[np.bool_]
 Point = tuple[float, float]
 
 BOUNDARY_TOLERANCE = 0.0075
-"""How far apart two boundaries may lie and still agree, as a share of the picture's diagonal."""
+"""How far apart two boundaries may lie and still agree, as a share of the image's diagonal."""
 
 
 def iou(first: Mask, second: Mask) -> float:
@@ -41,14 +43,14 @@ def boundary_f(predicted: Mask, target: Mask, tolerance: float = BOUNDARY_TOLERA
     """How well two outlines agree, from 0 to 1.
 
     A mask's boundary is its pixels that have one of their four neighbours outside of it; the edge
-    of the picture is no boundary. Precision is the share of the predicted boundary that lies
+    of the image is no boundary. Precision is the share of the predicted boundary that lies
     within the tolerance of the true one, recall the share of the true boundary that lies within
     the tolerance of the predicted one, and the result is their harmonic mean.
 
     Args:
         predicted: [H, W] bool.
         target: [H, W] bool.
-        tolerance: As a share of the picture's diagonal; at least one pixel is allowed.
+        tolerance: As a share of the image's diagonal; at least one pixel is allowed.
 
     Returns:
         The F-measure; 1 where neither has a boundary, 0 where only one has.
@@ -71,7 +73,7 @@ def boundary_f(predicted: Mask, target: Mask, tolerance: float = BOUNDARY_TOLERA
 
 
 def most_interior_point(mask: Mask) -> Point:
-    """The point of a mask that is farthest from its outside; the picture's edge is outside.
+    """The point of a mask that is farthest from its outside; the image's edge is outside.
 
     Args:
         mask: [H, W] bool with at least one pixel.
@@ -123,13 +125,13 @@ def next_click(predicted: Mask, target: Mask) -> tuple[Point, int] | None:
 def _check_pair(first: Mask, second: Mask) -> None:
     if first.shape != second.shape or first.ndim != 2:
         raise ValueError(
-            f"wanted two masks [H, W] of one picture; came {list(first.shape)} and "
+            f"wanted two masks [H, W] of one image; came {list(first.shape)} and "
             f"{list(second.shape)}"
         )
 
 
 def _boundary(mask: Mask) -> Mask:
-    """Pixels of a mask with a neighbour outside; beyond the picture's edge it goes on."""
+    """Pixels of a mask with a neighbour outside; beyond the image's edge it goes on."""
     padded = np.pad(mask, 1, mode="edge")
     around = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     boundary: Mask = mask & ~around
@@ -137,7 +139,7 @@ def _boundary(mask: Mask) -> Mask:
 
 
 def _window(mask: Mask) -> tuple[slice, slice]:
-    """The part of the picture that holds a mask, which is not empty."""
+    """The part of the image that holds a mask, which is not empty."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
@@ -191,12 +193,12 @@ def bootstrap(
 ) -> Figure:
     """The mean of some numbers with its 95 % interval, resampled by group.
 
-    Masks of one picture are alike, so whole pictures are drawn, with replacement.
+    Masks of one image are alike, so whole images are drawn, with replacement.
 
     Args:
         values: The numbers.
-        groups: Of each number, which picture it is from.
-        resamples: How often the pictures are drawn.
+        groups: Of each number, which image it is from.
+        resamples: How often the images are drawn.
         seed: Of the draws; the same numbers always give the same interval.
 
     Returns:
@@ -214,7 +216,7 @@ def bootstrap(
     sums, counts = np.bincount(places, numbers), np.bincount(places)
     draws = np.random.default_rng(seed).multinomial(
         len(sums), np.full(len(sums), 1 / len(sums)), size=resamples
-    )  # [resamples, pictures]: how often each was drawn
+    )  # [resamples, images]: how often each was drawn
     means = (draws @ sums) / (draws @ counts)
     low, high = np.percentile(means, [2.5, 97.5])
     return Figure(float(numbers.mean()), float(low), float(high), len(numbers))
@@ -293,3 +295,24 @@ def calibrate(predicted: Sequence[float], true: Sequence[float], bins: int = 10)
 
 def _mean(numbers: NDArray[np.float64]) -> float:
     return float(numbers.mean()) if len(numbers) else float("nan")
+
+
+_JSON_KEYS = {"image": "picture", "images": "pictures"}
+"""Keys of reports are a format: they keep the spelling they were published with."""
+
+
+def as_json(report: object) -> dict[str, Any]:
+    """The fields of a report (a dataclass) as plain values; None for nan, which JSON lacks."""
+
+    def plain(value: object) -> object:
+        if is_dataclass(value) and not isinstance(value, type):
+            return {
+                _JSON_KEYS.get(f.name, f.name): plain(getattr(value, f.name)) for f in fields(value)
+            }
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return cast(dict[str, Any], plain(report))

@@ -1,21 +1,20 @@
-"""The best and the worst answers to one click, as one picture to look at.
+"""The best and the worst answers to one click, as one image to look at.
 
-Each cell shows a picture with what the model found (filled), the truth (white line) and the click,
+Each cell shows an image with what the model found (filled), the truth (white line) and the click,
 and below it the IoU. Only the cells that can still be shown are held, in the size of a cell.
 
-Shapes: H W a picture.
+Shapes: H W an image.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol, TypeAlias
 
@@ -44,6 +43,7 @@ from .metrics import (
     Figure,
     Mask,
     Point,
+    as_json,
     bootstrap,
     boundary_f,
     calibrate,
@@ -71,7 +71,7 @@ SHEET_COLUMNS = 4
 class _Cell:
     iou: float
     order: int
-    picture: RGB
+    image: RGB
     words: str
 
 
@@ -101,7 +101,7 @@ class ContactSheet:
         self._seen += 1
         if not (is_good or is_bad):
             return
-        words = shown.case.label or shown.case.picture
+        words = shown.case.label or shown.case.image
         cell = _Cell(iou, self._seen, _draw(shown), words)
         if is_good:
             self._best.append(cell)
@@ -186,9 +186,9 @@ def _shrunk(mask: Mask, size: tuple[int, int]) -> Mask:
 def _place(sheet: Image.Image, pen: ImageDraw.ImageDraw, cell: _Cell, left: int, top: int) -> None:
     """A cell on its ground, its caption below."""
     pen.rectangle((left, top, left + CELL_WIDTH - 1, top + CELL_HEIGHT - 1), fill=GROUND)
-    height, width = cell.picture.shape[:2]
+    height, width = cell.image.shape[:2]
     corner = left + (CELL_WIDTH - width) // 2, top + (CELL_HEIGHT - height) // 2
-    sheet.paste(Image.fromarray(cell.picture), corner)
+    sheet.paste(Image.fromarray(cell.image), corner)
     number = f"{cell.iou:.2f}"
     _write(pen, (left, top + CELL_HEIGHT + 8), number, 20, INK)
     after = left + pen.textlength(number, font=ImageFont.load_default(size=20)) + 12
@@ -205,7 +205,7 @@ def _write(
 
 
 class PlainPredictor:
-    """Segments one picture by prompts, with the two methods of ``SamPredictor`` that matter.
+    """Segments one image by prompts, with the two methods of ``SamPredictor`` that matter.
 
     Args:
         sam: The model; asked as it is, so it should be in eval mode.
@@ -219,10 +219,10 @@ class PlainPredictor:
 
     @torch.no_grad()
     def set_image(self, image: NDArray[np.uint8]) -> None:
-        """Encode a picture, RGB [H, W, 3] uint8, for the predictions that follow.
+        """Encode an image, RGB [H, W, 3] uint8, for the predictions that follow.
 
         Raises:
-            ValueError: The array is no such picture.
+            ValueError: The array is no such image.
         """
         prepared, self._placement = to_tensor(image, spec_of(self.model))
         batch = prepared[None].to(self.model.device, self.model.pixel_mean.dtype)
@@ -243,11 +243,11 @@ class PlainPredictor:
         """As ``SamPredictor.predict``: (masks [K, H, W] bool, predicted IoU [K], low-res logits).
 
         Raises:
-            RuntimeError: No picture is set.
+            RuntimeError: No image is set.
             ValueError: The prompt is none, or of a wrong shape.
         """
         if self._features is None or self._placement is None:
-            raise RuntimeError("no picture is set; call .set_image(...) first")
+            raise RuntimeError("no image is set; call .set_image(...) first")
         sam, features = self.model, self._features
         prompts = sam.prompt_encoder
         grid = int(features.shape[2]), int(features.shape[3])
@@ -284,10 +284,10 @@ class Case:
     """What became of one mask of the data set.
 
     Attributes:
-        picture: Name of the picture.
-        number: Which of the picture's masks, from 0.
+        image: Name of the image.
+        number: Which of the image's masks, from 0.
         label: What it is called; empty where nothing is known.
-        area: Its share of the picture.
+        area: Its share of the image.
         click_ious: IoU after 1, 2, 3, ... clicks, as far as it went on.
         best_of_three: IoU of the best of the three masks that the first click gives.
         click_boundary_f: Boundary F after one click.
@@ -299,7 +299,7 @@ class Case:
         box_floors: IoU of each floor from the box.
     """
 
-    picture: str
+    image: str
     number: int
     label: str
     area: float
@@ -319,8 +319,8 @@ class Cost:
     """What it took.
 
     Attributes:
-        encode_seconds: Median time to encode a picture.
-        prompt_seconds: Median time to answer one prompt on an encoded picture.
+        encode_seconds: Median time to encode an image.
+        prompt_seconds: Median time to answer one prompt on an encoded image.
         peak_bytes: Most memory that the process has held so far, everything in it included; on a
             GPU the most that torch has held there. None where the system does not say.
     """
@@ -337,7 +337,7 @@ class SegmentReport:
     Attributes:
         model: What was measured.
         data: On what.
-        pictures: That were measured.
+        images: That were measured.
         masks: That were measured.
         left_out: What was not, and why.
         ious: Mean IoU by kind of prompt: "1 click", "3 clicks", ..., "box", and "1 click, best of
@@ -356,7 +356,7 @@ class SegmentReport:
 
     model: str
     data: str
-    pictures: int
+    images: int
     masks: int
     left_out: tuple[str, ...]
     ious: Mapping[str, Figure]
@@ -372,7 +372,7 @@ class SegmentReport:
 
     def to_json(self) -> str:
         """Everything, as JSON; numbers that there are none of are null."""
-        return json.dumps(_plain(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False)
+        return json.dumps(as_json(self), indent=2, ensure_ascii=False, allow_nan=False)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Lines of a table under ``COLUMNS``."""
@@ -399,7 +399,7 @@ class SegmentReport:
                 (f"predicted IoU, {prompt}: correlation", f"{found.correlation:.2f}", _DASH, _DASH),
                 (f"predicted IoU, {prompt}: mean error", f"{found.mean_error:+.3f}", _DASH, _DASH),
             ]
-        rows.append(("encode a picture", _time(self.cost.encode_seconds), _DASH, _DASH))
+        rows.append(("encode an image", _time(self.cost.encode_seconds), _DASH, _DASH))
         rows.append(("answer a prompt", _time(self.cost.prompt_seconds), _DASH, _DASH))
         if self.cost.peak_bytes is not None:
             rows.append(("peak memory", f"{self.cost.peak_bytes / 2**20:.0f} MiB", _DASH, _DASH))
@@ -413,7 +413,7 @@ class SegmentReport:
 def summarise(
     model: str,
     data: str,
-    pictures: int,
+    images: int,
     left_out: Sequence[str],
     cases: Sequence[Case],
     groups: Sequence[int],
@@ -428,10 +428,10 @@ def summarise(
     Args:
         model: What was measured.
         data: On what.
-        pictures: That were measured.
+        images: That were measured.
         left_out: What was not, and why.
         cases: Every mask, at least one.
-        groups: Of each case, which picture it is from: pictures are resampled, not masks.
+        groups: Of each case, which image it is from: images are resampled, not masks.
         cost: Time and memory.
         clicks: Numbers of clicks whose mean IoU is wanted.
         target_iou: Clicks are counted until this IoU.
@@ -456,7 +456,7 @@ def summarise(
     return SegmentReport(
         model=model,
         data=data,
-        pictures=pictures,
+        images=images,
         masks=len(cases),
         left_out=tuple(left_out),
         ious=ious,
@@ -498,22 +498,8 @@ def _time(seconds: float) -> str:
     return f"{1000 * seconds:.1f} ms"
 
 
-def _plain(value: object) -> object:
-    """Ready for JSON, which has no word for nan."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-pass
-
-
-class LabelledPicture(Protocol):
-    """A picture and its masks, wherever they come from; ``tinyvit.train.Scene`` is one."""
+class LabelledImage(Protocol):
+    """An image and its masks, wherever they come from; ``tinyvit.train.Scene`` is one."""
 
     @property
     def name(self) -> str:
@@ -534,7 +520,7 @@ class Predictor(Protocol):
     """What is measured: ``SamPredictor`` and ``PlainPredictor`` are such."""
 
     def set_image(self, image: RGB) -> None:
-        """Encode a picture."""
+        """Encode an image."""
         ...
 
     def predict(
@@ -610,7 +596,7 @@ class Shown:
 
 def evaluate_segment(
     model: Model,
-    pictures: Iterable[LabelledPicture],
+    images: Iterable[LabelledImage],
     settings: MeasureSettings | None = None,
     *,
     name: str | None = None,
@@ -619,17 +605,17 @@ def evaluate_segment(
     watch: Callable[[Shown], None] | None = None,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> SegmentReport:
-    """Measure a model on pictures with masks.
+    """Measure a model on images with masks.
 
     Args:
         model: A ``Sam``, a predictor, or the name or path of a checkpoint that holds a whole SAM.
-        pictures: Such as a ``MaskSet``; broken ones are left out and named in the report.
+        images: Such as a ``MaskSet``; broken ones are left out and named in the report.
         settings: How; None takes the defaults.
         name: What to call the model in the report; None takes the checkpoint's name.
-        data: What to call the pictures.
+        data: What to call the images.
         faults: What was left out already, for the report.
         watch: Called with each answer to one click, say by a ``ContactSheet``.
-        progress: Called with (pictures done, all or None).
+        progress: Called with (images done, all or None).
 
     Returns:
         The report.
@@ -641,21 +627,21 @@ def evaluate_segment(
     settings = settings or MeasureSettings()
     called = name or (str(model) if isinstance(model, (str, os.PathLike)) else type(model).__name__)
     asker = _Asker(_predictor(model), settings)
-    total = len(pictures) if isinstance(pictures, Sequence) else None
+    total = len(images) if isinstance(images, Sequence) else None
     left_out = list(faults)
     cases: list[Case] = []
     groups: list[int] = []
     used = 0
-    for number, picture in enumerate(pictures):
+    for number, image in enumerate(images):
         rest = None if settings.most_masks is None else settings.most_masks - len(cases)
         if rest is not None and rest <= 0:
             break
         try:
-            image, masks = picture.load()
+            rgb, masks = image.load()
         except (ImageError, ValueError) as err:
-            left_out.append(f"{picture.name}: {err}")
+            left_out.append(f"{image.name}: {err}")
             continue
-        found = list(islice(asker.measure(picture, image, masks, watch, left_out), rest))
+        found = list(islice(asker.measure(image, rgb, masks, watch, left_out), rest))
         cases += found
         groups += [number] * len(found)
         used += bool(found)
@@ -703,28 +689,28 @@ class _Asker:
 
     def measure(
         self,
-        picture: LabelledPicture,
-        image: RGB,
+        image: LabelledImage,
+        rgb: RGB,
         masks: NDArray[np.bool_],
         watch: Callable[[Shown], None] | None,
         left_out: list[str],
     ) -> Iterable[Case]:
-        """The cases of one picture, encoded once."""
+        """The cases of one image, encoded once."""
         start = time.perf_counter()
-        self.predictor.set_image(image)
+        self.predictor.set_image(rgb)
         self.encode_seconds.append(time.perf_counter() - start)
-        labels = picture.labels
+        labels = image.labels
         for number, target in enumerate(masks):
             if not target.any():
-                left_out.append(f"{picture.name}, mask {number}: the mask is empty")
+                left_out.append(f"{image.name}, mask {number}: the mask is empty")
                 continue
             label = labels[number] if number < len(labels) else ""
-            shown = self._case(picture.name, number, label, image, target)
+            shown = self._case(image.name, number, label, rgb, target)
             if watch is not None:
                 watch(shown)
             yield shown.case
 
-    def _case(self, picture: str, number: int, label: str, image: RGB, target: Mask) -> Shown:
+    def _case(self, image: str, number: int, label: str, rgb: RGB, target: Mask) -> Shown:
         point = most_interior_point(target)
         box = _box_around(target)
         first, ious = self._click(point, target)
@@ -732,11 +718,11 @@ class _Asker:
         floors: tuple[Mapping[str, float], Mapping[str, float]] = {}, {}
         if self.settings.with_floors:
             floors = (
-                {name: iou(f(image, point), target) for name, f in click_floors().items()},
-                {name: iou(f(image, box), target) for name, f in box_floors().items()},
+                {name: iou(f(rgb, point), target) for name, f in click_floors().items()},
+                {name: iou(f(rgb, box), target) for name, f in box_floors().items()},
             )
         case = Case(
-            picture=picture,
+            image=image,
             number=number,
             label=label,
             area=float(target.mean()),
@@ -750,7 +736,7 @@ class _Asker:
             click_floors=floors[0],
             box_floors=floors[1],
         )
-        return Shown(case, image, target, first.mask, point)
+        return Shown(case, rgb, target, first.mask, point)
 
     def _click(self, point: Point, target: Mask) -> tuple[_Answer, list[float]]:
         """The answer to the first click, and the IoU after each."""

@@ -1,4 +1,4 @@
-"""The files that ``tinyvit encode`` writes for one picture, and whether those there still hold.
+"""The files that ``tinyvit encode`` writes for one image, and whether those there still hold.
 
 ``STEM.safetensors`` has the tensor ``features`` [C, h, w] float32 and, in its header, how it came
 about; each text there is JSON. ``STEM.png`` shows the features beside the photograph. The first is
@@ -31,7 +31,7 @@ from tinyvit.images.preprocess import to_tensor
 from tinyvit.inference import Encoded, Engine
 from tinyvit.inference.read_ahead import read_ahead
 
-from .images import PictureFile
+from .images import ImageFile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,16 +41,16 @@ if TYPE_CHECKING:
     from tinyvit.image_spec import Placement
     from tinyvit.modules import TinyViT
 
-COLUMNS = 3  # of panels in a picture of features
+COLUMNS = 3  # of panels in an image of features
 
 _DECIDE = {  # fact in the header -> what another value means
     "weights_sha256": "made by another model",
     "strides": "made with other strides",
-    "image_spec": "made with another preparation of pictures",
+    "image_spec": "made with another preparation of images",
     "precision": "made in another precision",
-    "picture": "made of another picture",
-    "picture_bytes": "made of a picture that has changed since",
-    "picture_mtime_ns": "made of a picture that has changed since",
+    "picture": "made of another image",
+    "picture_bytes": "made of an image that has changed since",
+    "picture_mtime_ns": "made of an image that has changed since",
 }
 _MARK = "tinyvit_version"
 
@@ -63,7 +63,7 @@ class Found:
         state: ``"nothing"``; ``"current"``: what would be written now; ``"outdated"``: ours, but
             made otherwise; ``"foreign"``: not ours.
         reason: What makes it outdated or foreign, in words.
-        drawing: Name of our picture of the features beside it, or None.
+        drawing: Name of our image of the features beside it, or None.
     """
 
     state: Literal["nothing", "current", "outdated", "foreign"]
@@ -71,8 +71,8 @@ class Found:
     drawing: str | None = None
 
 
-def facts_of_picture(path: Path, name: str) -> dict[str, object]:
-    """What tells whether a picture is still the one that was encoded.
+def facts_of_image(path: Path, name: str) -> dict[str, object]:
+    """What tells whether an image is still the one that was encoded.
 
     Raises:
         OSError: The file is gone.
@@ -112,7 +112,7 @@ def look(target: Path, facts: Mapping[str, object], with_drawing: bool) -> Found
         if header.get(fact) != facts[fact]:
             return Found("outdated", meaning, own)
     if with_drawing and not (own and drawing.exists()):
-        return Found("outdated", "without a picture of the features", own)
+        return Found("outdated", "without an image of the features", own)
     return Found("current", "", own)
 
 
@@ -199,23 +199,23 @@ pass
 
 
 Input: TypeAlias = "tuple[Tensor, Placement]"
-"""A picture [3, H, W] float32 as the model wants it, and where it lies in it."""
+"""An image [3, H, W] float32 as the model wants it, and where it lies in it."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one picture.
+    """What became of one image.
 
     Attributes:
-        picture: The picture.
+        image: The image.
         state: ``"written"``, ``"skipped"`` (there already) or ``"failed"``.
         reason: Why it failed, with the file's name; or what the files were that it replaced.
         features: The safetensors file.
-        drawing: The picture of the features, or None.
+        drawing: The image of the features, or None.
         shape: Shape of the features, (C, h, w); None unless written.
     """
 
-    picture: PictureFile
+    image: ImageFile
     state: Literal["written", "skipped", "failed"]
     reason: str = ""
     features: Path | None = None
@@ -225,9 +225,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Task:
-    """A picture that is to be encoded; once read, with a small photograph if one is to be drawn."""
+    """An image that is to be encoded; once read, with a small photograph if one is to be drawn."""
 
-    picture: PictureFile
+    image: ImageFile
     target: Path
     facts: Mapping[str, object]
     found: Found
@@ -236,7 +236,7 @@ class _Task:
 
 @dataclass(frozen=True)
 class Job:
-    """How pictures are encoded and where to.
+    """How images are encoded and where to.
 
     Attributes:
         engine: Runs the model.
@@ -252,71 +252,71 @@ class Job:
     with_drawings: bool = True
     overwrite: bool = False
 
-    def run(self, pictures: Sequence[PictureFile]) -> Iterator[Outcome]:
-        """Encode the pictures: first those named with which nothing is to be done, then the rest.
+    def run(self, images: Sequence[ImageFile]) -> Iterator[Outcome]:
+        """Encode the images: first those named with which nothing is to be done, then the rest.
 
-        Reading, the model and writing go on at the same time, for pictures that follow each other.
+        Reading, the model and writing go on at the same time, for images that follow each other.
 
         Args:
-            pictures: From ``list_pictures``.
+            images: From ``list_images``.
 
         Yields:
-            One outcome for each picture.
+            One outcome for each image.
 
         Raises:
             CheckpointError: The disk cannot be written to; what is written so far is whole.
             OSError: Likewise.
         """
-        wanted: list[PictureFile] = []
-        for picture in pictures:
-            outcome = self._look(picture)
+        wanted: list[ImageFile] = []
+        for image in images:
+            outcome = self._look(image)
             if isinstance(outcome, Outcome):
                 yield outcome
             else:
-                wanted.append(picture)
+                wanted.append(image)
         workers = self.engine.workers
         with closing(self._writings(wanted)) as writings:
             yield from read_ahead(writings, workers=workers, ahead=workers + 1)
 
-    def _look(self, picture: PictureFile) -> _Task | Outcome:
-        """What is to be done for a picture, or why nothing is."""
-        target = self.folder / f"{picture.stem}.safetensors"
+    def _look(self, image: ImageFile) -> _Task | Outcome:
+        """What is to be done for an image, or why nothing is."""
+        target = self.folder / f"{image.stem}.safetensors"
         try:
-            facts = {**self.recipe, **facts_of_picture(picture.path, picture.name)}
+            facts = {**self.recipe, **facts_of_image(image.path, image.name)}
             found = look(target, facts, self.with_drawings)
         except OSError as err:
-            return Outcome(picture, "failed", f"{picture.path}: {err.strerror or err}")
+            return Outcome(image, "failed", f"{image.path}: {err.strerror or err}")
         if not self.overwrite and found.state == "current":
             drawing = None if found.drawing is None else target.with_name(found.drawing)
-            return Outcome(picture, "skipped", "", target, drawing)
+            return Outcome(image, "skipped", "", target, drawing)
         if not self.overwrite and found.state == "foreign":
             reason = f"{found.reason}; choose another folder, or --overwrite to replace it"
-            return Outcome(picture, "failed", reason)
-        return _Task(picture, target, facts, found)
+            return Outcome(image, "failed", reason)
+        return _Task(image, target, facts, found)
 
-    def _read(self, picture: PictureFile) -> tuple[_Task, Input] | Outcome:
-        """A picture ready for the model, or why it is not; done in a thread of its own.
+    def _read(self, image: ImageFile) -> tuple[_Task, Input] | Outcome:
+        """An image ready for the model, or why it is not; done in a thread of its own.
 
         Its facts are asked for again: it may have changed while others were encoded.
         """
-        task = self._look(picture)
+        task = self._look(image)
         if isinstance(task, Outcome):
             return task
         try:
-            image = decode(picture.path)
+            rgb = decode(image.path)
         except ImageError as err:
-            return Outcome(picture, "failed", str(err))
-        photograph = draw.panel(image) if self.with_drawings else None
-        return replace(task, photograph=photograph), to_tensor(image, self.engine.image_spec)
+            return Outcome(image, "failed", str(err))
+        photograph = draw.panel(rgb) if self.with_drawings else None
+        return replace(task, photograph=photograph), to_tensor(rgb, self.engine.image_spec)
 
     def _writings(
-        self, pictures: Sequence[PictureFile]
+        self, images: Sequence[ImageFile]
     ) -> Generator[Callable[[], Outcome], None, None]:
-        """What is left to do for each picture once the model has seen it, in order."""
+        """What is left to do for each image once the model has seen it, in order."""
         read: deque[_Task | Outcome] = deque()
 
         def inputs() -> Generator[Input, None, None]:
-            jobs = (partial(self._read, picture) for picture in pictures)
+            jobs = (partial(self._read, image) for image in images)
             readings = read_ahead(jobs, workers=self.engine.workers, ahead=self.engine.ahead)
             with closing(readings):
                 for reading in readings:
@@ -340,8 +340,8 @@ class Job:
         features = encoded.features
         if not features.isfinite().all():
             reason = "its features are not all finite numbers; try --precision fp32"
-            reason = f"{task.picture.path}: {reason}"
-            return Outcome(task.picture, "failed", reason)
+            reason = f"{task.image.path}: {reason}"
+            return Outcome(task.image, "failed", reason)
         drawing = None
         if task.photograph is not None and encoded.stages is not None:
             drawing = draw_features(task.photograph, encoded.stages, features, encoded.placement)
@@ -351,12 +351,12 @@ class Job:
         except (CheckpointError, OSError) as err:
             if _errno(err) != errno.ENAMETOOLONG:
                 raise
-            reason = f"{task.picture.path}: its outputs have too long a name: {err}"
-            return Outcome(task.picture, "failed", reason)
+            reason = f"{task.image.path}: its outputs have too long a name: {err}"
+            return Outcome(task.image, "failed", reason)
         if drawing is None:
             remove_drawing(task.target, task.found)
         return Outcome(
-            task.picture,
+            task.image,
             "written",
             task.found.reason if task.found.state == "outdated" else "",
             task.target,

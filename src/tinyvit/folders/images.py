@@ -1,6 +1,6 @@
-"""Which pictures a command is about, in a fixed order, and what their outputs are called.
+"""Which images a command is about, in a fixed order, and what their outputs are called.
 
-Knows names of files only; no picture is opened here.
+Knows names of files only; no image is opened here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Point:
     """A click.
 
     Attributes:
-        x: Pixels from the left edge of the upright picture.
+        x: Pixels from the left edge of the upright image.
         y: Pixels from its top.
         label: 1 the object, 0 not the object.
     """
@@ -34,7 +34,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Box:
-    """A box around an object, in pixels of the upright picture.
+    """A box around an object, in pixels of the upright image.
 
     Attributes:
         x0: Its left edge.
@@ -50,14 +50,14 @@ class Box:
 
 
 @dataclass(frozen=True)
-class PictureFile:
-    """One picture to work on.
+class ImageFile:
+    """One image to work on.
 
     Attributes:
         path: The file.
         name: Its path relative to the folder that was named, with slashes.
         stem: What its outputs are called: ``name`` without the suffix; with the suffix where
-            another picture has the same stem.
+            another image has the same stem.
     """
 
     path: Path
@@ -65,11 +65,11 @@ class PictureFile:
     stem: str
 
 
-def list_pictures(paths: Sequence[Path], output: Path | None = None) -> list[PictureFile]:
-    """The pictures that are named, and those in the folders that are named.
+def list_images(paths: Sequence[Path], output: Path | None = None) -> list[ImageFile]:
+    """The images that are named, and those in the folders that are named.
 
     Folders are read with all folders in them, sorted by name; files count by their suffix, and
-    hidden ones not at all; links to folders are not followed. A picture named as a file counts
+    hidden ones not at all; links to folders are not followed. An image named as a file counts
     whatever its suffix. Where several
     folders are named, each keeps its own name in front, so that outputs do not meet.
 
@@ -78,21 +78,21 @@ def list_pictures(paths: Sequence[Path], output: Path | None = None) -> list[Pic
         output: A folder that is written to: nothing is listed from it.
 
     Returns:
-        Each picture once, in the order of ``paths``.
+        Each image once, in the order of ``paths``.
 
     Raises:
-        ValueError: A path is not there, no picture was found, the output folder is one of the
-            folders, or two pictures would have the same outputs.
+        ValueError: A path is not there, no image was found, the output folder is one of the
+            folders, or two images would have the same outputs.
         OSError: A folder cannot be read.
     """
     folders = [path for path in paths if path.is_dir()]
-    found: list[PictureFile] = []
+    found: list[ImageFile] = []
     for path in paths:
         if path.is_dir():
             if output is not None and output.resolve() == path.resolve():
                 raise ValueError(
-                    f"{str(path)!r} is read and written to; outputs beside the pictures would be "
-                    f"taken for pictures the next time. Give another folder, such as "
+                    f"{str(path)!r} is read and written to; outputs beside the images would be "
+                    f"taken for images the next time. Give another folder, such as "
                     f"{str(path / 'features')!r}"
                 )
             before = f"{path.resolve().name}/" if len(folders) > 1 else ""
@@ -105,21 +105,21 @@ def list_pictures(paths: Sequence[Path], output: Path | None = None) -> list[Pic
     if not found:
         names = ", ".join(repr(str(path)) for path in paths)
         raise ValueError(
-            f"there are no pictures in {names}; looked for files with the suffixes "
+            f"there are no images in {names}; looked for files with the suffixes "
             f"{' '.join(SUFFIXES)}"
         )
-    once: dict[str, PictureFile] = {}
-    for picture in found:
-        once.setdefault(os.path.abspath(picture.path), picture)
+    once: dict[str, ImageFile] = {}
+    for image in found:
+        once.setdefault(os.path.abspath(image.path), image)
     return _apart(list(once.values()))
 
 
-def _named(path: Path, name: str) -> PictureFile:
-    return PictureFile(path, name, str(PurePosixPath(name).with_suffix("")))
+def _named(path: Path, name: str) -> ImageFile:
+    return ImageFile(path, name, str(PurePosixPath(name).with_suffix("")))
 
 
 def _walk(folder: Path, output: Path | None) -> Iterator[Path]:
-    """The pictures in a folder and the folders in it, in a fixed order."""
+    """The images in a folder and the folders in it, in a fixed order."""
 
     def give_up(err: OSError) -> None:
         raise err
@@ -137,20 +137,20 @@ def _walk(folder: Path, output: Path | None) -> Iterator[Path]:
                 yield here / name
 
 
-def _apart(pictures: list[PictureFile]) -> list[PictureFile]:
-    """Give pictures that share a stem their whole names instead."""
+def _apart(images: list[ImageFile]) -> list[ImageFile]:
+    """Give images that share a stem their whole names instead."""
     while True:
-        seen = Counter(picture.stem.casefold() for picture in pictures)  # some disks fold case
-        clash = {p for p in pictures if seen[p.stem.casefold()] > 1 and p.stem != p.name}
+        seen = Counter(image.stem.casefold() for image in images)  # some disks fold case
+        clash = {p for p in images if seen[p.stem.casefold()] > 1 and p.stem != p.name}
         if not clash:
             break
-        pictures = [replace(p, stem=p.name) if p in clash else p for p in pictures]
-    first: dict[str, PictureFile] = {}
-    for picture in pictures:
-        other = first.setdefault(picture.stem, picture)
-        if other is not picture:
+        images = [replace(p, stem=p.name) if p in clash else p for p in images]
+    first: dict[str, ImageFile] = {}
+    for image in images:
+        other = first.setdefault(image.stem, image)
+        if other is not image:
             raise ValueError(
-                f"{str(other.path)!r} and {str(picture.path)!r} would have the same outputs, "
-                f"{picture.stem}; name the folder above both instead, or take them one by one"
+                f"{str(other.path)!r} and {str(image.path)!r} would have the same outputs, "
+                f"{image.stem}; name the folder above both instead, or take them one by one"
             )
-    return pictures
+    return images

@@ -22,26 +22,26 @@ from tinyvit.images.decode import decode
 from tinyvit.sam import Prompt
 from tinyvit.sam.prompts import to_prompt
 
-from .images import PictureFile
+from .images import ImageFile
 
 COLUMNS = ("picture", "x", "y", "label", "x0", "y0", "x1", "y1", "object")
-INSIDE = 128  # brightness from which a pixel of a mask's picture is mask
+INSIDE = 128  # brightness from which a pixel of a mask's image is mask
 
 Prompts = tuple[Prompt, ...]
 
 
 @dataclass(frozen=True)
 class Work:
-    """Which picture gets which prompts.
+    """Which image gets which prompts.
 
     Attributes:
-        tasks: Pictures with their prompts, one for each object.
-        without: Pictures that have no prompts.
-        missing: Names that have prompts, and what to say: no picture has that name.
+        tasks: Images with their prompts, one for each object.
+        without: Images that have no prompts.
+        missing: Names that have prompts, and what to say: no image has that name.
     """
 
-    tasks: tuple[tuple[PictureFile, Prompts], ...]
-    without: tuple[PictureFile, ...] = ()
+    tasks: tuple[tuple[ImageFile, Prompts], ...]
+    without: tuple[ImageFile, ...] = ()
     missing: tuple[tuple[str, str], ...] = ()
 
 
@@ -61,13 +61,13 @@ def prompts_of(
 
     Raises:
         ValueError: Nothing is prompted, it is not clear what goes with what, or a prompt is wrong.
-        ImageError: The mask's picture cannot be read.
+        ImageError: The mask's image cannot be read.
         CheckpointError: The mask's file of logits cannot be read.
     """
     if not points and not boxes and mask is None:
         raise ValueError(
             "nothing is prompted; give --point X,Y or --box X0,Y0,X1,Y1, --mask FILE, --prompts "
-            "FILE for many pictures, or --everything"
+            "FILE for many images, or --everything"
         )
     is_many = len(boxes) > 1 or (each and len(points) + len(boxes) > 1)
     if is_many and mask is not None:
@@ -103,14 +103,14 @@ def read_mask(path: Path) -> NDArray[np.float32] | NDArray[np.bool_]:
     """A mask prompt of a file.
 
     Args:
-        path: ``.npy`` or ``.safetensors`` with low-res logits, or a picture of a mask.
+        path: ``.npy`` or ``.safetensors`` with low-res logits, or an image of a mask.
 
     Returns:
-        Logits [h4, w4] float32, or a mask [H, W] bool: what is bright in the picture.
+        Logits [h4, w4] float32, or a mask [H, W] bool: what is bright in the image.
 
     Raises:
-        ValueError: The file holds no logits, or nothing in the picture is bright.
-        ImageError: The picture cannot be read.
+        ValueError: The file holds no logits, or nothing in the image is bright.
+        ImageError: The image cannot be read.
         CheckpointError: The safetensors file cannot be read.
     """
     suffix = path.suffix.lower()
@@ -143,28 +143,28 @@ def _logits(path: Path, arrays: Sequence[NDArray[np.generic]]) -> NDArray[np.flo
 
 
 def read_prompts(path: Path) -> dict[str, Prompts]:
-    """Prompts of a file: for each picture's name one prompt for each object.
+    """Prompts of a file: for each image's name one prompt for each object.
 
     Args:
         path: A ``.csv`` file, or JSON. Files of masks named in it are found from its folder.
 
     Raises:
-        ValueError: It is neither, or something in it is wrong; it says at which picture and object.
+        ValueError: It is neither, or something in it is wrong; it says at which image and object.
         OSError: It cannot be read.
-        ImageError: The picture of a mask cannot be read.
+        ImageError: The image of a mask cannot be read.
         CheckpointError: A mask's file of logits cannot be read.
     """
     text = path.read_text(encoding="utf-8-sig")
     objects = _of_csv(path, text) if path.suffix.lower() == ".csv" else _of_json(path, text)
     found: dict[str, Prompts] = {}
-    for picture, dictionaries in objects.items():
+    for image, dictionaries in objects.items():
         prompts = []
         for number, dictionary in enumerate(dictionaries, 1):
             try:
                 prompts.append(_prompt(path, dictionary))
             except (TypeError, ValueError) as err:
-                raise ValueError(f"{path}: {picture!r}, object {number}: {err}") from err
-        found[picture] = tuple(prompts)
+                raise ValueError(f"{path}: {image!r}, object {number}: {err}") from err
+        found[image] = tuple(prompts)
     return found
 
 
@@ -197,16 +197,17 @@ def _of_json(path: Path, text: str) -> dict[str, Sequence[object]]:
         raise ValueError(f"{path} is no JSON (and not named .csv): {err}") from err
     if not isinstance(content, dict) or not all(isinstance(v, list) for v in content.values()):
         raise ValueError(
-            f"{path} must be an object of pictures with a list of objects each, such as "
+            f"{path} must be an object of images with a list of objects each, such as "
             '{"a.jpg": [{"points": [[320, 240]]}]}'
         )
     return content
 
 
 def _of_csv(path: Path, text: str) -> dict[str, list[dict[str, object]]]:
-    """Rows with the same picture and object are one dictionary; all others one each."""
+    """Rows with the same image and object are one dictionary; all others one each."""
     rows = csv.DictReader(text.splitlines())
     heads = [head.strip() for head in rows.fieldnames or ()]
+    heads = ["picture" if head == "image" else head for head in heads]
     unknown = [head for head in heads if head not in COLUMNS]
     if "picture" not in heads or unknown:
         wrong = f"came {unknown[0]!r}" if unknown else "there is no column 'picture'"
@@ -223,15 +224,15 @@ def _of_csv(path: Path, text: str) -> dict[str, list[dict[str, object]]]:
         cells = {head: cell.strip() for head, cell in row.items() if cell.strip()}
         if not cells:
             continue
-        picture, name = cells.pop("picture", ""), cells.pop("object", "")
-        if not picture:
-            raise ValueError(f"{place} names no picture")
-        of_picture = found.setdefault(picture, [])
-        entry = named.get((picture, name))
+        image, name = cells.pop("picture", ""), cells.pop("object", "")
+        if not image:
+            raise ValueError(f"{place} names no image")
+        of_image = found.setdefault(image, [])
+        entry = named.get((image, name))
         if entry is None or not name:
             entry = {"name": name} if name else {}
-            of_picture.append(entry)
-            named[picture, name] = entry
+            of_image.append(entry)
+            named[image, name] = entry
         _add_row(place, entry, cells)
     return found
 
@@ -260,39 +261,37 @@ def _add_row(place: str, entry: dict[str, object], cells: Mapping[str, str]) -> 
             labels.append(numbers.get("label", 1))
 
 
-def share_out(
-    pictures: Sequence[PictureFile], prompts: Mapping[str, Prompts], source: Path
-) -> Work:
-    """Find the picture for each name of a file of prompts.
+def share_out(images: Sequence[ImageFile], prompts: Mapping[str, Prompts], source: Path) -> Work:
+    """Find the image for each name of a file of prompts.
 
     Args:
-        pictures: From ``list_pictures``.
-        prompts: From ``read_prompts``; a name is a picture's path relative to the folder that was
+        images: From ``list_images``.
+        prompts: From ``read_prompts``; a name is an image's path relative to the folder that was
             named, or its path as it was given.
         source: The file, for what is said.
 
     Raises:
-        ValueError: One picture is named in two ways, or no picture has prompts.
+        ValueError: One image is named in two ways, or no image has prompts.
     """
-    of_name = {picture.path.as_posix(): picture for picture in pictures}
-    of_name.update({picture.name: picture for picture in pictures})
-    found: dict[PictureFile, Prompts] = {}
+    of_name = {image.path.as_posix(): image for image in images}
+    of_name.update({image.name: image for image in images})
+    found: dict[ImageFile, Prompts] = {}
     missing: list[tuple[str, str]] = []
     for name, wanted in prompts.items():
-        picture = of_name.get(name) or of_name.get(Path(name).as_posix())
-        if picture is None:
-            near = get_close_matches(name, [one.name for one in pictures], 1)
+        image = of_name.get(name) or of_name.get(Path(name).as_posix())
+        if image is None:
+            near = get_close_matches(name, [one.name for one in images], 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            words = f"{source} has prompts for {name!r}, which is not among the pictures{hint}"
+            words = f"{source} has prompts for {name!r}, which is not among the images{hint}"
             missing.append((name, words))
-        elif picture in found:
-            raise ValueError(f"{source} names {picture.name!r} in two ways; put them together")
+        elif image in found:
+            raise ValueError(f"{source} names {image.name!r} in two ways; put them together")
         else:
-            found[picture] = wanted
-    tasks = tuple((picture, found[picture]) for picture in pictures if found.get(picture))
+            found[image] = wanted
+    tasks = tuple((image, found[image]) for image in images if found.get(image))
     if not tasks:
-        names = ", ".join(repr(picture.name) for picture in pictures[:3])
+        names = ", ".join(repr(image.name) for image in images[:3])
         more = f": {missing[0][1]}" if missing else ""
-        raise ValueError(f"none of the pictures ({names}) has prompts in {source}{more}")
-    without = tuple(picture for picture in pictures if not found.get(picture))
+        raise ValueError(f"none of the images ({names}) has prompts in {source}{more}")
+    without = tuple(image for image in images if not found.get(image))
     return Work(tasks, without, tuple(missing))

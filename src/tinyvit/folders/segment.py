@@ -1,4 +1,4 @@
-"""The files that ``tinyvit segment`` writes for one picture, and whether those there still hold.
+"""The files that ``tinyvit segment`` writes for one image, and whether those there still hold.
 
 ``STEM.json`` is a document as COCO has them: ``info`` says how it came about and names all other
 files, ``annotations`` has one entry for each mask. While these are written, ``info.is_complete`` is
@@ -37,8 +37,8 @@ from tinyvit.inference.read_ahead import read_ahead
 from tinyvit.sam import HQMaskDecoder, SamAutomaticMaskGenerator, Segmenter, mask_ops
 from tinyvit.sam.embedding import spec_of
 
-from .encode import facts_of_picture
-from .images import PictureFile
+from .encode import facts_of_image
+from .images import ImageFile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,23 +52,23 @@ MADE_BY = "tinyvit segment"
 
 _DECIDE = {  # fact in the info -> what another value means
     "model_sha256": "made by another model",
-    "image_spec": "made with another preparation of pictures",
+    "image_spec": "made with another preparation of images",
     "precision": "made in another precision",
-    "picture": "made of another picture",
-    "picture_bytes": "made of a picture that has changed since",
-    "picture_mtime_ns": "made of a picture that has changed since",
+    "picture": "made of another image",
+    "picture_bytes": "made of an image that has changed since",
+    "picture_mtime_ns": "made of an image that has changed since",
     "task": "made with other prompts or options",
 }
 
 
 @dataclass(frozen=True)
 class Names:
-    """Where the files of one picture go.
+    """Where the files of one image go.
 
     Attributes:
         document: The JSON file.
-        overlay: The picture with masks and prompts.
-        masks: For each mask a picture, in the order of the annotations; may be empty.
+        overlay: The image with masks and prompts.
+        masks: For each mask an image, in the order of the annotations; may be empty.
         logits: For each object a file of low-res logits; may be empty.
     """
 
@@ -79,7 +79,7 @@ class Names:
 
     @classmethod
     def of(cls, folder: Path, stem: str, objects: int, candidates: int, with_logits: bool) -> Names:
-        """The names for a picture.
+        """The names for an image.
 
         Args:
             folder: Where to write.
@@ -153,7 +153,7 @@ def look(names: Names, facts: Mapping[str, object]) -> Found:
 
 
 def begin(names: Names, facts: Mapping[str, object], own: Sequence[Path]) -> None:
-    """Say that the files of a picture are being written.
+    """Say that the files of an image are being written.
 
     Args:
         names: Where they go; the folder is made if need be.
@@ -192,12 +192,12 @@ def document(
     size: tuple[int, int],
     annotations: Sequence[Mapping[str, object]],
 ) -> dict[str, object]:
-    """All that is known of a picture's masks, as COCO has it.
+    """All that is known of an image's masks, as COCO has it.
 
     Args:
         names: Where the files are.
         facts: For ``info``.
-        size: (height, width) of the upright picture.
+        size: (height, width) of the upright image.
         annotations: One for each mask, without ``id``.
 
     Returns:
@@ -268,7 +268,7 @@ class Settings:
     Attributes:
         device: A torch device or "auto".
         precision: "fp32", "bf16" or "auto".
-        batch_size: Pictures encoded together, at most.
+        batch_size: Images encoded together, at most.
         pad: False leaves out the padding; None does as the model says.
     """
 
@@ -280,7 +280,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class ByPrompts:
-    """Masks of prompts: one encoding of a picture, one decoding of all its prompts.
+    """Masks of prompts: one encoding of an image, one decoding of all its prompts.
 
     Attributes:
         segmenter: Runs the model.
@@ -318,7 +318,7 @@ class ByPrompts:
         return to_tensor(image, self.segmenter.encoder.image_spec)
 
     def answers(self, readings: Iterator[Reading]) -> Generator[Answer, None, None]:
-        """As ``Method``; encodes pictures of one shape together, where batches are wanted."""
+        """As ``Method``; encodes images of one shape together, where batches are wanted."""
         waiting: deque[Reading] = deque()
         waited = 0.0
 
@@ -371,7 +371,7 @@ class ByPrompts:
     def _annotations(
         self, reading: Reading, masks: Masks
     ) -> Iterator[tuple[Annotation, NDArray[np.bool_]]]:
-        """The masks in the picture's size, one at a time; that is a part of decoding."""
+        """The masks in the image's size, one at a time; that is a part of decoding."""
         best = masks.best()
         for number, prompt in enumerate(masks.prompts):
             scores, chosen = masks.predicted_ious[number], int(best[number])
@@ -388,13 +388,13 @@ class ByPrompts:
 
 @dataclass(frozen=True)
 class ByGrid:
-    """Masks of everything in a picture.
+    """Masks of everything in an image.
 
     Attributes:
         engine: Runs the encoder.
         generator: Runs the model; its masks are run lengths.
         arguments: Those of the generator that were given, for ``facts``.
-        progress: Opens a progress bar for a picture's name.
+        progress: Opens a progress bar for an image's name.
     """
 
     engine: Engine
@@ -411,13 +411,13 @@ class ByGrid:
         return Names.of(folder, stem, 0, 1, False)
 
     def prepare(self, image: NDArray[np.uint8]) -> None:
-        """As ``Method``; the generator cuts crops out of the picture itself."""
+        """As ``Method``; the generator cuts crops out of the image itself."""
 
     def answers(self, readings: Iterator[Reading]) -> Generator[Answer, None, None]:
         """As ``Method``."""
         for reading in readings:
             start = perf_counter()
-            with self.progress(reading.task.picture.name) as update:
+            with self.progress(reading.task.image.name) as update:
                 records = self.generator.generate(reading.image, progress=update)
             reading.seconds["generate"] = perf_counter() - start
             annotations = [
@@ -440,7 +440,7 @@ def by_prompts(sam: Sam, settings: Settings, multimask: bool, with_logits: bool)
         batch_size=settings.batch_size,
         pad=settings.pad,
     )
-    segmenter.encoder.weights_sha256()  # now, and not while the first picture is timed
+    segmenter.encoder.weights_sha256()  # now, and not while the first image is timed
     return ByPrompts(segmenter, multimask, with_logits)
 
 
@@ -456,7 +456,7 @@ def by_grid(
         sam: The model.
         settings: How it runs.
         arguments: Those of the generator that are not its own defaults.
-        progress: Opens a progress bar for a picture's name.
+        progress: Opens a progress bar for an image's name.
 
     Raises:
         ValueError: A setting that ``Engine`` refuses, or an argument out of its range.
@@ -545,17 +545,17 @@ Prompts: TypeAlias = "tuple[Prompt, ...]"
 
 @dataclass(frozen=True)
 class Task:
-    """A picture that is to be segmented.
+    """An image that is to be segmented.
 
     Attributes:
-        picture: The picture.
+        image: The image.
         prompts: One for each object; none where everything is segmented.
         names: Where its files go.
         facts: What their document says of how they came about.
         found: What is there already.
     """
 
-    picture: PictureFile
+    image: ImageFile
     prompts: Prompts
     names: Names
     facts: Mapping[str, object]
@@ -564,7 +564,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Reading:
-    """A picture that has been read.
+    """An image that has been read.
 
     Attributes:
         task: What is to be done.
@@ -581,12 +581,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a method found in a picture.
+    """What a method found in an image.
 
     Attributes:
-        reading: The picture.
+        reading: The image.
         annotations: For each mask its annotation, with the mask itself where it is to be written
-            as a picture. Asked for once, in a thread that writes; may add to ``reading.seconds``.
+            as an image. Asked for once, in a thread that writes; may add to ``reading.seconds``.
         logits: Low-res logits of each object, [h4, w4] float32, where they are to be written.
         failure: Why there are no masks; empty where there may be some.
     """
@@ -606,15 +606,15 @@ class Method(Protocol):
         ...
 
     def facts(self, prompts: Prompts) -> dict[str, object]:
-        """What is asked of a picture, as plain data: other facts, other masks."""
+        """What is asked of an image, as plain data: other facts, other masks."""
         ...
 
     def names(self, folder: Path, stem: str, prompts: Prompts) -> Names:
-        """Where the files of a picture go."""
+        """Where the files of an image go."""
         ...
 
     def prepare(self, image: NDArray[np.uint8]) -> Prepared | None:
-        """Work on a picture that can be done ahead, in a thread of its own."""
+        """Work on an image that can be done ahead, in a thread of its own."""
         ...
 
     def answers(self, readings: Iterator[Reading]) -> Generator[Answer, None, None]:
@@ -624,10 +624,10 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one picture.
+    """What became of one image.
 
     Attributes:
-        picture: The picture.
+        image: The image.
         state: ``"written"``, ``"skipped"`` (there already) or ``"failed"``.
         reason: Why it failed, with the file's name; or what the files were that it replaced.
         names: Where its files are.
@@ -637,7 +637,7 @@ class Outcome:
         seconds: Seconds for each step.
     """
 
-    picture: PictureFile
+    image: ImageFile
     state: Literal["written", "skipped", "failed"]
     reason: str = ""
     names: Names | None = None
@@ -648,14 +648,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Job:
-    """How pictures are segmented and where to.
+    """How images are segmented and where to.
 
     Attributes:
         method: Finds the masks.
         folder: Where the files go.
         recipe: What their documents say about the model.
         workers: Threads that read, and as many that write.
-        ahead: Pictures read ahead, at most.
+        ahead: Images read ahead, at most.
         overwrite: Whether to make everything anew, and to replace files that are not ours.
     """
 
@@ -666,77 +666,77 @@ class Job:
     ahead: int = 2
     overwrite: bool = False
 
-    def run(self, work: Sequence[tuple[PictureFile, Prompts]]) -> Iterator[Outcome]:
-        """Segment pictures: first those are named with which nothing is to be done.
+    def run(self, work: Sequence[tuple[ImageFile, Prompts]]) -> Iterator[Outcome]:
+        """Segment images: first those are named with which nothing is to be done.
 
         Args:
-            work: Each picture with its prompts, one for each object.
+            work: Each image with its prompts, one for each object.
 
         Yields:
-            One outcome for each picture.
+            One outcome for each image.
 
         Raises:
             CheckpointError: The disk cannot be written to; what is written so far is whole.
             OSError: Likewise.
         """
-        inputs = {os.path.realpath(picture.path) for picture, _ in work}
-        wanted: list[tuple[PictureFile, Prompts]] = []
-        for picture, prompts in work:
-            task = self._look(picture, prompts, inputs)
+        inputs = {os.path.realpath(image.path) for image, _ in work}
+        wanted: list[tuple[ImageFile, Prompts]] = []
+        for image, prompts in work:
+            task = self._look(image, prompts, inputs)
             if isinstance(task, Outcome):
                 yield task
             else:
-                wanted.append((picture, prompts))
+                wanted.append((image, prompts))
         with closing(self._writings(wanted, inputs)) as writings:
             yield from read_ahead(writings, workers=self.workers, ahead=self.workers + 1)
 
-    def _look(self, picture: PictureFile, prompts: Prompts, inputs: set[str]) -> Task | Outcome:
-        """What is to be done for a picture, or why nothing is."""
-        names = self.method.names(self.folder, picture.stem, prompts)
+    def _look(self, image: ImageFile, prompts: Prompts, inputs: set[str]) -> Task | Outcome:
+        """What is to be done for an image, or why nothing is."""
+        names = self.method.names(self.folder, image.stem, prompts)
         for path in (names.document, *names.beside()):
             if os.path.realpath(path) in inputs:
-                reason = f"{picture.path}: its output {path} would replace one of the pictures"
-                return Outcome(picture, "failed", f"{reason}; write to another folder with -o")
+                reason = f"{image.path}: its output {path} would replace one of the images"
+                return Outcome(image, "failed", f"{reason}; write to another folder with -o")
         try:
             facts = {
                 **self.recipe,
-                **facts_of_picture(picture.path, picture.name),
+                **facts_of_image(image.path, image.name),
                 "task": self.method.facts(prompts),
             }
             found = look(names, facts)
         except OSError as err:
-            return Outcome(picture, "failed", f"{picture.path}: {err.strerror or err}")
+            return Outcome(image, "failed", f"{image.path}: {err.strerror or err}")
         if not self.overwrite and found.state == "current":
-            return Outcome(picture, "skipped", "", names)
+            return Outcome(image, "skipped", "", names)
         if not self.overwrite and found.state == "foreign":
             reason = f"{found.reason}; choose another folder, or --overwrite to replace it"
-            return Outcome(picture, "failed", f"{picture.path}: {reason}")
-        return Task(picture, prompts, names, facts, found)
+            return Outcome(image, "failed", f"{image.path}: {reason}")
+        return Task(image, prompts, names, facts, found)
 
-    def _read(self, picture: PictureFile, prompts: Prompts, inputs: set[str]) -> Reading | Outcome:
-        """A picture ready for the method, or why it is not; done in a thread of its own.
+    def _read(self, image: ImageFile, prompts: Prompts, inputs: set[str]) -> Reading | Outcome:
+        """An image ready for the method, or why it is not; done in a thread of its own.
 
         Its facts are asked for again: it may have changed while others were segmented.
         """
-        task = self._look(picture, prompts, inputs)
+        task = self._look(image, prompts, inputs)
         if isinstance(task, Outcome):
             return task
         start = perf_counter()
         try:
-            image = decode(picture.path)
+            rgb = decode(image.path)
         except ImageError as err:
-            return Outcome(picture, "failed", str(err))
-        prepared = self.method.prepare(image)
-        return Reading(task, image, prepared, {"read": perf_counter() - start})
+            return Outcome(image, "failed", str(err))
+        prepared = self.method.prepare(rgb)
+        return Reading(task, rgb, prepared, {"read": perf_counter() - start})
 
     def _writings(
-        self, work: Sequence[tuple[PictureFile, Prompts]], inputs: set[str]
+        self, work: Sequence[tuple[ImageFile, Prompts]], inputs: set[str]
     ) -> Generator[Callable[[], Outcome], None, None]:
-        """What is left to do for each picture once the model has seen it."""
+        """What is left to do for each image once the model has seen it."""
         failed: deque[Outcome] = deque()
 
         def good() -> Generator[Reading, None, None]:
-            jobs = (partial(self._read, picture, prompts, inputs) for picture, prompts in work)
+            jobs = (partial(self._read, image, prompts, inputs) for image, prompts in work)
             with closing(read_ahead(jobs, workers=self.workers, ahead=self.ahead)) as readings:
                 for reading in readings:
                     if isinstance(reading, Outcome):
@@ -755,8 +755,8 @@ class Job:
     def _write(self, answer: Answer) -> Outcome:
         reading, task = answer.reading, answer.reading.task
         if answer.failure:
-            reason = f"{task.picture.path}: {answer.failure}"
-            return Outcome(task.picture, "failed", reason)
+            reason = f"{task.image.path}: {answer.failure}"
+            return Outcome(task.image, "failed", reason)
         try:
             begin(task.names, task.facts, task.found.own)
             annotations = _write_masks(answer)
@@ -771,10 +771,10 @@ class Job:
         except (CheckpointError, OSError) as err:
             if _errno(err) != errno.ENAMETOOLONG:
                 raise
-            reason = f"{task.picture.path}: its outputs have too long a name: {err}"
-            return Outcome(task.picture, "failed", reason)
+            reason = f"{task.image.path}: its outputs have too long a name: {err}"
+            return Outcome(task.image, "failed", reason)
         return Outcome(
-            task.picture,
+            task.image,
             "written",
             task.found.reason if task.found.state == "outdated" else "",
             task.names,
@@ -785,7 +785,7 @@ class Job:
 
 
 def _write_masks(answer: Answer) -> list[Annotation]:
-    """Write the masks that are to be pictures, one at a time; all annotations."""
+    """Write the masks that are to be images, one at a time; all annotations."""
     annotations: list[Annotation] = []
     names = iter(answer.reading.task.names.masks)
     for annotation, mask in answer.annotations:

@@ -1,6 +1,6 @@
-"""Pictures: read them, make them a model's input, and draw what a model sees.
+"""Images: read them, make them a model's input, and draw what a model sees.
 
-Each file is imported by its own name, so that reading a picture loads no torch:
+Each file is imported by its own name, so that reading an image loads no torch:
 
 * ``tinyvit.images.decode``: a path, bytes, an array or a tensor -> RGB uint8 [H, W, 3].
 * ``tinyvit.images.decode``: the rules for pixels of every type.

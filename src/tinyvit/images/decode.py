@@ -124,7 +124,7 @@ def from_array(array: NDArray[np.generic]) -> RGB:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         hint = "; move the channels last" if array.ndim == 3 and array.shape[0] in (1, 3, 4) else ""
         raise ImageError(
-            "wanted an array [H, W] or [H, W, 1 | 3 | 4] of one picture; "
+            "wanted an array [H, W] or [H, W, 1 | 3 | 4] of one image; "
             f"came {list(array.shape)}{hint}"
         )
     if array.size == 0:
@@ -149,7 +149,7 @@ def from_tensor(tensor: torch.Tensor) -> RGB:
     """
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
         raise ImageError(
-            f"wanted a tensor [3, H, W] or [1, H, W] of one picture; came {list(tensor.shape)}"
+            f"wanted a tensor [3, H, W] or [1, H, W] of one image; came {list(tensor.shape)}"
         )
     tensor = tensor.detach().cpu()
     if tensor.is_floating_point():
@@ -190,7 +190,7 @@ UPRIGHT: dict[int, Callable[[RGB], RGB]] = {  # EXIF orientation -> how to undo 
 
 
 def decode(source: ImageSource, *, max_pixels: int | None = MAX_PIXELS) -> RGB:
-    """Read a picture.
+    """Read an image.
 
     Args:
         source: A path; the bytes of a file; a binary file object (read from its start); a PIL
@@ -203,7 +203,7 @@ def decode(source: ImageSource, *, max_pixels: int | None = MAX_PIXELS) -> RGB:
         RGB, [H, W, 3] uint8, contiguous and writable; memory may be shared with a given array.
 
     Raises:
-        ImageError: The file is missing, a folder, empty, no picture, damaged, cut short or too
+        ImageError: The file is missing, a folder, empty, no image, damaged, cut short or too
             large; or the pixels are none, not finite, out of range or of a type without a rule.
         TypeError: ``source`` is nothing of the above.
 
@@ -225,10 +225,10 @@ def decode(source: ImageSource, *, max_pixels: int | None = MAX_PIXELS) -> RGB:
 
 
 def read_size(source: ImageFile) -> tuple[int, int]:
-    """Read a picture's (height, width) from the header alone, orientation applied.
+    """Read an image's (height, width) from the header alone, orientation applied.
 
     Raises:
-        ImageError: The file is missing, a folder, empty, no picture, or its header is damaged.
+        ImageError: The file is missing, a folder, empty, no image, or its header is damaged.
         TypeError: ``source`` is no path, bytes or binary file object.
     """
     with _opened(source) as (image, _, name):
@@ -273,16 +273,16 @@ def _opened(source: ImageFile) -> Iterator[tuple[Image.Image, _Stream, str]]:
         except FileNotFoundError as err:
             raise ImageError(f"there is no file {name}; check the path") from err
         except IsADirectoryError as err:
-            raise ImageError(f"{name} is a folder; give the path of one picture") from err
+            raise ImageError(f"{name} is a folder; give the path of one image") from err
         except (OSError, ValueError) as err:
             raise ImageError(f"{name} cannot be opened: {err}") from err
         with raw:
             yield *_open_image(raw, name), name
     elif isinstance(source, (bytes, bytearray, memoryview)):
-        name = f"the picture of {len(source)} bytes"
+        name = f"the image of {len(source)} bytes"
         yield *_open_image(io.BytesIO(source), name), name
     elif hasattr(source, "read"):
-        name = f"the picture in {getattr(source, 'name', type(source).__name__)!r}"
+        name = f"the image in {getattr(source, 'name', type(source).__name__)!r}"
         yield *_open_image(_seekable(source, name), name), name
     else:
         raise TypeError(
@@ -326,7 +326,7 @@ def _open_image(raw: BinaryIO, name: str) -> tuple[Image.Image, _Stream]:
         except Exception as err:  # plugins raise nearly everything on damaged headers
             raise _damaged(name, _TruncatedFileError() if stream.was_short else err) from err
     raise ImageError(
-        f"{name} is not a picture that can be read: it starts with {prefix!r}; "
+        f"{name} is not an image that can be read: it starts with {prefix!r}; "
         f"wanted one of {', '.join(FORMATS)}"
     )
 
@@ -334,7 +334,7 @@ def _open_image(raw: BinaryIO, name: str) -> tuple[Image.Image, _Stream]:
 def _damaged(name: str, err: Exception) -> ImageError:
     if isinstance(err, _TruncatedFileError) or "truncated" in str(err).lower():
         return ImageError(
-            f"{name} is cut short (truncated): the file ends before the picture does; "
+            f"{name} is cut short (truncated): the file ends before the image does; "
             "copy or download it again"
         )
     if isinstance(err, Image.DecompressionBombError):  # WebP and growing GIF only
@@ -357,10 +357,10 @@ def _check_size(image: Image.Image, name: str, max_pixels: int | None) -> None:
 def _orientation(image: Image.Image) -> int:
     """Give the EXIF orientation 1..8; 1 where there is none or it cannot be read."""
     if image.format == "PNG" and not {"exif", "Raw profile type exif", "xmp"} & set(image.info):
-        return 1  # asking Pillow would decode the whole picture to look behind it
+        return 1  # asking Pillow would decode the whole image to look behind it
     try:
         value = image.getexif().get(ORIENTATION_TAG, 1)
-    except Exception:  # a broken note about the picture is no reason to refuse the picture
+    except Exception:  # a broken note about the image is no reason to refuse the image
         return 1
     return value if value in UPRIGHT else 1
 

@@ -1,11 +1,11 @@
-"""Smooth lines and dots on a picture: where they lie, how far each pixel is, how colours mix.
+"""Smooth lines and dots on an image: where they lie, how far each pixel is, how colours mix.
 
 A pixel takes as much of a colour as lies within half a pixel of the edge, so that no staircase is
 seen and positions need not be whole numbers. What is drawn, and in which colours, is not known
 here.
 
-Letters: H, W picture. Positions are continuous: the pixel in row i and column j covers y from i to
-i + 1 and x from j to j + 1. A part of a picture is its (rows, columns), two slices.
+Letters: H, W image. Positions are continuous: the pixel in row i and column j covers y from i to
+i + 1 and x from j to j + 1. A part of an image is its (rows, columns), two slices.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BLOCK = 1 << 20  # pixels mixed at once
 
 
 def window(out: RGB, x0: float, y0: float, x1: float, y1: float) -> Part:
-    """Give the rows and columns of a part of the picture; none where it lies outside."""
+    """Give the rows and columns of a part of the image; none where it lies outside."""
     height, width = out.shape[:2]
     left, right = (int(min(max(x, 0), width)) for x in (math.floor(x0), math.ceil(x1)))
     top, bottom = (int(min(max(y, 0), height)) for y in (math.floor(y0), math.ceil(y1)))
@@ -43,7 +43,7 @@ def window(out: RGB, x0: float, y0: float, x1: float, y1: float) -> Part:
 
 
 def bands(out: RGB, box: Sequence[float], reach: float) -> list[Part]:
-    """Give four parts of the picture, apart from each other, that hold a box's line."""
+    """Give four parts of the image, apart from each other, that hold a box's line."""
     x0, y0, x1, y1 = box
     rows, columns = window(out, x0 - reach, y0 - reach, x1 + reach, y1 + reach)
     inner_rows, inner_columns = window(out, x0 + reach, y0 + reach, x1 - reach, y1 - reach)
@@ -85,7 +85,7 @@ def within(distance: Floats, radius: float) -> Floats:
 
 
 def paint(part: RGB, tint: Colour, cover: Floats) -> None:
-    """Mix a colour into a part of the picture, in place; cover [rows, columns] is 0 to 1."""
+    """Mix a colour into a part of the image, in place; cover [rows, columns] is 0 to 1."""
     step = max(1, BLOCK // max(1, part.shape[1]))
     for start in range(0, part.shape[0], step):
         block, strength = part[start : start + step], cover[start : start + step]
@@ -101,7 +101,7 @@ pass
 
 Bools = NDArray[np.bool_]
 
-UNIT, LEAST_UNIT = 500, 0.5  # a picture of 500 x 500 is drawn with lines of the widths below
+UNIT, LEAST_UNIT = 500, 0.5  # an image of 500 x 500 is drawn with lines of the widths below
 OUTLINE, LINE, ROUND = 2.0, 2.4, 3.0  # pixels: a mask's outline, a box's line and its corners
 RADIUS, RING, SHADE = 6.0, 1.8, 1.2  # pixels: a point, its ring, the shade around ring and line
 LETTERS, LEAST_LETTERS = 15, 9  # pixels: the size of a caption's font
@@ -143,7 +143,7 @@ def colour(index: int) -> Colour:
 
 
 def draw_masks(
-    picture: RGB,
+    image: RGB,
     masks: Iterable[Bools],
     colours: Sequence[Colour] | None = None,
     alpha: float = 0.5,
@@ -157,7 +157,7 @@ def draw_masks(
     let it give the large ones first. Colours follow the order in which masks are given.
 
     Args:
-        picture: The photograph, [H, W, 3] uint8; it is not changed.
+        image: The photograph, [H, W, 3] uint8; it is not changed.
         masks: Each [H, W] bool; empty masks and none at all are fine.
         colours: (red, green, blue) of 0 to 255, at least one a mask. None: ``colour(0)``, ...
         alpha: Strength of the colours, 0 (photograph only) to 1 (colours only).
@@ -169,18 +169,18 @@ def draw_masks(
     Raises:
         ValueError: A shape, type or ``alpha`` is wrong, or colours are too few or none at all.
     """
-    check_rgb("picture", picture)
+    check_rgb("image", image)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be from 0 to 1, but is {alpha}")
     _check_colours(colours)
-    out: RGB = picture.copy()
-    for index, mask in _in_order(masks, picture.shape[:2]):
+    out: RGB = image.copy()
+    for index, mask in _in_order(masks, image.shape[:2]):
         tint = _colour_of(colours, index, "masks")
         where = _bounds(mask)
         if where is None:
             continue
         for channel in range(3):
-            seen = picture[where][..., channel]
+            seen = image[where][..., channel]
             table = np.rint(np.arange(256) * (1 - alpha) + tint[channel] * alpha).astype(np.uint8)
             np.copyto(out[where][..., channel], table[seen], where=mask[where])
         if outlines:
@@ -188,12 +188,12 @@ def draw_masks(
     return out
 
 
-def draw_points(picture: RGB, points: ArrayLike, labels: ArrayLike) -> RGB:
+def draw_points(image: RGB, points: ArrayLike, labels: ArrayLike) -> RGB:
     """Draw clicks: a green dot where the object is, a red one where it is not, ringed in white.
 
     Args:
-        picture: The photograph, [H, W, 3] uint8; it is not changed.
-        points: [N, 2] (x, y) in pixels of the picture; what lies outside is not seen.
+        image: The photograph, [H, W, 3] uint8; it is not changed.
+        points: [N, 2] (x, y) in pixels of the image; what lies outside is not seen.
         labels: [N]: 1 (object) or 0 (not the object).
 
     Returns:
@@ -202,15 +202,15 @@ def draw_points(picture: RGB, points: ArrayLike, labels: ArrayLike) -> RGB:
     Raises:
         ValueError: A shape or type is wrong, a point is not finite, or a label is neither 0 nor 1.
     """
-    check_rgb("picture", picture)
+    check_rgb("image", image)
     positions = _numbers("points", points, 2)
     marks = np.asarray(labels, np.float64)
     if marks.shape != (len(positions),) and (marks.size or len(positions)):
         raise ValueError(f"wanted {len(positions)} labels, one a point; came {list(marks.shape)}")
     if not np.isin(marks, (0, 1)).all():
         raise ValueError(f"labels must be 1 (object) or 0 (not the object); came {marks.tolist()}")
-    out: RGB = picture.copy()
-    unit = _unit(picture)
+    out: RGB = image.copy()
+    unit = _unit(image)
     radius, ring, shade = RADIUS * unit, RING * unit, SHADE * unit
     for (x, y), mark in zip(positions.tolist(), marks.ravel().tolist(), strict=True):
         reach = radius + ring + shade + 1
@@ -223,12 +223,12 @@ def draw_points(picture: RGB, points: ArrayLike, labels: ArrayLike) -> RGB:
     return out
 
 
-def draw_boxes(picture: RGB, boxes: ArrayLike, colours: Sequence[Colour] | None = None) -> RGB:
+def draw_boxes(image: RGB, boxes: ArrayLike, colours: Sequence[Colour] | None = None) -> RGB:
     """Draw the outlines of boxes, later ones over earlier ones.
 
     Args:
-        picture: The photograph, [H, W, 3] uint8; it is not changed.
-        boxes: [N, 4] (x0, y0, x1, y1) in pixels of the picture; what lies outside is not seen.
+        image: The photograph, [H, W, 3] uint8; it is not changed.
+        boxes: [N, 4] (x0, y0, x1, y1) in pixels of the image; what lies outside is not seen.
         colours: (red, green, blue) of 0 to 255, at least one a box. None: ``colour(0)``, ...
 
     Returns:
@@ -238,15 +238,15 @@ def draw_boxes(picture: RGB, boxes: ArrayLike, colours: Sequence[Colour] | None 
         ValueError: A shape or type is wrong, a box is not finite or ends before it begins, or
             colours are too few or none at all.
     """
-    check_rgb("picture", picture)
+    check_rgb("image", image)
     edges = _numbers("boxes", boxes, 4)
     if (edges[:, 2:] < edges[:, :2]).any():
         raise ValueError(
             f"boxes must be (x0, y0, x1, y1), x0 <= x1, y0 <= y1; came {edges.tolist()}"
         )
     _check_colours(colours)
-    out: RGB = picture.copy()
-    unit = _unit(picture)
+    out: RGB = image.copy()
+    unit = _unit(image)
     half, shade = LINE * unit / 2, SHADE * unit
     for index, box in enumerate(edges.tolist()):
         tint = _colour_of(colours, index, "boxes")
@@ -257,33 +257,33 @@ def draw_boxes(picture: RGB, boxes: ArrayLike, colours: Sequence[Colour] | None 
     return out
 
 
-def draw_caption(picture: RGB, text: str) -> RGB:
+def draw_caption(image: RGB, text: str) -> RGB:
     """Write text on a dark box in the upper left corner.
 
-    Letters become smaller, down to 9 pixels, where the text is wider than the picture; what does
+    Letters become smaller, down to 9 pixels, where the text is wider than the image; what does
     not fit even then is cut off.
 
     Args:
-        picture: The photograph, [H, W, 3] uint8; it is not changed.
+        image: The photograph, [H, W, 3] uint8; it is not changed.
         text: Of one or several lines, in Latin letters; an empty one draws nothing.
 
     Returns:
         [H, W, 3] uint8, a new array.
 
     Raises:
-        ValueError: ``picture`` has another shape or type.
+        ValueError: ``image`` has another shape or type.
     """
-    check_rgb("picture", picture)
-    out: RGB = picture.copy()
+    check_rgb("image", image)
+    out: RGB = image.copy()
     if not text.strip():
         return out
-    size = max(LEAST_LETTERS, LETTERS * _unit(picture))
+    size = max(LEAST_LETTERS, LETTERS * _unit(image))
     pen = ImageDraw.Draw(Image.new("L", (1, 1)))
     while True:
         font = ImageFont.load_default(size=size)
         left, top, right, bottom = pen.multiline_textbbox((0, 0), text, font=font, spacing=size / 4)
         margin, border = size * 0.5, size * 0.5  # outside and inside the box
-        if right - left + 2 * (margin + border) <= picture.shape[1] or size <= LEAST_LETTERS:
+        if right - left + 2 * (margin + border) <= image.shape[1] or size <= LEAST_LETTERS:
             break
         size = max(LEAST_LETTERS, size * 0.92)
     width, height = right - left + 2 * border, bottom - top + 2 * border
@@ -328,9 +328,9 @@ def _gamma(linear: float) -> int:
     return round(255 * curved)
 
 
-def _unit(picture: RGB) -> float:
-    """Give the pixels of this picture that are one of a picture of 500 x 500."""
-    return max(LEAST_UNIT, math.sqrt(picture.shape[0] * picture.shape[1]) / UNIT)
+def _unit(image: RGB) -> float:
+    """Give the pixels of this image that are one of an image of 500 x 500."""
+    return max(LEAST_UNIT, math.sqrt(image.shape[0] * image.shape[1]) / UNIT)
 
 
 def _in_order(masks: Iterable[Bools], size: tuple[int, ...]) -> Iterable[tuple[int, Bools]]:
@@ -344,7 +344,7 @@ def _in_order(masks: Iterable[Bools], size: tuple[int, ...]) -> Iterable[tuple[i
 def _checked(mask: Bools, index: int, size: tuple[int, ...]) -> Bools:
     if not isinstance(mask, np.ndarray) or mask.shape != size or mask.dtype != np.bool_:
         raise ValueError(
-            f"wanted masks of bool, as large as the picture, {list(size)}; mask {index} is "
+            f"wanted masks of bool, as large as the image, {list(size)}; mask {index} is "
             f"{_described(mask)}"
         )
     return mask
@@ -392,7 +392,7 @@ def _bounds(mask: Bools) -> tuple[slice, slice] | None:
 
 
 def _draw_outline(out: RGB, mask: Bools, where: tuple[slice, slice], tint: Colour) -> None:
-    """Draw a smooth line along a mask's edge, but not along the picture's.
+    """Draw a smooth line along a mask's edge, but not along the image's.
 
     A blurred straight edge tells by its grey how far each pixel is from it.
     """
@@ -484,14 +484,14 @@ def overlay(
         [H, W, 3] uint8. What the model did not see (outside a centre crop) is left uncoloured.
 
     Raises:
-        ValueError: A shape, type or ``alpha`` is wrong, or the placement is another picture's.
+        ValueError: A shape, type or ``alpha`` is wrong, or the placement is another image's.
     """
     check_rgb("image", image)
     check_rgb("colours", colours)
     if image.shape[:2] != placement.original_size:
         raise ValueError(
-            f"the placement is of a picture of {placement.original_size} (height, width), but "
-            f"image is {image.shape[:2]}; give each picture its own placement"
+            f"the placement is of an image of {placement.original_size} (height, width), but "
+            f"image is {image.shape[:2]}; give each image its own placement"
         )
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be from 0 to 1, but is {alpha}")
@@ -508,7 +508,7 @@ def overlay(
     return out
 
 
-def feature_picture(
+def feature_image(
     image: RGB, features: torch.Tensor, placement: Placement, alpha: float = 0.6
 ) -> RGB:
     """Draw a feature map [C, h, w] over its photograph [H, W, 3] uint8.
@@ -587,8 +587,8 @@ def save_png(path: str | os.PathLike[str], pixels: RGB) -> None:
     write_png(path, Image.fromarray(pixels))
 
 
-def write_png(path: str | os.PathLike[str], picture: Image.Image) -> None:
-    """Write a PNG file as ``save_png`` does, of any of Pillow's pictures.
+def write_png(path: str | os.PathLike[str], image: Image.Image) -> None:
+    """Write a PNG file as ``save_png`` does, of any of Pillow's images.
 
     Raises:
         OSError: The folder is missing or cannot be written to.
@@ -596,14 +596,14 @@ def write_png(path: str | os.PathLike[str], picture: Image.Image) -> None:
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
-        picture.save(temporary, format="PNG")
+        image.save(temporary, format="PNG")
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def check_rgb(name: str, pixels: RGB) -> None:
-    """Say what is wrong with pixels that are not a picture [H, W, 3] uint8.
+    """Say what is wrong with pixels that are not an image [H, W, 3] uint8.
 
     Raises:
         ValueError: The shape or type is another one, or there are no pixels.
@@ -612,7 +612,7 @@ def check_rgb(name: str, pixels: RGB) -> None:
     good = is_array and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
     if not good or pixels.size == 0:
         came = f"{list(pixels.shape)} {pixels.dtype}" if is_array else type(pixels).__name__
-        raise ValueError(f"{name} must be a picture [H, W, 3] uint8; came {came}")
+        raise ValueError(f"{name} must be an image [H, W, 3] uint8; came {came}")
 
 
 def _components(cells: torch.Tensor) -> torch.Tensor:
@@ -644,7 +644,7 @@ def _seen(
 ) -> tuple[tuple[int, int, int, int], tuple[float, float, float, float]]:
     """Give the photograph's part that the model saw (whole pixels) and its box on an h x w map."""
     (old_h, old_w), (model_h, model_w) = placement.original_size, placement.model_size
-    frame = placement.boxes_to_picture([0.0, 0.0, float(model_w), float(model_h)])
+    frame = placement.boxes_to_image([0.0, 0.0, float(model_w), float(model_h)])
     x0, y0 = max(0, round(frame[0])), max(0, round(frame[1]))
     x1, y1 = min(old_w, max(x0 + 1, round(frame[2]))), min(old_h, max(y0 + 1, round(frame[3])))
     on_model = placement.boxes_to_model([float(x0), float(y0), float(x1), float(y1)])

@@ -1,11 +1,11 @@
-"""Pictures -> a model's input: resize, crop, normalise and pad as an ``ImageSpec`` says.
+"""Images -> a model's input: resize, crop, normalise and pad as an ``ImageSpec`` says.
 
 Every size comes from ``ImageSpec.place``; nothing here decides one. No files are read and no model
 is known. Pixels are resized by Pillow (antialiased), as segment-anything and timm do, so that
 embeddings equal theirs. ``ResizeLongestSide`` has the names and results of segment-anything's
 class, apart from one repair: no side ever becomes 0 pixels.
 
-Letters: H, W picture; h, w after resizing; C channels; N pictures.
+Letters: H, W image; h, w after resizing; C channels; N images.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tinyvit.image_spec import ImageSpec, Placement
 Size = tuple[int, int]
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-LEAST_RANGE = 1e-8  # for "min_max": a picture of one colour becomes 0
-LONGEST_WHOLE = 8  # a picture longer than this many crops is resized only where the crop looks
+LEAST_RANGE = 1e-8  # for "min_max": an image of one colour becomes 0
+LONGEST_WHOLE = 8  # an image longer than this many crops is resized only where the crop looks
 
 
 def resize(
@@ -32,7 +32,7 @@ def resize(
     size: Size,
     interpolation: Literal["bilinear", "bicubic"] = "bilinear",
 ) -> NDArray[np.uint8]:
-    """Resize a picture with antialiasing.
+    """Resize an image with antialiasing.
 
     Args:
         image: RGB, [H, W, 3] uint8.
@@ -43,9 +43,9 @@ def resize(
         [h, w, 3] uint8; the same array if it has this size already.
 
     Raises:
-        ValueError: ``image`` is no RGB uint8 picture, or ``size`` or ``interpolation`` is unknown.
+        ValueError: ``image`` is no RGB uint8 image, or ``size`` or ``interpolation`` is unknown.
     """
-    _check_picture(image)
+    _check_image(image)
     if interpolation not in FILTERS:
         raise ValueError(
             f"interpolation must be one of {', '.join(FILTERS)}, but is {interpolation!r}"
@@ -59,31 +59,31 @@ def resize(
 
 
 def to_tensor(image: NDArray[np.uint8], spec: ImageSpec) -> tuple[torch.Tensor, Placement]:
-    """Make one picture a model's input.
+    """Make one image a model's input.
 
     Args:
         image: RGB, [H, W, 3] uint8, as ``tinyvit.images.decode.decode`` gives it.
         spec: What the model wants.
 
     Returns:
-        The input [3, h, w] float32, and where the picture lies in it.
+        The input [3, h, w] float32, and where the image lies in it.
 
     Raises:
-        ValueError: ``image`` is no RGB uint8 picture.
+        ValueError: ``image`` is no RGB uint8 image.
 
     Example:
         >>> tensor, placement = to_tensor(np.zeros((30, 60, 3), np.uint8), ImageSpec.sam(16))
         >>> tuple(tensor.shape), placement.resized_size
         ((3, 16, 16), (8, 16))
     """
-    _check_picture(image)
+    _check_image(image)
     placement = spec.place(*image.shape[:2])
     pixels = _resized(image, spec, placement)  # [h, w, 3]
     shift, scale = spec.mean, spec.std
     if spec.normalise == "min_max":
         low, high = float(pixels.min()), float(pixels.max())
         shift, scale = (low, low, low), (max(high - low, LEAST_RANGE),) * 3
-    # By numpy, since torch would start threads of its own in each thread that prepares pictures.
+    # By numpy, since torch would start threads of its own in each thread that prepares images.
     out = np.zeros((3, *placement.model_size), np.float32)
     for channel in range(3):
         plane = out[channel, : pixels.shape[0], : pixels.shape[1]]
@@ -94,7 +94,7 @@ def to_tensor(image: NDArray[np.uint8], spec: ImageSpec) -> tuple[torch.Tensor, 
 
 
 def normalise_and_pad(pixels: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
-    """Normalise pictures that have been resized already, and pad them if ``spec`` does.
+    """Normalise images that have been resized already, and pad them if ``spec`` does.
 
     Args:
         pixels: RGB in 0..255, [3, h, w] or [N, 3, h, w], uint8 or floating point.
@@ -104,7 +104,7 @@ def normalise_and_pad(pixels: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
         [1, 3, H, W] or [N, 3, H, W] on the same device; float32, or the given floating-point type.
 
     Raises:
-        ValueError: The shape is another one, or the picture does not fit ``spec.size``.
+        ValueError: The shape is another one, or the image does not fit ``spec.size``.
     """
     if pixels.ndim not in (3, 4) or pixels.shape[-3] != 3:
         raise ValueError(f"wanted RGB pixels [3, h, w] or [N, 3, h, w]; came {list(pixels.shape)}")
@@ -113,7 +113,7 @@ def normalise_and_pad(pixels: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
     fits = h <= height and w <= width
     if not (fits if spec.resize == "longest_side" else (h, w) == (height, width)):
         raise ValueError(
-            f"the picture is {h} x {w} (height x width), which does not fit the model's "
+            f"the image is {h} x {w} (height x width), which does not fit the model's "
             f"{height} x {width}; resize it first, for example with to_tensor"
         )
     batch = pixels if pixels.ndim == 4 else pixels[None]
@@ -149,13 +149,13 @@ class ResizeLongestSide:
         """Resize RGB [H, W, 3] uint8 to [h, w, 3] uint8.
 
         Raises:
-            ValueError: ``image`` is no RGB uint8 picture.
+            ValueError: ``image`` is no RGB uint8 image.
         """
-        _check_picture(image)
+        _check_image(image)
         return resize(image, self._place(image.shape[:2]).resized_size)
 
     def apply_coords(self, coords: NDArray[np.generic], original_size: Size) -> NDArray[np.float64]:
-        """Map points [..., 2] (x, y) in the original picture of (height, width) to the resized.
+        """Map points [..., 2] (x, y) in the original image of (height, width) to the resized.
 
         Raises:
             ValueError: The last dimension is not 2, or the size is not of whole numbers above 0.
@@ -163,7 +163,7 @@ class ResizeLongestSide:
         return self._place(original_size).points_to_model(np.asarray(coords, dtype=np.float64))
 
     def apply_boxes(self, boxes: NDArray[np.generic], original_size: Size) -> NDArray[np.float64]:
-        """Map boxes [..., 4] xyxy in the original picture; they come back as [B, 4].
+        """Map boxes [..., 4] xyxy in the original image; they come back as [B, 4].
 
         Raises:
             ValueError: The last dimension is not 4, or the size is not of whole numbers above 0.
@@ -215,8 +215,8 @@ def _resized(image: NDArray[np.uint8], spec: ImageSpec, placement: Placement) ->
     if spec.resize == "crop" and max(height, width) > LONGEST_WHOLE * max(spec.size):
         # A strip of 1 x 3000 would become 235 x 705000 for a crop of 224. Pillow can compute the
         # crop alone, but then chooses the order of its two passes anew, so a level of 255 may
-        # differ (more in noise); that is why ordinary pictures go whole, as in torchvision.
-        frame = placement.boxes_to_picture([0.0, 0.0, float(crop_w), float(crop_h)])
+        # differ (more in noise); that is why ordinary images go whole, as in torchvision.
+        frame = placement.boxes_to_image([0.0, 0.0, float(crop_w), float(crop_h)])
         old_h, old_w = placement.original_size
         x0, y0 = max(0.0, frame[0]), max(0.0, frame[1])  # the last bit may lie outside
         corners = (x0, y0, min(float(old_w), frame[2]), min(float(old_h), frame[3]))
@@ -240,13 +240,13 @@ def _shift_and_scale(batch: torch.Tensor, spec: ImageSpec) -> tuple[torch.Tensor
     return shift, scale
 
 
-def _check_picture(image: NDArray[np.uint8]) -> None:
+def _check_image(image: NDArray[np.uint8]) -> None:
     is_array = isinstance(image, np.ndarray)
     if not is_array or image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         came = f"{list(image.shape)} {image.dtype}" if is_array else type(image).__name__
         raise ValueError(
-            f"wanted an RGB picture [H, W, 3] uint8; came {came}; "
+            f"wanted an RGB image [H, W, 3] uint8; came {came}; "
             "tinyvit.images.decode.decode makes one of nearly anything"
         )
     if image.size == 0:
-        raise ValueError(f"wanted a picture with pixels; came {list(image.shape)}")
+        raise ValueError(f"wanted an image with pixels; came {list(image.shape)}")

@@ -1,4 +1,4 @@
-"""A model that answers: pictures in, features out, on any backend.
+"""A model that answers: images in, features out, on any backend.
 
 Names are found on first use: ``OpenVINOGraph`` loads no torch.
 """

@@ -1,9 +1,9 @@
 """What runs a network: the Backend protocol, and the choice of device and precision.
 
-A backend knows tensors only: no pictures, no files, no prompts. Any object with these members can
+A backend knows tensors only: no images, no files, no prompts. Any object with these members can
 be passed as ``Engine(backend=...)``.
 
-Shapes: N pictures, C channels, H W height and width of the input, h w of a map.
+Shapes: N images, C channels, H W height and width of the input, h w of a map.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @runtime_checkable
 class Backend(Protocol):
-    """Runs a network on prepared pictures."""
+    """Runs a network on prepared images."""
 
     @property
     def name(self) -> str:

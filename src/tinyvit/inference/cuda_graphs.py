@@ -3,12 +3,12 @@
 Starting the 365 kernels of a TinyViT one by one takes longer than a GPU computes at batch 1. A CUDA
 graph starts them all at once, for one shape and at fixed places in memory: the input is copied in,
 the results are copied out. Recording sits behind ``Capture``, so that all the rest can be tried
-without a GPU. Knows no pictures and not when a model changes: the backend that holds this does.
+without a GPU. Knows no images and not when a model changes: the backend that holds this does.
 
 Facts: torch's documentation of CUDA graphs (warm-up on the stream of the capture, one memory pool
 for graphs that never run at the same time, ``capture_error_mode``) and of TF32.
 
-Shapes: N pictures, C channels, H W height and width of the input, h w of a map.
+Shapes: N images, C channels, H W height and width of the input, h w of a map.
 """
 
 from __future__ import annotations

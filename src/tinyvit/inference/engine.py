@@ -1,8 +1,8 @@
-"""Prepared pictures -> results, those of one shape computed together, in the order given.
+"""Prepared images -> results, those of one shape computed together, in the order given.
 
 Knows tensors and a function that runs a batch; it knows no engine, no files and no threads.
 
-Shapes: N pictures, H W height and width of one.
+Shapes: N images, H W height and width of one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Result = TypeVar("Result")
 
 @dataclass
 class _Slot(Generic[Label, Result]):
-    """One picture's place in the order: its input until it is computed, then its result."""
+    """One image's place in the order: its input until it is computed, then its result."""
 
     tensor: Tensor | None
     label: Label
@@ -66,14 +66,14 @@ def run_in_batches(
 ) -> Iterator[tuple[Result, Label]]:
     """Run inputs, grouped by shape within a window.
 
-    A batch is run as soon as it is full, or when its oldest picture holds up a full window. So
-    pictures of one shape wait for no more than their own batch.
+    A batch is run as soon as it is full, or when its oldest image holds up a full window. So
+    images of one shape wait for no more than their own batch.
 
     Args:
-        inputs: (picture [3, H, W], what goes with it); may be a generator.
+        inputs: (image [3, H, W], what goes with it); may be a generator.
         run: [N, 3, H, W] -> N results.
-        most: Most pictures of a shape in one batch, from one of them [3, H, W].
-        window: Most pictures held: read and not yet yielded.
+        most: Most images of a shape in one batch, from one of them [3, H, W].
+        window: Most images held: read and not yet yielded.
 
     Yields:
         (result, what goes with it) for each input, in order.
@@ -119,7 +119,7 @@ def run_in_batches(
 def _group_of(
     slot: _Slot[Label, Result], groups: dict[tuple[int, ...], list[_Slot[Label, Result]]]
 ) -> list[_Slot[Label, Result]]:
-    """Take out the group that holds a picture which has not been computed."""
+    """Take out the group that holds an image which has not been computed."""
     return [] if slot.tensor is None else groups.pop(tuple(slot.tensor.shape))
 
 
@@ -141,15 +141,15 @@ def _taken(order: deque[_Slot[Label, Result]]) -> tuple[Result, Label]:
 
 
 Picture: TypeAlias = "str | Path | bytes | BinaryIO | Image | np.ndarray[Any, Any] | Tensor"
-"""One picture: a path, encoded bytes, an open file, a PIL image, RGB [H, W, 3], or a tensor
+"""One image: a path, encoded bytes, an open file, a PIL image, RGB [H, W, 3], or a tensor
 [3, H, W]."""
 
 Prepared: TypeAlias = "tuple[Tensor, Placement]"
-"""A model's input [3, H, W] float32, and where the picture lies in it."""
+"""A model's input [3, H, W] float32, and where the image lies in it."""
 
 
 def each(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
-    """One picture as a list of one; stacks [N, H, W, 3], [N, 3, H, W] and iterables as they are."""
+    """One image as a list of one; stacks [N, H, W, 3], [N, 3, H, W] and iterables as they are."""
     if isinstance(images, (np.ndarray, Tensor)):
         return images if images.ndim == 4 else [images]
     if isinstance(images, (str, bytes, bytearray, memoryview, Path)) or hasattr(images, "read"):
@@ -157,34 +157,34 @@ def each(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
     return images if isinstance(images, Iterable) else [images]
 
 
-def prepare(picture: Picture, spec: ImageSpec) -> Prepared:
-    """Decode a picture and make it a model's input.
+def prepare(image: Picture, spec: ImageSpec) -> Prepared:
+    """Decode an image and make it a model's input.
 
     Raises:
-        ImageError: The picture cannot be read.
-        TypeError: It is no picture.
+        ImageError: The image cannot be read.
+        TypeError: It is no image.
     """
-    return to_tensor(decode(picture), spec)
+    return to_tensor(decode(image), spec)
 
 
 def preparations(images: Iterable[Picture], spec: ImageSpec) -> Iterator[Callable[[], Prepared]]:
-    """What is left to do for each picture, which may be done later and in another thread.
+    """What is left to do for each image, which may be done later and in another thread.
 
     Files and bytes of files are left as they are. What may change meanwhile (an open file that is
-    read on, a buffer that is filled again, the frames of a PIL image) is decoded when it is taken.
+    read on, a buffer that is filled again, the frames of a PIL pixels) is decoded when it is taken.
 
     Raises:
-        ImageError: A picture that is decoded here cannot be read.
-        TypeError: It is no picture.
+        ImageError: An image that is decoded here cannot be read.
+        TypeError: It is no image.
     """
-    for picture in images:
-        if isinstance(picture, (str, bytes, os.PathLike)):
-            yield partial(prepare, picture, spec)
+    for image in images:
+        if isinstance(image, (str, bytes, os.PathLike)):
+            yield partial(prepare, image, spec)
             continue
-        image = decode(picture)
-        if isinstance(picture, (np.ndarray, Tensor)):
-            image = image.copy()  # it may share the memory of one that is used again
-        yield partial(to_tensor, image, spec)
+        pixels = decode(image)
+        if isinstance(image, (np.ndarray, Tensor)):
+            pixels = pixels.copy()  # it may share the memory of one that is used again
+        yield partial(to_tensor, pixels, spec)
 
 
 pass
@@ -192,7 +192,7 @@ pass
 
 
 WINDOW = 4
-"""Batches' worth of pictures among which those of one shape are found."""
+"""Batches' worth of images among which those of one shape are found."""
 
 CPU_PIXELS = 8 * 256 * 256
 """Most pixels of a batch on a CPU: more at once is not faster there, and takes more memory."""
@@ -202,11 +202,11 @@ logger = logging.getLogger("tinyvit")
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the engine gives for one picture.
+    """What the engine gives for one image.
 
     Attributes:
         features: [C, h, w] (or [classes] for a classifier), float32, on the CPU.
-        placement: Where the picture lies in the model's frame; maps coordinates both ways.
+        placement: Where the image lies in the model's frame; maps coordinates both ways.
         stages: The map of each stage, [C, h, w] float32 on the CPU, where asked for; else None.
     """
 
@@ -216,7 +216,7 @@ class Encoded:
 
 
 class Engine:
-    """Runs a TinyViT on pictures of any kind and size.
+    """Runs a TinyViT on images of any kind and size.
 
     Args:
         model: The model, as ``tinyvit.create_model`` gives it; it is never changed. May be None
@@ -226,21 +226,21 @@ class Engine:
         device: "auto", or a torch device such as "cpu" or "cuda".
         precision: "fp32", "bf16", or "auto" (bf16 where the device computes it natively). Nothing
             changes precision unless asked.
-        batch_size: Pictures computed together, at most; only pictures of one shape are, and on a
+        batch_size: Images computed together, at most; only images of one shape are, and on a
             CPU no more large ones than pay.
-        image_spec: How pictures are prepared; None takes the model's.
-        pad: False leaves out the padding to a square, so that a picture of another shape costs
+        image_spec: How images are prepared; None takes the model's.
+        pad: False leaves out the padding to a square, so that an image of another shape costs
             less; None does as ``image_spec`` says.
         threads: Threads that a backend "openvino" or "onnx" computes with; None leaves it to the
             library. In torch it is one number for the process: ``torch.set_num_threads``.
-        workers: Threads that read pictures ahead while the backend computes; None chooses by the
+        workers: Threads that read images ahead while the backend computes; None chooses by the
             number of cores, 0 does everything in the caller's thread.
 
     Raises:
         TypeError: ``model`` is no TinyViT.
         MissingExtraError: The package of the backend is not installed.
         ValueError: An unknown backend, device or precision ("fp16" is refused, with the reason), a
-            batch size below 1, workers below 0, or no way to tell how pictures are prepared.
+            batch size below 1, workers below 0, or no way to tell how images are prepared.
 
     Example:
         >>> import numpy as np, tinyvit
@@ -274,22 +274,22 @@ class Engine:
         logger.info("%s", self._in_one_line())
 
     def embed(self, images: Picture | Iterable[Picture]) -> Tensor:
-        """The features of one or many pictures, stacked.
+        """The features of one or many images, stacked.
 
         Args:
-            images: One picture or many. An array [N, H, W, 3] or a tensor [N, 3, H, W] are many.
+            images: One image or many. An array [N, H, W, 3] or a tensor [N, 3, H, W] are many.
 
         Returns:
             [N, C, h, w] float32 on the CPU, in the order of ``images``.
 
         Raises:
-            ImageError: A picture cannot be read.
-            ValueError: The features have different shapes, as they may where pictures are not
+            ImageError: An image cannot be read.
+            ValueError: The features have different shapes, as they may where images are not
                 padded: take them one by one with ``stream``.
         """
         features = [encoded.features for encoded in self.stream(images)]
         if not features:
-            raise ValueError("embed wants at least one picture, got none")
+            raise ValueError("embed wants at least one image, got none")
         shapes = sorted({tuple(f.shape) for f in features})
         if len(shapes) > 1:
             raise ValueError(
@@ -301,9 +301,9 @@ class Engine:
     def stream(
         self, images: Picture | Iterable[Picture], *, stages: bool = False
     ) -> Iterator[Encoded]:
-        """The features of one or many pictures, one by one, in order, in bounded memory.
+        """The features of one or many images, one by one, in order, in bounded memory.
 
-        Files (and bytes of files) are read ahead in threads. Pictures that could change meanwhile
+        Files (and bytes of files) are read ahead in threads. Images that could change meanwhile
         (open files, PIL images, arrays, tensors) are decoded when they are taken from ``images``.
 
         Args:
@@ -311,10 +311,10 @@ class Engine:
             stages: Give the maps of the stages too, from the same pass.
 
         Yields:
-            One ``Encoded`` for each picture.
+            One ``Encoded`` for each image.
 
         Raises:
-            ImageError: A picture cannot be read; those before it have been yielded.
+            ImageError: An image cannot be read; those before it have been yielded.
             ValueError: ``stages`` are wanted and the backend gives none.
         """
         with closing(self._prepared(images)) as prepared:
@@ -323,10 +323,10 @@ class Engine:
     def stream_prepared(
         self, inputs: Iterable[Prepared], *, stages: bool = False
     ) -> Iterator[Encoded]:
-        """As ``stream``, for pictures that ``prepare`` has made ready; those of a shape together.
+        """As ``stream``, for images that ``prepare`` has made ready; those of a shape together.
 
         Args:
-            inputs: ([3, H, W] float32, placement) of each picture; may be a generator.
+            inputs: ([3, H, W] float32, placement) of each image; may be a generator.
             stages: Give the maps of the stages too, from the same pass.
 
         Yields:
@@ -343,7 +343,7 @@ class Engine:
             yield Encoded(features, placement, maps)
 
     def classify(self, images: Picture | Iterable[Picture]) -> Tensor:
-        """Logits of one or many pictures.
+        """Logits of one or many images.
 
         Args:
             images: As for ``embed``.
@@ -352,8 +352,8 @@ class Engine:
             [N, classes] float32 on the CPU.
 
         Raises:
-            ImageError: A picture cannot be read.
-            ValueError: The backend gives no logits, or there is no picture.
+            ImageError: An image cannot be read.
+            ValueError: The backend gives no logits, or there is no image.
         """
         backend = self.backend
         if not isinstance(backend, LogitsBackend):
@@ -364,20 +364,20 @@ class Engine:
             )
             rows = [logits for logits, _ in results]
         if not rows:
-            raise ValueError("classify wants at least one picture, got none")
+            raise ValueError("classify wants at least one image, got none")
         return torch.stack(rows)
 
     def stages(self, image: Picture) -> tuple[list[Tensor], Placement]:
-        """The maps of the stages of one picture.
+        """The maps of the stages of one image.
 
         Args:
-            image: One picture.
+            image: One image.
 
         Returns:
-            ([C, h, w] float32 for each stage, where the picture lies in the model's frame).
+            ([C, h, w] float32 for each stage, where the image lies in the model's frame).
 
         Raises:
-            ImageError: The picture cannot be read.
+            ImageError: The image cannot be read.
             ValueError: The backend gives no stages.
         """
         backend = self._stage_backend()
@@ -385,7 +385,7 @@ class Engine:
         return [stage[0] for stage in backend.stages(tensor[None])], placement
 
     def prepare(self, image: Picture) -> tuple[Tensor, Placement]:
-        """What the backend gets for one picture: [3, H, W] float32, and where it lies in it."""
+        """What the backend gets for one image: [3, H, W] float32, and where it lies in it."""
         return prepare(image, self.image_spec)
 
     def explain(self) -> str:
@@ -430,23 +430,23 @@ class Engine:
     def _in_one_line(self) -> str:
         height, width = self.image_spec.size
         bare = self.image_spec.resize == "longest_side" and not self.image_spec.pad
-        words = f"pictures {self.image_spec.resize} to {height}x{width}"
+        words = f"images {self.image_spec.resize} to {height}x{width}"
         return f"{self._choice}; {words}{', not padded' if bare else ''}"
 
     def _prepared(self, images: Picture | Iterable[Picture]) -> Generator[Prepared, None, None]:
-        """What ``prepare`` gives for each picture, in order, files read ahead in threads."""
-        pictures = each(images)
-        is_one = isinstance(pictures, Sized) and len(pictures) < 2
-        jobs = preparations(pictures, self.image_spec)
+        """What ``prepare`` gives for each image, in order, files read ahead in threads."""
+        sources = each(images)
+        is_one = isinstance(sources, Sized) and len(sources) < 2
+        jobs = preparations(sources, self.image_spec)
         return read_ahead(jobs, workers=0 if is_one else self.workers, ahead=self.ahead)
 
     @property
     def ahead(self) -> int:
-        """Pictures read ahead, at most: the next batch is ready when one is done."""
+        """Images read ahead, at most: the next batch is ready when one is done."""
         return max(self.batch_size, self.workers) + 1
 
     def _most(self, tensor: Tensor) -> int:
-        """Pictures of that shape [3, H, W] to compute together."""
+        """Images of that shape [3, H, W] to compute together."""
         if self.backend.device != "cpu":
             return self.batch_size
         return min(self.batch_size, max(CPU_PIXELS // (tensor.shape[1] * tensor.shape[2]), 1))
@@ -519,7 +519,7 @@ def _choose_spec(
     spec = image_spec or getattr(model, "image_spec", None)
     if spec is None:
         raise ValueError(
-            "this model does not say how its pictures are prepared; pass "
+            "this model does not say how its images are prepared; pass "
             "image_spec=ImageSpec.sam(1024), ImageSpec.timm(224) or another"
         )
     return spec if pad is None else dataclasses.replace(spec, pad=pad)

@@ -8,7 +8,7 @@ is a constant, so products run on real tokens only.
 
 Any size and any batch; nothing is compiled. Values are those of the plain model up to rounding.
 
-Shapes: B pictures, C channels, H W height and width of a map, S window side, T = S*S tokens,
+Shapes: B images, C channels, H W height and width of a map, S window side, T = S*S tokens,
 h heads, d a head's width.
 """
 
@@ -96,7 +96,7 @@ class DeployedTinyViT:
 
     def _run(self, batch: Tensor, keep: bool = False) -> list[Tensor]:
         """The maps [B, h, w, C] at the end of the stages: all of them, or only the last."""
-        if batch.shape[0] == 0:  # sizes follow from any picture of this shape
+        if batch.shape[0] == 0:  # sizes follow from any image of this shape
             return [x[:0] for x in self._run(batch.new_zeros(1, *batch.shape[1:]), keep)]
         x = batch.to(self.dtype).contiguous(memory_format=torch.channels_last)
         x = self._stem(x.permute(0, 2, 3, 1))
@@ -118,15 +118,15 @@ class DeployedTinyViT:
 def _pieces(
     batch: int, rows: int, bytes_per_row: int, multiple: int = 1
 ) -> Iterator[tuple[slice, int, int]]:
-    """Cut a batch of maps into (pictures, first row, row behind the last), in order.
+    """Cut a batch of maps into (images, first row, row behind the last), in order.
 
     Small maps go together, large ones are cut into strips of a multiple of ``multiple`` rows.
     """
     at_once = max(PIECE // max(bytes_per_row, 1), 1)
     if at_once >= rows:
-        pictures = max(at_once // max(rows, 1), 1)
-        for i in range(0, batch, pictures):
-            yield slice(i, i + pictures), 0, rows
+        images = max(at_once // max(rows, 1), 1)
+        for i in range(0, batch, images):
+            yield slice(i, i + images), 0, rows
         return
     strips = -(-rows // max(at_once // multiple * multiple, multiple))
     height = -(-rows // strips)
@@ -143,17 +143,17 @@ def _assemble(
     bytes_per_row: int,
     multiple: int = 1,
 ) -> Tensor:
-    """The map [B, rows, W, C] that ``piece(pictures, top, bottom)`` gives in parts."""
+    """The map [B, rows, W, C] that ``piece(images, top, bottom)`` gives in parts."""
     out: Tensor | None = None
-    for pictures, top, bottom in _pieces(batch, rows, bytes_per_row, multiple):
-        part = piece(pictures, top, bottom)
+    for images, top, bottom in _pieces(batch, rows, bytes_per_row, multiple):
+        part = piece(images, top, bottom)
         if part.shape[0] == batch and part.shape[1] == rows:
             return part
         if out is None:
             out = part.new_empty(batch, rows, *part.shape[2:])
-        out[pictures, top:bottom] = part
+        out[images, top:bottom] = part
     if out is None:
-        raise ValueError("a batch without pictures has no pieces")
+        raise ValueError("a batch without images has no pieces")
     return out
 
 
@@ -204,10 +204,10 @@ class _Convolutions:
         middle = self.first.output(height), self.first.output(width)
         per_row = middle[1] * self.first.channels * x.element_size() * self.second.stride
 
-        def piece(pictures: slice, top: int, bottom: int) -> Tensor:
+        def piece(images: slice, top: int, bottom: int) -> Tensor:
             low, high = self.second.needs(top, bottom)
             low, high = max(low, 0), min(high, middle[0])
-            y = self.first.rows(x[pictures], low, high)
+            y = self.first.rows(x[images], low, high)
             return self.second.rows(y, top, bottom, low, middle[0])
 
         return _assemble(piece, batch, self.second.output(middle[0]), per_row)
@@ -237,11 +237,11 @@ class _Bottleneck:
         batch, height, width, _ = x.shape
         per_row = width * self.hidden * x.element_size()
 
-        def piece(pictures: slice, top: int, bottom: int) -> Tensor:
+        def piece(images: slice, top: int, bottom: int) -> Tensor:
             low, high = max(top - 1, 0), min(bottom + 1, height)
-            y = self.expand(x[pictures, low:high])
+            y = self.expand(x[images, low:high])
             y = self.depthwise.rows(y, top, bottom, low, height)
-            return F.gelu(self.project(y, x[pictures, top:bottom]))
+            return F.gelu(self.project(y, x[images, top:bottom]))
 
         return _assemble(piece, batch, height, per_row)
 
@@ -259,10 +259,10 @@ class _Merge:
         batch, height, width, _ = x.shape
         per_row = width * self.channels * x.element_size() * self.depthwise.stride
 
-        def piece(pictures: slice, top: int, bottom: int) -> Tensor:
+        def piece(images: slice, top: int, bottom: int) -> Tensor:
             low, high = self.depthwise.needs(top, bottom)
             low, high = max(low, 0), min(high, height)
-            y = self.widen(x[pictures, low:high])
+            y = self.widen(x[images, low:high])
             return self.mix(self.depthwise.rows(y, top, bottom, low, height))
 
         return _assemble(piece, batch, self.depthwise.output(height), per_row)
@@ -289,14 +289,14 @@ class _TokenBlock:
         batch, height, width, channels = x.shape
         per_row = width * x.element_size()
 
-        def attend(pictures: slice, top: int, bottom: int) -> Tensor:
-            rows = x[pictures, top:bottom]
+        def attend(images: slice, top: int, bottom: int) -> Tensor:
+            rows = x[images, top:bottom]
             return self.proj(self._attend(rows), rows)
 
         attended = _assemble(attend, batch, height, per_row * 3 * channels, self.side)
 
-        def mix(pictures: slice, top: int, bottom: int) -> Tensor:
-            y = self.local.rows(attended[pictures], top, bottom)
+        def mix(images: slice, top: int, bottom: int) -> Tensor:
+            y = self.local.rows(attended[images], top, bottom)
             normed = F.layer_norm(y, (channels,), None, None, self.eps)
             return self.fc2(self.fc1(normed), y)
 

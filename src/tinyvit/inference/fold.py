@@ -3,7 +3,7 @@
 Everything that is affine and stands next to a matrix product goes into it: batch norm into its
 convolution, LayerNorm's affine into the linear layer behind it, the attention's scale into q. What
 cannot be folded stays (the mean and the variance of LayerNorm). Computed in float64, given in
-float32. Not folded: the pictures' mean and standard deviation into the stem, since the zero
+float32. Not folded: the images' mean and standard deviation into the stem, since the zero
 padding at the borders would then mean another colour.
 
 Shapes: C channels, N outputs, K inputs, k kernel side, h heads, T tokens of a window.

@@ -164,7 +164,7 @@ were measured; a mistake gives 1."""
 class GraphRunner(Protocol):
     """Runs one graph on arrays."""
 
-    def __call__(self, pictures: NDArray[np.float32], /) -> NDArray[np.float32]:
+    def __call__(self, images: NDArray[np.float32], /) -> NDArray[np.float32]:
         """[N, C, H, W] -> the graph's output."""
         ...
 
@@ -249,7 +249,7 @@ class WatchedGraph:
         """
         if batch.ndim != 4 or batch.shape[1] != self._model.in_chans or 0 in batch.shape:
             raise ValueError(
-                f"the model wants pictures [batch, {self._model.in_chans}, height, width] of at "
+                f"the model wants images [batch, {self._model.in_chans}, height, width] of at "
                 f"least 1x1, got {list(batch.shape)}"
             )
         array = batch.detach().to("cpu", torch.float32).contiguous().numpy()
@@ -315,7 +315,7 @@ class WatchedGraph:
         return runner
 
     def _checked(self, graph: Path | bytes) -> GraphRunner:
-        """What runs a graph, compared with the model on a small picture of no convenient size."""
+        """What runs a graph, compared with the model on a small image of no convenient size."""
         runner = self._load(graph)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, self._model.in_chans, 75, 58, generator=generator)
@@ -373,7 +373,7 @@ class OnnxGraph:
             raise ValueError(f"ONNX Runtime cannot read {name} as a graph: {err}") from err
         self._input = self._session.get_inputs()[0].name
 
-    def __call__(self, pictures: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """[N, C, H, W] float32 -> the graph's first output; may be called by several threads.
 
         Raises:
@@ -382,7 +382,7 @@ class OnnxGraph:
         session = self._session
         if session is None:
             raise RuntimeError("this OnnxGraph was closed")
-        result: NDArray[np.float32] = session.run(None, {self._input: pictures})[0]
+        result: NDArray[np.float32] = session.run(None, {self._input: images})[0]
         return result
 
     def close(self) -> None:

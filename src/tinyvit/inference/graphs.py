@@ -4,9 +4,9 @@ A program that has such a file (``OpenVINOBackend.graph_file`` says where one is
 class alone::
 
     run = OpenVINOGraph("encoder.onnx", precision="fp32")
-    features = run(pictures)  # [N, 3, H, W] float32 -> [N, C, h, w] float32
+    features = run(images)  # [N, 3, H, W] float32 -> [N, C, h, w] float32
 
-Shapes: N pictures, C channels, H W height and width of the input, h w of a map.
+Shapes: N images, C channels, H W height and width of the input, h w of a map.
 """
 
 from __future__ import annotations
@@ -103,11 +103,11 @@ class OpenVINOGraph:
         cache = self._cache(source, cache_dir)
         self._any = self._compile(self._model, {} if cache is None else {"CACHE_DIR": str(cache)})
 
-    def __call__(self, pictures: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Run the graph.
 
         Args:
-            pictures: [N, C, H, W], normalised; N, H and W from 1.
+            images: [N, C, H, W], normalised; N, H and W from 1.
 
         Returns:
             The graph's first output, float32, for an encoder [N, C, h, w]; an array of its own.
@@ -116,18 +116,18 @@ class OpenVINOGraph:
             ValueError: An array of another rank, number of channels or dtype, or an empty one.
             RuntimeError: The graph was closed.
         """
-        shape = pictures.shape
+        shape = images.shape
         channels = self._model.inputs[0].partial_shape[1]
         wanted = channels.get_length() if channels.is_static else "channels"
         if len(shape) != 4 or 0 in shape or wanted not in ("channels", shape[1]):
             raise ValueError(
-                f"the graph wants pictures [batch, {wanted}, height, width] of at least 1x1, got "
+                f"the graph wants images [batch, {wanted}, height, width] of at least 1x1, got "
                 f"{list(shape)}"
             )
-        if pictures.dtype != np.float32:
-            raise ValueError(f"the graph wants pictures in float32, got {pictures.dtype}")
+        if images.dtype != np.float32:
+            raise ValueError(f"the graph wants images in float32, got {images.dtype}")
         with self._lock:
-            result = self._request(shape).infer({0: np.ascontiguousarray(pictures)})
+            result = self._request(shape).infer({0: np.ascontiguousarray(images)})
             return np.array(result[0], np.float32)
 
     def close(self) -> None:

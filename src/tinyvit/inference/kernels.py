@@ -1,6 +1,6 @@
 """Windows of a map and back in one pass over the memory, with a constant as the padding.
 
-Shapes: B pictures, H W height and width of the map, C channels, S window side.
+Shapes: B images, H W height and width of the map, C channels, S window side.
 """
 
 from __future__ import annotations

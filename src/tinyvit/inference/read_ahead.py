@@ -1,6 +1,6 @@
 """Work done ahead of who needs it, in threads: in order, bounded, and ended with its consumer.
 
-Knows threads; it knows no pictures and no models. Only work that releases Python's lock for most
+Knows threads; it knows no images and no models. Only work that releases Python's lock for most
 of its time (decoding, resizing, compressing, writing files) is faster this way.
 """
 
@@ -71,7 +71,7 @@ def read_ahead(
                     is_over, error = True, err
                 else:
                     waiting.append(with_threads.submit(_do, job, number, failed))
-                    del job  # or its picture would live on until the next one
+                    del job  # or its image would live on until the next one
             if not waiting:
                 break
             yield waiting.popleft().result()
@@ -95,7 +95,7 @@ def _give_way() -> None:
     """Let the threads of a backend go first on this one's core, where the system has a word for it.
 
     A backend splits each layer evenly among all cores: a core that decodes holds up all others. At
-    a lower priority the decoding falls into the gaps in which the backend waits for a picture.
+    a lower priority the decoding falls into the gaps in which the backend waits for an image.
     """
     if sys.platform == "linux":  # elsewhere a thread's number is no process's
         with suppress(OSError):

@@ -1,6 +1,6 @@
 """The PyTorch backend: what it makes of a model on a CPU, on a CUDA device and elsewhere.
 
-Shapes: N pictures, C channels, H W height and width of the input, h w of a map.
+Shapes: N images, C channels, H W height and width of the input, h w of a map.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class TorchBackend:
         return DeployedTinyViT(self._model, kernels), kernels.name
 
     def _error_of(self, network: Network) -> float:
-        """The folded network against the model, on a small picture of no convenient size."""
+        """The folded network against the model, on a small image of no convenient size."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, self._model.in_chans, 75, 58, generator=generator)
         plain = self._model if _runs_as_it_is(self._model) else frozen_copy(self._model)
@@ -190,9 +190,9 @@ def _to_host(output: Tensor) -> Tensor:
     """A tensor of its own in float32, which may be written to and take part in autograd."""
     if output.ndim != 4 or not output.is_contiguous(memory_format=torch.channels_last):
         return output.to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
-    pictures, channels, height, width = output.shape
-    host = torch.empty(pictures, channels, height, width)
-    for picture, target in zip(output, host, strict=True):  # torch transposes matrices quickly
-        cells = picture.permute(1, 2, 0).reshape(height * width, channels)
+    images, channels, height, width = output.shape
+    host = torch.empty(images, channels, height, width)
+    for image, target in zip(output, host, strict=True):  # torch transposes matrices quickly
+        cells = image.permute(1, 2, 0).reshape(height * width, channels)
         target.view(channels, height * width).copy_(cells.to("cpu", torch.float32).T)
     return host

@@ -71,12 +71,12 @@ _STRIDE_1_WIDTHS = frozenset({320, 448, 576})
 
 
 class PatchEmbed(nn.Module):
-    """Two convolutions that turn a picture into a map of patch embeddings.
+    """Two convolutions that turn an image into a map of patch embeddings.
 
     Args:
         in_chans: Input channels.
         embed_dim: Output channels; the first convolution has half of them.
-        resolution: Declared picture size, one number or (height, width) in pixels.
+        resolution: Declared image size, one number or (height, width) in pixels.
         activation: Makes the activation between the two.
         stem: "conv" (3x3, stride 2, twice; a quarter of the size, rounded up) or "pointwise"
             (1x1, stride 1, twice; the same size: LiteMedSAM's stem).
@@ -109,7 +109,7 @@ class PatchEmbed(nn.Module):
         )
 
     def declare(self, resolution: Size) -> None:
-        """Set the declared picture size; ``forward`` does not depend on it."""
+        """Set the declared image size; ``forward`` does not depend on it."""
         self.patches_resolution: Size = (
             -(-resolution[0] // self.reduction),
             -(-resolution[1] // self.reduction),

@@ -74,7 +74,7 @@ def _depth_order(model: TinyViT, decay: float) -> Iterator[tuple[nn.Module, floa
 
 
 class StageInfo(TypedDict):
-    """One stage's map: channels, picture pixels per position, and the module it comes from."""
+    """One stage's map: channels, image pixels per position, and the module it comes from."""
 
     num_chs: int
     reduction: int
@@ -89,7 +89,7 @@ class FeatureInfo(list[StageInfo]):
         return [stage["num_chs"] for stage in self]
 
     def reduction(self) -> list[int]:
-        """Picture pixels per position of each map, along one side."""
+        """Image pixels per position of each map, along one side."""
         return [stage["reduction"] for stage in self]
 
     def module_name(self) -> list[str]:
@@ -263,14 +263,14 @@ pass
 
 
 class TinyViT(nn.Module):
-    """The compact vision transformer, for any picture size from 1x1 up.
+    """The compact vision transformer, for any image size from 1x1 up.
 
     With a neck (the default) ``forward`` gives SAM's image embedding. Built with ``neck_dim=None``
     it is a classifier: ``forward`` gives logits, as timm's and Cream's models do. ``classify``
     gives logits in both cases.
 
     Args:
-        img_size: Declared picture size in pixels, one number or (height, width). Any other size
+        img_size: Declared image size in pixels, one number or (height, width). Any other size
             may be passed at any time.
         in_chans: Input channels.
         num_classes: Classes of ``head``; 0 leaves the linear layer out.
@@ -293,7 +293,7 @@ class TinyViT(nn.Module):
         head: Build ``norm_head`` and ``head``. SAM checkpoints carry them unused.
 
     Attributes:
-        image_spec: How pictures are prepared for these weights; None for a model built by hand.
+        image_spec: How images are prepared for these weights; None for a model built by hand.
 
     Raises:
         ValueError: Arguments that contradict each other; the message names both.
@@ -363,7 +363,7 @@ class TinyViT(nn.Module):
         """The stages in depth order, as what they are."""
         return [stage for stage in self.layers if isinstance(stage, Stage)]
 
-    # -- picture in, features out -------------------------------------------------------------
+    # -- image in, features out -------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         """Image embedding of a model with a neck; logits of one without.
@@ -414,7 +414,7 @@ class TinyViT(nn.Module):
         return x if pre_logits else self.head(x)
 
     def classify(self, x: Tensor) -> Tensor:
-        """Logits [B, num_classes] of pictures [B, in_chans, H, W]."""
+        """Logits [B, num_classes] of images [B, in_chans, H, W]."""
         return self.forward_head(self.forward_backbone(x))
 
     def forward_intermediates(
@@ -510,13 +510,13 @@ class TinyViT(nn.Module):
             return
         if x.ndim != 4 or x.shape[1] != self.in_chans or x.shape[2] < 1 or x.shape[3] < 1:
             raise ValueError(
-                f"TinyViT wants pictures [batch, {self.in_chans}, height, width] of at least 1x1, "
+                f"TinyViT wants images [batch, {self.in_chans}, height, width] of at least 1x1, "
                 f"got {list(x.shape)}"
             )
         if not x.is_floating_point():
             raise TypeError(
-                f"TinyViT wants normalised floating-point pictures, got {x.dtype}; "
-                f"tinyvit.Engine takes uint8 pictures and prepares them"
+                f"TinyViT wants normalised floating-point images, got {x.dtype}; "
+                f"tinyvit.Engine takes uint8 images and prepares them"
             )
 
     @property
@@ -542,7 +542,7 @@ class TinyViT(nn.Module):
             parameter.lr_scale = 1.0  # type: ignore[attr-defined]
 
     def set_imgsz(self, imgsz: int | Size | list[int] = (1024, 1024)) -> None:
-        """Declare a picture size; never needed, since sizes come from the tensor.
+        """Declare an image size; never needed, since sizes come from the tensor.
 
         Raises:
             TypeError: Not whole numbers.

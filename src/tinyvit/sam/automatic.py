@@ -1,10 +1,10 @@
-"""Masks found in a picture before it is known which of them stay: small, and quick to filter.
+"""Masks found in an image before it is known which of them stay: small, and quick to filter.
 
 A candidate holds its pixels packed, eight to a byte and deflated, within its own box: hundreds of
 masks of a large photograph take a few megabytes, where whole ones would take gigabytes. Knows no
 model.
 
-Letters: H W the picture, hh ww a mask's box.
+Letters: H W the image, hh ww a mask's box.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .crops import (
     is_box_near_crop_edge,
 )
 from .decoder import PointDecoder
-from .embedding import ImageEmbedding, PictureEncoder
+from .embedding import ImageEmbedding, ImageEncoder
 from .mask_ops import RLE, encode_region, non_maximum_suppression, remove_small_regions
 from .model import Sam
 from .upscale import Region, RegionUpscaler
@@ -38,12 +38,12 @@ from .upscale import Region, RegionUpscaler
 
 @dataclass(frozen=True)
 class PackedMask:
-    """A mask within a picture.
+    """A mask within an image.
 
     Attributes:
-        size: (H, W) of the picture.
-        top: Row of the picture where the mask's box begins.
-        left: Column of the picture where it begins.
+        size: (H, W) of the image.
+        top: Row of the image where the mask's box begins.
+        left: Column of the image where it begins.
         shape: (hh, ww) of the box; (0, 0) for an empty mask.
         area: Pixels of the mask.
         data: Its pixels in the box, packed and deflated.
@@ -61,10 +61,10 @@ class PackedMask:
         """Pack a mask.
 
         Args:
-            mask: [any, any] bool: a part of the picture outside of which the mask is empty.
-            top: Row of the picture that the part's first row is.
-            left: Column of the picture that the part's first column is.
-            size: (H, W) of the picture.
+            mask: [any, any] bool: a part of the image outside of which the mask is empty.
+            top: Row of the image that the part's first row is.
+            left: Column of the image that the part's first column is.
+            size: (H, W) of the image.
         """
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         if not len(rows):
@@ -90,7 +90,7 @@ class PackedMask:
         return np.unpackbits(packed, count=height * width).view(np.bool_).reshape(height, width)
 
     def whole(self) -> NDArray[np.bool_]:
-        """The mask in the whole picture, [H, W] bool."""
+        """The mask in the whole image, [H, W] bool."""
         mask = np.zeros(self.size, np.bool_)
         height, width = self.shape
         mask[self.top : self.top + height, self.left : self.left + width] = self.part()
@@ -102,11 +102,11 @@ class Candidate:
     """One mask and what is known of it.
 
     Attributes:
-        mask: In the whole picture.
+        mask: In the whole image.
         predicted_iou: The network's own estimate.
         stability: IoU of the masks at a higher and a lower threshold; nan for no pixels.
-        point: (x, y) that was prompted, in pixels of the picture.
-        crop_box: The crop in which it was found, xyxy in pixels of the picture.
+        point: (x, y) that was prompted, in pixels of the image.
+        crop_box: The crop in which it was found, xyxy in pixels of the image.
     """
 
     mask: PackedMask
@@ -124,14 +124,14 @@ class Candidate:
         crop_box: Sequence[int],
         size: tuple[int, int],
     ) -> Candidate:
-        """A mask of a crop, moved into the picture.
+        """A mask of a crop, moved into the image.
 
         Args:
             region: The mask in the crop.
             predicted_iou: The network's own estimate.
             point: (x, y) in pixels of the crop.
-            crop_box: xyxy in pixels of the picture.
-            size: (H, W) of the picture.
+            crop_box: xyxy in pixels of the image.
+            size: (H, W) of the image.
         """
         x0, y0, x1, y1 = crop_box
         mask = PackedMask.of(region.mask, region.top + y0, region.left + x0, size)
@@ -190,7 +190,7 @@ class MaskRecord(TypedDict):
 
 
 class SamAutomaticMaskGenerator:
-    """Finds the masks of everything in a picture.
+    """Finds the masks of everything in an image.
 
     May be used by several threads. A model with Light HQ-SAM's decoder works too, without the fast
     form of the decoder.
@@ -198,7 +198,7 @@ class SamAutomaticMaskGenerator:
     Args:
         model: The model; never changed. When its weights change, what was derived of them is made
             anew.
-        points_per_side: Points along each side of the picture; None where ``point_grids`` are
+        points_per_side: Points along each side of the image; None where ``point_grids`` are
             given.
         points_per_batch: Points decoded between two filterings: more take more memory.
         pred_iou_thresh: Masks are kept whose predicted IoU is above it; 0 or less keeps all.
@@ -208,7 +208,7 @@ class SamAutomaticMaskGenerator:
             threshold.
         box_nms_thresh: Of two masks of one crop whose boxes have a higher IoU, the one with the
             lower predicted IoU goes.
-        crop_n_layers: Layers of crops beyond the whole picture; layer i has 2^i crops a side.
+        crop_n_layers: Layers of crops beyond the whole image; layer i has 2^i crops a side.
         crop_nms_thresh: As ``box_nms_thresh`` between crops; the mask of the larger crop goes.
         crop_overlap_ratio: How far crops overlap, as a share of the shorter side.
         crop_n_points_downscale_factor: In layer i the points a side are divided by this to the
@@ -288,7 +288,7 @@ class SamAutomaticMaskGenerator:
         for name, (least, below) in _RANGES.items():
             _check_range(name, getattr(self, name), least, below)
         place = choose_device(str(model.device if device is None else device))
-        self._encoder = PictureEncoder(
+        self._encoder = ImageEncoder(
             model,
             engine=engine,
             backend=backend,
@@ -299,7 +299,7 @@ class SamAutomaticMaskGenerator:
         self._decoder = PointDecoder(model, place)
 
     def generate(self, image: ImageSource, progress: Progress | None = None) -> list[MaskRecord]:
-        """Find the masks of everything in a picture.
+        """Find the masks of everything in an image.
 
         Args:
             image: [H, W, 3] uint8 RGB, 0..255. Also anything that ``tinyvit.images.decode`` reads:
@@ -313,20 +313,20 @@ class SamAutomaticMaskGenerator:
             last.
 
         Raises:
-            ImageError: The picture cannot be read, or the array is no picture.
-            TypeError: It is nothing that could be a picture.
+            ImageError: The image cannot be read, or the array is no image.
+            TypeError: It is nothing that could be an image.
         """
         candidates = self._candidates(decode(image), progress)
         if self.min_mask_region_area > 0:
             candidates = self._without_small_regions(candidates)
         return [self._record(candidate) for candidate in candidates]
 
-    def _candidates(self, picture: NDArray[np.uint8], progress: Progress | None) -> list[Candidate]:
+    def _candidates(self, image: NDArray[np.uint8], progress: Progress | None) -> list[Candidate]:
         """What is found in all crops, without duplicates."""
-        size = int(picture.shape[0]), int(picture.shape[1])
+        size = int(image.shape[0]), int(image.shape[1])
         boxes, layers = generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
         count = _Count(sum(len(self.point_grids[layer]) for layer in layers), progress)
-        crops = (picture[y0:y1, x0:x1] for x0, y0, x1, y1 in boxes)
+        crops = (image[y0:y1, x0:x1] for x0, y0, x1, y1 in boxes)
         found: list[Candidate] = []
         for box, layer, embedding in zip(boxes, layers, self._encoder.encode(crops), strict=True):
             here = list(self._in_crop(embedding, self.point_grids[layer], box, size, count))
@@ -430,7 +430,7 @@ def _distinct(candidates: list[Candidate], scores: list[float], bound: float) ->
 
 
 def _is_cut_off(one: Candidate, size: tuple[int, int]) -> bool:
-    """Whether a mask ends at the edge of its crop and not of the picture."""
+    """Whether a mask ends at the edge of its crop and not of the image."""
     height, width = size
     x0, y0 = one.crop_box[:2]
     in_crop = np.array(one.mask.box) - np.array([x0, y0, x0, y0])

@@ -1,7 +1,7 @@
 """Where to prompt and where to look closer: grids of points, overlapping crops, cut-off masks.
 
 Numbers only: no pixels, no model. Names, arguments and results are segment-anything's: layer 0 is
-the whole picture, layer i has 2^i crops a side.
+the whole image, layer i has 2^i crops a side.
 
 Shapes: P points of a grid, N boxes. Points are (x, y), boxes xyxy in pixels.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 CropBox: TypeAlias = "list[int]"
-"""[x0, y0, x1, y1] in whole pixels of the picture."""
+"""[x0, y0, x1, y1] in whole pixels of the image."""
 
 EDGE = 20.0
 """A box that ends within so many pixels of a crop's edge may be cut off there."""
@@ -52,8 +52,8 @@ def build_all_layer_point_grids(
     """The grid of each layer of crops.
 
     Args:
-        n_per_side: Points along each side of the whole picture.
-        n_layers: Layers of crops beyond the whole picture.
+        n_per_side: Points along each side of the whole image.
+        n_layers: Layers of crops beyond the whole image.
         scale_per_layer: The points a side of layer i are divided by this to the power i.
 
     Returns:
@@ -85,7 +85,7 @@ def check_point_grids(point_grids: Sequence[ArrayLike], n_layers: int) -> list[N
 
     Args:
         point_grids: For each layer points [P, 2] in 0..1.
-        n_layers: Layers of crops beyond the whole picture.
+        n_layers: Layers of crops beyond the whole image.
 
     Returns:
         The grids as arrays, [P, 2] float64.
@@ -95,7 +95,7 @@ def check_point_grids(point_grids: Sequence[ArrayLike], n_layers: int) -> list[N
     """
     if len(point_grids) < n_layers + 1:
         raise ValueError(
-            f"point_grids must hold a grid for the picture and for each of {n_layers} layers of "
+            f"point_grids must hold a grid for the image and for each of {n_layers} layers of "
             f"crops, {n_layers + 1} in all; came {len(point_grids)}"
         )
     grids = []
@@ -115,16 +115,16 @@ def check_point_grids(point_grids: Sequence[ArrayLike], n_layers: int) -> list[N
 def generate_crop_boxes(
     im_size: tuple[int, int], n_layers: int, overlap_ratio: float
 ) -> tuple[list[CropBox], list[int]]:
-    """Crops of a picture: the whole, then layer by layer, column by column.
+    """Crops of an image: the whole, then layer by layer, column by column.
 
     Args:
-        im_size: (height, width) of the picture.
-        n_layers: Layers beyond the whole picture.
+        im_size: (height, width) of the image.
+        n_layers: Layers beyond the whole image.
         overlap_ratio: How far crops of layer 1 overlap, as a share of the shorter side; later
             layers overlap by as much less as their crops are smaller.
 
     Returns:
-        (crops, the layer of each). A picture of few pixels has fewer crops: empty ones are left
+        (crops, the layer of each). An image of few pixels has fewer crops: empty ones are left
         out.
 
     Example:
@@ -153,12 +153,12 @@ def generate_crop_boxes(
 def is_box_near_crop_edge(
     boxes: ArrayLike, crop_box: Sequence[float], orig_box: Sequence[float], atol: float = EDGE
 ) -> NDArray[np.bool_]:
-    """Which masks a crop may have cut off: their box ends at its edge, and not at the picture's.
+    """Which masks a crop may have cut off: their box ends at its edge, and not at the image's.
 
     Args:
         boxes: [N, 4] in pixels of the crop.
-        crop_box: The crop in the picture.
-        orig_box: The picture, [0, 0, width, height].
+        crop_box: The crop in the image.
+        orig_box: The image, [0, 0, width, height].
         atol: Distance in pixels that counts as near.
 
     Returns:
@@ -167,6 +167,6 @@ def is_box_near_crop_edge(
     x0, y0 = crop_box[:2]
     placed = np.asarray(boxes, np.float64).reshape(-1, 4) + np.array([x0, y0, x0, y0])
     near_crop = np.abs(placed - np.asarray(crop_box)) <= atol
-    near_picture = np.abs(placed - np.asarray(orig_box)) <= atol
-    near: NDArray[np.bool_] = (near_crop & ~near_picture).any(axis=1)
+    near_image = np.abs(placed - np.asarray(orig_box)) <= atol
+    near: NDArray[np.bool_] = (near_crop & ~near_image).any(axis=1)
     return near

@@ -2,7 +2,7 @@
 
 Prompts are never padded to the same number of points: a padding point is a token of its own, and
 other tokens look at it, so the answer would change. They are grouped instead, and those of one
-group stacked. Knows no model: where a picture lies in the model's frame comes from a ``Placement``,
+group stacked. Knows no model: where an image lies in the model's frame comes from a ``Placement``,
 how fine its low-res logits are from the caller.
 
 Letters: N (B in errors) prompts, P points, h4 w4 the low-res logits.
@@ -113,8 +113,8 @@ def stack_prompts(
 
     Args:
         prompts: At least one, all of one kind, checked by ``Prompt.check_in``.
-        placement: Where the picture lies in the model's frame.
-        low_res_size: (h4, w4) of the picture's low-res logits.
+        placement: Where the image lies in the model's frame.
+        low_res_size: (h4, w4) of the image's low-res logits.
         frame: (height, width) of what the low-res logits cover, in pixels of the model's frame.
 
     Returns:
@@ -174,7 +174,7 @@ Answer = tuple[Tensor, Tensor]
 
 
 class PromptDecoder:
-    """Decodes prompts on the features of pictures with the weights that a model has now.
+    """Decodes prompts on the features of images with the weights that a model has now.
 
     May be used by several threads.
 
@@ -223,9 +223,9 @@ class PromptDecoder:
         interm_features: Tensor | None = None,
         hq_token_only: bool = False,
     ) -> Answer:
-        """Decode prompts of one kind on one picture.
+        """Decode prompts of one kind on one image.
 
-        What the prompts on one picture share is kept until features of another picture come.
+        What the prompts on one image share is kept until features of another image come.
 
         Args:
             features: [1, C, h, w] or [C, h, w].
@@ -248,7 +248,7 @@ class PromptDecoder:
             size = self.low_res_size(features)
             if tuple(prompts.masks.shape[2:]) != size:
                 raise ValueError(
-                    f"mask_input must be low-res logits of this picture, [B, 1, {size[0]}, "
+                    f"mask_input must be low-res logits of this image, [B, 1, {size[0]}, "
                     f"{size[1]}]; came {list(prompts.masks.shape)}"
                 )
         if not len(prompts):
@@ -297,7 +297,7 @@ class PromptDecoder:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What was computed of the last picture; holds its features, so that their address stays."""
+    """What was computed of the last image; holds its features, so that their address stays."""
 
     key: tuple[object, ...]
     features: Tensor
@@ -371,7 +371,7 @@ class _Plain:
             if interm_features is None:
                 raise ValueError(
                     "Light HQ-SAM's mask decoder wants interm_features, the encoder's early map, "
-                    "and this embedding has none; encode the picture with the HQ model"
+                    "and this embedding has none; encode the image with the HQ model"
                 )
             more = (hq_token_only, interm_features[None].to(self.device, self.dtype))
 
@@ -427,7 +427,7 @@ class PointDecoder:
         return self._whole.pitch
 
     def on(self, embedding: ImageEmbedding) -> PointsOn:
-        """Look at a picture once, for all points on it."""
+        """Look at an image once, for all points on it."""
         if type(self._model.mask_decoder) is not MaskDecoder:
             return PointsOn(embedding, self._whole, None)
         deployed = self._deployed()
@@ -444,12 +444,12 @@ class PointDecoder:
 
 
 class PointsOn:
-    """Points on one picture; ``PointDecoder.on`` makes it.
+    """Points on one image; ``PointDecoder.on`` makes it.
 
     Args:
-        embedding: The picture.
+        embedding: The image.
         whole: Decodes any decoder's prompts.
-        fast: The frozen form and its look at the picture, if there is one.
+        fast: The frozen form and its look at the image, if there is one.
     """
 
     def __init__(

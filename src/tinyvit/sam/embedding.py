@@ -1,7 +1,7 @@
-"""The embedding of one picture as a value: made once, kept in a file, decoded anywhere.
+"""The embedding of one image as a value: made once, kept in a file, decoded anywhere.
 
 The file is safetensors: ``features`` [C, h, w], for Light HQ-SAM also ``interm_features``, and in
-the header, each text JSON, what made them and where the picture lies in the model's frame. These
+the header, each text JSON, what made them and where the image lies in the model's frame. These
 are the conventions of ``tinyvit encode``, whose files can be loaded here.
 
 Knows no model and no prompts: it is checked against what a model says of itself. Letters: C
@@ -44,12 +44,12 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 @dataclass(frozen=True, eq=False)
 class ImageEmbedding:
-    """What an image encoder made of one picture, and all that is needed to decode it.
+    """What an image encoder made of one image, and all that is needed to decode it.
 
     Args:
         features: [C, h, w], floating point; kept as float32 on the CPU.
-        placement: Where the picture lies in the model's frame; maps coordinates both ways.
-        image_spec: How the picture was prepared.
+        placement: Where the image lies in the model's frame; maps coordinates both ways.
+        image_spec: How the image was prepared.
         weights_sha256: Of the encoder, from ``Engine.weights_sha256``; None where it is not known.
         interm_features: [h, w, D], the encoder's early map that Light HQ-SAM's decoder looks at;
             None for other decoders.
@@ -71,7 +71,7 @@ class ImageEmbedding:
                 continue
             if tensor.ndim != 3 or not tensor.is_floating_point() or not tensor.numel():
                 raise ValueError(
-                    f"{name} of one picture must be {wanted}, floating point; "
+                    f"{name} of one image must be {wanted}, floating point; "
                     f"came {list(tensor.shape)} {tensor.dtype}"
                 )
             object.__setattr__(self, name, tensor.detach().to("cpu", torch.float32))
@@ -84,18 +84,18 @@ class ImageEmbedding:
 
     @property
     def original_size(self) -> tuple[int, int]:
-        """(height, width) of the picture in pixels."""
+        """(height, width) of the image in pixels."""
         return self.placement.original_size
 
     def check(self, weights_sha256: str | None, image_spec: ImageSpec) -> None:
-        """Check that a model can decode this: its encoder would have made the same of the picture.
+        """Check that a model can decode this: its encoder would have made the same of the image.
 
         Padding does not matter, since the features' own grid says what they cover.
 
         Args:
             weights_sha256: Of the model's encoder; None where it is not known, then only
                 ``image_spec`` is compared.
-            image_spec: How the model's pictures are prepared.
+            image_spec: How the model's images are prepared.
 
         Raises:
             ValueError: Other weights, or another preparation; both sides are named.
@@ -104,13 +104,13 @@ class ImageEmbedding:
         if own is not None and weights_sha256 is not None and own != weights_sha256:
             raise ValueError(
                 f"this embedding was made by an encoder with weights {own[:12]}…, but the model's "
-                f"encoder has weights {weights_sha256[:12]}…; encode the picture again, or take "
+                f"encoder has weights {weights_sha256[:12]}…; encode the image again, or take "
                 "the model that made it"
             )
         if replace(self.image_spec, pad=False) != replace(image_spec, pad=False):
             raise ValueError(
-                f"this embedding was made of a picture prepared as {self.image_spec}, but the "
-                f"model wants {image_spec}; encode the picture again"
+                f"this embedding was made of an image prepared as {self.image_spec}, but the "
+                f"model wants {image_spec}; encode the image again"
             )
 
     def save(
@@ -137,7 +137,7 @@ class ImageEmbedding:
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError(
                 f"the features hold values that are not finite in {dtype}; "
-                + ("save with dtype='fp32'" if dtype == "fp16" else "encode the picture again")
+                + ("save with dtype='fp32'" if dtype == "fp16" else "encode the image again")
             )
         header = {
             **asdict(self.placement),
@@ -178,8 +178,8 @@ class ImageEmbedding:
             )
         except (KeyError, TypeError, ValueError) as err:
             raise CheckpointError(
-                f"{path} is no embedding of one picture, or its header is damaged: {err!s}; "
-                "encode the picture again"
+                f"{path} is no embedding of one image, or its header is damaged: {err!s}; "
+                "encode the image again"
             ) from err
         if not embedding.features.isfinite().all():
             raise CheckpointError(f"{path} holds features that are not finite; encode it again")
@@ -209,23 +209,23 @@ def _placement(header: Mapping[str, Any]) -> Placement:
 _FORMATS = ("RGB", "BGR")
 
 
-def prepare_picture(
+def prepare_image(
     image: ImageSource, image_format: str, model_format: str, spec: ImageSpec
 ) -> Prepared:
-    """Make a picture of any kind an input.
+    """Make an image of any kind an input.
 
     Args:
         image: What ``tinyvit.images.decode`` reads.
         image_format: Order of an array's channels, "RGB" or "BGR".
         model_format: The order that the model was trained with.
-        spec: How pictures are prepared.
+        spec: How images are prepared.
 
     Returns:
-        ([3, H', W'] float32, where the picture lies in it).
+        ([3, H', W'] float32, where the image lies in it).
 
     Raises:
-        ImageError: The picture cannot be read, or the array is no picture.
-        TypeError: It is nothing that could be a picture.
+        ImageError: The image cannot be read, or the array is no image.
+        TypeError: It is nothing that could be an image.
         ValueError: Another format, or "BGR" for something that says its order itself.
     """
     if image_format not in _FORMATS:
@@ -243,15 +243,15 @@ def prepare_picture(
 
 
 def prepare_resized(pixels: Tensor, original_size: Size, spec: ImageSpec) -> Prepared:
-    """Make a picture that has been resized already an input.
+    """Make an image that has been resized already an input.
 
     Args:
         pixels: RGB in 0..255, [1, 3, h, w], the longer side that of ``spec``.
-        original_size: (H, W) of the picture before resizing.
-        spec: How pictures are prepared.
+        original_size: (H, W) of the image before resizing.
+        spec: How images are prepared.
 
     Returns:
-        ([3, H', W'] float32 on the CPU, where the picture lies in it).
+        ([3, H', W'] float32 on the CPU, where the image lies in it).
 
     Raises:
         ValueError: Another shape.
@@ -271,8 +271,8 @@ def prepare_resized(pixels: Tensor, original_size: Size, spec: ImageSpec) -> Pre
 pass
 
 
-class PictureEncoder:
-    """Encodes pictures for the decoder of one ``Sam``.
+class ImageEncoder:
+    """Encodes images for the decoder of one ``Sam``.
 
     May be used by several threads.
 
@@ -322,20 +322,20 @@ class PictureEncoder:
 
     @property
     def image_spec(self) -> ImageSpec:
-        """How pictures are prepared."""
+        """How images are prepared."""
         return self.engine.image_spec
 
     def encode(self, images: Picture | Iterable[Picture]) -> Iterator[ImageEmbedding]:
-        """Encode pictures one by one, in order, in bounded memory.
+        """Encode images one by one, in order, in bounded memory.
 
         Args:
             images: As for ``Engine.stream``.
 
         Yields:
-            One embedding for each picture.
+            One embedding for each image.
 
         Raises:
-            ImageError: A picture cannot be read.
+            ImageError: An image cannot be read.
             ValueError: The decoder wants an early map, and the backend gives none.
             RuntimeError: The model has another image encoder by now.
         """
@@ -359,14 +359,14 @@ class PictureEncoder:
         """Check that the model can decode an embedding.
 
         Raises:
-            ValueError: It was made with other weights or of a picture prepared otherwise; the
+            ValueError: It was made with other weights or of an image prepared otherwise; the
                 decoder wants an early map that it does not have.
         """
         embedding.check(self.weights_sha256(), self.image_spec)
         if self._wants_early and embedding.interm_features is None:
             raise ValueError(
                 "this model has Light HQ-SAM's mask decoder, and the embedding has no "
-                "interm_features; encode the picture again with this model"
+                "interm_features; encode the image again with this model"
             )
 
     @property
@@ -420,7 +420,7 @@ class _Known:
 
 
 def spec_of(model: Sam) -> ImageSpec:
-    """How a ``Sam``'s pictures are prepared: as its encoder says, with the ``Sam``'s own pixels.
+    """How a ``Sam``'s images are prepared: as its encoder says, with the ``Sam``'s own pixels.
 
     Args:
         model: The model.

@@ -210,7 +210,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 @dataclass(frozen=True)
 class SharedImage:
-    """What all prompts on one picture share; ``DeployedMaskDecoder.look`` makes it.
+    """What all prompts on one image share; ``DeployedMaskDecoder.look`` makes it.
 
     Attributes:
         size: (h, w) of the embedding.
@@ -243,7 +243,7 @@ class Decoded:
 
 
 class DeployedMaskDecoder:
-    """Prompt encoder and mask decoder, frozen: one look at a picture, many prompts.
+    """Prompt encoder and mask decoder, frozen: one look at an image, many prompts.
 
     The modules are copied; when they change, make a new one (see ``ModelWatch``).
 
@@ -287,7 +287,7 @@ class DeployedMaskDecoder:
 
     @torch.inference_mode()
     def look(self, image_embedding: Tensor, masks: Tensor | None = None) -> list[SharedImage]:
-        """Compute what all prompts on a picture share.
+        """Compute what all prompts on an image share.
 
         Args:
             image_embedding: [1, C, h, w], or [C, h, w].
@@ -302,7 +302,7 @@ class DeployedMaskDecoder:
         x = image_embedding if image_embedding.ndim == 4 else image_embedding[None]
         if x.ndim != 4 or x.shape[0] != 1:
             raise ValueError(
-                f"wanted the embedding of one picture, [1, C, h, w]; "
+                f"wanted the embedding of one image, [1, C, h, w]; "
                 f"came {list(image_embedding.shape)}"
             )
         x = x.to(self.device, self.dtype)

@@ -7,7 +7,7 @@ empty mask, at 0, 0. All else takes boxes as rectangles in a plane.
 Suppression gives what torchvision's gives. It compares a block of boxes with all that follow, so
 that thousands take milliseconds and memory stays bounded. No model and no file is known here.
 
-Letters: N boxes, M masks, H W the picture.
+Letters: N boxes, M masks, H W the image.
 """
 
 from __future__ import annotations
@@ -208,11 +208,11 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshol
 
 
 def uncrop_boxes(boxes: Tensor, crop_box: Sequence[int]) -> Tensor:
-    """Boxes [..., 4] xyxy in pixels of a crop to those of the picture.
+    """Boxes [..., 4] xyxy in pixels of a crop to those of the image.
 
     Args:
         boxes: In pixels of the crop.
-        crop_box: x0, y0, x1, y1 of the crop in the picture.
+        crop_box: x0, y0, x1, y1 of the crop in the image.
 
     Raises:
         ValueError: The last dimension is not 4.
@@ -223,7 +223,7 @@ def uncrop_boxes(boxes: Tensor, crop_box: Sequence[int]) -> Tensor:
 
 
 def uncrop_points(points: Tensor, crop_box: Sequence[int]) -> Tensor:
-    """Points [..., 2] (x, y) in pixels of a crop to those of the picture.
+    """Points [..., 2] (x, y) in pixels of a crop to those of the image.
 
     Raises:
         ValueError: The last dimension is not 2.
@@ -233,24 +233,24 @@ def uncrop_points(points: Tensor, crop_box: Sequence[int]) -> Tensor:
 
 
 def uncrop_masks(masks: Tensor, crop_box: Sequence[int], height: int, width: int) -> Tensor:
-    """Masks of a crop to masks of the picture, empty outside of the crop.
+    """Masks of a crop to masks of the image, empty outside of the crop.
 
     Args:
         masks: [..., h, w] of the crop.
-        crop_box: x0, y0, x1, y1 of the crop in the picture, whole pixels.
-        height: H of the picture in pixels.
-        width: W of the picture in pixels.
+        crop_box: x0, y0, x1, y1 of the crop in the image, whole pixels.
+        height: H of the image in pixels.
+        width: W of the image in pixels.
 
     Returns:
         [..., H, W] of the same type.
 
     Raises:
-        ValueError: The masks are not of the crop's size, or the crop is not within the picture.
+        ValueError: The masks are not of the crop's size, or the crop is not within the image.
     """
     x0, y0, x1, y1 = crop_box
     if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height):
         raise ValueError(
-            f"the crop {list(crop_box)} does not lie within the picture of {height} x {width}"
+            f"the crop {list(crop_box)} does not lie within the image of {height} x {width}"
         )
     if tuple(masks.shape[-2:]) != (y1 - y0, x1 - x0):
         raise ValueError(
@@ -361,7 +361,7 @@ def largest_component(mask: Mask) -> Mask:
 def remove_small_regions(mask: Mask, area_threshold: float, mode: RegionKind) -> tuple[Mask, bool]:
     """Fill small holes of a mask, or remove its small islands, as segment-anything does.
 
-    What is not mask and touches the picture's edge is a hole too, and is filled when it is small.
+    What is not mask and touches the image's edge is a hole too, and is filled when it is small.
 
     Args:
         mask: [H, W] bool; it stays as it is.
@@ -417,7 +417,7 @@ def stability_score(masks: Tensor, mask_threshold: float, threshold_offset: floa
 
 
 def _window(mask: Mask) -> tuple[slice, slice]:
-    """The part of the picture that holds the mask: labelling costs time for each pixel."""
+    """The part of the image that holds the mask: labelling costs time for each pixel."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         return slice(0, 0), slice(0, 0)
@@ -465,27 +465,27 @@ def encode(mask: Mask, compressed: bool = True) -> RLE:
 def encode_region(
     mask: Mask, top: int, left: int, height: int, width: int, compressed: bool = True
 ) -> RLE:
-    """Run lengths of a picture's mask that is empty outside of a part; the picture is not made.
+    """Run lengths of an image's mask that is empty outside of a part; the image is not made.
 
     Args:
         mask: [hh, ww] bool: the part. Either may be 0: an empty mask.
-        top: Row of the picture that the part's first row is.
-        left: Column of the picture that the part's first column is.
-        height: H of the picture in pixels.
-        width: W of the picture in pixels.
+        top: Row of the image that the part's first row is.
+        left: Column of the image that the part's first column is.
+        height: H of the image in pixels.
+        width: W of the image in pixels.
         compressed: As in ``encode``.
 
     Raises:
-        ValueError: The part has another shape or type, or does not lie within the picture.
+        ValueError: The part has another shape or type, or does not lie within the image.
     """
     _check_mask(mask)
     hh, ww = mask.shape
     if height < 1 or width < 1:
-        raise ValueError(f"a picture has at least one pixel; came {height} x {width}")
+        raise ValueError(f"an image has at least one pixel; came {height} x {width}")
     if not (0 <= top <= height - hh and 0 <= left <= width - ww):
         raise ValueError(
             f"the part of {hh} x {ww} pixels at row {top}, column {left} does not lie within the "
-            f"picture of {height} x {width}"
+            f"image of {height} x {width}"
         )
     counts = np.diff(_changes(mask, top, left, height), prepend=0, append=height * width)
     if len(counts) > 1 and counts[-1] == 0:
@@ -514,14 +514,14 @@ def decode(rle: Mapping[str, object]) -> Mask:
 
 
 def decode_region(rle: Mapping[str, object]) -> tuple[Mask, int, int]:
-    """The part of the picture that holds the mask; the picture is not made.
+    """The part of the image that holds the mask; the image is not made.
 
     Args:
         rle: As in ``decode``.
 
     Returns:
         The part [hh, ww] bool, no larger than needed (0 x 0 for an empty mask), and the row and
-        column of the picture where it begins.
+        column of the image where it begins.
 
     Raises:
         ValueError: As in ``decode``.
@@ -550,16 +550,16 @@ def to_box(rle: Mapping[str, object]) -> tuple[int, int, int, int]:
 
 
 def iou(first: Mapping[str, object], second: Mapping[str, object]) -> float:
-    """Intersection over union of two masks of one picture; 0 where both are empty.
+    """Intersection over union of two masks of one image; 0 where both are empty.
 
     Raises:
-        ValueError: The pictures have different sizes; else as in ``decode``.
+        ValueError: The images have different sizes; else as in ``decode``.
     """
     height, width, ours = _read(first)
     other_height, other_width, theirs = _read(second)
     if (height, width) != (other_height, other_width):
         raise ValueError(
-            f"the masks are of pictures of different sizes: {height} x {width} and "
+            f"the masks are of images of different sizes: {height} x {width} and "
             f"{other_height} x {other_width}"
         )
     ends = np.cumsum(theirs)
@@ -650,7 +650,7 @@ def _check_mask(mask: Mask) -> None:
 
 
 def _changes(mask: Mask, top: int, left: int, height: int) -> Integers:
-    """Where, column by column in a picture of this height, mask begins and ends in turn."""
+    """Where, column by column in an image of this height, mask begins and ends in turn."""
     hh, ww = mask.shape
     if not mask.size:
         return np.zeros(0, np.int64)
@@ -717,7 +717,7 @@ def _read(rle: Mapping[str, object]) -> tuple[int, int, Integers]:
         )
     height, width = (int(side) for side in _whole_numbers(size, "size"))
     if height < 1 or width < 1:
-        raise ValueError(f"a picture has at least one pixel; came size {[height, width]}")
+        raise ValueError(f"an image has at least one pixel; came size {[height, width]}")
     numbers = _numbers_of(counts) if isinstance(counts, (str, bytes)) else _whole_numbers(counts)
     most = int(numbers.max(initial=0))  # checked first: a sum of numbers this large may overflow
     total = int(numbers.sum()) if most <= height * width else most
@@ -725,7 +725,7 @@ def _read(rle: Mapping[str, object]) -> tuple[int, int, Integers]:
         raise ValueError(
             f"counts must sum to height x width = {height} x {width} = {height * width}, but "
             f"{'sum to' if most <= height * width else 'hold'} {total}; are they of another "
-            "picture, or cut off?"
+            "image, or cut off?"
         )
     return height, width, numbers
 

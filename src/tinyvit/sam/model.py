@@ -3,7 +3,7 @@
 Names, arguments and results are those of segment-anything. Reads no files: ``build`` makes one
 from a checkpoint.
 
-Shapes: B prompts of one picture, C masks of a prompt, H W the picture, h w its size in the model's
+Shapes: B prompts of one image, C masks of a prompt, H W the image, h w its size in the model's
 frame without padding. Sizes are (height, width).
 """
 
@@ -32,11 +32,11 @@ Size = tuple[int, int]
 
 
 class SamInput(TypedDict):
-    """One picture and its prompts, as ``Sam.forward`` takes them.
+    """One image and its prompts, as ``Sam.forward`` takes them.
 
     Attributes:
         image: [3, h, w] RGB in 0..255, resized to the model's frame, not padded.
-        original_size: (H, W) of the picture before resizing.
+        original_size: (H, W) of the image before resizing.
         point_coords: [B, P, 2], (x, y) in pixels of the model's frame.
         point_labels: [B, P]: 1 the object, 0 not the object, -1 no point at all.
         boxes: [B, 4], (x0, y0, x1, y1) in pixels of the model's frame.
@@ -52,10 +52,10 @@ class SamInput(TypedDict):
 
 
 class SamOutput(TypedDict):
-    """What ``Sam.forward`` finds in one picture.
+    """What ``Sam.forward`` finds in one image.
 
     Attributes:
-        masks: [B, C, H, W] bool, in the original picture.
+        masks: [B, C, H, W] bool, in the original image.
         iou_predictions: [B, C], the network's own estimate of each mask's IoU.
         low_res_logits: [B, C, mask h, mask w], for a further prediction.
     """
@@ -77,7 +77,7 @@ class Sam(nn.Module):
 
     Attributes:
         mask_threshold: Logits above it are mask.
-        image_format: The order of a picture's channels.
+        image_format: The order of an image's channels.
     """
 
     mask_threshold: float = 0.0
@@ -116,21 +116,21 @@ class Sam(nn.Module):
         multimask_output: bool,
         hq_token_only: bool = False,
     ) -> list[SamOutput]:
-        """Segment pictures, each by prompts of its own.
+        """Segment images, each by prompts of its own.
 
-        Pictures that have one size after ``preprocess`` are encoded together. No gradients: to
+        Images that have one size after ``preprocess`` are encoded together. No gradients: to
         train, call the three parts.
 
         Args:
-            batched_input: One ``SamInput`` for each picture.
+            batched_input: One ``SamInput`` for each image.
             multimask_output: Give the masks of an ambiguous prompt instead of the single one.
             hq_token_only: For Light HQ-SAM: give the high-quality mask alone.
 
         Returns:
-            One ``SamOutput`` for each picture.
+            One ``SamOutput`` for each image.
 
         Raises:
-            ValueError: A picture or a prompt has a wrong shape, or points come without labels.
+            ValueError: An image or a prompt has a wrong shape, or points come without labels.
         """
         encoded = self._encode([self.preprocess(record["image"]) for record in batched_input])
         outputs: list[SamOutput] = []
@@ -152,7 +152,7 @@ class Sam(nn.Module):
     def preprocess(self, x: Tensor) -> Tensor:
         """Normalise pixels, and pad with zeros at the bottom and right to the model's frame.
 
-        An encoder whose ``image_spec`` says ``pad=False`` takes pictures of any size unpadded.
+        An encoder whose ``image_spec`` says ``pad=False`` takes images of any size unpadded.
 
         Args:
             x: RGB in 0..255, [3, h, w] or [N, 3, h, w].
@@ -161,7 +161,7 @@ class Sam(nn.Module):
             The same rank, in the model's floating-point type: [..., 3, H, W].
 
         Raises:
-            ValueError: The picture is larger than the model's frame, or has no three channels.
+            ValueError: The image is larger than the model's frame, or has no three channels.
         """
         spec = self.image_encoder.image_spec
         x = x.to(self.pixel_mean.dtype)
@@ -180,7 +180,7 @@ class Sam(nn.Module):
         h, w = x.shape[-2:]
         if h > height or w > width:
             raise ValueError(
-                f"the picture is {h} x {w} (height x width), which does not fit the model's "
+                f"the image is {h} x {w} (height x width), which does not fit the model's "
                 f"{height} x {width}; resize it first, for example with "
                 f"ResizeLongestSide({min(height, width)})"
             )
@@ -189,12 +189,12 @@ class Sam(nn.Module):
     def postprocess_masks(
         self, masks: Tensor, input_size: Sequence[int], original_size: Sequence[int]
     ) -> Tensor:
-        """Bring low-res logits into the original picture: enlarge, cut the padding off, resize.
+        """Bring low-res logits into the original image: enlarge, cut the padding off, resize.
 
         Args:
             masks: [B, C, mask h, mask w] logits.
-            input_size: (h, w) of the picture in the model's frame, without padding.
-            original_size: (H, W) of the original picture.
+            input_size: (h, w) of the image in the model's frame, without padding.
+            original_size: (H, W) of the original image.
 
         Returns:
             [B, C, H, W] logits.
@@ -202,7 +202,7 @@ class Sam(nn.Module):
         if masks.shape[0] == 0:
             return masks.new_zeros((0, masks.shape[1], *original_size))
         nominal = self.prompt_encoder.mask_input_size
-        frame = [  # what these masks cover: less than the whole frame for an unpadded picture
+        frame = [  # what these masks cover: less than the whole frame for an unpadded image
             round(side * pixels / cells)
             for side, pixels, cells in zip(
                 masks.shape[-2:], self.prompt_encoder.input_image_size, nominal, strict=True
@@ -213,20 +213,20 @@ class Sam(nn.Module):
         return F.interpolate(masks, list(original_size), mode="bilinear", align_corners=False)
 
     def _frame(self) -> Size:
-        """(height, width) to which pictures are padded."""
+        """(height, width) to which images are padded."""
         spec, declared = self.image_encoder.image_spec, self.image_encoder.img_size
         if spec is not None:
             return spec.size
         return (declared, declared) if isinstance(declared, int) else declared
 
-    def _encode(self, pictures: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+    def _encode(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
         """Each [3, H, W] -> (embedding [1, C, h, w], early map for an HQ decoder)."""
         groups: dict[torch.Size, list[int]] = {}
-        for index, picture in enumerate(pictures):
-            groups.setdefault(picture.shape, []).append(index)
+        for index, image in enumerate(images):
+            groups.setdefault(image.shape, []).append(index)
         found: dict[int, tuple[Tensor, Tensor | None]] = {}
         for members in groups.values():
-            batch = torch.stack([pictures[index] for index in members])
+            batch = torch.stack([images[index] for index in members])
             early: Tensor | None = None
             if isinstance(self.mask_decoder, HQMaskDecoder):
                 embeddings, early = self.image_encoder.forward_hq(batch)
@@ -235,7 +235,7 @@ class Sam(nn.Module):
             for row, index in enumerate(members):
                 one = slice(row, row + 1)
                 found[index] = (embeddings[one], None if early is None else early[one])
-        return [found[index] for index in range(len(pictures))]
+        return [found[index] for index in range(len(images))]
 
     def _decode(
         self,
@@ -245,7 +245,7 @@ class Sam(nn.Module):
         multimask_output: bool,
         hq_token_only: bool,
     ) -> tuple[Tensor, Tensor]:
-        """(low-res logits, predicted IoU) of one picture's prompts."""
+        """(low-res logits, predicted IoU) of one image's prompts."""
         grid = (embedding.shape[2], embedding.shape[3])
         sparse, dense = self.prompt_encoder(
             points=_points(record),
@@ -262,7 +262,7 @@ class Sam(nn.Module):
 
 
 def _points(record: Mapping[str, object]) -> tuple[Tensor, Tensor] | None:
-    """Coordinates and labels of a picture's points, if it has any."""
+    """Coordinates and labels of an image's points, if it has any."""
     coords, labels = record.get("point_coords"), record.get("point_labels")
     if coords is None and labels is None:
         return None

@@ -1,10 +1,10 @@
-"""``SamPredictor``: one picture, then prompts; segment-anything's class on tinyvit's engine.
+"""``SamPredictor``: one image, then prompts; segment-anything's class on tinyvit's engine.
 
-Methods, arguments, results and attributes are segment-anything's. What differs: pictures may be
+Methods, arguments, results and attributes are segment-anything's. What differs: images may be
 files, any orientation in EXIF is applied, wrong prompts are errors in words, and the encoder and
-the decoder run in their fast forms. ``Segmenter`` is the way for many pictures or many prompts.
+the decoder run in their fast forms. ``Segmenter`` is the way for many images or many prompts.
 
-Shapes: B prompts, N points, K masks of a prompt, C channels, H W the picture, h w the embedding's
+Shapes: B prompts, N points, K masks of a prompt, C channels, H W the image, h w the embedding's
 grid, h4 w4 the low-res logits. Sizes are (height, width).
 """
 
@@ -28,7 +28,7 @@ from tinyvit.inference.engine import Prepared
 
 from .build import build_sam
 from .decoder import PromptDecoder, PromptTensors, stack_prompts
-from .embedding import ImageEmbedding, PictureEncoder, prepare_picture, prepare_resized
+from .embedding import ImageEmbedding, ImageEncoder, prepare_image, prepare_resized
 from .model import Sam
 from .prompts import Prompt, Size
 from .segmenter import enlarge
@@ -41,14 +41,14 @@ _NOT_SET = "An image must be set with .set_image(...) before mask prediction."
 
 
 class SamPredictor:
-    """Segments one picture by prompts.
+    """Segments one image by prompts.
 
-    It holds the picture that was set last: give each thread a predictor of its own (they may share
+    It holds the image that was set last: give each thread a predictor of its own (they may share
     ``sam_model``), or use ``Segmenter``, which holds none.
 
     Args:
         sam_model: The model; never changed. When its weights change, what was derived of them is
-            made anew, and a picture that was encoded before must be set again.
+            made anew, and an image that was encoded before must be set again.
         engine: Runs ``sam_model.image_encoder``; None makes one from the arguments that follow.
         backend: As for ``tinyvit.Engine``.
         precision: As for ``tinyvit.Engine``.
@@ -91,7 +91,7 @@ class SamPredictor:
         place = choose_device(str(sam_model.device if device is None else device))
         self.model = sam_model
         own = isinstance(backend, str)
-        self._encoder = PictureEncoder(
+        self._encoder = ImageEncoder(
             sam_model,
             engine=engine,
             backend=backend,
@@ -146,10 +146,10 @@ class SamPredictor:
             decoder_precision=decoder_precision,
         )
 
-    # -- the picture ---------------------------------------------------------------------------
+    # -- the image ---------------------------------------------------------------------------
 
     def set_image(self, image: ImageSource, image_format: str = "RGB") -> None:
-        """Encode a picture for the predictions that follow.
+        """Encode an image for the predictions that follow.
 
         Args:
             image: [H, W, 3] uint8, 0..255. Also anything that ``tinyvit.images.decode`` reads: a
@@ -157,21 +157,21 @@ class SamPredictor:
             image_format: Order of an array's channels, "RGB" or "BGR".
 
         Raises:
-            ImageError: The picture cannot be read, or the array is no picture.
-            TypeError: It is nothing that could be a picture.
+            ImageError: The image cannot be read, or the array is no image.
+            TypeError: It is nothing that could be an image.
             ValueError: Another format, or "BGR" for something that says its order itself.
         """
         self.reset_image()
         spec = self._encoder.image_spec
-        self._encode(prepare_picture(image, image_format, self.model.image_format, spec))
+        self._encode(prepare_image(image, image_format, self.model.image_format, spec))
 
     def set_torch_image(self, transformed_image: Tensor, original_image_size: Size) -> None:
-        """Encode a picture that has been resized already.
+        """Encode an image that has been resized already.
 
         Args:
             transformed_image: RGB in 0..255, [1, 3, h, w], its longer side the model's; as
                 ``transform.apply_image_torch`` gives it.
-            original_image_size: (H, W) of the picture before resizing.
+            original_image_size: (H, W) of the image before resizing.
 
         Raises:
             ValueError: Another shape.
@@ -181,23 +181,23 @@ class SamPredictor:
         self._encode(prepare_resized(transformed_image, original_image_size, spec))
 
     def set_embedding(self, embedding: ImageEmbedding) -> None:
-        """Take a picture that was encoded before, here or elsewhere.
+        """Take an image that was encoded before, here or elsewhere.
 
         Args:
             embedding: Made by the same image encoder.
 
         Raises:
-            ValueError: Another encoder made it, or of a picture prepared otherwise.
+            ValueError: Another encoder made it, or of an image prepared otherwise.
         """
         self._encoder.check(embedding)
         self._take(embedding)
 
     @property
     def embedding(self) -> ImageEmbedding:
-        """The picture's embedding, to be kept and set again.
+        """The image's embedding, to be kept and set again.
 
         Raises:
-            RuntimeError: No picture is set.
+            RuntimeError: No image is set.
         """
         features = self._current()
         is_ours = features is self._made_features
@@ -210,15 +210,15 @@ class SamPredictor:
         )
 
     def get_image_embedding(self) -> Tensor:
-        """The picture's features [1, C, h, w], float32 on ``device``.
+        """The image's features [1, C, h, w], float32 on ``device``.
 
         Raises:
-            RuntimeError: No picture is set.
+            RuntimeError: No image is set.
         """
         return self._current()
 
     def reset_image(self) -> None:
-        """Forget the picture."""
+        """Forget the image."""
         self.is_image_set = False
         self.features: Tensor | None = None
         self.original_size: Size | None = None
@@ -247,9 +247,9 @@ class SamPredictor:
         """Segment what one prompt means.
 
         Args:
-            point_coords: [N, 2], (x, y) in pixels of the original picture.
+            point_coords: [N, 2], (x, y) in pixels of the original image.
             point_labels: [N]: 1 the object, 0 not the object.
-            box: [4], (x0, y0, x1, y1) in pixels of the original picture.
+            box: [4], (x0, y0, x1, y1) in pixels of the original image.
             mask_input: [1, h4, w4] low-res logits of an earlier prediction; or [H, W] bool.
             multimask_output: Give the three masks of an ambiguous prompt instead of one.
             return_logits: Give logits instead of masks.
@@ -260,8 +260,8 @@ class SamPredictor:
             [K, h4, w4] float32).
 
         Raises:
-            RuntimeError: No picture is set, or the encoder's weights have changed since.
-            ValueError: The prompt is none, not finite, outside of the picture, or of a wrong shape.
+            RuntimeError: No image is set, or the encoder's weights have changed since.
+            ValueError: The prompt is none, not finite, outside of the image, or of a wrong shape.
         """
         features = self._current()
         if point_coords is not None and point_labels is None:
@@ -305,7 +305,7 @@ class SamPredictor:
             [B, K, h4, w4]), on ``device``.
 
         Raises:
-            RuntimeError: No picture is set, or the encoder's weights have changed since.
+            RuntimeError: No image is set, or the encoder's weights have changed since.
             ValueError: The prompts are none, not finite, or of a wrong shape.
         """
         features = self._current()
@@ -342,7 +342,7 @@ class SamPredictor:
         is_ours = self.features is self._made_features and self._made_by is not None
         if is_ours and self._encoder.weights_sha256() != self._made_by:
             raise RuntimeError(
-                "the image encoder's weights have changed since the picture was encoded; call "
+                "the image encoder's weights have changed since the image was encoded; call "
                 ".set_image(...) again"
             )
         return self.features

@@ -1,4 +1,4 @@
-"""A mask prompt as low-res logits: those of an earlier answer, or a bool mask of the picture.
+"""A mask prompt as low-res logits: those of an earlier answer, or a bool mask of the image.
 
 A bool mask has no logits of its own. A cell of the low-res grid that the mask covers entirely gets
 +6, one outside gets -6, and one covered in part lies between in proportion, so that the logit is 0
@@ -6,7 +6,7 @@ where half is covered and the mask's outline stays where it was. 6 is what sure 
 decoder's own answers have (sigmoid(6) = 0.998); much larger values would be unlike anything that
 the prompt encoder saw in training.
 
-Knows no model. Letters: H W the picture, h4 w4 the low-res logits.
+Knows no model. Letters: H W the image, h4 w4 the low-res logits.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def mask_to_logits(
     """A mask prompt as the logits that a prompt encoder takes.
 
     Args:
-        mask: [h4, w4] logits, given back as they are; or [H, W] bool, of the picture.
-        placement: Where the picture lies in the model's frame.
+        mask: [h4, w4] logits, given back as they are; or [H, W] bool, of the image.
+        placement: Where the image lies in the model's frame.
         low_res_size: (h4, w4).
         frame: (height, width) of what the low-res logits cover, in pixels of the model's frame;
-            at least as large as the resized picture.
+            at least as large as the resized image.
 
     Returns:
         [h4, w4] float32 logits.
@@ -72,11 +72,11 @@ class Prompt:
     """What to segment: points, a box, a mask, or any of them together, about one object.
 
     Args:
-        points: [P, 2] as (x, y) in pixels of the original picture; None for none.
+        points: [P, 2] as (x, y) in pixels of the original image; None for none.
         labels: [P]: 1 the object, 0 not the object; None means all 1.
-        box: (x0, y0, x1, y1) in pixels of the original picture; None for none.
+        box: (x0, y0, x1, y1) in pixels of the original image; None for none.
         mask: Low-res logits of an earlier answer, [h4, w4] or [1, h4, w4], floating point; or a
-            mask of the picture, [H, W] bool. None for none.
+            mask of the image, [H, W] bool. None for none.
         name: Anything that helps the caller to recognise it.
 
     Attributes:
@@ -132,27 +132,27 @@ class Prompt:
         count = 0 if self.points is None else len(self.points)
         return count, self.box is not None, self.mask is not None
 
-    def check_in(self, picture_size: Size, low_res_size: Size) -> None:
-        """Check that the prompt lies in a picture; its edges belong to it.
+    def check_in(self, image_size: Size, low_res_size: Size) -> None:
+        """Check that the prompt lies in an image; its edges belong to it.
 
         Args:
-            picture_size: (H, W) in pixels.
-            low_res_size: (h4, w4) of low-res logits of that picture.
+            image_size: (H, W) in pixels.
+            low_res_size: (h4, w4) of low-res logits of that image.
 
         Raises:
             ValueError: A coordinate is outside, or the mask has another size.
         """
         for number, (x, y) in enumerate(() if self.points is None else self.points):
-            _check_inside(f"point {number} at", (x, y), picture_size)
+            _check_inside(f"point {number} at", (x, y), image_size)
         if self.box is not None:
-            _check_inside("the box's corner", self.box[:2], picture_size)
-            _check_inside("the box's corner", self.box[2:], picture_size)
+            _check_inside("the box's corner", self.box[:2], image_size)
+            _check_inside("the box's corner", self.box[2:], image_size)
         if self.mask is None:
             return
-        wanted = picture_size if self.mask.dtype == bool else low_res_size
+        wanted = image_size if self.mask.dtype == bool else low_res_size
         if self.mask.shape != wanted:
             raise ValueError(
-                f"a mask prompt must be a bool mask of the picture, {list(picture_size)}, or "
+                f"a mask prompt must be a bool mask of the image, {list(image_size)}, or "
                 f"low-res logits of an earlier answer on it, {list(low_res_size)} of floats; "
                 f"came {list(self.mask.shape)} of {self.mask.dtype}"
             )
@@ -264,7 +264,7 @@ def _mask(values: ArrayLike) -> NDArray[np.float32] | NDArray[np.bool_]:
     if array.ndim != 2 or array.size == 0 or not (is_logits or array.dtype == bool):
         raise ValueError(
             "mask must be low-res logits of an earlier answer, [h4, w4] or [1, h4, w4] of floats, "
-            f"or a mask of the picture, [H, W] of bool; came {list(array.shape)} of {array.dtype}"
+            f"or a mask of the image, [H, W] of bool; came {list(array.shape)} of {array.dtype}"
             + ("; mask.astype(bool) makes a mask of whole numbers one" if array.ndim == 2 else "")
         )
     if not is_logits:
@@ -281,7 +281,7 @@ def _check_inside(what: str, point: Sequence[float] | NDArray[np.float64], size:
         return
     swapped = 0 <= y <= width and 0 <= x <= height
     raise ValueError(
-        f"{what} (x, y) = ({x:g}, {y:g}) lies outside the picture of width {width} and height "
-        f"{height}; wanted pixels of the original picture, 0 <= x <= {width} and 0 <= y <= {height}"
+        f"{what} (x, y) = ({x:g}, {y:g}) lies outside the image of width {width} and height "
+        f"{height}; wanted pixels of the original image, 0 <= x <= {width} and 0 <= y <= {height}"
         + ("; are x and y swapped?" if swapped else "")
     )

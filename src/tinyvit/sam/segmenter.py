@@ -1,10 +1,10 @@
-"""The masks of one picture: kept as low-res logits, enlarged one at a time when asked for.
+"""The masks of one image: kept as low-res logits, enlarged one at a time when asked for.
 
 A full-size mask of every prompt would take a gigabyte for a few hundred prompts on a photograph;
 its low-res logits take 256 kB. Knows no model. Coordinates are continuous: a box around one pixel
 is 1 wide.
 
-Letters: N prompts, K masks of a prompt, H W the picture, h4 w4 the low-res logits.
+Letters: N prompts, K masks of a prompt, H W the image, h4 w4 the low-res logits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tinyvit.inference.engine import each
 
 from .build import build_sam
 from .decoder import PromptDecoder, group_prompts, stack_prompts
-from .embedding import ImageEmbedding, PictureEncoder
+from .embedding import ImageEmbedding, ImageEncoder
 from .mask_ops import encode
 from .model import Sam
 from .prompts import Prompt, PromptLike, to_prompt
@@ -39,11 +39,11 @@ from .upscale import upscale
 def enlarge(
     low_res_logits: Tensor, placement: Placement, pitch: float, threshold: float | None
 ) -> Tensor:
-    """Bring many masks into the original picture, one at a time: in logits they may be large.
+    """Bring many masks into the original image, one at a time: in logits they may be large.
 
     Args:
         low_res_logits: [..., h4, w4] float32.
-        placement: Where the picture lies in the model's frame.
+        placement: Where the image lies in the model's frame.
         pitch: Pixels of the model's frame for one low-res logit.
         threshold: Logits above it are mask; None gives the logits.
 
@@ -64,7 +64,7 @@ def enlarge(
 
 @dataclass(frozen=True, eq=False)
 class Masks:
-    """What prompts on one picture mean, in the order of the prompts.
+    """What prompts on one image mean, in the order of the prompts.
 
     Iterating gives the best mask of each prompt, [H, W] bool.
 
@@ -72,7 +72,7 @@ class Masks:
         prompts: The N prompts.
         low_res_logits: Of each prompt, [K, h4, w4] float32 on the CPU; K may differ between them.
         predicted_ious: Of each prompt, [K] float32: the network's own estimate.
-        placement: Where the picture lies in the model's frame.
+        placement: Where the image lies in the model's frame.
         pitch: Pixels of the model's frame for one low-res logit.
         threshold: Logits above it are mask.
     """
@@ -118,7 +118,7 @@ class Masks:
         return np.array([int(np.argmax(ious)) for ious in self.predicted_ious], np.int64)
 
     def logits(self, prompt: int, token: int | None = None) -> NDArray[np.float32]:
-        """Logits of one mask in the original picture.
+        """Logits of one mask in the original image.
 
         Args:
             prompt: Which prompt, from 0.
@@ -139,7 +139,7 @@ class Masks:
         return logits
 
     def mask(self, prompt: int, token: int | None = None) -> NDArray[np.bool_]:
-        """One mask in the original picture, [H, W] bool; arguments and errors as for ``logits``."""
+        """One mask in the original image, [H, W] bool; arguments and errors as for ``logits``."""
         mask: NDArray[np.bool_] = self.logits(prompt, token) > self.threshold
         return mask
 
@@ -155,7 +155,7 @@ class Masks:
         """The best mask of each prompt as COCO's annotations and results have it.
 
         Args:
-            image_id: Of the picture.
+            image_id: Of the image.
             category_id: Of what is segmented; Segment Anything names no categories.
 
         Returns:
@@ -185,7 +185,7 @@ class Masks:
 
     def __repr__(self) -> str:
         count, most, height, width = self.shape
-        return f"Masks({count} prompts, up to {most} masks each, picture {height}x{width})"
+        return f"Masks({count} prompts, up to {most} masks each, image {height}x{width})"
 
     def _of(self, prompt: int) -> NDArray[np.float32]:
         if not -len(self) <= prompt < len(self):
@@ -208,9 +208,9 @@ Multimask: TypeAlias = "bool | Literal['auto']"
 
 
 class Segmenter:
-    """Segments pictures by prompts.
+    """Segments images by prompts.
 
-    May be used by several threads: nothing is kept of a picture but what its next prompts share.
+    May be used by several threads: nothing is kept of an image but what its next prompts share.
 
     Args:
         sam: A ``Sam``, which is never changed; or the name of a checkpoint or the path of a file
@@ -218,7 +218,7 @@ class Segmenter:
         backend: As for ``tinyvit.Engine``; it runs the image encoder.
         precision: As for ``tinyvit.Engine``; the decoder always computes in fp32.
         device: Where to compute: a torch device, or "auto".
-        batch_size: Pictures that are encoded together, at most.
+        batch_size: Images that are encoded together, at most.
         pad: As for ``tinyvit.Engine``: False spends no work on padding, with other numbers.
 
     Raises:
@@ -230,11 +230,11 @@ class Segmenter:
     Example:
         >>> import numpy as np
         >>> from tinyvit.sam import Prompt, Segmenter
-        >>> picture = np.zeros((48, 64, 3), np.uint8)
+        >>> image = np.zeros((48, 64, 3), np.uint8)
         >>> prompts = [Prompt(points=[[32, 24]]), Prompt(box=[8, 8, 40, 40])]
-        >>> for masks in Segmenter().segment([picture], [prompts]):
+        >>> for masks in Segmenter().segment([image], [prompts]):
         ...     print(masks)
-        Masks(2 prompts, up to 3 masks each, picture 48x64)
+        Masks(2 prompts, up to 3 masks each, image 48x64)
     """
 
     def __init__(
@@ -251,7 +251,7 @@ class Segmenter:
         if not isinstance(sam, Sam):
             sam = build_sam(DEFAULT_CHECKPOINT if sam is None else sam)
         self.model = sam
-        self._encoder = PictureEncoder(
+        self._encoder = ImageEncoder(
             sam,
             backend=backend,
             precision=precision,
@@ -262,21 +262,21 @@ class Segmenter:
         self._decoder = PromptDecoder(sam, place)
 
     @property
-    def encoder(self) -> PictureEncoder:
-        """What encodes pictures; its ``engine`` explains itself."""
+    def encoder(self) -> ImageEncoder:
+        """What encodes images; its ``engine`` explains itself."""
         return self._encoder
 
     def embed(self, images: Picture | Iterable[Picture]) -> Iterator[ImageEmbedding]:
-        """Encode pictures, one by one, in order, in bounded memory.
+        """Encode images, one by one, in order, in bounded memory.
 
         Args:
-            images: One picture or many, as for ``Engine.stream``; may be a generator.
+            images: One image or many, as for ``Engine.stream``; may be a generator.
 
         Yields:
-            One embedding for each picture; it can be saved, and segmented later or elsewhere.
+            One embedding for each image; it can be saved, and segmented later or elsewhere.
 
         Raises:
-            ImageError: A picture cannot be read; those before it have been yielded.
+            ImageError: An image cannot be read; those before it have been yielded.
         """
         return self._encoder.encode(images)
 
@@ -286,29 +286,29 @@ class Segmenter:
         prompts: Iterable[Sequence[PromptLike]],
         multimask: Multimask = "auto",
     ) -> Iterator[Masks]:
-        """Segment pictures, one by one, in order, in bounded memory.
+        """Segment images, one by one, in order, in bounded memory.
 
         Args:
-            images: One or many pictures, or embeddings of such; may be a generator.
-            prompts: For each picture a list of prompts (may be empty), each a ``Prompt`` or a
+            images: One or many images, or embeddings of such; may be a generator.
+            prompts: For each image a list of prompts (may be empty), each a ``Prompt`` or a
                 dictionary of its arguments.
             multimask: True: the three masks of an ambiguous prompt; False: one mask; "auto": three
                 for a single point without box and mask, which is ambiguous, one for all others.
 
         Yields:
-            The masks of each picture.
+            The masks of each image.
 
         Raises:
-            ImageError: A picture cannot be read; those before it have been segmented.
-            ValueError: ``multimask`` is unknown, there are more or fewer pictures than lists of
-                prompts, a prompt is wrong (it says on which picture), or an embedding was made by
+            ImageError: An image cannot be read; those before it have been segmented.
+            ValueError: ``multimask`` is unknown, there are more or fewer images than lists of
+                prompts, a prompt is wrong (it says on which image), or an embedding was made by
                 another encoder.
-            TypeError: A list of prompts holds something else, or pictures and embeddings are mixed.
+            TypeError: A list of prompts holds something else, or images and embeddings are mixed.
         """
         if multimask not in (True, False, "auto"):
             raise ValueError(f"multimask must be True, False or 'auto', came {multimask!r}")
         if isinstance(prompts, (Prompt, Mapping)):
-            raise TypeError("prompts must be one list of prompts for each picture, came one prompt")
+            raise TypeError("prompts must be one list of prompts for each image, came one prompt")
         return self._segment(images, iter(prompts), multimask)
 
     def _segment(
@@ -322,20 +322,20 @@ class Segmenter:
             wanted = next(prompts, None)
             if wanted is None:
                 raise ValueError(
-                    f"picture {number} has no list of prompts: there are only {number} lists; give "
-                    "one for each picture, [] for none"
+                    f"image {number} has no list of prompts: there are only {number} lists; give "
+                    "one for each image, [] for none"
                 )
             yield self._answer(embedding, _checked(wanted, number), number, multimask)
         if next(prompts, None) is not None:
             raise ValueError(
-                f"there are more lists of prompts than the {number + 1} pictures; give one list "
-                "for each picture"
+                f"there are more lists of prompts than the {number + 1} images; give one list "
+                "for each image"
             )
 
     def _embeddings(
         self, images: Picture | ImageEmbedding | Iterable[Picture] | Iterable[ImageEmbedding]
     ) -> Iterator[ImageEmbedding]:
-        """Embeddings as they are, checked; pictures encoded. The first one tells which."""
+        """Embeddings as they are, checked; images encoded. The first one tells which."""
         if isinstance(images, ImageEmbedding):
             images = [images]
         items = iter(each(cast(Any, images)))
@@ -344,12 +344,12 @@ class Segmenter:
             return
         rest: Iterator[Any] = chain([first], items)
         if not isinstance(first, ImageEmbedding):
-            yield from self._encoder.encode(_pictures(rest))
+            yield from self._encoder.encode(_images(rest))
             return
         for item in rest:
             if not isinstance(item, ImageEmbedding):
                 raise TypeError(
-                    f"after embeddings came a {type(item).__name__}; segment pictures and "
+                    f"after embeddings came a {type(item).__name__}; segment images and "
                     "embeddings in calls of their own"
                 )
             self._encoder.check(item)
@@ -362,14 +362,14 @@ class Segmenter:
         number: int,
         multimask: Multimask,
     ) -> Masks:
-        """The masks of all prompts on one picture."""
+        """The masks of all prompts on one image."""
         decoder, features, placement = self._decoder, embedding.features, embedding.placement
         low_res_size, frame = decoder.low_res_size(features), decoder.frame(features)
         for position, prompt in enumerate(prompts):
             try:
                 prompt.check_in(placement.original_size, low_res_size)
             except ValueError as err:
-                raise ValueError(f"prompt {position} of picture {number}: {err}") from err
+                raise ValueError(f"prompt {position} of image {number}: {err}") from err
         logits: list[Tensor | None] = [None] * len(prompts)
         ious: list[NDArray[np.float32] | None] = [None] * len(prompts)
         for kind, members in group_prompts(prompts).items():
@@ -391,29 +391,29 @@ class Segmenter:
         )
 
 
-def _pictures(items: Iterable[Any]) -> Iterator[Picture]:
-    """Pictures, and no embeddings among them."""
+def _images(items: Iterable[Any]) -> Iterator[Picture]:
+    """Images, and no embeddings among them."""
     for item in items:
         if isinstance(item, ImageEmbedding):
             raise TypeError(
-                "after pictures came an ImageEmbedding; segment pictures and embeddings in calls "
+                "after images came an ImageEmbedding; segment images and embeddings in calls "
                 "of their own"
             )
         yield item
 
 
 def _checked(prompts: Sequence[PromptLike], number: int) -> tuple[Prompt, ...]:
-    """A picture's prompts, or an error that says which one is wrong."""
+    """An image's prompts, or an error that says which one is wrong."""
     if isinstance(prompts, (Prompt, Mapping, str)) or not isinstance(prompts, Iterable):
         raise TypeError(
-            f"the prompts of picture {number} must be a list of prompts, came "
-            f"{type(prompts).__name__}; give one list for each picture"
+            f"the prompts of image {number} must be a list of prompts, came "
+            f"{type(prompts).__name__}; give one list for each image"
         )
     checked = []
     for position, prompt in enumerate(prompts):
         try:
             checked.append(to_prompt(prompt))
         except (TypeError, ValueError) as err:
-            words = f"prompt {position} of picture {number}: {err}"
+            words = f"prompt {position} of image {number}: {err}"
             raise (TypeError if isinstance(err, TypeError) else ValueError)(words) from err
     return tuple(checked)

@@ -1,13 +1,13 @@
-"""From low-resolution logits to masks in the original picture: whole, or only where they can be.
+"""From low-resolution logits to masks in the original image: whole, or only where they can be.
 
 Segment Anything enlarges logits twice, bilinearly: to the model's frame, which is cut to the part
-that holds the picture, and from there to the picture. Both are linear along each axis, so together
-they are one matrix an axis, and a part of the picture needs a part of each. A value between others
+that holds the image, and from there to the image. Both are linear along each axis, so together
+they are one matrix an axis, and a part of the image needs a part of each. A value between others
 never exceeds them: where no low-resolution logit near by exceeds a threshold, no pixel does.
 
 It knows numbers only: no model, no prompts.
 
-Shapes: N masks, h4 w4 low-resolution logits, H W the original picture.
+Shapes: N masks, h4 w4 low-resolution logits, H W the original image.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ PITCH = 4.0
 
 
 def upscale(low_res_logits: Tensor, placement: Placement, pitch: float = PITCH) -> Tensor:
-    """Enlarge logits to the original picture, as segment-anything's ``postprocess_masks``.
+    """Enlarge logits to the original image, as segment-anything's ``postprocess_masks``.
 
     Args:
         low_res_logits: [N, h4, w4].
-        placement: Where the picture lies in the model's frame.
+        placement: Where the image lies in the model's frame.
         pitch: Pixels of the model's frame for one logit.
 
     Returns:
         [N, H, W]; above 0 is the mask.
 
     Raises:
-        ValueError: Another number of dimensions, or fewer logits than the picture covers.
+        ValueError: Another number of dimensions, or fewer logits than the image covers.
     """
     if low_res_logits.ndim != 3:
         raise ValueError(f"wanted logits [N, h4, w4]; came {list(low_res_logits.shape)}")
@@ -54,14 +54,14 @@ def upscale(low_res_logits: Tensor, placement: Placement, pitch: float = PITCH) 
 
 @dataclass(frozen=True)
 class Region:
-    """The part of a picture that a mask can lie in.
+    """The part of an image that a mask can lie in.
 
     Attributes:
         mask: [hh, ww] bool; outside of it the mask is empty. Has no pixels where nothing is.
-        top: Row of the picture that the first row of ``mask`` is.
-        left: Column of the picture that the first column of ``mask`` is.
-        height: Of the whole picture in pixels.
-        width: Of the whole picture in pixels.
+        top: Row of the image that the first row of ``mask`` is.
+        left: Column of the image that the first column of ``mask`` is.
+        height: Of the whole image in pixels.
+        width: Of the whole image in pixels.
         inner: Pixels whose logit exceeds threshold + offset.
         outer: Pixels whose logit exceeds threshold - offset.
     """
@@ -80,7 +80,7 @@ class Region:
         return self.inner / self.outer if self.outer else float("nan")
 
     def whole(self) -> NDArray[np.bool_]:
-        """The mask in the whole picture, [H, W] bool."""
+        """The mask in the whole image, [H, W] bool."""
         mask = np.zeros((self.height, self.width), np.bool_)
         height, width = self.mask.shape
         mask[self.top : self.top + height, self.left : self.left + width] = self.mask
@@ -88,15 +88,15 @@ class Region:
 
 
 class RegionUpscaler:
-    """Enlarges masks one by one, each only where it can be; for many masks of one picture.
+    """Enlarges masks one by one, each only where it can be; for many masks of one image.
 
     Args:
         size: (h4, w4) of the logits.
-        placement: Where the picture lies in the model's frame.
+        placement: Where the image lies in the model's frame.
         pitch: Pixels of the model's frame for one logit.
 
     Raises:
-        ValueError: Fewer logits than the picture covers.
+        ValueError: Fewer logits than the image covers.
     """
 
     def __init__(self, size: tuple[int, int], placement: Placement, pitch: float = PITCH) -> None:
@@ -139,8 +139,8 @@ class _Axis:
     Args:
         logits: Their number.
         frame: Pixels they are enlarged to.
-        resized: Pixels of those that hold the picture.
-        original: Pixels of the picture.
+        resized: Pixels of those that hold the image.
+        original: Pixels of the image.
     """
 
     def __init__(self, logits: int, frame: int, resized: int, original: int) -> None:
@@ -177,7 +177,7 @@ def _frame(size: tuple[int, ...], placement: Placement, pitch: float) -> tuple[i
     if frame[0] < placement.resized_size[0] or frame[1] < placement.resized_size[1]:
         raise ValueError(
             f"logits {list(size)} at {pitch:g} pixels each cover {frame[0]}x{frame[1]} pixels, but "
-            f"the picture has {placement.resized_size[0]}x{placement.resized_size[1]} in the "
-            f"model's frame; do they belong to this picture?"
+            f"the image has {placement.resized_size[0]}x{placement.resized_size[1]} in the "
+            f"model's frame; do they belong to this image?"
         )
     return frame

@@ -1,4 +1,4 @@
-"""The curves of a run as one picture: loss, rate and the figures of validation, a panel for each.
+"""The curves of a run as one image: loss, rate and the figures of validation, a panel for each.
 
 Drawn with Pillow alone, at twice the size and then halved, so that lines are smooth. What the
 figures mean is not known here.

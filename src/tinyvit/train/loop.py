@@ -246,7 +246,7 @@ def accumulate_gradient(
 
 
 def _moved(batch: Batch, device: torch.device, channels_last: bool) -> Batch:
-    """A batch on the device, its pictures in channels-last memory."""
+    """A batch on the device, its images in channels-last memory."""
     moved = dict(batch)
     values: Mapping[str, object] = batch  # what a task alone reads is no tensor
     for name, value in values.items():

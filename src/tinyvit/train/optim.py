@@ -153,7 +153,7 @@ def choose_batch_stats(model: nn.Module, wanted: BatchStats, processes: Processe
     """What to do with batch statistics: what was asked for, or what fits.
 
     "auto" keeps statistics that were learnt before, as fine-tuning should: a few batches of other
-    pictures would spoil them. Untouched ones (mean 0 and variance 1) must move; together with the
+    images would spoil them. Untouched ones (mean 0 and variance 1) must move; together with the
     other processes on GPUs, else each on its own, and then those of the first process count.
 
     Args:

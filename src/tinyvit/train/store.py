@@ -1,16 +1,16 @@
 """A folder of a teacher's feature maps: computed once, read by every epoch, resumable.
 
-    manifest.json             whose features these are and how pictures were prepared
-    shard-00000.safetensors   features [n, C, h, w] fp16, with the pictures' names in its header
+    manifest.json             whose features these are and how images were prepared
+    shard-00000.safetensors   features [n, C, h, w] fp16, with the images' names in its header
 
-A shard is there whole or not at all, and says by itself which pictures it holds: their names, sizes
-in bytes, times of change, sizes in pixels; and which pictures could not be read, with the reason.
-So a job that was killed goes on where it stopped, and a picture that has changed since is computed
+A shard is there whole or not at all, and says by itself which images it holds: their names, sizes
+in bytes, times of change, sizes in pixels; and which images could not be read, with the reason.
+So a job that was killed goes on where it stopped, and an image that has changed since is computed
 anew (its old row stays unused). With ``flips`` there is a second tensor, ``flipped``: the features
-of the mirrored pictures. A picture takes 2 * C * h * w bytes, twice that with flips: 2 MB for SAM's
+of the mirrored images. An image takes 2 * C * h * w bytes, twice that with flips: 2 MB for SAM's
 256 x 64 x 64, 128 kB for 256 x 16 x 16.
 
-Which teacher it was is not known here; ``teachers.py`` knows. Letters: n pictures of a shard, C
+Which teacher it was is not known here; ``teachers.py`` knows. Letters: n images of a shard, C
 channels, h w the map's grid.
 """
 
@@ -45,8 +45,8 @@ class StoreFacts:
     Attributes:
         teacher: Its name, for people.
         teacher_sha256: Hash of its weights.
-        image_spec: How pictures were prepared for it.
-        flips: Whether mirrored pictures are stored too.
+        image_spec: How images were prepared for it.
+        flips: Whether mirrored images are stored too.
     """
 
     teacher: str
@@ -66,11 +66,11 @@ class StoreFacts:
 
 
 @dataclass(frozen=True)
-class StoredPicture:
-    """A picture that was met.
+class StoredImage:
+    """An image that was met.
 
     Attributes:
-        name: Its path below the pictures' folder.
+        name: Its path below the images' folder.
         bytes: Size of its file.
         changed: Time of its last change, in nanoseconds.
         height: In pixels; 0 if it could not be read.
@@ -90,7 +90,7 @@ class StoredPicture:
     row: int = -1
 
 
-def picture_state(path: Path) -> tuple[int, int]:
+def image_state(path: Path) -> tuple[int, int]:
     """(size in bytes, time of last change in nanoseconds); (-1, -1) if there is no such file."""
     try:
         found = path.stat()
@@ -100,7 +100,7 @@ def picture_state(path: Path) -> tuple[int, int]:
 
 
 class FeatureStore:
-    """Features of pictures by name; opens what is there, and takes more.
+    """Features of images by name; opens what is there, and takes more.
 
     Args:
         folder: The store's folder; made if ``facts`` are given.
@@ -108,7 +108,7 @@ class FeatureStore:
 
     Attributes:
         facts: Whose features these are.
-        pictures: Everything met so far, by name; also what could not be read.
+        images: Everything met so far, by name; also what could not be read.
 
     Raises:
         CheckpointError: There is no store, it is of another teacher or preparation (both are
@@ -118,7 +118,7 @@ class FeatureStore:
     def __init__(self, folder: str | os.PathLike[str], facts: StoreFacts | None = None) -> None:
         self.folder = Path(folder)
         self.facts = self._agree(facts)
-        self.pictures: dict[str, StoredPicture] = {}
+        self.images: dict[str, StoredImage] = {}
         self.damaged: list[str] = []
         self.shape: tuple[int, int, int] | None = None
         self._next = 0
@@ -132,19 +132,19 @@ class FeatureStore:
 
     @property
     def good(self) -> list[str]:
-        """Names of the pictures that have features, sorted."""
-        return sorted(name for name, one in self.pictures.items() if one.row >= 0)
+        """Names of the images that have features, sorted."""
+        return sorted(name for name, one in self.images.items() if one.row >= 0)
 
     @property
     def broken(self) -> dict[str, str]:
-        """Reason by name of each picture that could not be read."""
-        return {name: one.reason for name, one in self.pictures.items() if one.row < 0}
+        """Reason by name of each image that could not be read."""
+        return {name: one.reason for name, one in self.images.items() if one.row < 0}
 
     def missing(self, root: Path, names: Sequence[str]) -> list[str]:
         """The names of which nothing is stored, or which have changed since.
 
         Args:
-            root: The pictures' folder.
+            root: The images' folder.
             names: Paths below it.
         """
         return [name for name in names if not self._is_current(root, name)]
@@ -153,26 +153,26 @@ class FeatureStore:
         self,
         features: Sequence[Tensor],
         flipped: Sequence[Tensor],
-        pictures: Sequence[StoredPicture],
-        broken: Sequence[StoredPicture] = (),
+        images: Sequence[StoredImage],
+        broken: Sequence[StoredImage] = (),
     ) -> None:
         """Write a shard.
 
         Args:
-            features: A map [C, h, w] for each picture, finite in fp16.
-            flipped: The same of the mirrored pictures; empty without ``flips``.
-            pictures: The pictures, in this order.
-            broken: Pictures that could not be read.
+            features: A map [C, h, w] for each image, finite in fp16.
+            flipped: The same of the mirrored images; empty without ``flips``.
+            images: The images, in this order.
+            broken: Images that could not be read.
 
         Raises:
             ValueError: The maps have other shapes than those before, or are not as many as the
-                pictures.
+                images.
             CheckpointError: The shard cannot be written; what was there before is whole.
         """
-        wanted = len(pictures) if self.facts.flips else 0
-        if len(features) != len(pictures) or len(flipped) != wanted:
+        wanted = len(images) if self.facts.flips else 0
+        if len(features) != len(images) or len(flipped) != wanted:
             raise ValueError(
-                f"{len(pictures)} pictures want {len(pictures)} maps and {wanted} mirrored ones; "
+                f"{len(images)} images want {len(images)} maps and {wanted} mirrored ones; "
                 f"came {len(features)} and {len(flipped)}"
             )
         for one in (*features, *flipped):
@@ -181,30 +181,30 @@ class FeatureStore:
             if shape != self.shape:
                 raise ValueError(
                     f"all maps of a store have one shape, here {self.shape}; came {shape}. Prepare "
-                    "pictures with padding, so that all have one size"
+                    "images with padding, so that all have one size"
                 )
         tensors = {"features": _stacked(features)}
         if self.facts.flips:
             tensors["flipped"] = _stacked(flipped)
-        records = [asdict(one) for one in (*pictures, *broken)]
+        records = [asdict(one) for one in (*images, *broken)]
         header = json.dumps({"facts": self.facts.to_dict(), "pictures": records})
         path = self._path(self._next)
         write_state_dict(path, tensors, metadata={_HEADER: header})
         self._take_up(path)
 
     def read(self, name: str, flipped: bool = False) -> Tensor:
-        """The features of a picture: [C, h, w] float16.
+        """The features of an image: [C, h, w] float16.
 
         Raises:
-            KeyError: The picture has none.
+            KeyError: The image has none.
             ValueError: Mirrored ones are wanted and not stored.
             CheckpointError: The shard is gone or damaged.
         """
-        one = self.pictures[name]
+        one = self.images[name]
         if one.row < 0:
             raise KeyError(f"{name} could not be read when features were stored: {one.reason}")
         if flipped and not self.facts.flips:
-            raise ValueError("this store has no features of mirrored pictures; store with flips")
+            raise ValueError("this store has no features of mirrored images; store with flips")
         path = self._path(one.shard)
         try:
             if one.shard not in self._open:
@@ -221,8 +221,8 @@ class FeatureStore:
         return self.folder / f"shard-{number:05d}.safetensors"
 
     def _is_current(self, root: Path, name: str) -> bool:
-        one = self.pictures.get(name)
-        return one is not None and (one.bytes, one.changed) == picture_state(root / name)
+        one = self.images.get(name)
+        return one is not None and (one.bytes, one.changed) == image_state(root / name)
 
     def _agree(self, facts: StoreFacts | None) -> StoreFacts:
         """The facts of the store, which must be those wanted."""
@@ -248,14 +248,14 @@ class FeatureStore:
         return before
 
     def _take_up(self, path: Path) -> None:
-        """Take up what a shard holds; a damaged one is named and its pictures count as missing."""
+        """Take up what a shard holds; a damaged one is named and its images count as missing."""
         number = int(path.stem.partition("-")[2])
         self._next = max(self._next, number + 1)
         try:
             with safe_open(path, framework="pt") as file:
                 content = json.loads((file.metadata() or {})[_HEADER])
                 shape = tuple(file.get_slice("features").get_shape())
-            records = [StoredPicture(**record) for record in content["pictures"]]
+            records = [StoredImage(**record) for record in content["pictures"]]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             self.damaged.append(path.name)
             return
@@ -272,7 +272,7 @@ class FeatureStore:
         for one in records:
             row = -1 if one.reason else next(rows)
             kept = {**asdict(one), "shard": number, "row": row}
-            self.pictures[one.name] = StoredPicture(**kept)
+            self.images[one.name] = StoredImage(**kept)
 
 
 def _stacked(maps: Sequence[Tensor]) -> Tensor:
@@ -318,19 +318,19 @@ class StoreHeader:
     """What answers belong to.
 
     Attributes:
-        pictures: N.
-        views: V, views of each picture.
+        images: N.
+        views: V, views of each image.
         k: Probabilities that are kept of each view.
         classes: Names of the classes.
-        data: Fingerprint of the list of pictures (``data_sets.fingerprint``).
+        data: Fingerprint of the list of images (``data_sets.fingerprint``).
         augmentation: The chance that views are made with, as plain data.
         teacher: The teacher's name, for people.
         teacher_sha256: Hash of the teacher's file or weights.
-        teacher_input: How pictures are prepared for the teacher, as plain data.
+        teacher_input: How images are prepared for the teacher, as plain data.
         seed: Source of the views' seeds.
     """
 
-    pictures: int
+    images: int
     views: int
     k: int
     classes: tuple[str, ...]
@@ -347,10 +347,8 @@ class StoreHeader:
         Raises:
             ValueError: A number is out of its range.
         """
-        if self.pictures < 1 or self.views < 1:
-            raise ValueError(
-                f"a store wants pictures and views, got {self.pictures} and {self.views}"
-            )
+        if self.images < 1 or self.views < 1:
+            raise ValueError(f"a store wants images and views, got {self.images} and {self.views}")
         if not 1 <= self.k <= len(self.classes):
             raise ValueError(
                 f"k must be from 1 to the number of classes, {len(self.classes)}, got {self.k}"
@@ -371,8 +369,8 @@ class StoreHeader:
         return np.dtype(parts)
 
     @property
-    def bytes_per_picture(self) -> int:
-        """Bytes of all views of one picture."""
+    def bytes_per_image(self) -> int:
+        """Bytes of all views of one image."""
         return int(self.record.itemsize) * self.views
 
     def differences(self, other: StoreHeader, *, but: tuple[str, ...] = ()) -> list[str]:
@@ -429,9 +427,11 @@ class LogitStore:
                 )
             return store
         folder.mkdir(parents=True, exist_ok=True)
-        size = header.bytes_per_picture * header.pictures
+        size = header.bytes_per_image * header.images
         replacing(folder / RECORDS, lambda path: os.truncate(path, size))
-        text = json.dumps({"version": _VERSION, **asdict(header)}, indent=1) + "\n"
+        facts = {"pictures": header.images, **asdict(header)}
+        del facts["images"]
+        text = json.dumps({"version": _VERSION, **facts}, indent=1) + "\n"
         replacing(folder / HEADER, lambda path: _write_text(path, text))
         return cls(folder, header)
 
@@ -446,6 +446,7 @@ class LogitStore:
         try:
             values = json.loads((folder / HEADER).read_text(encoding="utf-8"))
             version = values.pop("version")
+            values["images"] = values.pop("pictures")
             values["classes"] = tuple(values["classes"])
             header = StoreHeader(**values)
             size = (folder / RECORDS).stat().st_size
@@ -458,7 +459,7 @@ class LogitStore:
             raise ValueError(f"{folder / HEADER} is damaged: {err}") from err
         if version != _VERSION:
             raise ValueError(f"{folder} is a store of version {version}; this reads {_VERSION}")
-        wanted = header.bytes_per_picture * header.pictures
+        wanted = header.bytes_per_image * header.images
         if size != wanted:
             raise ValueError(
                 f"{folder / RECORDS} has {size} bytes and should have {wanted}: it is cut short or "
@@ -486,21 +487,21 @@ class LogitStore:
             )
 
     def missing(self, view: int) -> NDArray[np.int64]:
-        """Pictures of a view without a good record, rising.
+        """Images of a view without a good record, rising.
 
         Raises:
             ValueError: The store has no such view.
         """
-        good = np.zeros(self.header.pictures, dtype=bool)
-        for first in range(0, self.header.pictures, _SCANNED):
-            count = min(_SCANNED, self.header.pictures - first)
+        good = np.zeros(self.header.images, dtype=bool)
+        for first in range(0, self.header.images, _SCANNED):
+            count = min(_SCANNED, self.header.images - first)
             good[first : first + count] = _is_good(self._read(view, first, count))
         return np.flatnonzero(~good).astype(np.int64)
 
     def write(
         self,
         view: int,
-        pictures: NDArray[np.int64],
+        images: NDArray[np.int64],
         seeds: NDArray[np.uint64],
         probabilities: NDArray[np.floating],
         classes: NDArray[np.integer],
@@ -509,43 +510,43 @@ class LogitStore:
 
         Args:
             view: Of which view.
-            pictures: [n] of which pictures.
+            images: [n] of which images.
             seeds: [n] uint64.
             probabilities: [n, k].
             classes: [n, k], distinct in a row.
 
         Raises:
-            ValueError: The store has no such view or picture.
+            ValueError: The store has no such view or image.
             OSError: The disk is full or cannot be written; records written before stay good.
         """
-        records = np.zeros(len(pictures), dtype=self.header.record)
+        records = np.zeros(len(images), dtype=self.header.record)
         records["seed"], records["probabilities"] = seeds, probabilities
         records["classes"] = classes
         records["checksum"] = _checksums(records)
         raw = records.tobytes()
         size = records.dtype.itemsize
         with (self.folder / RECORDS).open("r+b", buffering=0) as file:
-            for number, picture in enumerate(pictures.tolist()):
-                file.seek(self._place(view, picture))
+            for number, image in enumerate(images.tolist()):
+                file.seek(self._place(view, image))
                 file.write(raw[number * size : (number + 1) * size])
             os.fsync(file.fileno())
 
     def read(
-        self, view: int, picture: int
+        self, view: int, image: int
     ) -> tuple[int, NDArray[np.float32], NDArray[np.int64]] | None:
         """One record.
 
         Args:
             view: Of which view.
-            picture: Of which picture.
+            image: Of which image.
 
         Returns:
             (seed, probabilities [k] float32, classes [k] int64); None where there is no good one.
 
         Raises:
-            ValueError: The store has no such view or picture.
+            ValueError: The store has no such view or image.
         """
-        records = self._read(view, picture, 1)
+        records = self._read(view, image, 1)
         if not _is_good(records)[0]:
             return None
         record = records[0]
@@ -556,21 +557,21 @@ class LogitStore:
         )
 
     def _read(self, view: int, first: int, count: int) -> Records:
-        """Records of neighbouring pictures."""
+        """Records of neighbouring images."""
         layout = self.header.record
         with (self.folder / RECORDS).open("rb", buffering=0) as file:
             file.seek(self._place(view, first))
             raw = file.read(count * layout.itemsize)
         return np.frombuffer(raw.ljust(count * layout.itemsize, b"\0"), dtype=layout)
 
-    def _place(self, view: int, picture: int) -> int:
+    def _place(self, view: int, image: int) -> int:
         header = self.header
-        if not (0 <= view < header.views and 0 <= picture < header.pictures):
+        if not (0 <= view < header.views and 0 <= image < header.images):
             raise ValueError(
-                f"the store has views 0 to {header.views - 1} and pictures 0 to "
-                f"{header.pictures - 1}, got view {view} and picture {picture}"
+                f"the store has views 0 to {header.views - 1} and images 0 to "
+                f"{header.images - 1}, got view {view} and image {image}"
             )
-        return (view * header.pictures + picture) * int(header.record.itemsize)
+        return (view * header.images + image) * int(header.record.itemsize)
 
 
 def _checksums(records: Records) -> NDArray[np.uint32]:

@@ -6,7 +6,7 @@ a kill, and the processes. All chance in a task comes from the generators it is 
 seeded by what is being done (epoch and sample, or step and rank), so that neither the number of
 workers, nor the number of processes, nor a stop in between changes anything.
 
-No file, optimiser or picture is known here.
+No file, optimiser or image is known here.
 """
 
 from __future__ import annotations

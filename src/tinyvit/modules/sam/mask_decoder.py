@@ -1,7 +1,7 @@
 """The mask decoder: image embedding and prompt embeddings become masks and their quality.
 
 The architecture is Segment Anything's (Kirillov et al., 2023). Every grid size and any number of
-prompts will do. Knows no pictures: its masks are logits of four cells a side for each cell.
+prompts will do. Knows no images: its masks are logits of four cells a side for each cell.
 
 Shapes: N prompts, T tokens of a prompt, K masks, C channels, h w the image embedding's grid.
 """
@@ -104,7 +104,7 @@ class MaskDecoder(nn.Module):
         """Predict masks.
 
         Args:
-            image_embeddings: [1, C, h, w] of one picture for all prompts, or [N, C, h, w].
+            image_embeddings: [1, C, h, w] of one image for all prompts, or [N, C, h, w].
             image_pe: [1, C, h, w], from ``PromptEncoder.get_dense_pe``.
             sparse_prompt_embeddings: [N, T, C]; N may be 0.
             dense_prompt_embeddings: [N, C, h, w].
@@ -266,7 +266,7 @@ class HQMaskDecoder(MaskDecoder):
         """Predict one mask for each prompt.
 
         Args:
-            image_embeddings: [1, C, h, w] of one picture for all prompts, or [N, C, h, w].
+            image_embeddings: [1, C, h, w] of one image for all prompts, or [N, C, h, w].
             image_pe: [1, C, h, w], from ``PromptEncoder.get_dense_pe``.
             sparse_prompt_embeddings: [N, T, C]; N may be 0.
             dense_prompt_embeddings: [N, C, h, w].

@@ -1,7 +1,7 @@
 """The prompt encoder: points, boxes and rough masks become tokens and a map.
 
 The architecture is Segment Anything's (Kirillov et al., 2023). Coordinates are pixels of the
-model's frame; nothing here knows pictures, their resizing or the encoder.
+model's frame; nothing here knows images, their resizing or the encoder.
 
 Shapes: B prompts, P points of a prompt, C channels, H W the frame, h w the grid of cells.
 """
@@ -134,7 +134,7 @@ class PromptEncoder(nn.Module):
         """Positions of the image embedding's cells.
 
         Args:
-            embedding_size: (h, w) of the embedding of a picture that does not fill the frame; its
+            embedding_size: (h, w) of the embedding of an image that does not fill the frame; its
                 cells keep their pitch. None means the whole frame.
 
         Returns:
@@ -235,7 +235,7 @@ class PromptEncoder(nn.Module):
                 raise ValueError(
                     f"masks must be [B, {', '.join(map(str, size))}], four for each cell of the "
                     f"image embedding, got {list(masks.shape)}; low_res_logits of an earlier "
-                    "prediction on the same picture have that shape"
+                    "prediction on the same image have that shape"
                 )
             counts["masks"] = masks.shape[0]
         if len(set(counts.values())) > 1:

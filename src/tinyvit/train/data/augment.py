@@ -1,6 +1,6 @@
-"""Chance for pictures that are learnt from: crop, flip, RandAugment, erasing.
+"""Chance for images that are learnt from: crop, flip, RandAugment, erasing.
 
-A ``View`` turns one RGB picture into one input and takes all chance from the generator it is given.
+A ``View`` turns one RGB image into one input and takes all chance from the generator it is given.
 What is drawn does not depend on the size of the input, apart from the noise of erasing, which comes
 last: so one seed means the same crop and the same changes for a teacher and a student that want
 other sizes.
@@ -9,7 +9,7 @@ RandAugment is of Cubuk et al., 2020 (arXiv 1909.13719), random erasing of Zhong
 (arXiv 1708.04896); the crop is that of Inception (Szegedy et al., 2015). Pixels are changed by
 Pillow.
 
-Letters: H, W picture; h, w input.
+Letters: H, W image; h, w input.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Augmentation:
     """How much chance, as plain data.
 
     Args:
-        scale: Least and largest part of the picture's area that a crop keeps; (1, 1) keeps the
-            whole picture and squashes it.
+        scale: Least and largest part of the image's area that a crop keeps; (1, 1) keeps the
+            whole image and squashes it.
         ratio: Least and largest width over height of a crop.
         flip: Probability of mirroring left and right; 0 for letters and digits.
         operations: Changes by RandAugment.
@@ -48,7 +48,7 @@ class Augmentation:
         colours: Let RandAugment change colours too (invert, solarize, ...), not only geometry.
         erase: Probability of erasing a rectangle.
         rotate: Largest turn in degrees, and ``shift`` largest move in parts of a side, of a small
-            change of place that every picture gets; 0 for none.
+            change of place that every image gets; 0 for none.
         shift: See ``rotate``.
 
     Raises:
@@ -93,9 +93,9 @@ def augmentation(strength: Strength, flip: bool = True) -> Augmentation:
 
     Args:
         strength: "full": TinyViT's recipe for ImageNet. "light": for small data sets and for
-            pictures in which place and colour matter: crops of at least 60 percent, small turns
-            and moves. "none": the picture as it is.
-        flip: Mirror half of the pictures; not for letters and digits. "none" never does.
+            images in which place and colour matter: crops of at least 60 percent, small turns
+            and moves. "none": the image as it is.
+        flip: Mirror half of the images; not for letters and digits. "none" never does.
 
     Raises:
         ValueError: An unknown strength.
@@ -143,16 +143,16 @@ class View:
         height, width = spec.size
         box = _draw_box(image.shape[0], image.shape[1], settings, rng)
         is_mirrored = rng.random() < settings.flip
-        picture = Image.fromarray(image).resize(
+        resized = Image.fromarray(image).resize(
             (width, height), _FILTERS[spec.interpolation], box=box
         )
         if is_mirrored:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if settings.rotate or settings.shift:
-            picture = _moved(picture, settings, rng)
+            resized = _moved(resized, settings, rng)
         for _ in range(settings.operations):
-            picture = _changed(picture, settings, rng)
-        pixels = _normalised(np.asarray(picture), spec)
+            resized = _changed(resized, settings, rng)
+        pixels = _normalised(np.asarray(resized), spec)
         if rng.random() < settings.erase:
             _erase(pixels, rng)
         return pixels
@@ -161,7 +161,7 @@ class View:
 def _draw_box(
     height: int, width: int, settings: Augmentation, rng: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """A crop (x0, y0, x1, y1) in the picture; its centre where ten drawn shapes do not fit."""
+    """A crop (x0, y0, x1, y1) in the image; its centre where ten drawn shapes do not fit."""
     if settings.scale == (1.0, 1.0):
         return 0.0, 0.0, float(width), float(height)
     logs = math.log(settings.ratio[0]), math.log(settings.ratio[1])
@@ -180,37 +180,37 @@ def _draw_box(
     return x0, y0, x0 + w, y0 + h
 
 
-def _moved(picture: Image.Image, settings: Augmentation, rng: np.random.Generator) -> Image.Image:
+def _moved(image: Image.Image, settings: Augmentation, rng: np.random.Generator) -> Image.Image:
     """Turn and move a little; what comes in from outside has the colour of the border."""
     angle, right, down = rng.uniform(-1, 1, 3)
     turn = math.radians(settings.rotate * angle)
-    across = settings.shift * right * picture.width, settings.shift * down * picture.height
-    return _affine(picture, math.cos(turn), -math.sin(turn), math.sin(turn), math.cos(turn), across)
+    across = settings.shift * right * image.width, settings.shift * down * image.height
+    return _affine(image, math.cos(turn), -math.sin(turn), math.sin(turn), math.cos(turn), across)
 
 
 def _affine(
-    picture: Image.Image, a: float, b: float, c: float, d: float, move: tuple[float, float]
+    image: Image.Image, a: float, b: float, c: float, d: float, move: tuple[float, float]
 ) -> Image.Image:
     """Map by [[a, b], [c, d]] about the centre, from output to input; outside: the border."""
-    x, y = picture.width / 2, picture.height / 2
-    left, top = (max(picture.width // 2, 1), max(picture.height // 2, 1))
+    x, y = image.width / 2, image.height / 2
+    left, top = (max(image.width // 2, 1), max(image.height // 2, 1))
     padded = Image.fromarray(
-        np.pad(np.asarray(picture), ((top, top), (left, left), (0, 0)), mode="edge")
+        np.pad(np.asarray(image), ((top, top), (left, left), (0, 0)), mode="edge")
     )
     matrix = (
         *(a, b, x + left - a * x - b * y + move[0]),
         *(c, d, y + top - c * x - d * y + move[1]),
     )
-    return padded.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    return padded.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
 
 
-def _changed(picture: Image.Image, settings: Augmentation, rng: np.random.Generator) -> Image.Image:
+def _changed(image: Image.Image, settings: Augmentation, rng: np.random.Generator) -> Image.Image:
     """One operation of RandAugment."""
     names = tuple(_OPERATIONS if settings.colours else _PLACES)
     name = names[int(rng.integers(len(names)))]
     level = float(np.clip(rng.normal(settings.magnitude, settings.spread), 0, _MOST)) / _MOST
     sign = 1.0 if rng.random() < 0.5 else -1.0
-    return _OPERATIONS[name](picture, level, sign)
+    return _OPERATIONS[name](image, level, sign)
 
 
 def _normalised(pixels: RGB, spec: ImageSpec) -> NDArray[np.float32]:
@@ -241,11 +241,11 @@ _Operation = Callable[[Image.Image, float, float], Image.Image]
 
 
 def _enhanced(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> _Operation:
-    return lambda picture, level, sign: kind(picture).enhance(1 + sign * 0.9 * level)
+    return lambda image, level, sign: kind(image).enhance(1 + sign * 0.9 * level)
 
 
 _PLACES: dict[str, _Operation] = {
-    "identity": lambda picture, level, sign: picture,
+    "identity": lambda image, level, sign: image,
     "rotate": lambda p, level, sign: _affine(
         p,
         math.cos(a := math.radians(30 * level * sign)),
@@ -261,13 +261,11 @@ _PLACES: dict[str, _Operation] = {
 }
 _OPERATIONS: dict[str, _Operation] = {
     **_PLACES,
-    "autocontrast": lambda picture, level, sign: ImageOps.autocontrast(picture),
-    "equalize": lambda picture, level, sign: ImageOps.equalize(picture),
-    "invert": lambda picture, level, sign: ImageOps.invert(picture),
-    "posterize": lambda picture, level, sign: ImageOps.posterize(
-        picture, 4 + round(4 * (1 - level))
-    ),
-    "solarize": lambda picture, level, sign: ImageOps.solarize(picture, round(256 * (1 - level))),
+    "autocontrast": lambda image, level, sign: ImageOps.autocontrast(image),
+    "equalize": lambda image, level, sign: ImageOps.equalize(image),
+    "invert": lambda image, level, sign: ImageOps.invert(image),
+    "posterize": lambda image, level, sign: ImageOps.posterize(image, 4 + round(4 * (1 - level))),
+    "solarize": lambda image, level, sign: ImageOps.solarize(image, round(256 * (1 - level))),
     "colour": _enhanced(ImageEnhance.Color),
     "contrast": _enhanced(ImageEnhance.Contrast),
     "brightness": _enhanced(ImageEnhance.Brightness),
@@ -283,7 +281,7 @@ _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
 @dataclass(frozen=True)
 class FramedScene:
-    """A picture in the model's frame.
+    """An image in the model's frame.
 
     Attributes:
         pixels: RGB [h, w, 3] uint8, at most as large as the frame.
@@ -295,7 +293,7 @@ class FramedScene:
 
 
 def frame_scene(image: RGB, masks: Masks, size: Size) -> FramedScene:
-    """Fit the whole picture into the frame and change nothing else.
+    """Fit the whole image into the frame and change nothing else.
 
     Args:
         image: RGB [H, W, 3] uint8.
@@ -310,11 +308,11 @@ class SceneAugment:
     """What may be changed, and how much.
 
     Args:
-        smallest_crop: The least side of a crop, as a share of the picture's; 1 never crops.
+        smallest_crop: The least side of a crop, as a share of the image's; 1 never crops.
         smallest_scale: The least size in the frame, as a share of the largest that fits.
-        flip: How often the picture is mirrored, 0 to 1.
+        flip: How often the image is mirrored, 0 to 1.
         colour: How far brightness, contrast and saturation go, as a share; 0 leaves them.
-        grey: How often the picture loses its colours, 0 to 1.
+        grey: How often the image loses its colours, 0 to 1.
 
     Raises:
         ValueError: A number is out of its range.
@@ -339,7 +337,7 @@ class SceneAugment:
     def __call__(
         self, image: RGB, masks: Masks, size: Size, rng: np.random.Generator
     ) -> FramedScene:
-        """Change a picture and its masks.
+        """Change an image and its masks.
 
         Args:
             image: RGB [H, W, 3] uint8.
@@ -348,7 +346,7 @@ class SceneAugment:
             rng: The source of chance.
 
         Returns:
-            The picture in the frame; at least a part of one object is in it, if there was any.
+            The image in the frame; at least a part of one object is in it, if there was any.
         """
         rows, columns = self._crop(masks, rng)
         image, masks = image[rows, columns], masks[:, rows, columns]

@@ -1,4 +1,4 @@
-"""Which pictures are measured on and never learnt from; names in, names out.
+"""Which images are measured on and never learnt from; names in, names out.
 
 Each name is put on a side by a hash of itself, so that it stays there when others come or go.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyvit.errors import ImageError
-from tinyvit.evaluate.classify import LabelledPictures
+from tinyvit.evaluate.classify import LabelledImages
 from tinyvit.images.decode import decode
 
 from .lists import FileList, Labels, read_csv, read_folder, split
@@ -50,8 +50,8 @@ def hold_out(names: Sequence[str], part: float | str, seed: int = 0) -> tuple[li
         raise ValueError(f"held_out must be a part above 0 and below 1, got {part}")
     if len(names) < 2:
         raise ValueError(
-            f"learning and measuring want at least 2 pictures, got {len(names)}; measuring on a "
-            "picture that was learnt from says nothing"
+            f"learning and measuring want at least 2 images, got {len(names)}; measuring on a "
+            "image that was learnt from says nothing"
         )
     drawn = {name: _number(name, seed) for name in names}
     held = {name for name, number in drawn.items() if number < part}
@@ -68,8 +68,8 @@ def _by_folder(names: Sequence[str], folder: str) -> tuple[list[str], list[str]]
     held = [name for name in names if name.startswith(prefix)]
     if not learnt or not held:
         raise ValueError(
-            f"held_out={folder!r} leaves {len(learnt)} pictures to learn from and {len(held)} to "
-            "measure on; wanted a folder below the pictures' with some of them"
+            f"held_out={folder!r} leaves {len(learnt)} images to learn from and {len(held)} to "
+            "measure on; wanted a folder below the images' with some of them"
         )
     return learnt, held
 
@@ -88,14 +88,14 @@ _TRIES = 20
 
 @dataclass(frozen=True)
 class Subset:
-    """Some pictures of a list.
+    """Some images of a list.
 
     Attributes:
         whole: The list.
         indices: [N] int64, which of it.
     """
 
-    whole: LabelledPictures
+    whole: LabelledImages
     indices: Labels
 
     def __len__(self) -> int:
@@ -108,21 +108,21 @@ class Subset:
 
     @property
     def labels(self) -> Labels:
-        """[N] int64, number of each picture's class."""
+        """[N] int64, number of each image's class."""
         return self.whole.labels[self.indices]
 
     def name(self, index: int) -> str:
-        """What to call a picture in messages."""
+        """What to call an image in messages."""
         return self.whole.name(int(self.indices[index]))
 
     def source(self, index: int) -> Path | bytes:
-        """Where a picture is read from."""
+        """Where an image is read from."""
         return self.whole.source(int(self.indices[index]))
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Two parts that share no picture.
+    """Two parts that share no image.
 
     Attributes:
         train: What is learnt from.
@@ -130,8 +130,8 @@ class DataSet:
         origin: Where both come from, in words.
     """
 
-    train: LabelledPictures
-    val: LabelledPictures
+    train: LabelledImages
+    val: LabelledImages
     origin: str
 
     @property
@@ -147,7 +147,7 @@ def open_data_set(
     val_part: float = 0.1,
     split_seed: int = 0,
 ) -> DataSet:
-    """Open labelled pictures and part them.
+    """Open labelled images and part them.
 
     Args:
         data: A folder with one subfolder for each class; a folder with such folders ``train`` and
@@ -162,11 +162,11 @@ def open_data_set(
         The two parts.
 
     Raises:
-        ValueError: The data cannot be read, a class has no picture to learn from, or nothing can
+        ValueError: The data cannot be read, a class has no image to learn from, or nothing can
             be held out.
 
     Warns:
-        UserWarning: A class has no picture to be measured on.
+        UserWarning: A class has no image to be measured on.
     """
     path = Path(data)
     if val is not None:
@@ -181,7 +181,7 @@ def open_data_set(
         listed, parts = read_csv(path)
         if parts is not None:
             return _by_column(listed, parts, path)
-        whole: LabelledPictures = listed
+        whole: LabelledImages = listed
     else:
         whole = open_part(path)
     kept, out = split(whole.labels, val_part, split_seed)
@@ -189,23 +189,21 @@ def open_data_set(
     return DataSet(Subset(whole, kept), Subset(whole, out), words)
 
 
-def open_part(
-    data: str | os.PathLike[str], classes: Sequence[str] | None = None
-) -> LabelledPictures:
-    """Open labelled pictures as they are, without parting them.
+def open_part(data: str | os.PathLike[str], classes: Sequence[str] | None = None) -> LabelledImages:
+    """Open labelled images as they are, without parting them.
 
     Args:
         data: A folder of classes, a CSV file, or tar files, as for ``open_data_set``.
         classes: The classes to number by; None: those of the data.
 
     Returns:
-        The pictures.
+        The images.
 
     Raises:
         ValueError: The data cannot be read or does not fit ``classes``.
 
     Warns:
-        UserWarning: ``classes`` are given and some have no picture here.
+        UserWarning: ``classes`` are given and some have no image here.
     """
     path = Path(data)
     if path.suffix.lower() in (".csv", ".tsv"):
@@ -222,51 +220,51 @@ def open_part(
 
 
 def read_one(
-    pictures: LabelledPictures,
+    images: LabelledImages,
     index: int,
     rng: np.random.Generator,
     on_broken: OnBroken = "skip",
 ) -> tuple[int, NDArray[np.uint8], dict[str, str]]:
-    """Read a picture to learn from; where it is broken, another one that ``rng`` draws.
+    """Read an image to learn from; where it is broken, another one that ``rng`` draws.
 
     Args:
-        pictures: The list.
+        images: The list.
         index: Which of it.
-        rng: Drawn from only where a picture is broken.
-        on_broken: "skip", or "error" to raise for the first broken picture.
+        rng: Drawn from only where an image is broken.
+        on_broken: "skip", or "error" to raise for the first broken image.
 
     Returns:
-        (index of the picture that was read, RGB [H, W, 3] uint8, reason by name of each broken
+        (index of the image that was read, RGB [H, W, 3] uint8, reason by name of each broken
         one).
 
     Raises:
-        ImageError: A picture is broken and ``on_broken`` is "error", or many were in a row.
+        ImageError: An image is broken and ``on_broken`` is "error", or many were in a row.
     """
     broken: dict[str, str] = {}
     for _ in range(_TRIES):
         try:
-            return index, decode(pictures.source(index)), broken
+            return index, decode(images.source(index)), broken
         except ImageError as err:
             if on_broken == "error":
-                raise ImageError(f"{pictures.name(index)}: {err}") from err
-            broken[pictures.name(index)] = str(err)
-            index = int(rng.integers(len(pictures)))
+                raise ImageError(f"{images.name(index)}: {err}") from err
+            broken[images.name(index)] = str(err)
+            index = int(rng.integers(len(images)))
     name, reason = next(iter(broken.items()))
     raise ImageError(
-        f"{_TRIES} pictures drawn in a row were broken, the first is {name!r} ({reason}); most of "
+        f"{_TRIES} images drawn in a row were broken, the first is {name!r} ({reason}); most of "
         "the data cannot be read"
     )
 
 
-def fingerprint(pictures: LabelledPictures) -> str:
+def fingerprint(images: LabelledImages) -> str:
     """SHA-256 of the names, labels and classes of a list, in order: tells data sets apart.
 
-    The pictures themselves are not read.
+    The images themselves are not read.
     """
-    digest = hashlib.sha256(repr(tuple(pictures.classes)).encode())
-    labels = pictures.labels
-    for index in range(len(pictures)):
-        digest.update(f"{pictures.name(index)}\0{labels[index]}\n".encode())
+    digest = hashlib.sha256(repr(tuple(images.classes)).encode())
+    labels = images.labels
+    for index in range(len(images)):
+        digest.update(f"{images.name(index)}\0{labels[index]}\n".encode())
     return digest.hexdigest()
 
 
@@ -281,7 +279,7 @@ def _by_column(listed: FileList, parts: tuple[str, ...], path: Path) -> DataSet:
     train = np.flatnonzero([kind in TRAIN_NAMES for kind in kinds])
     val = np.flatnonzero([kind in VAL_NAMES for kind in kinds])
     if strange or not len(train) or not len(val):
-        came = f"the values {strange}" if strange else f"{len(train)} and {len(val)} pictures"
+        came = f"the values {strange}" if strange else f"{len(train)} and {len(val)} images"
         raise ValueError(
             f"the column 'split' of {str(path)!r} has {came}; wanted 'train' and 'val', each at "
             "least once"
@@ -289,5 +287,5 @@ def _by_column(listed: FileList, parts: tuple[str, ...], path: Path) -> DataSet:
     lacking = set(range(len(listed.classes))) - set(listed.labels[train].tolist())
     if lacking:
         names = ", ".join(repr(listed.classes[number]) for number in sorted(lacking))
-        raise ValueError(f"classes of {str(path)!r} with no picture in 'train': {names}")
+        raise ValueError(f"classes of {str(path)!r} with no image in 'train': {names}")
     return DataSet(Subset(listed, train), Subset(listed, val), f"{path}, by its column 'split'")

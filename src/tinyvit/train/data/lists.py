@@ -1,10 +1,10 @@
-"""Labelled pictures in folders and in CSV files, and the split into two parts.
+"""Labelled images in folders and in CSV files, and the split into two parts.
 
 A folder has one subfolder for each class; a CSV file has a path and a label in each line. Both
-become a ``FileList``: names, numbers of classes, and where each picture lies. Pictures are listed
+become a ``FileList``: names, numbers of classes, and where each image lies. Images are listed
 here and never opened: what is wrong with one shows when it is read.
 
-Letters: N pictures.
+Letters: N images.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class FileList:
-    """Labelled pictures that are files.
+    """Labelled images that are files.
 
     Attributes:
         root: The folder that ``names`` are relative to.
-        names: Path of each picture, with slashes.
-        labels: [N] int64, number of each picture's class.
+        names: Path of each image, with slashes.
+        labels: [N] int64, number of each image's class.
         classes: Names of the classes, in the order of their numbers.
     """
 
@@ -50,18 +50,18 @@ class FileList:
         return len(self.names)
 
     def name(self, index: int) -> str:
-        """What to call a picture in messages."""
+        """What to call an image in messages."""
         return self.names[index]
 
     def source(self, index: int) -> Path | bytes:
-        """Where a picture is read from."""
+        """Where an image is read from."""
         return self.root / self.names[index]
 
 
 def read_folder(folder: str | os.PathLike[str], classes: Sequence[str] | None = None) -> FileList:
     """List a folder that has one subfolder for each class.
 
-    The name of a subfolder is the class; pictures may lie at any depth in it. Hidden files and
+    The name of a subfolder is the class; images may lie at any depth in it. Hidden files and
     folders do not count.
 
     Args:
@@ -70,29 +70,29 @@ def read_folder(folder: str | os.PathLike[str], classes: Sequence[str] | None = 
             the folder, sorted by name.
 
     Returns:
-        The pictures, sorted by class and name.
+        The images, sorted by class and name.
 
     Raises:
-        ValueError: No such folder, no class folders, a class without pictures, or a class that is
+        ValueError: No such folder, no class folders, a class without images, or a class that is
             not in ``classes``.
 
     Warns:
-        UserWarning: ``classes`` are given and some have no picture here.
+        UserWarning: ``classes`` are given and some have no image here.
     """
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"there is no folder {str(root)!r}; check the path")
     there = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    found = {name: sorted(_pictures(root, name)) for name in there}
+    found = {name: sorted(_images(root, name)) for name in there}
     if not any(found.values()):
         raise ValueError(
-            f"{str(root)!r} has no subfolders with pictures; wanted one subfolder for each class, "
-            f"with pictures of {' '.join(SUFFIXES)}"
+            f"{str(root)!r} has no subfolders with images; wanted one subfolder for each class, "
+            f"with images of {' '.join(SUFFIXES)}"
         )
     empty = [name for name in there if not found[name]]
     if empty:
         raise ValueError(
-            f"{_these('class', empty, 'es')} in {str(root)!r} without a picture; put pictures "
+            f"{_these('class', empty, 'es')} in {str(root)!r} without an image; put images "
             "there or remove the folder"
         )
     names = [name for group in found.values() for name in group]
@@ -104,7 +104,7 @@ def read_folder(folder: str | os.PathLike[str], classes: Sequence[str] | None = 
 def read_csv(
     path: str | os.PathLike[str], classes: Sequence[str] | None = None
 ) -> tuple[FileList, tuple[str, ...] | None]:
-    """List the pictures of a CSV file.
+    """List the images of a CSV file.
 
     A first line that names its columns (``path``, ``label`` and, if wanted, ``split``; a few usual
     other names are understood) is a header; without one the first two columns are the path and the
@@ -116,15 +116,15 @@ def read_csv(
             whole numbers).
 
     Returns:
-        The pictures in the file's order, and the text of each one's ``split`` column, or None
+        The images in the file's order, and the text of each one's ``split`` column, or None
         without one.
 
     Raises:
         ValueError: The file cannot be read, has no rows, a row is too short, a label is empty or
-            not in ``classes``, or pictures are not there.
+            not in ``classes``, or images are not there.
 
     Warns:
-        UserWarning: ``classes`` are given and some have no picture here.
+        UserWarning: ``classes`` are given and some have no image here.
     """
     path = Path(path)
     rows = _rows(path)
@@ -149,7 +149,7 @@ def read_csv(
     lost = [name for name in names if not (path.parent / name).is_file()]
     if lost:
         raise ValueError(
-            f"{len(lost)} of {len(names)} pictures of {str(path)!r} are not there: "
+            f"{len(lost)} of {len(names)} images of {str(path)!r} are not there: "
             f"{_some(lost)}; paths are relative to {str(path.parent)!r}"
         )
     labels, known = number_classes(texts, classes, str(path))
@@ -163,7 +163,7 @@ def number_classes(
     """Turn names of classes into numbers.
 
     Args:
-        texts: The class of each picture.
+        texts: The class of each image.
         classes: The classes to number by; None: those of ``texts``, sorted (as numbers, if all are
             whole numbers).
         origin: What to call the data in messages.
@@ -196,16 +196,16 @@ def number_classes(
         lacking = [name for name in known if name not in distinct]
         if lacking:
             warnings.warn(
-                f"{_these('class', lacking, 'es')} without a picture in {origin}", stacklevel=3
+                f"{_these('class', lacking, 'es')} without an image in {origin}", stacklevel=3
             )
     numbers = {name: number for number, name in enumerate(known)}
     return np.array([numbers[text] for text in texts], dtype=np.int64), known
 
 
 def split(labels: Labels, part: float, seed: int) -> tuple[Labels, Labels]:
-    """Choose pictures to hold out, the same part of each class.
+    """Choose images to hold out, the same part of each class.
 
-    A class of two or more pictures gives at least one and keeps at least one; a class of one keeps
+    A class of two or more images gives at least one and keeps at least one; a class of one keeps
     it for training.
 
     Args:
@@ -234,16 +234,16 @@ def split(labels: Labels, part: float, seed: int) -> tuple[Labels, Labels]:
             held.append(rng.permutation(of_class)[:count])
     if not held:
         raise ValueError(
-            f"nothing can be held out: {len(labels)} pictures and no class with more than one; a "
-            "picture cannot be learnt from and measured on. Add pictures, or give a part of its "
+            f"nothing can be held out: {len(labels)} images and no class with more than one; an "
+            "image cannot be learnt from and measured on. Add images, or give a part of its "
             "own for validation"
         )
     out = np.sort(np.concatenate(held)).astype(np.int64)
     return np.setdiff1d(np.arange(len(labels), dtype=np.int64), out), out
 
 
-def _pictures(root: Path, name: str) -> Iterator[str]:
-    """The pictures of one class, relative to the root."""
+def _images(root: Path, name: str) -> Iterator[str]:
+    """The images of one class, relative to the root."""
     for place, folders, files in os.walk(root / name):
         folders[:] = [folder for folder in folders if not folder.startswith(".")]
         for file in files:

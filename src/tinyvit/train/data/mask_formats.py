@@ -1,11 +1,11 @@
 """One object's mask as a data set writes it down: polygons, run lengths, a file; made a mask.
 
-Each outline knows the size of the picture that it was drawn on, as far as its format says, and
+Each outline knows the size of the image that it was drawn on, as far as its format says, and
 becomes pixels only when asked, so that a data set of a million objects fits into memory. A pixel
 belongs to a polygon if its centre lies inside (even-odd rule); the polygons of one object are
 joined, as in COCO.
 
-Knows no data set. Shapes: H W the picture.
+Knows no data set. Shapes: H W the image.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tinyvit.sam.mask_ops import decode as decode_rle
 Mask = NDArray[np.bool_]
 Size = tuple[int, int]
 
-_VOID = 255  # of a palette picture: the uncertain edge in Pascal VOC's masks
+_VOID = 255  # of a palette image: the uncertain edge in Pascal VOC's masks
 _PLAINLY_LARGE = 8.0  # pixels: a polygon of such a width and area has pixels for certain
 
 
@@ -37,10 +37,10 @@ class Outline(Protocol):
     """What can be made a mask."""
 
     def mask(self, size: Size) -> Mask:
-        """The mask [H, W] bool in a picture of this size.
+        """The mask [H, W] bool in an image of this size.
 
         Raises:
-            ValueError: The outline is of a picture of another size, or damaged.
+            ValueError: The outline is of an image of another size, or damaged.
             ImageError: Its file cannot be read.
         """
         ...
@@ -60,7 +60,7 @@ class Polygons:
     """An object as polygons.
 
     Attributes:
-        rings: Each at least three points, [P, 2] (x, y) in pixels of the picture.
+        rings: Each at least three points, [P, 2] (x, y) in pixels of the image.
     """
 
     rings: tuple[NDArray[np.float64], ...]
@@ -88,7 +88,7 @@ class Polygons:
         return cls(tuple(arrays))
 
     def mask(self, size: Size) -> Mask:
-        """As ``Outline.mask``; what lies outside of the picture is cut off."""
+        """As ``Outline.mask``; what lies outside of the image is cut off."""
         joined = np.zeros(size, np.bool_)
         for ring in self.rings:
             joined |= fill_polygon(ring, size)
@@ -172,15 +172,15 @@ class MaskFile:
 
 
 def read_mask_file(path: Path, *, is_one_object: bool) -> NDArray[np.int64]:
-    """Read a picture of masks.
+    """Read an image of masks.
 
     Args:
         path: PNG, or anything that Pillow reads without loss.
         is_one_object: Whether the file shows one object: what is brighter than half of the
-            brightest possible value, or, in a picture of 0 and 1 or of a palette, what is not 0.
+            brightest possible value, or, in an image of 0 and 1 or of a palette, what is not 0.
             Otherwise each pixel holds an object's id, see ``object_ids``: grey, or a palette's
             number (there 255 is nobody's), or a colour of its own for each object, and 0 or black
-            for none. An 8-bit grey picture with the value 255 holds one soft or hard mask all the
+            for none. An 8-bit grey image with the value 255 holds one soft or hard mask all the
             same.
 
     Returns:
@@ -218,7 +218,7 @@ def read_mask_file(path: Path, *, is_one_object: bool) -> NDArray[np.int64]:
 
 
 def object_ids(ids: NDArray[np.int64]) -> list[int]:
-    """The ids in a picture of ids, without 0."""
+    """The ids in an image of ids, without 0."""
     return [int(value) for value in np.unique(ids) if value]
 
 
@@ -258,12 +258,12 @@ def _area(ring: NDArray[np.float64]) -> float:
 
 def _check_not_empty(mask: Mask) -> None:
     if not mask.any():
-        raise ValueError("the mask is empty: no pixel of the picture belongs to it")
+        raise ValueError("the mask is empty: no pixel of the image belongs to it")
 
 
 def _wrong_size(what: str, came: Size | tuple[int, ...], wanted: Size) -> str:
     return (
-        f"{what} {came[1]} x {came[0]} pixels (width x height), but the picture is "
+        f"{what} {came[1]} x {came[0]} pixels (width x height), but the image is "
         f"{wanted[1]} x {wanted[0]}"
     )
 
@@ -271,24 +271,24 @@ def _wrong_size(what: str, came: Size | tuple[int, ...], wanted: Size) -> str:
 pass
 
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm")
 MASKS = (".png", ".tif", ".tiff", ".bmp", ".gif", ".webp")
 
-_PICTURE_COLUMNS = ("picture", "image", "file_name", "filename")
+_IMAGE_COLUMNS = ("picture", "image", "file_name", "filename")
 _CIRCLE = 72  # corners of the polygon that stands for a circle
 
 
 @dataclass
 class Draft:
-    """One picture and its outlines as a data set names them; nothing is checked yet.
+    """One image and its outlines as a data set names them; nothing is checked yet.
 
     Attributes:
-        picture: Its file.
+        image: Its file.
         objects: (outline, label) of each object.
-        size: (H, W) that the data set says the picture has; None if it says nothing.
+        size: (H, W) that the data set says the image has; None if it says nothing.
     """
 
-    picture: Path
+    image: Path
     objects: list[tuple[Outline, str]] = field(default_factory=list)
     size: tuple[int, int] | None = None
 
@@ -301,7 +301,7 @@ def read_drafts(path: Path, images: Path | None) -> Drafts:
 
     Args:
         path: A JSON, a CSV or a folder.
-        images: Folder of the pictures; None for the one that ``path`` implies.
+        images: Folder of the images; None for the one that ``path`` implies.
 
     Returns:
         (drafts in the order of the data set, faults).
@@ -312,7 +312,7 @@ def read_drafts(path: Path, images: Path | None) -> Drafts:
     if not path.exists():
         raise ValueError(f"there is nothing at {path}; give a JSON, a CSV or a folder of masks")
     if images is not None and not images.is_dir():
-        raise ValueError(f"images={str(images)!r} is no folder; wanted the folder of the pictures")
+        raise ValueError(f"images={str(images)!r} is no folder; wanted the folder of the images")
     if path.is_file():
         return _read_file(path, images)
     manifests = sorted(path.glob("*.csv"))
@@ -330,8 +330,8 @@ def read_drafts(path: Path, images: Path | None) -> Drafts:
         return _read_folders(folder, masks)
     raise ValueError(
         f"{path} is no data set that is known: wanted one JSON of COCO, JSON files of labelme, one "
-        "CSV with the columns picture and mask, or the folders images and masks in it; or say with "
-        "images=... where the pictures of these masks are"
+        "CSV with the columns image and mask, or the folders images and masks in it; or say with "
+        "images=... where the images of these masks are"
     )
 
 
@@ -377,7 +377,7 @@ def _read_coco(content: Mapping[str, Any], path: Path, images: Path | None) -> D
     names = {row.get("id"): str(row.get("name", "")) for row in content.get("categories", [])}
     for row in content.get("images", []):
         if "id" not in row or "file_name" not in row:
-            faults.append(f"{path}: a picture without 'id' or 'file_name': {_short(row)}")
+            faults.append(f"{path}: an image without 'id' or 'file_name': {_short(row)}")
             continue
         size = (int(row["height"]), int(row["width"])) if "height" in row else None
         drafts[row["id"]] = Draft(_find(row["file_name"], folders), [], size)
@@ -385,7 +385,7 @@ def _read_coco(content: Mapping[str, Any], path: Path, images: Path | None) -> D
         what = f"{path}, annotation {row.get('id')}"
         draft = drafts.get(row.get("image_id"))
         if draft is None:
-            faults.append(f"{what}: there is no picture with the id {row.get('image_id')!r}")
+            faults.append(f"{what}: there is no image with the id {row.get('image_id')!r}")
         elif row.get("iscrowd"):
             faults.append(f"{what}: a crowd is no single object")
         else:
@@ -424,10 +424,10 @@ def _read_labelme(paths: list[Path], images: Path | None) -> Drafts:
             faults.append(f"{path} is no file of labelme: it has no list 'shapes'")
             continue
         name = Path(str(content.get("imagePath") or path.stem).replace("\\", "/"))
-        picture = _find(str(name), [path.parent] if images is None else [images])
+        image = _find(str(name), [path.parent] if images is None else [images])
         sides = content.get("imageHeight"), content.get("imageWidth")
         size = (int(sides[0]), int(sides[1])) if sides[0] and sides[1] else None
-        drafts.append(Draft(picture, _labelme_objects(content["shapes"], path, faults), size))
+        drafts.append(Draft(image, _labelme_objects(content["shapes"], path, faults), size))
     return drafts, faults
 
 
@@ -476,7 +476,7 @@ def _read_csv(path: Path, images: Path | None) -> Drafts:
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
-        column = next((name for name in _PICTURE_COLUMNS if name in columns), None)
+        column = next((name for name in _IMAGE_COLUMNS if name in columns), None)
         if column is None or "mask" not in columns:
             raise ValueError(
                 f"{path} must have the columns 'picture' (or 'image') and 'mask'; it has "
@@ -488,39 +488,39 @@ def _read_csv(path: Path, images: Path | None) -> Drafts:
             if not row[column] or not row["mask"]:
                 faults.append(f"{path}, line {reader.line_num}: no {column} or no mask is named")
                 continue
-            picture = _find(row[column], folders)
+            image = _find(row[column], folders)
             mask = _find(row["mask"], [here, here / "masks"])
-            draft = drafts.setdefault(picture, Draft(picture))
+            draft = drafts.setdefault(image, Draft(image))
             draft.objects.append((MaskFile(mask), row.get("label") or ""))
     return list(drafts.values()), faults
 
 
-def _read_folders(pictures: Path, masks: Path) -> Drafts:
+def _read_folders(images: Path, masks: Path) -> Drafts:
     faults: list[str] = []
     drafts: dict[str, Draft] = {}
-    for picture in _files(pictures, PICTURES):
-        if picture.stem in drafts:
-            faults.append(f"{picture} has the stem of {drafts[picture.stem].picture.name}")
+    for image in _files(images, IMAGES):
+        if image.stem in drafts:
+            faults.append(f"{image} has the stem of {drafts[image.stem].image.name}")
         else:
-            drafts[picture.stem] = Draft(picture)
+            drafts[image.stem] = Draft(image)
     for mask in _files(masks, MASKS):
         draft = drafts.get(mask.stem)
         if draft is not None:
             _add_ids(draft, mask, faults)
             continue
         stem = mask.stem
-        while "_" in stem and stem not in drafts:  # the longest stem that is a picture's
+        while "_" in stem and stem not in drafts:  # the longest stem that is an image's
             stem = stem.rpartition("_")[0]
         if stem in drafts:
             drafts[stem].objects.append((MaskFile(mask), ""))
         else:
-            faults.append(f"{mask} belongs to no picture in {pictures}")
+            faults.append(f"{mask} belongs to no image in {images}")
     for folder in sorted(place for place in masks.iterdir() if place.is_dir()):
         for mask in _files(folder, MASKS):
             if folder.name in drafts:
                 drafts[folder.name].objects.append((MaskFile(mask), ""))
             else:
-                faults.append(f"{mask} belongs to no picture in {pictures}")
+                faults.append(f"{mask} belongs to no image in {images}")
     return list(drafts.values()), faults
 
 

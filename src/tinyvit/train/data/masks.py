@@ -1,11 +1,11 @@
-"""Pictures with the masks of their objects, in any of the usual conventions; checked when opened.
+"""Images with the masks of their objects, in any of the usual conventions; checked when opened.
 
 ``open_mask_set`` recognises COCO's JSON, labelme's JSON, folders of mask PNGs and CSV manifests
 (``mask_formats.py`` says how each is laid out). Everything that does not fit (a missing or broken
-picture, a mask of another size, an empty mask) is left out, counted and named in ``faults``, or is
+image, a mask of another size, an empty mask) is left out, counted and named in ``faults``, or is
 an error by choice; nothing is left out silently.
 
-Knows no model. Shapes: N objects of a picture, H W the picture.
+Knows no model. Shapes: N objects of an image, H W the image.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ _SHOWN = 5  # faults that an error names
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture and the outlines of its objects.
+    """One image and the outlines of its objects.
 
     Attributes:
-        picture: Its file.
+        image: Its file.
         outlines: One for each object.
         labels: What each object is called; empty text where nothing is known.
     """
 
-    picture: Path
+    image: Path
     outlines: tuple[Outline, ...]
     labels: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        """The picture's file name."""
-        return self.picture.name
+        """The image's file name."""
+        return self.image.name
 
     def __len__(self) -> int:
         return len(self.outlines)
 
     def load(self) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """Read the picture and draw its masks.
+        """Read the image and draw its masks.
 
         Returns:
             (RGB [H, W, 3] uint8, masks [N, H, W] bool).
 
         Raises:
-            ImageError: The picture or a mask's file cannot be read.
+            ImageError: The image or a mask's file cannot be read.
             ValueError: A mask has become one of another size since the set was opened.
         """
-        image = decode(self.picture)
+        image = decode(self.image)
         size = image.shape[0], image.shape[1]
         masks = np.zeros((len(self), *size), np.bool_)
         read: dict[Path, NDArray[np.int64]] = {}
@@ -76,11 +76,11 @@ class Scene:
 
 @dataclass(frozen=True)
 class MaskSet(Sequence[Scene]):
-    """Pictures with masks; a sequence of scenes.
+    """Images with masks; a sequence of scenes.
 
     Attributes:
         source: Where it was read from.
-        scenes: The pictures that have at least one good mask.
+        scenes: The images that have at least one good mask.
         faults: What was left out and why, a sentence each.
     """
 
@@ -105,23 +105,23 @@ class MaskSet(Sequence[Scene]):
 
     @property
     def objects(self) -> int:
-        """Masks of all pictures together."""
+        """Masks of all images together."""
         return sum(map(len, self.scenes))
 
     def describe(self) -> str:
         """One line for a person: how many of what, and what was left out."""
-        text = f"{self.source}: {len(self)} pictures with {self.objects} masks"
+        text = f"{self.source}: {len(self)} images with {self.objects} masks"
         if not self.faults:
             return text
         more = f", and {len(self.faults) - 1} more" if len(self.faults) > 1 else ""
         return f"{text}; left out {len(self.faults)}: {self.faults[0]}{more}"
 
     def split(self, share: float, seed: int = 0) -> tuple[MaskSet, MaskSet]:
-        """Divide by picture, by chance.
+        """Divide by image, by chance.
 
         Args:
-            share: Of the pictures that go to the second part, 0 to 1; where the set has two
-                pictures or more, each part gets at least one.
+            share: Of the images that go to the second part, 0 to 1; where the set has two
+                images or more, each part gets at least one.
             seed: The same seed always divides alike.
 
         Returns:
@@ -149,15 +149,15 @@ def open_mask_set(
     on_fault: Literal["skip", "error"] = "skip",
     check_pixels: bool = False,
 ) -> MaskSet:
-    """Open pictures with masks, and check that they fit each other.
+    """Open images with masks, and check that they fit each other.
 
     Args:
-        path: A JSON of COCO; a CSV with the columns ``picture`` (or ``image``) and ``mask``; or a
+        path: A JSON of COCO; a CSV with the columns ``image`` (or ``image``) and ``mask``; or a
             folder: with one of these in it, with labelme's JSON files, or with ``images/`` and
             ``masks/``.
-        images: Folder of the pictures, where it is not the one that ``path`` implies.
+        images: Folder of the images, where it is not the one that ``path`` implies.
         on_fault: What does not fit is left out and named ("skip"), or an error.
-        check_pixels: Decode every picture now, not only its header: a broken one is found here
+        check_pixels: Decode every image now, not only its header: a broken one is found here
             instead of in the middle of the training.
 
     Returns:
@@ -180,27 +180,27 @@ def open_mask_set(
         shown = "; ".join(faults[:_SHOWN])
         more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         advice = "" if not scenes else "; repair them, or leave them out with on_fault='skip'"
-        what = "has faults" if scenes else "has no picture with a good mask"
+        what = "has faults" if scenes else "has no image with a good mask"
         raise ValueError(f"{path} {what}: {shown}{more}{advice}")
     if not scenes:
-        raise ValueError(f"{path} holds no pictures with masks")
+        raise ValueError(f"{path} holds no images with masks")
     return MaskSet(str(path), tuple(scenes), tuple(faults))
 
 
 def _checked(draft: Draft, check_pixels: bool) -> tuple[Scene | None, list[str]]:
     """The good part of a draft, if any, and what is wrong with the rest."""
     try:
-        size = read_size(draft.picture)
+        size = read_size(draft.image)
         if check_pixels:
-            decode(draft.picture)
+            decode(draft.image)
     except ImageError as err:
         return None, [str(err)]
     faults: list[str] = []
     if draft.size is not None and draft.size != size:
         height, width = draft.size
         faults.append(
-            f"{draft.picture}: its masks are for {width} x {height} pixels (width x height), but "
-            f"the picture is {size[1]} x {size[0]} when upright"
+            f"{draft.image}: its masks are for {width} x {height} pixels (width x height), but "
+            f"the image is {size[1]} x {size[0]} when upright"
         )
         return None, faults
     good: list[tuple[Outline, str]] = []
@@ -208,10 +208,10 @@ def _checked(draft: Draft, check_pixels: bool) -> tuple[Scene | None, list[str]]
         try:
             outline.check(size)
         except (ImageError, ValueError) as err:
-            faults.append(f"{draft.picture}, object {number}: {err}")
+            faults.append(f"{draft.image}, object {number}: {err}")
         else:
             good.append((outline, label))
     if not good:
-        return None, faults or [f"{draft.picture} has no masks"]
+        return None, faults or [f"{draft.image} has no masks"]
     outlines, labels = zip(*good, strict=True)
-    return Scene(draft.picture, outlines, labels), faults
+    return Scene(draft.image, outlines, labels), faults

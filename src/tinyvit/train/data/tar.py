@@ -1,11 +1,11 @@
-"""Labelled pictures in tar files, in the layout of WebDataset, read at random.
+"""Labelled images in tar files, in the layout of WebDataset, read at random.
 
 A sample is the members that share a name up to the first dot: ``000000.jpg`` and ``000000.cls``
-(or ``000000.json``). The tar files are walked once, for an index of where each picture's bytes lie;
-it is kept in a file beside them, so that the next start takes no time. Reading a picture afterwards
+(or ``000000.json``). The tar files are walked once, for an index of where each image's bytes lie;
+it is kept in a file beside them, so that the next start takes no time. Reading an image afterwards
 is one seek, in any order and in any process. Compressed tar files have no such places.
 
-Letters: N pictures.
+Letters: N images.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ logger = logging.getLogger("tinyvit")
 
 @dataclass(frozen=True)
 class TarShards:
-    """Labelled pictures in tar files.
+    """Labelled images in tar files.
 
     Attributes:
         shards: The tar files.
-        names: Name of each picture, ``shard/member``.
+        names: Name of each image, ``shard/member``.
         shard: [N] int64, number of the tar file.
-        offset: [N] int64, byte at which the picture begins.
+        offset: [N] int64, byte at which the image begins.
         size: [N] int64, its bytes.
         labels: [N] int64, number of its class.
         classes: Names of the classes, in the order of their numbers.
@@ -62,11 +62,11 @@ class TarShards:
         return len(self.names)
 
     def name(self, index: int) -> str:
-        """What to call a picture in messages."""
+        """What to call an image in messages."""
         return self.names[index]
 
     def source(self, index: int) -> Path | bytes:
-        """The bytes of a picture's file.
+        """The bytes of an image's file.
 
         Raises:
             ImageError: The tar file is gone or has become shorter.
@@ -119,14 +119,14 @@ def read_shards(
             place cannot be written, the index is in memory only.
 
     Returns:
-        The pictures, in the order of the files.
+        The images, in the order of the files.
 
     Raises:
-        ValueError: A tar file is cut short, damaged or compressed; a picture has no label or a
-            label no picture; or the labels do not fit ``classes``.
+        ValueError: A tar file is cut short, damaged or compressed; an image has no label or a
+            label no image; or the labels do not fit ``classes``.
 
     Warns:
-        UserWarning: ``classes`` are given and some have no picture here.
+        UserWarning: ``classes`` are given and some have no image here.
     """
     if not shards:
         raise ValueError("wanted at least one tar file, got none")
@@ -155,26 +155,26 @@ def _index(shards: Sequence[Path]) -> _Index:
     places: list[tuple[int, int, int]] = []
     texts: list[str] = []
     for number, path in enumerate(shards):
-        pictures: dict[str, tuple[str, int, int]] = {}
+        images: dict[str, tuple[str, int, int]] = {}
         labels: dict[str, str] = {}
         for key, suffix, member, content in _members(path):
             if suffix in SUFFIXES:
-                pictures[key] = (member.name, member.offset_data, member.size)
+                images[key] = (member.name, member.offset_data, member.size)
             elif content is not None and (suffix == ".cls" or key not in labels):
                 labels[key] = _label(content, suffix, f"{path.name}/{member.name}")
-        lost = [key for key in pictures if key not in labels]
+        lost = [key for key in images if key not in labels]
         if lost:
             raise ValueError(
-                f"{len(lost)} pictures of {str(path)!r} have no label, the first is {lost[0]!r}; "
+                f"{len(lost)} images of {str(path)!r} have no label, the first is {lost[0]!r}; "
                 f"wanted {lost[0]}.cls or {lost[0]}.json beside it"
             )
-        for key, (name, offset, size) in pictures.items():
+        for key, (name, offset, size) in images.items():
             names.append(f"{path.name}/{name}")
             places.append((number, offset, size))
             texts.append(labels[key])
     if not names:
         raise ValueError(
-            f"there are no pictures in {len(shards)} tar files, the first is {str(shards[0])!r}; "
+            f"there are no images in {len(shards)} tar files, the first is {str(shards[0])!r}; "
             "wanted members such as 000000.jpg and 000000.cls"
         )
     return names, np.array(places, dtype=np.int64).T, texts

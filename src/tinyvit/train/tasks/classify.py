@@ -26,7 +26,7 @@ from tinyvit.catalog import DEFAULT_CHECKPOINT, get_variant
 from tinyvit.checkpoints.files import classes_in, header_for, image_spec_in, write_state_dict
 from tinyvit.checkpoints.open import open_checkpoint
 from tinyvit.errors import CheckpointError, ImageError
-from tinyvit.evaluate.classify import LabelledPictures, hits_in_top
+from tinyvit.evaluate.classify import LabelledImages, hits_in_top
 from tinyvit.factory import create_model
 from tinyvit.image_spec import ImageSpec
 from tinyvit.inference.engine import prepare
@@ -159,12 +159,12 @@ def mix(
 
     Args:
         images: [B, 3, H, W].
-        targets: [B, K], a distribution over the classes for each picture.
+        targets: [B, K], a distribution over the classes for each image.
         settings: How much.
         generator: On the CPU; all chance comes from here.
 
     Returns:
-        The mixed pictures and targets; new tensors, or the given ones where nothing is mixed. A
+        The mixed images and targets; new tensors, or the given ones where nothing is mixed. A
         target is mixed by the areas that are really seen.
     """
     seed = int(torch.randint(2**62, (), generator=generator))
@@ -198,19 +198,19 @@ def _box(
 
 
 _USUAL_SIZE = 224
-_REDUCTIONS = (4, 8, 16, 32)  # side of a picture over that of each stage's map
+_REDUCTIONS = (4, 8, 16, 32)  # side of an image over that of each stage's map
 _LEAST_WINDOWS = (7, 7, 14, 7)  # those of 224, below which windows are only as small as the map
 
 
 def windows_for(img_size: int) -> tuple[int, ...]:
-    """Window sides of a four-stage classifier for a size of pictures.
+    """Window sides of a four-stage classifier for a size of images.
 
     The published rows follow this rule: 7, 7, 14, 7 at 224; 12, 12, 24, 12 at 384; 16, 16, 32, 16
     at 512. The maps are cut into whole windows where that is possible, and a window is never
     larger than its map.
 
     Args:
-        img_size: Side of the pictures in pixels.
+        img_size: Side of the images in pixels.
 
     Returns:
         One side for each stage, in tokens.
@@ -250,7 +250,7 @@ def build_classifier(
         checkpoint: A name, a file or a folder of ``save_pretrained``; None starts from chance.
             Of a SAM checkpoint the encoder is taken, without the neck and with classifiers'
             strides.
-        img_size: Side of the pictures in pixels; None takes the checkpoint's or variant's, and 224
+        img_size: Side of the images in pixels; None takes the checkpoint's or variant's, and 224
             for a SAM encoder.
         window_sizes: Window sides; None chooses by ``windows_for`` where the size is another one.
         seed: Source of the weights that are new.
@@ -372,7 +372,7 @@ def _from_chance(
 
 
 def _finished(built: TinyViT, natural: ImageSpec | None, size: int | None) -> TinyViT:
-    """Take the neck off, and say how pictures are prepared."""
+    """Take the neck off, and say how images are prepared."""
     if built.neck is not None:
         built.neck = built.neck_dim = None
         built.image_spec = ImageSpec.timm(size or _USUAL_SIZE)
@@ -410,19 +410,19 @@ class ClassifySettings:
         data: A folder of classes, a CSV file, or tar files; see ``data_sets.open_data_set``.
         val: The part to measure on; None takes the one ``data`` names, or holds some out.
         val_part: Part of each class to hold out then.
-        split_seed: Which pictures those are.
+        split_seed: Which images those are.
         model: A variant; None takes the checkpoint's. Without a checkpoint it starts from chance.
         checkpoint: What to start from; None, where no model is named either, takes the embedded
             encoder.
-        img_size: Side of the pictures in pixels; None takes the checkpoint's or variant's.
+        img_size: Side of the images in pixels; None takes the checkpoint's or variant's.
         window_sizes: Window sides; None chooses for ``img_size``.
         augment: "none", "light" (small data sets) or "full" (TinyViT's recipe for ImageNet).
-        flip: Mirror half of the pictures; False for letters and digits.
+        flip: Mirror half of the images; False for letters and digits.
         mixup: Parameter of mixup; 0 for none, 0.8 in TinyViT's recipe.
         cutmix: Parameter of cutmix; 0 for none, 1.0 in TinyViT's recipe.
         smoothing: Part of a label that is spread over all classes.
-        on_broken: "skip" names broken pictures and learns from others instead; "error" stops.
-        val_batch_size: Pictures measured together.
+        on_broken: "skip" names broken images and learns from others instead; "error" stops.
+        val_batch_size: Images measured together.
         seed: Source of the weights that are new.
     """
 
@@ -446,12 +446,12 @@ class ClassifySettings:
 
 @dataclass(frozen=True)
 class ClassifySample:
-    """One picture to learn from.
+    """One image to learn from.
 
     Attributes:
         pixels: [3, h, w] float32, normalised.
         label: Number of its class.
-        broken: Reason by name of each broken picture met on the way.
+        broken: Reason by name of each broken image met on the way.
     """
 
     pixels: NDArray[np.float32]
@@ -466,12 +466,12 @@ class Classify:
     Attributes:
         model: The classifier, trained in place; its ``forward`` gives logits.
         data: What is learnt from and measured on.
-        view: Makes an input of a picture, with chance.
-        mixing: How pictures of a batch are mixed.
+        view: Makes an input of an image, with chance.
+        mixing: How images of a batch are mixed.
         smoothing: Part of a label that is spread over all classes.
-        on_broken: What a broken picture does.
-        val_batch_size: Pictures measured together.
-        broken: Reason by name of each broken picture met so far, in this process.
+        on_broken: What a broken image does.
+        val_batch_size: Images measured together.
+        broken: Reason by name of each broken image met so far, in this process.
     """
 
     model: nn.Module
@@ -486,18 +486,18 @@ class Classify:
     goal: Goal = ("top1", "max")
 
     def __len__(self) -> int:
-        """Training pictures in an epoch."""
+        """Training images in an epoch."""
         return len(self.data.train)
 
     def sample(self, index: int, rng: np.random.Generator) -> ClassifySample:
-        """One picture, as ``view`` makes it; another one that ``rng`` draws where it is broken.
+        """One image, as ``view`` makes it; another one that ``rng`` draws where it is broken.
 
         Args:
             index: 0 to ``len(self) - 1``.
             rng: The only source of chance.
 
         Raises:
-            ImageError: The picture is broken and ``on_broken`` is "error", or many were in a row.
+            ImageError: The image is broken and ``on_broken`` is "error", or many were in a row.
         """
         index, image, broken = read_one(self.data.train, index, rng, self.on_broken)
         return ClassifySample(self.view(image, rng), int(self.data.train.labels[index]), broken)
@@ -536,7 +536,7 @@ class Classify:
         """``top1``, ``loss`` and, with more than five classes, ``top5`` on the held-out part.
 
         Raises:
-            ValueError: No picture of it can be read.
+            ValueError: No image of it can be read.
         """
         figures, broken = measure(model, self.data.val, self.view.spec, self.val_batch_size)
         if broken and self.on_broken == "error":
@@ -572,7 +572,7 @@ def make_task(settings: ClassifySettings) -> Classify:
         DownloadError: The checkpoint cannot be fetched.
 
     Warns:
-        UserWarning: A class has no picture to be measured on.
+        UserWarning: A class has no image to be measured on.
     """
     data = open_data_set(
         settings.data,
@@ -607,48 +607,48 @@ def make_task(settings: ClassifySettings) -> Classify:
 
 
 def spec_of(model: TinyViT) -> ImageSpec:
-    """How pictures are prepared for a model.
+    """How images are prepared for a model.
 
     Raises:
         ValueError: The model does not say.
     """
     if model.image_spec is None:
         raise ValueError(
-            "this model does not say how its pictures are prepared; set model.image_spec, for "
+            "this model does not say how its images are prepared; set model.image_spec, for "
             "example to tinyvit.ImageSpec.timm(224)"
         )
     return model.image_spec
 
 
 def measure(
-    model: nn.Module, pictures: LabelledPictures, spec: ImageSpec, batch_size: int = 64
+    model: nn.Module, images: LabelledImages, spec: ImageSpec, batch_size: int = 64
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Accuracy and loss of a model as it is, without an engine around it.
 
     Args:
         model: In eval mode; gives logits [B, K].
-        pictures: What to measure on.
-        spec: How pictures are prepared.
-        batch_size: Pictures computed together.
+        images: What to measure on.
+        spec: How images are prepared.
+        batch_size: Images computed together.
 
     Returns:
         ``top1``, ``loss`` and, with more than five classes, ``top5``; and the reason by name of
-        each broken picture.
+        each broken image.
 
     Raises:
-        ValueError: No picture can be read.
+        ValueError: No image can be read.
     """
     place = next(model.parameters())
     broken: dict[str, str] = {}
     logits: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.inference_mode():
-        for images, numbers in _batches(pictures, spec, batch_size, broken):
-            logits.append(model(images.to(place)).float().cpu())
+        for inputs, numbers in _batches(images, spec, batch_size, broken):
+            logits.append(model(inputs.to(place)).float().cpu())
             labels.append(numbers)
     if not logits:
         name, reason = next(iter(broken.items()), ("", "there is none"))
-        raise ValueError(f"no picture to measure on can be read; {name}: {reason}")
+        raise ValueError(f"no image to measure on can be read; {name}: {reason}")
     answers, right = torch.cat(logits), torch.cat(labels)
     figures = {
         "top1": float(hits_in_top(answers, right, 1).float().mean()),
@@ -660,16 +660,16 @@ def measure(
 
 
 def _batches(
-    pictures: LabelledPictures, spec: ImageSpec, batch_size: int, broken: dict[str, str]
+    images: LabelledImages, spec: ImageSpec, batch_size: int, broken: dict[str, str]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Prepared pictures [B, 3, h, w] and their labels [B], read ahead in threads."""
-    labels = pictures.labels
-    jobs = (partial(_prepared, pictures, index, spec) for index in range(len(pictures)))
+    """Prepared images [B, 3, h, w] and their labels [B], read ahead in threads."""
+    labels = images.labels
+    jobs = (partial(_prepared, images, index, spec) for index in range(len(images)))
     good: list[tuple[Tensor, int]] = []
     workers = choose_workers()
     for index, made in enumerate(read_ahead(jobs, workers=workers, ahead=batch_size + workers)):
         if isinstance(made, ImageError):
-            broken[pictures.name(index)] = str(made)
+            broken[images.name(index)] = str(made)
         else:
             good.append((made, int(labels[index])))
         if len(good) == batch_size:
@@ -679,8 +679,8 @@ def _batches(
         yield torch.stack([tensor for tensor, _ in good]), torch.tensor([n for _, n in good])
 
 
-def _prepared(pictures: LabelledPictures, index: int, spec: ImageSpec) -> Tensor | ImageError:
+def _prepared(images: LabelledImages, index: int, spec: ImageSpec) -> Tensor | ImageError:
     try:
-        return prepare(pictures.source(index), spec)[0]
+        return prepare(images.source(index), spec)[0]
     except ImageError as err:
         return err

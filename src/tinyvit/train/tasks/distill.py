@@ -3,7 +3,7 @@
 The heads stand between an embedding and what it is for: two embeddings are alike where it counts
 when the masks are alike. The heads are frozen; gradients flow through them into the embedding.
 
-Letters: N pictures, P points a picture, M mask tokens, C channels, h w the embedding's grid.
+Letters: N images, P points an image, M mask tokens, C channels, h w the embedding's grid.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from .losses import FeatureLoss, cosine_per_cell, covered_cells, feature_loss, f
 
 
 def random_points(placed: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Points drawn evenly over the pictures, padding left out.
+    """Points drawn evenly over the images, padding left out.
 
     Args:
-        placed: [N, 2] (height, width) of the pictures within the frame, as parts of it, 0..1.
+        placed: [N, 2] (height, width) of the images within the frame, as parts of it, 0..1.
         count: P.
         generator: On the CPU; the source of chance.
 
@@ -103,7 +103,7 @@ class MaskAgreement:
 pass
 
 
-_FLOOR_PICTURES = 512
+_FLOOR_IMAGES = 512
 _SHOWN = 5
 
 
@@ -113,13 +113,13 @@ class DistillFeaturesSettings:
 
     Attributes:
         loss: "mse" (MobileSAM's), "huber" or "cosine".
-        held_out: What is measured on and never learnt from: a part of the pictures, or the name of
-            a folder below the pictures' (best where pictures resemble each other).
-        split_seed: Which pictures those are; a picture stays on its side when others are added.
+        held_out: What is measured on and never learnt from: a part of the images, or the name of
+            a folder below the images' (best where images resemble each other).
+        split_seed: Which images those are; an image stays on its side when others are added.
         mask_weight: Weight of the masks' loss; 0 leaves the decoder out of the loop.
-        points: Random points for each picture, for the masks' loss.
-        val_batch_size: Pictures measured together.
-        val_points: Random points for each picture when measuring masks.
+        points: Random points for each image, for the masks' loss.
+        val_batch_size: Images measured together.
+        val_points: Random points for each image when measuring masks.
     """
 
     loss: FeatureLoss = "mse"
@@ -133,12 +133,12 @@ class DistillFeaturesSettings:
 
 @dataclass(frozen=True)
 class FeatureSample:
-    """One picture to learn from.
+    """One image to learn from.
 
     Attributes:
         pixels: [3, H, W] float32, normalised.
         features: [C, teacher h, teacher w] float16.
-        placed: (height, width) of the picture within the frame, as parts of it, 0..1.
+        placed: (height, width) of the image within the frame, as parts of it, 0..1.
     """
 
     pixels: Tensor
@@ -174,14 +174,14 @@ class DistillFeatures:
     Args:
         student: The encoder, trained in place.
         store: The teacher's features.
-        root: The pictures' folder.
+        root: The images' folder.
         settings: The choices.
         sam: A SAM with the teacher's prompt encoder and mask decoder: for the masks' loss, for
             measuring masks, and to save a whole SAM with the student as its encoder.
 
     Raises:
-        ValueError: Pictures have changed since their features were stored, fewer than two are
-            there, the student prepares pictures otherwise than the teacher, or ``sam`` is wanted
+        ValueError: Images have changed since their features were stored, fewer than two are
+            there, the student prepares images otherwise than the teacher, or ``sam`` is wanted
             and missing or does not fit.
     """
 
@@ -220,14 +220,14 @@ class DistillFeatures:
         self._floors: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
-        """Training pictures, each once an epoch."""
+        """Training images, each once an epoch."""
         return len(self.train_names)
 
     def sample(self, index: int, rng: np.random.Generator) -> FeatureSample:
-        """One picture and its features; mirrored half of the time where those are stored.
+        """One image and its features; mirrored half of the time where those are stored.
 
         Raises:
-            ImageError: The picture cannot be read any more.
+            ImageError: The image cannot be read any more.
             CheckpointError: Its features cannot.
         """
         flip = self.store.facts.flips and bool(rng.integers(2))
@@ -271,12 +271,12 @@ class DistillFeatures:
         return loss, figures
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Figures on pictures never learnt from, over the cells that they cover.
+        """Figures on images never learnt from, over the cells that they cover.
 
         Returns:
             ``cosine``, the mean over all cells of the cosine of the two channel vectors, nothing
             subtracted; ``cosine_floor``, the same for a student that always gives the teacher's
-            mean map of the training pictures; ``cosine_centred``, the cosine after that mean map
+            mean map of the training images; ``cosine_centred``, the cosine after that mean map
             has been subtracted from both; ``mse``; with heads ``mask_iou``, mean IoU of the masks
             for clear and ambiguous prompts at random points.
         """
@@ -349,9 +349,9 @@ class DistillFeatures:
         return FeatureSample(pixels, self.store.read(name, flip), placed)
 
     def _mean_map(self) -> Tensor:
-        """The teacher's mean map of (at most 512) training pictures, [1, C, h, w]."""
+        """The teacher's mean map of (at most 512) training images, [1, C, h, w]."""
         if self._floors is None:
-            names = self.train_names[:: max(1, len(self.train_names) // _FLOOR_PICTURES)]
+            names = self.train_names[:: max(1, len(self.train_names) // _FLOOR_IMAGES)]
             total = sum(self.store.read(name).double() for name in names)
             self._floors = {"map": torch.as_tensor(total / len(names)).float()[None]}
         return self._floors["map"]
@@ -364,7 +364,7 @@ def make_features_task(
     settings: DistillFeaturesSettings | None = None,
     sam: Sam | None = None,
 ) -> DistillFeatures:
-    """Put a student, stored features and their pictures together; see ``DistillFeatures``.
+    """Put a student, stored features and their images together; see ``DistillFeatures``.
 
     Raises:
         CheckpointError: There is no store.
@@ -375,7 +375,7 @@ def make_features_task(
 
 
 def _spec_of(student: TinyViT, teacher: ImageSpec) -> ImageSpec:
-    """How the student's pictures are prepared: as the teacher's, at a size of its own."""
+    """How the student's images are prepared: as the teacher's, at a size of its own."""
     own = student.image_spec
     if own is None:
         own = replace(teacher, size=_pair(student.img_size))
@@ -384,7 +384,7 @@ def _spec_of(student: TinyViT, teacher: ImageSpec) -> ImageSpec:
         own = replace(own, pad=True)
     if replace(own, size=teacher.size) != teacher:
         raise ValueError(
-            f"teacher and student must prepare pictures alike, but for the size; the teacher has "
+            f"teacher and student must prepare images alike, but for the size; the teacher has "
             f"{teacher}, the student {own}. Set student.image_spec"
         )
     (a, b), (c, d) = own.size, teacher.size
@@ -409,7 +409,7 @@ def _check_current(store: FeatureStore, root: Path) -> None:
     if changed:
         more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
         raise ValueError(
-            f"{len(changed)} pictures below {root} are gone or have changed since their features "
+            f"{len(changed)} images below {root} are gone or have changed since their features "
             f"were stored: {', '.join(changed[:_SHOWN])}{more}; store features again"
         )
 
@@ -432,8 +432,8 @@ class DistillSample:
         pixels: [3, h, w] float32, normalised for the student.
         probabilities: [k] float32, the teacher's.
         classes: [k] int64, whose they are.
-        label: Number of the picture's own class.
-        broken: Reason by name of each broken picture met on the way.
+        label: Number of the image's own class.
+        broken: Reason by name of each broken image met on the way.
     """
 
     pixels: NDArray[np.float32]
@@ -468,7 +468,7 @@ class DistillLogits:
         data = self.student.data
         self.model = self.student.model
         self.store.check(
-            pictures=len(data.train),
+            images=len(data.train),
             classes=data.classes,
             data=fingerprint(data.train),
             augmentation=self.student.view.augmentation.to_dict(),
@@ -476,42 +476,42 @@ class DistillLogits:
 
     @property
     def broken(self) -> dict[str, str]:
-        """Reason by name of each broken picture met so far, in this process."""
+        """Reason by name of each broken image met so far, in this process."""
         return self.student.broken
 
     def __len__(self) -> int:
-        """Training pictures in an epoch."""
+        """Training images in an epoch."""
         return len(self.student)
 
     def sample(self, index: int, rng: np.random.Generator) -> DistillSample:
-        """One of the views of a picture with the teacher's answer; ``rng`` draws which.
+        """One of the views of an image with the teacher's answer; ``rng`` draws which.
 
         Args:
             index: 0 to ``len(self) - 1``.
             rng: The only source of chance here; the view's own chance is that of its stored seed.
 
         Raises:
-            ImageError: The picture is broken and ``on_broken`` is "error", or many were in a row.
-            ValueError: Many pictures in a row have no answer: the store is not finished.
+            ImageError: The image is broken and ``on_broken`` is "error", or many were in a row.
+            ValueError: Many images in a row have no answer: the store is not finished.
         """
-        pictures = self.student.data.train
+        images = self.student.data.train
         broken: dict[str, str] = {}
         for _ in range(_TRIES):
-            index, image, found = read_one(pictures, index, rng, self.student.on_broken)
+            index, image, found = read_one(images, index, rng, self.student.on_broken)
             broken.update(found)
             view = int(rng.integers(self.store.header.views))
             kept = self.store.read(view, index)
             if kept is not None:
                 seed, probabilities, classes = kept
                 pixels = self.student.view(image, np.random.default_rng(seed))
-                label = int(pictures.labels[index])
+                label = int(images.labels[index])
                 return DistillSample(pixels, probabilities, classes, label, broken)
-            broken[pictures.name(index)] = f"no answer to view {view} in the store"
+            broken[images.name(index)] = f"no answer to view {view} in the store"
             if self.student.on_broken == "error":
                 break
-            index = int(rng.integers(len(pictures)))
+            index = int(rng.integers(len(images)))
         raise ValueError(
-            f"pictures without an answer in {self.store.folder}, for example "
+            f"images without an answer in {self.store.folder}, for example "
             f"{next(reversed(broken))!r}; call write_logits again, which writes what is missing"
         )
 
@@ -577,7 +577,7 @@ def make_logits_task(settings: ClassifySettings, store: str | os.PathLike[str]) 
     if settings.mixup or settings.cutmix:
         raise ValueError(
             f"mixup={settings.mixup} and cutmix={settings.cutmix} cannot be used here: answers are "
-            "kept for single pictures; leave them 0"
+            "kept for single images; leave them 0"
         )
     answers = LogitStore.open(store)
     return DistillLogits(classify.make_task(replace(settings, smoothing=0.0)), answers)

@@ -227,10 +227,10 @@ def cosine_per_cell(a: Tensor, b: Tensor) -> Tensor:
 def covered_cells(
     resized_sizes: Tensor, model_size: tuple[int, int], grid: tuple[int, int]
 ) -> Tensor:
-    """The cells whose middle lies in the picture and not in the padding.
+    """The cells whose middle lies in the image and not in the padding.
 
     Args:
-        resized_sizes: [N, 2] (height, width) of the pictures in the model's frame, in pixels.
+        resized_sizes: [N, 2] (height, width) of the images in the model's frame, in pixels.
         model_size: (height, width) of the frame in pixels.
         grid: (h, w) of the map.
 

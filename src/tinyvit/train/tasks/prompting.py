@@ -157,12 +157,12 @@ class Prompting:
 
 @dataclass(frozen=True)
 class Objects:
-    """Objects of several pictures, and the first prompts of each.
+    """Objects of several images, and the first prompts of each.
 
     Attributes:
-        rows: [N] int64, which picture's embedding.
+        rows: [N] int64, which image's embedding.
         targets: [N, h4, w4] in 0..1, the covered share of each cell.
-        weights: [N, h4, w4], 1 where the picture is and 0 in the padding.
+        weights: [N, h4, w4], 1 where the image is and 0 in the padding.
         points: [N, 2] (x, y) of the first click, in pixels of the model's frame.
         boxes: [N, 4] xyxy in the model's frame.
     """
@@ -183,8 +183,8 @@ class Objects:
         Args:
             sam: The model, for its frame.
             grid: (h, w) of the embeddings.
-            masks: [B, K, H, W] bool in the model's frame, K objects of each picture.
-            sizes: [B, 2] (height, width) of each picture in the frame, without padding.
+            masks: [B, K, H, W] bool in the model's frame, K objects of each image.
+            sizes: [B, 2] (height, width) of each image in the frame, without padding.
             points: [B, K, 2].
             boxes: [B, K, 4].
         """
@@ -227,7 +227,7 @@ def prompt_and_learn(
     Args:
         sam: The model; its prompt encoder and mask decoder are asked.
         features: [B, C, h, w], with or without gradient.
-        objects: Of these pictures.
+        objects: Of these images.
         losses: Weights of the losses.
         prompting: How to prompt.
         generator: On the CPU; the source of chance.

@@ -1,6 +1,6 @@
-"""From a picture with masks to one training sample: framed, with objects chosen and prompted.
+"""From an image with masks to one training sample: framed, with objects chosen and prompted.
 
-Runs in worker processes, so no model is known here. Letters: B batch, K objects of a picture, H W
+Runs in worker processes, so no model is known here. Letters: B batch, K objects of an image, H W
 the model's frame.
 """
 
@@ -23,7 +23,7 @@ from tinyvit.checkpoints import write_state_dict
 from tinyvit.checkpoints.files import header_for
 from tinyvit.errors import ImageError
 from tinyvit.evaluate.segment import (
-    LabelledPicture,
+    LabelledImage,
     MeasureSettings,
     PlainPredictor,
     evaluate_segment,
@@ -46,29 +46,29 @@ _TRIES = 20
 
 
 class Scenes(Protocol):
-    """Pictures with masks by number: a ``MaskSet``, or pictures drawn when they are asked for."""
+    """Images with masks by number: a ``MaskSet``, or images drawn when they are asked for."""
 
     def __len__(self) -> int:
         """How many."""
         ...
 
-    def __getitem__(self, index: int, /) -> LabelledPicture:
+    def __getitem__(self, index: int, /) -> LabelledImage:
         """One of them."""
         ...
 
 
 @dataclass(frozen=True)
 class SceneSample:
-    """One picture to learn from.
+    """One image to learn from.
 
     Attributes:
-        index: Which picture.
+        index: Which image.
         image: [3, H, W] float32, normalised and padded.
-        size: (height, width) of the picture in the frame, without padding.
+        size: (height, width) of the image in the frame, without padding.
         masks: [K, H, W] bool in the frame.
         points: [K, 2] float32, a first click for each object.
         boxes: [K, 4] float32, a box for each object.
-        broken: Reason by name of each broken picture met on the way.
+        broken: Reason by name of each broken image met on the way.
     """
 
     index: int
@@ -82,20 +82,20 @@ class SceneSample:
 
 @dataclass(frozen=True)
 class SceneSampler:
-    """Makes training samples of pictures with masks.
+    """Makes training samples of images with masks.
 
     Args:
-        data: The pictures.
-        spec: How pictures are prepared; fitted by their longest side.
-        augment: Changes pictures by chance; None does not.
-        objects: Objects of a picture that are prompted; those of a picture with fewer come again,
+        data: The images.
+        spec: How images are prepared; fitted by their longest side.
+        augment: Changes images by chance; None does not.
+        objects: Objects of an image that are prompted; those of an image with fewer come again,
             with other prompts.
         least_pixels: Objects with fewer pixels in the frame are not learnt from, unless there is
             no larger one.
-        on_broken: What a broken picture does: "skip" takes another one and gives the reason.
+        on_broken: What a broken image does: "skip" takes another one and gives the reason.
 
     Raises:
-        ValueError: ``objects`` is below 1, or pictures are prepared otherwise.
+        ValueError: ``objects`` is below 1, or images are prepared otherwise.
     """
 
     data: Scenes
@@ -110,18 +110,18 @@ class SceneSampler:
             raise ValueError(f"objects must be at least 1, but is {self.objects}")
         if self.spec.resize != "longest_side":
             raise ValueError(
-                f"a SAM's pictures are fitted by their longest side, not {self.spec.resize!r}"
+                f"a SAM's images are fitted by their longest side, not {self.spec.resize!r}"
             )
 
     def sample(self, index: int, rng: np.random.Generator) -> SceneSample:
-        """One picture and some of its objects; another one that ``rng`` draws where it is broken.
+        """One image and some of its objects; another one that ``rng`` draws where it is broken.
 
         Args:
             index: 0 to ``len(self) - 1``.
             rng: The only source of chance.
 
         Raises:
-            ImageError: The picture is broken and ``on_broken`` is "error", or many were in a row.
+            ImageError: The image is broken and ``on_broken`` is "error", or many were in a row.
         """
         broken: dict[str, str] = {}
         for _ in range(_TRIES):
@@ -137,12 +137,12 @@ class SceneSampler:
                 return self._prompted(index, framed, rng, broken)
         name, reason = next(iter(broken.items()))
         raise ImageError(
-            f"{_TRIES} pictures drawn in a row were broken, the first is {name!r} ({reason}); most "
+            f"{_TRIES} images drawn in a row were broken, the first is {name!r} ({reason}); most "
             "of the data cannot be read"
         )
 
     def _framed(self, index: int, rng: np.random.Generator) -> FramedScene:
-        """A picture in the frame with at least one object that is large enough."""
+        """An image in the frame with at least one object that is large enough."""
         image, masks = self.data[index].load()
         if self.augment is not None:
             framed = self.augment(image, masks, self.spec.size, rng)
@@ -201,16 +201,16 @@ class SegmentSettings:
     losses; to fine-tune trained weights, a tenth of it is safe.
 
     Attributes:
-        data: Pictures with masks; see ``mask_sets.open_mask_set``.
+        data: Images with masks; see ``mask_sets.open_mask_set``.
         val: Others to measure on; None holds some of ``data`` out.
-        images: Folder of the pictures, where ``data`` does not imply it.
+        images: Folder of the images, where ``data`` does not imply it.
         val_images: The same for ``val``.
-        val_part: Part of the pictures to hold out.
-        split_seed: Which pictures those are.
+        val_part: Part of the images to hold out.
+        split_seed: Which images those are.
         checkpoint: What to start from; None starts from chance.
         model: A SAM variant; None takes the checkpoint's.
         img_size: Side of the model's frame in pixels; None takes the checkpoint's or variant's.
-        objects: Objects of a picture that are prompted in a step.
+        objects: Objects of an image that are prompted in a step.
         augment: "none", or "full": crop, scale, mirror image, colours.
         least_pixels: Objects with fewer pixels in the model's frame are not learnt from.
         box_share: How many objects are prompted by a box, 0 to 1.
@@ -219,7 +219,7 @@ class SegmentSettings:
         focal: Weight of the focal loss.
         dice: Weight of the dice loss.
         iou: Weight of the predicted IoU's error.
-        cached_features: Pictures whose embeddings are kept in memory, for an encoder that does not
+        cached_features: Images whose embeddings are kept in memory, for an encoder that does not
             learn and ``augment="none"``; 0 keeps none.
         on_broken: "skip" names what is broken and learns from the rest; "error" stops.
         val_masks: The most masks to measure on.
@@ -260,14 +260,14 @@ class Segment:
         val: What is measured on.
         prompting: How objects are prompted.
         losses: Weights of the losses.
-        cached_features: Pictures whose embeddings are kept.
+        cached_features: Images whose embeddings are kept.
         val_masks: The most masks to measure on.
-        broken: Reason by name of each broken picture met so far, in this process.
+        broken: Reason by name of each broken image met so far, in this process.
     """
 
     model: nn.Module
     sampler: SceneSampler
-    val: Iterable[LabelledPicture]
+    val: Iterable[LabelledImage]
     prompting: Prompting = field(default_factory=Prompting)
     losses: MaskLosses = field(default_factory=MaskLosses)
     cached_features: int = 0
@@ -279,17 +279,17 @@ class Segment:
     def __post_init__(self) -> None:
         if self.cached_features and self.sampler.augment is not None:
             raise ValueError(
-                "embeddings can be kept only of pictures that stay the same: cached_features wants "
+                "embeddings can be kept only of images that stay the same: cached_features wants "
                 "augment='none'"
             )
         self._kept: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
-        """Training pictures in an epoch."""
+        """Training images in an epoch."""
         return len(self.sampler.data)
 
     def sample(self, index: int, rng: np.random.Generator) -> SceneSample:
-        """One picture and some of its objects, see ``SceneSampler``."""
+        """One image and some of its objects, see ``SceneSampler``."""
         return self.sampler.sample(index, rng)
 
     def collate(self, samples: list[SceneSample]) -> Batch:
@@ -431,7 +431,7 @@ def make_task(settings: SegmentSettings) -> Segment:
         DownloadError: The checkpoint cannot be fetched.
 
     Warns:
-        UserWarning: Masks were left out, or there is only one picture.
+        UserWarning: Masks were left out, or there is only one image.
     """
     data, val = _open(settings)
     with torch.random.fork_rng(devices=[]):
@@ -462,8 +462,8 @@ def _open(settings: SegmentSettings) -> tuple[MaskSet, MaskSet]:
         parts = whole, open_mask_set(settings.val, settings.val_images, on_fault=settings.on_broken)
     elif len(whole) == 1:
         warnings.warn(
-            f"{settings.data} has only one picture: it is learnt from and measured on, so the "
-            "figures say nothing about others; name pictures to measure on with val=...",
+            f"{settings.data} has only one image: it is learnt from and measured on, so the "
+            "figures say nothing about others; name images to measure on with val=...",
             stacklevel=3,
         )
         parts = whole, replace(whole, faults=())

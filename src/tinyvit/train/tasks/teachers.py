@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tinyvit.checkpoints.files import file_sha256
 from tinyvit.checkpoints.open import find_checkpoint
 from tinyvit.errors import CheckpointError, ImageError, MissingExtraError
-from tinyvit.evaluate.classify import LabelledPictures
+from tinyvit.evaluate.classify import LabelledImages
 from tinyvit.factory import create_model
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.decode import decode
@@ -34,10 +34,10 @@ from tinyvit.train.data.images import fingerprint
 from tinyvit.train.store import (
     FeatureStore,
     LogitStore,
-    StoredPicture,
+    StoredImage,
     StoreFacts,
     StoreHeader,
-    picture_state,
+    image_state,
 )
 
 from .classify import load_classifier, spec_of
@@ -72,14 +72,14 @@ class Teacher(Protocol):
     Attributes:
         name: For people.
         sha256: Hash of its weights.
-        image_spec: How pictures are prepared for it; all inputs have one size.
+        image_spec: How images are prepared for it; all inputs have one size.
     """
 
     name: str
     sha256: str
     image_spec: ImageSpec
 
-    def __call__(self, pictures: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] float32, normalised -> [N, C, h, w] float32, on the CPU."""
         ...
 
@@ -93,7 +93,7 @@ class TinyViTTeacher:
         device: Where it runs.
 
     Raises:
-        ValueError: The model does not say how pictures are prepared.
+        ValueError: The model does not say how images are prepared.
     """
 
     def __init__(self, model: TinyViT, name: str = "TinyViT", device: str = "cpu") -> None:
@@ -108,17 +108,17 @@ class TinyViTTeacher:
         self.image_spec = replace(spec, pad=True) if spec.resize == "longest_side" else spec
         self._backend = TorchBackend(model, device)
 
-    def __call__(self, pictures: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] float32 -> [N, C, h, w] float32."""
-        return self._backend(pictures)
+        return self._backend(images)
 
 
 class OnnxTeacher:
-    """An ONNX graph, run by ONNX Runtime: pictures in, a feature map as its first output.
+    """An ONNX graph, run by ONNX Runtime: images in, a feature map as its first output.
 
     Args:
         path: The file.
-        image_spec: How pictures are prepared for it.
+        image_spec: How images are prepared for it.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -134,9 +134,9 @@ class OnnxTeacher:
         self.image_spec = image_spec
         self._graph = OnnxGraph(path)
 
-    def __call__(self, pictures: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] float32 -> [N, C, h, w] float32."""
-        return _as_map(torch.from_numpy(self._graph(pictures.numpy())), self.name)
+        return _as_map(torch.from_numpy(self._graph(images.numpy())), self.name)
 
 
 class ModuleTeacher:
@@ -144,7 +144,7 @@ class ModuleTeacher:
 
     Args:
         module: Called with [N, 3, H, W]; used in eval mode and without gradients.
-        image_spec: How pictures are prepared for it.
+        image_spec: How images are prepared for it.
         name: For people.
         device: Where it runs.
         channels_last: Whether a map comes as [N, h, w, C].
@@ -164,14 +164,14 @@ class ModuleTeacher:
         self._module, self._device = module.eval().to(device), device
         self._channels_last = channels_last
 
-    def __call__(self, pictures: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] float32 -> [N, C, h, w] float32.
 
         Raises:
             ValueError: The output is no map and no tokens of a square grid.
         """
         with torch.inference_mode():
-            found = self._module(pictures.to(self._device))
+            found = self._module(images.to(self._device))
         found = getattr(found, "last_hidden_state", found)
         if not isinstance(found, Tensor):
             raise ValueError(
@@ -194,7 +194,7 @@ def open_teacher(
     Args:
         source: A TinyViT; a checkpoint's name or file; a ``.onnx`` file; "timm:NAME"; "hf:NAME", a
             model of transformers (of a SAM its vision encoder).
-        image_spec: How pictures are prepared. None takes the model's own; ONNX files and
+        image_spec: How images are prepared. None takes the model's own; ONNX files and
             transformers do not say it in one way, so there it must be given.
         device: Where it runs; ONNX files always on the CPU.
 
@@ -222,19 +222,19 @@ def open_teacher(
     return TinyViTTeacher(model, Path(text).name, place)
 
 
-def list_pictures(root: str | os.PathLike[str]) -> list[str]:
-    """Paths of all pictures below a folder, relative to it, sorted.
+def list_images(root: str | os.PathLike[str]) -> list[str]:
+    """Paths of all images below a folder, relative to it, sorted.
 
     Raises:
-        ValueError: There is no such folder, or no picture in it.
+        ValueError: There is no such folder, or no image in it.
     """
     root = Path(root)
     if not root.is_dir():
-        raise ValueError(f"{root} is no folder; wanted one with pictures")
+        raise ValueError(f"{root} is no folder; wanted one with images")
     found = [path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES]
     names = sorted(path.relative_to(root).as_posix() for path in found if path.is_file())
     if not names:
-        raise ValueError(f"no pictures below {root}; wanted {', '.join(sorted(_SUFFIXES))}")
+        raise ValueError(f"no images below {root}; wanted {', '.join(sorted(_SUFFIXES))}")
     return names
 
 
@@ -249,23 +249,23 @@ def store_features(
     shard_size: int = 64,
     progress: Progress | None = None,
 ) -> FeatureStore:
-    """Have a teacher look at pictures and keep its features; goes on where it was stopped.
+    """Have a teacher look at images and keep its features; goes on where it was stopped.
 
     Args:
         teacher: Gives the features.
-        root: The pictures' folder.
+        root: The images' folder.
         folder: The store's folder; one that exists must be of this teacher.
-        names: Paths below ``root``; None takes all pictures there.
-        flips: Store the features of mirrored pictures too.
-        batch_size: Pictures that the teacher gets together.
-        shard_size: Pictures in a file; what a stop can cost.
-        progress: Called with (pictures done, pictures in all).
+        names: Paths below ``root``; None takes all images there.
+        flips: Store the features of mirrored images too.
+        batch_size: Images that the teacher gets together.
+        shard_size: Images in a file; what a stop can cost.
+        progress: Called with (images done, images in all).
 
     Returns:
-        The store. ``broken`` of it names the pictures that could not be read.
+        The store. ``broken`` of it names the images that could not be read.
 
     Raises:
-        ValueError: There are no pictures, or the teacher's maps differ in shape.
+        ValueError: There are no images, or the teacher's maps differ in shape.
         CheckpointError: The store is of another teacher, or cannot be written.
     """
     root = Path(root)
@@ -274,7 +274,7 @@ def store_features(
             "a store wants maps of one shape, and image_spec has pad=False; use "
             "dataclasses.replace(image_spec, pad=True)"
         )
-    names = list_pictures(root) if names is None else list(names)
+    names = list_images(root) if names is None else list(names)
     facts = StoreFacts(teacher.name, teacher.sha256, teacher.image_spec, flips)
     store = FeatureStore(folder, facts)
     todo = store.missing(root, names)
@@ -287,7 +287,7 @@ def store_features(
             done += len(chosen)
             if progress is not None:
                 progress(done, len(names))
-        store.add(shard.features, shard.flipped, shard.pictures, shard.broken)
+        store.add(shard.features, shard.flipped, shard.images, shard.broken)
     return store
 
 
@@ -298,30 +298,30 @@ class _Shard:
         self.teacher, self.root, self.flips = teacher, root, flips
         self.features: list[Tensor] = []
         self.flipped: list[Tensor] = []
-        self.pictures: list[StoredPicture] = []
-        self.broken: list[StoredPicture] = []
+        self.images: list[StoredImage] = []
+        self.broken: list[StoredImage] = []
 
     def look_at(self, names: Sequence[str]) -> None:
-        """Take in the features of pictures, and the reasons of broken ones."""
-        found: list[tuple[StoredPicture, NDArray[np.uint8]]] = []
+        """Take in the features of images, and the reasons of broken ones."""
+        found: list[tuple[StoredImage, NDArray[np.uint8]]] = []
         for name in names:
-            state = picture_state(self.root / name)  # before reading: a change meanwhile shows
+            state = image_state(self.root / name)  # before reading: a change meanwhile shows
             try:
-                image = decode(self.root / name)
+                rgb = decode(self.root / name)
             except ImageError as err:
-                self.broken.append(StoredPicture(name, *state, reason=str(err)))
+                self.broken.append(StoredImage(name, *state, reason=str(err)))
             else:
-                found.append((StoredPicture(name, *state, *image.shape[:2]), image))
+                found.append((StoredImage(name, *state, *rgb.shape[:2]), rgb))
         if not found:
             return
-        plain = self._features([image for _, image in found])
-        mirrored = self._features([image[:, ::-1] for _, image in found]) if self.flips else plain
-        for (picture, _), one, other in zip(found, plain, mirrored, strict=True):
+        plain = self._features([rgb for _, rgb in found])
+        mirrored = self._features([rgb[:, ::-1] for _, rgb in found]) if self.flips else plain
+        for (image, _), one, other in zip(found, plain, mirrored, strict=True):
             if not all(float(x.abs().max()) <= _FP16_MOST for x in (one, other)):  # NaN fails too
                 reason = f"{self.teacher.name} gave features that are not finite in fp16"
-                self.broken.append(replace(picture, height=0, width=0, reason=reason))
+                self.broken.append(replace(image, height=0, width=0, reason=reason))
                 continue
-            self.pictures.append(picture)
+            self.images.append(image)
             self.features.append(one.to(torch.float16))
             if self.flips:
                 self.flipped.append(other.to(torch.float16))
@@ -334,7 +334,7 @@ class _Shard:
 
 
 def _timm_teacher(name: str, image_spec: ImageSpec | None, device: str) -> Teacher:
-    """A model of timm without its classifier; its own configuration says how pictures go in."""
+    """A model of timm without its classifier; its own configuration says how images go in."""
     package = _load("timm", "timm")
     model = package.create_model(name, pretrained=True, num_classes=0)
     config = model.pretrained_cfg
@@ -381,7 +381,7 @@ def _as_map(found: Tensor, name: str) -> Tensor:
 def _wanted(image_spec: ImageSpec | None, source: str) -> ImageSpec:
     if image_spec is None:
         raise ValueError(
-            f"{source} does not say how its pictures are prepared; give image_spec, for example "
+            f"{source} does not say how its images are prepared; give image_spec, for example "
             "ImageSpec.sam(1024)"
         )
     return image_spec
@@ -408,7 +408,7 @@ class LogitTeacher:
 
     Attributes:
         answer: [B, 3, h, w] float32 -> logits [B, K], on any device.
-        spec: How pictures are prepared for it.
+        spec: How images are prepared for it.
         name: For people.
         sha256: Tells it from other teachers.
         device: Where its inputs are wanted.
@@ -427,9 +427,9 @@ def open_logit_teacher(
     """Open a file as a teacher.
 
     Args:
-        source: A checkpoint of a TinyViT classifier, or an ONNX file from pictures [B, 3, h, w] to
+        source: A checkpoint of a TinyViT classifier, or an ONNX file from images [B, 3, h, w] to
             logits [B, K].
-        spec: How pictures are prepared for it; None takes the checkpoint's, and is wrong for ONNX.
+        spec: How images are prepared for it; None takes the checkpoint's, and is wrong for ONNX.
         device: Where a checkpoint is computed; ONNX is computed on the CPU.
 
     Returns:
@@ -444,7 +444,7 @@ def open_logit_teacher(
     if path.suffix.lower() == ".onnx":
         if spec is None:
             raise ValueError(
-                f"{path} does not say how its pictures are prepared; give spec=, for example "
+                f"{path} does not say how its images are prepared; give spec=, for example "
                 "tinyvit.ImageSpec.timm(224)"
             )
         from tinyvit.inference.graph_backend import OnnxGraph
@@ -462,7 +462,7 @@ def open_logit_teacher(
 
 def write_logits(
     folder: str | os.PathLike[str],
-    pictures: LabelledPictures,
+    images: LabelledImages,
     teacher: LogitTeacher,
     *,
     chance: Augmentation | None = None,
@@ -473,11 +473,11 @@ def write_logits(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[LogitStore, dict[str, str]]:
-    """Write a teacher's answers to views of pictures; goes on where it was stopped.
+    """Write a teacher's answers to views of images; goes on where it was stopped.
 
     Args:
         folder: The store; made, or gone on with if it belongs to the same.
-        pictures: What is shown.
+        images: What is shown.
         teacher: Who answers.
         chance: How views are made; None: "light".
         views: V.
@@ -488,7 +488,7 @@ def write_logits(
         progress: Called as views are done.
 
     Returns:
-        The store, and the reason by name of each broken picture; those have no answers.
+        The store, and the reason by name of each broken image; those have no answers.
 
     Raises:
         StoreMismatchError: The folder holds answers that belong to something else.
@@ -498,11 +498,11 @@ def write_logits(
     """
     chance = augmentation("light") if chance is None else chance
     header = StoreHeader(
-        pictures=len(pictures),
+        images=len(images),
         views=views,
-        k=min(k, len(pictures.classes)),
-        classes=tuple(pictures.classes),
-        data=fingerprint(pictures),
+        k=min(k, len(images.classes)),
+        classes=tuple(images.classes),
+        data=fingerprint(images),
         augmentation=chance.to_dict(),
         teacher=teacher.name,
         teacher_sha256=teacher.sha256,
@@ -510,47 +510,47 @@ def write_logits(
         seed=seed,
     )
     store = LogitStore.create(folder, header)
-    make = partial(_make_view, pictures, View(chance, teacher.spec))
+    make = partial(_make_view, images, View(chance, teacher.spec))
     workers = choose_workers() if workers is None else workers
     broken: dict[str, str] = {}
     done = 0
     for view in range(views):
         left = store.missing(view)
-        done += len(pictures) - len(left)
+        done += len(images) - len(left)
         jobs = (partial(make, index, _view_seed(seed, view, index)) for index in left.tolist())
         made = read_ahead(jobs, workers=workers, ahead=batch_size + workers)
-        for batch in _good_batches(made, batch_size, broken, pictures):
+        for batch in _good_batches(made, batch_size, broken, images):
             _answer(store, view, teacher, batch)
             done += len(batch)
             if progress is not None:
-                progress(done, views * len(pictures))
+                progress(done, views * len(images))
     return store, broken
 
 
 _MadeView = tuple[int, int, "NDArray[np.float32] | ImageError"]
-"""(index of the picture, seed of the view, its pixels or what is wrong with it)."""
+"""(index of the image, seed of the view, its pixels or what is wrong with it)."""
 
 
 def _view_seed(seed: int, view: int, index: int) -> int:
     return int(np.random.SeedSequence((seed, view, index)).generate_state(1, np.uint64)[0])
 
 
-def _make_view(pictures: LabelledPictures, view: View, index: int, seed: int) -> _MadeView:
+def _make_view(images: LabelledImages, view: View, index: int, seed: int) -> _MadeView:
     try:
-        image = decode(pictures.source(index))
+        image = decode(images.source(index))
     except ImageError as err:
         return index, seed, err
     return index, seed, view(image, np.random.default_rng(seed))
 
 
 def _good_batches(
-    made: Iterator[_MadeView], size: int, broken: dict[str, str], pictures: LabelledPictures
+    made: Iterator[_MadeView], size: int, broken: dict[str, str], images: LabelledImages
 ) -> Iterator[list[tuple[int, int, NDArray[np.float32]]]]:
-    """Views in batches; broken pictures are named."""
+    """Views in batches; broken images are named."""
     batch: list[tuple[int, int, NDArray[np.float32]]] = []
     for index, seed, pixels in made:
         if isinstance(pixels, ImageError):
-            broken[pictures.name(index)] = str(pixels)
+            broken[images.name(index)] = str(pixels)
             continue
         batch.append((index, seed, pixels))
         if len(batch) == size:
@@ -574,7 +574,7 @@ def _answer(
     if tuple(logits.shape) != wanted:
         raise ValueError(
             f"the teacher {teacher.name} gave {list(logits.shape)}, wanted {list(wanted)}: one "
-            "logit for each class of the pictures"
+            "logit for each class of the images"
         )
     if not bool(logits.isfinite().all()):
         raise ValueError(f"the teacher {teacher.name} gave logits that are not finite")

@@ -1,4 +1,4 @@
-"""Little labelled pictures for the tests: folders, tar files, and a classifier of a few weights."""
+"""Little labelled images for the tests: folders, tar files, and a classifier of a few weights."""
 
 import io
 import tarfile
@@ -10,7 +10,7 @@ from tinyvit.image_spec import ImageSpec
 
 
 def pixels_of(label, number, size=8):
-    """A noisy picture whose brightness tells the class."""
+    """A noisy image whose brightness tells the class."""
     rng = np.random.default_rng([label, number])
     return np.clip(60 * label + 30 + rng.normal(0, 8, (size, size)), 0, 255).astype(np.uint8)
 
