@@ -5,7 +5,7 @@ import os
 import pytest
 from PIL import Image
 
-from tinyvit.folders.images import SUFFIXES, list_images
+from tinyvit.folders.images import IMAGE_SUFFIXES, list_images
 from tinyvit.images.decode import FORMATS
 
 
@@ -22,7 +22,7 @@ def names_of(*args, **kwargs):
 
 def test_the_suffixes_are_of_formats_that_are_read():
     registered = Image.registered_extensions()
-    assert {registered.get(suffix, "PPM") for suffix in SUFFIXES} == set(FORMATS)
+    assert {registered.get(suffix, "PPM") for suffix in IMAGE_SUFFIXES} == set(FORMATS)
 
 
 def test_folders_are_read_in_a_fixed_order_with_what_is_in_them(tmp_path):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-SUFFIXES = (
+IMAGE_SUFFIXES = (  # the one list of them
     *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"),
     *(".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
 )
@@ -106,7 +106,7 @@ def list_images(paths: Sequence[Path], output: Path | None = None) -> list[Image
         names = ", ".join(repr(str(path)) for path in paths)
         raise ValueError(
             f"there are no images in {names}; looked for files with the suffixes "
-            f"{' '.join(SUFFIXES)}"
+            f"{' '.join(IMAGE_SUFFIXES)}"
         )
     once: dict[str, ImageFile] = {}
     for image in found:
@@ -133,7 +133,7 @@ def _walk(folder: Path, output: Path | None) -> Iterator[Path]:
             if not name.startswith(".") and (here / name).resolve() != leave_out
         )
         for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
                 yield here / name
 
 
