@@ -69,6 +69,9 @@ WITHOUT_TORCH = (
     "catalog",
     "labels",
     "images.decode",
+    "inference.backend",
+    "inference.derived",
+    "inference.graphs",
     "cli.main",
 )
 """What must be importable where torch cannot be imported."""

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from tinyvit.inference import Backend, StageBackend, TorchBackend
-from tinyvit.inference.backend import DTYPES, choose_device, choose_precision
+from tinyvit.inference.backend import choose_device, choose_precision
+from tinyvit.inference.torch_backend import DTYPES
 from tinyvit.modules import TinyViT
 
 

@@ -144,7 +144,7 @@ def _make_matmul(
     """
     import torch
 
-    from tinyvit.inference.backend import DTYPES
+    from tinyvit.inference.torch_backend import DTYPES
 
     place = device if device.startswith("cuda") else "cpu"
     dtype = DTYPES[precision]

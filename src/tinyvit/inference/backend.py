@@ -1,20 +1,29 @@
-"""What runs a network: the Backend protocol, and the choice of device and precision.
+"""What runs a network: the protocols, and the choice of device and precision. Imports no torch.
 
-A backend knows tensors only: no images, no files, no prompts. Any object with these members can
-be passed as ``Engine(backend=...)``.
-
-Shapes: N images, C channels, H W height and width of the input, h w of a map.
+``Encoder`` and ``Decoder`` are what promptable segmentation needs of whatever computes, and are
+numpy at the surface. A ``Backend`` runs a network on batches of tensors inside an ``Engine``; any
+object with its members can be passed as ``Engine(backend=...)``.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, get_args, runtime_checkable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeVar, get_args, runtime_checkable
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyvit.image_spec import ImageSpec, Placement
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BackendName = Literal["auto", "torch", "openvino", "onnx"]
 Precision = Literal["fp32", "bf16", "auto"]
+
+PreparedImage: TypeAlias = tuple[NDArray[np.float32], Placement]
+"""A model's input [3, H, W] float32, and where the image lies in it."""
 
 FP16_REFUSED = (
     "precision 'fp16' is refused: it ends at 65504, and sums of squares in the neck's LayerNorm "
@@ -23,7 +32,65 @@ FP16_REFUSED = (
 )
 """The measurement is that of ``benchmarks/proof.py``."""
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+class Encoder(Protocol):
+    """Gives the features of prepared images; ``Engine`` is one."""
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        """How images are prepared."""
+        ...
+
+    @property
+    def precision(self) -> str:
+        """What it computes in, "fp32" or "bf16"."""
+        ...
+
+    def weights_sha256(self) -> str:
+        """The hash of the weights (``checkpoints.files.weights_sha256``).
+
+        Raises:
+            ValueError: There are no weights to name.
+        """
+        ...
+
+    def encode(self, inputs: Iterable[PreparedImage], *, stages: bool = False) -> Iterator[Encoded]:
+        """The features of each input, in order; with the maps of the stages where asked for."""
+        ...
+
+
+class Prepared(Protocol):
+    """What a decoder computed of an embedding for all prompts on it; held by the caller."""
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory it holds."""
+        ...
+
+
+EmbeddingT = TypeVar("EmbeddingT", contravariant=True)
+PromptsT = TypeVar("PromptsT", contravariant=True)
+PreparedT = TypeVar("PreparedT", bound=Prepared)
+
+
+class Decoder(Protocol[EmbeddingT, PromptsT, PreparedT]):
+    """Gives masks for prompts on an embedding; generic in ``sam``'s values."""
+
+    def prepare(self, embedding: EmbeddingT) -> PreparedT:
+        """What all prompts on this embedding share, computed once."""
+        ...
+
+    def decode(
+        self, prepared: PreparedT, prompts: PromptsT, multimask_output: bool = True
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Prompts of one kind -> (low-res logits [N, K, h4, w4], predicted IoU [N, K])."""
+        ...
+
+    def masks(
+        self, low_res_logits: NDArray[np.float32], placement: Placement, threshold: float
+    ) -> NDArray[np.bool_]:
+        """Low-res logits [N, K, h4, w4] -> masks [N, K, H, W] in the image's own pixels."""
+        ...
 
 
 @runtime_checkable
@@ -75,6 +142,21 @@ class LogitsBackend(Backend, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What an encoder gives for one image.
+
+    Attributes:
+        features: [C, h, w] (or [classes] for a classifier) float32.
+        placement: Where the image lies in the model's input; maps coordinates both ways.
+        stages: The map of each stage, [C, h, w] float32, where asked for; else None.
+    """
+
+    features: NDArray[np.float32]
+    placement: Placement
+    stages: tuple[NDArray[np.float32], ...] | None = None
+
+
 class Network(Protocol):
     """What a backend made of a model: batches in its own precision, on its own device."""
 
@@ -105,6 +187,8 @@ def choose_device(device: str) -> str:
     Raises:
         ValueError: torch does not know the device, or it is not there.
     """
+    import torch
+
     if device == "auto":
         if torch.cuda.is_available():
             return "cuda"
@@ -140,6 +224,8 @@ def choose_precision(precision: str, device: str) -> tuple[Literal["fp32", "bf16
         return "bf16", "asked for"
     if precision != "auto":
         raise ValueError(f"precision must be one of {get_args(Precision)}, got {precision!r}")
+    import torch
+
     if device.startswith("cuda"):
         native = torch.cuda.is_bf16_supported()
     else:

@@ -1,20 +1,67 @@
-"""Notice that a model has changed since something was derived from it.
+"""What is derived from a model's weights and kept: made once, made again when the model changes.
 
-What is kept of a model (folded weights, a copy in another precision) must be dropped when the
-model changes. Cheap enough for every call: objects are compared by identity, tensors by torch's
-own count of in-place changes, and, since writes through ``.data`` are not counted, by a few of
-their bytes.
+Noticing a change is cheap enough for every call: objects are compared by identity, tensors by
+torch's own count of in-place changes, and, since writes through ``.data`` are not counted, by a few
+of their bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+T = TypeVar("T")
 
 _SAMPLE = 16
+
+
+class Derived(Generic[T]):
+    """A value made from modules; made again when one of them has changed or was replaced.
+
+    May be used by several threads. A copy (``copy.deepcopy``, ``pickle``) makes its value anew from
+    the copied modules, if the two functions are bound methods or partials of what is copied.
+
+    Args:
+        modules: The modules that the value depends on, as they are now; asked at every ``get``.
+        make: Makes the value.
+    """
+
+    def __init__(self, modules: Callable[[], Sequence[nn.Module]], make: Callable[[], T]) -> None:
+        self._modules, self._make = modules, make
+        self._lock = threading.Lock()
+        self._kept: tuple[list[ModelWatch], T] | None = None
+
+    def get(self) -> T:
+        """The value for the modules as they are."""
+        with self._lock:
+            modules = self._modules()
+            if self._kept is None or _differs(modules, self._kept[0]):
+                self._kept = None  # frees the memory of the old value first
+                watches = [ModelWatch(module) for module in modules]
+                self._kept = watches, self._make()
+            return self._kept[1]
+
+    def drop(self) -> None:
+        """Forget the value; the next ``get`` makes it again."""
+        with self._lock:
+            self._kept = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_modules": self._modules, "_make": self._make}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["_modules"], state["_make"])  # type: ignore[misc]
+
+
+def _differs(modules: Sequence[nn.Module], watches: Sequence[ModelWatch]) -> bool:
+    return len(modules) != len(watches) or any(
+        module is not watch.model or watch.has_changed()
+        for module, watch in zip(modules, watches, strict=True)
+    )
 
 
 class ModelWatch:
@@ -30,6 +77,7 @@ class ModelWatch:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self._members = [
             (members, tuple(map(id, members.values())))
             for module in model.modules()
@@ -71,6 +119,8 @@ def _version(tensor: Tensor) -> int:
 
 def _samples(tensor: Tensor) -> Iterator[tuple[memoryview, bytes]]:
     """Windows into the tensor's memory, and what they show now."""
+    import torch
+
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.numel() == 0:
         return
     raw = tensor.detach().reshape(-1).view(torch.uint8).numpy().data

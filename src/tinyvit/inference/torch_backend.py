@@ -13,12 +13,14 @@ from torch import Tensor
 
 from tinyvit.modules import TinyViT
 
-from .backend import DTYPES, Network
+from .backend import Network
 from .cuda_graphs import Capture, GraphedNetwork, choose_capture
 from .derived import ModelWatch
 from .fast_encoder import DeployedTinyViT
 from .fold import folded_copy, frozen_copy, reason_against
 from .kernels import choose_kernels
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 _TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
 """Largest error of the self-check, relative to the largest output. Folding changes only rounding:
