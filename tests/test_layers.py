@@ -60,6 +60,7 @@ STILL_TOO_LONG = {
     "cli/train.py",
     "modules/tiny_vit.py",
     "checkpoints/detection.py",
+    "checkpoints/files.py",
     "train/loop.py",
 }
 
@@ -68,6 +69,8 @@ WITHOUT_TORCH = (
     "image_spec",
     "catalog",
     "labels",
+    "checkpoints.files",
+    "checkpoints.unwrap",
     "images.decode",
     "inference.backend",
     "inference.derived",

@@ -20,7 +20,7 @@ import torch
 
 from tinyvit.catalog import list_models
 from tinyvit.checkpoints import read_state_dict, write_state_dict
-from tinyvit.checkpoints.files import replacing
+from tinyvit.checkpoints.files import write_text
 from tinyvit.errors import CheckpointError, DownloadError
 from tinyvit.factory import create_model
 from tinyvit.image_spec import ImageSpec
@@ -59,7 +59,7 @@ def save_pretrained(model: TinyViT, folder: str | os.PathLike[str]) -> Path:
         metadata = {"format": "pt", "tinyvit.family": "tinyvit", "tinyvit.strides": strides}
         write_state_dict(folder / WEIGHTS, model.state_dict(), metadata=metadata)
         text = json.dumps(config, indent=2) + "\n"
-        replacing(folder / CONFIG, lambda path: _write_text(path, text))
+        write_text(folder / CONFIG, text)
     except OSError as err:
         raise CheckpointError(
             f"cannot write the model to {folder}: {err.strerror or err}; choose another folder"
@@ -227,7 +227,3 @@ def _from_hub(
 def _first_line(err: Exception) -> str:
     lines = str(err).strip().splitlines()
     return lines[0] if lines else type(err).__name__
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

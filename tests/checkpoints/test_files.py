@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -14,8 +15,14 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints.families import assert_same
-from tinyvit.checkpoints import files
-from tinyvit.checkpoints.files import read_state_dict, write_state_dict
+from tinyvit.checkpoints.files import (
+    check_format,
+    read_state_dict,
+    weights_sha256,
+    write_bytes,
+    write_state_dict,
+    write_text,
+)
 from tinyvit.errors import CheckpointError
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor(3, dtype=torch.int64)}
@@ -224,7 +231,7 @@ def test_a_full_disk_leaves_everything_as_it_was(
         full()
 
     if step == "write":
-        monkeypatch.setattr(files, "save_file", half)
+        monkeypatch.setattr("safetensors.torch.save_file", half)
         monkeypatch.setattr(torch, "save", half)
     else:
         monkeypatch.setattr(os, step, full)
@@ -249,3 +256,57 @@ def test_no_folder(tmp_path: Path) -> None:
         write_state_dict(tmp_path / "missing" / "a.pt", STATE, "torch")
     with pytest.raises(CheckpointError):
         write_state_dict(tmp_path / "missing" / "a.safetensors", STATE)
+
+
+def test_text_and_bytes_are_written_whole_or_not_at_all(tmp_path):
+    write_text(tmp_path / "a.txt", "ä\n")
+    write_bytes(tmp_path / "b.bin", memoryview(b"123"))
+    assert (tmp_path / "a.txt").read_bytes() == "ä\n".encode()
+    assert (tmp_path / "b.bin").read_bytes() == b"123"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.bin"]
+    with pytest.raises(CheckpointError, match=r"no folder .* make it"):
+        write_text(tmp_path / "none" / "a.txt", "")
+
+
+def test_the_hash_of_weights_is_that_of_float32_bytes(make_tiny_vit):
+    """Written out by hand: what engines hashed before there was one function for it."""
+    state = make_tiny_vit().state_dict()
+    digest = hashlib.sha256()
+    for key, tensor in sorted(state.items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    assert weights_sha256(state) == digest.hexdigest()
+    assert weights_sha256({k: t.numpy() for k, t in state.items()}) == digest.hexdigest()
+
+
+def test_the_hash_of_weights_sees_names_shapes_and_values_but_neither_layout_nor_precision():
+    a = {"x": torch.arange(4.0), "y": torch.tensor(1)}
+    same = weights_sha256(a)
+    assert weights_sha256(dict(reversed(a.items()))) == same
+    assert weights_sha256({**a, "x": torch.arange(4.0).bfloat16()}) == same
+    assert weights_sha256({**a, "x": torch.arange(4.0).view(2, 2)}) != same
+    assert weights_sha256({**a, "x": torch.arange(4)}) != same
+    assert weights_sha256({**a, "x": -torch.arange(4.0)}) != same
+    assert weights_sha256({"z": a["x"], "y": a["y"]}) != same
+    plain = torch.randn(2, 3, 4, 5)
+    last = plain.contiguous(memory_format=torch.channels_last)
+    assert weights_sha256({"a": plain}) == weights_sha256({"a": last})
+
+
+def test_the_older_hash_tells_precisions_apart():
+    x = torch.arange(4.0)
+    assert weights_sha256({"x": x}, older=True) != weights_sha256({"x": x.bfloat16()}, older=True)
+    assert weights_sha256({"x": torch.tensor(1.5)}, older=True) == (
+        hashlib.sha256(b"x torch.float32 []\n\x00\x00\xc0\x3f").hexdigest()
+    )
+
+
+def test_formats_up_to_the_newest_known_are_read():
+    assert check_format(None, 2, None, "it") == 0
+    assert check_format(2, 2, "0.3", "it") == 2
+    wanted = r"it was written by tinyvit 9\.0, format 3; this reads up to 2; upgrade tinyvit"
+    with pytest.raises(CheckpointError, match=wanted):
+        check_format(3, 2, "9.0", "it")
+    for wrong in ("2", 1.0, True, -1):
+        with pytest.raises(CheckpointError, match="it: format must be a whole number"):
+            check_format(wrong, 2, None, "it")

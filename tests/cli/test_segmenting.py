@@ -184,7 +184,7 @@ def test_a_document_that_cannot_be_written_stops_too(folder, tmp_path, monkeypat
     def refuse(path, write):
         raise CheckpointError("no") from OSError(errno.EACCES, "no")
 
-    monkeypatch.setattr("tinyvit.folders.segment.replacing", refuse)
+    monkeypatch.setattr("tinyvit.folders.segment.write_text", refuse)
     with pytest.raises(CheckpointError, match="no"):
         list(Job(HalfMethod(), tmp_path / "out", FACTS).run(work_of(folder)))
 

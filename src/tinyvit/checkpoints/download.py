@@ -30,7 +30,7 @@ from typing import IO, TypeAlias
 from tinyvit.catalog import Checkpoint, get_checkpoint
 from tinyvit.errors import DownloadError
 
-from .files import file_sha256, looks_like_web_page, replacing
+from .files import file_sha256, looks_like_web_page, write_text
 
 _POLL_SECONDS = 0.1
 
@@ -471,12 +471,7 @@ def _recorded(target: Path) -> str | None:
 def _record(target: Path, digest: str) -> None:
     """Write the hash beside the file, in the form ``sha256sum -c`` reads."""
     text = f"{digest}  {target.name}\n"
-    replacing(_beside(target, ".sha256"), lambda temporary: _write_text(temporary, text))
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a text file."""
-    path.write_text(text)
+    write_text(_beside(target, ".sha256"), text)
 
 
 def _trust(target: Path, digest: str) -> None:

@@ -19,17 +19,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
 
 from .unwrap import unwrap, wrap
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
 
 CLASSES = "tinyvit.classes"
 """A list of names, in the order of the classes' numbers."""
@@ -462,6 +464,87 @@ def replacing(path: Path, write: Callable[[Path], None]) -> None:
         ) from err
 
 
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write a file, whole or not at all; errors as ``replacing``'s."""
+    replacing(path, lambda temporary: _write(temporary, data))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all; errors as ``replacing``'s."""
+    write_bytes(path, text.encode())
+
+
+def _write(path: Path, data: bytes | memoryview) -> None:
+    path.write_bytes(data)
+
+
+def check_format(found: object, supported: int, writer: object, what: str) -> int:
+    """The number of a file's format, which must be one that this version reads.
+
+    Args:
+        found: What the file states; None, as in files of the first versions, is 0.
+        supported: The newest format that is read.
+        writer: The version of tinyvit that wrote the file, if it says so.
+        what: The file, for the words of an error.
+
+    Raises:
+        CheckpointError: The format is newer, or no number.
+    """
+    if found is None:
+        return 0
+    if not isinstance(found, int) or isinstance(found, bool) or found < 0:
+        raise CheckpointError(f"{what}: format must be a whole number, got {found!r}")
+    if found > supported:
+        raise CheckpointError(
+            f"{what} was written by tinyvit {writer or '(unknown version)'}, format {found}; this "
+            f"reads up to {supported}; upgrade tinyvit"
+        )
+    return found
+
+
+def weights_sha256(tensors: Mapping[str, NDArray[Any] | Tensor], older: bool = False) -> str:
+    """The one hash of weights: SHA-256 over the name, dtype, shape and bytes of every tensor.
+
+    Floating-point tensors count as float32, so the same weights have the same hash in every
+    container and precision they are exactly held in.
+
+    Args:
+        tensors: Canonical key -> tensor of torch (any device) or array of numpy.
+        older: The form in teachers' folders and LoRA files of the first versions: each tensor in
+            its own dtype; tensors of torch only.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        tensor: Any = tensors[key]
+        if older:
+            digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            array = _bytes_of(tensor)
+        else:
+            array = _as_float32(tensor)
+            digest.update(f"{key} torch.{array.dtype} {tuple(array.shape)}\n".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _as_float32(tensor: Any) -> NDArray[Any]:
+    """A tensor of torch or numpy as an array; float32 if it is of floating point."""
+    if hasattr(tensor, "detach"):
+        tensor = tensor.detach().cpu()
+        tensor = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    array = np.asarray(tensor)
+    return array.astype(np.float32, copy=False) if array.dtype.kind == "f" else array
+
+
+def _bytes_of(tensor: Tensor) -> NDArray[Any]:
+    import torch
+
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return np.asarray(raw)
+
+
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file.
 
@@ -492,6 +575,8 @@ def _save_safetensors(
     tensors: dict[str, Tensor], temporary: Path, metadata: dict[str, str]
 ) -> None:
     """``save_file`` with the metadata in a fixed order, so that equal content is equal bytes."""
+    from safetensors.torch import save_file
+
     save_file(tensors, temporary, metadata=metadata)
     with temporary.open("rb+") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -505,6 +590,8 @@ def _save_safetensors(
 
 def _save_torch(content: dict[str, object], temporary: Path) -> None:
     """``torch.save`` into an open file, so that the temporary name is not written into it."""
+    import torch
+
     with temporary.open("wb") as file:
         torch.save(content, file)
 
@@ -542,6 +629,8 @@ def _read_safetensors(path: Path, size: int) -> StateFile:
 
 def _load_torch(path: Path, kind: Kind) -> object:
     """Read a torch file without running code from it."""
+    import torch
+
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "torch zip")
     except PermissionError:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import numpy as np
 
 from tinyvit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict", "model_ema", "ema", "module")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "sam.")
@@ -60,7 +63,7 @@ def unwrap(loaded: object, origin: str) -> Unwrapped:
         CheckpointError: If there are no named tensors inside.
     """
     if not isinstance(loaded, Mapping):
-        what = "one tensor without a name" if isinstance(loaded, Tensor) else type(loaded).__name__
+        what = "one tensor without a name" if _is_tensor(loaded) else type(loaded).__name__
         raise CheckpointError(
             f"{origin} holds {what} instead of a state dict (a dict of names and tensors); "
             "save it with torch.save(model.state_dict(), …)"
@@ -116,9 +119,14 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
+def _is_tensor(value: object) -> bool:
+    """Whether this is a tensor of torch or an array of numpy; torch is not imported to tell."""
+    return isinstance(value, np.ndarray) or hasattr(value, "detach")
+
+
 def _wrapper_of(loaded: Mapping[Any, Any]) -> str | None:
     """The name under which a dict holds the state dict, or None if it is the state dict itself."""
-    if any(isinstance(value, Tensor) for value in loaded.values()):
+    if any(_is_tensor(value) for value in loaded.values()):
         return None
     return next((name for name in _WRAPPERS if isinstance(loaded.get(name), Mapping)), None)
 
@@ -127,8 +135,8 @@ def _flat(loaded: Mapping[Any, Any], prefix: str, extras: list[str]) -> dict[str
     """Collect the tensors of a state dict; everything else is told in ``extras``."""
     tensors: dict[str, Tensor] = {}
     for key, value in loaded.items():
-        if isinstance(value, Tensor):
-            tensors[f"{prefix}{key}"] = value.detach()
+        if _is_tensor(value):
+            tensors[f"{prefix}{key}"] = value.detach() if hasattr(value, "detach") else value
         elif key in _PARTS and isinstance(value, Mapping):
             tensors.update(_flat(value, _PARTS[key], extras))
         else:

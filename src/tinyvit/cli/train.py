@@ -453,7 +453,7 @@ def _with_choices(
     screen: TrainScreen, verb: TaskVerb, choices: Choices
 ) -> Callable[[Progress], None]:
     """A callback that keeps the task's choices as soon as the loop has taken the folder."""
-    from tinyvit.checkpoints.files import replacing
+    from tinyvit.checkpoints.files import write_text
 
     text = task_toml(verb.name, choices)
     is_written: list[bool] = []
@@ -461,15 +461,11 @@ def _with_choices(
     def report(progress: Progress) -> None:
         if not is_written:
             path = choices.folder / TASK_FILE
-            replacing(path, lambda fresh: _write(fresh, text))
+            write_text(path, text)
             is_written.append(True)
         screen(progress)
 
     return report
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 @contextmanager

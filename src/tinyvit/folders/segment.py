@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 from collections import deque
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tinyvit.checkpoints.files import replacing
+from tinyvit.checkpoints.files import write_bytes, write_text
 from tinyvit.errors import CheckpointError, ImageError
 from tinyvit.images import draw
 from tinyvit.images.decode import decode
@@ -220,21 +221,13 @@ def write_logits(path: Path, logits: NDArray[np.float32]) -> None:
     Raises:
         CheckpointError: The file cannot be written.
     """
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.save(file, logits, allow_pickle=False)
-
-    replacing(path, write)
+    buffer = io.BytesIO()
+    np.save(buffer, logits, allow_pickle=False)
+    write_bytes(path, buffer.getbuffer())
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    text = json.dumps(content, indent=1) + "\n"
-    replacing(path, lambda temporary: _put(temporary, text))
-
-
-def _put(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _info(path: Path) -> dict[str, object] | None:

@@ -8,7 +8,6 @@ Shapes: N images, H W height and width of one.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import os
 from collections import deque
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinyvit.checkpoints.files import weights_sha256
 from tinyvit.image_spec import ImageSpec, Placement
 from tinyvit.images.decode import decode
 from tinyvit.images.preprocess import to_tensor
@@ -402,12 +402,7 @@ class Engine:
         """
         if self._model is None:
             raise ValueError("this engine has a backend of its own and no model to hash")
-        digest = hashlib.sha256()
-        for key, tensor in sorted(self._model.state_dict().items()):
-            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(raw.numpy().tobytes())
-        return digest.hexdigest()
+        return weights_sha256(self._model.state_dict())
 
     def close(self) -> None:
         """Give back what the backend holds."""

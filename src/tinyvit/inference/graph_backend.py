@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tinyvit.checkpoints.download import cache_folder
-from tinyvit.checkpoints.files import replacing
+from tinyvit.checkpoints.files import weights_sha256, write_bytes
 from tinyvit.errors import CheckpointError, MissingExtraError
 from tinyvit.modules import TinyViT
 
@@ -112,13 +112,10 @@ def fingerprint(model: TinyViT) -> str | None:
         (name, type(module).__qualname__, module.extra_repr())
         for name, module in model.named_modules()
     ]
-    made_by = (_FORM, version("tinyvit"), torch.__version__, model.arguments(), settings)
-    digest = hashlib.sha256(repr(made_by).encode())
-    for key, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(raw.numpy().data)
-    return digest.hexdigest()
+    state = model.state_dict()
+    types = sorted({str(tensor.dtype) for tensor in state.values()})
+    made_by = (_FORM, version("tinyvit"), torch.__version__, model.arguments(), settings, types)
+    return hashlib.sha256(f"{made_by!r} {weights_sha256(state)}".encode()).hexdigest()
 
 
 def cached_graph(model: TinyViT) -> Path | bytes:
@@ -143,14 +140,10 @@ def cached_graph(model: TinyViT) -> Path | bytes:
     graph = export_onnx(model)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replacing(path, lambda temporary: _write(temporary, graph))
+        write_bytes(path, graph)
     except (OSError, CheckpointError):  # read-only or full: the graph is as good from memory
         return graph
     return path
-
-
-def _write(path: Path, graph: bytes) -> None:
-    path.write_bytes(graph)
 
 
 pass

@@ -20,7 +20,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from tinyvit.checkpoints.files import replacing
+from tinyvit.checkpoints.files import write_text
 from tinyvit.errors import CheckpointError
 
 from .data.sampling import Key, Order, derived_seed, load_batches
@@ -395,7 +395,7 @@ class _Run(Generic[Sample]):
             sweep(self.folder)
             self.journal = Journal(self.folder, self.tally.step, settings.tensorboard)
             text = settings.to_toml()
-            replacing(self.folder / SETTINGS, lambda path: _write(path, text))
+            write_text(self.folder / SETTINGS, text)
         self._tell("train", "; ".join(state.trouble) if state is not None else "")
 
     def _find_state(self, resume: bool) -> RunState | None:
@@ -606,7 +606,3 @@ class _Run(Generic[Sample]):
             best_weights=best,
             seconds=time.perf_counter() - self.began,
         )
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

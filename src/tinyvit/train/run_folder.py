@@ -18,7 +18,7 @@ from typing import Literal, Protocol, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from tinyvit.checkpoints.files import read_state_dict, replacing, write_state_dict
+from tinyvit.checkpoints.files import read_state_dict, write_state_dict, write_text
 from tinyvit.errors import CheckpointError, TinyViTError
 from tinyvit.images.draw import save_png
 
@@ -134,7 +134,7 @@ class Journal:
         self.folder = folder
         self.lines = _read_until(folder / LOG, step)
         text = "".join(_as_text(line) for line in self.lines)
-        replacing(folder / LOG, lambda path: _write(path, text))
+        write_text(folder / LOG, text)
         self._board = _open_board(folder / BOARD, step) if tensorboard else None
         try:
             self._file = (folder / LOG).open("a", encoding="utf-8")
@@ -206,10 +206,6 @@ def _read_until(path: Path, step: int) -> list[Line]:
 
 def _as_text(line: Line) -> str:
     return json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _open_board(folder: Path, step: int) -> Board | None:

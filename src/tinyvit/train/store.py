@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tinyvit.checkpoints.files import replacing, write_state_dict
+from tinyvit.checkpoints.files import replacing, write_state_dict, write_text
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
 
@@ -235,7 +235,7 @@ class FeatureStore:
             except OSError as err:
                 raise CheckpointError(f"{self.folder} cannot be made a folder: {err}") from err
             text = json.dumps(facts.to_dict(), indent=1)
-            replacing(path, lambda temporary: _write(temporary, text))
+            write_text(path, text)
             return facts
         before = _read_facts(path)
         for key, value in (facts or before).to_dict().items():
@@ -295,10 +295,6 @@ def _read_facts(path: Path) -> StoreFacts:
         )
     except (OSError, KeyError, TypeError, ValueError) as err:
         raise CheckpointError(f"{path} is no manifest of features: {err!s}") from err
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 HEADER, RECORDS = "store.json", "logits.bin"
@@ -432,7 +428,7 @@ class LogitStore:
         facts = {"pictures": header.images, **asdict(header)}
         del facts["images"]
         text = json.dumps({"version": _VERSION, **facts}, indent=1) + "\n"
-        replacing(folder / HEADER, lambda path: _write_text(path, text))
+        write_text(folder / HEADER, text)
         return cls(folder, header)
 
     @classmethod
@@ -601,7 +597,3 @@ def _short(value: object) -> str:
         return f"{len(value)} names from {value[0]!r} to {value[-1]!r}"
     text = repr(dict(value)) if isinstance(value, Mapping) else repr(value)
     return text if len(text) <= 300 else f"{text[:300]}..."
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

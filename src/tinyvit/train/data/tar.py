@@ -11,6 +11,7 @@ Letters: N images.
 from __future__ import annotations
 
 import glob
+import io
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyvit.checkpoints.files import replacing
+from tinyvit.checkpoints.files import write_bytes
 from tinyvit.errors import CheckpointError, ImageError
 from tinyvit.labels import read_labels
 
@@ -275,18 +276,15 @@ def _write_index(place: Path, marks: str, index: _Index) -> None:
     names, places, texts = index
     if any("\n" in text for text in (*names, *texts)):
         return  # such an index stays in memory
-
-    def write(path: Path) -> None:
-        with path.open("wb") as file:
-            np.savez_compressed(
-                file,
-                marks=np.array(marks),
-                names=np.frombuffer("\n".join(names).encode(), dtype=np.uint8),
-                places=places,
-                texts=np.frombuffer("\n".join(texts).encode(), dtype=np.uint8),
-            )
-
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        marks=np.array(marks),
+        names=np.frombuffer("\n".join(names).encode(), dtype=np.uint8),
+        places=places,
+        texts=np.frombuffer("\n".join(texts).encode(), dtype=np.uint8),
+    )
     try:
-        replacing(place, write)
+        write_bytes(place, buffer.getbuffer())
     except CheckpointError as err:
         logger.info("the index of the tar files stays in memory: %s", err)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tinyvit.checkpoints.files import file_sha256
+from tinyvit.checkpoints.files import file_sha256, weights_sha256
 from tinyvit.checkpoints.open import find_checkpoint
 from tinyvit.errors import CheckpointError, ImageError, MissingExtraError
 from tinyvit.evaluate.classify import LabelledImages
@@ -52,12 +51,7 @@ def tensor_fingerprint(tensors: Mapping[str, Tensor]) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    digest = hashlib.sha256()
-    for key, tensor in sorted(tensors.items()):
-        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        whole = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(whole.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return weights_sha256(tensors, older=True)
 
 
 Progress = Callable[[int, int], None]
