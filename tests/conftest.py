@@ -1,12 +1,17 @@
-"""What all tests share: threads, seeds, hypothesis profiles, tiny models with lively weights."""
+"""What all tests share: threads, seeds, hypothesis profiles; models and folders are in tiny.py."""
 
+import importlib
 import inspect
 import os
 import signal
+import sys
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+import tiny
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
@@ -45,41 +50,6 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
-def _randomise(module, seed=0):
-    """Values that leave nothing at its neutral start: no zero biases, no batch norm of 0 or 1."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in module.state_dict().items():
-        if not tensor.is_floating_point():
-            continue
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
-        if name.endswith("running_var"):
-            noise = 0.5 + noise.abs()
-        elif name.endswith(("running_mean", "bias")):
-            noise = 0.2 * noise
-        elif tensor.ndim == 1:  # weight of a norm
-            noise = 1 + 0.2 * noise
-        elif not name.endswith("attention_biases"):
-            noise = noise * tensor[0].numel() ** -0.5
-        tensor.copy_(noise)
-    return module
-
-
-def _make_tiny_vit(seed=0, **changes):
-    from tinyvit.modules import TinyViT
-
-    arguments = {
-        "img_size": 64,
-        "num_classes": 5,
-        "embed_dims": (8, 12, 16, 24),
-        "depths": (1, 1, 2, 1),
-        "num_heads": (1, 2, 2, 3),
-        "window_sizes": (4, 3, 5, 2),
-        "drop_path_rate": 0.0,
-        "neck_dim": 16,
-    }
-    return _randomise(TinyViT(**{**arguments, **changes}), seed).eval()
-
-
 def _describe_arguments(cls):
     """("a, b, ks=1", "extra=None"): what may be passed by position, and what only by name."""
     kinds = {True: [], False: []}
@@ -95,13 +65,29 @@ def _describe_arguments(cls):
 @pytest.fixture(scope="session")
 def randomise():
     """``randomise(module, seed=0)`` fills a module with lively values and returns it."""
-    return _randomise
+    return tiny.randomise
 
 
 @pytest.fixture(scope="session")
 def make_tiny_vit():
     """``make_tiny_vit(seed=0, **changes)``: a TinyViT of some 20 000 parameters, in eval mode."""
-    return _make_tiny_vit
+    return tiny.make_tiny_vit
+
+
+@pytest.fixture(scope="session")
+def make_tiny_sam():
+    """``make_tiny_sam(size=64, is_hq=False, seed=0, pad=True)``: its masks cover a part only."""
+    return tiny.make_tiny_sam
+
+
+@pytest.fixture
+def load_benchmark(monkeypatch):
+    """``load_benchmark("report")`` gives a module of benchmarks/."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    yield importlib.import_module
+    for path in folder.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +16,8 @@ from tinyvit.factory import create_model
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.fixture
-def load(monkeypatch):
-    """``load("report")`` gives a module of benchmarks/."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module
-    for path in FOLDER.glob("*.py"):
-        sys.modules.pop(path.stem, None)
-
-
-def test_the_default_cases_are_those_of_the_readme(load):
-    peers = load("against_peers")
+def test_the_default_cases_are_those_of_the_readme(load_benchmark):
+    peers = load_benchmark("against_peers")
     cases = peers.cases_of(peers.parse([]))
     assert [(case.model, case.size, case.batch) for case in cases] == [
         ("tiny_vit_5m_sam", 1024, 1),
@@ -37,15 +26,15 @@ def test_the_default_cases_are_those_of_the_readme(load):
     assert peers.parse([]).output == FOLDER
 
 
-def test_quick_is_small_and_writes_nothing(load):
-    peers = load("against_peers")
+def test_quick_is_small_and_writes_nothing(load_benchmark):
+    peers = load_benchmark("against_peers")
     options = peers.parse(["--quick"])
     assert [case.size for case in peers.cases_of(options)] == [256, 224]
     assert (options.rounds, options.starts, options.output) == (2, 1, None)
 
 
-def test_options_choose_cases(load):
-    peers = load("against_peers")
+def test_options_choose_cases(load_benchmark):
+    peers = load_benchmark("against_peers")
     words = ["--model", "tiny_vit_21m_sam", "--size", "512", "--size", "64", "--batch", "2"]
     cases = peers.cases_of(peers.parse(words))
     assert cases == [
@@ -57,8 +46,8 @@ def test_options_choose_cases(load):
         peers.cases_of(peers.parse(["--model", "vit"]))
 
 
-def test_contestants_fit_the_model(load):
-    peers = load("against_peers")
+def test_contestants_fit_the_model(load_benchmark):
+    peers = load_benchmark("against_peers")
     sam, classifier = peers.Case("tiny_vit_5m_sam", 64, 1), peers.Case("tiny_vit_5m_224", 64, 1)
     assert peers.contestants_of(sam, None)[:3] == [
         *("ultralytics", "ultralytics+mallopt", "mobile_sam")
@@ -67,21 +56,21 @@ def test_contestants_fit_the_model(load):
     asked = ["timm", "ultralytics+mallopt", "tinyvit-torch-fp32+mallopt"]
     assert peers.contestants_of(sam, asked) == asked[1:]
     assert peers.contestants_of(classifier, asked) == [asked[0], asked[2]]
-    known = load("contestants").MAKERS
+    known = load_benchmark("contestants").MAKERS
     for name in [*peers.contestants_of(sam, None), *peers.contestants_of(classifier, None)]:
         assert name.partition("+")[0].partition("-")[0] in known
 
 
-def test_ratios_are_taken_round_by_round(load):
-    peers = load("against_peers")
+def test_ratios_are_taken_round_by_round(load_benchmark):
+    peers = load_benchmark("against_peers")
     rows = [{"name": "old", "rounds": [2.0, 8.0, 4.0]}, {"name": "new", "rounds": [1.0, 2.0, 4.0]}]
     peers.compare(rows, ["old"])
     assert rows[0]["times_as_fast"]["old"]["median"] == 1.0
     assert rows[1]["times_as_fast"]["old"]["median"] == 2.0  # of 2, 4 and 1
 
 
-def test_weights_depend_on_the_name_alone(load):
-    weights = load("weights").weights
+def test_weights_depend_on_the_name_alone(load_benchmark):
+    weights = load_benchmark("weights").weights
     a = weights({"x.weight": (4, 3), "y.bias": (5,)})
     b = weights({"y.bias": (5,), "z.weight": (4, 3), "x.weight": (4, 3)})
     assert np.array_equal(a["x.weight"], b["x.weight"])
@@ -89,10 +78,10 @@ def test_weights_depend_on_the_name_alone(load):
     assert not np.array_equal(b["x.weight"], b["z.weight"])
 
 
-def test_every_tensor_is_random_and_reaches_every_family(load):
+def test_every_tensor_is_random_and_reaches_every_family(load_benchmark):
     model = create_model("tiny_vit_5m_sam", img_size=64)
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    state = load("weights").weights(shapes)
+    state = load_benchmark("weights").weights(shapes)
     for key, value in state.items():
         if value.dtype == np.float32 and value.size > 1:
             assert value.std() > 0, key
@@ -104,12 +93,12 @@ def test_every_tensor_is_random_and_reaches_every_family(load):
             assert renamed[prefix + key] is value
     model.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
     with torch.inference_mode():
-        output = model(torch.from_numpy(load("weights").images(1, 64)))
+        output = model(torch.from_numpy(load_benchmark("weights").images(1, 64)))
     assert 0.5 < output.abs().max() < 50
 
 
-def test_the_first_images_do_not_depend_on_the_batch(load):
-    images = load("weights").images
+def test_the_first_images_do_not_depend_on_the_batch(load_benchmark):
+    images = load_benchmark("weights").images
     assert images(3, 8).shape == (3, 3, 8, 8)
     assert np.array_equal(images(3, 8)[:1], images(1, 8))
 
@@ -130,8 +119,8 @@ def a_case(model="tiny_vit_5m_sam", date="today"):
     }  # fmt: skip
 
 
-def test_a_case_becomes_a_table(load):
-    text = load("report").markdown(a_case())
+def test_a_case_becomes_a_table(load_benchmark):
+    text = load_benchmark("report").markdown(a_case())
     assert text.startswith("## tiny_vit_5m_sam, 1024x1024, batch 1\n")
     for words in (
         "77.5 GFLOP an image; 7 rounds; outputs up to 5.6; today",
@@ -146,8 +135,8 @@ def test_a_case_becomes_a_table(load):
     assert len({row.count("|") for row in rows}) == 1
 
 
-def test_earlier_cases_stay_until_measured_again(load, tmp_path):
-    report = load("report")
+def test_earlier_cases_stay_until_measured_again(load_benchmark, tmp_path):
+    report = load_benchmark("report")
     assert report.read(tmp_path / "results.json") == []
     report.write(tmp_path / "deep", [a_case(), a_case("tiny_vit_5m_224")])
     old = report.read(tmp_path / "deep" / "results.json")
@@ -161,8 +150,8 @@ def test_earlier_cases_stay_until_measured_again(load, tmp_path):
     assert (tmp_path / "deep" / "results.md").read_text().count("\n## ") == 2
 
 
-def test_the_stub_s_signatures_are_what_torch_reads(load):
-    stub = load("torchvision_stub")
+def test_the_stub_s_signatures_are_what_torch_reads(load_benchmark):
+    stub = load_benchmark("torchvision_stub")
     assert stub.schema("nms").startswith("nms(Tensor dets, Tensor scores, float iou_threshold)")
     for name in stub.OPERATORS:
         parsed = torch._C.parse_schema(stub.schema(name))

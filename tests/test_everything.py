@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """``load("answers")`` gives a module of benchmarks/."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module
-    for path in FOLDER.glob("*.py"):
-        sys.modules.pop(path.stem, None)
 
 
 def spots(*corners, size=(20, 30), side=6):
@@ -38,8 +27,8 @@ def records(masks, scores):
     ]
 
 
-def test_the_default_cases(load):
-    everything = load("everything")
+def test_the_default_cases(load_benchmark):
+    everything = load_benchmark("everything")
     cases = list(everything.cases_of(everything.parse([])))
     assert [(case["weights"], case["picture"]) for case in cases] == [
         (weights, image)
@@ -54,8 +43,8 @@ def test_the_default_cases(load):
         assert get_variant(case["variant"]).img_size == case["size"]
 
 
-def test_all_contestants_get_the_same_arguments(load):
-    everything = load("everything")
+def test_all_contestants_get_the_same_arguments(load_benchmark):
+    everything = load_benchmark("everything")
     words = ["--weights", "5m", "--pred-iou-thresh", "0.5", "--stability-score-offset", "0.2"]
     (case, *_) = everything.cases_of(everything.parse(words))
     assert case["arguments"] == {
@@ -68,8 +57,8 @@ def test_all_contestants_get_the_same_arguments(load):
     }
 
 
-def test_iou_of_packed_masks(load):
-    answers = load("answers")
+def test_iou_of_packed_masks(load_benchmark):
+    answers = load_benchmark("answers")
     a = np.asarray(answers.Answer.of_masks(spots((0, 0), (5, 5)), [0.5, 0.6]))
     b = np.asarray(answers.Answer.of_masks([*spots((0, 3)), np.zeros((20, 30), bool)], [1, 2]))
     table = answers.ious(a["mask"], b["mask"])
@@ -77,16 +66,16 @@ def test_iou_of_packed_masks(load):
     assert answers.ious(b["mask"][1:], b["mask"][1:]).tolist() == [[1.0]]  # both empty
 
 
-def test_pixels_are_compared_in_parts(load, monkeypatch):
-    answers = load("answers")
+def test_pixels_are_compared_in_parts(load_benchmark, monkeypatch):
+    answers = load_benchmark("answers")
     rows = np.asarray(answers.Answer.of_masks(spots((0, 0), (5, 5), (14, 24)), [1, 2, 3]))
     whole = answers.ious(rows["mask"], rows["mask"])
     monkeypatch.setattr(answers, "PIXELS_AT_ONCE", 64)
     assert np.array_equal(answers.ious(rows["mask"], rows["mask"]), whole)
 
 
-def test_answers_to_the_same_prompts(load):
-    answers = load("answers")
+def test_answers_to_the_same_prompts(load_benchmark):
+    answers = load_benchmark("answers")
     theirs = np.asarray(answers.Answer.of_masks(spots((0, 0), (5, 5)), [0.5, 0.6]))
     ours = np.asarray(answers.Answer.of_masks(spots((0, 0), (5, 6)), [0.5, 0.7]))
     found = answers.same_prompts(theirs, ours)
@@ -97,8 +86,8 @@ def test_answers_to_the_same_prompts(load):
         answers.same_prompts(theirs, ours[:1])
 
 
-def test_everything_is_compared_whatever_its_order(load):
-    answers = load("answers")
+def test_everything_is_compared_whatever_its_order(load_benchmark):
+    answers = load_benchmark("answers")
     made = spots((0, 0), (5, 5), (14, 24), (0, 20))
     theirs = np.asarray(answers.Answer.of_records(records(made[:3], [0.5, 0.6, 0.7])))
     ours = np.asarray(answers.Answer.of_records(records(made[:0:-1], [0.1, 0.75, 0.6])))
@@ -112,8 +101,8 @@ def test_everything_is_compared_whatever_its_order(load):
     assert (none["theirs_alone"], none["ours_alone"], none["least_iou"]) == (3, 0, None)
 
 
-def test_prompts_lie_in_the_image(load):
-    prompts = list(load("segmenters").prompts_of(100, 300))
+def test_prompts_lie_in_the_image(load_benchmark):
+    prompts = list(load_benchmark("segmenters").prompts_of(100, 300))
     for prompt in prompts:
         points = prompt.get("point_coords", np.zeros((0, 2)))
         assert (points < [300, 100]).all()
@@ -145,8 +134,8 @@ def a_case(things=None):
     }  # fmt: skip
 
 
-def test_a_case_becomes_a_table(load):
-    text = load("everything_report").markdown(a_case())
+def test_a_case_becomes_a_table(load_benchmark):
+    text = load_benchmark("everything_report").markdown(a_case())
     for words in (
         "## starter (tiny_vit_2m_sam, 256 px), coffee.png 600x400",
         "- points_per_side=32\n",
@@ -159,13 +148,13 @@ def test_a_case_becomes_a_table(load):
     assert len({row.count("|") for row in rows}) == 1
 
 
-def test_a_case_without_masks(load):
+def test_a_case_without_masks(load_benchmark):
     none = {"theirs": 0, "ours": 0, "least_iou": None, "theirs_alone": 0, "ours_alone": 0}
-    assert "| 0 | - | 0 + 0 |" in load("everything_report").markdown(a_case(none))
+    assert "| 0 | - | 0 + 0 |" in load_benchmark("everything_report").markdown(a_case(none))
 
 
-def test_cases_stay_until_measured_again(load, tmp_path):
-    report = load("everything_report")
+def test_cases_stay_until_measured_again(load_benchmark, tmp_path):
+    report = load_benchmark("everything_report")
     assert report.read(tmp_path) == []
     report.write(tmp_path, [a_case()])
     other = {**a_case(), "arguments": {"points_per_side": 16}}
@@ -176,10 +165,10 @@ def test_cases_stay_until_measured_again(load, tmp_path):
     assert (tmp_path / "everything.md").read_text().count("\n## ") == 2
 
 
-def test_weights_of_a_whole_sam(load, tmp_path):
+def test_weights_of_a_whole_sam(load_benchmark, tmp_path):
     from tinyvit.checkpoints import read_state_dict
 
-    weights = load("sam_weights")
+    weights = load_benchmark("sam_weights")
     weights.write_weights(tmp_path, "starter", [])
     state = read_state_dict(tmp_path / "sam.safetensors").tensors
     assert {key.split(".")[0] for key in state} == {

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.fixture
-def load(monkeypatch):
-    """``load("proof")`` gives a module of benchmarks/."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module
-    for path in FOLDER.glob("*.py"):
-        sys.modules.pop(path.stem, None)
-
-
-def test_errors_are_those_of_the_worst_call_and_image(load):
-    proof = load("proof")
+def test_errors_are_those_of_the_worst_call_and_image(load_benchmark):
+    proof = load_benchmark("proof")
     calls = []
 
     def run(batch):
@@ -41,15 +29,15 @@ def test_errors_are_those_of_the_worst_call_and_image(load):
     assert other["one_minus_cosine"] == 1.0
 
 
-def test_iou(load):
+def test_iou(load_benchmark):
     ours = np.zeros((3, 2, 2), bool)
     theirs = np.zeros((3, 2, 2), bool)
     ours[0, 0], theirs[0, :, 0] = True, True
     ours[1], theirs[1] = True, True
-    assert load("proof").iou(ours, theirs).tolist() == [1 / 3, 1.0, 1.0]
+    assert load_benchmark("proof").iou(ours, theirs).tolist() == [1 / 3, 1.0, 1.0]
 
 
-def test_the_table(load):
+def test_the_table(load_benchmark):
     row = {"max_error": 0.25, "mean_error": 0.1, "one_minus_cosine": 1e-9, "largest": 5.0}
     found = {
         "command": "python benchmarks/proof.py",
@@ -61,15 +49,15 @@ def test_the_table(load):
         ],
         "ranges": {"256": {"scores": 11.25, "stem": 3.0}, "1024": {"scores": 12.0, "stem": 4.0}},
     }
-    lines = load("proof").markdown(found).splitlines()
+    lines = load_benchmark("proof").markdown(found).splitlines()
     assert "cpu some, memory 8 GB; 1 threads" in lines
     assert "| a | 2.5e-01 | 1.0e-01 | 1.0e-09 |" in lines
     assert "| a | 2.5e-01 | 1.0e-01 | 1.0e-09 | 0.9900 | 0.9000 |" in lines
     assert lines[-2:] == ["| stem | 3.0 | 4.0 |", "| scores | 11.2 | 12.0 |"]
 
 
-def test_ranges_see_every_kind_of_value(load, make_tiny_vit):
-    ranges = load("ranges")
+def test_ranges_see_every_kind_of_value(load_benchmark, make_tiny_vit):
+    ranges = load_benchmark("ranges")
     model = make_tiny_vit()
     seen = {}
     model.neck[0].register_forward_hook(lambda _, __, out: seen.update(reduced=out))
@@ -88,8 +76,8 @@ def test_ranges_see_every_kind_of_value(load, make_tiny_vit):
     assert found["neck before a norm"] >= float(seen["reduced"].abs().max())
 
 
-def test_masks_of_the_same_embedding_agree(load):
-    proof = load("proof")
+def test_masks_of_the_same_embedding_agree(load_benchmark):
+    proof = load_benchmark("proof")
     sam = proof.build_sam(proof.CHECKPOINT)
     batch, placement = proof.photographs(sam.image_encoder.image_spec)[0]
     with torch.inference_mode():

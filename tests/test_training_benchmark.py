@@ -1,22 +1,11 @@
 """benchmarks/training.py: its table, its ratios, and a step of this package."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def training():
-    spec = importlib.util.spec_from_file_location("training_bench", BENCHMARKS / "training.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def training(load_benchmark):
+    return load_benchmark("training")
 
 
 def a_row(name, rounds):

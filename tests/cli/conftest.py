@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from tiny import write_image
 from tinyvit.checkpoints import write_state_dict
 from tinyvit.cli.main import main
 
@@ -59,14 +57,7 @@ def run(capsys):
 @pytest.fixture(scope="session")
 def photo():
     """``photo(path, height, width, seed)`` writes an image of noise and returns its path."""
-
-    def make(path: Path, height: int = 24, width: int = 40, seed: int = 0) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-        Image.fromarray(pixels).save(path)
-        return path
-
-    return make
+    return write_image
 
 
 @pytest.fixture(scope="session")
@@ -86,25 +77,3 @@ def checkpoints(make_tiny_vit, tmp_path_factory):
         metadata = {"tinyvit.strides": strides}
         write_state_dict(folder / f"{name}.safetensors", model.state_dict(), metadata=metadata)
     return folder
-
-
-@pytest.fixture(scope="session")
-def make_sam(make_tiny_vit, randomise):
-    """``make_sam(seed=0, is_hq=False)``: a tiny ``Sam`` whose masks cover a part only."""
-    from tinyvit.image_spec import ImageSpec
-    from tinyvit.sam import HQMaskDecoder, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
-
-    def make(seed: int = 0, is_hq: bool = False) -> Sam:
-        encoder = make_tiny_vit(seed, img_size=64, neck_dim=32)
-        encoder.image_spec = ImageSpec.sam(64)
-        kind, extra = (HQMaskDecoder, {"vit_dim": 16}) if is_hq else (MaskDecoder, {})
-        decoder = kind(
-            transformer_dim=32,
-            transformer=TwoWayTransformer(2, 32, 2, 48),
-            iou_head_hidden_dim=24,
-            **extra,
-        )
-        prompts = PromptEncoder(32, (4, 4), (64, 64), 8)
-        return Sam(encoder, randomise(prompts, seed + 1), randomise(decoder, seed + 2)).eval()
-
-    return make

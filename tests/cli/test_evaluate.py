@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tiny import write_mask_folder, write_tiny_sam
 from tinyvit.cli.evaluate import _drawn
-
-from .tiny_sets import write_cells, write_sam
 
 FAST = ("--clicks", "1,2", "--most-clicks", 2, "--no-floors", "--size", 64)
 
@@ -22,14 +21,14 @@ def images(tmp_path, photo):
 
 @pytest.fixture
 def cells(tmp_path):
-    return write_cells(tmp_path / "cells")
+    return write_mask_folder(tmp_path / "cells")
 
 
 @pytest.fixture(scope="module")
 def sams(make_tiny_vit, randomise, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sams")
     paths = [folder / "first.safetensors", folder / "second.safetensors"]
-    return [write_sam(path, make_tiny_vit, randomise, 5 * i) for i, path in enumerate(paths)]
+    return [write_tiny_sam(path, 5 * i) for i, path in enumerate(paths)]
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ LOAD = segment._load
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch, make_sam):
+def tiny(monkeypatch, make_tiny_sam):
     """A tiny model in the place of every checkpoint."""
-    sam = make_sam()
+    sam = make_tiny_sam()
     monkeypatch.setattr("tinyvit.cli.segment._load", lambda own, checkpoint, size: sam)
     return sam
 

@@ -37,8 +37,8 @@ def answers_of(tmp_path):
     return call
 
 
-def test_masks_are_the_predictor_s(make_sam, image, answers_of):
-    sam = make_sam()
+def test_masks_are_the_predictor_s(make_tiny_sam, image, answers_of):
+    sam = make_tiny_sam()
     method = by_prompts(sam, Settings(), multimask=False, with_logits=True)
     ((annotations, answer),) = answers_of(method, [(image, (POINT, BOX))])
     predictor = SamPredictor(sam)
@@ -55,8 +55,8 @@ def test_masks_are_the_predictor_s(make_sam, image, answers_of):
     assert all(value > 0 for value in answer.reading.seconds.values())
 
 
-def test_an_annotation_says_all(make_sam, image, answers_of):
-    method = by_prompts(make_sam(), Settings(), multimask=False, with_logits=False)
+def test_an_annotation_says_all(make_tiny_sam, image, answers_of):
+    method = by_prompts(make_tiny_sam(), Settings(), multimask=False, with_logits=False)
     ((annotations, answer),) = answers_of(method, [(image, (POINT, BOX))])
     annotation, mask = annotations[1]
     rows, columns = np.nonzero(mask)
@@ -73,8 +73,10 @@ def test_an_annotation_says_all(make_sam, image, answers_of):
     json.dumps(annotations[0][0])
 
 
-def test_multimask_gives_three_of_each_and_names_for_them(make_sam, image, answers_of, tmp_path):
-    method = by_prompts(make_sam(), Settings(), multimask=True, with_logits=True)
+def test_multimask_gives_three_of_each_and_names_for_them(
+    make_tiny_sam, image, answers_of, tmp_path
+):
+    method = by_prompts(make_tiny_sam(), Settings(), multimask=True, with_logits=True)
     ((annotations, answer),) = answers_of(method, [(image, (POINT, BOX))])
     fields = [one for one, _ in annotations]
     assert [(one["object"], one["candidate"]) for one in fields] == [
@@ -89,16 +91,16 @@ def test_multimask_gives_three_of_each_and_names_for_them(make_sam, image, answe
     assert len(answer.reading.task.names.masks) == 6
 
 
-def test_light_hq_sam_gives_one(make_sam, image, answers_of):
-    method = by_prompts(make_sam(is_hq=True), Settings(), multimask=True, with_logits=False)
+def test_light_hq_sam_gives_one(make_tiny_sam, image, answers_of):
+    method = by_prompts(make_tiny_sam(is_hq=True), Settings(), multimask=True, with_logits=False)
     ((annotations, answer),) = answers_of(method, [(image, (POINT,))])
     assert len(annotations) == len(answer.reading.task.names.masks) == 1
     assert "candidate" not in annotations[0][0]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_batches_change_no_mask_and_keep_the_order(make_sam, answers_of, batch_size):
-    method = by_prompts(make_sam(), Settings(batch_size=batch_size), False, False)
+def test_batches_change_no_mask_and_keep_the_order(make_tiny_sam, answers_of, batch_size):
+    method = by_prompts(make_tiny_sam(), Settings(batch_size=batch_size), False, False)
     noise = np.random.default_rng(1).integers(0, 256, (5, 24, 40, 3), np.uint8)
     together = answers_of(method, [(one, (POINT,)) for one in noise])
     assert [a.reading.task.image.stem for _, a in together] == list("01234")
@@ -108,9 +110,9 @@ def test_batches_change_no_mask_and_keep_the_order(make_sam, answers_of, batch_s
 
 
 def test_a_prompt_that_does_not_fit_is_a_failure_and_the_next_image_goes_on(
-    make_sam, image, answers_of
+    make_tiny_sam, image, answers_of
 ):
-    method = by_prompts(make_sam(), Settings(), False, False)
+    method = by_prompts(make_tiny_sam(), Settings(), False, False)
     outside = Prompt(points=[[10, 30]])
     wrong_mask = Prompt(mask=np.ones((3, 3), bool))
     first, second, third = answers_of(
@@ -123,8 +125,8 @@ def test_a_prompt_that_does_not_fit_is_a_failure_and_the_next_image_goes_on(
     assert len(third[0]) == 1
 
 
-def test_features_that_are_not_finite(make_sam, image, answers_of):
-    sam = make_sam(3)
+def test_features_that_are_not_finite(make_tiny_sam, image, answers_of):
+    sam = make_tiny_sam(seed=3)
     with torch.no_grad():
         for parameter in sam.image_encoder.neck.parameters():
             parameter.fill_(float("nan"))
@@ -132,8 +134,8 @@ def test_features_that_are_not_finite(make_sam, image, answers_of):
     assert answer.failure == "its features are not all finite numbers; try --precision fp32"
 
 
-def test_everything_is_the_generator_s(make_sam, image, answers_of):
-    sam, told = make_sam(), []
+def test_everything_is_the_generator_s(make_tiny_sam, image, answers_of):
+    sam, told = make_tiny_sam(), []
 
     @contextmanager
     def progress(name):
@@ -153,33 +155,33 @@ def test_everything_is_the_generator_s(make_sam, image, answers_of):
     assert answer.reading.task.names.masks == ()
 
 
-def test_settings_reach_the_engine(make_sam):
+def test_settings_reach_the_engine(make_tiny_sam):
     settings = Settings(precision="bf16", batch_size=3, pad=False)
     for method in (
-        by_prompts(make_sam(), settings, False, False),
-        by_grid(make_sam(), settings, {}, None),
+        by_prompts(make_tiny_sam(), settings, False, False),
+        by_grid(make_tiny_sam(), settings, {}, None),
     ):
         assert method.engine.batch_size == 3
         assert method.engine.image_spec.pad is False
-        assert recipe(make_sam(), method.engine, "x")["precision"] == "bf16"
+        assert recipe(make_tiny_sam(), method.engine, "x")["precision"] == "bf16"
 
 
-def test_the_recipe_names_the_whole_model(make_sam):
-    sam = make_sam()
+def test_the_recipe_names_the_whole_model(make_tiny_sam):
+    sam = make_tiny_sam()
     engine = by_prompts(sam, Settings(), False, False).engine
     facts = recipe(sam, engine, "name")
     assert facts["made_by"] == "tinyvit segment"
     assert facts["checkpoint"] == "name"
-    assert recipe(make_sam(), engine, "name") == facts
-    other = make_sam()
+    assert recipe(make_tiny_sam(), engine, "name") == facts
+    other = make_tiny_sam()
     with torch.no_grad():  # the decoder counts too
         other.mask_decoder.iou_token.weight += 1
     assert recipe(other, engine, "name")["model_sha256"] != facts["model_sha256"]
     assert json.loads(json.dumps(facts)) == facts
 
 
-def test_the_facts_tell_masks_apart(make_sam):
-    method = by_prompts(make_sam(), Settings(), False, False)
+def test_the_facts_tell_masks_apart(make_tiny_sam):
+    method = by_prompts(make_tiny_sam(), Settings(), False, False)
     ones, zeros = np.ones((4, 4), bool), np.zeros((4, 4), bool)
     first, second = (method.facts((Prompt(mask=mask),)) for mask in (ones, zeros))
     assert first != second

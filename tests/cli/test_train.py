@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from .tiny_sets import write_cells, write_sam
+from tiny import write_mask_folder, write_tiny_sam
 
 QUICK = ("--epochs", 1, "--batch-size", 4)
 
@@ -14,12 +14,12 @@ def allocator(monkeypatch):
 
 @pytest.fixture
 def cells(tmp_path):
-    return write_cells(tmp_path / "cells")
+    return write_mask_folder(tmp_path / "cells")
 
 
 @pytest.fixture
 def sam(make_tiny_vit, randomise, tmp_path):
-    return write_sam(tmp_path / "sam.safetensors", make_tiny_vit, randomise)
+    return write_tiny_sam(tmp_path / "sam.safetensors")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from tinyvit.image_spec import ImageSpec
+from tiny import make_tiny_classifier
 
 
 def pixels_of(label, number, size=8):
@@ -57,7 +57,4 @@ def write_shards(folder, classes=2, count=3, label=".cls"):
 
 
 def tiny_classifier(make_tiny_vit, classes=3, seed=0, size=16, **changes):
-    changes = {"strides": (2, 2, 2), **changes}
-    model = make_tiny_vit(seed, img_size=size, num_classes=classes, neck_dim=None, **changes)
-    model.image_spec = ImageSpec.timm(size)
-    return model
+    return make_tiny_classifier(classes, seed, size, **changes)

@@ -1,31 +1,40 @@
-"""What the tests of the recipe share: its files may be imported, and a tiny SAM on the disk."""
+"""What the tests of the recipe share: its files may be imported, and a tiny SAM on the disk.
+
+All of them are ``slow`` (the recipe runs once a release) but the one that runs the whole recipe.
+"""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from tinyvit.image_spec import ImageSpec
-from tinyvit.sam import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from tiny import make_tiny_sam
 
 from . import recipe_files  # noqa: F401  (puts the recipe's folder on the path)
 
-WIDTH, SIDE = 16, 64
+ALWAYS_RUN = "test_from_cut_outs_to_a_card"
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(__file__).parent in item.path.parents and item.name != ALWAYS_RUN:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
-def tiny_sam_file(make_tiny_vit, randomise, tmp_path_factory):
+def tiny_sam_file(tmp_path_factory):
     """A whole SAM for images of 64 pixels, as training leaves it: float32, with a header."""
     from tinyvit.train.tasks.segment import save_sam
 
-    encoder = make_tiny_vit(img_size=SIDE, neck_dim=WIDTH)  # with a head, as classifiers have it
-    encoder.image_spec = ImageSpec.sam(SIDE)
-    decoder = MaskDecoder(
-        transformer_dim=WIDTH,
-        transformer=TwoWayTransformer(2, WIDTH, 8, 2048),
-        iou_head_hidden_dim=WIDTH,
-    )
-    prompts = PromptEncoder(WIDTH, (4, 4), (SIDE, SIDE), 16)
-    sam = Sam(encoder, randomise(prompts, 1), randomise(decoder, 2)).eval()
+    sam = make_tiny_sam(loadable=True)  # with a head, as classifiers have it
     return save_sam(sam, tmp_path_factory.mktemp("weights") / "tiny.safetensors")
 
 
