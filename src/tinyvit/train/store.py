@@ -1,128 +1,114 @@
-"""A folder of a teacher's feature maps: computed once, read by every epoch, resumable.
+"""What a teacher said about images, kept in a folder: feature maps or logits, computed once.
 
-    manifest.json             whose features these are and how images were prepared
-    shard-00000.safetensors   features [n, C, h, w] fp16, with the images' names in its header
+    manifest.json             the format and the facts: which teacher, which preparation, ...
+    shard-00000.safetensors   some rows: arrays [n, ...], and in the header which rows they are
 
-A shard is there whole or not at all, and says by itself which images it holds: their names, sizes
-in bytes, times of change, sizes in pixels; and which images could not be read, with the reason.
-So a job that was killed goes on where it stopped, and an image that has changed since is computed
-anew (its old row stays unused). With ``flips`` there is a second tensor, ``flipped``: the features
-of the mirrored images. An image takes 2 * C * h * w bytes, twice that with flips: 2 MB for SAM's
-256 x 64 x 64, 128 kB for 256 x 16 x 16.
-
-Which teacher it was is not known here; ``teachers.py`` knows. Letters: n images of a shard, C
-channels, h w the map's grid.
+A shard is there whole or not at all and says by itself what it holds, so a job that was killed goes
+on where it stopped. A row that could not be computed is an entry with a reason. Rows of features
+are named by the image's path and hold ``features`` [C, h, w] float16 (2 * C * h * w bytes: 2 MB for
+SAM's 256 x 64 x 64), with flips also ``flipped``, those of the mirrored image. Rows of logits are
+named by the image's number and hold ``seed`` [V], ``probabilities`` [V, k] and ``classes`` [V, k]
+of V views. Folders of the first versions (features of format 1, logits of version 1) are read and
+never written.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors.numpy import save_file
 
-from tinyvit.checkpoints.files import replacing, write_state_dict, write_text
+from tinyvit import __version__
+from tinyvit.checkpoints.files import check_format, replacing, write_text
 from tinyvit.errors import CheckpointError
-from tinyvit.image_spec import ImageSpec
 
 MANIFEST = "manifest.json"
-_HEADER = "tinyvit.features"
-_FORMAT = 1
+FORMAT = 2
+_HEADER = "tinyvit.store"
+_FOR_PEOPLE = "teacher"  # the one fact that may differ: a name
+
+
+class StoreMismatchError(CheckpointError):
+    """A store that belongs to something else; the message names every difference."""
 
 
 @dataclass(frozen=True)
-class StoreFacts:
-    """What all features of a store have in common.
+class Row:
+    """One row to be stored.
 
     Attributes:
-        teacher: Its name, for people.
-        teacher_sha256: Hash of its weights.
-        image_spec: How images were prepared for it.
-        flips: Whether mirrored images are stored too.
-    """
-
-    teacher: str
-    teacher_sha256: str
-    image_spec: ImageSpec
-    flips: bool = False
-
-    def to_dict(self) -> dict[str, object]:
-        """As plain data for JSON."""
-        return {
-            "format": _FORMAT,
-            "teacher": self.teacher,
-            "teacher_sha256": self.teacher_sha256,
-            "image_spec": self.image_spec.to_dict(),
-            "flips": self.flips,
-        }
-
-
-@dataclass(frozen=True)
-class StoredImage:
-    """An image that was met.
-
-    Attributes:
-        name: Its path below the images' folder.
-        bytes: Size of its file.
-        changed: Time of its last change, in nanoseconds.
-        height: In pixels; 0 if it could not be read.
-        width: In pixels; 0 if it could not be read.
-        reason: Why it could not be read, or "".
-        shard: Number of the shard that speaks of it.
-        row: Its row there; -1 if it could not be read.
+        name: What it is about.
+        arrays: By key, of equal shapes and types in all rows; none where there is a ``reason``.
+        info: Plain data to keep beside it.
+        reason: Why it could not be computed, or "".
     """
 
     name: str
-    bytes: int
-    changed: int
-    height: int = 0
-    width: int = 0
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    info: Mapping[str, object] = field(default_factory=dict)
     reason: str = ""
-    shard: int = -1
-    row: int = -1
 
 
-def image_state(path: Path) -> tuple[int, int]:
-    """(size in bytes, time of last change in nanoseconds); (-1, -1) if there is no such file."""
+class Entry(NamedTuple):
+    """Where a row is: number of the shard and of the row in it, -1 for one with a ``reason``."""
+
+    shard: int
+    row: int
+    info: Mapping[str, Any]
+    reason: str
+
+
+def image_state(path: Path) -> dict[str, int]:
+    """Size in bytes and time of the last change in nanoseconds; -1 if there is no such file."""
     try:
         found = path.stat()
     except OSError:
-        return -1, -1
-    return found.st_size, found.st_mtime_ns
+        return {"bytes": -1, "changed": -1}
+    return {"bytes": found.st_size, "changed": found.st_mtime_ns}
 
 
-class FeatureStore:
-    """Features of images by name; opens what is there, and takes more.
+class Store:
+    """Rows of arrays by name; opens what is there, and takes more.
 
     Args:
         folder: The store's folder; made if ``facts`` are given.
-        facts: Whose features are to be stored. None opens a store that exists.
+        facts: What all rows have in common, as plain data; must agree with those of a store that
+            exists, the teacher's name apart. None opens a store that exists.
 
     Attributes:
-        facts: Whose features these are.
-        images: Everything met so far, by name; also what could not be read.
+        facts: Those of the store.
+        entries: Everything met so far, by name; also what has no arrays.
+        shapes: Shape of a row's array by key; empty before the first row.
+        damaged: Names of shards that cannot be used; their rows count as missing.
 
     Raises:
-        CheckpointError: There is no store, it is of another teacher or preparation (both are
-            named), its manifest is damaged, or the folder cannot be written.
+        StoreMismatchError: The store there belongs to something else; it is left as it is.
+        CheckpointError: There is no store, it is damaged, of a newer format or, with ``facts``, of
+            an older one, or the folder cannot be written.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], facts: StoreFacts | None = None) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], facts: Mapping[str, object] | None = None
+    ) -> None:
         self.folder = Path(folder)
-        self.facts = self._agree(facts)
-        self.images: dict[str, StoredImage] = {}
+        self.entries: dict[str, Entry] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self.damaged: list[str] = []
-        self.shape: tuple[int, int, int] | None = None
         self._next = 0
         self._open: dict[int, Any] = {}
+        self._old_logits: _OldLogits | None = None
+        self.facts = self._find_facts(facts)
+        if self._old_logits is not None:
+            self.entries = self._old_logits.entries
+            return
         for path in sorted(self.folder.glob("shard-*.safetensors")):
             self._take_up(path)
 
@@ -132,468 +118,233 @@ class FeatureStore:
 
     @property
     def good(self) -> list[str]:
-        """Names of the images that have features, sorted."""
-        return sorted(name for name, one in self.images.items() if one.row >= 0)
+        """Names of the rows that have arrays, sorted."""
+        return sorted(name for name, entry in self.entries.items() if entry.row >= 0)
 
     @property
-    def broken(self) -> dict[str, str]:
-        """Reason by name of each image that could not be read."""
-        return {name: one.reason for name, one in self.images.items() if one.row < 0}
+    def unreadable(self) -> dict[str, str]:
+        """Reason by name of each row that could not be computed."""
+        return {name: entry.reason for name, entry in self.entries.items() if entry.row < 0}
 
-    def missing(self, root: Path, names: Sequence[str]) -> list[str]:
-        """The names of which nothing is stored, or which have changed since.
+    def missing(self, names: Iterable[str], root: Path | None = None) -> list[str]:
+        """The names of which nothing is stored.
 
         Args:
-            root: The images' folder.
-            names: Paths below it.
+            names: The names in question.
+            root: Where they are files; those that have changed since they were stored are missing.
         """
-        return [name for name in names if not self._is_current(root, name)]
+        return [name for name in names if not self._is_current(name, root)]
 
-    def add(
-        self,
-        features: Sequence[Tensor],
-        flipped: Sequence[Tensor],
-        images: Sequence[StoredImage],
-        broken: Sequence[StoredImage] = (),
-    ) -> None:
-        """Write a shard.
-
-        Args:
-            features: A map [C, h, w] for each image, finite in fp16.
-            flipped: The same of the mirrored images; empty without ``flips``.
-            images: The images, in this order.
-            broken: Images that could not be read.
+    def add(self, rows: Sequence[Row]) -> None:
+        """Write a shard; rows of names that are there replace them.
 
         Raises:
-            ValueError: The maps have other shapes than those before, or are not as many as the
-                images.
+            ValueError: The arrays have other keys or shapes than those before.
             CheckpointError: The shard cannot be written; what was there before is whole.
         """
-        wanted = len(images) if self.facts.flips else 0
-        if len(features) != len(images) or len(flipped) != wanted:
-            raise ValueError(
-                f"{len(images)} images want {len(images)} maps and {wanted} mirrored ones; "
-                f"came {len(features)} and {len(flipped)}"
-            )
-        for one in (*features, *flipped):
-            shape = tuple(one.shape)
-            self.shape = self.shape or (shape[0], shape[1], shape[2])
-            if shape != self.shape:
+        rows = sorted(rows, key=lambda row: bool(row.reason))  # those with arrays come first
+        good = [row for row in rows if not row.reason]
+        for row in good:
+            shapes = {key: tuple(array.shape) for key, array in row.arrays.items()}
+            self.shapes = self.shapes or shapes
+            if shapes != self.shapes:
                 raise ValueError(
-                    f"all maps of a store have one shape, here {self.shape}; came {shape}. Prepare "
-                    "images with padding, so that all have one size"
+                    f"all rows of a store have one shape, here {self.shapes}; {row.name!r} has "
+                    f"{shapes}. Prepare images with padding, so that all have one size"
                 )
-        tensors = {"features": _stacked(features)}
-        if self.facts.flips:
-            tensors["flipped"] = _stacked(flipped)
-        records = [asdict(one) for one in (*images, *broken)]
-        header = json.dumps({"facts": self.facts.to_dict(), "pictures": records})
+        arrays = {key: np.stack([row.arrays[key] for row in good]) for key in self.shapes if good}
+        index = [{"name": row.name, "reason": row.reason, **row.info} for row in rows]
+        header = json.dumps({"format": FORMAT, "facts": self.facts, "rows": index})
         path = self._path(self._next)
-        write_state_dict(path, tensors, metadata={_HEADER: header})
+        replacing(path, lambda temporary: save_file(arrays, temporary, {_HEADER: header}))
         self._take_up(path)
 
-    def read(self, name: str, flipped: bool = False) -> Tensor:
-        """The features of an image: [C, h, w] float16.
+    def read(self, name: str, key: str) -> NDArray[Any]:
+        """An array of a row.
 
         Raises:
-            KeyError: The image has none.
-            ValueError: Mirrored ones are wanted and not stored.
+            KeyError: There is no such row, or it has no arrays.
+            ValueError: The rows have no such array.
             CheckpointError: The shard is gone or damaged.
         """
-        one = self.images[name]
-        if one.row < 0:
-            raise KeyError(f"{name} could not be read when features were stored: {one.reason}")
-        if flipped and not self.facts.flips:
-            raise ValueError("this store has no features of mirrored images; store with flips")
-        path = self._path(one.shard)
+        entry = self.entries[name]
+        if entry.row < 0:
+            raise KeyError(f"{name} could not be read when it was stored: {entry.reason}")
+        if self._old_logits is not None:
+            return self._old_logits.read(entry.row, key)
+        if key not in self.shapes:
+            raise ValueError(f"this store has no {key!r}, only {', '.join(sorted(self.shapes))}")
+        path = self._path(entry.shard)
         try:
-            if one.shard not in self._open:
-                self._open[one.shard] = safe_open(path, framework="pt")
-            kept = self._open[one.shard].get_slice("flipped" if flipped else "features")
-            value: Tensor = kept[one.row : one.row + 1][0]
+            if entry.shard not in self._open:
+                self._open[entry.shard] = safe_open(path, framework="np")
+            kept = self._open[entry.shard].get_slice(key)
+            value: NDArray[Any] = kept[entry.row : entry.row + 1][0]
         except (OSError, SafetensorError) as err:
             raise CheckpointError(
                 f"{path} cannot be read ({err!s}); remove it and store again"
             ) from err
         return value
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"shard-{number:05d}.safetensors"
-
-    def _is_current(self, root: Path, name: str) -> bool:
-        one = self.images.get(name)
-        return one is not None and (one.bytes, one.changed) == image_state(root / name)
-
-    def _agree(self, facts: StoreFacts | None) -> StoreFacts:
-        """The facts of the store, which must be those wanted."""
-        path = self.folder / MANIFEST
-        if not path.exists():
-            if facts is None:
-                raise CheckpointError(f"{self.folder} holds no features: there is no {MANIFEST}")
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as err:
-                raise CheckpointError(f"{self.folder} cannot be made a folder: {err}") from err
-            text = json.dumps(facts.to_dict(), indent=1)
-            write_text(path, text)
-            return facts
-        before = _read_facts(path)
-        for key, value in (facts or before).to_dict().items():
-            kept = before.to_dict()[key]
-            if kept != value:
-                raise CheckpointError(
-                    f"{self.folder} holds features with {key} {kept!r}, wanted {value!r}; choose "
-                    "another folder"
-                )
-        return before
-
-    def _take_up(self, path: Path) -> None:
-        """Take up what a shard holds; a damaged one is named and its images count as missing."""
-        number = int(path.stem.partition("-")[2])
-        self._next = max(self._next, number + 1)
-        try:
-            with safe_open(path, framework="pt") as file:
-                content = json.loads((file.metadata() or {})[_HEADER])
-                shape = tuple(file.get_slice("features").get_shape())
-            records = [StoredImage(**record) for record in content["pictures"]]
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-            self.damaged.append(path.name)
-            return
-        if content["facts"] != json.loads(json.dumps(self.facts.to_dict())):
-            self.damaged.append(path.name)  # of another teacher: put here by hand
-            return
-        good = [one for one in records if not one.reason]
-        if len(good) != shape[0]:
-            self.damaged.append(path.name)
-            return
-        if good:
-            self.shape = (shape[1], shape[2], shape[3])
-        rows: Iterator[int] = iter(range(len(good)))
-        for one in records:
-            row = -1 if one.reason else next(rows)
-            kept = {**asdict(one), "shard": number, "row": row}
-            self.images[one.name] = StoredImage(**kept)
-
-
-def _stacked(maps: Sequence[Tensor]) -> Tensor:
-    """[n, C, h, w] fp16; of no maps an empty tensor."""
-    if not maps:
-        return torch.empty(0, 0, 0, 0, dtype=torch.float16)
-    return torch.stack([one.to(torch.float16) for one in maps])
-
-
-def _read_facts(path: Path) -> StoreFacts:
-    try:
-        values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if values["format"] != _FORMAT:
-            raise ValueError(f"its format is {values['format']}, this program knows {_FORMAT}")
-        return StoreFacts(
-            str(values["teacher"]),
-            str(values["teacher_sha256"]),
-            ImageSpec.from_dict(values["image_spec"]),
-            bool(values["flips"]),
-        )
-    except (OSError, KeyError, TypeError, ValueError) as err:
-        raise CheckpointError(f"{path} is no manifest of features: {err!s}") from err
-
-
-HEADER, RECORDS = "store.json", "logits.bin"
-_VERSION = 1
-_SALT = 0x7E1147F1  # so that a record of zeros is none
-_SCANNED = 1 << 16  # records looked at together
-
-Records = NDArray[np.void]
-
-
-class StoreMismatchError(ValueError):
-    """A store of answers that belongs to something else; the message names every difference."""
-
-
-@dataclass(frozen=True)
-class StoreHeader:
-    """What answers belong to.
-
-    Attributes:
-        images: N.
-        views: V, views of each image.
-        k: Probabilities that are kept of each view.
-        classes: Names of the classes.
-        data: Fingerprint of the list of images (``data_sets.fingerprint``).
-        augmentation: The chance that views are made with, as plain data.
-        teacher: The teacher's name, for people.
-        teacher_sha256: Hash of the teacher's file or weights.
-        teacher_input: How images are prepared for the teacher, as plain data.
-        seed: Source of the views' seeds.
-    """
-
-    images: int
-    views: int
-    k: int
-    classes: tuple[str, ...]
-    data: str
-    augmentation: Mapping[str, object]
-    teacher: str
-    teacher_sha256: str
-    teacher_input: Mapping[str, object]
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the numbers.
-
-        Raises:
-            ValueError: A number is out of its range.
-        """
-        if self.images < 1 or self.views < 1:
-            raise ValueError(f"a store wants images and views, got {self.images} and {self.views}")
-        if not 1 <= self.k <= len(self.classes):
-            raise ValueError(
-                f"k must be from 1 to the number of classes, {len(self.classes)}, got {self.k}"
-            )
-
-    @property
-    def record(self) -> np.dtype[np.void]:
-        """The layout of one record."""
-        number = np.uint16 if len(self.classes) <= 1 << 16 else np.uint32
-        size = 8 + self.k * (2 + np.dtype(number).itemsize)
-        parts = [
-            ("seed", "<u8"),
-            ("probabilities", "<f2", (self.k,)),
-            ("classes", np.dtype(number).newbyteorder("<"), (self.k,)),
-            ("padding", "u1", (-size % 4,)),
-            ("checksum", "<u4"),
-        ]
-        return np.dtype(parts)
-
-    @property
-    def bytes_per_image(self) -> int:
-        """Bytes of all views of one image."""
-        return int(self.record.itemsize) * self.views
-
-    def differences(self, other: StoreHeader, *, but: tuple[str, ...] = ()) -> list[str]:
-        """In which fields two headers differ, in words.
-
-        Args:
-            other: What is there.
-            but: Fields that do not matter.
-        """
-        found = []
-        for one in fields(self):
-            mine, theirs = getattr(self, one.name), getattr(other, one.name)
-            if one.name not in but and _plain(mine) != _plain(theirs):
-                found.append(f"{one.name} is {_short(theirs)} there and {_short(mine)} here")
-        return found
-
-
-@dataclass(frozen=True)
-class LogitStore:
-    """An open store; make one with ``create`` or ``open``.
-
-    Attributes:
-        folder: Where it is.
-        header: What it belongs to.
-    """
-
-    folder: Path
-    header: StoreHeader
-
-    @classmethod
-    def create(cls, folder: str | os.PathLike[str], header: StoreHeader) -> LogitStore:
-        """Make a store, or go on with one that belongs to the same.
-
-        Args:
-            folder: Made if need be.
-            header: What the answers will belong to.
-
-        Returns:
-            The store; ``missing`` says what is left to write.
-
-        Raises:
-            StoreMismatchError: A store of something else is in the folder; it is left as it is.
-            ValueError: The store there is damaged.
-            CheckpointError: The folder cannot be written.
-        """
-        folder = Path(folder)
-        if (folder / HEADER).exists():
-            store = cls.open(folder)
-            differences = header.differences(store.header, but=("teacher",))
-            if differences:
-                raise StoreMismatchError(
-                    f"{folder} holds answers that belong to something else: "
-                    f"{'; '.join(differences)}. Choose another folder, or remove it"
-                )
-            return store
-        folder.mkdir(parents=True, exist_ok=True)
-        size = header.bytes_per_image * header.images
-        replacing(folder / RECORDS, lambda path: os.truncate(path, size))
-        facts = {"pictures": header.images, **asdict(header)}
-        del facts["images"]
-        text = json.dumps({"version": _VERSION, **facts}, indent=1) + "\n"
-        write_text(folder / HEADER, text)
-        return cls(folder, header)
-
-    @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> LogitStore:
-        """Open a store to read or to go on with.
-
-        Raises:
-            ValueError: There is none, it is damaged, or of another version.
-        """
-        folder = Path(folder)
-        try:
-            values = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-            version = values.pop("version")
-            values["images"] = values.pop("pictures")
-            values["classes"] = tuple(values["classes"])
-            header = StoreHeader(**values)
-            size = (folder / RECORDS).stat().st_size
-        except FileNotFoundError as err:
-            raise ValueError(
-                f"{folder} holds no store of answers ({err.filename} is missing); write one with "
-                "tinyvit.train.distill_logits.write_logits"
-            ) from err
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-            raise ValueError(f"{folder / HEADER} is damaged: {err}") from err
-        if version != _VERSION:
-            raise ValueError(f"{folder} is a store of version {version}; this reads {_VERSION}")
-        wanted = header.bytes_per_image * header.images
-        if size != wanted:
-            raise ValueError(
-                f"{folder / RECORDS} has {size} bytes and should have {wanted}: it is cut short or "
-                "of another store; copy it again, or write it anew"
-            )
-        return cls(folder, header)
-
     def check(self, **wanted: object) -> None:
-        """Refuse answers that belong to something else.
+        """Refuse a store of something else.
 
         Args:
-            wanted: Fields of ``StoreHeader`` and the values they must have.
+            wanted: Facts and the values they must have.
 
         Raises:
             StoreMismatchError: Some have others; the message names each.
         """
         differences = [
-            f"{name} is {_short(getattr(self.header, name))} there and {_short(value)} here"
-            for name, value in wanted.items()
-            if _plain(getattr(self.header, name)) != _plain(value)
+            f"{key} is {_short(self.facts.get(key))} there and {_short(value)} here"
+            for key, value in wanted.items()
+            if _text(self.facts.get(key)) != _text(value)
         ]
         if differences:
             raise StoreMismatchError(
-                f"the answers in {self.folder} belong to something else: {'; '.join(differences)}"
+                f"{self.folder} belongs to something else: {'; '.join(differences)}; choose "
+                "another folder"
             )
 
-    def missing(self, view: int) -> NDArray[np.int64]:
-        """Images of a view without a good record, rising.
+    def _find_facts(self, wanted: Mapping[str, object] | None) -> dict[str, Any]:
+        """The facts of the store, which must agree with those wanted; a new store if need be."""
+        path = self.folder / MANIFEST
+        if (self.folder / _OldLogits.HEADER).is_file():
+            self._old_logits = _OldLogits(self.folder)
+            self.facts, found = self._old_logits.facts, 1
+        elif path.is_file():
+            self.facts, found = _read_manifest(path)
+        elif wanted is None:
+            raise CheckpointError(
+                f"{self.folder} holds no store: there is no {MANIFEST}; write one with 'tinyvit "
+                "train store-features' or 'tinyvit train write-logits'"
+            )
+        else:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as err:
+                raise CheckpointError(f"{self.folder} cannot be made a folder: {err}") from err
+            self.facts, found = json.loads(_text(wanted)), FORMAT
+            content = {"format": FORMAT, "writer": __version__, **self.facts}
+            write_text(path, json.dumps(content, indent=1) + "\n")
+        if wanted is not None:
+            self.check(**{key: value for key, value in wanted.items() if key != _FOR_PEOPLE})
+            if found < FORMAT:
+                raise CheckpointError(
+                    f"{self.folder} is of format {found}, which is read but no longer written; "
+                    "choose another folder"
+                )
+        return self.facts
 
-        Raises:
-            ValueError: The store has no such view.
-        """
-        good = np.zeros(self.header.images, dtype=bool)
-        for first in range(0, self.header.images, _SCANNED):
-            count = min(_SCANNED, self.header.images - first)
-            good[first : first + count] = _is_good(self._read(view, first, count))
-        return np.flatnonzero(~good).astype(np.int64)
+    def _path(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}.safetensors"
 
-    def write(
-        self,
-        view: int,
-        images: NDArray[np.int64],
-        seeds: NDArray[np.uint64],
-        probabilities: NDArray[np.floating],
-        classes: NDArray[np.integer],
-    ) -> None:
-        """Write records, and see that they are on the disk.
-
-        Args:
-            view: Of which view.
-            images: [n] of which images.
-            seeds: [n] uint64.
-            probabilities: [n, k].
-            classes: [n, k], distinct in a row.
-
-        Raises:
-            ValueError: The store has no such view or image.
-            OSError: The disk is full or cannot be written; records written before stay good.
-        """
-        records = np.zeros(len(images), dtype=self.header.record)
-        records["seed"], records["probabilities"] = seeds, probabilities
-        records["classes"] = classes
-        records["checksum"] = _checksums(records)
-        raw = records.tobytes()
-        size = records.dtype.itemsize
-        with (self.folder / RECORDS).open("r+b", buffering=0) as file:
-            for number, image in enumerate(images.tolist()):
-                file.seek(self._place(view, image))
-                file.write(raw[number * size : (number + 1) * size])
-            os.fsync(file.fileno())
-
-    def read(
-        self, view: int, image: int
-    ) -> tuple[int, NDArray[np.float32], NDArray[np.int64]] | None:
-        """One record.
-
-        Args:
-            view: Of which view.
-            image: Of which image.
-
-        Returns:
-            (seed, probabilities [k] float32, classes [k] int64); None where there is no good one.
-
-        Raises:
-            ValueError: The store has no such view or image.
-        """
-        records = self._read(view, image, 1)
-        if not _is_good(records)[0]:
-            return None
-        record = records[0]
-        return (
-            int(record["seed"]),
-            record["probabilities"].astype(np.float32),
-            record["classes"].astype(np.int64),
+    def _is_current(self, name: str, root: Path | None) -> bool:
+        entry = self.entries.get(name)
+        return entry is not None and (
+            root is None or image_state(root / name).items() <= entry.info.items()
         )
 
-    def _read(self, view: int, first: int, count: int) -> Records:
-        """Records of neighbouring images."""
-        layout = self.header.record
-        with (self.folder / RECORDS).open("rb", buffering=0) as file:
-            file.seek(self._place(view, first))
-            raw = file.read(count * layout.itemsize)
-        return np.frombuffer(raw.ljust(count * layout.itemsize, b"\0"), dtype=layout)
-
-    def _place(self, view: int, image: int) -> int:
-        header = self.header
-        if not (0 <= view < header.views and 0 <= image < header.images):
-            raise ValueError(
-                f"the store has views 0 to {header.views - 1} and images 0 to "
-                f"{header.images - 1}, got view {view} and image {image}"
-            )
-        return (view * header.images + image) * int(header.record.itemsize)
-
-
-def _checksums(records: Records) -> NDArray[np.uint32]:
-    """[n]: a sum of each record's words, each with an odd factor of its own, modulo 2**32.
-
-    Any change of one word changes it, and so do nearly all others.
-    """
-    words = np.frombuffer(records.tobytes(), dtype="<u4").reshape(len(records), -1)[:, :-1]
-    factors = (np.arange(words.shape[1], dtype=np.uint64) * 0x9E3779B2 + 1) & 0xFFFFFFFF | 1
-    mixed = words.astype(np.uint64) * factors % (1 << 32)  # [n, words]
-    sums: NDArray[np.uint64] = mixed.sum(axis=1, dtype=np.uint64)  # [n]
-    found: NDArray[np.uint32] = ((sums + np.uint64(_SALT)) % np.uint64(1 << 32)).astype(np.uint32)
-    return found
+    def _take_up(self, path: Path) -> None:
+        """Take up what a shard holds; a damaged one is named and its rows count as missing."""
+        number = int(path.stem.partition("-")[2])
+        self._next = max(self._next, number + 1)
+        try:
+            with safe_open(path, framework="np") as file:
+                facts, rows = _read_index(file.metadata() or {})
+                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            good = sum(not row["reason"] for row in rows)
+            if facts != self.facts or any(shape[0] != good for shape in shapes.values()):
+                raise ValueError("a shard of another store, put here by hand")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            self.damaged.append(path.name)
+            return
+        if good:
+            self.shapes = {key: shape[1:] for key, shape in shapes.items()}
+        place = 0
+        for row in rows:
+            name, reason = row.pop("name"), row.pop("reason")
+            self.entries[name] = Entry(number, -1 if reason else place, row, reason)
+            place += not reason
 
 
-def _is_good(records: Records) -> NDArray[np.bool_]:
-    good: NDArray[np.bool_] = records["checksum"] == _checksums(records)
-    return good
+def _read_manifest(path: Path) -> tuple[dict[str, Any], int]:
+    """(facts, format)."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values = dict(values)
+    except (OSError, TypeError, ValueError) as err:
+        raise CheckpointError(f"{path} is no manifest of a store: {err!s}") from err
+    writer = values.pop("writer", None)
+    return values, check_format(values.pop("format", None), FORMAT, writer, str(path))
 
 
-def _plain(value: object) -> str:
+def _text(value: object) -> str:
     return json.dumps(value, sort_keys=True, default=list)
 
 
 def _short(value: object) -> str:
-    if isinstance(value, tuple) and len(value) > 4:
+    if isinstance(value, (list, tuple)) and len(value) > 4:
         return f"{len(value)} names from {value[0]!r} to {value[-1]!r}"
-    text = repr(dict(value)) if isinstance(value, Mapping) else repr(value)
+    text = repr(value)
     return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+# -- folders of the first versions -----------------------------------------------------------------
+
+
+def _read_index(metadata: Mapping[str, str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(facts, rows) of a shard's header, of this format or of format 1 of features."""
+    if _HEADER in metadata:
+        content = json.loads(metadata[_HEADER])
+        return content["facts"], content["rows"]
+    content = json.loads(metadata["tinyvit.features"])
+    facts = {key: value for key, value in content["facts"].items() if key != "format"}
+    for row in content["pictures"]:
+        del row["shard"], row["row"]
+    return facts, content["pictures"]
+
+
+class _OldLogits:
+    """Logits of version 1: one file of records [V, N], each with a checksum of its own."""
+
+    HEADER = "store.json"
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            values = json.loads((folder / self.HEADER).read_text(encoding="utf-8"))
+            count, views, k = values.pop("pictures"), values["views"], values["k"]
+            if values.pop("version") != 1:
+                raise ValueError("wanted version 1")
+            number = "<u2" if len(values["classes"]) <= 1 << 16 else "<u4"
+            size = 8 + k * (2 + np.dtype(number).itemsize)
+            self.record = np.dtype(
+                [("seed", "<u8"), ("probabilities", "<f2", (k,)), ("classes", number, (k,)),
+                 ("padding", "u1", (-size % 4,)), ("checksum", "<u4")]
+            )  # fmt: skip
+            self.path = folder / "logits.bin"
+            self.shape = views, count
+            good = np.stack([_is_good(view) for view in self._records()])  # [V, N]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+            raise CheckpointError(f"{folder} holds no good store of logits: {err}") from err
+        self.facts = {"images": count, **values}
+        self.good = good
+        self.entries = {
+            str(image): Entry(0, int(image), {}, "") for image in np.flatnonzero(good.any(axis=0))
+        }
+
+    def _records(self) -> NDArray[Any]:
+        return np.memmap(self.path, self.record, mode="r", shape=self.shape)
+
+    def read(self, image: int, key: str) -> NDArray[Any]:
+        """Of the views that are good, [V, ...]."""
+        return np.array(self._records()[self.good[:, image], image][key])
+
+
+def _is_good(records: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which records have their checksum: a sum of their words, each with an odd factor."""
+    words = np.frombuffer(records.tobytes(), dtype="<u4").reshape(len(records), -1)[:, :-1]
+    factors = (np.arange(words.shape[1], dtype=np.uint64) * 0x9E3779B2 + 1) & 0xFFFFFFFF | 1
+    sums = (words.astype(np.uint64) * factors % (1 << 32)).sum(axis=1, dtype=np.uint64)
+    good: NDArray[np.bool_] = records["checksum"] == (sums + np.uint64(0x7E1147F1)) % (1 << 32)
+    return good

@@ -1,9 +1,8 @@
-"""What a SAM's heads make of two image embeddings, asked with the same random points.
+"""Two tasks: learning a teacher's stored feature maps, and learning its stored logits.
 
-The heads stand between an embedding and what it is for: two embeddings are alike where it counts
-when the masks are alike. The heads are frozen; gradients flow through them into the embedding.
-
-Letters: N images, P points an image, M mask tokens, C channels, h w the embedding's grid.
+Features: a student's maps come near the teacher's, and, where the heads of a SAM are given, so do
+the masks that the heads make of both for the same random points. The heads are frozen; gradients
+flow through them into the embedding. Logits: cross entropy with the distribution of a stored view.
 """
 
 from __future__ import annotations
@@ -27,31 +26,44 @@ from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
 from tinyvit.sam.model import Sam
 from tinyvit.train.data.images import fingerprint, hold_out, read_one
-from tinyvit.train.store import FeatureStore, LogitStore
+from tinyvit.train.store import Store
 from tinyvit.train.task import Batch, Goal
-from tinyvit.train.tasks import classify
 
-from .classify import Classify, ClassifySettings, sparse_cross_entropy
-from .losses import FeatureLoss, cosine_per_cell, covered_cells, feature_loss, fit_grid, mask_loss
+from . import classify
+from .classify import Classify, ClassifySettings
+from .losses import (
+    FeatureLoss,
+    cosine_per_cell,
+    covered_cells,
+    feature_loss,
+    fit_grid,
+    mask_ious,
+    mask_loss,
+    sparse_cross_entropy,
+)
+
+_MEAN_MAP_IMAGES = 512
+_SHOWN = 5
+_TRIES = 20
 
 
 def random_points(placed: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Points drawn evenly over the images, padding left out.
+    """Points drawn uniformly over the images, not over their padding.
 
     Args:
-        placed: [N, 2] (height, width) of the images within the frame, as parts of it, 0..1.
+        placed: [N, 2] (height, width) of the images within the model input, as parts of it, 0..1.
         count: P.
-        generator: On the CPU; the source of chance.
+        generator: On the CPU.
 
     Returns:
-        [N, P, 2], (x, y) as parts of the frame, 0..1, on the device of ``placed``.
+        [N, P, 2], (x, y) as parts of the model input, 0..1, on the device of ``placed``.
     """
     drawn = torch.rand(placed.shape[0], count, 2, generator=generator).to(placed.device)
     return drawn * placed.flip(1)[:, None]  # (height, width) -> (x, y)
 
 
 class MaskAgreement:
-    """The frozen heads of a SAM.
+    """The frozen heads of a SAM, which turn embeddings and points into masks.
 
     Args:
         sam: Gives its prompt encoder and mask decoder, which are set to eval mode and frozen.
@@ -81,30 +93,23 @@ class MaskAgreement:
         """All masks of single points: the one for clear prompts, and those for ambiguous ones.
 
         Args:
-            embeddings: [N, C, h, w]; every grid will do, and it covers the whole frame.
-            points: [N, P, 2], (x, y) as parts of the frame, 0..1.
+            embeddings: [N, C, h, w]; any grid that covers the whole model input.
+            points: [N, P, 2], (x, y) as parts of the model input, 0..1.
 
         Returns:
-            Logits [N * P * M, 4h, 4w].
+            Logits [N * P * M, 4h, 4w] of M masks a point.
         """
         prompt_encoder = self.prompt_encoder.to(embeddings.device)
         decoder = self.mask_decoder.to(embeddings.device)
         height, width = prompt_encoder.input_image_size
-        grid = (embeddings.shape[2], embeddings.shape[3])
+        grid = _size(embeddings)
         pixels = points.flatten(0, 1)[:, None] * points.new_tensor([width, height]) - 0.5
         labels = torch.ones(pixels.shape[:2], device=points.device)
         sparse, dense = prompt_encoder((pixels, labels), None, None, embedding_size=grid)
-        positions = prompt_encoder.pe_layer(grid, grid)[None]  # cells of a whole frame
+        positions = prompt_encoder.pe_layer(grid, grid)[None]  # tokens of a whole model input
         each = embeddings.repeat_interleave(points.shape[1], dim=0)  # [N * P, C, h, w]
         masks, _ = decoder.predict_masks(each, positions, sparse, dense)
         return masks.flatten(0, 1)
-
-
-pass
-
-
-_FLOOR_IMAGES = 512
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -133,12 +138,12 @@ class DistillFeaturesSettings:
 
 @dataclass(frozen=True)
 class FeatureSample:
-    """One image to learn from.
+    """One image to train on.
 
     Attributes:
         pixels: [3, H, W] float32, normalised.
         features: [C, teacher h, teacher w] float16.
-        placed: (height, width) of the image within the frame, as parts of it, 0..1.
+        placed: (height, width) of the image within the model input, as parts of it, 0..1.
     """
 
     pixels: Tensor
@@ -150,7 +155,7 @@ class Student(nn.Module):
     """An encoder whose channels are brought to the teacher's by a 1x1 convolution.
 
     Args:
-        image_encoder: What is learnt and kept.
+        image_encoder: What is trained and kept.
         channels: C of the teacher.
     """
 
@@ -177,7 +182,7 @@ class DistillFeatures:
         root: The images' folder.
         settings: The choices.
         sam: A SAM with the teacher's prompt encoder and mask decoder: for the masks' loss, for
-            measuring masks, and to save a whole SAM with the student as its encoder.
+            validating masks, and to save a whole SAM with the student as its encoder.
 
     Raises:
         ValueError: Images have changed since their features were stored, fewer than two are
@@ -192,19 +197,21 @@ class DistillFeatures:
     def __init__(
         self,
         student: TinyViT,
-        store: FeatureStore,
+        store: Store,
         root: str | os.PathLike[str],
         settings: DistillFeaturesSettings | None = None,
         sam: Sam | None = None,
     ) -> None:
+        if "image_spec" not in store.facts:
+            raise ValueError(f"{store.folder} holds logits; wanted features")
         self.settings = settings = settings or DistillFeaturesSettings()
         self.store, self.root = store, Path(root)
-        self.spec = _spec_of(student, store.facts.image_spec)
+        self.spec = _spec_of(student, ImageSpec.from_dict(store.facts["image_spec"]))
         _check_current(store, self.root)
         self.train_names, self.val_names = hold_out(
             store.good, settings.held_out, settings.split_seed
         )
-        channels = 0 if store.shape is None else store.shape[0]
+        channels = store.shapes["features"][0]
         own = student.neck_dim or student.embed_dims[-1]
         self.model = student if own == channels else Student(student, channels)
         self.heads = None if sam is None else MaskAgreement(sam)
@@ -217,20 +224,15 @@ class DistillFeatures:
                 f"the heads want embeddings of {self.heads.channels} channels, but the teacher's "
                 f"have {channels}; give the teacher's own SAM"
             )
-        self._floors: dict[str, Tensor] | None = None
+        self._mean_map: Tensor | None = None
 
     def __len__(self) -> int:
         """Training images, each once an epoch."""
         return len(self.train_names)
 
     def sample(self, index: int, rng: np.random.Generator) -> FeatureSample:
-        """One image and its features; mirrored half of the time where those are stored.
-
-        Raises:
-            ImageError: The image cannot be read any more.
-            CheckpointError: Its features cannot.
-        """
-        flip = self.store.facts.flips and bool(rng.integers(2))
+        """One image and its features; mirrored half of the time where those are stored."""
+        flip = bool(self.store.facts["flips"]) and bool(rng.integers(2))
         return self._read(self.train_names[index], flip)
 
     def collate(self, samples: list[FeatureSample]) -> Batch:
@@ -244,34 +246,29 @@ class DistillFeatures:
     def loss(
         self, model: nn.Module, batch: Batch, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Distance of the maps, plus that of the masks if it is weighted.
-
-        Args:
-            model: The student.
-            batch: What ``collate`` gave.
-            generator: Chance of the points.
+        """Distance of the maps, plus that of the masks at random points if it is weighted.
 
         Returns:
-            The mean loss, and figures: ``train_cosine`` and the parts of the loss.
+            The mean loss, and metrics: ``train_cosine`` and the parts of the loss.
         """
         found = model(batch["images"])
         teacher = batch["features"].float()
-        target = fit_grid(teacher, (found.shape[2], found.shape[3]))
+        target = fit_grid(teacher, _size(found))
         loss = feature_loss(found, target, self.settings.loss)
         cosine = cosine_per_cell(found.detach(), target).mean()
-        figures = {"train_cosine": cosine, "feature_loss": loss.detach()}
+        metrics = {"train_cosine": cosine, "feature_loss": loss.detach()}
         if self.heads is not None and self.settings.mask_weight > 0:
             points = random_points(batch["placed"], self.settings.points, generator)
             with torch.no_grad():
                 wanted = self.heads.masks(teacher, points)
             masks = self.heads.masks(found.float(), points)
-            apart = mask_loss(masks, fit_grid(wanted[:, None], _size(masks))[:, 0])
-            figures["mask_loss"] = apart.detach()
-            loss = loss + self.settings.mask_weight * apart
-        return loss, figures
+            distance = mask_loss(masks, fit_grid(wanted[:, None], _size(masks))[:, 0])
+            metrics["mask_loss"] = distance.detach()
+            loss = loss + self.settings.mask_weight * distance
+        return loss, metrics
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Figures on images never learnt from, over the cells that they cover.
+        """Metrics on images never trained on, over the grid cells that they cover.
 
         Returns:
             ``cosine``, the mean over all cells of the cosine of the two channel vectors, nothing
@@ -293,7 +290,7 @@ class DistillFeatures:
             )
             found = model(images).float()
             target = fit_grid(teacher.float(), _size(found))
-            mean = fit_grid(self._mean_map().to(device), _size(found))
+            mean = fit_grid(self._mean().to(device), _size(found))
             cells = covered_cells(placed, (1, 1), _size(found))
             maps = {
                 "cosine": cosine_per_cell(found, target),
@@ -306,9 +303,8 @@ class DistillFeatures:
             count["cells"] += float(cells.sum())
             if self.heads is not None:
                 points = random_points(placed, self.settings.val_points, generator)
-                iou = _iou(
-                    self.heads.masks(teacher.float(), points), self.heads.masks(found, points)
-                )
+                wanted = self.heads.masks(teacher.float(), points) > 0
+                iou = mask_ious(self.heads.masks(found, points), wanted.float())
                 sums["mask_iou"] = sums.get("mask_iou", 0.0) + float(iou.double().sum())
                 count["masks"] += len(iou)
         return {
@@ -317,11 +313,7 @@ class DistillFeatures:
         }
 
     def save(self, model: nn.Module, path: Path) -> None:
-        """Write the student: a whole SAM where heads were given and fit, else the encoder.
-
-        Raises:
-            CheckpointError: The file cannot be written.
-        """
+        """Write the student: a whole SAM where heads were given and fit, else the encoder."""
         encoder = model.image_encoder if isinstance(model, Student) else model
         if not isinstance(encoder, TinyViT):
             raise TypeError(f"wanted a TinyViT to save, got {type(encoder).__name__}")
@@ -344,22 +336,23 @@ class DistillFeatures:
         if flip:
             image = np.ascontiguousarray(image[:, ::-1])
         pixels, placement = to_tensor(image, self.spec)
-        frame, resized = placement.model_size, placement.resized_size
-        placed = (min(1.0, resized[0] / frame[0]), min(1.0, resized[1] / frame[1]))
-        return FeatureSample(pixels, self.store.read(name, flip), placed)
+        sizes = zip(placement.resized_size, placement.model_size, strict=True)
+        height, width = (min(1.0, resized / whole) for resized, whole in sizes)
+        features = self.store.read(name, "flipped" if flip else "features")
+        return FeatureSample(pixels, torch.from_numpy(features), (height, width))
 
-    def _mean_map(self) -> Tensor:
+    def _mean(self) -> Tensor:
         """The teacher's mean map of (at most 512) training images, [1, C, h, w]."""
-        if self._floors is None:
-            names = self.train_names[:: max(1, len(self.train_names) // _FLOOR_IMAGES)]
-            total = sum(self.store.read(name).double() for name in names)
-            self._floors = {"map": torch.as_tensor(total / len(names)).float()[None]}
-        return self._floors["map"]
+        if self._mean_map is None:
+            names = self.train_names[:: max(1, len(self.train_names) // _MEAN_MAP_IMAGES)]
+            total = sum(self.store.read(name, "features").astype(np.float64) for name in names)
+            self._mean_map = torch.as_tensor(total / len(names)).float()[None]
+        return self._mean_map
 
 
 def make_features_task(
     student: TinyViT,
-    store: FeatureStore | str | os.PathLike[str],
+    store: Store | str | os.PathLike[str],
     root: str | os.PathLike[str],
     settings: DistillFeaturesSettings | None = None,
     sam: Sam | None = None,
@@ -370,7 +363,7 @@ def make_features_task(
         CheckpointError: There is no store.
         ValueError: As ``DistillFeatures``.
     """
-    opened = store if isinstance(store, FeatureStore) else FeatureStore(store)
+    opened = store if isinstance(store, Store) else Store(store)
     return DistillFeatures(student, opened, root, settings, sam)
 
 
@@ -378,7 +371,8 @@ def _spec_of(student: TinyViT, teacher: ImageSpec) -> ImageSpec:
     """How the student's images are prepared: as the teacher's, at a size of its own."""
     own = student.image_spec
     if own is None:
-        own = replace(teacher, size=_pair(student.img_size))
+        size = student.img_size
+        own = replace(teacher, size=(size, size) if isinstance(size, int) else size)
         student.image_spec = own
     if own.resize == "longest_side":
         own = replace(own, pad=True)
@@ -390,22 +384,18 @@ def _spec_of(student: TinyViT, teacher: ImageSpec) -> ImageSpec:
     (a, b), (c, d) = own.size, teacher.size
     if a * d != b * c:
         raise ValueError(
-            f"the frames of student {own.size} and teacher {teacher.size} must have one shape"
+            f"the inputs of student {own.size} and teacher {teacher.size} must have one shape"
         )
     return own
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
 
 
 def _size(features: Tensor) -> tuple[int, int]:
     return features.shape[-2], features.shape[-1]
 
 
-def _check_current(store: FeatureStore, root: Path) -> None:
+def _check_current(store: Store, root: Path) -> None:
     """Features of other pixels would teach nonsense."""
-    changed = store.missing(root, store.good)
+    changed = store.missing(store.good, root)
     if changed:
         more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
         raise ValueError(
@@ -414,26 +404,16 @@ def _check_current(store: FeatureStore, root: Path) -> None:
         )
 
 
-def _iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of masks from logits, [P, h, w] each -> [P]; 1 where both are empty."""
-    found, wanted = (masks.flatten(1) > 0 for masks in (a, b))
-    both, either = (found & wanted).sum(1), (found | wanted).sum(1)
-    return torch.where(either > 0, both / either.clamp_min(1), torch.ones_like(both / 1))
-
-
-_TRIES = 20
-
-
 @dataclass(frozen=True)
 class DistillSample:
-    """One view to learn from.
+    """One view to train on.
 
     Attributes:
         pixels: [3, h, w] float32, normalised for the student.
         probabilities: [k] float32, the teacher's.
         classes: [k] int64, whose they are.
         label: Number of the image's own class.
-        broken: Reason by name of each broken image met on the way.
+        broken: Reason by name of each unreadable image met on the way.
     """
 
     pixels: NDArray[np.float32]
@@ -445,26 +425,24 @@ class DistillSample:
 
 @dataclass
 class DistillLogits:
-    """Learns a teacher's written answers; a ``Task``.
+    """Learns a teacher's stored logits; a ``Task``.
 
     Attributes:
-        student: The same network learning from labels; it measures and saves.
-        store: The answers.
+        student: The same network as it learns from labels; it validates and saves.
+        store: The logits.
         model: The network that is trained, in place.
+
+    Raises:
+        StoreMismatchError: The logits belong to other images, classes or views.
     """
 
     student: Classify
-    store: LogitStore
+    store: Store
     name: str = "distill-logits"
     goal: Goal = ("top1", "max")
     model: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
-        """Check that the answers belong to the data and the views.
-
-        Raises:
-            StoreMismatchError: They belong to something else.
-        """
         data = self.student.data
         self.model = self.student.model
         self.store.check(
@@ -476,7 +454,7 @@ class DistillLogits:
 
     @property
     def broken(self) -> dict[str, str]:
-        """Reason by name of each broken image met so far, in this process."""
+        """Reason by name of each unreadable image met so far, in this process."""
         return self.student.broken
 
     def __len__(self) -> int:
@@ -484,34 +462,38 @@ class DistillLogits:
         return len(self.student)
 
     def sample(self, index: int, rng: np.random.Generator) -> DistillSample:
-        """One of the views of an image with the teacher's answer; ``rng`` draws which.
+        """One of the views of an image with the teacher's logits; ``rng`` draws which.
 
-        Args:
-            index: 0 to ``len(self) - 1``.
-            rng: The only source of chance here; the view's own chance is that of its stored seed.
+        The view's own randomness is that of its stored seed.
 
         Raises:
-            ImageError: The image is broken and ``on_broken`` is "error", or many were in a row.
-            ValueError: Many images in a row have no answer: the store is not finished.
+            ImageError: The image is unreadable and ``on_broken`` is "error", or many in a row are.
+            ValueError: Many images in a row have no logits: the store is not finished.
         """
         images = self.student.data.train
         broken: dict[str, str] = {}
         for _ in range(_TRIES):
             index, image, found = read_one(images, index, rng, self.student.on_broken)
             broken.update(found)
-            view = int(rng.integers(self.store.header.views))
-            kept = self.store.read(view, index)
-            if kept is not None:
-                seed, probabilities, classes = kept
-                pixels = self.student.view(image, np.random.default_rng(seed))
-                label = int(images.labels[index])
-                return DistillSample(pixels, probabilities, classes, label, broken)
-            broken[images.name(index)] = f"no answer to view {view} in the store"
+            if str(index) in self.store.entries:
+                seed, probabilities, classes = (
+                    self.store.read(str(index), key) for key in ("seed", "probabilities", "classes")
+                )  # [V], [V, k], [V, k]
+                view = int(rng.integers(len(seed)))
+                pixels = self.student.view(image, np.random.default_rng(int(seed[view])))
+                return DistillSample(
+                    pixels,
+                    probabilities[view].astype(np.float32),
+                    classes[view].astype(np.int64),
+                    int(images.labels[index]),
+                    broken,
+                )
+            broken[images.name(index)] = "no logits in the store"
             if self.student.on_broken == "error":
                 break
             index = int(rng.integers(len(images)))
         raise ValueError(
-            f"images without an answer in {self.store.folder}, for example "
+            f"images without logits in {self.store.folder}, for example "
             f"{next(reversed(broken))!r}; call write_logits again, which writes what is missing"
         )
 
@@ -531,22 +513,17 @@ class DistillLogits:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross entropy with the teacher's distribution; labels are only counted.
 
-        Args:
-            model: Gives logits [B, K].
-            batch: What ``collate`` gave.
-            generator: Not used: there is no chance left.
-
         Returns:
             The mean loss; ``train_top1``, and ``as_teacher``: how often both choose one class.
         """
         self.broken.update(cast("dict[str, str]", batch.get("broken", {})))
         logits = model(batch["images"])
         choice = logits.detach().argmax(dim=1)
-        figures = {
+        metrics = {
             "train_top1": (choice == batch["labels"]).float().mean(),
             "as_teacher": (choice == batch["classes"][:, 0]).float().mean(),
         }
-        return sparse_cross_entropy(logits, batch["classes"], batch["probabilities"]), figures
+        return sparse_cross_entropy(logits, batch["classes"], batch["probabilities"]), metrics
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """As ``Classify.validate``: against the labels of the held-out part."""
@@ -558,26 +535,23 @@ class DistillLogits:
 
 
 def make_logits_task(settings: ClassifySettings, store: str | os.PathLike[str]) -> DistillLogits:
-    """Open data and answers, and build the student.
+    """Open data and logits, and build the student.
 
     Args:
-        settings: As for classification; the chance must be the store's, and there is no mixing and
-            no smoothing.
+        settings: As for classification; the augmentation must be the store's, and there is no
+            mixing and no smoothing.
         store: The folder of ``write_logits``.
 
-    Returns:
-        The task, for ``tinyvit.train.train``.
-
     Raises:
-        ValueError: The data, the store or a choice is wrong.
-        StoreMismatchError: The answers belong to something else.
-        CheckpointError: The checkpoint cannot be read or does not fit.
+        ValueError: The data or a choice is wrong.
+        StoreMismatchError: The logits belong to something else.
+        CheckpointError: The store or the checkpoint cannot be read or does not fit.
         DownloadError: The checkpoint cannot be fetched.
     """
     if settings.mixup or settings.cutmix:
         raise ValueError(
-            f"mixup={settings.mixup} and cutmix={settings.cutmix} cannot be used here: answers are "
+            f"mixup={settings.mixup} and cutmix={settings.cutmix} cannot be used here: logits are "
             "kept for single images; leave them 0"
         )
-    answers = LogitStore.open(store)
-    return DistillLogits(classify.make_task(replace(settings, smoothing=0.0)), answers)
+    opened = Store(store)
+    return DistillLogits(classify.make_task(replace(settings, smoothing=0.0)), opened)

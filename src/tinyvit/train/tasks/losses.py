@@ -1,10 +1,11 @@
-"""The losses of promptable segmentation, on low-res logits.
+"""The losses of all tasks.
 
-Focal loss (Lin et al., 2017), dice loss (Milletari et al., 2016), the error of the predicted IoU,
-and Segment Anything's rule for ambiguous prompts: of several masks only the best one learns. The
-predicted IoU learns for all of them, for otherwise it could not tell which one is best.
-
-Shapes: N prompts, K masks of a prompt, h w the low-res logits.
+Masks, on low-res logits: focal loss (Lin et al., 2017), dice loss (Milletari et al., 2016), the
+error of the predicted IoU, and Segment Anything's rule for ambiguous prompts: of several masks only
+the best one learns, the predicted IoU of all of them. Feature maps: distances of a student from a
+teacher. Classes: cross entropy with soft targets, and with a teacher's k largest probabilities,
+what is missing to 1 spread evenly over the other classes (TinyViT's fast distillation, Wu et al.,
+ECCV 2022, equation 2).
 """
 
 from __future__ import annotations
@@ -21,15 +22,7 @@ FOCAL_ALPHA = 0.25
 
 
 def shrink_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks of the model's frame as targets for low-res logits, by covered area.
-
-    Args:
-        masks: [N, H, W] bool or 0..1.
-        size: (h, w), at most (H, W).
-
-    Returns:
-        [N, h, w] float32: the share of each cell that the mask covers.
-    """
+    """Masks [N, H, W] of the model input as targets [N, h, w] float32: the covered share."""
     return F.adaptive_avg_pool2d(masks.float()[:, None], size)[:, 0]
 
 
@@ -44,36 +37,36 @@ def focal_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -
     Returns:
         [...].
     """
-    plain = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    chance = logits.sigmoid()
-    wrong = chance * (1 - targets) + (1 - chance) * targets
+    entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    found = logits.sigmoid()
+    wrong = found * (1 - targets) + (1 - found) * targets
     alpha = FOCAL_ALPHA * targets + (1 - FOCAL_ALPHA) * (1 - targets)
-    values = alpha * wrong**FOCAL_GAMMA * plain
+    values = alpha * wrong**FOCAL_GAMMA * entropy
     if weights is None:
         return values.mean((-2, -1))
     return (values * weights).sum((-2, -1)) / weights.sum((-2, -1)).clamp_min(1)
 
 
-def dice_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """One minus the dice coefficient; arguments and result as ``focal_loss``."""
-    chance = logits.sigmoid()
+def dice_loss(
+    logits: Tensor, targets: Tensor, weights: Tensor | None = None, squared: bool = False
+) -> Tensor:
+    """One minus the dice coefficient; arguments and result as ``focal_loss``.
+
+    With ``squared`` the divisor sums squares: the loss is then 0 for equal soft masks, not only for
+    hard ones.
+    """
+    found = logits.sigmoid()
     if weights is not None:
-        chance, targets = chance * weights, targets * weights
-    both = (chance * targets).sum((-2, -1))
-    each = chance.sum((-2, -1)) + targets.sum((-2, -1))
-    return 1 - (2 * both + 1) / (each + 1)  # the 1 keeps empty masks finite
+        found, targets = found * weights, targets * weights
+    both = (found * targets).sum((-2, -1))
+    each = found.square() + targets.square() if squared else found + targets
+    return 1 - (2 * both + 1) / (each.sum((-2, -1)) + 1)  # the 1 keeps empty masks finite
 
 
 def mask_ious(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """IoU of the masks that logits mean with targets, of which half is covered.
+    """IoU of the masks of logits with targets above 0.5, [...] without gradient.
 
-    Args:
-        logits: [..., h, w].
-        targets: [..., h, w] in 0..1.
-        weights: As in ``focal_loss``.
-
-    Returns:
-        [...] without gradient; 0 where the target is empty and the mask is not.
+    1 where both are empty, 0 where only the target is; arguments as ``focal_loss``.
     """
     ours, theirs = logits.detach() > 0, targets > 0.5
     if weights is not None:
@@ -167,31 +160,20 @@ FeatureLoss: TypeAlias = Literal["mse", "cosine", "huber"]
 
 
 def fit_grid(features: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resample maps to another grid: bilinear, averaged over the cells that fall together.
-
-    Args:
-        features: [N, C, h, w].
-        grid: New (h, w).
-
-    Returns:
-        [N, C, *grid]; the same tensor if it has this grid already.
-    """
+    """Resample maps [N, C, h, w] to another grid: bilinear, averaged where cells fall together."""
     if tuple(features.shape[-2:]) == tuple(grid):
         return features
     return F.interpolate(features, list(grid), mode="bilinear", align_corners=False, antialias=True)
 
 
 def feature_loss(student: Tensor, teacher: Tensor, kind: FeatureLoss = "mse") -> Tensor:
-    """Mean distance of two maps, in float32.
+    """Mean distance of two maps [N, C, h, w], a scalar in float32.
 
     Args:
         student: [N, C, h, w].
         teacher: [N, C, h, w].
         kind: "mse", the mean square over all numbers; "huber", the same but linear beyond 1;
             "cosine", 1 minus the cosine of the channel vectors, mean over the cells.
-
-    Returns:
-        A scalar.
 
     Raises:
         ValueError: The shapes differ, or ``kind`` is unknown.
@@ -212,15 +194,7 @@ def feature_loss(student: Tensor, teacher: Tensor, kind: FeatureLoss = "mse") ->
 
 
 def cosine_per_cell(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of the two channel vectors of each cell; nothing is subtracted before.
-
-    Args:
-        a: [N, C, h, w].
-        b: [N, C, h, w], or a shape that broadcasts to it.
-
-    Returns:
-        [N, h, w] float32, -1..1.
-    """
+    """Cosine of the channel vectors of [N, C, h, w], nothing subtracted: [N, h, w] float32."""
     return F.cosine_similarity(a.float(), b.float(), dim=1)
 
 
@@ -230,8 +204,8 @@ def covered_cells(
     """The cells whose middle lies in the image and not in the padding.
 
     Args:
-        resized_sizes: [N, 2] (height, width) of the images in the model's frame, in pixels.
-        model_size: (height, width) of the frame in pixels.
+        resized_sizes: [N, 2] (height, width) of the images in the model input, in pixels.
+        model_size: (height, width) of the model input in pixels.
         grid: (h, w) of the map.
 
     Returns:
@@ -247,20 +221,56 @@ def covered_cells(
 
 
 def mask_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """How far masks are from a teacher's: dice plus cross entropy against its probabilities.
-
-    Args:
-        student: Logits [P, h, w].
-        teacher: Logits [P, h, w].
-
-    Returns:
-        A scalar, in float32.
-    """
+    """How far mask logits [P, h, w] are from a teacher's: dice plus cross entropy, a scalar."""
     student, wanted = student.float(), teacher.float().sigmoid()
     entropy = F.binary_cross_entropy_with_logits(student, wanted)
-    found = student.sigmoid().flatten(1)
-    wanted = wanted.flatten(1)
-    both = (found * wanted).sum(1)
-    # Squares in the divisor: the distance is then 0 for equal soft masks, not only for hard ones.
-    dice = 1 - (2 * both + 1) / (found.square().sum(1) + wanted.square().sum(1) + 1)
-    return entropy + dice.mean()
+    return entropy + dice_loss(student, wanted, squared=True).mean()
+
+
+def one_hot(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
+    """Distributions [B, K] float32 of labels [B], ``smoothing`` spread evenly over all classes.
+
+    Raises:
+        ValueError: ``smoothing`` is not at least 0 and below 1.
+
+    Example:
+        >>> one_hot(torch.tensor([1]), 4, smoothing=0.2)
+        tensor([[0.0500, 0.8500, 0.0500, 0.0500]])
+    """
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing must be at least 0 and below 1, got {smoothing}")
+    target = torch.full(
+        (len(labels), classes), smoothing / classes, dtype=torch.float32, device=labels.device
+    )
+    return target.scatter_(1, labels[:, None], 1 - smoothing + smoothing / classes)
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy of logits [B, K] with distributions [B, K], in float32 at least."""
+    logs = F.log_softmax(_wide(logits), dim=1)
+    return -(targets.to(logs.dtype) * logs).sum(dim=1).mean()
+
+
+def sparse_cross_entropy(logits: Tensor, indices: Tensor, probabilities: Tensor) -> Tensor:
+    """Mean cross entropy of logits with a teacher's sparse distributions.
+
+    Equal to ``soft_cross_entropy`` with the dense distribution, without building it.
+
+    Args:
+        logits: [B, K] of the student.
+        indices: [B, k] int64, the classes that were kept, distinct in a row.
+        probabilities: [B, k], their probabilities.
+    """
+    logs = F.log_softmax(_wide(logits), dim=1)  # [B, K]
+    kept = probabilities.to(logs.dtype)
+    seen = logs.gather(1, indices)  # [B, k]
+    others = logits.shape[1] - indices.shape[1]
+    total = (kept * seen).sum(dim=1)
+    if others:
+        rest = (1 - kept.sum(dim=1)).clamp_min(0) / others  # rounding may carry the sum above 1
+        total = total + rest * (logs.sum(dim=1) - seen.sum(dim=1))
+    return -total.mean()
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
