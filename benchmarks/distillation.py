@@ -124,10 +124,10 @@ def masks_of(sam, scenes) -> dict[str, float]:
 
 def cosines(encoder: TinyViT, folder: Path, teacher) -> dict[str, float]:
     """``DistillFeatures``' figures on the held-out images."""
-    from tinyvit.train.store import FeatureStore
+    from tinyvit.train.store import Store
 
     task = make_task(
-        encoder, FeatureStore(folder / "features"), folder / "images",
+        encoder, Store(folder / "features"), folder / "images",
         DistillFeaturesSettings(held_out="val"),
     )  # fmt: skip
     encoder.eval()

@@ -21,8 +21,8 @@ from tinyvit.train.tasks.classify import (
     ClassifySettings,
     Mixing,
     make_task,
-    measure,
     spec_of,
+    validate_classifier,
 )
 
 from .pressing import interrupt
@@ -130,7 +130,7 @@ def test_validation_is_what_the_engine_says(task):
 def test_top5_with_more_classes(tmp_path, make_tiny_vit):
     data = open_data_set(write_folder(tmp_path, "abcdefg", count=2), val_part=0.5)
     model = tiny_classifier(make_tiny_vit, classes=7)
-    figures, _ = measure(model, data.val, spec_of(model), batch_size=3)
+    figures, _ = validate_classifier(model, data.val, spec_of(model), batch_size=3)
     logits = tinyvit.Engine(model).classify([data.val.source(i) for i in range(7)])
     best = logits.topk(5, dim=1).indices
     assert figures["top5"] == np.float32(np.mean([i in best[i] for i in range(7)]))
@@ -138,7 +138,9 @@ def test_top5_with_more_classes(tmp_path, make_tiny_vit):
 
 def test_the_batch_size_of_validation_changes_nothing(task):
     one = task()
-    a, b = (measure(one.model, one.data.train, spec_of(one.model), n)[0] for n in (2, 64))
+    a, b = (
+        validate_classifier(one.model, one.data.train, spec_of(one.model), n)[0] for n in (2, 64)
+    )
     assert a["top1"] == b["top1"]
     assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)  # sums in another order
 
@@ -168,11 +170,11 @@ def test_a_broken_image_may_be_an_error(task, tmp_path):
         one.validate(one.model)
 
 
-def test_nothing_to_measure_on(task, tmp_path):
+def test_nothing_to_validate_on(task, tmp_path):
     one = task()
     for i in range(len(one.data.val)):
         (tmp_path / "data" / one.data.val.name(i)).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no image to measure on can be read; ant/.*0 bytes"):
+    with pytest.raises(ValueError, match=r"no image to validate on can be read; ant/.*0 bytes"):
         one.validate(one.model)
 
 

@@ -7,21 +7,27 @@ import torch
 from PIL import Image
 from torch import nn
 
+import tinyvit
+from tinyvit.checkpoints.files import weights_sha256
 from tinyvit.errors import CheckpointError, MissingExtraError
 from tinyvit.image_spec import ImageSpec
+from tinyvit.images.decode import decode
 from tinyvit.images.preprocess import to_tensor
 from tinyvit.inference.graph_backend import export_onnx
 from tinyvit.modules import TinyViT
-from tinyvit.train.store import FeatureStore
+from tinyvit.train.data.augment import View, augmentation
+from tinyvit.train.data.images import open_part
+from tinyvit.train.store import Store, StoreMismatchError
+from tinyvit.train.tasks.classify import save_classifier
 from tinyvit.train.tasks.teachers import (
-    ModuleTeacher,
-    OnnxTeacher,
-    TinyViTTeacher,
-    list_images,
+    Teacher,
+    module_teacher,
     open_teacher,
     store_features,
+    write_logits,
 )
-from tinyvit.train.tasks.teachers import tensor_fingerprint as fingerprint
+
+from .tiny_images import tiny_classifier, write_folder
 
 SPEC = ImageSpec.sam(32)
 
@@ -64,17 +70,17 @@ def test_a_tiny_vit_teaches_its_embedding():
         # the folded form computes in another order
         assert torch.allclose(teacher(x), model(x), atol=1e-4)
     assert teacher.image_spec == SPEC
-    assert teacher.sha256 == fingerprint(model.state_dict())
+    assert teacher.sha256 == weights_sha256(model.state_dict())
 
 
 def test_a_model_that_cannot_teach_is_refused():
     model = tiny()
     model.image_spec = None
     with pytest.raises(ValueError, match="no image_spec"):
-        TinyViTTeacher(model)
+        open_teacher(model, device="cpu")
     model.neck = None
     with pytest.raises(ValueError, match="no neck"):
-        TinyViTTeacher(model)
+        open_teacher(model, device="cpu")
 
 
 def test_a_checkpoint_s_name_is_a_teacher():
@@ -98,7 +104,7 @@ def test_an_onnx_file_teaches_what_its_model_does(tmp_path):
     with pytest.raises(ValueError, match=r"give image_spec, for example ImageSpec\.sam\(1024\)"):
         open_teacher(path)
     with pytest.raises(CheckpointError, match="there is no ONNX file"):
-        OnnxTeacher(tmp_path / "none.onnx", SPEC)
+        open_teacher(tmp_path / "none.onnx", SPEC)
 
 
 def test_tokens_become_maps():
@@ -109,15 +115,15 @@ def test_tokens_become_maps():
         def forward(self, x):
             return SimpleNamespace(last_hidden_state=tokens)
 
-    found = ModuleTeacher(Tokens(), spec)(torch.zeros(2, 3, 16, 16))
+    found = module_teacher(Tokens(), spec)(torch.zeros(2, 3, 16, 16))
     assert found.shape == (2, 7, 4, 4)
     assert torch.equal(found[1, :, 2, 3], tokens[1, 4 + 2 * 4 + 3])
-    last = ModuleTeacher(nn.Identity(), spec, channels_last=True)(torch.randn(1, 2, 3, 5))
+    last = module_teacher(nn.Identity(), spec, channels_last=True)(torch.randn(1, 2, 3, 5))
     assert last.shape == (1, 5, 2, 3)
     with pytest.raises(ValueError, match=r"Identity gave \[1, 30\]; wanted a map"):
-        ModuleTeacher(nn.Identity(), spec)(torch.randn(1, 30))
+        module_teacher(nn.Identity(), spec)(torch.randn(1, 30))
     with pytest.raises(ValueError, match=r"wanted a map .* or tokens"):
-        ModuleTeacher(nn.Identity(), spec)(torch.randn(1, 24, 3))
+        module_teacher(nn.Identity(), spec)(torch.randn(1, 24, 3))
 
 
 def test_other_libraries_are_asked_for_only_when_wanted(monkeypatch):
@@ -157,35 +163,32 @@ def test_a_sam_of_transformers_teaches_by_its_vision_encoder(monkeypatch):
         open_teacher("hf:facebook/sam-vit-base", device="cpu")
 
 
-def test_images_are_found_below_a_folder(tmp_path):
-    write_images(tmp_path, "b.png", "deep/er/a.JPG")
+def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / "notes.txt").touch()
-    assert list_images(tmp_path) == ["b.png", "deep/er/a.JPG"]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no images below"):
-        list_images(tmp_path / "empty")
-    with pytest.raises(ValueError, match="is no folder"):
-        list_images(tmp_path / "b.png")
+    with pytest.raises(ValueError, match="no images in"):
+        store_features(module_teacher(Plain(), SPEC), tmp_path, tmp_path / "out")
 
 
 def test_features_are_stored_once_and_are_the_teacher_s(tmp_path):
     write_images(tmp_path / "in", "a.png", "b.png", "c.png")
     (tmp_path / "in" / "bad.png").write_bytes(b"no image")
     module, told = Plain(), []
-    teacher = ModuleTeacher(module, SPEC)
+    teacher = module_teacher(module, SPEC)
     store = store_features(
         teacher, tmp_path / "in", tmp_path / "out", flips=True, batch_size=2, shard_size=3,
         progress=lambda done, total: told.append((done, total)),
     )  # fmt: skip
     assert store.good == ["a.png", "b.png", "c.png"]
-    assert "bad.png" in store.broken["bad.png"]
+    assert "bad.png" in store.unreadable["bad.png"]
     assert told == [(2, 4), (3, 4), (4, 4)]
     assert module.seen == [2, 2, 1, 1]  # each batch as it is and mirrored; the broken one not
     image = np.array(Image.open(tmp_path / "in" / "b.png"))
     for flipped in (False, True):
         shown = np.ascontiguousarray(image[:, ::-1]) if flipped else image
         wanted = module.pool(to_tensor(shown, SPEC)[0])
-        assert torch.equal(store.read("b.png", flipped), wanted.half())
+        assert np.array_equal(
+            store.read("b.png", "flipped" if flipped else "features"), wanted.half().numpy()
+        )
     module.seen.clear()
     again = store_features(teacher, tmp_path / "in", tmp_path / "out", flips=True)
     assert module.seen == [] and again.good == store.good
@@ -202,18 +205,21 @@ def test_a_job_that_was_killed_goes_on(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         store_features(
-            ModuleTeacher(Killed(), SPEC), tmp_path / "in", tmp_path / "out",
+            module_teacher(Killed(), SPEC), tmp_path / "in", tmp_path / "out",
             batch_size=1, shard_size=2,
         )  # fmt: skip
-    assert FeatureStore(tmp_path / "out").good == ["0.png", "1.png"]
+    assert Store(tmp_path / "out").good == ["0.png", "1.png"]
     module = Plain()
     store = store_features(
-        ModuleTeacher(module, SPEC, "Killed"), tmp_path / "in", tmp_path / "out", batch_size=4
+        module_teacher(module, SPEC, "Killed"), tmp_path / "in", tmp_path / "out", batch_size=4
     )
     assert module.seen == [4]  # the four that were missing
-    whole = store_features(ModuleTeacher(Plain(), SPEC), tmp_path / "in", tmp_path / "whole")
+    whole = store_features(module_teacher(Plain(), SPEC), tmp_path / "in", tmp_path / "whole")
     assert store.good == whole.good
-    assert all(torch.equal(store.read(name), whole.read(name)) for name in whole.good)
+    assert all(
+        np.array_equal(store.read(name, "features"), whole.read(name, "features"))
+        for name in whole.good
+    )
 
 
 def test_features_that_fp16_cannot_hold_are_entries_with_a_reason(tmp_path):
@@ -223,14 +229,155 @@ def test_features_that_fp16_cannot_hold_are_entries_with_a_reason(tmp_path):
         def forward(self, x):
             return x * 1e6
 
-    store = store_features(ModuleTeacher(Large(), SPEC), tmp_path / "in", tmp_path / "out")
+    store = store_features(module_teacher(Large(), SPEC), tmp_path / "in", tmp_path / "out")
     assert store.good == []
-    assert "Large gave features that are not finite in fp16" in store.broken["a.png"]
+    assert "Large gave features that are not finite in fp16" in store.unreadable["a.png"]
 
 
 def test_maps_must_have_one_shape(tmp_path):
     write_images(tmp_path / "in", "a.png")
     with pytest.raises(ValueError, match="image_spec has pad=False"):
         store_features(
-            ModuleTeacher(Plain(), ImageSpec.sam(32, pad=False)), tmp_path / "in", tmp_path / "out"
+            module_teacher(Plain(), ImageSpec.sam(32, pad=False)), tmp_path / "in", tmp_path / "out"
         )
+
+
+LABELLED = ImageSpec.timm(16)
+WEIGHT = torch.randn(3, 3 * 16 * 16, generator=torch.Generator().manual_seed(0)) / 20
+
+
+def answer(images):
+    return images.flatten(1) @ WEIGHT.T
+
+
+KEYS = ("seed", "probabilities", "classes")
+LINEAR = Teacher(answer, LABELLED, "linear", "0" * 64)
+
+
+@pytest.fixture
+def images(tmp_path):
+    return open_part(write_folder(tmp_path / "data", count=3))
+
+
+def test_answers_are_those_of_the_view_that_the_seed_makes(tmp_path, images):
+    store, broken = write_logits(tmp_path / "s", images, LINEAR, views=2, k=2, batch_size=4)
+    assert not broken
+    seen = set()
+    for view in range(2):
+        assert not store.missing(map(str, range(9)))
+        for index in range(9):
+            seed, probabilities, classes = (store.read(str(index), key)[view] for key in KEYS)
+            seen.add(seed)
+            image = decode(images.source(index))
+            pixels = View(augmentation("light"), LABELLED)(image, np.random.default_rng(seed))
+            wanted = answer(torch.from_numpy(pixels)[None]).softmax(1)[0]
+            best = wanted.topk(2)
+            assert classes.tolist() == best.indices.tolist()
+            # kept in half precision
+            np.testing.assert_allclose(probabilities, best.values.numpy(), rtol=1e-3, atol=1e-6)
+    assert len(seen) == 18
+
+
+def test_a_stopped_writing_goes_on_to_the_same_rows(tmp_path, images):
+    whole, _ = write_logits(tmp_path / "whole", images, LINEAR, views=2, k=2, batch_size=2)
+    calls = []
+
+    def killed(images):
+        calls.append(len(images))
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return answer(images)
+
+    teacher = Teacher(killed, LABELLED, "linear", "0" * 64)
+    with pytest.raises(KeyboardInterrupt):
+        write_logits(tmp_path / "parts", images, teacher, views=2, k=2, batch_size=2, shard_size=3)
+    assert Store(tmp_path / "parts").good == [str(number) for number in range(6)]
+    told = []
+    parts, _ = write_logits(
+        tmp_path / "parts", images, LINEAR, views=2, k=2, batch_size=4,
+        progress=lambda done, of: told.append((done, of)),
+    )  # fmt: skip
+    assert told == [(16, 18), (18, 18)]
+    for name in whole.good:
+        for key in KEYS:
+            np.testing.assert_array_equal(parts.read(name, key), whole.read(name, key))
+    calls.clear()
+    write_logits(tmp_path / "parts", images, teacher, views=2, k=2)
+    assert calls == []  # nothing was left to do
+
+
+@pytest.mark.parametrize("wrong", [{"views": 0}, {"k": 0}])
+def test_wrong_numbers(tmp_path, images, wrong):
+    with pytest.raises(ValueError, match=r"wants images and views|number of classes, 3"):
+        write_logits(tmp_path / "s", images, LINEAR, **wrong)
+
+
+def test_another_teacher_does_not_write_on(tmp_path, images):
+    write_logits(tmp_path / "s", images, LINEAR, views=1)
+    other = Teacher(answer, LABELLED, "linear", "1" * 64)
+    with pytest.raises(StoreMismatchError, match=r"teacher_sha256 is '000.* there and '111"):
+        write_logits(tmp_path / "s", images, other, views=1)
+
+
+def test_broken_images_are_named_and_have_no_answer(tmp_path, images):
+    (tmp_path / "data" / images.name(4)).write_bytes(b"")
+    store, broken = write_logits(tmp_path / "s", images, LINEAR, views=1)
+    assert list(broken) == [images.name(4)]
+    assert store.missing(map(str, range(9))) == ["4"]
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (lambda x: answer(x)[:, :2], r"linear gave \[9, 2\], wanted \[9, 3\]"),
+        (lambda x: answer(x) * float("nan"), "not finite"),
+    ],
+)
+def test_a_teacher_that_answers_wrongly(tmp_path, images, wrong, words):
+    with pytest.raises(ValueError, match=words):
+        write_logits(tmp_path / "s", images, Teacher(wrong, LABELLED, "linear", ""), views=1)
+
+
+def test_a_checkpoint_as_a_teacher(tmp_path, make_tiny_vit, images):
+    model = tiny_classifier(make_tiny_vit)
+    path = save_classifier(model, tmp_path / "t.safetensors", images.classes)
+    teacher = open_teacher(path, device="cpu", gives="logits")
+    assert teacher.image_spec == model.image_spec
+    x = torch.randn(2, 3, 16, 16)
+    # with and without gradients other kernels may run
+    torch.testing.assert_close(teacher(x), model(x))
+    model.head.bias.data += 1
+    other = save_classifier(model, tmp_path / "u.safetensors", images.classes)
+    assert teacher.sha256 != open_teacher(other, gives="logits").sha256
+    folder = tinyvit.save_pretrained(model, tmp_path / "folder")
+    assert len(open_teacher(folder, gives="logits").sha256) == 64
+    with pytest.raises(CheckpointError, match="no classification head"):
+        open_teacher("tinyvit_starter", gives="logits")
+
+
+def test_onnx_wants_to_be_told_the_preparation(tmp_path):
+    with pytest.raises(ValueError, match="give image_spec"):
+        open_teacher(tmp_path / "t.onnx", gives="logits")
+
+
+def test_an_onnx_file_as_a_teacher(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    helper, numbers = onnx.helper, onnx.numpy_helper
+    graph = helper.make_graph(
+        [
+            helper.make_node("Flatten", ["x"], ["f"], axis=1),
+            helper.make_node("MatMul", ["f", "w"], ["y"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3, 16, 16])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", 3])],
+        [numbers.from_array(np.ascontiguousarray(WEIGHT.T.numpy()), "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path = tmp_path / "t.onnx"
+    path.write_bytes(model.SerializeToString())
+    teacher = open_teacher(path, LABELLED, gives="logits")
+    x = torch.randn(2, 3, 16, 16)
+    # the same product, summed in another order
+    torch.testing.assert_close(teacher(x), answer(x), rtol=1e-4, atol=1e-4)

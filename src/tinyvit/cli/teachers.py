@@ -115,19 +115,19 @@ def write_logits(
     from tinyvit.image_spec import ImageSpec
     from tinyvit.train.data.augment import augmentation
     from tinyvit.train.data.images import open_data_set
-    from tinyvit.train.tasks.teachers import open_logit_teacher as open_teacher
+    from tinyvit.train.tasks.teachers import open_teacher
     from tinyvit.train.tasks.teachers import write_logits as write
 
     parts = open_data_set(data, val, val_part=val_part, split_seed=split_seed)
     spec = None if teacher_size is None else ImageSpec.timm(teacher_size)
-    chance = augmentation(augment, flip)  # type: ignore[arg-type]  # one of the words
-    asked = open_teacher(teacher, spec, device)
+    chosen = augmentation(augment, flip)  # type: ignore[arg-type]  # one of the words
+    asked = open_teacher(teacher, spec, device, gives="logits")
     with _asking(own, asked.name, "views") as update:
         _, broken = write(
             output,
             parts.train,
             asked,
-            chance=chance,
+            augment=chosen,
             views=views,
             k=top_k,
             seed=seed,
@@ -165,8 +165,12 @@ def store_features(
     asked = open_teacher(teacher, spec, device)
     with _asking(own, asked.name, "pictures") as update:
         kept = store(asked, images, output, flips=flips, batch_size=batch_size, progress=update)
-    facts = {"output": str(output), "pictures": len(kept.good), "shape": list(kept.shape or ())}
-    _finish(own, facts, kept.broken, as_json)
+    facts = {
+        "output": str(output),
+        "pictures": len(kept.good),
+        "shape": list(kept.shapes.get("features", ())),
+    }
+    _finish(own, facts, kept.unreadable, as_json)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""Learning: one loop for every task, on a laptop, a GPU or many, that can be stopped at any moment.
+"""Training: one loop for every task, on a laptop, a GPU or many, that can be stopped at any moment.
 
 ``task.py`` says what a task brings, ``settings.py`` what can be chosen, ``loop.py`` puts them
-together. Names are found on first use: ``TrainSettings`` loads no torch.
+together; ``open_data_set`` and ``open_mask_set`` read labelled images and images with masks. Names
+are found on first use: ``TrainSettings`` loads no torch.
 """
 
 import lazy_loader

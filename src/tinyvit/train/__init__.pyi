@@ -1,3 +1,5 @@
+from .data.images import open_data_set as open_data_set
+from .data.masks import open_mask_set as open_mask_set
 from .loop import Result as Result
 from .loop import train as train
 from .run_folder import DivergedError as DivergedError

@@ -21,12 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyvit.checkpoints.files import read_state_dict, write_state_dict
+from tinyvit.checkpoints.files import read_state_dict, weights_sha256, write_state_dict
 from tinyvit.errors import CheckpointError
 from tinyvit.modules import Attention, Mlp
 from tinyvit.modules.sam.transformer import Attention as DecoderAttention
-
-from .tasks.teachers import tensor_fingerprint as fingerprint
 
 ENCODER_TARGETS = ("qkv", "proj", "fc1", "fc2")
 """Linear layers of a TinyViT block."""
@@ -189,7 +187,8 @@ def base_sha256(model: nn.Module) -> str:
         64 hexadecimal digits.
     """
     state = model.state_dict()
-    return fingerprint({k: v for k, v in state.items() if k.rpartition(".")[2] not in _OWN})
+    own = {k: v for k, v in state.items() if k.rpartition(".")[2] not in _OWN}
+    return weights_sha256(own, older=True)  # as in the files of the first versions
 
 
 def save_lora(model: nn.Module, path: str | os.PathLike[str]) -> Path:

@@ -104,7 +104,8 @@ class Store:
         self.damaged: list[str] = []
         self._next = 0
         self._open: dict[int, Any] = {}
-        self._old_logits: _OldLogits | None = None
+        is_old = (self.folder / _OldLogits.HEADER).is_file()
+        self._old_logits = _OldLogits(self.folder) if is_old else None
         self.facts = self._find_facts(facts)
         if self._old_logits is not None:
             self.entries = self._old_logits.entries
@@ -209,8 +210,7 @@ class Store:
     def _find_facts(self, wanted: Mapping[str, object] | None) -> dict[str, Any]:
         """The facts of the store, which must agree with those wanted; a new store if need be."""
         path = self.folder / MANIFEST
-        if (self.folder / _OldLogits.HEADER).is_file():
-            self._old_logits = _OldLogits(self.folder)
+        if self._old_logits is not None:
             self.facts, found = self._old_logits.facts, 1
         elif path.is_file():
             self.facts, found = _read_manifest(path)
@@ -224,7 +224,7 @@ class Store:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as err:
                 raise CheckpointError(f"{self.folder} cannot be made a folder: {err}") from err
-            self.facts, found = json.loads(_text(wanted)), FORMAT
+            self.facts, found = json.loads(json.dumps(wanted, default=list)), FORMAT
             content = {"format": FORMAT, "writer": __version__, **self.facts}
             write_text(path, json.dumps(content, indent=1) + "\n")
         if wanted is not None:

@@ -1,10 +1,7 @@
-"""Losses of classifiers: cross entropy with soft targets, and with a teacher's sparse ones.
+"""The task of learning classes, and the classifiers it trains.
 
-The sparse distribution is that of TinyViT's fast distillation (Wu et al., ECCV 2022, equation 2):
-a teacher's k largest probabilities are kept, and what is missing to 1 is spread evenly over the
-other classes. Pure functions on tensors.
-
-Letters: B batch, K classes, k classes that are kept.
+A batch is mixed by mixup (Zhang et al., 2018) and cutmix (Yun et al., 2019) where wanted. A
+classifier starts from any TinyViT: of a SAM's encoder the neck goes, of other classes the head.
 """
 
 from __future__ import annotations
@@ -18,7 +15,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -36,368 +32,7 @@ from tinyvit.train.data.augment import Strength, View, augmentation
 from tinyvit.train.data.images import DataSet, OnBroken, open_data_set, read_one
 from tinyvit.train.task import Batch, Goal
 
-
-def one_hot(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
-    """Distributions of labels, smoothed.
-
-    Args:
-        labels: [B] int64, 0 to ``classes`` - 1.
-        classes: K.
-        smoothing: Part that is spread evenly over all classes, 0 to below 1.
-
-    Returns:
-        [B, K] float32; rows sum to 1.
-
-    Raises:
-        ValueError: ``smoothing`` is out of its range.
-
-    Example:
-        >>> one_hot(torch.tensor([1]), 4, smoothing=0.2)
-        tensor([[0.0500, 0.8500, 0.0500, 0.0500]])
-    """
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing must be at least 0 and below 1, got {smoothing}")
-    target = torch.full(
-        (len(labels), classes), smoothing / classes, dtype=torch.float32, device=labels.device
-    )
-    return target.scatter_(1, labels[:, None], 1 - smoothing + smoothing / classes)
-
-
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy of logits with distributions.
-
-    Args:
-        logits: [B, K], any floating-point type; computed in float32 at least.
-        targets: [B, K], rows sum to 1.
-
-    Returns:
-        A scalar.
-    """
-    logs = F.log_softmax(_wide(logits), dim=1)
-    return -(targets.to(logs.dtype) * logs).sum(dim=1).mean()
-
-
-def sparse_cross_entropy(logits: Tensor, indices: Tensor, probabilities: Tensor) -> Tensor:
-    """Mean cross entropy of logits with a teacher's sparse distributions.
-
-    Equal to ``soft_cross_entropy`` with ``dense_distribution``, without building it.
-
-    Args:
-        logits: [B, K] of the student.
-        indices: [B, k] int64, the classes that were kept, distinct in a row.
-        probabilities: [B, k], their probabilities.
-
-    Returns:
-        A scalar.
-    """
-    logs = F.log_softmax(_wide(logits), dim=1)  # [B, K]
-    kept = probabilities.to(logs.dtype)
-    seen = logs.gather(1, indices)  # [B, k]
-    others = logits.shape[1] - indices.shape[1]
-    total = (kept * seen).sum(dim=1)
-    if others:
-        rest = (1 - kept.sum(dim=1)).clamp_min(0) / others  # rounding may carry the sum above 1
-        total = total + rest * (logs.sum(dim=1) - seen.sum(dim=1))
-    return -total.mean()
-
-
-def dense_distribution(indices: Tensor, probabilities: Tensor, classes: int) -> Tensor:
-    """A teacher's distribution, what was not kept spread evenly.
-
-    Args:
-        indices: [B, k] int64, distinct in a row.
-        probabilities: [B, k].
-        classes: K, at least k.
-
-    Returns:
-        [B, K] of the type of ``probabilities``.
-    """
-    others = classes - indices.shape[1]
-    rest = (1 - probabilities.sum(dim=1, keepdim=True)).clamp_min(0) / max(others, 1)
-    return rest.expand(-1, classes).contiguous().scatter_(1, indices, probabilities)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """How much is mixed.
-
-    Args:
-        mixup: The parameter of the Beta distribution for mixup; 0 for none.
-        cutmix: The same for cutmix; 0 for none.
-        probability: Part of the batches that are mixed.
-        switch: Part of the mixed batches that get cutmix, where both are on.
-
-    Raises:
-        ValueError: A value is out of its range.
-    """
-
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    probability: float = 1.0
-    switch: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.mixup < 0 or self.cutmix < 0:
-            raise ValueError(
-                f"mixup and cutmix must be at least 0, got {self.mixup} and {self.cutmix}"
-            )
-        if not (0 <= self.probability <= 1 and 0 <= self.switch <= 1):
-            raise ValueError(
-                "probability and switch must be between 0 and 1, got "
-                f"{self.probability} and {self.switch}"
-            )
-
-
-def mix(
-    images: Tensor, targets: Tensor, settings: Mixing, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Mix a batch.
-
-    Args:
-        images: [B, 3, H, W].
-        targets: [B, K], a distribution over the classes for each image.
-        settings: How much.
-        generator: On the CPU; all chance comes from here.
-
-    Returns:
-        The mixed images and targets; new tensors, or the given ones where nothing is mixed. A
-        target is mixed by the areas that are really seen.
-    """
-    seed = int(torch.randint(2**62, (), generator=generator))
-    rng = np.random.default_rng(seed)  # torch has no public Beta with a generator
-    can = (settings.mixup > 0, settings.cutmix > 0)
-    if not any(can) or len(images) < 2 or rng.random() >= settings.probability:
-        return images, targets
-    is_cut = can[1] and (not can[0] or rng.random() < settings.switch)
-    alpha = settings.cutmix if is_cut else settings.mixup
-    keep = float(rng.beta(alpha, alpha))
-    order = torch.from_numpy(rng.permutation(len(images))).to(images.device)
-    if is_cut:
-        top, bottom, left, right = _box(images.shape[2], images.shape[3], keep, rng)
-        mixed = images.clone()
-        mixed[:, :, top:bottom, left:right] = images[order, :, top:bottom, left:right]
-        keep = 1 - (bottom - top) * (right - left) / (images.shape[2] * images.shape[3])
-    else:
-        mixed = torch.lerp(images[order], images, keep)
-    return mixed, torch.lerp(targets[order], targets, keep)
-
-
-def _box(
-    height: int, width: int, keep: float, rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of a rectangle of 1 - keep of the area, cut at the borders."""
-    side = (1 - keep) ** 0.5
-    h, w = int(height * side), int(width * side)
-    y, x = int(rng.integers(height)), int(rng.integers(width))
-    top, left = max(y - h // 2, 0), max(x - w // 2, 0)
-    return top, min(y + h - h // 2, height), left, min(x + w - w // 2, width)
-
-
-_USUAL_SIZE = 224
-_REDUCTIONS = (4, 8, 16, 32)  # side of an image over that of each stage's map
-_LEAST_WINDOWS = (7, 7, 14, 7)  # those of 224, below which windows are only as small as the map
-
-
-def windows_for(img_size: int) -> tuple[int, ...]:
-    """Window sides of a four-stage classifier for a size of images.
-
-    The published rows follow this rule: 7, 7, 14, 7 at 224; 12, 12, 24, 12 at 384; 16, 16, 32, 16
-    at 512. The maps are cut into whole windows where that is possible, and a window is never
-    larger than its map.
-
-    Args:
-        img_size: Side of the images in pixels.
-
-    Returns:
-        One side for each stage, in tokens.
-
-    Raises:
-        ValueError: ``img_size`` is below 1.
-
-    Example:
-        >>> windows_for(384), windows_for(32)
-        ((12, 12, 24, 12), (4, 4, 2, 1))
-    """
-    if img_size < 1:
-        raise ValueError(f"img_size must be at least 1 pixel, got {img_size}")
-    windows = []
-    for reduction, least in zip(_REDUCTIONS, _LEAST_WINDOWS, strict=True):
-        side = -(-img_size // reduction)
-        usual = max(least, round(img_size * least / _USUAL_SIZE))
-        count = max(1, round(side / usual))
-        windows.append(-(-side // count))
-    return (windows[1], *windows[1:])  # the first stage has no attention and no windows
-
-
-def build_classifier(
-    classes: Sequence[str],
-    *,
-    model: str | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    img_size: int | None = None,
-    window_sizes: Sequence[int] | None = None,
-    seed: int = 0,
-) -> TinyViT:
-    """Build a classifier to train.
-
-    Args:
-        classes: Names of the classes.
-        model: A variant of ``tinyvit.list_models()``; None takes the checkpoint's.
-        checkpoint: A name, a file or a folder of ``save_pretrained``; None starts from chance.
-            Of a SAM checkpoint the encoder is taken, without the neck and with classifiers'
-            strides.
-        img_size: Side of the images in pixels; None takes the checkpoint's or variant's, and 224
-            for a SAM encoder.
-        window_sizes: Window sides; None chooses by ``windows_for`` where the size is another one.
-        seed: Source of the weights that are new.
-
-    Returns:
-        The model, whose ``forward`` gives logits [B, K]. Its head is new unless the checkpoint's
-        classes are these (or unnamed and as many).
-
-    Raises:
-        ValueError: Neither model nor checkpoint, or an unknown model.
-        CheckpointError: The checkpoint cannot be read or does not fit.
-        DownloadError: The checkpoint cannot be fetched.
-    """
-    if checkpoint is None:
-        if model is None:
-            raise ValueError(
-                "wanted a model or a checkpoint to train, for example checkpoint='tinyvit_starter' "
-                "or model='tiny_vit_5m_224'"
-            )
-        return _from_chance(classes, get_variant(model).task == "sam", model, img_size,
-                            window_sizes, seed)  # fmt: skip
-    opened = open_checkpoint(_file_of(checkpoint))
-    natural = image_spec_in(opened.metadata, opened.path)
-    if opened.found.has_neck:
-        natural = None
-        size: int | None = img_size or _USUAL_SIZE
-    else:
-        size = img_size or (None if natural is None else natural.size[0])
-    if window_sizes is None and (img_size is not None or opened.found.has_neck):
-        is_same = natural is not None and natural.size[0] == img_size
-        window_sizes = None if is_same else windows_for(size or _USUAL_SIZE)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        built = create_model(
-            model,
-            opened,
-            num_classes=len(classes),
-            img_size=size,
-            window_sizes=window_sizes,
-            strides=(2, 2, 2) if opened.found.has_neck else None,
-            head=True,
-        )
-        known = classes_in(opened.metadata, opened.path)
-        if opened.found.has_neck or (known is not None and known != tuple(classes)):
-            built.reset_classifier(len(classes))
-    return _finished(built, natural, size)
-
-
-def save_classifier(model: TinyViT, path: str | os.PathLike[str], classes: Sequence[str]) -> Path:
-    """Write a classifier that every command loads, with the names of its classes.
-
-    Args:
-        model: The model.
-        path: A ``.safetensors`` file; an existing one is replaced at the end.
-        classes: One name for each class.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: There are more or fewer names than classes.
-        CheckpointError: The file cannot be written.
-    """
-    if len(classes) != model.num_classes:
-        raise ValueError(
-            f"the model has {model.num_classes} classes, but {len(classes)} names came"
-        )
-    header = {
-        "tinyvit.family": "tinyvit",
-        "tinyvit.strides": ",".join(str(stride) for stride in model.strides),
-        **header_for(model.image_spec, classes),
-    }
-    return write_state_dict(path, model.state_dict(), metadata=header)
-
-
-def load_classifier(
-    path: str | os.PathLike[str],
-) -> tuple[TinyViT, tuple[str, ...] | None]:
-    """Load a classifier as it was saved.
-
-    Args:
-        path: A file of ``save_classifier``, or any other checkpoint of a classifier.
-
-    Returns:
-        The model in eval mode, and the names of its classes; None where the file names none.
-
-    Raises:
-        CheckpointError: The file cannot be read or holds no classifier.
-        DownloadError: A published checkpoint cannot be fetched.
-    """
-    opened = open_checkpoint(_file_of(path))
-    if not opened.found.has_head:
-        raise CheckpointError(f"{opened.path} has no classification head; train one first")
-    return create_model(checkpoint=opened), classes_in(opened.metadata, opened.path)
-
-
-def _from_chance(
-    classes: Sequence[str],
-    is_sam: bool,
-    name: str,
-    img_size: int | None,
-    window_sizes: Sequence[int] | None,
-    seed: int,
-) -> TinyViT:
-    size = img_size if img_size is not None or not is_sam else _USUAL_SIZE
-    if size is not None and window_sizes is None and size != get_variant(name).img_size:
-        window_sizes = windows_for(size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        built = create_model(
-            name,
-            num_classes=len(classes),
-            img_size=size,
-            window_sizes=window_sizes,
-            strides=(2, 2, 2) if is_sam else None,
-            head=True,
-        )
-    return _finished(built, None, size)
-
-
-def _finished(built: TinyViT, natural: ImageSpec | None, size: int | None) -> TinyViT:
-    """Take the neck off, and say how images are prepared."""
-    if built.neck is not None:
-        built.neck = built.neck_dim = None
-        built.image_spec = ImageSpec.timm(size or _USUAL_SIZE)
-    elif natural is not None:
-        built.image_spec = natural if size in (None, natural.size[0]) else _resized(natural, size)
-    return built
-
-
-def _resized(spec: ImageSpec, size: int) -> ImageSpec:
-    shorter = spec.shorter_side
-    if shorter is not None:
-        shorter = max(shorter * size // spec.size[0], size)
-    return replace(spec, size=(size, size), shorter_side=shorter)
-
-
-def _file_of(checkpoint: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The file of weights in a folder of ``save_pretrained``; anything else as it is."""
-    inner = Path(checkpoint) / "model.safetensors"
-    return inner if inner.is_file() else checkpoint
-
-
-pass
-pass
-pass
-
+from .losses import one_hot, soft_cross_entropy
 
 _TOP = 5
 
@@ -445,13 +80,255 @@ class ClassifySettings:
 
 
 @dataclass(frozen=True)
+class Mixing:
+    """How much is mixed.
+
+    Args:
+        mixup: The parameter of the Beta distribution for mixup; 0 for none.
+        cutmix: The same for cutmix; 0 for none.
+        probability: Part of the batches that are mixed.
+        switch: Part of the mixed batches that get cutmix, where both are on.
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    probability: float = 1.0
+    switch: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.mixup < 0 or self.cutmix < 0:
+            raise ValueError(
+                f"mixup and cutmix must be at least 0, got {self.mixup} and {self.cutmix}"
+            )
+        if not (0 <= self.probability <= 1 and 0 <= self.switch <= 1):
+            raise ValueError(
+                "probability and switch must be between 0 and 1, got "
+                f"{self.probability} and {self.switch}"
+            )
+
+
+def mix(
+    images: Tensor, targets: Tensor, settings: Mixing, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Mix images [B, 3, H, W] and their distributions over the classes, targets [B, K].
+
+    New tensors, or the given ones where nothing is mixed. A target is mixed by the areas that are
+    really seen. The generator is on the CPU.
+    """
+    seed = int(torch.randint(2**62, (), generator=generator))
+    rng = np.random.default_rng(seed)  # torch has no public Beta with a generator
+    can = (settings.mixup > 0, settings.cutmix > 0)
+    if not any(can) or len(images) < 2 or rng.random() >= settings.probability:
+        return images, targets
+    is_cut = can[1] and (not can[0] or rng.random() < settings.switch)
+    alpha = settings.cutmix if is_cut else settings.mixup
+    keep = float(rng.beta(alpha, alpha))
+    order = torch.from_numpy(rng.permutation(len(images))).to(images.device)
+    if is_cut:
+        top, bottom, left, right = _box(images.shape[2], images.shape[3], keep, rng)
+        mixed = images.clone()
+        mixed[:, :, top:bottom, left:right] = images[order, :, top:bottom, left:right]
+        keep = 1 - (bottom - top) * (right - left) / (images.shape[2] * images.shape[3])
+    else:
+        mixed = torch.lerp(images[order], images, keep)
+    return mixed, torch.lerp(targets[order], targets, keep)
+
+
+def _box(
+    height: int, width: int, keep: float, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of a rectangle of 1 - keep of the area, cut at the borders."""
+    side = (1 - keep) ** 0.5
+    h, w = int(height * side), int(width * side)
+    y, x = int(rng.integers(height)), int(rng.integers(width))
+    top, left = max(y - h // 2, 0), max(x - w // 2, 0)
+    return top, min(y + h - h // 2, height), left, min(x + w - w // 2, width)
+
+
+_USUAL_SIZE = 224
+_REDUCTIONS = (4, 8, 16, 32)  # side of an image over that of each stage's map
+_LEAST_WINDOWS = (7, 7, 14, 7)  # those of 224, below which windows are only as small as the map
+
+
+def windows_for(img_size: int) -> tuple[int, ...]:
+    """Window sides in tokens of a four-stage classifier, one a stage, for a side of images.
+
+    The published rows follow this rule: 7, 7, 14, 7 at 224; 12, 12, 24, 12 at 384; 16, 16, 32, 16
+    at 512. The maps are cut into whole windows where that is possible, and a window is never
+    larger than its map.
+
+    Example:
+        >>> windows_for(384), windows_for(32)
+        ((12, 12, 24, 12), (4, 4, 2, 1))
+    """
+    if img_size < 1:
+        raise ValueError(f"img_size must be at least 1 pixel, got {img_size}")
+    windows = []
+    for reduction, least in zip(_REDUCTIONS, _LEAST_WINDOWS, strict=True):
+        side = -(-img_size // reduction)
+        usual = max(least, round(img_size * least / _USUAL_SIZE))
+        count = max(1, round(side / usual))
+        windows.append(-(-side // count))
+    return (windows[1], *windows[1:])  # the first stage has no attention and no windows
+
+
+def build_classifier(
+    classes: Sequence[str],
+    *,
+    model: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    img_size: int | None = None,
+    window_sizes: Sequence[int] | None = None,
+    seed: int = 0,
+) -> TinyViT:
+    """Build a classifier to train.
+
+    Args:
+        classes: Names of the classes.
+        model: A variant of ``tinyvit.list_models()``; None takes the checkpoint's.
+        checkpoint: A name, a file or a folder of ``save_pretrained``; None starts from random
+            weights. Of a SAM the encoder is taken, without the neck and with classifiers' strides.
+        img_size: Side of the images in pixels; None takes the checkpoint's or variant's, and 224
+            for a SAM encoder.
+        window_sizes: Window sides; None chooses by ``windows_for`` where the size is another one.
+        seed: Of the weights that are new.
+
+    Returns:
+        The model, whose ``forward`` gives logits [B, K]. Its head is new unless the checkpoint's
+        classes are these (or unnamed and as many).
+
+    Raises:
+        ValueError: Neither model nor checkpoint, or an unknown model.
+        CheckpointError: The checkpoint cannot be read or does not fit.
+        DownloadError: The checkpoint cannot be fetched.
+    """
+    if checkpoint is None:
+        if model is None:
+            raise ValueError(
+                "wanted a model or a checkpoint to train, for example checkpoint='tinyvit_starter' "
+                "or model='tiny_vit_5m_224'"
+            )
+        return _from_random(classes, get_variant(model).task == "sam", model, img_size,
+                            window_sizes, seed)  # fmt: skip
+    opened = open_checkpoint(_file_of(checkpoint))
+    natural = image_spec_in(opened.metadata, opened.path)
+    if opened.found.has_neck:
+        natural = None
+        size: int | None = img_size or _USUAL_SIZE
+    else:
+        size = img_size or (None if natural is None else natural.size[0])
+    if window_sizes is None and (img_size is not None or opened.found.has_neck):
+        is_same = natural is not None and natural.size[0] == img_size
+        window_sizes = None if is_same else windows_for(size or _USUAL_SIZE)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = create_model(
+            model,
+            opened,
+            num_classes=len(classes),
+            img_size=size,
+            window_sizes=window_sizes,
+            strides=(2, 2, 2) if opened.found.has_neck else None,
+            head=True,
+        )
+        known = classes_in(opened.metadata, opened.path)
+        if opened.found.has_neck or (known is not None and known != tuple(classes)):
+            built.reset_classifier(len(classes))
+    return _finished(built, natural, size)
+
+
+def save_classifier(model: TinyViT, path: str | os.PathLike[str], classes: Sequence[str]) -> Path:
+    """Write a classifier with the names of its classes as ``.safetensors``; every command loads it.
+
+    Raises:
+        ValueError: There are more or fewer names than classes.
+        CheckpointError: The file cannot be written.
+    """
+    if len(classes) != model.num_classes:
+        raise ValueError(
+            f"the model has {model.num_classes} classes, but {len(classes)} names came"
+        )
+    header = {
+        "tinyvit.family": "tinyvit",
+        "tinyvit.strides": ",".join(str(stride) for stride in model.strides),
+        **header_for(model.image_spec, classes),
+    }
+    return write_state_dict(path, model.state_dict(), metadata=header)
+
+
+def load_classifier(
+    path: str | os.PathLike[str],
+) -> tuple[TinyViT, tuple[str, ...] | None]:
+    """Load a classifier's checkpoint: the model in eval mode, and its classes' names if it has any.
+
+    Raises:
+        CheckpointError: The file cannot be read or holds no classifier.
+        DownloadError: A published checkpoint cannot be fetched.
+    """
+    opened = open_checkpoint(_file_of(path))
+    if not opened.found.has_head:
+        raise CheckpointError(f"{opened.path} has no classification head; train one first")
+    return create_model(checkpoint=opened), classes_in(opened.metadata, opened.path)
+
+
+def _from_random(
+    classes: Sequence[str],
+    is_sam: bool,
+    name: str,
+    img_size: int | None,
+    window_sizes: Sequence[int] | None,
+    seed: int,
+) -> TinyViT:
+    size = img_size if img_size is not None or not is_sam else _USUAL_SIZE
+    if size is not None and window_sizes is None and size != get_variant(name).img_size:
+        window_sizes = windows_for(size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = create_model(
+            name,
+            num_classes=len(classes),
+            img_size=size,
+            window_sizes=window_sizes,
+            strides=(2, 2, 2) if is_sam else None,
+            head=True,
+        )
+    return _finished(built, None, size)
+
+
+def _finished(built: TinyViT, natural: ImageSpec | None, size: int | None) -> TinyViT:
+    """Take the neck off, and say how images are prepared."""
+    if built.neck is not None:
+        built.neck = built.neck_dim = None
+        built.image_spec = ImageSpec.timm(size or _USUAL_SIZE)
+    elif natural is not None:
+        built.image_spec = natural if size in (None, natural.size[0]) else _resized(natural, size)
+    return built
+
+
+def _resized(spec: ImageSpec, size: int) -> ImageSpec:
+    shorter = spec.shorter_side
+    if shorter is not None:
+        shorter = max(shorter * size // spec.size[0], size)
+    return replace(spec, size=(size, size), shorter_side=shorter)
+
+
+def _file_of(checkpoint: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The file of weights in a folder of ``save_pretrained``; anything else as it is."""
+    inner = Path(checkpoint) / "model.safetensors"
+    return inner if inner.is_file() else checkpoint
+
+
+@dataclass(frozen=True)
 class ClassifySample:
-    """One image to learn from.
+    """One image to train on.
 
     Attributes:
         pixels: [3, h, w] float32, normalised.
         label: Number of its class.
-        broken: Reason by name of each broken image met on the way.
+        broken: Reason by name of each unreadable image met on the way.
     """
 
     pixels: NDArray[np.float32]
@@ -465,13 +342,13 @@ class Classify:
 
     Attributes:
         model: The classifier, trained in place; its ``forward`` gives logits.
-        data: What is learnt from and measured on.
-        view: Makes an input of an image, with chance.
+        data: What is trained and validated on.
+        view: Makes an input of an image, with augmentation.
         mixing: How images of a batch are mixed.
         smoothing: Part of a label that is spread over all classes.
-        on_broken: What a broken image does.
-        val_batch_size: Images measured together.
-        broken: Reason by name of each broken image met so far, in this process.
+        on_broken: What an unreadable image does.
+        val_batch_size: Images validated together.
+        broken: Reason by name of each unreadable image met so far, in this process.
     """
 
     model: nn.Module
@@ -490,14 +367,10 @@ class Classify:
         return len(self.data.train)
 
     def sample(self, index: int, rng: np.random.Generator) -> ClassifySample:
-        """One image, as ``view`` makes it; another one that ``rng`` draws where it is broken.
-
-        Args:
-            index: 0 to ``len(self) - 1``.
-            rng: The only source of chance.
+        """One image, as ``view`` makes it; another one that ``rng`` draws where it is unreadable.
 
         Raises:
-            ImageError: The image is broken and ``on_broken`` is "error", or many were in a row.
+            ImageError: It is unreadable and ``on_broken`` is "error", or many in a row are.
         """
         index, image, broken = read_one(self.data.train, index, rng, self.on_broken)
         return ClassifySample(self.view(image, rng), int(self.data.train.labels[index]), broken)
@@ -515,16 +388,7 @@ class Classify:
     def loss(
         self, model: nn.Module, batch: Batch, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross entropy with smoothed and mixed labels; ``train_top1`` counts the larger part.
-
-        Args:
-            model: Gives logits [B, K].
-            batch: What ``collate`` gave.
-            generator: Chance of the mixing.
-
-        Returns:
-            The mean loss, and figures to log.
-        """
+        """Cross entropy with smoothed and mixed labels; ``train_top1`` counts the larger part."""
         self.broken.update(cast("dict[str, str]", batch.get("broken", {})))
         targets = one_hot(batch["labels"], len(self.data.classes), self.smoothing)
         images, targets = mix(batch["images"], targets, self.mixing, generator)
@@ -538,20 +402,17 @@ class Classify:
         Raises:
             ValueError: No image of it can be read.
         """
-        figures, broken = measure(model, self.data.val, self.view.spec, self.val_batch_size)
+        metrics, broken = validate_classifier(
+            model, self.data.val, self.view.spec, self.val_batch_size
+        )
         if broken and self.on_broken == "error":
             name, reason = next(iter(broken.items()))
             raise ImageError(f"{name}: {reason}")
         self.broken.update(broken)
-        return figures
+        return metrics
 
     def save(self, model: nn.Module, path: Path) -> None:
-        """Write the classifier with the names of its classes.
-
-        Raises:
-            TypeError: ``model`` is no TinyViT.
-            CheckpointError: The file cannot be written.
-        """
+        """Write the classifier with the names of its classes."""
         if not isinstance(model, TinyViT):
             raise TypeError(f"wanted a TinyViT to save, got {type(model).__name__}")
         save_classifier(model, path, self.data.classes)
@@ -560,19 +421,13 @@ class Classify:
 def make_task(settings: ClassifySettings) -> Classify:
     """Open the data, build the classifier, and put both together.
 
-    Args:
-        settings: The choices.
-
-    Returns:
-        The task, for ``tinyvit.train.train``.
-
     Raises:
         ValueError: The data or a choice is wrong.
         CheckpointError: The checkpoint cannot be read or does not fit.
         DownloadError: The checkpoint cannot be fetched.
 
     Warns:
-        UserWarning: A class has no image to be measured on.
+        UserWarning: A class has no image to validate on.
     """
     data = open_data_set(
         settings.data,
@@ -585,7 +440,6 @@ def make_task(settings: ClassifySettings) -> Classify:
             f"there is only one class, {data.classes[0]!r}, in {settings.data!r}; a classifier "
             "needs two or more"
         )
-    chance = augmentation(settings.augment, settings.flip)
     start = settings.checkpoint or (None if settings.model else DEFAULT_CHECKPOINT)
     model = build_classifier(
         data.classes,
@@ -598,7 +452,7 @@ def make_task(settings: ClassifySettings) -> Classify:
     return Classify(
         model,
         data,
-        View(chance, spec_of(model)),
+        View(augmentation(settings.augment, settings.flip), spec_of(model)),
         Mixing(settings.mixup, settings.cutmix),
         settings.smoothing,
         settings.on_broken,
@@ -620,20 +474,14 @@ def spec_of(model: TinyViT) -> ImageSpec:
     return model.image_spec
 
 
-def measure(
+def validate_classifier(
     model: nn.Module, images: LabelledImages, spec: ImageSpec, batch_size: int = 64
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Accuracy and loss of a model as it is, without an engine around it.
-
-    Args:
-        model: In eval mode; gives logits [B, K].
-        images: What to measure on.
-        spec: How images are prepared.
-        batch_size: Images computed together.
+    """Accuracy and loss of a model in eval mode as it is, without an engine around it.
 
     Returns:
         ``top1``, ``loss`` and, with more than five classes, ``top5``; and the reason by name of
-        each broken image.
+        each unreadable image.
 
     Raises:
         ValueError: No image can be read.
@@ -648,15 +496,15 @@ def measure(
             labels.append(numbers)
     if not logits:
         name, reason = next(iter(broken.items()), ("", "there is none"))
-        raise ValueError(f"no image to measure on can be read; {name}: {reason}")
-    answers, right = torch.cat(logits), torch.cat(labels)
-    figures = {
-        "top1": float(hits_in_top(answers, right, 1).float().mean()),
-        "loss": float(nn.functional.cross_entropy(answers, right)),
+        raise ValueError(f"no image to validate on can be read; {name}: {reason}")
+    found, right = torch.cat(logits), torch.cat(labels)
+    metrics = {
+        "top1": float(hits_in_top(found, right, 1).float().mean()),
+        "loss": float(nn.functional.cross_entropy(found, right)),
     }
-    if answers.shape[1] > _TOP:
-        figures["top5"] = float(hits_in_top(answers, right, _TOP).float().mean())
-    return figures, broken
+    if found.shape[1] > _TOP:
+        metrics["top5"] = float(hits_in_top(found, right, _TOP).float().mean())
+    return metrics, broken
 
 
 def _batches(

@@ -367,7 +367,7 @@ def _logit_rows(
     rows = []
     for index, of_views in kept.items():
         probabilities, numbers = (np.stack(part) for part in zip(*of_views, strict=True))
-        arrays = {
+        arrays: dict[str, NDArray[Any]] = {
             "seed": np.array(seeds[index], np.uint64),
             "probabilities": probabilities.astype(np.float16),
             "classes": numbers.astype(number),

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,20 +11,30 @@ from PIL import Image
 import tinyvit
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
-from tinyvit.modules.sam.mask_decoder import MaskDecoder
+from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
 from tinyvit.modules.sam.transformer import TwoWayTransformer
 from tinyvit.sam import build_sam
 from tinyvit.sam.model import Sam
 from tinyvit.train import TrainSettings, train
+from tinyvit.train.data.augment import View, augmentation
+from tinyvit.train.data.images import open_data_set
+from tinyvit.train.store import StoreMismatchError
+from tinyvit.train.tasks.classify import Classify, ClassifySettings
 from tinyvit.train.tasks.distill import (
     DistillFeaturesSettings,
+    DistillLogits,
+    MaskAgreement,
     Student,
+    make_logits_task,
+    random_points,
 )
-from tinyvit.train.tasks.distill import (
-    make_features_task as make_task,
-)
-from tinyvit.train.tasks.teachers import open_teacher, store_features
+from tinyvit.train.tasks.distill import make_features_task as make_task
+from tinyvit.train.tasks.losses import soft_cross_entropy
+from tinyvit.train.tasks.teachers import Teacher, open_teacher, store_features, write_logits
+
+from .test_losses import dense_distribution
+from .tiny_images import tiny_classifier, write_folder
 
 SPEC = ImageSpec.sam(32)
 
@@ -89,7 +100,8 @@ def test_figures_are_means_over_covered_cells_of_held_out_images(images):
     student = tiny(seed=1)
     task = make_task(student, store, images, DistillFeaturesSettings(held_out=0.4))
     cosines, floors = [], []
-    mean = torch.stack([store.read(name).float() for name in task.train_names]).mean(0)
+    maps = [store.read(name, "features") for name in task.train_names]
+    mean = torch.from_numpy(np.stack(maps)).float().mean(0)
     with torch.no_grad():
         for name in task.val_names:
             one = task._read(name, flip=False)
@@ -226,3 +238,170 @@ def test_what_does_not_go_together_is_said(images):
     assert without.image_spec == SPEC  # the teacher's way
     with pytest.raises(TypeError, match="wanted a TinyViT to save, got Identity"):
         make_task(tiny(), store, images).save(torch.nn.Identity(), images / "x.safetensors")
+
+
+def test_points_lie_in_the_images():
+    placed = torch.tensor([[1.0, 0.5], [0.25, 1.0]])
+    points = random_points(placed, 200, torch.Generator().manual_seed(0))
+    assert points.shape == (2, 200, 2)
+    most = points.amax(1)
+    assert bool((most <= placed.flip(1)).all()) and bool((most > 0.9 * placed.flip(1)).all())
+    assert torch.equal(points, random_points(placed, 200, torch.Generator().manual_seed(0)))
+
+
+def test_masks_are_those_of_the_model_at_the_same_place():
+    sam = tiny_sam(tiny(size=64))
+    embedding = torch.randn(2, 16, 4, 4)
+    points = torch.tensor([[[0.5, 0.25]], [[0.125, 0.75]]])  # (x, y)
+    masks = MaskAgreement(sam).masks(embedding, points)
+    assert masks.shape == (8, 16, 16)
+    for image in range(2):
+        coords = points[image][None] * 64 - 0.5  # the model adds half a pixel
+        sparse, dense = sam.prompt_encoder((coords, torch.ones(1, 1)), None, None)
+        wanted, _ = sam.mask_decoder.predict_masks(
+            embedding[image : image + 1], sam.prompt_encoder.get_dense_pe(), sparse, dense
+        )
+        # one image alone and two together: sums in another order
+        assert torch.allclose(masks[4 * image :][:4], wanted[0], atol=1e-5)
+
+
+def test_gradients_flow_into_the_embedding_and_not_into_the_heads():
+    sam = tiny_sam(tiny(size=64)).train()
+    agreement = MaskAgreement(sam)
+    embedding = torch.randn(1, 16, 4, 4, requires_grad=True)
+    agreement.masks(embedding, torch.rand(1, 3, 2)).square().sum().backward()
+    assert embedding.grad is not None and embedding.grad.abs().sum() > 0
+    heads = (*sam.prompt_encoder.parameters(), *sam.mask_decoder.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in heads)
+    assert not sam.mask_decoder.training
+
+
+def test_every_grid_will_do():
+    agreement = MaskAgreement(tiny_sam(tiny(size=64)))
+    flat = torch.randn(1, 16, 1, 1)
+    points = torch.tensor([[[0.3, 0.6]]])
+    fine = agreement.masks(flat.expand(1, 16, 8, 8), points)
+    assert fine.shape == (4, 32, 32)
+    assert agreement.channels == 16
+
+
+def test_the_high_quality_decoder_is_refused():
+    sam = tiny_sam(tiny())
+    sam.mask_decoder = HQMaskDecoder(
+        transformer_dim=16, transformer=TwoWayTransformer(2, 16, 2, 32), vit_dim=8
+    )
+    with pytest.raises(ValueError, match="early map beside the embedding"):
+        MaskAgreement(sam)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return open_data_set(write_folder(tmp_path / "data", count=4), val_part=0.25)
+
+
+@pytest.fixture
+def teacher(make_tiny_vit):
+    model = tiny_classifier(make_tiny_vit, seed=5)
+    return Teacher(model, model.image_spec, "teacher", "5" * 64)
+
+
+@pytest.fixture
+def logits_task(tmp_path, data, teacher, make_tiny_vit):
+    def make(strength="light", size=16, **changes):
+        store, _ = write_logits(tmp_path / "store", data.train, teacher, views=3, k=2)
+        model = tiny_classifier(make_tiny_vit, size=size)
+        view = View(augmentation(strength), ImageSpec.timm(size))
+        return DistillLogits(Classify(model, data, view, **changes), store)
+
+    return make
+
+
+def batch_of(task, count=4):
+    return task.collate([task.sample(i, np.random.default_rng([0, i])) for i in range(count)])
+
+
+def test_a_sample_is_a_stored_view_with_its_answer(logits_task, teacher):
+    one = logits_task()
+    for index in range(4):
+        made = one.sample(index, np.random.default_rng(index))
+        again = one.sample(index, np.random.default_rng(index))
+        np.testing.assert_array_equal(made.pixels, again.pixels)
+        # teacher and student see the very same pixels, so asking again gives the stored answer
+        with torch.inference_mode():
+            chances = teacher(torch.from_numpy(made.pixels)[None]).softmax(1)[0]
+        best = chances.topk(2)
+        assert made.classes.tolist() == best.indices.tolist()
+        # half precision
+        np.testing.assert_allclose(made.probabilities, best.values.numpy(), rtol=2e-3, atol=1e-6)
+
+
+def test_each_image_is_seen_in_all_its_views(logits_task):
+    one = logits_task()
+    views = {one.sample(2, np.random.default_rng(seed)).pixels.tobytes() for seed in range(40)}
+    assert len(views) == 3
+
+
+def test_the_loss_is_the_cross_entropy_with_the_teachers_distribution(logits_task):
+    one = logits_task()
+    batch = batch_of(one)
+    loss, figures = one.loss(one.model, batch, torch.Generator())
+    logits = one.model(batch["images"])
+    dense = dense_distribution(batch["classes"], batch["probabilities"], 3)
+    torch.testing.assert_close(loss, soft_cross_entropy(logits, dense))
+    assert figures["as_teacher"] == (logits.argmax(1) == dense.argmax(1)).float().mean()
+    assert set(figures) == {"train_top1", "as_teacher"}
+
+
+def test_the_teacher_itself_has_little_left_to_learn(logits_task, teacher):
+    one = logits_task()
+    batch = batch_of(one)
+    logits = teacher(batch["images"])
+    entropy = -(logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
+    loss, _ = one.loss(teacher, batch, torch.Generator())
+    # k is 2 of 3 classes, so the distribution is the teacher's own; half precision
+    torch.testing.assert_close(loss, entropy, rtol=0, atol=5e-3)
+
+
+def test_a_student_of_another_size_sees_the_same_view(logits_task):
+    one = logits_task(size=32)
+    assert one.sample(0, np.random.default_rng(0)).pixels.shape == (3, 32, 32)
+
+
+def test_measuring_and_saving_are_the_classifiers(logits_task, tmp_path):
+    one = logits_task()
+    assert one.validate(one.model) == one.student.validate(one.model)
+    one.save(one.model, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").is_file()
+    assert (len(one), one.goal, one.name) == (9, ("top1", "max"), "distill-logits")
+    assert one.model is one.student.model
+
+
+def test_answers_of_something_else_are_refused(logits_task, data):
+    with pytest.raises(StoreMismatchError, match=r"augmentation is .* there and .* here"):
+        logits_task("none")
+    one = logits_task()
+    other = replace(one.student, data=replace(data, train=data.val))
+    with pytest.raises(StoreMismatchError, match=r"images is 9 there and 3 here; data is"):
+        DistillLogits(other, one.store)
+
+
+def test_images_without_logits_are_named_and_replaced(logits_task, data):
+    one = logits_task()
+    del one.store.entries["4"]
+    batch = one.collate([one.sample(4, np.random.default_rng(0))])
+    one.loss(one.model, batch, torch.Generator())
+    assert "no logits" in one.broken[data.train.name(4)]
+    one.student.on_broken = "error"
+    with pytest.raises(ValueError, match=r"without logits in .* call write_logits again"):
+        one.sample(4, np.random.default_rng(0))
+
+
+def test_make_logits_task(tmp_path, data, teacher):
+    write_logits(tmp_path / "store", data.train, teacher, views=1)
+    settings = ClassifySettings(str(tmp_path / "data"), val_part=0.25, img_size=32)
+    one = make_logits_task(settings, tmp_path / "store")
+    assert (one.student.smoothing, len(one)) == (0.0, 9)
+    with pytest.raises(ValueError, match=r"mixup=0\.8 and cutmix=0\.0 cannot be used here"):
+        make_logits_task(replace(settings, mixup=0.8), tmp_path / "store")
+    with pytest.raises(ValueError, match="holds no store"):
+        make_logits_task(settings, tmp_path)
