@@ -85,7 +85,7 @@ def write(path: Path, state: State, family: str) -> Path:
     """A canonical state as a file of the family, in its spelling and container."""
     layout = LAYOUTS[family]
     container = "safetensors" if path.suffix == ".safetensors" else "torch"
-    spelt = {key_from_canonical(key, family): tensor for key, tensor in state.items()}
+    spelt = {key_from_canonical(key, LAYOUTS[family]): tensor for key, tensor in state.items()}
     return write_state_dict(
         path, spelt, container, layout.wrapper if container == "torch" else None
     )
@@ -130,7 +130,7 @@ def test_every_family_gives_what_the_state_loaded_by_hand_gives(
     family: str, tmp_path: Path, randomise: Callable[..., TinyViT]
 ) -> None:
     by_hand = small_model(family, randomise)
-    spelt = {key_from_canonical(key, family): t for key, t in by_hand.state_dict().items()}
+    spelt = {key_from_canonical(key, LAYOUTS[family]): t for key, t in by_hand.state_dict().items()}
     layout = LAYOUTS[family]
     assert spelt.keys() <= small(family).keys()
     suffix = ".safetensors" if layout.container == "safetensors" else ".pth"
@@ -175,7 +175,7 @@ def published(
     ):
         layout = LAYOUTS[family]
         parts = (*layout.required, *layout.optional)
-        spelt = {key_from_canonical(k, family): t for k, t in state.items() if part_of(k) in parts}
+        spelt = {key_from_canonical(k, layout): t for k, t in state.items() if part_of(k) in parts}
         rest = {key: t.clone() for key, t in full(family).items() if key not in spelt}
         everything = {**spelt, **rest}
         assert everything.keys() == full(family).keys()
@@ -417,7 +417,7 @@ def encoder(tmp_path: Path, build: Callable[..., TinyViT]) -> tuple[State, Path]
     """A MobileSAM file of ``tiny_sam`` and the encoder's weights."""
     state = build(TINY_SAM, seed=7).state_dict()
     rest = {k: t for k, t in small("mobile_sam").items() if "image_encoder" not in k}
-    spelt = {key_from_canonical(k, "mobile_sam"): t for k, t in state.items()}
+    spelt = {key_from_canonical(k, LAYOUTS["mobile_sam"]): t for k, t in state.items()}
     return state, write_state_dict(tmp_path / "mobile_sam.pt", {**spelt, **rest}, "torch")
 
 
@@ -592,7 +592,7 @@ def test_channels_by_argument(tmp_path: Path, build: Callable[..., TinyViT]) -> 
     model = create_model(checkpoint=path, in_chans=1)
     assert_same(model, by_hand.state_dict())
     assert_same(create_model("tiny_sam", path), by_hand.state_dict())
-    with pytest.raises(CheckpointError, match=r"has shape \[4, 1, 3, 3\] in the file and \[4, 3, "):
+    with pytest.raises(CheckpointError, match=r"has shape \[4, 1, 3, 3\] instead of \[4, 3, "):
         create_model("tiny_sam", path, in_chans=3)
 
 
@@ -740,8 +740,8 @@ def test_everything_that_does_not_fit_the_model_is_named_at_once(
     assert text == (
         f"{path} (cream, tiny_64) does not fit this TinyViT of widths (8, 12, 16, 24): "
         f"{len(new)} missing: {', '.join(new)}; "
-        "head.weight has shape [5, 24] in the file and [9, 24] in the model; "
-        "head.bias has shape [5] in the file and [9] in the model"
+        "head.weight has shape [5, 24] instead of [9, 24]; "
+        "head.bias has shape [5] instead of [9]"
     )
     shallower = build(TINY_64, depths=(1, 1, 1, 1))
     text = refused(shallower, path)
@@ -765,7 +765,7 @@ def test_another_stem(tmp_path: Path, build: Callable[..., TinyViT]) -> None:
     state = build(TINY_SAM, stem="pointwise", head=False).state_dict()
     path = write(tmp_path / "pointwise.safetensors", state, "tinyvit")
     text = refused(build(TINY_SAM, head=False), path)
-    assert "patch_embed.seq.0.c.weight has shape [4, 3, 1, 1] in the file and [4, 3, 3, 3]" in text
+    assert "patch_embed.seq.0.c.weight has shape [4, 3, 1, 1] instead of [4, 3, 3, 3]" in text
     assert create_model(checkpoint=path).stem == "pointwise"
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from checkpoints.families import full
 from tinyvit.catalog import get_variant
 from tinyvit.checkpoints import detect, read_state_dict, write_state_dict
-from tinyvit.checkpoints.families import key_from_canonical
+from tinyvit.checkpoints.families import LAYOUTS, key_from_canonical
 from tinyvit.errors import CheckpointError, DownloadError
+from tinyvit.factory import create_model
 from tinyvit.hub import from_pretrained, push_to_hub, save_pretrained
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
@@ -122,6 +123,7 @@ def test_what_the_files_hold(make_tiny_vit: MakeModel, tmp_path: Path) -> None:
     save_pretrained(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert config == {
+        "format": 1,
         "library_name": "tinyvit",
         "tinyvit_version": __version__,
         "architectures": ["TinyViT"],
@@ -146,6 +148,7 @@ def test_what_the_files_hold(make_tiny_vit: MakeModel, tmp_path: Path) -> None:
             "head": True,
         },
         "image_spec": ImageSpec.timm(64).to_dict(),
+        "thresholds": {},
     }
     assert (tmp_path / "config.json").read_text().endswith("}\n")
     file = read_state_dict(tmp_path / "model.safetensors")
@@ -332,7 +335,7 @@ def timm_folder(
     """A folder as timm publishes it, and its weights under canonical keys."""
     folder = tmp_path_factory.mktemp("timm")
     state = randomise(TinyViT(**get_variant("tiny_vit_5m_224").arguments())).state_dict()
-    spelt = {key_from_canonical(key, "timm"): tensor for key, tensor in state.items()}
+    spelt = {key_from_canonical(key, LAYOUTS["timm"]): tensor for key, tensor in state.items()}
     assert spelt.keys() == full("timm").keys()
     write_state_dict(folder / "model.safetensors", spelt)
     config = {
@@ -619,3 +622,32 @@ def test_push_without_a_network(monkeypatch: pytest.MonkeyPatch, make_tiny_vit: 
     at("http://127.0.0.1:9", monkeypatch)
     with pytest.raises(DownloadError, match="cannot upload to 'someone/tiny'"):
         push_to_hub(make_tiny_vit(), "someone/tiny", token="hf_secret")
+
+
+def test_thresholds_are_kept(make_tiny_vit: MakeModel, tmp_path: Path) -> None:
+    model = make_tiny_vit()
+    model.thresholds = {"mask_threshold": -1.0}
+    folder = save_pretrained(model, tmp_path / "a")
+    assert from_pretrained(folder).thresholds == {"mask_threshold": -1.0}
+    assert create_model(checkpoint=folder / "model.safetensors").thresholds == model.thresholds
+
+
+FORMATS = Path(__file__).parent / "data" / "formats"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_every_format_of_config_json_is_read(number: int) -> None:
+    folder = FORMATS / f"config_{number}"
+    model = from_pretrained(folder)
+    assert model.embed_dims == (8, 8) and model.neck_dim == 8
+    assert model.image_spec == ImageSpec.sam(32)
+    assert model.thresholds == ({"pred_iou_thresh": 0.7} if number else {})
+
+
+def test_a_newer_format_is_refused(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    config |= {"format": 2, "tinyvit_version": "9.0"}
+    (saved / "config.json").write_text(json.dumps(config))
+    wanted = r"config\.json was written by tinyvit 9\.0, format 2; this reads up to 1; upgrade"
+    with pytest.raises(CheckpointError, match=wanted):
+        from_pretrained(saved)

@@ -14,8 +14,8 @@ classification.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from tinyvit.errors import CheckpointError
@@ -126,6 +126,7 @@ class Checkpoint:
         image_spec: Preparation of images where it differs from the variant's, else None.
         note: What a user should know, in a sentence.
         embedded: True if the file ships inside the package.
+        thresholds: Of the masks of these weights, where the file does not state its own.
     """
 
     name: str
@@ -141,6 +142,7 @@ class Checkpoint:
     image_spec: ImageSpec | None = None
     note: str = ""
     embedded: bool = False
+    thresholds: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def url(self) -> str | None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,11 @@ from tinyvit.catalog import (
     list_checkpoints,
     list_models,
 )
-from tinyvit.checkpoints import Detection, resize_bias_tables
-from tinyvit.checkpoints.families import part_of
+from tinyvit.checkpoints.detection import Detection
+from tinyvit.checkpoints.families import group_by_part
 from tinyvit.checkpoints.files import image_spec_in
-from tinyvit.checkpoints.open import (
-    OpenedCheckpoint,
-    Progress,
-    list_keys,
-    open_checkpoint,
-)
+from tinyvit.checkpoints.open import OpenedCheckpoint, Progress, misfits, open_checkpoint
+from tinyvit.checkpoints.resize import resize_bias_tables
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
@@ -50,6 +46,8 @@ class LoadReport:
         left_out: Parts in the file that the model does not have.
         untrained: Parts of the model that the file does not have; they keep their first weights.
         resized: Attention-bias tables that were resized to the model's windows.
+        thresholds: Of the masks of these weights, as the file states them; a subset of
+            mask_threshold, pred_iou_thresh, stability_score_thresh, stability_score_offset.
     """
 
     path: Path
@@ -58,6 +56,7 @@ class LoadReport:
     left_out: tuple[str, ...]
     untrained: tuple[str, ...]
     resized: tuple[str, ...]
+    thresholds: Mapping[str, float] = field(default_factory=dict)
 
 
 def create_model(
@@ -209,37 +208,51 @@ def _fill(
 
     Keys in ``fresh`` are not taken from the file where the model has none or another shape.
     """
-    path, found, tensors = opened.path, opened.found, opened.tensors
-    own = model.state_dict()
-    fresh = [
-        k for k in fresh if k in tensors and (k not in own or own[k].shape != tensors[k].shape)
+    found, tensors = opened.found, opened.tensors
+    own = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    own_parts, parts = group_by_part(own), group_by_part(tensors)
+    state = {key: tensors[key] for part in parts if part in own_parts for key in parts[part]}
+    fresh = [key for key in fresh if key in state and own.get(key) != state[key].shape]
+    for key in fresh:
+        del state[key]
+    resized: list[str] = []
+    if any(own.get(key, state[key].shape) != state[key].shape for key in state):
+        known = {key: value for key, value in state.items() if key in own}
+        known, resized = resize_bias_tables(known, model.window_sizes, antialias)
+        state.update(known)
+    untrained = tuple(part for part in _PARTS_OF_TINYVIT if part in own_parts and part not in parts)
+    has_none = {key for part in untrained for key in own_parts[part]}
+    missing = [
+        key
+        for key in own
+        if key not in state
+        and key not in has_none
+        and key not in fresh
+        and not key.endswith("num_batches_tracked")
     ]
-    own_parts = {part_of(key) for key in own}
-    parts = {part_of(key) for key in tensors}
-    state = {k: v for k, v in tensors.items() if part_of(k) in own_parts and k not in fresh}
-    known, resized = resize_bias_tables(
-        {key: value for key, value in state.items() if key in own}, model.window_sizes, antialias
-    )
-    state.update(known)
-    untrained = tuple(p for p in _PARTS_OF_TINYVIT if p in own_parts - parts)
-    lacking = [key for key in own if key not in state and part_of(key) not in untrained]
-    missing = [k for k in lacking if k not in fresh and not k.endswith("num_batches_tracked")]
-    problems = list_keys("missing", missing) + list_keys(
-        "unexpected", [k for k in state if k not in own]
-    )
-    problems += [
-        f"{key} has shape {list(value.shape)} in the file and {list(own[key].shape)} in the model"
-        for key, value in state.items()
-        if key in own and value.shape != own[key].shape
-    ]
-    if problems:
+    unexpected = [key for key in state if key not in own]
+    wrong = {
+        key: (own[key], tensor.shape)
+        for key, tensor in state.items()
+        if key in own and tensor.shape != own[key]
+    }
+    if problems := misfits(missing, unexpected, wrong):
         raise CheckpointError(
-            f"{path} ({found.family}, {found.variant or 'sizes of its own'}) does not fit this "
-            f"TinyViT of widths {model.embed_dims}: {'; '.join(problems)}"
+            f"{opened.path} ({found.family}, {found.variant or 'sizes of its own'}) does not fit "
+            f"this TinyViT of widths {model.embed_dims}: {'; '.join(problems)}"
         )
     model.load_state_dict(state, strict=False)
-    left_out = tuple(sorted(parts - own_parts - {"bias_indices"}))
-    return LoadReport(path, found.family, found.strides_reason, left_out, untrained, tuple(resized))
+    model.thresholds = dict(opened.thresholds)
+    left_out = tuple(sorted(part for part in parts if part not in own_parts))
+    return LoadReport(
+        opened.path,
+        found.family,
+        found.strides_reason,
+        left_out,
+        untrained,
+        tuple(resized),
+        opened.thresholds,
+    )
 
 
 def _warn_untrained(report: LoadReport, parts: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from tinyvit.catalog import list_models
 from tinyvit.checkpoints import read_state_dict, write_state_dict
-from tinyvit.checkpoints.files import write_text
+from tinyvit.checkpoints.files import check_format, check_thresholds, header_for, write_text
 from tinyvit.errors import CheckpointError, DownloadError
 from tinyvit.factory import create_model
 from tinyvit.image_spec import ImageSpec
@@ -28,6 +28,7 @@ from tinyvit.modules import TinyViT
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+_FORMAT = 1
 
 
 def save_pretrained(model: TinyViT, folder: str | os.PathLike[str]) -> Path:
@@ -47,16 +48,22 @@ def save_pretrained(model: TinyViT, folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     spec = model.image_spec
     config = {
+        "format": _FORMAT,
         "library_name": "tinyvit",
         "tinyvit_version": version("tinyvit"),
         "architectures": ["TinyViT"],
         "arguments": model.arguments(),
         "image_spec": None if spec is None else spec.to_dict(),
+        "thresholds": check_thresholds(model.thresholds),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         strides = ",".join(str(stride) for stride in model.strides)
-        metadata = {"format": "pt", "tinyvit.family": "tinyvit", "tinyvit.strides": strides}
+        metadata = {
+            "tinyvit.family": "tinyvit",
+            "tinyvit.strides": strides,
+            **header_for(thresholds=model.thresholds),
+        }
         write_state_dict(folder / WEIGHTS, model.state_dict(), metadata=metadata)
         text = json.dumps(config, indent=2) + "\n"
         write_text(folder / CONFIG, text)
@@ -106,6 +113,9 @@ def from_pretrained(
             f"files of weights load with tinyvit.create_model(checkpoint=...)"
         )
     config = _read_config(config_path)
+    check_format(
+        config.get("format"), _FORMAT, config.get("tinyvit_version"), os.fspath(config_path)
+    )
     if config.get("architecture") in list_models():  # a repository of timm's
         return create_model(config["architecture"], weights_path)
     return _build(config, config_path, weights_path)
@@ -160,6 +170,7 @@ def _build(config: dict[str, Any], config_path: Path, weights_path: Path) -> Tin
         model = TinyViT(**config["arguments"])
         spec = config.get("image_spec")
         model.image_spec = None if spec is None else ImageSpec.from_dict(spec)
+        model.thresholds = check_thresholds(config.get("thresholds", {}))
     except (KeyError, TypeError, ValueError, RuntimeError) as err:
         raise CheckpointError(
             f"{config_path} does not describe a TinyViT ({type(err).__name__}: {err}); it wants "

@@ -16,9 +16,7 @@ from torch import Tensor
 from tinyvit.checkpoints.detection import (
     Architecture,
     encoder_shapes,
-    hq_decoder_shapes,
-    mask_decoder_shapes,
-    prompt_encoder_shapes,
+    sam_shapes,
 )
 from tinyvit.checkpoints.families import LAYOUTS, key_from_canonical, part_of
 
@@ -93,10 +91,8 @@ def values(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tenso
 def _small_canonical(stem: str) -> dict[str, Tensor]:
     architecture = Architecture(**{**vars(SMALL), "stem": stem})
     shapes = {
-        **encoder_shapes(architecture, has_head=True, has_neck=True),
-        **prompt_encoder_shapes(16),
-        **mask_decoder_shapes(16),
-        **hq_decoder_shapes(16, 16),
+        **encoder_shapes(architecture),
+        **sam_shapes(16, 16),
         "decoder_state.out_conv.weight": (3, 16, 1, 1),
     }
     return values(shapes)
@@ -109,7 +105,7 @@ def small(family: str) -> dict[str, Tensor]:
     if family == "tinyvit_sam":
         parts = layout.required
     return {
-        key_from_canonical(key, family): tensor
+        key_from_canonical(key, layout): tensor
         for key, tensor in _small_canonical(layout.stem or "conv").items()
         if part_of(key) in parts
     }

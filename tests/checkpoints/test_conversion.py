@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -8,9 +9,74 @@ import torch
 from torch import Tensor
 
 from checkpoints.families import FAMILIES, assert_same, full, small, table, values
-from tinyvit.checkpoints import convert, convert_tensors, detect, read_state_dict, write_state_dict
+from tinyvit.checkpoints import (
+    convert,
+    convert_tensors,
+    detect,
+    inspect,
+    read_state_dict,
+    write_state_dict,
+)
 from tinyvit.checkpoints.families import LAYOUTS, part_of, to_canonical
+from tinyvit.checkpoints.files import IMAGE_SPEC, THRESHOLDS, header_for, weights_sha256
 from tinyvit.errors import CheckpointError
+from tinyvit.image_spec import ImageSpec
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reports_are_plain_data(tmp_path: Path, family: str) -> None:
+    layout = LAYOUTS[family]
+    wrapper = layout.wrapper if layout.container == "torch" else None
+    path = write_state_dict(tmp_path / "a.bin", small(family), layout.container, wrapper)
+    report = inspect(path)
+    assert family == report.detection.family or family in report.detection.also
+    assert report.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert report.tensors == len(small(family))
+    facts = json.loads(json.dumps(report.to_dict()))
+    assert facts["size"] == path.stat().st_size
+    assert facts["detection"]["strides"] == list(report.detection.strides)
+
+
+def test_remarks(tmp_path: Path) -> None:
+    state = small("cream")
+    del state["head.bias"]
+    state["layers.1.blocks.0.mlp.norm.bias"] = torch.zeros(3)
+    state["layers.1.blocks.0.attn.attention_bias_idxs"] = torch.zeros(9, 9)
+    state["left.over"] = torch.zeros(1)
+    for block in range(8):
+        state[f"extra.{block}"] = torch.zeros(1)
+    path = tmp_path / "a.pth"
+    torch.save({"model": state, "epoch": 3}, path)
+    report = inspect(path)
+    assert report.remarks == (
+        "1 tensors have a shape that does not fit the others, for example "
+        "layers.1.blocks.0.mlp.norm.bias: [3] instead of [16]",
+        "missing: head (head.bias)",
+        "left over: unknown (9 tensors)",
+        "1 index tables (attention_bias_idxs) are not needed and dropped",
+        "files of tinyvit have the very same keys and shapes",
+        "strides 2,2,2 assumed: no tensor shows strides, and Cream TinyViT is a classification "
+        "network",
+        "the sizes are those of no variant in the catalog",
+        "there is no neck: as a SAM encoder its neck would be untrained",
+        "not used: epoch = 3",
+    )
+    wrong = report.to_dict()["detection"]["wrong_shapes"]  # type: ignore[index]
+    assert wrong == {"layers.1.blocks.0.mlp.norm.bias": {"wanted": [16], "found": [3]}}
+
+
+def test_remarks_on_a_sam_file(tmp_path: Path) -> None:
+    path = write_state_dict(tmp_path / "mobile_sam.pt", small("mobile_sam"), "torch")
+    remarks = inspect(path).remarks
+    assert "the classification head of a SAM encoder was never trained" in remarks
+    assert not any("no neck" in remark for remark in remarks)
+
+
+def test_no_tinyvit(tmp_path: Path) -> None:
+    path = write_state_dict(tmp_path / "a.safetensors", {"layer1.0.conv1.weight": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="looks like a ResNet"):
+        inspect(path)
+
 
 SAM_LIKE = {"mobile_sam", "mobile_sam_v2", "tinysam", "ultralytics", "micro_sam", "tinyvit_sam"}
 SUFFIX = {"safetensors": ".safetensors", "torch": ".pt"}
@@ -215,3 +281,28 @@ def test_targets_that_are_refused(sources: dict[str, Path], tmp_path: Path) -> N
         convert(tmp_path / "nothing", tmp_path / "c", "timm")
     with pytest.raises(CheckpointError, match="no folder"):
         convert(source, tmp_path / "no" / "c.pt", "cream")
+
+
+def test_preparation_and_thresholds_go_along_where_there_is_a_place(tmp_path: Path) -> None:
+    header = header_for(ImageSpec.sam(64), thresholds={"mask_threshold": -1.0})
+    source = write_state_dict(tmp_path / "a.safetensors", small("tinyvit_sam"), metadata=header)
+    convert(source, tmp_path / "b.safetensors", "tinyvit_sam")
+    assert header.items() <= read_state_dict(tmp_path / "b.safetensors").metadata.items()
+    convert(source, tmp_path / "c.safetensors", "tinyvit")
+    metadata = read_state_dict(tmp_path / "c.safetensors").metadata
+    assert IMAGE_SPEC in metadata and THRESHOLDS not in metadata
+    report = convert(source, tmp_path / "d.pt", "mobile_sam_v2_decoder")
+    assert report.notes == (
+        "a torch file has no place for tinyvit.thresholds: give them to each call",
+    )
+
+
+def test_the_hash_of_weights_survives_conversion(tmp_path: Path) -> None:
+    state = to_canonical(small("mobile_sam"), "mobile_sam")
+    source = write_state_dict(tmp_path / "a.pt", small("mobile_sam"), "torch")
+    for to in ("tinyvit_sam", "mobile_sam", "micro_sam"):
+        target = tmp_path / f"{to}.x"
+        convert(source, target, to)
+        found = to_canonical(read_state_dict(target).tensors, to)
+        encoder = {k: found[k] for k in found if part_of(k) in ("trunk", "neck")}
+        assert weights_sha256(encoder) == weights_sha256({key: state[key] for key in encoder})

@@ -1,12 +1,161 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from checkpoints.families import FAMILIES, SMALL, blank, full, small, table, values
 from tinyvit.catalog import get_variant
-from tinyvit.checkpoints.detection import Architecture, detect, encoder_shapes
+from tinyvit.checkpoints.detection import (
+    Architecture,
+    detect,
+    encoder_shapes,
+    read_architecture,
+    sam_shapes,
+)
+from tinyvit.checkpoints.families import part_of
 from tinyvit.errors import CheckpointError
+
+
+def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
+    return {key: shape for key, (shape, _) in table(name).items()}
+
+
+@pytest.mark.parametrize(
+    "name", ["encoder_5m", "encoder_11m", "encoder_21m", "encoder_21m_384", "encoder_litemedsam"]
+)
+def test_lists_exactly_the_tensors_of_the_published_encoders(name: str) -> None:
+    shapes = shapes_of(name)
+    wanted = encoder_shapes(read_architecture(shapes))
+    if "head.weight" not in shapes:
+        wanted = {k: s for k, s in wanted.items() if part_of(k) != "head"}
+    assert list(wanted.items()) == list(shapes.items())
+
+
+@st.composite
+def architectures(draw: st.DrawFn) -> Architecture:
+    stages = draw(st.integers(2, 5))
+    heads = [1, *draw(st.lists(st.integers(1, 4), min_size=stages - 1, max_size=stages - 1))]
+    widths = draw(st.lists(st.sampled_from([4, 8, 12]), min_size=stages, max_size=stages))
+    dims = [h * w for h, w in zip(heads, widths, strict=True)]
+    windows = draw(st.lists(st.integers(2, 9), min_size=stages - 1, max_size=stages - 1))
+    return Architecture(
+        embed_dims=tuple(dims),
+        depths=tuple(draw(st.lists(st.integers(1, 3), min_size=stages, max_size=stages))),
+        num_heads=tuple(heads),
+        window_sizes=(windows[0], *windows),
+        mlp_ratio=draw(st.sampled_from([1.0, 2.0, 2.5, 2.7, 4.0])),
+        mbconv_expand_ratio=draw(st.sampled_from([1.0, 3.0, 4.0, 6.0])),
+        local_conv_size=draw(st.sampled_from([1, 3, 5])),
+        in_chans=draw(st.integers(1, 5)),
+        stem=draw(st.sampled_from(["conv", "pointwise"])),
+        num_classes=draw(st.sampled_from([2, 10])),
+        neck_dim=draw(st.sampled_from([16, 32])),
+    )
+
+
+@given(architectures())
+def test_sizes_survive_being_written_as_shapes(sizes: Architecture) -> None:
+    shapes = encoder_shapes(sizes)
+    found = read_architecture(shapes)
+    assert encoder_shapes(found) == shapes
+    assert found.embed_dims == sizes.embed_dims
+    assert found.num_heads[1:] == sizes.num_heads[1:]
+    assert found.window_sizes[1:] == sizes.window_sizes[1:]
+
+
+@given(st.data())
+def test_one_wrong_tensor_is_not_believed(data: st.DataObject) -> None:
+    shapes = encoder_shapes(SMALL)
+    # sizes that only one tensor shows cannot be outvoted
+    alone = ("patch_embed", "head.", "neck.", "layers.0.blocks", "layers.0.downsample", "biases")
+    keys = [k for k in shapes if len(shapes[k]) > 1 and not any(a in k for a in alone)]
+    keys = [k for k in keys if "fc1" not in k and "local_conv" not in k]
+    key = data.draw(st.sampled_from(keys))
+    broken = {**shapes, key: tuple(n + 3 for n in shapes[key])}
+    found = read_architecture(broken)
+    assert encoder_shapes(found) == shapes
+
+
+def test_what_cannot_be_known() -> None:
+    shapes = encoder_shapes(SMALL)
+    with pytest.raises(CheckpointError, match=r"no tensor of a TinyViT stage"):
+        read_architecture({"foo": (1,)})
+    with pytest.raises(CheckpointError, match=r"channels of stage 3 \(layers\.2\)"):
+        read_architecture(
+            {"layers.2.x": (1,), "layers.0.blocks.0.conv1.c.weight": (16, 8, 1, 1)}
+            | {k: s for k, s in shapes.items() if "layers.1" in k and "down" not in k}
+        )
+    with pytest.raises(CheckpointError, match=r"no attention_biases of stage 2"):
+        read_architecture({k: s for k, s in shapes.items() if "1.blocks.0.attn.attention" not in k})
+    odd = {**shapes, "layers.3.blocks.0.attn.attention_biases": (4, 12)}
+    with pytest.raises(CheckpointError, match=r"12 entries, which is no square window"):
+        read_architecture(odd)
+    assert read_architecture({k: s for k, s in shapes.items() if "fc1" not in k}).mlp_ratio == 4.0
+
+
+def test_a_ratio_no_short_decimal_gives() -> None:
+    sizes = Architecture(**{**vars(SMALL), "mlp_ratio": 1 + 1 / 3})
+    shapes = encoder_shapes(sizes)
+    found = read_architecture(shapes)
+    assert encoder_shapes(found) == shapes
+    assert found.mlp_ratio == pytest.approx(4 / 3, abs=0.05)
+
+
+def test_lists_exactly_the_tensors_of_the_published_heads() -> None:
+    assert sam_shapes() == shapes_of("prompt_encoder_and_mask_decoder") | shapes_of("hq_decoder")
+    parts = {part_of(key) for key in sam_shapes()}
+    assert parts == {"prompt_encoder", "mask_decoder", "hq_decoder"}
+
+
+def test_sizes_of_no_network_are_named() -> None:
+    odd = Architecture(**{**vars(SMALL), "num_heads": (1, 3, 2, 4)})
+    with pytest.raises(CheckpointError, match="make no TinyViT: num_heads must divide dim"):
+        encoder_shapes(odd)
+
+
+def test_shapes_cost_no_memory_and_no_compiler() -> None:
+    """A first value on the meta device would make torch import its decompositions (1 to 2 s)."""
+    code = (
+        "import sys\n"
+        "from tinyvit.checkpoints.detection import detect, sam_shapes\n"
+        "sam_shapes()\n"
+        "assert 'sympy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_another_width_changes_shapes_and_no_keys() -> None:
+    every = sam_shapes(32, 24)
+    assert every.keys() == sam_shapes().keys()
+    expected: dict[str, tuple[int, ...]] = {
+        "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix": (2, 16),
+        "prompt_encoder.point_embeddings.3.weight": (1, 32),
+        "prompt_encoder.mask_downscaling.3.weight": (16, 4, 2, 2),
+        "prompt_encoder.mask_downscaling.6.weight": (32, 16, 1, 1),
+        "prompt_encoder.mask_downscaling.6.bias": (32,),
+        "mask_decoder.transformer.layers.1.self_attn.q_proj.weight": (32, 32),
+        "mask_decoder.transformer.layers.1.cross_attn_token_to_image.k_proj.weight": (16, 32),
+        "mask_decoder.transformer.layers.1.cross_attn_image_to_token.out_proj.weight": (32, 16),
+        "mask_decoder.transformer.layers.1.mlp.lin2.weight": (32, 2048),
+        "mask_decoder.mask_tokens.weight": (4, 32),
+        "mask_decoder.output_upscaling.0.weight": (32, 8, 2, 2),
+        "mask_decoder.output_upscaling.0.bias": (8,),
+        "mask_decoder.output_upscaling.3.weight": (8, 4, 2, 2),
+        "mask_decoder.output_hypernetworks_mlps.3.layers.2.weight": (4, 32),
+        "mask_decoder.iou_prediction_head.layers.2.bias": (4,),
+        "mask_decoder.hf_mlp.layers.2.weight": (4, 32),
+        "mask_decoder.compress_vit_feat.0.weight": (24, 32, 2, 2),
+        "mask_decoder.compress_vit_feat.0.bias": (32,),
+        "mask_decoder.embedding_encoder.3.weight": (8, 4, 2, 2),
+        "mask_decoder.embedding_maskfeature.3.weight": (4, 8, 3, 3),
+    }
+    assert {key: every[key] for key in expected} == expected
+
 
 MOBILE = ("mobile_sam", "tinysam", "ultralytics", "mobile_sam_v2")
 
@@ -128,7 +277,8 @@ def test_sizes_of_its_own(family: str) -> None:
 
 def test_custom_classification_size_and_other_ratios() -> None:
     sizes = Architecture(**{**vars(SMALL), "in_chans": 1, "neck_dim": None})
-    found = detect(values(encoder_shapes(sizes, True, False)))
+    shapes = {k: s for k, s in encoder_shapes(sizes).items() if part_of(k) != "neck"}
+    found = detect(values(shapes))
     assert found.img_size == 32 * 3
     assert found.arguments()["in_chans"] == 1
     assert found.arguments()["neck_dim"] is None

@@ -10,22 +10,218 @@ import struct
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from checkpoints.families import assert_same
 from tinyvit.checkpoints.files import (
+    CLASSES,
+    IMAGE_SPEC,
+    THRESHOLDS,
     check_format,
+    check_thresholds,
+    classes_in,
+    header_for,
+    image_spec_in,
+    kind_of,
+    looks_like_web_page,
+    read_arrays,
+    read_header,
     read_state_dict,
+    thresholds_in,
+    wanted_imports,
     weights_sha256,
     write_bytes,
     write_state_dict,
     write_text,
 )
 from tinyvit.errors import CheckpointError
+from tinyvit.image_spec import ImageSpec
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor(3, dtype=torch.int64)}
+HERE = os.system.__module__  # "posix" or "nt"
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def safetensors_bytes(header: bytes, data: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(header)) + header + data
+
+
+# --- containers -----------------------------------------------------------------------------------
+
+
+def test_containers_under_any_name(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "a.pt")
+    torch.save(STATE, tmp_path / "a.safetensors")
+    torch.save(STATE, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    assert kind_of(tmp_path / "a.pt") == "safetensors"
+    assert kind_of(tmp_path / "a.safetensors") == "torch zip"
+    assert kind_of(tmp_path / "old.bin") == "torch legacy"
+
+
+def test_a_zip_with_a_damaged_directory(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "a.pt")
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    entry = content.rindex(b"PK\x01\x02")
+    content[entry : entry + 4] = b"XXXX"
+    with pytest.raises(CheckpointError, match=r"is damaged .*; fetch it again"):
+        kind_of(written(tmp_path / "b.pt", bytes(content)))
+
+
+def test_the_smallest_safetensors(tmp_path: Path) -> None:
+    assert kind_of(written(tmp_path / "a", safetensors_bytes(b"{}"))) == "safetensors"
+    header = json.dumps({"__metadata__": {"format": "pt"}}).encode()
+    assert kind_of(written(tmp_path / "a", safetensors_bytes(header))) == "safetensors"
+
+
+# --- what is none ---------------------------------------------------------------------------------
+
+
+def test_missing_folder_and_empty(tmp_path: Path) -> None:
+    assert "no such file" in refusal(tmp_path / "nothing.pt")
+    assert "is a folder; name the file of weights inside it" in refusal(tmp_path)
+    assert "is empty; the download or copy failed" in refusal(written(tmp_path / "empty.pt", b""))
+
+
+def test_truncated_safetensors(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"w": torch.zeros(1000)}, path)
+    whole = path.read_bytes()
+    for keep in (len(whole) // 10, len(whole) // 2, len(whole) - 1):
+        words = f"describes {len(whole)} bytes, the file has {keep}; fetch it again"
+        assert words in refusal(written(path, whole[:keep]))
+    assert "header of 64 bytes does not fit into the file's 40 bytes" in refusal(
+        written(path, whole[:40])
+    )
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b'{"w": 3}', b'{"w": }}', b'{"w": {"dtype": "F32"}}', b'{"w": {"data_offsets": [0]}}'],
+)
+def test_damaged_safetensors_header(tmp_path: Path, header: bytes) -> None:
+    path = written(tmp_path / "a.safetensors", safetensors_bytes(header))
+    assert "looks like safetensors but its header is damaged (" in refusal(path)
+
+
+def test_truncated_torch_zip(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save(STATE, path)
+    half = path.read_bytes()[: path.stat().st_size // 2]
+    words = f"is cut off: it begins like a torch file of {len(half)} bytes but its end is missing"
+    assert words in refusal(written(path, half))
+
+
+def test_web_page(tmp_path: Path) -> None:
+    page = b"\n <!DOCTYPE html><html><body>404</body></html>"
+    text = refusal(written(tmp_path / "mobile_sam.pt", page))
+    assert "looks like a web page saved under a checkpoint's name; download the file itself" in text
+
+
+@pytest.mark.parametrize(
+    ("head", "is_page"),
+    [
+        (b"<!doctype html>", True),
+        (b"\xef\xbb\xbf\r\n\t <HTML lang=en>", True),
+        (b"<?xml version='1.0'?><Error/>", True),
+        (b"<svg>", False),
+        (b"html", False),
+        (b"PK\x03\x04<html>", False),
+        (b"", False),
+    ],
+)
+def test_what_looks_like_a_web_page(head: bytes, is_page: bool) -> None:
+    assert looks_like_web_page(head) is is_page
+
+
+def test_lfs_pointer(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 40728226\n"
+    text = refusal(written(tmp_path / "mobile_sam.pt", pointer))
+    assert "is a git-LFS pointer of a few lines" in text
+    assert "run 'git lfs pull'" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+        (b"GGUF\x03\x00\x00\x00", "a GGUF file"),
+        (b"\x93NUMPY\x01\x00", "a numpy .npy file"),
+        (b"\x1f\x8b\x08\x00", "gzip archive; unpack it first"),
+        (b"\x08\x07\x12\x07pytorch", "an ONNX model"),
+        (b"\x89PNG\r\n\x1a\n", "a PNG image"),
+        (b"\xff\xd8\xff\xe0", "a JPEG image"),
+        (b'{"error": "not found"}', "JSON text, perhaps an error message"),
+        (b"just words\n", "is a text file, which is neither safetensors nor"),
+        (("x" * 511 + "é").encode(), "is a text file, which is neither safetensors nor"),
+        (b"\x00\x01\x02\x03\x04\x05\x06\x07\x08\x09", "begins with the bytes 00 01 02"),
+        (b"\x80", "begins with the bytes 80"),
+    ],
+)
+def test_other_things(tmp_path: Path, content: bytes, words: str) -> None:
+    text = refusal(written(tmp_path / "a.pt", content))
+    assert "is not a checkpoint" in text
+    assert words in text
+
+
+def test_other_archives(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros(3))
+    assert "a numpy .npz file" in refusal(tmp_path / "a.npz")
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    assert "a zip archive without a torch state dict" in refusal(tmp_path / "b.zip")
+
+
+@pytest.mark.parametrize("member", ["script/constants.pkl", "script/code/__torch__.py"])
+def test_torchscript(tmp_path: Path, member: str) -> None:
+    path = tmp_path / "script.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("script/data.pkl", b"")
+        archive.writestr(member, b"")
+    assert "is a TorchScript archive, a compiled program and not a state dict" in refusal(path)
+
+
+def test_plain_pickle(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.pkl", pickle.dumps({"a": [1]}, protocol=4))
+    assert "is a plain pickle; it was not opened" in refusal(path)
+    written(path, pickle.dumps(os.system, protocol=4))
+    assert f"is a plain pickle that wants to import {HERE}.system; it was not" in refusal(path)
+
+
+# --- imports --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_imports_of_torch_files(tmp_path: Path, new: bool) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({**STATE, "hook": os.system}, path, _use_new_zipfile_serialization=new)
+    assert wanted_imports(path, kind_of(path)) == [f"{HERE}.system"]
+    torch.save(STATE, path, _use_new_zipfile_serialization=new)
+    assert wanted_imports(path, kind_of(path)) == []
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_imports_of_every_pickle_protocol(tmp_path: Path, protocol: int) -> None:
+    # The second name takes its module's name from the memo, the repeated one is listed once.
+    content = pickle.dumps([os.system, os.getcwd, os.system], protocol=protocol)
+    path = written(tmp_path / "a.pkl", content)
+    assert wanted_imports(path, "torch legacy") == [f"{HERE}.getcwd", f"{HERE}.system"]
+
+
+def test_imports_by_the_oldest_opcode(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.pkl", b"(ios\nsystem\n.")
+    assert wanted_imports(path, "torch legacy") == ["os.system"]
+
+
+def test_imports_before_the_damage_are_named(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.pkl", b"\x80\x02cos\nsystem\n\xff\xff")
+    assert wanted_imports(path, "torch legacy") == ["os.system"]
 
 
 class Harmful:
@@ -310,3 +506,99 @@ def test_formats_up_to_the_newest_known_are_read():
     for wrong in ("2", 1.0, True, -1):
         with pytest.raises(CheckpointError, match="it: format must be a whole number"):
             check_format(wrong, 2, None, "it")
+
+
+NAMES = ("ant", "bée", "cat \U0001f408")
+
+
+def test_what_is_written_is_read(tmp_path):
+    spec = ImageSpec.timm(48)
+    header = header_for(spec, NAMES)
+    path = write_state_dict(
+        tmp_path / "a.safetensors", {"x": torch.zeros(2, dtype=torch.bfloat16)}, metadata=header
+    )
+    found = read_header(path)
+    assert header.items() <= found.items()
+    assert image_spec_in(found) == spec
+    assert classes_in(found) == NAMES
+
+
+def test_files_of_others_say_nothing(tmp_path):
+    plain = write_state_dict(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
+    torch_file = write_state_dict(tmp_path / "a.pt", {"x": torch.zeros(2)}, "torch")
+    for path in (plain, torch_file, tmp_path / "nothing.safetensors", tmp_path):
+        header = read_header(path)
+        assert CLASSES not in header and IMAGE_SPEC not in header
+        assert image_spec_in(header) is None and classes_in(header) is None
+    assert header_for() == {}
+
+
+@pytest.mark.parametrize(
+    "header, words",
+    [
+        ({CLASSES: "{"}, "a.pt: tinyvit.classes in the header is damaged"),
+        ({CLASSES: '["a", 1]'}, "must be a JSON list of names"),
+        ({CLASSES: '{"a": 1}'}, "must be a JSON list of names"),
+    ],
+)
+def test_damaged_classes(header, words):
+    with pytest.raises(CheckpointError, match=words):
+        classes_in(header, "a.pt")
+
+
+@pytest.mark.parametrize("text", ["[]", "{", json.dumps({"size": [1, 1]}), "null"])
+def test_a_damaged_preparation(text):
+    with pytest.raises(CheckpointError, match=r"tinyvit\.image_spec in the header is damaged"):
+        image_spec_in({IMAGE_SPEC: text})
+
+
+@pytest.mark.parametrize(
+    "thresholds, words",
+    [
+        ([], "must be an object of numbers"),
+        ({"score": 1}, "unknown threshold 'score'; there are mask_threshold, "),
+        ({"mask_threshold": "0"}, "mask_threshold must be a finite number, got '0'"),
+        ({"mask_threshold": True}, "must be a finite number"),
+        ({"pred_iou_thresh": float("nan")}, "must be a finite number"),
+    ],
+)
+def test_thresholds_that_are_none(thresholds, words):
+    with pytest.raises(ValueError, match=words):
+        check_thresholds(thresholds)
+    with pytest.raises(CheckpointError, match=f"a.pt: tinyvit.thresholds .* damaged: .*{words}"):
+        thresholds_in({THRESHOLDS: json.dumps(thresholds)}, "a.pt")
+
+
+def test_thresholds_are_written_and_read():
+    header = header_for(thresholds={"mask_threshold": -1, "pred_iou_thresh": 0.8})
+    assert thresholds_in(header) == {"mask_threshold": -1.0, "pred_iou_thresh": 0.8}
+    assert header_for(thresholds={}) == {} and thresholds_in({}) == {}
+
+
+def test_safetensors_are_read_without_torch(tmp_path):
+    state = {
+        "a": torch.randn(2, 3),
+        "b": torch.randn(5).bfloat16(),
+        "c": torch.tensor(3),
+        "d": torch.randn(2, 0).half(),
+        "e": torch.tensor([True, False]),
+    }
+    path = write_state_dict(tmp_path / "a.safetensors", state, metadata={"x": "ä"})
+    arrays, metadata = read_arrays(path)
+    assert metadata == {"format": "pt", "x": "ä"}
+    assert arrays.keys() == state.keys()
+    for key, tensor in state.items():
+        assert tuple(arrays[key].shape) == tuple(tensor.shape)
+        assert arrays[key].tolist() == tensor.tolist()
+    assert weights_sha256(arrays) == weights_sha256(state)
+    assert weights_sha256(read_state_dict(path).tensors) == weights_sha256(state)
+
+
+def test_only_torch_reads_files_of_torch(tmp_path):
+    path = write_state_dict(tmp_path / "a.pt", {"x": torch.zeros(2)}, "torch")
+    with pytest.raises(CheckpointError, match=r"which only torch can read; convert it"):
+        read_arrays(path)
+    path = tmp_path / "a.safetensors"
+    save_file({"x": torch.zeros(2).to(torch.float8_e4m3fn)}, path)
+    with pytest.raises(CheckpointError, match="x is of F8_E4M3, which numpy cannot hold"):
+        read_arrays(path)

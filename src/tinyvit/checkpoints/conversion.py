@@ -1,35 +1,38 @@
-"""Read a file and report what it is, for a person or as JSON.
-
-Puts ``files`` and ``detection`` together and adds the remarks a user needs before trusting the
-weights. Builds no model and changes no file.
-"""
+"""Report what a file of weights is, and write it in another family's form."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from tinyvit.errors import CheckpointError
 
 from .detection import Detection, detect
 from .families import (
     LAYOUTS,
-    ORDER,
     Layout,
     Part,
     from_canonical,
     get_layout,
-    key_to_canonical,
+    group_by_part,
     part_of,
     to_canonical,
 )
-from .files import StateFile, file_sha256, read_state_dict, write_state_dict
+from .files import (
+    CLASSES,
+    IMAGE_SPEC,
+    THRESHOLDS,
+    StateFile,
+    file_sha256,
+    read_state_dict,
+    write_state_dict,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NAMED_AT_MOST = 6
 
@@ -61,7 +64,7 @@ class Inspection:
     remarks: tuple[str, ...]
 
     def to_dict(self) -> dict[str, object]:
-        """Return everything as plain data for ``json.dumps``.
+        """Everything as plain data for ``json.dumps``.
 
         Returns:
             Nested dicts and lists of numbers and text. ``detection.wrong_shapes`` maps a key to
@@ -85,7 +88,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         The report.
 
     Raises:
-        CheckpointError: If the file cannot be read, or is no TinyViT.
+        CheckpointError: The file cannot be read, or is no TinyViT.
     """
     file = read_state_dict(path)
     found = detect(file.tensors, filename=file.path.name, metadata=file.metadata)
@@ -98,20 +101,12 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         extras=file.extras,
         metadata=file.metadata,
         detection=found,
-        remarks=tuple(remarks(file, found)),
+        remarks=tuple(_remarks(file, found)),
     )
 
 
-def remarks(file: StateFile, found: Detection) -> list[str]:
-    """Collect the sentences a user should read before using the weights.
-
-    Args:
-        file: The file as read.
-        found: What it is.
-
-    Returns:
-        Sentences, the most important first.
-    """
+def _remarks(file: StateFile, found: Detection) -> list[str]:
+    """Sentences a user should read before using the weights, the most important first."""
     lines: list[str] = []
     if found.wrong_shapes:
         key, (wanted, came) = next(iter(found.wrong_shapes.items()))
@@ -120,9 +115,9 @@ def remarks(file: StateFile, found: Detection) -> list[str]:
             f"for example {key}: {list(came)} instead of {list(wanted)}"
         )
     if found.missing:
-        lines.append(f"missing: {in_groups(found.missing, found.family)}")
+        lines.append(f"missing: {_in_groups(found.missing, found.family)}")
     if found.unexpected:
-        lines.append(f"left over: {in_groups(found.unexpected, found.family)}")
+        lines.append(f"left over: {_in_groups(found.unexpected, found.family)}")
     if found.ignored:
         lines.append(
             f"{len(found.ignored)} index tables (attention_bias_idxs) are not needed and dropped"
@@ -142,29 +137,14 @@ def remarks(file: StateFile, found: Detection) -> list[str]:
     return lines
 
 
-def in_groups(keys: Iterable[str], family: str) -> str:
-    """Put many keys into one readable line, grouped by part of the model.
-
-    Args:
-        keys: Keys in the family's spelling.
-        family: The family's name.
-
-    Returns:
-        For example ``"neck (6 tensors), head (head.weight, head.bias)"``: groups of up to six are
-        named one by one.
-    """
-    keys = list(keys)
-    parts = [part_of(key_to_canonical(key, family)) for key in keys]
-    counts = Counter(parts)
-    groups = []
-    for part in (part for part in ORDER if part in counts):
-        names = [key for key, its_part in zip(keys, parts, strict=True) if its_part == part]
-        few = len(names) <= _NAMED_AT_MOST
-        groups.append(f"{part} ({', '.join(names) if few else f'{len(names)} tensors'})")
-    return ", ".join(groups)
-
-
-pass
+def _in_groups(keys: Iterable[str], family: str) -> str:
+    """Many keys in one line, by part: ``"neck (6 tensors), head (head.weight, head.bias)"``."""
+    spelt = to_canonical({key: key for key in keys}, family)
+    lines = []
+    for part, names in group_by_part(spelt).items():
+        few = ", ".join(spelt[name] for name in names)
+        lines.append(f"{part} ({few if len(names) <= _NAMED_AT_MOST else f'{len(names)} tensors'})")
+    return ", ".join(lines)
 
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -206,7 +186,7 @@ class ConversionReport:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, object]:
-        """Return everything as plain data for ``json.dumps``.
+        """Everything as plain data for ``json.dumps``.
 
         Returns:
             Nested dicts and lists of numbers and text.
@@ -222,6 +202,9 @@ def convert(
 ) -> ConversionReport:
     """Write a file of weights in another family's form.
 
+    What a safetensors header says of preparation, classes and thresholds goes along where the
+    target is safetensors, too.
+
     Args:
         source: The file to read.
         target: The file to write. ``.safetensors`` always means safetensors and ``.pt``, ``.pth``,
@@ -233,7 +216,7 @@ def convert(
         What was written, what was dropped and why.
 
     Raises:
-        CheckpointError: If the source cannot be read or is damaged, lacks parts the family needs,
+        CheckpointError: The source cannot be read or is damaged, lacks parts the family needs,
             or the target exists or cannot be written. Nothing is written then.
     """
     source, target = Path(source), Path(target)
@@ -242,14 +225,16 @@ def convert(
     file = read_state_dict(source)
     found = detect(file.tensors, filename=source.name, metadata=file.metadata)
     tensors, dropped = convert_tensors(file.tensors, found, to)
-    container = _container(target, layout)
-    write_state_dict(
-        target,
-        tensors,
-        container,
-        wrapper=layout.wrapper if container == "torch" else None,
-        metadata=_header(found, to) if container == "safetensors" else None,
-    )
+    container = layout.container
+    if target.suffix in (".safetensors", *_TORCH_SUFFIXES):
+        container = "safetensors" if target.suffix == ".safetensors" else "torch"
+    notes = _notes(found, to, layout)
+    if container == "torch":
+        write_state_dict(target, tensors, container, wrapper=layout.wrapper)
+        if THRESHOLDS in file.metadata:
+            notes.append(f"a torch file has no place for {THRESHOLDS}: give them to each call")
+    else:
+        write_state_dict(target, tensors, container, metadata=_header(file, found, to))
     return ConversionReport(
         source=str(source),
         target=str(target),
@@ -258,7 +243,7 @@ def convert(
         container=container,
         tensors=len(tensors),
         dropped=dropped,
-        notes=tuple(_notes(found, to, layout)),
+        notes=tuple(notes),
     )
 
 
@@ -277,21 +262,17 @@ def convert_tensors(
         canonical spelling.
 
     Raises:
-        CheckpointError: If the source is damaged or lacks what the family needs.
+        CheckpointError: The source is damaged or lacks what the family needs.
     """
     layout = get_layout(to)
     canonical = to_canonical(tensors, found.family)
     held = (*layout.required, *layout.optional)
     kept = {key: tensor for key, tensor in canonical.items() if part_of(key) in held}
     _check_complete(found, kept, to, layout)
-    left_out: dict[Part, list[str]] = {part: [] for part in ORDER}
-    for key in canonical:
-        if key not in kept:
-            left_out[part_of(key)].append(key)
     dropped = {
         f"{layout.title} {_WHY_DROPPED[part]}": tuple(keys)
-        for part, keys in left_out.items()
-        if keys
+        for part, keys in group_by_part(canonical).items()
+        if part not in held
     }
     if found.ignored:
         dropped["index tables that no loader needs (Cream's own drops them)"] = found.ignored
@@ -310,58 +291,49 @@ def _check_target(source: Path, target: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{target} exists already; remove it, or convert with overwrite=True")
 
 
-def _check_complete(found: Detection, kept: dict[str, Tensor], to: str, layout: Layout) -> None:
+def _check_complete(found: Detection, kept: Mapping[str, Tensor], to: str, layout: Layout) -> None:
     """Refuse a damaged source or one that lacks parts, and say everything at once."""
     problems: list[str] = []
-    there = {part_of(key) for key in kept}
-    lacking = [part for part in layout.required if part not in there]
+    there = group_by_part(kept)
+    lacking = [part.replace("_", " ") for part in layout.required if part not in there]
     if lacking:
-        problems.append(f"has no {', no '.join(part.replace('_', ' ') for part in lacking)}")
-    canonical_missing = to_canonical(dict.fromkeys(found.missing, 0), found.family)
-    partly = [key for key in canonical_missing if part_of(key) in there]
+        problems.append(f"has no {', no '.join(lacking)}")
+    missing = to_canonical(dict.fromkeys(found.missing, 0), found.family)
+    partly = [key for key in missing if part_of(key) in there]
     if partly:
-        problems.append(f"lacks {in_groups(partly, 'tinyvit')}")
+        problems.append(f"lacks {_in_groups(partly, 'tinyvit')}")
     wrong = [key for key in to_canonical(found.wrong_shapes, found.family) if key in kept]
     if wrong:
-        problems.append(f"has wrong shapes in {in_groups(wrong, 'tinyvit')}")
+        problems.append(f"has wrong shapes in {_in_groups(wrong, 'tinyvit')}")
     stem = found.architecture.stem if found.architecture else None
     if stem and layout.stem and "trunk" in there and stem != layout.stem:
         problems.append(f"has a {stem} stem where {layout.title} has a {layout.stem} stem")
-    if problems:
-        raise CheckpointError(
-            f"this {found.family} file cannot become a {to} file: it {'; it '.join(problems)}. "
-            f"Convert to one of {', '.join(_possible(found)) or 'none'}, or use a complete file"
-        )
-
-
-def _possible(found: Detection) -> list[str]:
-    """The families whose parts the source has."""
-    if found.wrong_shapes:
-        return []
-    stem = found.architecture.stem if found.architecture else None
-    complete = set(found.parts) - {
-        part_of(key) for key in to_canonical(dict.fromkeys(found.missing, 0), found.family)
-    }
-    return [
+    if not problems:
+        return
+    complete = set(found.parts) - set(group_by_part(missing))
+    possible = [
         family
-        for family, layout in LAYOUTS.items()
-        if complete.issuperset(layout.required)
-        and ("trunk" not in layout.required or layout.stem in (None, stem))
+        for family, row in LAYOUTS.items()
+        if complete.issuperset(row.required)
+        and ("trunk" not in row.required or row.stem in (None, stem))
+        and not found.wrong_shapes
     ]
+    raise CheckpointError(
+        f"this {found.family} file cannot become a {to} file: it {'; it '.join(problems)}. "
+        f"Convert to one of {', '.join(possible) or 'none'}, or use a complete file"
+    )
 
 
-def _container(target: Path, layout: Layout) -> Literal["safetensors", "torch"]:
-    """What the target's suffix says, else what the family uses."""
-    if target.suffix == ".safetensors":
-        return "safetensors"
-    return "torch" if target.suffix in _TORCH_SUFFIXES else layout.container
-
-
-def _header(found: Detection, to: str) -> dict[str, str]:
+def _header(file: StateFile, found: Detection, to: str) -> dict[str, str]:
     """What a safetensors file says about itself: what no key and no shape shows."""
+    layout = get_layout(to)
     header = {"tinyvit.family": to}
-    if "trunk" in get_layout(to).required:
+    if "trunk" in layout.required:
         header["tinyvit.strides"] = ",".join(str(stride) for stride in found.strides)
+    held = {IMAGE_SPEC: "trunk", CLASSES: "head", THRESHOLDS: "mask_decoder"}
+    for entry, part in held.items():
+        if entry in file.metadata and part in (*layout.required, *layout.optional):
+            header[entry] = file.metadata[entry]
     return header
 
 

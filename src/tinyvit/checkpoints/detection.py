@@ -1,41 +1,62 @@
-"""Read a TinyViT's sizes off the shapes of its tensors, and list the tensors of given sizes.
+"""What a state dict is: family, sizes, and what is missing, left over or misshapen.
 
-Each size is read from every tensor that shows it and the majority wins, so one damaged or missing
-tensor is later reported as such instead of being believed. Shapes in, plain data out: no tensors'
-values, no files, no families. Strides are not here: they leave no trace in any shape.
+Sizes are read off the shapes of the tensors, each from every tensor that shows it; the majority
+wins, so that one damaged tensor is later named instead of believed. Strides leave no trace in any
+shape. The shapes to compare with are those of the networks themselves, built on torch's meta
+device; everything else here takes tensors of torch or numpy and imports no torch.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import PurePath
-from typing import Literal, TypeAlias
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from tinyvit.catalog import VARIANTS, Family, Variant
 from tinyvit.errors import CheckpointError
 
-from .families import (
-    IDENTICAL_KEYS,
-    LAYOUTS,
-    ORDER,
-    Part,
-    key_from_canonical,
-    key_to_canonical,
-    part_of,
-    to_canonical,
-)
+from .families import IDENTICAL_KEYS, LAYOUTS, Part, group_by_part, key_from_canonical, to_canonical
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Shape: TypeAlias = tuple[int, ...]
 
-_STAGE_KEY = re.compile(r"^layers\.(\d+)\.")
+
+class HasShape(Protocol):
+    """A tensor of torch or an array of numpy."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Length of each axis."""
+
+    @property
+    def dtype(self) -> object:
+        """Type of the elements."""
+
+
 _BLOCK_KEY = re.compile(r"^layers\.(\d+)\.blocks\.(\d+)\.(.+)$")
+_STAGE_KEY = re.compile(r"^layers\.(\d+)\.")
 _HEAD_DIM = 32  # the family's channels per attention head, used only where no bias table is left
+_STEM = ("patch_embed.seq.0.c.weight", "patch_embed.seq.2.c.weight")
+_NECK = ("neck.0.weight", "neck.1.weight", "neck.2.weight", "neck.3.weight")
+
+# Which dimension of which tensor of a block shows the stage's channels: (rank, axis).
+_DIM_SHOWN_BY = {
+    "conv1.c.weight": (4, 1),
+    "conv3.c.weight": (4, 0),
+    "attn.norm.weight": (1, 0),
+    "attn.qkv.weight": (2, 1),
+    "attn.proj.weight": (2, 0),
+    "mlp.norm.weight": (1, 0),
+    "mlp.fc1.weight": (2, 1),
+    "mlp.fc2.weight": (2, 0),
+}
 
 
 @dataclass(frozen=True)
@@ -69,170 +90,72 @@ class Architecture:
     num_classes: int | None
     neck_dim: int | None
 
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of ``TinyViT`` that these sizes decide."""
+        classes = 1000 if self.num_classes is None else self.num_classes
+        return {**asdict(self), "num_classes": classes}
+
 
 def read_architecture(shapes: Mapping[str, Shape]) -> Architecture:
-    """Read the sizes of an encoder off its tensors' shapes.
-
-    Args:
-        shapes: Canonical key -> shape; other parts' keys are ignored.
-
-    Returns:
-        The sizes. Tensors that contradict them can be found with ``encoder_shapes``.
+    """Read the sizes of an encoder off its tensors' shapes (canonical key -> shape).
 
     Raises:
-        CheckpointError: If a size that nothing else shows is missing, or a window is not square.
+        CheckpointError: A size that nothing else shows is missing, or a window is not square.
     """
-    stages = {int(m[1]) for key in shapes if (m := _STAGE_KEY.match(key))}
+    stages = {int(match[1]) for key in shapes if (match := _STAGE_KEY.match(key))}
     if not stages:
         raise CheckpointError("no tensor of a TinyViT stage (layers.0 … layers.3) is in the file")
     last = max(stages)
-    dims = tuple(_dim_of_stage(shapes, stage) for stage in range(last + 1))
-    heads = [max(1, dims[0] // _HEAD_DIM)]
-    windows = []
-    for stage in range(1, last + 1):
-        tables = list(_of_stage(shapes, stage, "attn.attention_biases", 2))
-        fallback = max(1, dims[stage] // _HEAD_DIM)
-        heads.append(_majority((table[0] for table in tables), fallback))
-        windows.append(_window(stage, [table[1] for table in tables]))
-    stem_kernels = [s[-1] for key in _STEM if len(s := shapes.get(key, ())) == 4]
-    kernel = _majority(stem_kernels, 3)
+    depths = [0] * (last + 1)
+    in_blocks: defaultdict[tuple[int, str], list[Shape]] = defaultdict(list)
+    for key, shape in shapes.items():
+        if match := _BLOCK_KEY.match(key):
+            stage = int(match[1])
+            depths[stage] = max(depths[stage], int(match[2]) + 1)
+            in_blocks[stage, match[3]].append(shape)
+
+    def seen(stage: int, name: str, rank: int) -> list[Shape]:
+        return [shape for shape in in_blocks[stage, name] if len(shape) == rank]
+
+    attention = range(1, last + 1)
+    dims = tuple(_dim_of_stage(shapes, stage, seen) for stage in range(last + 1))
+    tables = {stage: seen(stage, "attn.attention_biases", 2) for stage in attention}
+    heads = [
+        _majority((heads for heads, _ in tables[stage]), max(1, dims[stage] // _HEAD_DIM))
+        for stage in attention
+    ]
+    windows = [_window(stage, [area for _, area in tables[stage]]) for stage in attention]
     hidden = [
-        (dims[stage], _majority((s[0] for s in _of_stage(shapes, stage, "mlp.fc1.weight", 2)), 0))
-        for stage in range(1, last + 1)
+        (dims[stage], _majority((s[0] for s in seen(stage, "mlp.fc1.weight", 2)), 0))
+        for stage in attention
     ]
-    expanded = _majority((s[0] for s in _of_stage(shapes, 0, "conv1.c.weight", 4)), 0)
-    local = [
-        shape[-1]
-        for stage in range(1, last + 1)
-        for shape in _of_stage(shapes, stage, "local_conv.c.weight", 4)
-    ]
-    stem_weight = shapes.get(_STEM[0], ())
+    expanded = _majority((s[0] for s in seen(0, "conv1.c.weight", 4)), 0)
+    local = [s[-1] for stage in attention for s in seen(stage, "local_conv.c.weight", 4)]
+    stem = [shapes[key] for key in _STEM if len(shapes.get(key, ())) == 4]
+    first = shapes.get(_STEM[0], ())
     return Architecture(
         embed_dims=dims,
-        depths=tuple(_depth_of_stage(shapes, stage) for stage in range(last + 1)),
-        num_heads=tuple(heads),
+        depths=tuple(depths),
+        num_heads=(max(1, dims[0] // _HEAD_DIM), *heads),
         window_sizes=(windows[0] if windows else 7, *windows),
         mlp_ratio=_ratio(hidden),
         mbconv_expand_ratio=_ratio([(dims[0], expanded)]),
         local_conv_size=_majority(local, 3),
-        in_chans=stem_weight[1] if len(stem_weight) == 4 else 3,
-        stem="pointwise" if kernel == 1 else "conv",
+        in_chans=first[1] if len(first) == 4 else 3,
+        stem="pointwise" if _majority((s[-1] for s in stem), 3) == 1 else "conv",
         num_classes=_first(shapes, "head.weight", "head.bias"),
-        neck_dim=_first(shapes, "neck.0.weight", "neck.1.weight", "neck.2.weight", "neck.3.weight"),
+        neck_dim=_first(shapes, *_NECK),
     )
 
 
-def encoder_shapes(architecture: Architecture, has_head: bool, has_neck: bool) -> dict[str, Shape]:
-    """List the tensors of a complete encoder.
-
-    Args:
-        architecture: The sizes.
-        has_head: Whether ``norm_head`` and ``head`` are wanted.
-        has_neck: Whether the neck is wanted.
-
-    Returns:
-        Canonical key -> shape, in the order of a state dict.
-    """
-    shapes: dict[str, Shape] = {}
-    dims = architecture.embed_dims
-    kernel = 3 if architecture.stem == "conv" else 1
-    half = dims[0] // 2
-    _add_conv_bn(shapes, "patch_embed.seq.0", (half, architecture.in_chans, kernel, kernel))
-    _add_conv_bn(shapes, "patch_embed.seq.2", (dims[0], half, kernel, kernel))
-    for stage, dim in enumerate(dims):
-        for block in range(architecture.depths[stage]):
-            name = f"layers.{stage}.blocks.{block}"
-            if stage == 0:
-                hidden = int(dim * architecture.mbconv_expand_ratio)
-                _add_bottleneck(shapes, name, (dim, hidden, dim))
-            else:
-                _add_attention_block(shapes, name, stage, architecture)
-        if stage + 1 < len(dims):
-            out = dims[stage + 1]
-            _add_bottleneck(shapes, f"layers.{stage}.downsample", (dim, out, out))
-    if has_head:
-        classes = architecture.num_classes if architecture.num_classes is not None else 1000
-        _add_pair(shapes, "norm_head", (dims[-1],))
-        _add_pair(shapes, "head", (classes, dims[-1]))
-    if has_neck:
-        out = architecture.neck_dim if architecture.neck_dim is not None else 256
-        shapes["neck.0.weight"] = (out, dims[-1], 1, 1)
-        _add_pair(shapes, "neck.1", (out,))
-        shapes["neck.2.weight"] = (out, out, 3, 3)
-        _add_pair(shapes, "neck.3", (out,))
-    return shapes
-
-
-_STEM = ("patch_embed.seq.0.c.weight", "patch_embed.seq.2.c.weight")
-
-# Which dimension of which tensor of a block shows the stage's channels.
-_DIM_SHOWN_BY = {
-    "conv1.c.weight": (4, 1),
-    "conv3.c.weight": (4, 0),
-    "attn.norm.weight": (1, 0),
-    "attn.qkv.weight": (2, 1),
-    "attn.proj.weight": (2, 0),
-    "mlp.norm.weight": (1, 0),
-    "mlp.fc1.weight": (2, 1),
-    "mlp.fc2.weight": (2, 0),
-}
-
-
-def _add_pair(shapes: dict[str, Shape], name: str, weight: Shape) -> None:
-    """Add a weight and the bias that goes with it."""
-    shapes[f"{name}.weight"] = weight
-    shapes[f"{name}.bias"] = weight[:1]
-
-
-def _add_conv_bn(shapes: dict[str, Shape], name: str, weight: Shape) -> None:
-    """Add a Conv2d_BN; ``weight`` is [out, in / groups, k, k]."""
-    shapes[f"{name}.c.weight"] = weight
-    _add_pair(shapes, f"{name}.bn", weight[:1])
-    shapes[f"{name}.bn.running_mean"] = weight[:1]
-    shapes[f"{name}.bn.running_var"] = weight[:1]
-    shapes[f"{name}.bn.num_batches_tracked"] = ()
-
-
-def _add_bottleneck(shapes: dict[str, Shape], name: str, dims: tuple[int, int, int]) -> None:
-    """Add 1x1, depthwise 3x3, 1x1: the body of MBConv and of PatchMerging."""
-    into, middle, out = dims
-    _add_conv_bn(shapes, f"{name}.conv1", (middle, into, 1, 1))
-    _add_conv_bn(shapes, f"{name}.conv2", (middle, 1, 3, 3))
-    _add_conv_bn(shapes, f"{name}.conv3", (out, middle, 1, 1))
-
-
-def _add_attention_block(
-    shapes: dict[str, Shape], name: str, stage: int, architecture: Architecture
-) -> None:
-    """Add a TinyViTBlock of one stage."""
-    dim, heads = architecture.embed_dims[stage], architecture.num_heads[stage]
-    inner = heads * (dim // heads)
-    hidden = int(dim * architecture.mlp_ratio)
-    kernel = architecture.local_conv_size
-    shapes[f"{name}.attn.attention_biases"] = (heads, architecture.window_sizes[stage] ** 2)
-    _add_pair(shapes, f"{name}.attn.norm", (dim,))
-    _add_pair(shapes, f"{name}.attn.qkv", (3 * inner, dim))
-    _add_pair(shapes, f"{name}.attn.proj", (dim, inner))
-    _add_pair(shapes, f"{name}.mlp.norm", (dim,))
-    _add_pair(shapes, f"{name}.mlp.fc1", (hidden, dim))
-    _add_pair(shapes, f"{name}.mlp.fc2", (dim, hidden))
-    _add_conv_bn(shapes, f"{name}.local_conv", (dim, 1, kernel, kernel))
-
-
-def _of_stage(shapes: Mapping[str, Shape], stage: int, suffix: str, rank: int) -> Iterator[Shape]:
-    """Yield the shapes of one tensor in all blocks of a stage, if it has the right rank."""
-    for key, shape in shapes.items():
-        match = _BLOCK_KEY.match(key)
-        if match and int(match[1]) == stage and match[3] == suffix and len(shape) == rank:
-            yield shape
-
-
-def _dim_of_stage(shapes: Mapping[str, Shape], stage: int) -> int:
+def _dim_of_stage(
+    shapes: Mapping[str, Shape], stage: int, seen: Callable[[int, str, int], list[Shape]]
+) -> int:
     """Channels of a stage, from its blocks and the merges on both sides."""
     votes = [
         shape[axis]
-        for suffix, (rank, axis) in _DIM_SHOWN_BY.items()
-        for shape in _of_stage(shapes, stage, suffix, rank)
+        for name, (rank, axis) in _DIM_SHOWN_BY.items()
+        for shape in seen(stage, name, rank)
     ]
     for key, axis in (
         (f"layers.{stage - 1}.downsample.conv3.c.weight", 0),
@@ -244,12 +167,6 @@ def _dim_of_stage(shapes: Mapping[str, Shape], stage: int) -> int:
     if dim < 1:
         raise CheckpointError(f"nothing shows the channels of stage {stage + 1} (layers.{stage})")
     return dim
-
-
-def _depth_of_stage(shapes: Mapping[str, Shape], stage: int) -> int:
-    """Blocks of a stage: the highest number among its keys plus one."""
-    blocks = [int(m[2]) for key in shapes if (m := _BLOCK_KEY.match(key)) and int(m[1]) == stage]
-    return max(blocks, default=-1) + 1
 
 
 def _window(stage: int, areas: list[int]) -> int:
@@ -292,128 +209,76 @@ def _first(shapes: Mapping[str, Shape], *keys: str) -> int | None:
     return next((shapes[key][0] for key in keys if shapes.get(key)), None)
 
 
-pass
+@lru_cache(maxsize=16)
+def encoder_shapes(sizes: Architecture) -> Mapping[str, Shape]:
+    """Canonical key -> shape of an encoder with head and neck, in a state dict's order.
 
-
-_MASK_TOKENS = 4  # three masks of an ambiguous prompt and a single one
-_MLP_DIM = 2048
-_MASK_IN_CHANS = 16
-
-
-def prompt_encoder_shapes(width: int = 256) -> dict[str, Shape]:
-    """List the tensors of a prompt encoder.
-
-    Args:
-        width: Channels of the image embedding.
-
-    Returns:
-        Key -> shape.
+    Raises:
+        CheckpointError: No network has these sizes.
     """
-    quarter = _MASK_IN_CHANS // 4
-    name = "prompt_encoder."
-    shapes: dict[str, Shape] = {
-        f"{name}pe_layer.positional_encoding_gaussian_matrix": (2, width // 2),
-        **{f"{name}point_embeddings.{i}.weight": (1, width) for i in range(4)},
-        f"{name}not_a_point_embed.weight": (1, width),
-        f"{name}no_mask_embed.weight": (1, width),
-    }
-    shapes.update(_layer(f"{name}mask_downscaling.0", (quarter, 1, 2, 2)))
-    shapes.update(_layer(f"{name}mask_downscaling.1", (quarter,)))
-    shapes.update(_layer(f"{name}mask_downscaling.3", (_MASK_IN_CHANS, quarter, 2, 2)))
-    shapes.update(_layer(f"{name}mask_downscaling.4", (_MASK_IN_CHANS,)))
-    shapes.update(_layer(f"{name}mask_downscaling.6", (width, _MASK_IN_CHANS, 1, 1)))
-    return shapes
+    from tinyvit.modules import TinyViT
+
+    neck_dim = 256 if sizes.neck_dim is None else sizes.neck_dim
+    strides = (2,) * (len(sizes.depths) - 1)
+    arguments = {**sizes.arguments(), "neck_dim": neck_dim, "strides": strides}
+    try:
+        return _shapes_of(lambda: {"": TinyViT(**arguments)})
+    except ValueError as err:
+        raise CheckpointError(f"the shapes in this file make no TinyViT: {err}") from err
 
 
-def mask_decoder_shapes(width: int = 256) -> dict[str, Shape]:
-    """List the tensors of a mask decoder.
-
-    Args:
-        width: Channels of the image embedding.
-
-    Returns:
-        Key -> shape.
-    """
-    name = "mask_decoder."
-    shapes: dict[str, Shape] = {}
-    for layer in range(2):
-        prefix = f"{name}transformer.layers.{layer}."
-        shapes.update(_attention(f"{prefix}self_attn", width, width))
-        shapes.update(_attention(f"{prefix}cross_attn_token_to_image", width, width // 2))
-        shapes.update(_attention(f"{prefix}cross_attn_image_to_token", width, width // 2))
-        shapes.update(_layer(f"{prefix}mlp.lin1", (_MLP_DIM, width)))
-        shapes.update(_layer(f"{prefix}mlp.lin2", (width, _MLP_DIM)))
-        for norm in range(1, 5):
-            shapes.update(_layer(f"{prefix}norm{norm}", (width,)))
-    last = f"{name}transformer.final_attn_token_to_image"
-    shapes.update(_attention(last, width, width // 2))
-    shapes.update(_layer(f"{name}transformer.norm_final_attn", (width,)))
-    shapes[f"{name}iou_token.weight"] = (1, width)
-    shapes[f"{name}mask_tokens.weight"] = (_MASK_TOKENS, width)
-    shapes.update(_transposed(f"{name}output_upscaling.0", (width, width // 4, 2, 2)))
-    shapes.update(_layer(f"{name}output_upscaling.1", (width // 4,)))
-    shapes.update(_transposed(f"{name}output_upscaling.3", (width // 4, width // 8, 2, 2)))
-    for token in range(_MASK_TOKENS):
-        shapes.update(_mlp(f"{name}output_hypernetworks_mlps.{token}", width, width // 8))
-    shapes.update(_mlp(f"{name}iou_prediction_head", width, _MASK_TOKENS))
-    return shapes
-
-
-def hq_decoder_shapes(width: int = 256, vit_dim: int = 160) -> dict[str, Shape]:
-    """List the tensors Light HQ-SAM adds to the mask decoder.
+@lru_cache(maxsize=16)
+def sam_shapes(width: int = 256, vit_dim: int = 160) -> Mapping[str, Shape]:
+    """Key -> shape of a prompt encoder and Light HQ-SAM's mask decoder, which has all of SAM's.
 
     Args:
         width: Channels of the image embedding.
         vit_dim: Channels after the encoder's second stage and its merge.
-
-    Returns:
-        Key -> shape.
     """
-    name = "mask_decoder."
-    quarter, eighth = width // 4, width // 8
-    shapes: dict[str, Shape] = {f"{name}hf_token.weight": (1, width)}
-    shapes.update(_mlp(f"{name}hf_mlp", width, eighth))
-    shapes.update(_transposed(f"{name}compress_vit_feat.0", (vit_dim, width, 2, 2)))
-    shapes.update(_layer(f"{name}compress_vit_feat.1", (width,)))
-    shapes.update(_transposed(f"{name}compress_vit_feat.3", (width, eighth, 2, 2)))
-    shapes.update(_transposed(f"{name}embedding_encoder.0", (width, quarter, 2, 2)))
-    shapes.update(_layer(f"{name}embedding_encoder.1", (quarter,)))
-    shapes.update(_transposed(f"{name}embedding_encoder.3", (quarter, eighth, 2, 2)))
-    shapes.update(_layer(f"{name}embedding_maskfeature.0", (quarter, eighth, 3, 3)))
-    shapes.update(_layer(f"{name}embedding_maskfeature.1", (quarter,)))
-    shapes.update(_layer(f"{name}embedding_maskfeature.3", (eighth, quarter, 3, 3)))
-    return shapes
+    from tinyvit.modules.sam.mask_decoder import HQMaskDecoder
+    from tinyvit.modules.sam.prompt_encoder import PromptEncoder
+    from tinyvit.modules.sam.transformer import TwoWayTransformer
+
+    def build() -> dict[str, nn.Module]:
+        transformer = TwoWayTransformer(2, width, 8, 2048)
+        return {
+            "prompt_encoder.": PromptEncoder(width, (1, 1), (16, 16), 16),
+            "mask_decoder.": HQMaskDecoder(
+                transformer_dim=width,
+                transformer=transformer,
+                iou_head_hidden_dim=width,
+                vit_dim=vit_dim,
+            ),
+        }
+
+    return _shapes_of(build)
 
 
-def _layer(name: str, weight: Shape) -> Mapping[str, Shape]:
-    """A weight [out, …] and its bias."""
-    return {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
+def _shapes_of(build: Callable[[], Mapping[str, nn.Module]]) -> dict[str, Shape]:
+    """Shapes of the tensors of modules under prefixes, without memory and first values.
 
+    First values are skipped, not only for speed: on the meta device the first of them makes torch
+    import its decompositions, 822 modules in 2.3 s.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
 
-def _transposed(name: str, weight: Shape) -> Mapping[str, Shape]:
-    """A transposed convolution: weight [in, out, k, k] and its bias [out]."""
-    return {f"{name}.weight": weight, f"{name}.bias": weight[1:2]}
+    class SkipInit(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            kwargs = kwargs or {}
+            if getattr(function, "__module__", None) == "torch.nn.init":
+                return kwargs["tensor"] if "tensor" in kwargs else args[0]
+            return function(*args, **kwargs)
 
-
-def _attention(name: str, width: int, inner: int) -> dict[str, Shape]:
-    """Projections of an attention whose inner width may be smaller."""
-    shapes: dict[str, Shape] = {}
-    for projection in ("q_proj", "k_proj", "v_proj"):
-        shapes.update(_layer(f"{name}.{projection}", (inner, width)))
-    shapes.update(_layer(f"{name}.out_proj", (width, inner)))
-    return shapes
-
-
-def _mlp(name: str, width: int, out: int) -> dict[str, Shape]:
-    """Three linear layers, the last to ``out``."""
-    shapes: dict[str, Shape] = {}
-    for layer, outputs in enumerate((width, width, out)):
-        shapes.update(_layer(f"{name}.layers.{layer}", (outputs, width)))
-    return shapes
-
-
-pass
-pass
+    with torch.device("meta"), SkipInit():
+        modules = build()
+    return {
+        prefix + key: tuple(tensor.shape)
+        for prefix, module in modules.items()
+        for key, tensor in module.state_dict().items()
+    }
 
 
 @dataclass(frozen=True)
@@ -428,7 +293,7 @@ class Detection:
         parts: The parts of a model in the file.
         strides: Strides of the merges that will be used.
         strides_reason: Why those: no tensor shows them.
-        img_size: Side of the square image the weights were probably trained for.
+        img_size: Side of the square image the weights were probably trained for, in pixels.
         parameters: Number of parameters in the file, buffers not counted.
         dtypes: Dtype -> number of tensors.
         missing: Keys a complete file would have, in the file's spelling.
@@ -483,97 +348,91 @@ class Detection:
         return not self.missing and not self.wrong_shapes
 
     def arguments(self) -> dict[str, object]:
-        """Return the arguments with which ``TinyViT`` has exactly these tensors.
-
-        Returns:
-            A new dict of plain data.
+        """The arguments with which ``TinyViT`` has exactly these tensors, as plain data.
 
         Raises:
-            CheckpointError: If the file holds no encoder.
+            CheckpointError: The file holds no encoder.
         """
-        sizes = self.architecture
-        if sizes is None:
+        if self.architecture is None:
             raise CheckpointError(
                 f"a {self.family} file holds no image encoder to build; give the encoder's file too"
             )
         return {
+            **self.architecture.arguments(),
             "img_size": self.img_size,
-            "in_chans": sizes.in_chans,
-            "num_classes": 1000 if sizes.num_classes is None else sizes.num_classes,
-            "embed_dims": sizes.embed_dims,
-            "depths": sizes.depths,
-            "num_heads": sizes.num_heads,
-            "window_sizes": sizes.window_sizes,
-            "mlp_ratio": sizes.mlp_ratio,
-            "mbconv_expand_ratio": sizes.mbconv_expand_ratio,
-            "local_conv_size": sizes.local_conv_size,
             "strides": self.strides,
-            "stem": sizes.stem,
-            "neck_dim": sizes.neck_dim,
             "head": self.has_head,
         }
 
 
 def detect(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, HasShape],
     filename: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Detection:
     """Say what a state dict is.
 
     Args:
-        tensors: Key -> tensor, as read from a file; tensors on the meta device will do.
+        tensors: Key -> tensor of torch (the meta device will do) or array of numpy, as read from
+            a file.
         filename: The file's name; tells apart projects whose files are identical.
         metadata: The file's header texts; ``tinyvit.family`` there tells such projects apart too,
             and ``tinyvit.strides`` settles the strides.
 
     Returns:
-        The answer, with everything missing or left over at once.
+        Family, variant, sizes and parts, with everything missing or left over at once.
 
     Raises:
-        CheckpointError: If it is no TinyViT; the text says what is missing and what it looks like.
+        CheckpointError: It is no TinyViT; the text says what is missing and what it looks like.
     """
+    metadata = metadata or {}
     family = _family_of(tensors)
-    canonical = to_canonical(tensors, family)
-    spelt = {key_to_canonical(key, family): key for key in tensors}
-    shapes = {key: tuple(tensor.shape) for key, tensor in canonical.items()}
-    parts = _parts(shapes)
+    spelt = to_canonical({key: key for key in tensors}, family)  # canonical key -> the file's
+    shapes = {key: tuple(tensors[name].shape) for key, name in spelt.items()}
+    there = group_by_part(shapes)
+    parts = tuple(part for part in there if part != "unknown")
     sizes = read_architecture(shapes) if "trunk" in parts else None
     family = _refined(family, parts, sizes)
     candidates = _identical(family)
-    family = _named(filename, metadata or {}, candidates) or family
-    also = tuple(name for name in candidates if name != family)
+    family = _named(filename, metadata, candidates) or family
     is_sam = LAYOUTS[family].strides[-1] == 1 and (family != "tinyvit" or "neck" in parts)
-    strides, reason = _strides(family, is_sam, sizes, metadata or {})
+    strides, reason = _strides(family, is_sam, sizes, metadata)
     variant = _variant(sizes, is_sam)
     expected = _expected(family, parts, sizes, shapes)
+    missing = [
+        key for key in expected if key not in shapes and not key.endswith("num_batches_tracked")
+    ]
+    side = 32 * sizes.window_sizes[-1] if sizes and not is_sam else 1024  # the last map: one window
+    used = {*there.get("decoder_state", ()), *expected}
+    loaded = {*spelt.values()}
     return Detection(
         family=family,
-        also=also,
+        also=tuple(name for name in candidates if name != family),
         variant=variant.name if variant else None,
         architecture=sizes,
         parts=parts,
         strides=strides,
         strides_reason=reason,
-        img_size=variant.img_size if variant else _img_size(sizes, is_sam),
-        parameters=sum(t.numel() for key, t in canonical.items() if not _is_buffer(key)),
+        img_size=variant.img_size if variant else side,
+        parameters=sum(math.prod(s) for key, s in shapes.items() if not key.endswith(_BUFFERS)),
         dtypes=dict(Counter(str(t.dtype).removeprefix("torch.") for t in tensors.values())),
-        missing=tuple(
-            key_from_canonical(key, family)
-            for key in expected
-            if key not in shapes and not key.endswith("num_batches_tracked")
-        ),
-        unexpected=tuple(
-            spelt[key] for key in shapes if key not in expected and part_of(key) != "decoder_state"
-        ),
+        missing=tuple(key_from_canonical(key, LAYOUTS[family]) for key in missing),
+        unexpected=tuple(name for key, name in spelt.items() if key not in used),
         wrong_shapes={
             spelt[key]: (shape, shapes[key])
             for key, shape in expected.items()
             if key in shapes and shapes[key] != shape
         },
-        ignored=tuple(spelt[key] for key in spelt if part_of(key) == "bias_indices"),
+        ignored=tuple(name for name in tensors if name not in loaded),
     )
 
+
+_BUFFERS = (
+    "running_mean",
+    "running_var",
+    "num_batches_tracked",
+    "positional_encoding_gaussian_matrix",
+)
 
 # First match wins: how other networks' keys start, and what they are.
 _OTHERS = (
@@ -594,7 +453,7 @@ _OTHERS = (
 )
 
 
-def _family_of(tensors: Mapping[str, Tensor]) -> Family:
+def _family_of(tensors: Mapping[str, object]) -> Family:
     """The family by the way the stages' keys are spelt; refined later."""
     keys = tensors.keys()
     if any(key.startswith("image_encoder.layers.") for key in keys):
@@ -622,13 +481,7 @@ def _family_of(tensors: Mapping[str, Tensor]) -> Family:
     )
 
 
-def _parts(shapes: Mapping[str, Shape]) -> tuple[Part, ...]:
-    """The parts that are there, in the usual order."""
-    there = {part_of(key) for key in shapes}
-    return tuple(part for part in ORDER if part in there and part != "unknown")
-
-
-def _refined(family: Family, parts: tuple[Part, ...], sizes: Architecture | None) -> Family:
+def _refined(family: Family, parts: Sequence[Part], sizes: Architecture | None) -> Family:
     """Tell families of one spelling apart by the parts they hold."""
     if family == "cream" and ("neck" in parts or "head" not in parts or _is_pointwise(sizes)):
         return "tinyvit"
@@ -711,46 +564,23 @@ def _variant(sizes: Architecture | None, is_sam: bool) -> Variant | None:
     return None
 
 
-def _img_size(sizes: Architecture | None, is_sam: bool) -> int:
-    """An image side for sizes of no variant: SAM's usual one, or the last stage in one window."""
-    if is_sam or sizes is None:
-        return 1024
-    return 32 * sizes.window_sizes[-1]
-
-
 def _expected(
     family: Family,
-    parts: tuple[Part, ...],
+    parts: Sequence[Part],
     sizes: Architecture | None,
     found: Mapping[str, Shape],
 ) -> dict[str, Shape]:
     """Canonical key -> shape of everything a complete file of this family and size holds."""
-    layout = LAYOUTS[family]
-    wanted = {*layout.required, *parts}
+    wanted = {*LAYOUTS[family].required, *parts}
     shapes: dict[str, Shape] = {}
     embeddings = ("prompt_encoder.no_mask_embed.weight", "mask_decoder.iou_token.weight")
     width = next((found[key][-1] for key in embeddings if found.get(key)), 256)
     vit_dim = 160
     if sizes is not None:
-        shapes.update(encoder_shapes(sizes, "head" in wanted, "neck" in wanted))
+        shapes.update(encoder_shapes(sizes))
         width = sizes.neck_dim if sizes.neck_dim is not None else width
         vit_dim = sizes.embed_dims[min(2, len(sizes.embed_dims) - 1)]
-    if "prompt_encoder" in wanted:
-        shapes.update(prompt_encoder_shapes(width))
-    if "mask_decoder" in wanted:
-        shapes.update(mask_decoder_shapes(width))
-    if "hq_decoder" in wanted:
-        shapes.update(hq_decoder_shapes(width, vit_dim))
-    return shapes
-
-
-def _is_buffer(key: str) -> bool:
-    """Whether a canonical key is a buffer and no parameter."""
-    return key.endswith(
-        (
-            "running_mean",
-            "running_var",
-            "num_batches_tracked",
-            "positional_encoding_gaussian_matrix",
-        )
-    )
+    if not wanted.isdisjoint(("prompt_encoder", "mask_decoder", "hq_decoder")):
+        shapes.update(sam_shapes(width, vit_dim))
+    groups = group_by_part(shapes)
+    return {key: shapes[key] for part in groups if part in wanted for key in groups[part]}

@@ -1,21 +1,22 @@
-"""Whose file holds what: one row for each family of checkpoint files, and the parts of a model.
+"""Whose files hold what: one row for each family of checkpoint files, and its names of tensors.
 
-Plain data and one function. *Canonical* keys are those of ``tinyvit.modules.TinyViT`` for the
-encoder (``patch_embed``, ``layers``, ``norm_head``, ``head``, ``neck``, without a prefix) and those
-of Segment Anything for the rest (``prompt_encoder``, ``mask_decoder``). A family's row says how its
-own files differ from that. Nothing here knows tensors or files.
+*Canonical* keys are those of ``tinyvit.modules.TinyViT`` for the encoder (``patch_embed``,
+``layers``, ``norm_head``, ``head``, ``neck``, without a prefix) and those of Segment Anything for
+the rest (``prompt_encoder``, ``mask_decoder``). A row says how a family's own files differ.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, TypeAlias, TypeVar, get_args
 
 from tinyvit.catalog import Family
 from tinyvit.errors import CheckpointError
+
+T = TypeVar("T")
 
 Part: TypeAlias = Literal[
     "trunk",
@@ -30,17 +31,7 @@ Part: TypeAlias = Literal[
 ]
 """A part of a model that a file holds or lacks as a whole."""
 
-ORDER: tuple[Part, ...] = (
-    "trunk",
-    "head",
-    "neck",
-    "prompt_encoder",
-    "mask_decoder",
-    "hq_decoder",
-    "decoder_state",
-    "bias_indices",
-    "unknown",
-)
+ORDER: tuple[Part, ...] = get_args(Part)
 """The order in which parts are reported."""
 
 
@@ -145,13 +136,7 @@ _PREFIXES: tuple[tuple[str, Part], ...] = (
 
 
 def part_of(key: str) -> Part:
-    """Return the part of a model that a canonical key belongs to.
-
-    Args:
-        key: A canonical key, for example ``"neck.0.weight"``.
-
-    Returns:
-        Its part; ``"unknown"`` for a key of no TinyViT model.
+    """The part of a model that a canonical key belongs to; "unknown" for a key of no TinyViT.
 
     Example:
         >>> part_of("mask_decoder.hf_token.weight")
@@ -162,17 +147,19 @@ def part_of(key: str) -> Part:
     return next((part for prefix, part in _PREFIXES if key.startswith(prefix)), "unknown")
 
 
+def group_by_part(keys: Iterable[str]) -> dict[Part, list[str]]:
+    """The canonical keys of each part that is there, in the usual order of parts."""
+    groups: dict[Part, list[str]] = {part: [] for part in ORDER}
+    for key in keys:
+        groups[part_of(key)].append(key)
+    return {part: found for part, found in groups.items() if found}
+
+
 def get_layout(family: str) -> Layout:
-    """Return the row of a family.
-
-    Args:
-        family: Name of a family.
-
-    Returns:
-        Its layout.
+    """The row of a family.
 
     Raises:
-        CheckpointError: If there is no family of that name; the text lists all.
+        CheckpointError: There is no family of that name; the text lists all.
     """
     for name, layout in LAYOUTS.items():
         if name == family:
@@ -181,11 +168,6 @@ def get_layout(family: str) -> Layout:
         f"unknown checkpoint family {family!r}; choose one of {', '.join(LAYOUTS)}"
     )
 
-
-pass
-
-
-T = TypeVar("T")
 
 # timm's spelling, canonical spelling; both start a key.
 _TIMM_PREFIXES = (
@@ -211,18 +193,19 @@ def to_canonical(state: Mapping[str, T], family: str) -> dict[str, T]:
         A new dict in the same order.
 
     Raises:
-        CheckpointError: If the family is unknown, or two keys would get the same name.
+        CheckpointError: The family is unknown, or two keys would get the same name.
 
     Example:
         >>> to_canonical({"stages.1.downsample.conv1.conv.weight": 0}, "timm")
         {'layers.0.downsample.conv1.c.weight': 0}
     """
-    get_layout(family)
+    layout = get_layout(family)
     renamed: dict[str, T] = {}
     for key, value in state.items():
-        new = key_to_canonical(key, family)
-        if part_of(new) == "bias_indices":
+        if key.endswith(".attention_bias_idxs"):
             continue
+        is_timm = layout.naming == "timm"
+        new = _from_timm(key) if is_timm else key.removeprefix(layout.prefix)
         if new in renamed:
             raise CheckpointError(
                 f"two tensors of this {family} file would both be called {new!r}; "
@@ -243,8 +226,8 @@ def from_canonical(state: Mapping[str, T], family: str) -> dict[str, T]:
         A new dict in the same order.
 
     Raises:
-        CheckpointError: If the family is unknown, or has no place for some of the keys (all of
-            them are named).
+        CheckpointError: The family is unknown, or has no place for some of the keys (all of them
+            are named).
 
     Example:
         >>> from_canonical({"norm_head.bias": 0}, "mobile_sam")
@@ -257,42 +240,11 @@ def from_canonical(state: Mapping[str, T], family: str) -> dict[str, T]:
             f"a {family} file has no place for {len(homeless)} of these tensors: "
             f"{', '.join(homeless)}; leave them out first"
         )
-    return {key_from_canonical(key, family): value for key, value in state.items()}
+    return {key_from_canonical(key, layout): value for key, value in state.items()}
 
 
-def key_to_canonical(key: str, family: str) -> str:
-    """Return the canonical name of one key of a family's file.
-
-    Args:
-        key: The key as it stands in the file.
-        family: The family's name.
-
-    Returns:
-        The canonical key.
-
-    Raises:
-        CheckpointError: If the family is unknown.
-    """
-    layout = get_layout(family)
-    if layout.naming == "timm":
-        return _from_timm(key)
-    return key.removeprefix(layout.prefix)
-
-
-def key_from_canonical(key: str, family: str) -> str:
-    """Return the name a canonical key has in a family's file.
-
-    Args:
-        key: The canonical key.
-        family: The family's name.
-
-    Returns:
-        The family's key.
-
-    Raises:
-        CheckpointError: If the family is unknown.
-    """
-    layout = get_layout(family)
+def key_from_canonical(key: str, layout: Layout) -> str:
+    """The name that a canonical key has in a family's files."""
     if layout.naming == "timm":
         return _to_timm(key)
     is_encoder = part_of(key) in ("trunk", "head", "neck", "bias_indices")
@@ -300,19 +252,18 @@ def key_from_canonical(key: str, family: str) -> str:
 
 
 def _from_timm(key: str) -> str:
-    """Canonical key of timm's key: a stage's downsample moves to the end of the stage before."""
+    """Timm has a stage's downsample in the stage after, and spells ``.c.`` as ``.conv.``."""
     for theirs, ours in _TIMM_PREFIXES:
         if key.startswith(theirs):
-            return _with_short_conv(ours + key.removeprefix(theirs))
+            return (ours + key.removeprefix(theirs)).replace(".conv.", ".c.")
     match = _STAGE.match(key)
     if match is None or match[1] != "stages":
         return key
     stage = int(match[2]) - (1 if match[3] else 0)
-    return _with_short_conv(f"layers.{stage}.{match[3] or ''}{match[4]}")
+    return f"layers.{stage}.{match[3] or ''}{match[4]}".replace(".conv.", ".c.")
 
 
 def _to_timm(key: str) -> str:
-    """Name of a canonical key in timm's files."""
     for theirs, ours in _TIMM_PREFIXES:
         if key.startswith(ours):
             return (theirs + key.removeprefix(ours)).replace(".c.", ".conv.")
@@ -321,8 +272,3 @@ def _to_timm(key: str) -> str:
         return key
     stage = int(match[2]) + (1 if match[3] else 0)
     return f"stages.{stage}.{match[3] or ''}{match[4]}".replace(".c.", ".conv.")
-
-
-def _with_short_conv(key: str) -> str:
-    """``….conv.weight`` -> ``….c.weight``: the convolution of a Conv2d_BN."""
-    return key.replace(".conv.", ".c.")

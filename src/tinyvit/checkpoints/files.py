@@ -34,26 +34,35 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CLASSES = "tinyvit.classes"
-"""A list of names, in the order of the classes' numbers."""
+"""Entry of a safetensors header: a list of names, in the order of the classes' numbers."""
 
 IMAGE_SPEC = "tinyvit.image_spec"
-"""The object of ``ImageSpec.to_dict``."""
+"""Entry of a safetensors header: the object of ``ImageSpec.to_dict``."""
+
+THRESHOLDS = "tinyvit.thresholds"
+"""Entry of a safetensors header: an object with some of ``THRESHOLD_NAMES``."""
+
+THRESHOLD_NAMES = (
+    "mask_threshold",
+    "pred_iou_thresh",
+    "stability_score_thresh",
+    "stability_score_offset",
+)
 
 
 def header_for(
-    image_spec: ImageSpec | None = None, classes: Sequence[str] | None = None
+    image_spec: ImageSpec | None = None,
+    classes: Sequence[str] | None = None,
+    thresholds: Mapping[str, float] | None = None,
 ) -> dict[str, str]:
-    """Entries for a file to be written.
-
-    Args:
-        image_spec: How images are prepared for the model.
-        classes: Names of the classes, in the order of their numbers.
-    """
+    """Entries of a safetensors header for what belongs to weights; nothing for None or nothing."""
     header = {}
     if image_spec is not None:
         header[IMAGE_SPEC] = json.dumps(image_spec.to_dict())
     if classes is not None:
         header[CLASSES] = json.dumps(list(classes), ensure_ascii=False)
+    if thresholds:
+        header[THRESHOLDS] = json.dumps(check_thresholds(thresholds))
     return header
 
 
@@ -71,17 +80,13 @@ def image_spec_in(
 ) -> ImageSpec | None:
     """How images are prepared for the model, where the header says so.
 
-    Args:
-        header: Texts of a header.
-        path: The file, for the words of an error.
-
     Raises:
-        CheckpointError: The entry is damaged.
+        CheckpointError: The entry is damaged; ``path`` is named.
     """
     if IMAGE_SPEC not in header:
         return None
     try:
-        return ImageSpec.from_dict(json.loads(header[IMAGE_SPEC]))
+        return ImageSpec.from_dict(_entry(header, IMAGE_SPEC, path))
     except (ValueError, TypeError, AttributeError) as err:
         raise CheckpointError(f"{path}: {IMAGE_SPEC} in the header is damaged: {err}") from err
 
@@ -89,24 +94,52 @@ def image_spec_in(
 def classes_in(
     header: Mapping[str, str], path: str | os.PathLike[str] = "the file"
 ) -> tuple[str, ...] | None:
-    """Names of the classes, where the header has them.
-
-    Args:
-        header: Texts of a header.
-        path: The file, for the words of an error.
-
-    Raises:
-        CheckpointError: The entry is damaged.
-    """
+    """Names of the classes, where the header has them; errors as ``image_spec_in``'s."""
     if CLASSES not in header:
         return None
-    try:
-        names = json.loads(header[CLASSES])
-    except ValueError as err:
-        raise CheckpointError(f"{path}: {CLASSES} in the header is damaged: {err}") from err
+    names = _entry(header, CLASSES, path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{path}: {CLASSES} in the header must be a JSON list of names")
     return tuple(names)
+
+
+def thresholds_in(
+    header: Mapping[str, str], path: str | os.PathLike[str] = "the file"
+) -> dict[str, float]:
+    """Thresholds of the masks, where the header has some; errors as ``image_spec_in``'s."""
+    if THRESHOLDS not in header:
+        return {}
+    try:
+        return check_thresholds(_entry(header, THRESHOLDS, path))
+    except ValueError as err:
+        raise CheckpointError(f"{path}: {THRESHOLDS} in the header is damaged: {err}") from err
+
+
+def check_thresholds(thresholds: object) -> dict[str, float]:
+    """Thresholds as plain data.
+
+    Raises:
+        ValueError: They are no object of known names and finite numbers.
+    """
+    if not isinstance(thresholds, Mapping):
+        raise ValueError(f"thresholds must be an object of numbers, got {thresholds!r}")
+    for name, value in thresholds.items():
+        if name not in THRESHOLD_NAMES:
+            raise ValueError(f"unknown threshold {name!r}; there are {', '.join(THRESHOLD_NAMES)}")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
+            raise ValueError(f"threshold {name} must be a finite number, got {value!r}")
+    return {name: float(value) for name, value in thresholds.items()}
+
+
+def _entry(header: Mapping[str, str], name: str, path: str | os.PathLike[str]) -> Any:
+    try:
+        return json.loads(header[name])
+    except ValueError as err:
+        raise CheckpointError(f"{path}: {name} in the header is damaged: {err}") from err
 
 
 Kind: TypeAlias = Literal["safetensors", "torch zip", "torch legacy"]
@@ -388,6 +421,46 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateFile:
         raise CheckpointError(f"{path} may not be read by this user; change its rights") from err
     container = f"{kind}, {found.wrapping}" if found.wrapping else kind
     return StateFile(path, found.tensors, container, {}, found.extras, size)
+
+
+_DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
+}  # fmt: skip
+
+
+def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """Read a safetensors file without torch.
+
+    Returns:
+        Key -> array, read-only and backed by the file; bfloat16, which numpy has not, as float32.
+        And the texts in the header.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or no safetensors.
+    """
+    path = Path(path)
+    if (kind := kind_of(path)) != "safetensors":
+        raise CheckpointError(
+            f"{path} is a file of torch.save ({kind}), which only torch can read; convert it with "
+            "'tinyvit convert' where torch is installed"
+        )
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    data = np.memmap(path, dtype=np.uint8, mode="r")[8 + length :]
+    metadata = header.pop("__metadata__", {})
+    arrays: dict[str, NDArray[Any]] = {}
+    for key, row in header.items():
+        if row["dtype"] not in _DTYPES:
+            raise CheckpointError(f"{path}: {key} is of {row['dtype']}, which numpy cannot hold")
+        begin, end = row["data_offsets"]
+        array = np.frombuffer(data[begin:end], dtype=_DTYPES[row["dtype"]])
+        if row["dtype"] == "BF16":  # the upper half of a float32
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        arrays[key] = array.reshape(row["shape"])
+    return arrays, metadata
 
 
 def write_state_dict(

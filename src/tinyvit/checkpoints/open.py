@@ -9,8 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tinyvit.catalog import Checkpoint, get_checkpoint, list_checkpoints
 from tinyvit.errors import CheckpointError
@@ -18,7 +17,10 @@ from tinyvit.errors import CheckpointError
 from .detection import Detection, detect
 from .download import fetch
 from .families import to_canonical
-from .files import read_state_dict
+from .files import read_state_dict, thresholds_in
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Progress = Callable[[int, "int | None"], None]
 
@@ -33,6 +35,7 @@ class OpenedCheckpoint:
         found: What it is.
         tensors: Its tensors under canonical keys.
         metadata: The texts in its header.
+        thresholds: Of the masks of these weights, from the file, then its row.
     """
 
     path: Path
@@ -40,6 +43,7 @@ class OpenedCheckpoint:
     found: Detection
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    thresholds: Mapping[str, float] = field(default_factory=dict)
 
 
 def find_checkpoint(
@@ -54,18 +58,15 @@ def find_checkpoint(
         sha256: Hash that a downloaded file must have.
         progress: Called with (bytes there, bytes in all or None) during a download.
 
-    Returns:
-        (path, row or None).
-
     Raises:
         CheckpointError: Neither a name nor a file.
         DownloadError: The file cannot be fetched.
     """
     text = os.fspath(checkpoint)
+    path = Path(text)
     if text in list_checkpoints():
         row = get_checkpoint(text)
         return fetch(row, sha256=sha256, progress=progress), row
-    path = Path(text)
     if path.is_dir() and (path / "config.json").is_file():
         raise CheckpointError(
             f"{path} is a folder written by save_pretrained; load it with "
@@ -89,26 +90,33 @@ def open_checkpoint(
     """
     path, row = find_checkpoint(checkpoint, sha256, progress)
     file = read_state_dict(path)
+    thresholds = {**(row.thresholds if row else {}), **thresholds_in(file.metadata, path)}
     found = detect(file.tensors, filename=path.name, metadata=file.metadata)
-    problems = list_keys("missing", found.missing) + list_keys("unexpected", found.unexpected)
-    problems += [
-        f"{key} has shape {list(came)} instead of {list(wanted)}"
-        for key, (wanted, came) in found.wrong_shapes.items()
-    ]
-    if problems:
+    if problems := misfits(found.missing, found.unexpected, found.wrong_shapes):
         raise CheckpointError(
             f"{path} looks like {found.family}, but does not add up: {'; '.join(problems)}"
         )
-    if not found.has_encoder:
+    if "trunk" not in found.parts:
         raise CheckpointError(
             f"{path} holds no image encoder ({found.family}: {', '.join(found.parts)}); "
             f"give the file with the encoder"
         )
-    return OpenedCheckpoint(
-        path, row, found, to_canonical(file.tensors, found.family), file.metadata
-    )
+    tensors = to_canonical(file.tensors, found.family)
+    return OpenedCheckpoint(path, row, found, tensors, file.metadata, thresholds)
 
 
-def list_keys(what: str, keys: Sequence[str]) -> list[str]:
-    """``["2 missing: a, b"]``, or nothing for no keys."""
-    return [f"{len(keys)} {what}: {', '.join(keys)}"] if keys else []
+def misfits(
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    wrong_shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]],
+) -> list[str]:
+    """In words what keeps tensors from being a model's; ``wrong_shapes`` are (wanted, found)."""
+    problems = [
+        f"{len(keys)} {what}: {', '.join(keys)}"
+        for what, keys in (("missing", missing), ("unexpected", unexpected))
+        if keys
+    ]
+    return problems + [
+        f"{key} has shape {list(found)} instead of {list(wanted)}"
+        for key, (wanted, found) in wrong_shapes.items()
+    ]

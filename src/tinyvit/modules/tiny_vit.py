@@ -294,12 +294,16 @@ class TinyViT(nn.Module):
 
     Attributes:
         image_spec: How images are prepared for these weights; None for a model built by hand.
+        thresholds: Of the masks of the mask decoder that belongs to these weights, as their file
+            states them; a subset of mask_threshold, pred_iou_thresh, stability_score_thresh and
+            stability_score_offset.
 
     Raises:
         ValueError: Arguments that contradict each other; the message names both.
     """
 
     image_spec: ImageSpec | None
+    thresholds: dict[str, float]
 
     def __init__(
         self,
@@ -325,6 +329,7 @@ class TinyViT(nn.Module):
     ) -> None:
         super().__init__()
         self.image_spec = None
+        self.thresholds = {}
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.embed_dims = tuple(embed_dims)

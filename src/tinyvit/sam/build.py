@@ -19,7 +19,7 @@ from torch import nn
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT, VARIANTS, get_checkpoint, get_variant
 from tinyvit.checkpoints.families import ORDER
-from tinyvit.checkpoints.open import OpenedCheckpoint, open_checkpoint
+from tinyvit.checkpoints.open import OpenedCheckpoint, misfits, open_checkpoint
 from tinyvit.errors import CheckpointError
 from tinyvit.factory import create_model
 from tinyvit.image_spec import ImageSpec
@@ -92,6 +92,7 @@ def build_sam(
     sam = _assemble(encoder, is_hq)
     if opened is not None:
         _fill_heads(sam, opened)
+        sam.thresholds = dict(opened.thresholds)
     return sam.eval()
 
 
@@ -146,17 +147,12 @@ def _fill_heads(sam: Sam, opened: OpenedCheckpoint) -> None:
     state = {key: value for key, value in opened.tensors.items() if key.startswith(prefixes)}
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
-    problems = [
-        f"{len(keys)} {what}: {', '.join(keys)}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected))
-        if keys
-    ]
-    problems += [
-        f"{key} has shape {list(value.shape)} in the file and {list(own[key].shape)} in the model"
+    wrong = {
+        key: (own[key].shape, value.shape)
         for key, value in state.items()
         if key in own and value.shape != own[key].shape
-    ]
-    if problems:
+    }
+    if problems := misfits(missing, unexpected, wrong):
         raise CheckpointError(
             f"{opened.path} ({opened.found.family}) does not fit the heads of a SAM of width "
             f"{sam.prompt_encoder.embed_dim}: {'; '.join(problems)}"

@@ -78,10 +78,13 @@ class Sam(nn.Module):
     Attributes:
         mask_threshold: Logits above it are mask.
         image_format: The order of an image's channels.
+        thresholds: Of these weights' masks, as their file states them: a subset of mask_threshold,
+            pred_iou_thresh, stability_score_thresh and stability_score_offset.
     """
 
     mask_threshold: float = 0.0
     image_format: str = "RGB"
+    thresholds: dict[str, float]
     image_encoder: TinyViT
     prompt_encoder: PromptEncoder
     mask_decoder: MaskDecoder
@@ -97,6 +100,7 @@ class Sam(nn.Module):
         pixel_std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         super().__init__()
+        self.thresholds = {}
         self.image_encoder = image_encoder
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder

@@ -32,9 +32,8 @@ class PositionEmbeddingRandom(nn.Module):
     def __init__(self, num_pos_feats: int = 64, scale: float | None = None) -> None:
         super().__init__()
         scale = 1.0 if scale is None or scale <= 0.0 else scale
-        self.register_buffer(
-            "positional_encoding_gaussian_matrix", scale * torch.randn(2, num_pos_feats)
-        )
+        frequencies = nn.init.normal_(torch.empty(2, num_pos_feats), std=scale)
+        self.register_buffer("positional_encoding_gaussian_matrix", frequencies)
 
     def forward(self, size: tuple[int, int], frame: tuple[int, int] | None = None) -> Tensor:
         """Positions of the centres of a grid's cells.

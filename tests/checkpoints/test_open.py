@@ -5,7 +5,7 @@ import torch
 
 from tinyvit.catalog import get_checkpoint
 from tinyvit.checkpoints.files import write_state_dict
-from tinyvit.checkpoints.open import find_checkpoint, list_keys, open_checkpoint
+from tinyvit.checkpoints.open import find_checkpoint, misfits, open_checkpoint
 from tinyvit.errors import CheckpointError
 
 
@@ -56,6 +56,11 @@ def test_a_folder_of_save_pretrained_says_how_to_load_it(tmp_path):
         find_checkpoint(tmp_path)
 
 
-def test_keys_in_words():
-    assert list_keys("missing", ["a", "b"]) == ["2 missing: a, b"]
-    assert list_keys("missing", []) == []
+def test_what_does_not_fit_in_words():
+    wrong = {"d": ((1, 2), (3,))}
+    assert misfits(["a", "b"], ["c"], wrong) == [
+        "2 missing: a, b",
+        "1 unexpected: c",
+        "d has shape [3] instead of [1, 2]",
+    ]
+    assert misfits([], [], {}) == []
