@@ -1,51 +1,246 @@
+"""What ``tinyvit train`` adds to the library: settings put together, the screen, exit codes."""
+
 from __future__ import annotations
 
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
 import pytest
+import typer
 
 from tiny import write_mask_folder, write_tiny_sam
+from tinyvit.cli.console import Console
+from tinyvit.cli.train import TaskVerb, TrainScreen, gather, metrics_text, task_toml, time_text
+from tinyvit.train import Progress, TrainSettings
+from tinyvit.train.tasks.settings import ClassifySettings, SegmentSettings
 
 QUICK = ("--epochs", 1, "--batch-size", 4)
+CLASSIFY = TaskVerb("classify", ClassifySettings, lambda settings: None)
 
 
 @pytest.fixture(autouse=True)
 def allocator(monkeypatch):
-    monkeypatch.setattr("tinyvit.allocator.tune_allocator", lambda: None)
-
-
-@pytest.fixture
-def cells(tmp_path):
-    return write_mask_folder(tmp_path / "cells")
-
-
-@pytest.fixture
-def sam(make_tiny_vit, randomise, tmp_path):
-    return write_tiny_sam(tmp_path / "sam.safetensors")
+    """The allocator of the tests' process stays as it is; how often it would have been tuned."""
+    calls = []
+    monkeypatch.setattr("tinyvit.allocator.tune_allocator", lambda: calls.append(1))
+    return calls
 
 
 @pytest.fixture
 def images(tmp_path, photo):
     for name in ("ant", "bee"):
-        for number in range(3):
+        for number in range(4):
             photo(tmp_path / "pictures" / name / f"{number}.png", 16, 16, number)
     return tmp_path / "pictures"
 
 
-def test_segment(run, cells, sam, tmp_path):
+@pytest.fixture
+def words(images, checkpoints):
+    """Arguments of a run that takes a second."""
+    start = ("--checkpoint", checkpoints / "five.safetensors", "--img-size", 32)
+    return ("train", "classify", images, *start, *QUICK, "--val-part", 0.25)
+
+
+# -- settings put together ---------------------------------------------------------------------
+
+
+def choose(**given):
+    return gather(CLASSIFY, given)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A run's folder as a first call leaves it."""
     folder = tmp_path / "run"
-    words = ("--checkpoint", sam, "--size", 64, "--move", "decoder", "--objects", 1)
-    result = run("train", "segment", cells, "-o", folder, *QUICK, *words, "--json")
+    folder.mkdir()
+    task = choose(folder=str(folder), data=["a"], mixup=0.8, window_sizes=[4, 4, 2, 1]).task
+    (folder / "task.toml").write_text(task_toml(CLASSIFY, task), encoding="utf-8")
+    settings = TrainSettings(str(folder), epochs=3, learning_rate=0.01)
+    (folder / "settings.toml").write_text(settings.to_toml(), encoding="utf-8")
+    return folder
+
+
+def test_options_become_settings():
+    found = choose(folder="run", data=["a"], seed=7, mixup=0.8, resume=None, as_json=True)
+    assert found.loop == TrainSettings("run", seed=7)
+    assert found.task == ClassifySettings("a", mixup=0.8, seed=7)
+    assert (found.resume, found.as_json) == (False, True)
+    assert choose(folder="run", data=["a"], bf16=True).loop.precision == "bf16"
+    assert choose(folder="run", data=["a"], bf16=False).loop.precision == "fp32"
+
+
+def test_options_go_before_a_file(tmp_path):
+    file = tmp_path / "choices.toml"
+    file.write_text('folder = "there"\ndata = "b"\nepochs = 5\nmoving = "head"\nflip = false\n')
+    found = choose(config=str(file), epochs=9, folder="here")
+    assert found.loop == TrainSettings("here", epochs=9, trainable="head")
+    assert found.task == ClassifySettings("b", flip=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("epoch = 3\n", "choices.toml: unknown names epoch; known are accumulate, augment,"),
+        ("bf16 = true\n", "unknown names bf16"),
+        ('mixup = "much"\n', "choices.toml: mixup must be a number, got 'much'"),
+        ("epochs 3\n", "choices.toml is no TOML file: "),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path, text, said):
+    file = tmp_path / "choices.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        choose(config=str(file), folder="run", data=["a"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"data": ["a"]}, "name the folder of the run with -o RUN_FOLDER"),
+        ({"folder": "run"}, "name the data to train on"),
+        ({"folder": "run", "resume": True}, "begun in run"),
+        ({"folder": "run", "data": ["a.tar", "b.tar"]}, "2 places of data were named"),
+    ],
+)
+def test_what_is_missing_is_wrong_usage(given, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(typer.BadParameter, match=said):
+        choose(**given)
+
+
+def test_a_run_is_resumed_by_its_folder_alone(begun):
+    found = choose(folder=str(begun), resume=True, workers=2, data=["moved"])
+    assert found.task == ClassifySettings("moved", mixup=0.8, window_sizes=(4, 4, 2, 1))
+    assert found.loop == TrainSettings(str(begun), epochs=3, learning_rate=0.01, workers=2)
+    assert choose(folder=str(begun), data=["a"]).task == ClassifySettings("a")  # not resumed
+
+
+def test_other_settings_of_the_task_are_refused(begun):
+    with pytest.raises(ValueError, match=r"other settings.*mixup was 0\.8 and is 0\.5"):
+        choose(folder=str(begun), resume=True, mixup=0.5)
+    with pytest.raises(ValueError, match="augment was 'light' and is 'full'"):
+        choose(folder=str(begun), resume=True, augment="full")  # against the default
+    assert choose(folder=str(begun), resume=True, mixup=0.8, augment="light", on_broken="error")
+    with pytest.raises(ValueError, match="holds a run of 'tinyvit train classify', not of segment"):
+        gather(
+            TaskVerb("segment", SegmentSettings, lambda settings: None),
+            {"folder": str(begun), "resume": True},
+        )
+
+
+def test_a_run_folder_of_version_0_1(begun):
+    """Only what was given stood in task.toml, and ``trainable`` was called ``moving``."""
+    (begun / "task.toml").write_text('task = "classify"\ndata = "a"\nmixup = 0.8\n')
+    (begun / "settings.toml").write_text('folder = "x"\nepochs = 3\nseed = 4\nmoving = "head"\n')
+    found = choose(folder=str(begun), resume=True)
+    assert found.loop == TrainSettings(str(begun), epochs=3, seed=4, trainable="head")
+    assert found.task == ClassifySettings("a", mixup=0.8, seed=4)
+
+
+def test_places_that_exist_are_kept_in_full(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "söme \"'").mkdir()
+    task = choose(folder="run", data=["söme \"'"], checkpoint="tinyvit_starter").task
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/task.toml").write_text(task_toml(CLASSIFY, task), encoding="utf-8")
+    found = choose(folder="run", resume=True).task
+    assert (found.data, found.checkpoint) == (str(tmp_path / "söme \"'"), "tinyvit_starter")
+
+
+# -- runs --------------------------------------------------------------------------------------
+
+
+def test_a_run_its_summary_and_its_end(run, words, tmp_path, allocator):
+    folder = tmp_path / "run"
+    result = run(*words, "-o", folder, "--lr", "1e-3", "--warmup", 1, "--json")
+    assert result.code == 0, result.err
+    found = result.json
+    assert (found["task"], found["goal"], found["broken"]) == ("classify", ["top1", "max"], {})
+    assert found["steps"] == found["best_step"] == 2
+    assert found["best"] == found["figures"]["top1"]
+    assert found["best_weights"] == str(folder / "best.safetensors")
+    lines = result.err.splitlines()
+    assert lines[0] == f"classify: 6 samples to train on, in {folder}"
+    assert lines[1].startswith("step 2 of 2 (epoch 1 of 1): top1 ")
+    assert lines[2].startswith("trained classify to step 2 in 0:00:0")
+    assert lines[3].endswith(f" after step 2: {folder / 'best.safetensors'}")
+    assert str(folder / "last.safetensors") in lines[4]
+    assert {path.name for path in folder.iterdir()} == {
+        *("settings.toml", "task.toml", "log.jsonl", "curves.png"),
+        *("state.safetensors", "best.safetensors", "last.safetensors"),
+    }
+    assert len(allocator) == (sys.platform == "linux")
+    again = run(*words, "-o", folder)
+    assert (again.code, len(again.err.splitlines())) == (1, 2)
+    assert f"error: {folder} already holds a run; resume it (--resume)" in again.err
+    resumed = run("train", "classify", "-o", folder, "--resume", "--json", "-q")
+    assert (resumed.code, resumed.err, resumed.json["steps"]) == (0, "", 2)
+    for changed, said in (
+        (("--epochs", 3), "--epochs was 1 and is 3"),
+        (("--mixup", 0.5), "--mixup was 0.0 and is 0.5"),
+    ):
+        refused = run("train", "classify", "-o", folder, "--resume", *changed)
+        assert refused.code == 1
+        assert said in refused.err
+
+
+def test_unreadable_images_are_named_at_the_end(run, words, images, tmp_path):
+    (images / "ant" / "9.png").write_bytes(b"no image")
+    (images / "bee" / "9.png").write_bytes(b"no image")
+    result = run(*words, "-o", tmp_path / "run", "--json", "--epochs", 3)
+    assert result.code == 0
+    assert set(result.json["broken"]) == {"ant/9.png", "bee/9.png"}
+    assert sum(line.startswith("skipped: ") for line in result.err.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--lr", -1), "error: --lr must be above 0, got -1.0"),
+        (("--batch-size", 2, "--accumulate", 3), "error: --accumulate must be at most the batch"),
+        (("--move", "decoder"), "error: --trainable must be one of full, lora, head for this"),
+        (("--val-part", 2), "error: the part to hold out must be above 0 and below 1, got 2.0"),
+        (("--checkpoint", "none.safetensors"), "none.safetensors"),
+    ],
+)
+def test_wrong_settings_are_one_line(run, words, tmp_path, more, said):
+    result = run(*words, "-o", tmp_path / "run", *more)
+    assert result.code == 1
+    assert said in result.err.splitlines()[-1]
+
+
+def test_paths_in_errors_stay_as_they_are(run, tmp_path):
+    result = run("train", "classify", "my  seed=3 .dir", "-o", tmp_path / "run")
+    assert result.code == 1
+    assert "my  seed=3 .dir" in result.err or "my seed=3 .dir" in result.err
+
+
+def test_other_processes_are_silent(run, words, tmp_path, monkeypatch):
+    """One process alone, told that it is the second: it speaks of nothing and writes no summary."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
+    result = run(*words, "-o", tmp_path / "run", "--json")
+    assert (result.code, result.out, result.err) == (0, "", "")
+
+
+def test_segment(run, tmp_path):
+    cells = write_mask_folder(tmp_path / "cells")
+    sam = write_tiny_sam(tmp_path / "sam.safetensors")
+    words = ("--checkpoint", sam, "--size", 64, "--trainable", "decoder", "--objects", 1)
+    result = run("train", "segment", cells, "-o", tmp_path / "run", *QUICK, *words, "--json")
     assert result.code == 0, result.err
     assert result.json["goal"] == ["mean_iou", "max"]
-    assert "iou_1_click" in result.json["figures"]
-    assert "objects = 1\n" in (folder / "task.toml").read_text()
-    found = run(
-        *("evaluate", "segment", cells, "--checkpoint", folder / "best.safetensors"),
-        *("--size", 64, "--clicks", "1", "--most-clicks", 1, "--no-floors"),
-    )
-    assert found.code == 0, found.err
+    assert "objects = 1\n" in (tmp_path / "run" / "task.toml").read_text()
 
 
-def test_segment_from_chance(run, cells, tmp_path, monkeypatch):
+def test_segment_with_new_weights(run, tmp_path, monkeypatch):
     """``--model`` alone names no checkpoint, here seen where the library is called."""
     seen = []
 
@@ -55,111 +250,49 @@ def test_segment_from_chance(run, cells, tmp_path, monkeypatch):
 
     monkeypatch.setattr("tinyvit.train.tasks.segment.make_task", stop)
     for words in (("--model", "tiny_vit_2m_sam"), ()):
-        assert run("train", "segment", cells, "-o", tmp_path / "run", *words, "--seed", 3).code == 1
-    assert [(one.checkpoint, one.model) for one in seen] == [
-        (None, "tiny_vit_2m_sam"),
-        ("tinyvit_starter", None),
+        assert run("train", "segment", "x", "-o", tmp_path / "run", *words, "--seed", 3).code == 1
+    assert [(one.checkpoint, one.model, one.seed) for one in seen] == [
+        (None, "tiny_vit_2m_sam", 3),
+        ("tinyvit_starter", None, 3),
     ]
-    assert seen[0].seed == 3
 
 
 def test_distil_logits(run, images, checkpoints, tmp_path):
-    split = ("--val-part", 0.3)
-    teacher = tmp_path / "teacher" / "best.safetensors"
-    start = ("--checkpoint", checkpoints / "five.safetensors", "--img-size", 32, *split, *QUICK)
-    first = run("train", "classify", images, "-o", teacher.parent, *start)
+    split, teacher = ("--val-part", 0.3), checkpoints / "five.safetensors"
+    start = ("--checkpoint", teacher, "--img-size", 32, *split, *QUICK)
+    first = run("train", "classify", images, "-o", tmp_path / "teacher", *start)
     assert first.code == 0, first.err
-    answers = tmp_path / "answers"
+    predictions = tmp_path / "answers"
     written = run(
-        *("train", "write-logits", images, "--teacher", teacher, "-o", answers, *split),
-        *("--views", 2, "--top-k", 2, "--json"),
+        *("train", "write-logits", images, "--teacher", tmp_path / "teacher/best.safetensors"),
+        *("-o", predictions, *split, "--views", 2, "--top-k", 2, "--json"),
     )
     assert written.code == 0, written.err
-    assert written.json == {"output": str(answers), "pictures": 4, "views": 2, "broken": {}}
     words = ("train", "distill-logits", images, *start)
-    result = run(*words, "--logits", answers, "-o", tmp_path / "run", "--json")
+    result = run(*words, "--logits", predictions, "-o", tmp_path / "run", "--json")
     assert result.code == 0, result.err
     assert result.json["task"] == "distill-logits"
     assert run("train", "distill-logits", "-o", tmp_path / "run", "--resume").code == 0
     missing = run(*words, "-o", tmp_path / "other")
     assert missing.code == 1
-    assert missing.err == "error: name the folder of the teacher's answers with --logits FOLDER\n"
-    other = run(*words, "--logits", answers, "--augment", "none", "-o", tmp_path / "other")
-    assert other.code == 1
-    assert other.err.startswith("error: ")
+    assert missing.err.startswith("error: --logits is missing: Folder of a teacher's predictions")
 
 
-def test_distil_features(run, cells, checkpoints, sam, tmp_path):
-    features, images = tmp_path / "features", cells / "images"
+def test_distil_features(run, checkpoints, tmp_path):
+    images = write_mask_folder(tmp_path / "cells") / "images"
+    sam = write_tiny_sam(tmp_path / "sam.safetensors")
+    features = tmp_path / "features"
     kept = run("train", "store-features", images, "--teacher", sam, "-o", features, "--json")
     assert kept.code == 0, kept.err
-    assert kept.json["pictures"] == 3
-    assert kept.json["shape"][0] == 16
-    student = checkpoints / "encoder.safetensors"
-    side = 16 * kept.json["shape"][1]
-    words = ("train", "distill-features", images, "--checkpoint", student, "--size", side, *QUICK)
-    missing = run(*words, "-o", tmp_path / "run")
-    assert (
-        missing.err == "error: name the folder of the teacher's features with --features FOLDER\n"
-    )
-    result = run(
-        *words, "--features", features, "-o", tmp_path / "run", "--loss", "huber", "--json"
-    )
+    student = ("--checkpoint", checkpoints / "encoder.safetensors")
+    size = ("--size", 16 * kept.json["shape"][1], *QUICK)
+    words = ("train", "distill-features", images, *student, *size, "--features", features)
+    result = run(*words, "-o", tmp_path / "run", "--loss", "huber", "--json")
     assert result.code == 0, result.err
     assert {"cosine", "cosine_floor", "mse"} <= set(result.json["figures"])
-    wanted = run(*words, "--features", features, "-o", tmp_path / "two", "--mask-weight", 1)
+    wanted = run(*words, "-o", tmp_path / "two", "--mask-weight", 1)
     assert wanted.code == 1
-    assert "--mask-weight 1.0 wants the heads of a SAM" in wanted.err
-
-
-@pytest.mark.parametrize(
-    ("prepare", "said"),
-    [
-        ("empty", "has no subfolders with images"),
-        ("missing", "there is no file or folder"),
-        ("one class", "only one class, 'ant'"),
-        ("one image", "nothing can be held out"),
-    ],
-)
-def test_wrong_images_for_a_classifier(run, tmp_path, photo, prepare, said):
-    data = tmp_path / "data"
-    if prepare != "missing":
-        data.mkdir()
-    if prepare == "one image":
-        photo(data / "ant" / "0.png")
-    if prepare == "one class":
-        for number in range(3):
-            photo(data / "ant" / f"{number}.png", seed=number)
-    result = run("train", "classify", data, "-o", tmp_path / "run")
-    assert result.code == 1
-    assert result.err.startswith("error: ")
-    assert said in result.err
-    assert len(result.err.splitlines()) == 1
-    assert not (tmp_path / "run").exists()
-
-
-def test_wrong_masks(run, cells, tmp_path, photo, sam):
-    for path in (cells / "masks").iterdir():
-        path.unlink()
-    result = run("train", "segment", cells, "-o", tmp_path / "run")
-    assert result.code == 1
-    assert len(result.err.splitlines()) == 1
-    assert "no image with a good mask" in result.err or "holds no images" in result.err
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    nothing = run("train", "segment", empty, "-o", tmp_path / "run")
-    assert nothing.code == 1
-    assert "is no data set that is known" in nothing.err
-
-
-def test_one_image_with_a_mask_is_warned_of(run, cells, tmp_path, sam):
-    for number in (1, 2):
-        (cells / "images" / f"{number}.png").unlink()
-        (cells / "masks" / f"{number}.png").unlink()
-    words = ("--checkpoint", sam, "--size", 64, "--move", "decoder")
-    result = run("train", "segment", cells, "-o", tmp_path / "run", *QUICK, *words)
-    assert result.code == 0, result.err
-    assert f"warning: {cells} has only one image" in result.err
+    assert "error: --mask-weight must be 0 without a SAM" in wanted.err
 
 
 @pytest.mark.parametrize(
@@ -168,8 +301,7 @@ def test_one_image_with_a_mask_is_warned_of(run, cells, tmp_path, sam):
         (("classify", "a", "-o", "x", "--augment", "much"), "'much' is not one of 'none', 'light'"),
         (("classify", "a", "-o", "x", "--move", "all"), "'all' is not one of 'full', 'decoder'"),
         (("classify", "a"), "name the folder of the run with -o"),
-        (("classify", "a", "b", "-o", "x"), "2 places of data were named"),
-        (("segment", "-o", "x"), "name the data to learn from"),
+        (("segment", "-o", "x"), "name the data to train on"),
         (("segment", "a", "-o", "x", "--mixup", "1"), "No such option"),
         (("everything", "a"), "No such command 'everything'"),
     ],
@@ -179,3 +311,120 @@ def test_wrong_usage_is_exit_code_2(run, words, said, tmp_path, monkeypatch):
     result = run("train", *words)
     assert result.code == 2
     assert said in " ".join(result.err.split())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are another thing there")
+def test_ctrl_c_saves_and_says_how_to_resume(words, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "tinyvit", *words, "-o", folder, "--epochs", 4000]
+    job = subprocess.Popen(
+        [str(word) for word in command],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 60
+    while not (folder / "state.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    job.send_signal(signal.SIGINT)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 130
+    lines = err.splitlines()
+    assert re.fullmatch(rf"stopped after step \d+ of 8000, with its state in {folder}", lines[-3])
+    assert lines[-2:] == [
+        f"go on with: tinyvit train classify -o {folder} --resume",
+        "interrupted",
+    ]
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_two_processes_by_torchrun(words, tmp_path):
+    torch = pytest.importorskip("torch")
+    if not torch.distributed.is_available():
+        pytest.skip("torch without distributed")
+    outputs = []
+    launch = ("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "tinyvit")
+    for start, name in ((launch, "two"), (("tinyvit",), "one")):
+        command = [sys.executable, "-m", *start, *words, "-o", tmp_path / name, "--json"]
+        done = subprocess.run(
+            [str(word) for word in (*command, "--device", "cpu", "--batch-stats", "frozen")],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.stderr.count("samples to train on") == 1  # one process speaks
+        outputs.append(json.loads(done.stdout))  # and one answers
+    two, one = outputs
+    assert two["steps"] == one["steps"] == 2
+    # the same batches: what differs is the order of sums in float32
+    assert two["figures"]["loss"] == pytest.approx(one["figures"]["loss"], rel=1e-3)
+
+
+# -- the screen --------------------------------------------------------------------------------
+
+BEGUN = Progress("train", 0, 20, 1, 2, None, 1e-3, 0.0, None, {})
+STEP = replace(BEGUN, step=10, loss=0.51234, images_per_second=25.04, seconds_left=133.2)
+VALIDATED = replace(STEP, figures={"top1": 0.98765, "loss": 0.2})
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def shown(capsys, *reports, is_quiet=False):
+    with TrainScreen(Console(is_quiet=is_quiet)) as screen:
+        for progress in reports:
+            screen(progress)
+    return capsys.readouterr().err
+
+
+def test_a_validation_is_one_line(capsys):
+    validating = replace(STEP, phase="validate")
+    assert shown(capsys, BEGUN, STEP, validating, VALIDATED, VALIDATED) == (
+        "step 10 of 20 (epoch 1 of 2): top1 0.9877, loss 0.2000; training loss 0.5123, "
+        "25.0 images/s, 0:02:13 left\n"
+    )
+    first = shown(capsys, replace(BEGUN, phase="validate"), replace(BEGUN, figures={"top1": 0.1}))
+    assert first == "step 0 of 20: top1 0.1000; training not begun\n"
+    end = replace(VALIDATED, step=20)
+    last = shown(capsys, replace(end, phase="validate"), replace(end, phase="done"))
+    assert last.endswith("25.0 images/s\n")
+
+
+def test_a_line_a_minute_where_nobody_looks(capsys, monkeypatch):
+    clock = iter([0.0, 30.0, 61.0, 61.0, 62.0])
+    monkeypatch.setattr("tinyvit.cli.train.monotonic", lambda: next(clock))
+    lines = shown(capsys, *(replace(STEP, step=step) for step in (1, 2, 3)))
+    assert re.findall(r"^step (\d+) of", lines, re.MULTILINE) == ["2"]
+
+
+def test_words_are_told_and_quiet_is_quiet(capsys):
+    broken = replace(BEGUN, words="a state was broken")
+    assert shown(capsys, broken) == "a state was broken\n"
+    assert shown(capsys, replace(broken, phase="validate"), VALIDATED, is_quiet=True) == ""
+
+
+@pytest.mark.parametrize("is_quiet", [False, True])
+def test_a_bar_on_a_terminal(monkeypatch, is_quiet):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    with TrainScreen(Console(is_quiet=is_quiet)) as screen:
+        for progress in (STEP, replace(STEP, phase="validate"), VALIDATED):
+            screen(progress)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    if is_quiet:
+        assert text == ""
+        return
+    assert "10 of 20 loss 0.5123, 25.0 images/s, 0:02:13 left" in text
+    assert "step 10 of 20 (epoch 1 of 2): top1 0.9877" in text  # stays above the bar
+
+
+def test_texts():
+    assert metrics_text({}) == "not validated"
+    assert metrics_text({"a": 1, "b": 0.25}) == "a 1.0000, b 0.2500"
+    assert time_text(3725.4) == "1:02:05"

@@ -227,7 +227,7 @@ def test_what_does_not_go_together_is_said(images):
     student.image_spec = ImageSpec.sam((32, 64))
     with pytest.raises(ValueError, match=r"student \(32, 64\) and teacher \(32, 32\)"):
         make_task(student, store, images)
-    with pytest.raises(ValueError, match="wants the heads of a SAM; give sam"):
+    with pytest.raises(ValueError, match="mask_weight must be 0 without a SAM"):
         make_task(tiny(), store, images, DistillFeaturesSettings(mask_weight=1.0))
     other = store_features(open_teacher(tiny(neck_dim=4), device="cpu"), images, images / "other")
     with pytest.raises(ValueError, match="16 channels, but the teacher's have 4"):

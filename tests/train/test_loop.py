@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
-from tinyvit.checkpoints import files
 from tinyvit.checkpoints.files import read_state_dict
 from tinyvit.errors import CheckpointError
 from tinyvit.modules import TinyViT
@@ -108,7 +108,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(settings):
         if progress.step == 2:
             interrupt()
 
-    words = r"stopped after step 3 of 6; the state is in .*run: go on with resume"
+    words = r"stopped after step 3 of 6, with its state in .*run; resume it"
     with pytest.raises(KeyboardInterrupt, match=words):
         train(ToyTask(), replace(settings, validate_every=6), report=press)
     assert read_state(Path(settings.folder)).facts["tally"]["step"] == 3
@@ -116,9 +116,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(settings):
 
 def test_two_runs_are_not_mixed(settings):
     train(ToyTask(), replace(settings, steps=1))
-    with pytest.raises(CheckpointError, match="already holds a run; go on with it by resume"):
+    with pytest.raises(CheckpointError, match="already holds a run; resume it"):
         train(ToyTask(), settings)
-    words = "with other choices.*steps was 1 and is None; seed was 0 and is 5"
+    words = "with other settings.*steps was 1 and is None; seed was 0 and is 5"
     with pytest.raises(ValueError, match=words):
         train(ToyTask(), replace(settings, seed=5), resume=True)
     words = "the number of samples was 22 and is 9"
@@ -158,11 +158,11 @@ def test_an_infinite_gradient_of_a_finite_loss_stops_too(settings):
 
 
 def test_a_full_disk_leaves_the_state_before(settings, monkeypatch):
-    real = files.save_file
+    real = safetensors.torch.save_file
 
     def fill(progress):
         if progress.step == 3:
-            monkeypatch.setattr(files, "save_file", full)
+            monkeypatch.setattr("safetensors.torch.save_file", full)
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_the_state_before(settings, monkeypatch):
     settings = replace(settings, save_every=1, validate_every=6)
     with pytest.raises(CheckpointError, match=r"state could not be saved.*No space.*resume"):
         train(ToyTask(), settings, report=fill)
-    monkeypatch.setattr(files, "save_file", real)
+    monkeypatch.setattr("safetensors.torch.save_file", real)
     assert read_state(Path(settings.folder)).facts["tally"]["step"] == 3
     assert train(ToyTask(), settings, resume=True).steps == 6
 

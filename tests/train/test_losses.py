@@ -130,7 +130,7 @@ def test_equal_maps_cost_nothing_and_half_precision_is_computed_in_float32(kind)
 def test_wrong_shapes_and_names_are_said():
     with pytest.raises(ValueError, match=r"\[1, 4, 2, 2\] and \[1, 4, 2, 3\]; bring them together"):
         feature_loss(maps(0, 1, 4, 2, 2), maps(0, 1, 4, 2, 3))
-    with pytest.raises(ValueError, match="mse, cosine, huber; got 'l1'"):
+    with pytest.raises(ValueError, match="mse, huber, cosine; got 'l1'"):
         feature_loss(maps(0, 1, 4, 2, 2), maps(0, 1, 4, 2, 2), "l1")
 
 

@@ -27,7 +27,7 @@ def test_without_a_rise_and_with_nothing_else():
     assert Schedule(2.0, 4)(0) == pytest.approx(2.0 * 0.5 * (1 + math.cos(math.pi / 4)))
     assert Schedule(2.0, 4)(3) == pytest.approx(0)
     assert [Schedule(2.0, 2, 2)(step) for step in range(2)] == [1.0, 2.0]
-    with pytest.raises(ValueError, match="warmup_steps=5 is more than the 4 steps"):
+    with pytest.raises(ValueError, match="warmup_steps must be at most the 4 steps"):
         Schedule(1.0, 4, 5)
 
 
@@ -124,10 +124,10 @@ class TestMuon:
         torch.testing.assert_close(bias - layer.bias.detach(), torch.full((64,), 0.01))
 
     def test_nothing_for_it(self):
-        with pytest.raises(ValueError, match="matrices of linear layers, and none of them moves"):
+        with pytest.raises(ValueError, match="adamw where no linear layer is trained"):
             make_optimiser(nn.Conv2d(3, 4, 3), TrainSettings(folder="x", optimiser="muon"))
 
     def test_a_torch_without_it(self, monkeypatch):
         monkeypatch.delattr(torch.optim, "Muon")
-        with pytest.raises(ValueError, match=r"Muon is in torch 2\.9 and later"):
+        with pytest.raises(ValueError, match=r"Muon is in 2.9 and later"):
             make_optimiser(nn.Linear(8, 8), TrainSettings(folder="x", optimiser="muon"))

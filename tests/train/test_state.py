@@ -94,7 +94,7 @@ def test_a_full_disk_leaves_the_state_before(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     words = (
         r"could not be saved, and the state before it, .*state.safetensors, is whole: .*No space"
     )

@@ -75,7 +75,7 @@ def _failed(err: Exception, own: Console) -> typer.Exit:
     text = str(err) or type(err).__name__
     if isinstance(err, OSError) and err.strerror:
         text = f"{err.filename}: {err.strerror}" if err.filename else err.strerror
-    text = _translated(text)
+    text = translated(text)
     complain(f"error: {' '.join(text.split()) if own.is_debug else one_line(text)}")
     try:
         sys.stdout.flush()
@@ -84,7 +84,8 @@ def _failed(err: Exception, own: Console) -> typer.Exit:
     return typer.Exit(FAILED)
 
 
-def _translated(text: str) -> str:
+def translated(text: str) -> str:
+    """The text with what it tells a programmer put as the command line has it."""
     for words, meaning in WORDS.items():
         text = text.replace(words, meaning)
     return text
@@ -102,7 +103,7 @@ def _warnings_as_lines() -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        complain(f"warning: {one_line(_translated(str(message)))}")
+        complain(f"warning: {one_line(translated(str(message)))}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)

@@ -25,7 +25,7 @@ from .arguments import (
     parse_precision,
 )
 from .console import Console, counted
-from .settings_options import Row
+from .settings_options import one_of
 
 if TYPE_CHECKING:
     from tinyvit.evaluate.classify import ClassifyReport, LabelledImages
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "torch", "openvino", "onnx")
 
-parse_backend = Row("backend", "text", "", words=BACKENDS).parse
+parse_backend = one_of(BACKENDS)
 
 SAM_HELP = "A name of 'tinyvit models', or a file with a whole SAM."
 

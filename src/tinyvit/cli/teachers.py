@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from tinyvit.cli import console
+from tinyvit.train.settings import Strength
 
 from .arguments import Device, Json, matching_checkpoints
 from .console import Console, Update, counted
-from .settings_options import Row
+from .settings_options import one_of
 
 LOGITS_EXAMPLES = (
     "tinyvit train write-logits photos --teacher teacher.safetensors -o answers",
@@ -27,8 +28,6 @@ FEATURES_EXAMPLES = (
     "tinyvit train store-features photos --teacher mobile_sam -o features",
     "tinyvit train store-features photos --teacher big.onnx --teacher-size 1024 -o features",
 )
-
-_STRENGTH = Row("augment", "text", "", words=("none", "light", "full"))
 
 Data = Annotated[
     str, typer.Argument(metavar="DATA", help="Labelled images, as 'tinyvit train classify' has.")
@@ -63,7 +62,7 @@ Augment = Annotated[
     typer.Option(
         "--augment",
         metavar="[none|light|full]",
-        parser=_STRENGTH.parse,
+        parser=one_of(get_args(Strength)),
         help="Chance that makes the views, as in 'tinyvit train classify'.",
     ),
 ]

@@ -49,7 +49,7 @@ from .run_folder import (
     unpack,
     write_state,
 )
-from .settings import BatchStats, TrainSettings
+from .settings import BatchStats, ChangedSettingsError, TrainSettings
 from .task import Batch, Goal, Task
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -411,20 +411,16 @@ class _Run(Generic[Sample]):
             return None
         if not resume:
             raise CheckpointError(
-                f"{self.folder} already holds a run; go on with it by resume, or choose another "
-                "folder"
+                f"{self.folder} already holds a run; resume it (--resume), or choose another folder"
             )
         saved = cast("dict[str, object]", state.facts["settings"])
         before = TrainSettings.from_mapping(saved, str(state.path))
-        against = self.settings.differences(before)
+        changes = self.settings.changes(before)
         for name, now in self._facts_of_task().items():
             if state.facts[name] != now:
-                against.append(f"the {name} was {state.facts[name]!r} and is {now!r}")
-        if against:
-            raise ValueError(
-                f"{state.path} is of a run with other choices, and going on would not give its "
-                f"numbers: {'; '.join(against)}. Set them as they were, or start in another folder"
-            )
+                changes.append((f"the {name}", state.facts[name], now))
+        if changes:
+            raise ChangedSettingsError(str(state.path), changes)
         return state
 
     def _facts_of_task(self) -> Facts:
@@ -459,8 +455,8 @@ class _Run(Generic[Sample]):
             self._after_step(should_stop)
             if should_stop:
                 raise KeyboardInterrupt(
-                    f"stopped after step {self.tally.step} of {self.steps}; the state is in "
-                    f"{self.folder}: go on with resume"
+                    f"stopped after step {self.tally.step} of {self.steps}, with its state in "
+                    f"{self.folder}; resume it with resume=True"
                 )
 
     def _step(self, batches: Iterator[Batch], wish: StopWish) -> bool:
@@ -539,7 +535,7 @@ class _Run(Generic[Sample]):
             if figures:
                 self.journal.write("validate", self.tally.step, figures)
             if self.tally.take(figures, self.task.goal):
-                self.task.save(merged(model, self.settings.moving), self.folder / BEST)
+                self.task.save(merged(model, self.settings.trainable), self.folder / BEST)
             self.journal.draw()
         self.processes.wait()
 
@@ -557,7 +553,7 @@ class _Run(Generic[Sample]):
             self.journal.settle()
             write_state(self.folder, pack(model, average, self.optimiser), facts)
             weights = model if average is None else average
-            self.task.save(merged(weights, self.settings.moving), self.folder / LAST)
+            self.task.save(merged(weights, self.settings.trainable), self.folder / LAST)
         self.processes.wait()
 
     # -- tell and end -----------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from tinyvit.modules import TinyViT
 from tinyvit.modules.tiny_vit import NO_DECAY
 
 from .distributed import Processes
-from .settings import BatchStats, Moving, TrainSettings
+from .settings import BatchStats, SettingError, Trainable, TrainSettings
 
 _PARTS = {
     "decoder": ("mask_decoder",),
@@ -32,7 +32,7 @@ _PARTS = {
 }
 
 
-def choose_moving(model: nn.Module, moving: Moving, lora_rank: int = 8) -> None:
+def choose_moving(model: nn.Module, moving: Trainable, lora_rank: int = 8) -> None:
     """Set ``requires_grad`` of every parameter: True for what learns, False for all else.
 
     Args:
@@ -54,11 +54,8 @@ def choose_moving(model: nn.Module, moving: Moving, lora_rank: int = 8) -> None:
     parts = _find(model, moving)
     if not any(True for part in parts for _ in part.parameters()):
         held = [name for name in _PARTS if any(True for _ in _find(model, name))]
-        raise ValueError(
-            f"moving={moving!r} wants a model with a {moving}, but this {type(model).__name__} has "
-            f"none; it has {', '.join(held) or 'none of the parts'}, and 'full' and 'lora' always "
-            "work"
-        )
+        wanted = ", ".join(["full", "lora", *held])
+        raise SettingError("trainable", f"one of {wanted} for this {type(model).__name__}", moving)
     for part in parts:
         part.requires_grad_(True)
 
@@ -90,7 +87,7 @@ def _is_frozen(module: nn.Module) -> bool:
     return bool(learns) and not any(learns)
 
 
-def merged(model: nn.Module, moving: Moving) -> nn.Module:
+def merged(model: nn.Module, moving: Trainable) -> nn.Module:
     """The network as other commands know it: low-rank additions added to their weights.
 
     Args:
@@ -123,7 +120,7 @@ def prepare(
     Raises:
         ValueError: A setting asks for what the network does not have.
     """
-    choose_moving(model, settings.moving, settings.lora_rank)
+    choose_moving(model, settings.trainable, settings.lora_rank)
     model.to(processes.device)
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -133,10 +130,8 @@ def prepare(
             set_drop_path(encoder, settings.drop_path)
         encoder.set_grad_checkpointing(settings.grad_checkpointing)
     if settings.grad_checkpointing and not encoders:
-        raise ValueError(
-            f"grad_checkpointing wants a model with a TinyViT in it, got {type(model).__name__}; "
-            "turn it off"
-        )
+        wanted = f"false for a model without a TinyViT ({type(model).__name__})"
+        raise SettingError("grad_checkpointing", wanted, True)
     if batch_stats == "synchronised" and processes.count > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
 
@@ -170,10 +165,8 @@ def choose_batch_stats(model: nn.Module, wanted: BatchStats, processes: Processe
     """
     on_gpu = processes.device.type == "cuda"
     if wanted == "synchronised" and processes.count > 1 and not on_gpu:
-        raise ValueError(
-            f"batch_stats='synchronised' works on GPUs only, and the {processes.count} processes "
-            f"run on {processes.device.type}; take 'frozen', or 'own'"
-        )
+        where = f"{processes.count} processes on {processes.device.type}"
+        raise SettingError("batch_stats", f"frozen or own for {where}, not on GPUs", wanted)
     if wanted != "auto":
         return wanted
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
@@ -259,10 +252,8 @@ class Schedule:
             ValueError: The rise takes more steps than there are.
         """
         if self.warmup_steps > self.steps:
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps} is more than the {self.steps} steps of the run; "
-                "take fewer, or train longer"
-            )
+            most = f"at most the {self.steps} steps of the run"
+            raise SettingError("warmup_steps", most, self.warmup_steps)
 
     def __call__(self, step: int) -> float:
         """The rate of a step, counted from 0."""
@@ -333,10 +324,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self, matrices: list[NamedGroup], others: list[NamedGroup], betas: tuple[float, float]
     ) -> None:
         if not hasattr(torch.optim, "Muon"):
-            raise ValueError(
-                f"Muon is in torch 2.9 and later, and this is {torch.__version__}; install a newer "
-                "one, or take optimiser='adamw'"
-            )
+            wanted = f"adamw with torch {torch.__version__} (Muon is in 2.9 and later)"
+            raise SettingError("optimiser", wanted, "muon")
         self._parts: list[torch.optim.Optimizer] = [
             torch.optim.Muon(
                 [dict(group) for group in matrices], lr=0.0, adjust_lr_fn="match_rms_adamw"
@@ -370,10 +359,7 @@ def make_optimiser(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
     linear = {id(one.weight) for one in model.modules() if isinstance(one, nn.Linear)}
     matrices = _those(groups, lambda parameter: id(parameter) in linear)
     if not matrices:
-        raise ValueError(
-            "optimiser='muon' is for the matrices of linear layers, and none of them moves; take "
-            "'adamw'"
-        )
+        raise SettingError("optimiser", "adamw where no linear layer is trained", "muon")
     return MuonAndAdamW(matrices, _those(groups, lambda parameter: id(parameter) not in linear),
                         betas)  # fmt: skip
 

@@ -1,204 +1,365 @@
-"""Everything that can be chosen about a training run, in one place; TOML in and out.
+"""What can be chosen about a training run: the class all settings share, and the loop's settings.
 
-Checked when made, so that a wrong number is said before any work. No torch is loaded here, so a
-command line can describe the settings cheaply. What is learnt is not known here: that is a task's.
+A setting is a field of a dataclass, and all about it stands there: type and choices in the
+annotation, bounds and flags in ``Annotated``, the explanation in the line under ``Attributes:``.
+Checks, TOML, the comparison with a run that is resumed and the options of the command line
+(``cli/settings_options.py``) are derived from that. No torch is loaded here.
 
-A 0 turns a thing off; None means "choose for me", and stands only where it is the default, since
-TOML has no word for it.
+A 0 turns a thing off. None means "choose for me" and is always the default, since TOML has no word
+for it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import json
 import math
 import os
+import re
 import sys
-from dataclasses import asdict, dataclass, field, fields
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    ClassVar,
+    Literal,
+    TypeAlias,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-Moving: TypeAlias = Literal["full", "decoder", "neck", "head", "lora"]
+Value: TypeAlias = str | int | float | bool | tuple[int, ...] | None
+
+Trainable: TypeAlias = Literal["full", "decoder", "neck", "head", "lora"]
 BatchStats: TypeAlias = Literal["auto", "frozen", "own", "synchronised"]
 Optimiser: TypeAlias = Literal["adamw", "muon"]
 TrainPrecision: TypeAlias = Literal["fp32", "bf16"]
+Strength: TypeAlias = Literal["none", "light", "full"]
+OnBroken: TypeAlias = Literal["skip", "error"]
 
-_FREE = {"is_free": True}  # may differ when a run goes on: the numbers do not depend on it
-
-_CHOICES = {
-    "moving": get_args(Moving),
-    "batch_stats": get_args(BatchStats),
-    "optimiser": get_args(Optimiser),
-    "precision": get_args(TrainPrecision),
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "whole numbers, such as [7, 7, 14, 7]",
 }
-_POSITIVE = ("epochs", "batch_size", "accumulate", "lora_rank", "log_every")
-_NOT_NEGATIVE = (
-    "warmup_steps",
-    "validate_every",
-    "save_every",
-    "workers",
-    "seed",
-    "weight_decay",
-    "clip_norm",
-)
-_KINDS = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+
+
+# -- errors ------------------------------------------------------------------------------------
+
+
+class SettingsError(ValueError, TypeError):
+    """Settings are wrong; ``said`` lets a command line name its options instead of the fields."""
+
+    def said(self, name_of: Callable[[str], str]) -> str:
+        """The message, with each setting called as ``name_of`` its field gives."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self.said(lambda name: name)
+
+
+class SettingError(SettingsError):
+    """One setting is wrong.
+
+    Args:
+        field: Its name.
+        wanted: What it must be, to stand after "must be".
+        got: Its value.
+        source: The file it comes from; empty where that is clear.
+    """
+
+    def __init__(self, field: str, wanted: str, got: object, source: str = "") -> None:
+        super().__init__(field, wanted, got, source)
+        self.field, self.wanted, self.got, self.source = field, wanted, got, source
+
+    def said(self, name_of: Callable[[str], str]) -> str:
+        """As ``SettingsError.said``."""
+        source = f"{self.source}: " if self.source else ""
+        return f"{source}{name_of(self.field)} must be {self.wanted}, got {self.got!r}"
+
+
+class MissingSettingError(SettingsError):
+    """A setting without a default is missing.
+
+    Args:
+        field: Its name.
+        meaning: What it is.
+        source: The file it is not in; empty where that is clear.
+    """
+
+    def __init__(self, field: str, meaning: str, source: str = "") -> None:
+        super().__init__(field, meaning, source)
+        self.field, self.meaning, self.source = field, meaning, source
+
+    def said(self, name_of: Callable[[str], str]) -> str:
+        """As ``SettingsError.said``."""
+        source = f"{self.source}: " if self.source else ""
+        return f"{source}{name_of(self.field)} is missing: {self.meaning}"
+
+
+class ChangedSettingsError(SettingsError):
+    """A run cannot be resumed, since settings that its numbers depend on have changed.
+
+    Args:
+        where: The run.
+        changes: (name, value before, value now) of each.
+    """
+
+    def __init__(self, where: str, changes: list[tuple[str, object, object]]) -> None:
+        super().__init__(where, changes)
+        self.where, self.changes = where, changes
+
+    def said(self, name_of: Callable[[str], str]) -> str:
+        """As ``SettingsError.said``."""
+        words = "; ".join(f"{name_of(n)} was {a!r} and is {b!r}" for n, a, b in self.changes)
+        return (
+            f"{self.where} is of a run with other settings, and resuming would not give its "
+            f"numbers: {words}. Set them as they were, or start in another folder"
+        )
+
+
+# -- what stands in ``Annotated`` ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """The choices of a training run.
+class Range:
+    """Bounds of a number: ``least`` and ``most`` belong to it, ``above`` and ``below`` do not."""
 
-    Attributes:
-        folder: Where state, weights, log and curves are written; made if it is not there.
-        epochs: Passes over the data.
-        steps: Steps of the optimiser; overrides ``epochs``.
-        batch_size: Samples of one step, over all processes and accumulated parts, so that a run
-            is the same on one device and on eight.
-        accumulate: Parts that a process computes one after the other for one step; more parts
-            need less memory.
-        drop_last: Leave out an epoch's last step where it would have fewer than ``batch_size``
-            samples.
-        learning_rate: The highest rate, of the last block, the heads and the neck.
-        layer_decay: Factor on the rate from each block to the one before it; 1 for none.
-        optimiser: "adamw"; or "muon" for the matrices of linear layers, with AdamW for the rest:
-            a step takes longer, and fewer may do. One rate fits both.
-        weight_decay: Decay of matrices and kernels; norms, biases, attention biases and
-            embeddings have none.
-        beta1: AdamW's memory of the gradient.
-        beta2: AdamW's memory of its square.
-        warmup_steps: Steps in which the rate rises in a straight line.
-        final_rate: The rate of the last step, as a part of ``learning_rate``.
-        clip_norm: Largest norm of the gradient; 0 leaves it as it is.
-        ema_decay: Memory of the averaged weights, which are then validated and saved; 0 for none.
-        moving: What may change: "full"; "decoder", "neck" or "head" alone; "lora" for low-rank
-            additions to frozen weights.
-        lora_rank: Rank of those additions.
-        batch_stats: "frozen" keeps the batch norms on their running statistics, "own" moves those
-            of each process, "synchronised" those of all processes together (on GPUs). "auto"
-            freezes statistics that were learnt before and moves untouched ones.
-        drop_path: Stochastic depth of the last block, rising from 0; None leaves the model's own.
-        grad_checkpointing: Compute activations twice instead of keeping them.
-        precision: "fp32", or "bf16" for autocast.
-        channels_last: Keep kernels and maps in channels-last memory.
-        seed: Source of all chance.
-        device: "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU if there is one.
-        workers: Processes that prepare samples; 0 prepares them in the main process.
-        log_every: Steps between two lines of the log.
-        validate_every: Steps between two validations; 0 validates at the end of each epoch.
-        save_every: Steps between two saved states; 0 saves after each validation.
-        validate_at_start: Validate before the first step as well.
-        tensorboard: Write TensorBoard's files too, if it is installed.
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.least <= value <= self.most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        ends = [
+            f"{word} {bound:g}"
+            for word, bound in (
+                ("at least", self.least),
+                ("above", self.above),
+                ("at most", self.most),
+                ("below", self.below),
+            )
+            if math.isfinite(bound)
+        ]
+        return " and ".join(ends)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The heading that an option stands under in the help."""
+
+    title: str
+
+
+@dataclass(frozen=True, init=False)
+class Flag:
+    """How a command line takes a setting, where that does not follow from its name.
+
+    Args:
+        flags: How the option is written.
+        metavar: What stands for the value in the help.
+        kind: "option", "argument", or "hidden" for what is no option.
     """
 
-    folder: str = field(metadata=_FREE)
-    epochs: int = 10
-    steps: int | None = None
-    batch_size: int = 8
-    accumulate: int = field(default=1, metadata=_FREE)
-    drop_last: bool = False
-    learning_rate: float = 1e-3
-    layer_decay: float = 1.0
-    optimiser: Optimiser = "adamw"
-    weight_decay: float = 0.05
-    beta1: float = 0.9
-    beta2: float = 0.999
-    warmup_steps: int = 0
-    final_rate: float = 0.01
-    clip_norm: float = 1.0
-    ema_decay: float = 0.0
-    moving: Moving = "full"
-    lora_rank: int = 8
-    batch_stats: BatchStats = "auto"
-    drop_path: float | None = None
-    grad_checkpointing: bool = field(default=False, metadata=_FREE)
-    precision: TrainPrecision = "fp32"
-    channels_last: bool = field(default=True, metadata=_FREE)
-    seed: int = 0
-    device: str = field(default="auto", metadata=_FREE)
-    workers: int = field(default=0, metadata=_FREE)
-    log_every: int = field(default=10, metadata=_FREE)
-    validate_every: int = field(default=0, metadata=_FREE)
-    save_every: int = field(default=0, metadata=_FREE)
-    validate_at_start: bool = field(default=False, metadata=_FREE)
-    tensorboard: bool = field(default=True, metadata=_FREE)
+    flags: tuple[str, ...]
+    metavar: str | None
+    kind: Literal["option", "argument", "hidden"]
+
+    def __init__(
+        self,
+        *flags: str,
+        metavar: str | None = None,
+        kind: Literal["option", "argument", "hidden"] = "option",
+    ) -> None:
+        for name, value in (("flags", flags), ("metavar", metavar), ("kind", kind)):
+            object.__setattr__(self, name, value)
+
+
+FREE: Literal["free"] = "free"
+"""May differ when a run is resumed: the numbers do not depend on it."""
+
+PLACE: Literal["place"] = "place"
+"""A file, a folder or a name, which may have moved since; free as well."""
+
+
+# -- one setting, read from its field ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a settings class, as its annotation and its docstring describe it.
+
+    Attributes:
+        name: Of the field.
+        kinds: Types of its value; ``tuple`` stands for whole numbers.
+        choices: The only texts it takes; empty for any.
+        is_optional: Whether None is a value.
+        bounds: Of a number.
+        is_free: Whether it may differ when a run is resumed.
+        is_place: Whether it names a file or a folder.
+        flag: How a command line takes it.
+        group: The heading it stands under; None for the first one.
+        default: ``dataclasses.MISSING`` where it must be given.
+        help: Its line of the docstring.
+    """
+
+    name: str
+    kinds: tuple[type, ...]
+    choices: tuple[str, ...]
+    is_optional: bool
+    bounds: Range | None
+    is_free: bool
+    is_place: bool
+    flag: Flag
+    group: str | None
+    default: object
+    help: str
+
+    def checked(self, value: object, source: str = "") -> object:
+        """The value; lists become tuples.
+
+        Raises:
+            SettingError: It is of another type, none of the choices, or out of bounds.
+        """
+        if value is None and self.is_optional:
+            return value
+        if isinstance(value, list | tuple) and all(type(item) is int for item in value):
+            value = tuple(value)
+        is_whole_for_fraction = type(value) is int and float in self.kinds
+        if type(value) not in self.kinds and not is_whole_for_fraction:
+            kinds = " or ".join(_KINDS[kind] for kind in self.kinds)
+            raise SettingError(self.name, kinds, value, source)
+        if self.choices and value not in self.choices:
+            raise SettingError(self.name, f"one of {', '.join(self.choices)}", value, source)
+        if isinstance(value, int | float):
+            if not math.isfinite(value):
+                raise SettingError(self.name, "a finite number", value, source)
+            if self.bounds is not None and value not in self.bounds:
+                raise SettingError(self.name, str(self.bounds), value, source)
+        return value
+
+
+def settings_of(cls: type[Settings]) -> dict[str, Setting]:
+    """The settings of a class by name, in order."""
+    hints, lines = get_type_hints(cls, include_extras=True), _attribute_lines(cls)
+    found: dict[str, Setting] = {}
+    for one in dataclasses.fields(cls):
+        kind, *marks = (
+            get_args(hints[one.name])
+            if get_origin(hints[one.name]) is Annotated
+            else (hints[one.name],)
+        )
+        is_union = get_origin(kind) in (Union, types.UnionType)
+        members = get_args(kind) if is_union else (kind,)
+        choices = tuple(
+            word for member in members if get_origin(member) is Literal for word in get_args(member)
+        )
+        kinds = [
+            str if get_origin(member) is Literal else get_origin(member) or member
+            for member in members
+            if member is not type(None)
+        ]
+        found[one.name] = Setting(
+            name=one.name,
+            kinds=tuple(kinds),
+            choices=choices,
+            is_optional=type(None) in members,
+            bounds=_first(Range, marks),
+            is_free=FREE in marks or PLACE in marks,
+            is_place=PLACE in marks,
+            flag=_first(Flag, marks) or Flag(),
+            group=getattr(_first(Group, marks), "title", None),
+            default=one.default,
+            help=lines.get(one.name, ""),
+        )
+    return found
+
+
+Mark = TypeVar("Mark")
+
+
+def _first(kind: type[Mark], marks: list[object]) -> Mark | None:
+    return next((mark for mark in marks if isinstance(mark, kind)), None)
+
+
+def _attribute_lines(cls: type) -> dict[str, str]:
+    """What the docstrings of a class and its bases say under ``Attributes:``, by name."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        text = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
+        for name, words in re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", text, re.MULTILINE):
+            found[name] = " ".join(words.split()).replace("``", "")
+    return found
+
+
+# -- the class all settings share ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What frozen dataclasses of settings have in common; checked when made."""
+
+    former_names: ClassVar[Mapping[str, str]] = {}
+    """Names in files of earlier versions, with those of today."""
 
     def __post_init__(self) -> None:
         """Check every value.
 
         Raises:
-            TypeError: A value is of another type.
-            ValueError: A value is out of its range, or two contradict each other.
+            SettingError: A value is of another type or out of its range.
         """
-        for one in fields(self):
-            self._check_kind(one.name, str(one.type))
-        for name in _POSITIVE:
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in _NOT_NEGATIVE:
-            self._check(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("beta1", "beta2", "ema_decay"):
-            self._check(name, 0 <= getattr(self, name) < 1, "from 0 to below 1")
-        for name, choices in _CHOICES.items():
-            self._check(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
-        self._check("learning_rate", self.learning_rate > 0, "above 0")
-        self._check("layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1")
-        self._check("final_rate", 0 <= self.final_rate <= 1, "from 0 to 1")
-        self._check("drop_path", 0 <= (self.drop_path or 0) <= 1, "a probability from 0 to 1")
-        self._check("steps", self.steps is None or self.steps >= 1, "at least 1")
-        self._check("folder", bool(self.folder), "the name of a folder")
-        if self.accumulate > self.batch_size:
-            raise ValueError(
-                f"accumulate={self.accumulate} parts cannot be made of batch_size="
-                f"{self.batch_size} samples; batch_size counts all samples of a step"
-            )
-
-    def _check(self, name: str, is_good: bool, wanted: str) -> None:
-        if not is_good:
-            raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
-
-    def _check_kind(self, name: str, annotation: str) -> None:
-        """The value must be of the annotated kind; whole numbers do for fractions."""
-        value = getattr(self, name)
-        kind, _, rest = annotation.partition(" | ")
-        kind = kind if kind in _KINDS else "str"
-        if value is None and rest == "None":
-            return
-        if not isinstance(value, _KINDS[kind]) or (kind != "bool" and isinstance(value, bool)):
-            raise TypeError(f"{name} must be {kind}, got {value!r} ({type(value).__name__})")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value}")
-
-    # -- files ---------------------------------------------------------------------------------
+        for name, setting in settings_of(type(self)).items():
+            object.__setattr__(self, name, setting.checked(getattr(self, name)))
 
     @classmethod
-    def from_mapping(cls, values: dict[str, object], source: str = "settings") -> TrainSettings:
+    def from_mapping(cls, values: Mapping[str, object], source: str = "") -> Self:
         """Make settings from names and values.
 
         Args:
             values: What is not named keeps its default.
-            source: Where they come from, for messages.
+            source: The file they come from, for messages.
 
         Raises:
-            ValueError: A name is unknown, ``folder`` is missing, or a value is wrong.
-            TypeError: A value is of another type.
+            ValueError: A name is unknown or missing, or a value is wrong.
         """
-        known = {one.name for one in fields(cls)}
-        unknown = sorted(set(values) - known)
+        values = {cls.former_names.get(name, name): value for name, value in values.items()}
+        known = settings_of(cls)
+        unknown = sorted(set(values) - set(known))
         if unknown:
+            where = f"{source}: " if source else ""
             raise ValueError(
-                f"{source}: unknown settings {', '.join(unknown)}; known are "
+                f"{where}unknown settings {', '.join(unknown)}; known are "
                 f"{', '.join(sorted(known))}"
             )
-        if "folder" not in values:
-            raise ValueError(f"{source}: folder is missing; name the folder to write the run in")
-        return cls(**values)  # type: ignore[arg-type]  # __post_init__ checks each
+        for name, setting in known.items():
+            if name not in values and setting.default is dataclasses.MISSING:
+                raise MissingSettingError(name, setting.help, source)
+        return cls(**{name: known[name].checked(value, source) for name, value in values.items()})
 
     @classmethod
-    def from_toml(cls, path: str | os.PathLike[str], **changes: object) -> TrainSettings:
+    def from_toml(cls, path: str | os.PathLike[str], **changes: object) -> Self:
         """Read settings from a TOML file of plain ``name = value`` lines.
 
         Args:
@@ -207,32 +368,167 @@ class TrainSettings:
 
         Raises:
             ValueError: The file is no TOML, or as ``from_mapping``.
-            TypeError: A value is of another type.
             OSError: The file cannot be read.
         """
-        try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
-            raise ValueError(f"{path} is no TOML file: {err}") from err
-        return cls.from_mapping({**values, **changes}, str(path))
+        return cls.from_mapping({**read_toml(path), **changes}, str(path))
 
-    def to_dict(self) -> dict[str, str | int | float | bool | None]:
+    def to_dict(self) -> dict[str, Value]:
         """Names and values, fit for JSON."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in settings_of(type(self))}
 
     def to_toml(self) -> str:
         """The text of a TOML file that ``from_toml`` reads back; what is None is left out."""
-        lines = []
-        for name, value in self.to_dict().items():
-            if value is not None:  # JSON's numbers, strings and booleans are TOML's
-                lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}\n")
-        return "".join(lines)
+        return "".join(  # JSON's numbers, strings, booleans and lists are TOML's
+            f"{name} = {json.dumps(value, ensure_ascii=False)}\n"
+            for name, value in self.to_dict().items()
+            if value is not None
+        )
 
-    def differences(self, other: TrainSettings) -> list[str]:
-        """What stands against going on with a run of ``other``, in words; empty if nothing does."""
-        return [
-            f"{one.name} was {getattr(other, one.name)!r} and is {getattr(self, one.name)!r}"
-            for one in fields(self)
-            if not one.metadata.get("is_free")
-            and getattr(self, one.name) != getattr(other, one.name)
+    def changes(self, other: Self) -> list[tuple[str, object, object]]:
+        """(name, its value, this value) of all that differ and that a run's numbers depend on."""
+        pairs = [
+            (name, getattr(other, name), getattr(self, name))
+            for name, setting in settings_of(type(self)).items()
+            if not setting.is_free
         ]
+        return [(name, before, now) for name, before, now in pairs if before != now]
+
+    def differences(self, other: Self) -> list[str]:
+        """Why a run with settings ``other`` cannot be resumed with these; empty if it can."""
+        return [f"{name} was {a!r} and is {b!r}" for name, a, b in self.changes(other)]
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, object]:
+    """The names and values of a TOML file.
+
+    Raises:
+        ValueError: It is no TOML.
+        OSError: It cannot be read.
+    """
+    try:
+        return dict(tomllib.loads(Path(path).read_text(encoding="utf-8-sig")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise ValueError(f"{path} is no TOML file: {err}") from err
+
+
+# -- the loop's settings ---------------------------------------------------------------------------
+
+Class = TypeVar("Class", bound=type[Settings])
+
+
+def _accepts_former_names(cls: Class) -> Class:
+    """Let the constructor take ``former_names`` too, and give attributes by them."""
+    make = vars(cls)["__init__"]
+
+    @functools.wraps(make)
+    def init(self: object, *args: object, **values: object) -> None:
+        today = {cls.former_names.get(name, name): value for name, value in values.items()}
+        make(self, *args, **today)
+
+    type.__setattr__(cls, "__init__", init)
+    for name, today in cls.former_names.items():
+        setattr(cls, name, property(attrgetter(today)))
+    return cls
+
+
+_LENGTH, _RATES = Group("How long and how fast"), Group("How it learns")
+_MACHINE, _LOG = Group("What it runs on"), Group("What is written")
+
+
+@_accepts_former_names
+@dataclass(frozen=True)
+class TrainSettings(Settings):
+    """The settings of a training run that do not depend on the task.
+
+    Attributes:
+        folder: Folder of the run: state, weights, log and curves are written there; made if it is
+            not there.
+        epochs: Passes over the data.
+        steps: Steps of the optimiser; overrides ``epochs``.
+        batch_size: Samples of one step, over all processes and accumulated parts, so that a run
+            is the same on one device and on eight.
+        accumulate: Parts that a process computes one after the other for one step; more parts
+            need less memory.
+        drop_last: Leave out an epoch's last step where it would have fewer than ``batch_size``
+            samples.
+        learning_rate: The highest learning rate, of the last block, the heads and the neck.
+        layer_decay: Factor on the learning rate from each block to the one before it; 1 for none.
+        optimiser: AdamW for everything, or Muon for the matrices of linear layers with AdamW for
+            the rest: a step takes longer, and fewer may do. One learning rate fits both.
+        weight_decay: Decay of matrices and kernels; norms, biases, attention biases and
+            embeddings have none.
+        beta1: AdamW's decay of the mean of the gradient.
+        beta2: AdamW's decay of the mean of its square.
+        warmup_steps: Steps in which the learning rate rises in a straight line.
+        final_rate: The learning rate of the last step, as a part of the highest.
+        clip_norm: Largest norm of the gradient; 0 does not clip.
+        ema_decay: Decay of averaged weights, such as 0.999, which are then validated and saved; 0
+            for none.
+        trainable: What is trained: the full network; the decoder, neck or head alone; or low-rank
+            additions to frozen weights (lora).
+        lora_rank: Rank of those additions.
+        batch_stats: Statistics of batch norms: frozen, or updated by each process (own) or by all
+            together (synchronised, on GPUs). auto freezes statistics that were trained before and
+            updates untouched ones.
+        drop_path: Stochastic depth of the last block, rising from 0 in the first. By default the
+            model's own.
+        grad_checkpointing: Compute activations twice instead of keeping them.
+        precision: What to compute in; bf16 by autocast.
+        channels_last: Keep kernels and maps in channels-last memory.
+        seed: Seed of all random numbers.
+        device: cpu, cuda, cuda:1, mps, ...; auto takes a GPU if there is one.
+        workers: Processes that prepare samples; 0 prepares them in the main process.
+        log_every: Steps between two lines of the log.
+        validate_every: Steps between two validations; 0 validates at the end of each epoch.
+        save_every: Steps between two saved states; 0 saves after each validation.
+        validate_at_start: Validate before the first step as well.
+        tensorboard: Write TensorBoard's files too, if it is installed.
+    """
+
+    former_names = types.MappingProxyType({"moving": "trainable"})
+
+    folder: Annotated[str, Flag("--output", "-o", metavar="RUN_FOLDER"), FREE]
+    epochs: Annotated[int, Range(1), _LENGTH] = 10
+    steps: Annotated[int | None, Range(1), _LENGTH] = None
+    batch_size: Annotated[int, Range(1), _LENGTH] = 8
+    accumulate: Annotated[int, Range(1), _LENGTH, FREE] = 1
+    drop_last: Annotated[bool, _LENGTH] = False
+    learning_rate: Annotated[float, Range(above=0), Flag("--lr", "--learning-rate"), _RATES] = 1e-3
+    layer_decay: Annotated[float, Range(above=0, most=1), _RATES] = 1.0
+    optimiser: Annotated[Optimiser, Flag("--optimiser", "--optimizer"), _RATES] = "adamw"
+    weight_decay: Annotated[float, Range(0), _RATES] = 0.05
+    beta1: Annotated[float, Range(0, below=1), _RATES] = 0.9
+    beta2: Annotated[float, Range(0, below=1), _RATES] = 0.999
+    warmup_steps: Annotated[int, Range(0), Flag("--warmup", "--warmup-steps"), _RATES] = 0
+    final_rate: Annotated[float, Range(0, 1), _RATES] = 0.01
+    clip_norm: Annotated[float, Range(0), Flag("--clip", "--clip-norm"), _RATES] = 1.0
+    ema_decay: Annotated[float, Range(0, below=1), Flag("--ema", "--ema-decay"), _RATES] = 0.0
+    trainable: Annotated[Trainable, Flag("--trainable", "--move", "--moving"), _RATES] = "full"
+    lora_rank: Annotated[int, Range(1), _RATES] = 8
+    batch_stats: Annotated[BatchStats, _RATES] = "auto"
+    drop_path: Annotated[float | None, Range(0, 1), _RATES] = None
+    grad_checkpointing: Annotated[bool, _MACHINE, FREE] = False
+    precision: Annotated[TrainPrecision, _MACHINE] = "fp32"
+    channels_last: Annotated[bool, _MACHINE, FREE] = True
+    seed: Annotated[int, Range(0), _LENGTH] = 0
+    device: Annotated[str, _MACHINE, FREE] = "auto"
+    workers: Annotated[int, Range(0), _MACHINE, FREE] = 0
+    log_every: Annotated[int, Range(1), _LOG, FREE] = 10
+    validate_every: Annotated[int, Range(0), _LOG, FREE] = 0
+    save_every: Annotated[int, Range(0), _LOG, FREE] = 0
+    validate_at_start: Annotated[bool, _LOG, FREE] = False
+    tensorboard: Annotated[bool, _LOG, FREE] = True
+
+    def __post_init__(self) -> None:
+        """Check every value, and those that go together.
+
+        Raises:
+            SettingError: A value is of another type or out of its range, or two contradict each
+                other.
+        """
+        super().__post_init__()
+        if not self.folder:
+            raise SettingError("folder", "the name of a folder", self.folder)
+        if self.accumulate > self.batch_size:
+            wanted = f"at most the batch size of {self.batch_size}, since each part has a sample"
+            raise SettingError("accumulate", wanted, self.accumulate)

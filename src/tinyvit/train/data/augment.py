@@ -18,16 +18,15 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
 from tinyvit.image_spec import ImageSpec
+from tinyvit.train.settings import Strength
 
 RGB = NDArray[np.uint8]
-Strength: TypeAlias = Literal["none", "light", "full"]
 
 _MOST = 10.0  # the end of RandAugment's scale
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}

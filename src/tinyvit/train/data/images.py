@@ -10,7 +10,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from tinyvit.errors import ImageError
 from tinyvit.evaluate.classify import LabelledImages
 from tinyvit.images.decode import decode
+from tinyvit.train.settings import OnBroken
 
 from .lists import FileList, Labels, read_csv, read_folder, split
 from .tar import find_shards, read_shards
@@ -79,8 +79,6 @@ def _number(name: str, seed: int) -> float:
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
-
-OnBroken: TypeAlias = Literal["skip", "error"]
 
 TRAIN_NAMES, VAL_NAMES = ("train", "training"), ("val", "valid", "validation", "test")
 _TRIES = 20

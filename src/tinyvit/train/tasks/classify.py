@@ -28,55 +28,15 @@ from tinyvit.image_spec import ImageSpec
 from tinyvit.inference.engine import prepare
 from tinyvit.inference.read_ahead import choose_workers, read_ahead
 from tinyvit.modules import TinyViT
-from tinyvit.train.data.augment import Strength, View, augmentation
-from tinyvit.train.data.images import DataSet, OnBroken, open_data_set, read_one
+from tinyvit.train.data.augment import View, augmentation
+from tinyvit.train.data.images import DataSet, open_data_set, read_one
+from tinyvit.train.settings import OnBroken
 from tinyvit.train.task import Batch, Goal
 
 from .losses import one_hot, soft_cross_entropy
+from .settings import ClassifySettings
 
 _TOP = 5
-
-
-@dataclass(frozen=True)
-class ClassifySettings:
-    """The choices of learning classes; those of the loop are ``TrainSettings``.
-
-    Attributes:
-        data: A folder of classes, a CSV file, or tar files; see ``data_sets.open_data_set``.
-        val: The part to measure on; None takes the one ``data`` names, or holds some out.
-        val_part: Part of each class to hold out then.
-        split_seed: Which images those are.
-        model: A variant; None takes the checkpoint's. Without a checkpoint it starts from chance.
-        checkpoint: What to start from; None, where no model is named either, takes the embedded
-            encoder.
-        img_size: Side of the images in pixels; None takes the checkpoint's or variant's.
-        window_sizes: Window sides; None chooses for ``img_size``.
-        augment: "none", "light" (small data sets) or "full" (TinyViT's recipe for ImageNet).
-        flip: Mirror half of the images; False for letters and digits.
-        mixup: Parameter of mixup; 0 for none, 0.8 in TinyViT's recipe.
-        cutmix: Parameter of cutmix; 0 for none, 1.0 in TinyViT's recipe.
-        smoothing: Part of a label that is spread over all classes.
-        on_broken: "skip" names broken images and learns from others instead; "error" stops.
-        val_batch_size: Images measured together.
-        seed: Source of the weights that are new.
-    """
-
-    data: str
-    val: str | None = None
-    val_part: float = 0.1
-    split_seed: int = 0
-    model: str | None = None
-    checkpoint: str | None = None
-    img_size: int | None = None
-    window_sizes: tuple[int, ...] | None = None
-    augment: Strength = "light"
-    flip: bool = True
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    smoothing: float = 0.1
-    on_broken: OnBroken = "skip"
-    val_batch_size: int = 64
-    seed: int = 0
 
 
 @dataclass(frozen=True)

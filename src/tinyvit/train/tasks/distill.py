@@ -26,13 +26,13 @@ from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
 from tinyvit.sam.model import Sam
 from tinyvit.train.data.images import fingerprint, hold_out, read_one
+from tinyvit.train.settings import SettingError
 from tinyvit.train.store import Store
 from tinyvit.train.task import Batch, Goal
 
 from . import classify
-from .classify import Classify, ClassifySettings
+from .classify import Classify
 from .losses import (
-    FeatureLoss,
     cosine_per_cell,
     covered_cells,
     feature_loss,
@@ -41,6 +41,7 @@ from .losses import (
     mask_loss,
     sparse_cross_entropy,
 )
+from .settings import ClassifySettings, DistillFeaturesSettings
 
 _MEAN_MAP_IMAGES = 512
 _SHOWN = 5
@@ -110,30 +111,6 @@ class MaskAgreement:
         each = embeddings.repeat_interleave(points.shape[1], dim=0)  # [N * P, C, h, w]
         masks, _ = decoder.predict_masks(each, positions, sparse, dense)
         return masks.flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class DistillFeaturesSettings:
-    """The choices of learning features; those of the loop are ``TrainSettings``.
-
-    Attributes:
-        loss: "mse" (MobileSAM's), "huber" or "cosine".
-        held_out: What is measured on and never learnt from: a part of the images, or the name of
-            a folder below the images' (best where images resemble each other).
-        split_seed: Which images those are; an image stays on its side when others are added.
-        mask_weight: Weight of the masks' loss; 0 leaves the decoder out of the loop.
-        points: Random points for each image, for the masks' loss.
-        val_batch_size: Images measured together.
-        val_points: Random points for each image when measuring masks.
-    """
-
-    loss: FeatureLoss = "mse"
-    held_out: float | str = 0.1
-    split_seed: int = 0
-    mask_weight: float = 0.0
-    points: int = 4
-    val_batch_size: int = 16
-    val_points: int = 8
 
 
 @dataclass(frozen=True)
@@ -216,9 +193,8 @@ class DistillFeatures:
         self.model = student if own == channels else Student(student, channels)
         self.heads = None if sam is None else MaskAgreement(sam)
         if self.heads is None and settings.mask_weight > 0:
-            raise ValueError(
-                f"mask_weight={settings.mask_weight} wants the heads of a SAM; give sam"
-            )
+            wanted = "0 without a SAM, whose heads predict the masks (give one with sam)"
+            raise SettingError("mask_weight", wanted, settings.mask_weight)
         if self.heads is not None and self.heads.channels != channels:
             raise ValueError(
                 f"the heads want embeddings of {self.heads.channels} channels, but the teacher's "

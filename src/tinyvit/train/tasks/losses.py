@@ -11,11 +11,13 @@ ECCV 2022, equation 2).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .settings import FeatureLoss
 
 FOCAL_GAMMA = 2.0
 FOCAL_ALPHA = 0.25
@@ -154,9 +156,6 @@ class MaskLosses:
             dice=dice.gather(1, best)[:, 0],
             iou_error=iou_error,
         )
-
-
-FeatureLoss: TypeAlias = Literal["mse", "cosine", "huber"]
 
 
 def fit_grid(features: Tensor, grid: tuple[int, int]) -> Tensor:

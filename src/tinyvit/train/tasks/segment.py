@@ -11,14 +11,13 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.checkpoints import write_state_dict
 from tinyvit.checkpoints.files import header_for
 from tinyvit.errors import ImageError
@@ -35,12 +34,12 @@ from tinyvit.sam.embedding import spec_of
 from tinyvit.sam.model import Sam
 from tinyvit.train.data.augment import FramedScene, SceneAugment, frame_scene
 from tinyvit.train.data.masks import MaskSet, open_mask_set
+from tinyvit.train.settings import OnBroken, SettingError
 from tinyvit.train.task import Batch, Goal
 
 from .losses import MaskLosses
 from .prompting import Objects, Prompting, check_trainable, first_click, noisy_box, prompt_and_learn
-
-OnBroken = Literal["skip", "error"]
+from .settings import SegmentSettings
 
 _TRIES = 20
 
@@ -193,63 +192,6 @@ def collate_scenes(samples: list[SceneSample]) -> Batch:
 pass
 
 
-@dataclass(frozen=True)
-class SegmentSettings:
-    """The choices of learning to segment; those of the loop are ``TrainSettings``.
-
-    A learning rate of 5e-4 leaves the plateau at the start quickly with these weights of the
-    losses; to fine-tune trained weights, a tenth of it is safe.
-
-    Attributes:
-        data: Images with masks; see ``mask_sets.open_mask_set``.
-        val: Others to measure on; None holds some of ``data`` out.
-        images: Folder of the images, where ``data`` does not imply it.
-        val_images: The same for ``val``.
-        val_part: Part of the images to hold out.
-        split_seed: Which images those are.
-        checkpoint: What to start from; None starts from chance.
-        model: A SAM variant; None takes the checkpoint's.
-        img_size: Side of the model's frame in pixels; None takes the checkpoint's or variant's.
-        objects: Objects of an image that are prompted in a step.
-        augment: "none", or "full": crop, scale, mirror image, colours.
-        least_pixels: Objects with fewer pixels in the model's frame are not learnt from.
-        box_share: How many objects are prompted by a box, 0 to 1.
-        corrective_share: In how many steps clicks correct the model's answers, 0 to 1.
-        most_corrections: The most clicks that correct one object.
-        focal: Weight of the focal loss.
-        dice: Weight of the dice loss.
-        iou: Weight of the predicted IoU's error.
-        cached_features: Images whose embeddings are kept in memory, for an encoder that does not
-            learn and ``augment="none"``; 0 keeps none.
-        on_broken: "skip" names what is broken and learns from the rest; "error" stops.
-        val_masks: The most masks to measure on.
-        seed: Source of the weights that are new.
-    """
-
-    data: str
-    val: str | None = None
-    images: str | None = None
-    val_images: str | None = None
-    val_part: float = 0.1
-    split_seed: int = 0
-    checkpoint: str | None = DEFAULT_CHECKPOINT
-    model: str | None = None
-    img_size: int | None = None
-    objects: int = 4
-    augment: Literal["none", "full"] = "full"
-    least_pixels: int = 64
-    box_share: float = 0.4
-    corrective_share: float = 1 / 3
-    most_corrections: int = 3
-    focal: float = 10.0
-    dice: float = 1.0
-    iou: float = 1.0
-    cached_features: int = 0
-    on_broken: OnBroken = "skip"
-    val_masks: int = 200
-    seed: int = 0
-
-
 @dataclass
 class Segment:
     """Learns to segment by prompts; a ``Task``.
@@ -333,10 +275,8 @@ class Segment:
         encoder, images = sam.image_encoder, batch["images"]
         learns = any(parameter.requires_grad for parameter in encoder.parameters())
         if learns and self.cached_features:
-            raise ValueError(
-                "embeddings can be kept only of an encoder that stays the same: cached_features "
-                "wants moving='decoder'"
-            )
+            wanted = "0 where the encoder is trained (train the decoder alone to keep embeddings)"
+            raise SettingError("cached_features", wanted, self.cached_features)
         if learns:
             return cast(Tensor, encoder(images))
         indices = batch["index"].tolist()
@@ -455,8 +395,6 @@ def make_task(settings: SegmentSettings) -> Segment:
 
 def _open(settings: SegmentSettings) -> tuple[MaskSet, MaskSet]:
     """What to learn from and what to measure on."""
-    if settings.augment not in ("none", "full"):
-        raise ValueError(f"augment must be 'none' or 'full', but is {settings.augment!r}")
     whole = open_mask_set(settings.data, settings.images, on_fault=settings.on_broken)
     if settings.val is not None:
         parts = whole, open_mask_set(settings.val, settings.val_images, on_fault=settings.on_broken)

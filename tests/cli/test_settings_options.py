@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pytest
+import typer
+
+from tinyvit.cli.settings_options import GroupedCommand, flag_of, options_of, with_options
+from tinyvit.train.settings import Flag, Group, Range, Settings, TrainSettings, settings_of
+from tinyvit.train.tasks.settings import (
+    ClassifySettings,
+    DistillFeaturesRun,
+    DistillLogitsSettings,
+    SegmentSettings,
+)
+
+
+@dataclass(frozen=True)
+class Some(Settings):
+    """Settings of each kind.
+
+    Attributes:
+        data: Where it is.
+        img_size: Side of the input, of
+            ``tinyvit.list_models()``.
+        rate: How fast.
+        is_loud: Say more.
+        windows: Sides.
+        held_out: What is held out.
+        augment: Random changes.
+        seed: No option.
+    """
+
+    data: Annotated[str, Flag(metavar="DATA", kind="argument")]
+    img_size: Annotated[int, Flag("--img-size", "--size"), Group("Model")] = 224
+    rate: Annotated[float, Range(above=0)] = 0.5
+    is_loud: bool = False
+    windows: Annotated[tuple[int, ...] | None, Flag(metavar="N,N"), Group("Model")] = None
+    held_out: float | str = 0.1
+    augment: Literal["none", "light"] = "light"
+    seed: Annotated[int, Flag(kind="hidden")] = 0
+
+
+NAMES = ("data", "img_size", "rate", "is_loud", "windows", "held_out", "augment")
+
+
+@pytest.fixture
+def call(capsys):
+    """``call(*words)`` gives (exit code, the values or None, stdout, stderr)."""
+    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+    seen = []
+
+    @app.command(cls=GroupedCommand)
+    @with_options(options_of(Some))
+    def verb(ctx: typer.Context, **values: object) -> None:
+        """Do it."""
+        seen.append(values)
+
+    def run(*words):
+        seen.clear()
+        with pytest.raises(SystemExit) as end:
+            app(args=list(words), prog_name="verb")
+        return (end.value.code or 0, seen[0] if seen else None, *capsys.readouterr())
+
+    return run
+
+
+def test_what_is_not_given_is_none(call):
+    assert call()[:2] == (0, dict.fromkeys(NAMES, None))
+
+
+def test_values_come_in_their_kind(call):
+    words = "a b --size 32 --rate 2 --no-is-loud --windows 7,14 --held-out 0.25 --augment none"
+    values = (["a", "b"], 32, 2.0, False, [7, 14], 0.25, "none")
+    assert call(*words.split())[1] == dict(zip(NAMES, values, strict=True))
+    assert call("--held-out", "val")[1]["held_out"] == "val"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--augment", "much"), "'much' is not one of 'none', 'light'."),
+        (("--windows", "7,x"), "'7,x' is not whole numbers between commas; for example 7,7,14,7."),
+        (("--img-size", "big"), "--img-size"),
+        (("--seed", "1"), "No such option"),
+    ],
+)
+def test_wrong_values_are_wrong_usage(call, words, said):
+    code, values, _, err = call(*words)
+    assert (code, values) == (2, None)
+    assert said in " ".join(err.split())
+
+
+def test_the_help_is_in_groups_with_defaults(call):
+    out = call("--help")[2]
+    first, model = out.split("\nModel:\n")
+    arguments, options = first.split("\nOptions:\n")
+    assert "Where it is." in arguments.split("Arguments:")[1]
+    assert "--rate <float>" in options or "--rate FLOAT" in options
+    assert "How fast. [0.5]" in options
+    assert "Say more. [off]" in options
+    assert "--augment [none|light]" in options
+    assert "--img-size, --size" in model
+    assert "Side of the input, of 'tinyvit models'. [224]" in " ".join(model.split())
+    assert "--windows N,N" in model
+    assert "--windows" not in options
+
+
+def test_what_a_setting_is_called():
+    known = settings_of(Some)
+    assert [flag_of(known[name]) for name in NAMES[:4]] == [
+        *("DATA", "--img-size", "--rate", "--is-loud")
+    ]
+
+
+@pytest.mark.parametrize(
+    "task", [ClassifySettings, DistillLogitsSettings, DistillFeaturesRun, SegmentSettings]
+)
+def test_no_name_has_two_meanings(task):
+    both = [one.name for cls in (TrainSettings, task) for one in options_of(cls)]
+    assert len(both) == len(set(both))
