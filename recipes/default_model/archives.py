@@ -4,7 +4,7 @@ Four containers: ``.deb`` (an ``ar`` file whose member ``data.tar.*`` holds the 
 ``.whl`` (a zip) and, inside packages of Qt programs, ``.rcc`` (a tree of resources). Members come
 one after the other as bytes; nothing is unpacked to the disk, so no name can lead out of a folder.
 Links are passed over. Not read: ``data.tar.zst``, for which Python has no reader before 3.14 and
-which none of the pinned packages uses. Knows nothing of what the files mean.
+which none of the pinned packages uses.
 
 Layouts: ar(5), deb(5); the resource format as Qt's tool ``rcc`` writes it, versions 1 to 3.
 """
@@ -21,26 +21,13 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["read_members", "read_named", "read_resources"]
-
 _AR_MAGIC = b"!<arch>\n"
 _AR_HEADER = 60
 _RCC_COMPRESSED, _RCC_FOLDER, _RCC_ZSTD = 1, 2, 4
 
 
 def read_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Read files of a package in the order in which they lie there.
-
-    Args:
-        path: A ``.deb``, ``.tgz``, ``.tar.gz``, ``.whl`` or ``.zip`` file.
-        wanted: Told a member's name, without a leading ``./``; says whether to read it.
-
-    Yields:
-        A member's name and its bytes.
-
-    Raises:
-        ValueError: If the file is no such container, or is damaged.
-    """
+    """Read files of a package in the order in which they lie there."""
     readers = {".deb": _read_deb, ".tgz": _read_tgz, ".gz": _read_tgz}
     readers |= {".whl": _read_zip, ".zip": _read_zip}
     if path.suffix not in readers:
@@ -52,18 +39,7 @@ def read_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[st
 
 
 def read_named(path: Path, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
-    """Read the files of a package that have these names.
-
-    Args:
-        path: As for ``read_members``.
-        names: Full names of members, without a leading ``./``.
-
-    Yields:
-        A member's name and its bytes, in the package's order.
-
-    Raises:
-        ValueError: After the last one if a name was not in the package, and as ``read_members``.
-    """
+    """Read the files of a package that have these names."""
     missing = set(names)
     for name, data in read_members(path, missing.__contains__):
         missing.discard(name)
@@ -140,18 +116,7 @@ def _read_zip(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, 
 
 
 def read_resources(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """Read the files of a Qt resource file.
-
-    Args:
-        data: The bytes of an ``.rcc`` file.
-
-    Yields:
-        Each file's path in the tree and its bytes.
-
-    Raises:
-        ValueError: If the bytes are no such file, damaged, of an unknown version, or packed with
-            zstd.
-    """
+    """Read the files of a Qt resource file."""
     try:
         yield from _walk_resources(data)
     except (struct.error, zlib.error) as err:

@@ -1,55 +1,36 @@
-"""Photographs to lay objects on, out of packages.
+"""Background photos for composites, out of packages.
 
     python recipes/default_model/backgrounds.py WORK
 
 Leaves ``WORK/backgrounds/*.jpg`` and, last of all, ``WORK/backgrounds/manifest.csv``: the table is
-there if all its images are. Which photographs, under which licences and whose, says
+there if all its images are. Which photos, with licence and author, says
 ``selection/backgrounds.csv``, chosen by eye. A source ``a.rcc:b`` is the file ``b`` in the Qt
-resource file ``a.rcc``. ``selection/held_out.csv`` lists photographs that models are measured on;
+resource file ``a.rcc``. ``selection/held_out.csv`` lists the photos of the evaluation set;
 none of them may be chosen. Packages must have been fetched.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import io
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
 from archives import read_named, read_resources
-from cutouts import write_whole
 from fetch import package_path
-from manifest import Background, is_done, write_rows
+from manifest import Background, is_done, read_selection, write_rows, write_whole
 
-__all__ = ["LONGEST", "build", "main", "read_held_out"]
-
-SELECTION = Path(__file__).resolve().parent / "selection"
 LONGEST = 900
 _QUALITY = 92
 
 
 def build(work: Path) -> int:
-    """Make the background photographs if they are not done.
-
-    Args:
-        work: The folder of the recipe, with ``packages``.
-
-    Returns:
-        How many there are now; 0 if they were done before.
-
-    Raises:
-        ValueError: If a package is missing, lacks a photograph, has one that cannot be read, or if
-            a photograph was chosen that models are measured on.
-    """
+    """Make the background photographs if they are not done."""
     table = work / "backgrounds" / "manifest.csv"
     if is_done(table, Background):
         return 0
-    with (SELECTION / "backgrounds.csv").open(newline="", encoding="utf-8") as file:
-        chosen = list(csv.DictReader(file))
+    chosen = read_selection("backgrounds")
     _refuse_held_out(chosen)
     rows: list[Background] = []
     for name in dict.fromkeys(row["package"] for row in chosen):
@@ -69,28 +50,15 @@ def build(work: Path) -> int:
     return len(rows)
 
 
-def read_held_out(table: Path = SELECTION / "held_out.csv") -> list[tuple[str, str]]:
-    """Read which photographs are for measuring only.
-
-    Args:
-        table: A CSV file with the columns ``package`` and ``source``.
-
-    Returns:
-        Name of the package and end of the path in it, for each.
-    """
-    with table.open(newline="", encoding="utf-8") as file:
-        return [(row["package"], row["source"]) for row in csv.DictReader(file)]
-
-
 def _refuse_held_out(chosen: Sequence[dict[str, str]]) -> None:
-    """Raise if a photograph is for measuring only."""
-    held_out = read_held_out()
+    """Raise if a chosen photo belongs to the evaluation set."""
+    held_out = [(row["package"], row["source"]) for row in read_selection("held_out")]
     for row in chosen:
         for package, source in held_out:
             if row["package"] == package and row["source"].endswith(source):
                 raise ValueError(
-                    f"{row['file']} is made of {source}, which models are measured on; take it out "
-                    "of selection/backgrounds.csv"
+                    f"{row['file']} is made of {source}, which models are evaluated on; remove it "
+                    "from selection/backgrounds.csv"
                 )
 
 
@@ -127,21 +95,3 @@ def _photograph(data: bytes, source: str) -> Image.Image:
     # Halves go up, which round() does not do: 2560 x 1600 becomes 900 x 563.
     width, height = (max(1, int(side * scale + 0.5)) for side in image.size)
     return image.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; gives the exit status."""
-    parser = argparse.ArgumentParser(description="Make the photographs in WORK/backgrounds.")
-    parser.add_argument("work", type=Path)
-    given = parser.parse_args(arguments)
-    try:
-        made = build(given.work)
-    except (ValueError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 1
-    print(f"{made} backgrounds" if made else "done before")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,15 +1,13 @@
 """The model card: what the weights are, what they can do, and what they were made from.
 
 Every number comes from a file: ``evaluation.json`` of ``evaluate.py``, the tables of the supply,
-the logs of the training (``history.py``), and the weights themselves. Nothing is measured here.
+the logs of the training (``history.py``), and the weights themselves. Nothing is evaluated here.
 
     python card.py starter.safetensors --work WORK --evaluation FOLDER --out MODEL_CARD.md
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,13 +17,12 @@ from typing import Any
 from history import History, read_history
 from manifest import Background, Row, read_rows
 from tinyvit.catalog import DEFAULT_CHECKPOINT, VARIANTS
+from tinyvit.checkpoints.files import file_sha256, write_text
 from tinyvit.sam.build import build_sam
-
-__all__ = ["build", "describe_supply", "describe_training", "verdicts", "write_card"]
 
 STAGES = Path(__file__).with_name("stages.toml")
 
-FLOORS = {
+BASELINES = {
     ("1 click", "disc"): "a disc around the click",
     ("1 click", "grabcut"): "GrabCut from the click",
     ("box", "ellipse"): "the ellipse inscribed in the box",
@@ -40,26 +37,14 @@ the background photographs stands beside each in `recipes/default_model/models.c
 `recipes/default_model/selection/backgrounds.csv`."""
 
 LIMITS = """\
-It has learnt from cut-out objects pasted on photographs, and from regions that an algorithm found
-by their colours; no person has drawn a mask for it. It knows no classes and no text. What is unlike
-the images below it has never seen: measure it on your own (`tinyvit evaluate segment`) before you
-rely on it."""
+It was trained on cut-out objects pasted on photos, and on regions that an algorithm found by
+their colours; no mask was drawn by a person. It has no classes and no text prompts. Evaluate it on
+your own images (`tinyvit evaluate segment`) before you rely on it, most of all if they are unlike
+those below."""
 
 
 def describe_supply(work: Path, split: str = "train") -> list[str]:
-    """What was learnt from: a Markdown table of images by package and licence.
-
-    Args:
-        work: The folder of the supply, with the tables ``objects/*.csv`` and
-            ``backgrounds/manifest.csv``.
-        split: Of which rows.
-
-    Returns:
-        Lines.
-
-    Raises:
-        ValueError: There is no table of objects, or one of them is damaged.
-    """
+    """The training data: a Markdown table of images by package and licence."""
     tables = sorted((work / "objects").glob("*.csv"))
     if not tables:
         raise ValueError(f"{work / 'objects'} holds no table; build the supply first")
@@ -88,12 +73,7 @@ def describe_supply(work: Path, split: str = "train") -> list[str]:
 
 
 def describe_training(history: History, machine: str = "") -> str:
-    """One line on how long it was trained.
-
-    Args:
-        history: What the logs tell.
-        machine: On what; empty leaves it out.
-    """
+    """One line on how long it was trained."""
     words = [f"from `{history.start}`" if history.start else "from scratch"]
     if history.hours:
         words.append(f"{history.hours:.1f} hours{f' on {machine}' if machine else ''}")
@@ -104,28 +84,20 @@ def describe_training(history: History, machine: str = "") -> str:
 
 
 def verdicts(results: Mapping[str, Any], model: str) -> list[str]:
-    """How a model stands to each floor, a sentence each; only intervals that are apart count.
-
-    Args:
-        results: Content of ``evaluation.json``.
-        model: Its name there.
-
-    Returns:
-        Sentences, the sets in their order.
-    """
+    """A sentence for each baseline: better or worse if the confidence intervals do not overlap."""
     found = []
-    for name, figures in results["sets"].items():
-        for (prompt, floor), words in FLOORS.items():
-            theirs = figures["floors"].get(prompt, {}).get(floor)
+    for name, metrics in results["sets"].items():
+        for (prompt, baseline), words in BASELINES.items():
+            theirs = metrics["floors"].get(prompt, {}).get(baseline)
             if theirs is None:
                 continue
-            ours = figures["models"][model]["ious"][prompt]
+            ours = metrics["models"][model]["ious"][prompt]
             if ours["low"] > theirs["high"]:
                 relation = "better than"
             elif ours["high"] < theirs["low"]:
                 relation = "**worse than**"
             else:
-                relation = "**not clearly apart from**"
+                relation = "**not clearly different from**"
             asked = "With one click" if prompt == "1 click" else "With a box"
             found.append(
                 f"{asked} on {name} ({ours['value']:.2f}) it is {relation} {words} "
@@ -145,34 +117,18 @@ def write_card(
     model: str | None = None,
     began_with: str = "",
 ) -> str:
-    """The card as Markdown.
-
-    Args:
-        weights: The file that ships.
-        results: Content of ``evaluation.json``.
-        tables: Content of ``evaluation.md``.
-        supply: Lines of ``describe_supply``.
-        training: What ``describe_training`` gives.
-        name: Of the weights in the catalog.
-        model: Of the weights in the results; None takes the file's stem.
-        began_with: What is to be said of the weights that the training began with.
-
-    Raises:
-        ValueError: The results are of other weights.
-        CheckpointError: The weights cannot be read.
-    """
+    """The card as Markdown."""
     model = weights.stem if model is None else model
-    content = weights.read_bytes()
-    sha256 = hashlib.sha256(content).hexdigest()
-    measured = results["weights"].get(model)
-    if measured is None or measured["sha256"] != sha256:
+    sha256 = file_sha256(weights)
+    evaluated = results["weights"].get(model)
+    if evaluated is None or evaluated["sha256"] != sha256:
         raise ValueError(
-            f"the evaluation has no figures of {model!r} with the bytes of {weights}; it measured "
+            f"the evaluation has no metrics of {model!r} with the bytes of {weights}; it has "
             f"{', '.join(results['weights'])}. Evaluate these weights, then write the card"
         )
     rows = [
-        ("file", f"`{weights.name}`, {_spaced(len(content))} bytes, fp16 (batch statistics and "
-                 "positional matrix fp32)"),
+        ("file", f"`{weights.name}`, {_spaced(weights.stat().st_size)} bytes, fp16 (batch "
+                 "statistics and positional matrix fp32)"),
         ("sha256", f"`{sha256}`"),
         *_network(weights),
         ("not stored", "`norm_head`, `head`, `num_batches_tracked`"),
@@ -185,10 +141,10 @@ def write_card(
         "minute.\n`recipes/default_model` makes them with one command.",
         "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]),
         "## What it can do",
-        "Mean IoU of its masks, beside the floors that need no network.",
+        "Mean IoU of its masks, beside the baselines that need no network.",
         tables.strip(),
         "\n".join(f"- {sentence}" for sentence in verdicts(results, model)),
-        f"Measured with: {_machine(results['machine'])}.",
+        f"Evaluated on: {_machine(results['machine'])}.",
         f"## What it cannot do\n\n{LIMITS}",
         "## Data and licences\n\nTrained on composites of these objects and backgrounds, and on "
         "regions of these backgrounds; a public\npackage ships each of the images:",
@@ -246,24 +202,7 @@ def build(
     machine: str = "",
     name: str = DEFAULT_CHECKPOINT,
 ) -> Path:
-    """Write the card from the files of the recipe.
-
-    Args:
-        work: The folder of the supply.
-        weights: The file that ships.
-        evaluation: The folder that ``evaluate.build`` wrote.
-        target: The card; replaced at the end.
-        stages: The table of the training's stages.
-        machine: What it was trained on.
-        name: Of the weights in the catalog.
-
-    Returns:
-        The path of the card.
-
-    Raises:
-        ValueError: A table is damaged, or the evaluation is of other weights.
-        CheckpointError: The weights cannot be read.
-    """
+    """Write the card from the files of the recipe."""
     results = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8"))
     tables = (evaluation / "evaluation.md").read_text(encoding="utf-8")
     history = read_history(work, stages)
@@ -277,34 +216,5 @@ def build(
         name=name,
         began_with=about.read_text(encoding="utf-8") if about and about.is_file() else "",
     )
-    part = target.with_name(f".{target.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(target)
+    write_text(target, text)
     return target
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("weights", type=Path, help="the file that ships")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the recipe's supply")
-    parser.add_argument("--evaluation", type=Path, required=True, help="folder of evaluate.py")
-    parser.add_argument("--stages", type=Path, default=STAGES, help="the training's stages")
-    parser.add_argument("--machine", default="", help="what it was trained on, in words")
-    parser.add_argument("--name", default=DEFAULT_CHECKPOINT, help="of the weights in the catalog")
-    parser.add_argument("--out", type=Path, default=Path("MODEL_CARD.md"))
-    given = parser.parse_args(arguments)
-    card = build(
-        given.work,
-        given.weights,
-        given.evaluation,
-        given.out,
-        stages=given.stages,
-        machine=given.machine,
-        name=given.name,
-    )
-    print(card)
-
-
-if __name__ == "__main__":
-    main()

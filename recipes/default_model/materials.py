@@ -1,7 +1,7 @@
-"""MTL files and textures -> what surfaces look like.
+"""MTL files and textures -> materials of surfaces.
 
 Colours become amounts of light (linear), textures premultiplied. Of a material are read: Kd, Ks,
-Ns, d, map_Kd, and map_d where there is no map_Kd. Knows no shapes.
+Ns, d, map_Kd, and map_d where there is no map_Kd.
 
 The format: Wavefront's "Material library file".
 """
@@ -17,8 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["Floats", "Material", "ReadFile", "read_materials"]
-
 Floats: TypeAlias = NDArray[np.float32]
 ReadFile: TypeAlias = Callable[[str], "bytes | None"]
 
@@ -29,7 +27,7 @@ DARK_TINT = 0.35  # below, a colour beside a texture is an exporter's default, n
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-    """What a surface looks like.
+    """The material of a surface.
 
     Attributes:
         diffuse: Linear RGB, 0..1.
@@ -47,15 +45,7 @@ class Material:
 
 
 def read_materials(text: str, read_file: ReadFile) -> dict[str, Material]:
-    """Read an MTL file.
-
-    Args:
-        text: What is in it.
-        read_file: Gives the bytes of a texture, None if there is no such file.
-
-    Returns:
-        The materials by name. A texture that is missing or damaged is left out.
-    """
+    """Read an MTL file."""
     tables: dict[str, dict[str, str]] = {}
     values: dict[str, str] = {}
     for line in text.splitlines():

@@ -1,7 +1,5 @@
 """Objects with alpha out of packages: photographs, emoji of a spatial look, drawings.
 
-    python recipes/default_model/objects.py WORK [photo|emoji|clipart ...]
-
 Leaves ``WORK/objects/KIND/*.png`` and, last of all, ``WORK/objects/KIND.csv``: a table is there if
 all its images are. Photographs and emoji are lists chosen by eye (``selection/*.csv``); drawings
 are chosen by a rule, less a list of those left out by eye. Packages must have been fetched.
@@ -9,26 +7,74 @@ are chosen by a rule, less a list of those left out by eye. Packages must have b
 
 from __future__ import annotations
 
-import argparse
-import csv
 import hashlib
 import io
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
+from scipy import ndimage
 
+import manifest
 from archives import read_members, read_named
-from cutouts import cut_out, fill_of, has_hard_edge, is_one_object, write_whole
 from fetch import package_path
-from manifest import Row, is_done, split_of, write_rows
+from manifest import Row, is_done, read_selection, split_of, write_rows, write_whole
 
-__all__ = ["KINDS", "build", "main"]
+LONGEST = 384
+_FAINT = 16  # alpha up to which a border is cut away: what is left of shadows and resampling
+_OPAQUE = 240
+_EVERY_NEIGHBOUR = np.ones((3, 3), bool)
 
-SELECTION = Path(__file__).resolve().parent / "selection"
+
+def cut_out(image: Image.Image) -> Image.Image | None:
+    """Crop an image to what can be seen of it and make it small enough."""
+    rgba = image.convert("RGBA")
+    seen = _alpha(rgba) > _FAINT
+    if not seen.any():
+        return None
+    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+    box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    cropped = rgba.crop(box)
+    scale = LONGEST / max(cropped.size)
+    if scale >= 1:
+        return cropped
+    size = max(1, round(cropped.width * scale)), max(1, round(cropped.height * scale))
+    # Premultiplied, or the colour of what is invisible would come through at the edge.
+    return cropped.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
+
+
+def fill_of(cutout: Image.Image) -> float:
+    """Share of a cut-out's pixels that belong to the object."""
+    return round(float((_alpha(cutout) > 127).mean()), 3)
+
+
+def is_one_object(cutout: Image.Image, share: float = 0.9) -> bool:
+    """Whether nearly all of what can be seen hangs together."""
+    alpha = _alpha(cutout)
+    pieces, count = ndimage.label(alpha > _FAINT, structure=_EVERY_NEIGHBOUR)
+    if count == 0:
+        return False
+    sums = np.asarray(ndimage.sum_labels(alpha, pieces, np.arange(1, count + 1)))
+    return bool(sums.max() >= share * sums.sum())
+
+
+def has_hard_edge(cutout: Image.Image, share: float = 0.12) -> bool:
+    """Whether little of a cut-out is half transparent: no glow, no soft shadow, no glass."""
+    alpha = _alpha(cutout)
+    seen = alpha > _FAINT
+    solid = ndimage.binary_dilation(alpha >= _OPAQUE, structure=_EVERY_NEIGHBOUR)
+    return bool(seen.any() and (seen & ~solid).sum() <= share * seen.sum())
+
+
+def _alpha(image: Image.Image) -> NDArray[np.uint8]:
+    """The alpha channel [H, W]."""
+    return np.asarray(image.getchannel("A"))
+
+
 CLIPART_FOLDER = "usr/share/openclipart/png/"
 # Icons, plain shapes, flags, lettering: no objects that somebody would click on.
 CLIPART_PASSED_OVER = frozenset(
@@ -44,18 +90,7 @@ CLIPART_FILL = (0.15, 0.95)
 
 
 def build(work: Path, kinds: Sequence[str] = ()) -> dict[str, int]:
-    """Cut out the objects of each kind that is not done.
-
-    Args:
-        work: The folder of the recipe, with ``packages``.
-        kinds: Which of ``photo``, ``emoji`` and ``clipart``; none stands for all.
-
-    Returns:
-        Kind -> how many objects were made; a kind that was done before is missing.
-
-    Raises:
-        ValueError: If there is no such kind, or a package is missing or lacks an image.
-    """
+    """Cut out the objects of each kind that is not done."""
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise ValueError(f"there is no kind {', '.join(unknown)}; there are {', '.join(KINDS)}")
@@ -74,7 +109,7 @@ def build(work: Path, kinds: Sequence[str] = ()) -> dict[str, int]:
 
 def _photo(work: Path) -> Iterator[Row]:
     """Photographed objects; their list says all but the size."""
-    chosen = _selection("photo")
+    chosen = read_selection("photo")
     for name in dict.fromkeys(row["package"] for row in chosen):
         package, path = package_path(work, name)
         sources = {row["source"]: row for row in chosen if row["package"] == name}
@@ -91,7 +126,7 @@ def _photo(work: Path) -> Iterator[Row]:
 def _emoji(work: Path) -> Iterator[Row]:
     """Emoji that show a thing, an animal, a plant or a person."""
     package, path = package_path(work, "fluent-emoji-3d")
-    sources = {row["source"]: row for row in _selection("emoji")}
+    sources = {row["source"]: row for row in read_selection("emoji")}
     for source, data in read_named(path, sources):
         row = sources[source]
         cutout = _cut(data, source)
@@ -106,7 +141,7 @@ def _emoji(work: Path) -> Iterator[Row]:
 def _clipart(work: Path) -> Iterator[Row]:
     """Drawings of one object with a clean edge, each only once."""
     package, path = package_path(work, "openclipart-png")
-    left_out = _lines(SELECTION / "clipart_left_out.txt")
+    left_out = _lines(manifest.SELECTION / "clipart_left_out.txt")
     seen: set[str] = set()
     for source, data in read_members(path, _may_be_clipart):
         inner = source.removeprefix(CLIPART_FOLDER)
@@ -192,12 +227,6 @@ def _keep(
     )
 
 
-def _selection(kind: str) -> list[dict[str, str]]:
-    """A list of what was chosen."""
-    with (SELECTION / f"{kind}.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def _lines(path: Path) -> frozenset[str]:
     """The lines of a file that say something."""
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -209,22 +238,3 @@ KINDS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "emoji": _emoji,
     "clipart": _clipart,
 }
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; gives the exit status."""
-    parser = argparse.ArgumentParser(description="Cut out the objects into WORK/objects.")
-    parser.add_argument("work", type=Path)
-    parser.add_argument("kinds", nargs="*", help=f"{', '.join(KINDS)}; none stands for all")
-    given = parser.parse_args(arguments)
-    try:
-        made = build(given.work, given.kinds)
-    except (ValueError, OSError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 1
-    print(", ".join(f"{count} of {kind}" for kind, count in made.items()) or "done before")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

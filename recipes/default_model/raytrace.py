@@ -1,13 +1,12 @@
 """A mesh and a view -> an image with exact alpha.
 
-Rays through each pixel find the surfaces (Embree does, on the CPU); panes and cut-out textures let
-part of the light through. A surface is lit by a lamp with a soft shadow and by the whole sky, whose
-rays are blocked by what stands near: corners are darker. Pixels on an outline get four times the
-rays. No chance in here: what varies is in the ``View``. Knows no files and no models' names.
+Rays through each pixel find the surfaces (Embree, on the CPU, through ``embreex``, BSD licence);
+panes and cut-out textures let part of the light through. A surface is lit by a lamp with a soft
+shadow and by the whole sky, whose rays are blocked by nearby surfaces: corners are darker. The
+lamp's highlight is Blinn's. Pixels on an outline get four times the rays. Nothing is random here:
+what varies is in the ``View``.
 
-N: rays. T: triangles. Lengths are in radii of the mesh's bounding sphere, its middle is 0.
-
-Embree through ``embreex`` (BSD licence); the lamp's highlight is Blinn's.
+N: rays. T: triangles. Lengths are in radii of the mesh's bounding sphere, its centre is 0.
 """
 
 from __future__ import annotations
@@ -19,11 +18,110 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from camera import GRID, Camera, View, direction_of
 from materials import Floats
 from meshes import Mesh
 
-__all__ = ["render"]
+GRID = 4  # the finest grid of rays in a pixel, each way
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Camera and light.
+
+    Attributes:
+        azimuth: Where the camera stands, degrees around y; 0 is in front.
+        elevation: Degrees above the ground.
+        roll: Degrees by which the camera is tilted.
+        field: Angle under which the bounding sphere is seen, degrees.
+        lamp_azimuth: Where the lamp stands, degrees around y.
+        lamp_elevation: Degrees above the ground.
+        lamp_share: How much of the light comes from the lamp, 0..1.
+        lamp_width: Radius of the lamp seen from the mesh, degrees.
+        lamp_colour: RGB around 1.
+        exposure: 1: a white surface that faces the lamp is just white.
+        longest_side: Pixels.
+    """
+
+    azimuth: float
+    elevation: float
+    roll: float = 0.0
+    field: float = 30.0
+    lamp_azimuth: float = 40.0
+    lamp_elevation: float = 50.0
+    lamp_share: float = 0.5
+    lamp_width: float = 4.0
+    lamp_colour: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    exposure: float = 1.0
+    longest_side: int = 320
+
+
+class Camera:
+    """Rays through the pixels of a window that is just as large as the mesh.
+
+    Attributes:
+        size: Height and width of the window in pixels.
+    """
+
+    def __init__(self, corners: Floats, view: View) -> None:
+        """Find the window.
+
+        Args:
+            corners: Positions [T, 3, 3] float32, none further than 1 from 0.
+            view: Where from.
+        """
+        towards = direction_of(view.azimuth, view.elevation)  # from the mesh to the camera
+        right = np.cross([0.0, 1.0, 0.0], towards)
+        right /= np.linalg.norm(right)
+        up = np.cross(towards, right)
+        roll = np.radians(view.roll)
+        self.right = np.cos(roll) * right + np.sin(roll) * up
+        self.up = np.cos(roll) * up - np.sin(roll) * right
+        self.towards = towards
+        self.eye = towards / np.sin(np.radians(view.field / 2))
+        from_eye = corners.reshape(-1, 3) - self.eye
+        depth = -(from_eye @ towards)
+        across, upwards = from_eye @ self.right / depth, from_eye @ self.up / depth
+        extent = max(np.ptp(across), np.ptp(upwards))
+        self.pixel = extent / (view.longest_side - 1)  # one pixel less, for what rounding adds
+        self.left, self.top = across.min() - self.pixel / 2, upwards.max() + self.pixel / 2
+        self.size = (
+            min(int(np.ptp(upwards) / self.pixel) + 2, view.longest_side),
+            min(int(np.ptp(across) / self.pixel) + 2, view.longest_side),
+        )
+
+    def rays(self, pixels: NDArray[np.int64], place: tuple[int, int]) -> tuple[Floats, Floats]:
+        """Rays through one place in pixels.
+
+        Args:
+            pixels: Their numbers, row by row, [N] int64.
+            place: Row and column in the grid that divides a pixel, each 0..``GRID`` - 1.
+
+        Returns:
+            Origins and unit directions, [N, 3] float32 each.
+        """
+        row, column = np.divmod(pixels, self.size[1])
+        across = self.left + self.pixel * (column + (place[1] + 0.5) / GRID)
+        upwards = self.top - self.pixel * (row + (place[0] + 0.5) / GRID)
+        direction = across[:, None] * self.right + upwards[:, None] * self.up - self.towards
+        direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+        origin = np.repeat(self.eye[None].astype(np.float32), len(pixels), axis=0)
+        return origin, direction.astype(np.float32)
+
+
+def direction_of(azimuth: float, elevation: float) -> NDArray[np.float64]:
+    """Turn two angles into a direction.
+
+    Args:
+        azimuth: Degrees around y; 0 is along z, 90 along x.
+        elevation: Degrees above the ground.
+
+    Returns:
+        A unit vector, [3] float64.
+    """
+    around, above = np.radians(azimuth), np.radians(elevation)
+    flat = np.cos(above)
+    return np.array([flat * np.sin(around), np.sin(above), flat * np.cos(around)])
+
 
 LAYERS = 12  # surfaces behind each other
 NEAR = 1e-4  # how far from a surface the next ray starts
@@ -33,20 +131,7 @@ BOUNCE = 0.12  # light in a corner that no ray of the sky comes to
 
 
 def render(mesh: Mesh, view: View) -> NDArray[np.uint8]:
-    """Take an image.
-
-    Args:
-        mesh: What to show.
-        view: How.
-
-    Returns:
-        RGBA with straight alpha, [height, width, 4] uint8, cropped to what is not transparent.
-        Colours where alpha is 0 are black.
-
-    Raises:
-        ImportError: If the package ``embreex`` is not installed; says how to.
-        ValueError: If nothing can be seen.
-    """
+    """Take an image."""
     corners = mesh.corners - (mesh.corners.min(axis=(0, 1)) + mesh.corners.max(axis=(0, 1))) / 2
     corners /= max(float(np.linalg.norm(corners, axis=2).max()), 1e-12)
     tracer = _Tracer(dataclasses.replace(mesh, corners=corners), view)
@@ -247,7 +332,7 @@ def _look_up(texture: Floats, points: Floats) -> Floats:
 
 
 def _brightness(height: Floats) -> Floats:
-    """Light from a direction whose y is given: the sky above, a floor below."""
+    """Light from a direction whose y is given: the sky above, the ground below."""
     share: Floats = np.clip(0.5 + height * 1.5, 0, 1)
     result: Floats = np.float32(0.25) + np.float32(0.75) * share
     return result

@@ -1,23 +1,20 @@
-"""Regions of the background photographs, found without anybody's help: what a label may follow.
+"""Regions of the background photos, found by an algorithm, as masks for training.
 
-    python recipes/default_model/regions.py WORK
+A photo is split into superpixels (Felzenszwalb and Huttenlocher, 2004), and neighbours are merged
+in the order of Ward's criterion on their mean colours (CIELAB), so a small piece is merged before a
+large one of the same contrast. Three stages of the merging are kept: parts, things, and whole areas
+such as a sky. They are no objects: they show where real edges are in real photos, which a composite
+cannot.
 
-A photograph is cut into superpixels (Felzenszwalb and Huttenlocher, 2004), and neighbours are
-merged in the order of Ward's criterion on their mean colours (CIELAB), so a small piece joins
-before a large one of the same contrast. Three stages of the merging are kept: parts, things, and
-whole stretches such as a sky. They are no objects: they teach where real edges in real photographs
-run, which a composite cannot.
-
-Leaves ``WORK/regions/NAME.png`` for each row of ``WORK/backgrounds/manifest.csv``: RGB, a stage in
-each channel from fine to coarse, a region's number in its pixels. Stopped at any moment, it goes on
-with the photographs that are left.
+``build`` writes ``WORK/regions/NAME.png`` for each row of ``WORK/backgrounds/manifest.csv``: RGB, a
+stage in each channel from fine to coarse, a region's number in its pixels. If interrupted, it
+continues with the remaining photos. ``draw_regions`` makes a training sample of them.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +22,71 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cutouts import write_whole
-from manifest import Background, read_rows
+from changes import as_a_camera, crop, recoloured
+from manifest import Background, read_rows, write_whole
 
-__all__ = ["build", "find_regions", "main", "regions_path"]
+RGB = NDArray[np.uint8]
+
+_LONGEST = 640
+_LEAST, _LARGEST = 0.004, 0.6  # shares of the image
+_FILL = 0.25  # share of its box that a region fills: what is thinner is no shape but an outline
+_MOST_MASKS = 12
+
+
+def draw_regions(
+    photograph: Path, regions: Path, size: tuple[int, int], rng: np.random.Generator
+) -> tuple[RGB, NDArray[np.bool_]] | None:
+    """A part of a photograph and the regions of one stage in it.
+
+    Args:
+        photograph: The background.
+        regions: Its regions.
+        size: (width, height) of the result in pixels.
+        rng: The random generator.
+
+    Returns:
+        (RGB [H, W, 3] uint8, masks [N, H, W] bool with N >= 1); None if no region there is
+        neither too small, too large nor too thin.
+    """
+    image = open_photograph(photograph)
+    stages = _stages(regions, image.size)
+    stage = stages[int(rng.integers(len(stages)))]
+    seed = int(rng.integers(2**62))  # the same part of both
+    part = crop(image, size, np.random.default_rng(seed))
+    labels = np.asarray(crop(stage, size, np.random.default_rng(seed), Image.Resampling.NEAREST))
+    masks = [mask for number in np.unique(labels) if number and _is_shape(mask := labels == number)]
+    if not masks:
+        return None
+    order = rng.permutation(len(masks))[:_MOST_MASKS]
+    return as_a_camera(recoloured(part, 0.25, rng), rng), np.stack([masks[i] for i in order])
+
+
+def _is_shape(mask: NDArray[np.bool_]) -> bool:
+    if not _LEAST * mask.size <= mask.sum() <= _LARGEST * mask.size:
+        return False
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
+    return bool(mask.sum() >= _FILL * box)
+
+
+@lru_cache(maxsize=256)
+def open_photograph(path: Path) -> Image.Image:
+    """A background, RGB, longest side at most 640 pixels; kept in memory, not to be changed."""
+    with Image.open(path) as file:
+        file.draft("RGB", (_LONGEST, _LONGEST))
+        image: Image.Image = file.convert("RGB")
+    image.thumbnail((_LONGEST, _LONGEST), Image.Resampling.BILINEAR)
+    return image
+
+
+@lru_cache(maxsize=256)
+def _stages(path: Path, size: tuple[int, int]) -> tuple[Image.Image, ...]:
+    """Each stage of a photograph's regions, at the photograph's size."""
+    with Image.open(path) as image:
+        scaled = image.convert("RGB").resize(size, Image.Resampling.NEAREST)
+    stages: tuple[Image.Image, ...] = scaled.split()
+    return stages
+
 
 LONGEST = 384
 _STAGES = 8.0, 16.0, 28.0  # of Ward's distance, see _distance
@@ -43,18 +101,7 @@ def regions_path(work: Path, photograph: str) -> Path:
 
 
 def build(work: Path) -> int:
-    """Find the regions of every background that has none.
-
-    Args:
-        work: The folder of the recipe, with ``backgrounds``.
-
-    Returns:
-        For how many they were found; 0 if all were done before.
-
-    Raises:
-        FileNotFoundError: The backgrounds have not been made.
-        ImportError: scikit-file is missing.
-    """
+    """Find the regions of every background that has none."""
     rows = read_rows(work / "backgrounds" / "manifest.csv", Background)
     left = [row for row in rows if not regions_path(work, row.file).is_file()]
     for number, row in enumerate(left, 1):
@@ -77,9 +124,6 @@ def find_regions(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     Returns:
         [H, W, 3] uint8: for each stage the number of the region a pixel is in, 1 for the largest;
         0 where there are more than 255.
-
-    Raises:
-        ImportError: scikit-image is missing.
     """
     try:
         from skimage import color, filters, graph, segmentation
@@ -146,21 +190,3 @@ def _numbered(labels: Labels) -> NDArray[np.uint8]:
     rank[np.argsort(-counts, kind="stable")] = np.arange(1, len(counts) + 1)
     rank[rank > _MOST] = 0
     return rank[inverse].reshape(labels.shape).astype(np.uint8)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; gives the exit status."""
-    parser = argparse.ArgumentParser(description="Find the regions of the background photographs.")
-    parser.add_argument("work", type=Path)
-    given = parser.parse_args(arguments)
-    try:
-        made = build(given.work)
-    except (ValueError, OSError, ImportError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 1
-    print(f"regions of {made} photographs" if made else "done before")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,19 +4,17 @@
 
 Reads the package in WORK/packages. Writes WORK/objects/render/*.png, WORK/objects/render.csv, and
 one small file of notes per model, from which an interrupted run goes on: a view that is done is
-not made again, and more views of a model leave its first ones as they are. All chance comes from
+not made again, and more views of a model leave its first ones as they are. Randomness is seeded by
 the names of the models. ``models.csv`` says which models are used, which split each is in, and who
 made it.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,12 +24,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from archives import read_members
-from camera import View
-from manifest import Row, write_rows
+from manifest import Row, write_rows, write_whole
 from meshes import Mesh, Model, read_library
-from raytrace import render
-
-__all__ = ["LICENSES", "build", "draw_view", "render_model"]
+from raytrace import View, render
+from tinyvit.checkpoints.files import write_text
 
 PACKAGE = "sweethome3d-furniture 1.8-1"
 PACKAGE_FILE = "sweethome3d-furniture_1.8-1_all.deb"
@@ -44,7 +40,7 @@ LICENSES = {
 }
 LEAST_FILL = 0.12  # of its box; thinner things make masks of nothing but edge
 LEAST_SIDE = 32  # pixels; below, a thing is seen from its edge
-ATTEMPTS = 4  # how often a view is drawn anew before it is given up
+ATTEMPTS = 4  # how often a view is drawn again before it is given up
 EDITION = 1  # raise it when images come out differently: old ones are then made again
 MODELS = Path(__file__).with_name("models.csv")
 
@@ -67,22 +63,7 @@ class Notes:
 def build(
     work: Path, views: int = 6, *, table: Path = MODELS, say: Callable[[str], None] = print
 ) -> Path:
-    """Render all models of the table.
-
-    Args:
-        work: The recipe's folder; the package lies in its ``packages``.
-        views: How many views of each model.
-        table: A CSV file with the columns library, model and split.
-        say: Told of progress and of what was left out.
-
-    Returns:
-        The table of the images.
-
-    Raises:
-        FileNotFoundError: If the package is not there; says what to run.
-        ValueError: If the package is damaged or lacks a model of the table.
-        ImportError: If the package ``embreex`` is not installed; says how to.
-    """
+    """Render all models of the table."""
     package = work / "packages" / PACKAGE_FILE
     if not package.is_file():
         raise FileNotFoundError(f"there is no {package}; run fetch.py on the same folder first")
@@ -138,22 +119,7 @@ def _models(
 def render_model(
     model: Model, read: Callable[[Model], Mesh], split: str, folder: Path, views: int
 ) -> Notes:
-    """Make the views of a model that are not there yet, and note what is done.
-
-    Args:
-        model: The model.
-        read: What reads it.
-        split: The split of its group.
-        folder: Where images and notes go.
-        views: How many views there are to be.
-
-    Returns:
-        The notes, also of views made earlier.
-
-    Raises:
-        ValueError: If the model has no triangles.
-        ImportError: If the package ``embreex`` is not installed.
-    """
+    """Make the views of a model that are not there yet, and note what is done."""
     path = _notes_file(folder, model.library, model.name)
     notes = _read_notes(path) or Notes(0, (), ())
     rows, left_out = list(notes.rows), list(notes.left_out)
@@ -164,7 +130,7 @@ def render_model(
             left_out.append(f"{model.library}/{model.name}, view {number}: {reason}")
             continue
         file = folder / f"{model.library}__{model.name}_{number}.png"
-        _write_image(file, image)
+        write_whole(Image.fromarray(image), file)
         rows.append(_row(model, split, f"{folder.name}/{file.name}", image))
     notes = Notes(max(views, notes.views), tuple(rows), tuple(left_out))
     _write_notes(path, notes)
@@ -188,20 +154,12 @@ def _take(mesh: Mesh, name: str, number: int) -> tuple[NDArray[np.uint8] | None,
 
 
 def draw_view(name: str, number: int, attempt: int = 0) -> View:
-    """Draw a view by chance that hangs on nothing but the arguments.
+    """Draw a random view that depends on the arguments alone.
 
     The views of a model stand around it evenly, however many they are: each is a golden angle
     further than the one before it.
-
-    Args:
-        name: The model's name.
-        number: Which of its views.
-        attempt: Another one for the same place.
-
-    Returns:
-        The view.
     """
-    common, own = _chance(name), _chance(f"{name}#{number}#{attempt}")
+    common, own = _generator(name), _generator(f"{name}#{number}#{attempt}")
     azimuth = common.uniform(0, 360) + 137.5 * number + own.uniform(-20, 20) + 50 * attempt
     height = (common.uniform() + 0.618 * number + 0.37 * attempt + own.uniform(-0.05, 0.05)) % 1
     warmth = own.uniform(-0.12, 0.12)
@@ -219,7 +177,7 @@ def draw_view(name: str, number: int, attempt: int = 0) -> View:
     )
 
 
-def _chance(name: str) -> np.random.Generator:
+def _generator(name: str) -> np.random.Generator:
     """Random numbers that belong to a name."""
     return np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
 
@@ -240,13 +198,6 @@ def _row(model: Model, split: str, file: str, image: NDArray[np.uint8]) -> Row:
         source=f"{model.library}.sh3f/{model.name}",
         license=LICENSES[model.library],
     )
-
-
-def _write_image(path: Path, image: NDArray[np.uint8]) -> None:
-    """Write a PNG, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    Image.fromarray(image).save(temporary, format="PNG")
-    os.replace(temporary, path)
 
 
 def _write_table(
@@ -277,22 +228,6 @@ def _read_notes(path: Path) -> Notes | None:
 
 
 def _write_notes(path: Path, notes: Notes) -> None:
-    """Write notes, whole or not at all."""
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
     text = json.dumps({"edition": EDITION, **dataclasses.asdict(notes)}, indent=1)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def main() -> None:
-    """Run as a script."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("work", type=Path, help="the recipe's folder")
-    parser.add_argument("--views", type=int, default=6, help="views of each model")
-    options = parser.parse_args()
-    build(options.work, options.views, say=lambda line: print(line, flush=True))
-
-
-if __name__ == "__main__":
-    main()
+    write_text(path, text + "\n")

@@ -24,8 +24,6 @@ from typing import Any
 from history import keep_results, trained_by
 from tinyvit.errors import TinyViTError
 
-__all__ = ["Choices", "Places", "Step", "main", "run", "steps_of"]
-
 HERE = Path(__file__).resolve().parent
 
 
@@ -36,11 +34,11 @@ class Choices:
     Attributes:
         work: The folder for everything.
         stages: The file of the training's stages; None takes ``stages.toml`` beside this file.
-        photographs: Photographs with masks to measure on; None measures on composites alone.
-        composites: How many composites to measure on.
+        photographs: Photos with masks to evaluate on; None takes composites alone.
+        composites: How many composites to evaluate on.
         tiny: Two steps of training and a handful of images: whether it runs, not how well.
         machine: What the training ran on, in words, for the card.
-        beside: Other weights to measure in the same table.
+        beside: Other weights to evaluate in the same table.
     """
 
     work: Path
@@ -70,7 +68,7 @@ class Places:
 
     @property
     def evaluation(self) -> Path:
-        """The folder of figures and contact sheets."""
+        """The folder of metrics and galleries."""
         return self.work / "evaluation"
 
     @property
@@ -149,7 +147,7 @@ def steps_of(choices: Choices) -> list[Step]:
         ),
         Step(
             "evaluate",
-            "measure, beside other weights and floors",
+            "evaluate, beside other weights and baselines",
             lambda: _evaluate(choices),
             (places.shipped, *tables),
             (evaluation,),
@@ -167,18 +165,7 @@ def steps_of(choices: Choices) -> list[Step]:
 
 
 def run(choices: Choices, only: Sequence[str] = (), say: Callable[[str], None] = print) -> None:
-    """Do the steps.
-
-    Args:
-        choices: What the command was given.
-        only: Names of the steps to do, even if they are done; none does all that are left.
-        say: Told what is being done.
-
-    Raises:
-        ValueError: There is no such step, or one cannot be done.
-        TinyViTError: Weights cannot be read or written.
-        OSError: A file cannot be read or written.
-    """
+    """Do the steps."""
     steps = steps_of(choices)
     unknown = set(only) - {step.name for step in steps}
     if unknown:
@@ -250,11 +237,7 @@ def _card(choices: Choices) -> None:
 
 
 def _need(path: Path, step: str) -> None:
-    """Refuse to go on without what an earlier step leaves.
-
-    Raises:
-        ValueError: It is not there.
-    """
+    """Refuse to go on without what an earlier step leaves."""
     if not path.is_file():
         raise ValueError(f"{path} is not there; the step {step!r} makes it")
 
@@ -268,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", type=Path, help="the training's stages (default stages.toml)")
     parser.add_argument("--photographs", type=Path, help="folder: manifest.csv, images, masks")
     parser.add_argument("--composites", type=int, default=Choices.composites)
-    parser.add_argument("--beside", action="append", help="other weights to measure, too")
+    parser.add_argument("--beside", action="append", help="other weights to evaluate, too")
     parser.add_argument("--machine", default="", help="what it was trained on, for the card")
     parser.add_argument("--tiny", action="store_true", help="two steps of training: does it run?")
     parser.add_argument("--only", action="append", default=[], help="do this step, even if done")

@@ -3,19 +3,15 @@
 Batch statistics and the positional matrix stay float32: statistics are divided by, and the matrix
 is multiplied by up to 2 pi and put into sines. Attention biases are stored in half precision, too.
 Left out are the classification head and the counters of batches. The header stays as it was. The
-written file is read again, strictly, and both answer the same prompts about an image.
-
-    python shrink.py run/best.safetensors starter.safetensors
+written file is read again, strictly, and the masks of both are compared.
 
 Letters: K masks, h w of the low-resolution logits, C channels, H W the image.
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,9 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tinyvit.checkpoints import read_state_dict, write_state_dict
+from tinyvit.checkpoints.files import file_sha256, write_text
 from tinyvit.sam import SamPredictor
-
-__all__ = ["MOST_BYTES", "Shrunk", "build", "example_image", "shrink_tensors"]
 
 MOST_BYTES = 16_000_000
 """The most that the file may take in the package."""
@@ -61,17 +56,7 @@ class Shrunk:
 
 
 def shrink_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Half precision where it does no harm.
-
-    Args:
-        tensors: Of a whole SAM, by canonical key.
-
-    Returns:
-        What ships; tensors that are no floating point are dropped with the counters.
-
-    Raises:
-        ValueError: A value is no finite number, or too large for half precision.
-    """
+    """Half precision where it does no harm."""
     kept: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if key.startswith(DROPPED) or key.endswith(".num_batches_tracked"):
@@ -103,20 +88,7 @@ def example_image(side: int = 256) -> NDArray[np.uint8]:
 
 
 def build(source: Path, target: Path) -> Shrunk:
-    """Write the file that ships, and compare it with its source.
-
-    Args:
-        source: Trained weights, a whole SAM.
-        target: The ``.safetensors`` file; replaced at the end. Beside it ``STEM.json`` has the
-            same facts as the result.
-
-    Returns:
-        Size, hash and errors.
-
-    Raises:
-        ValueError: The file would be too large, or a value does not fit.
-        CheckpointError: A file cannot be read or written, or does not fit when read again.
-    """
+    """Write the file that ships, and compare it with its source."""
     read = read_state_dict(source)
     tensors = shrink_tensors(read.tensors)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -128,15 +100,14 @@ def build(source: Path, target: Path) -> Shrunk:
     header = {key: text for key, text in read.metadata.items() if key != "format"}
     target.parent.mkdir(parents=True, exist_ok=True)
     write_state_dict(target, tensors, metadata=header)
-    content = target.read_bytes()
     found = Shrunk(
         target.name,
-        len(content),
-        hashlib.sha256(content).hexdigest(),
+        target.stat().st_size,
+        file_sha256(target),
         len(tensors),
         *_compare(source, target),
     )
-    target.with_suffix(".json").write_text(json.dumps(asdict(found), indent=2), encoding="utf-8")
+    write_text(target.with_suffix(".json"), json.dumps(asdict(found), indent=2))
     return found
 
 
@@ -164,22 +135,3 @@ def _compare(source: Path, target: Path) -> tuple[float, float, float]:
 
 def _relative(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
     return float(np.abs(first - second).max() / np.abs(first).max())
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("source", type=Path, help="trained weights, float32")
-    parser.add_argument("target", type=Path, help="the file that ships")
-    given = parser.parse_args(arguments)
-    found = build(given.source, given.target)
-    print(
-        f"{given.target}: {found.bytes} bytes, {found.tensors} tensors, sha256 {found.sha256}\n"
-        f"largest difference of embeddings {found.embedding_error:.2g}, of logits "
-        f"{found.logit_error:.2g} of the largest value; {100 * found.mask_agreement:.2f} % of the "
-        "masks' pixels stay the same"
-    )
-
-
-if __name__ == "__main__":
-    main()

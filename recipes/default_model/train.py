@@ -28,24 +28,13 @@ from tinyvit.train.tasks.losses import MaskLosses
 from tinyvit.train.tasks.prompting import Prompting
 from tinyvit.train.tasks.segment import SceneSampler, Segment
 
-__all__ = ["STAGES", "build", "run_stage"]
-
 STAGES = Path(__file__).with_name("stages.toml")
 
 Stage = dict[str, Any]
 
 
 def build(work: Path, stages: Path = STAGES, report: Callable[[str], None] = print) -> Path:
-    """Run every stage that is not done.
-
-    Args:
-        work: The folder of the supply; runs are written into ``runs``.
-        stages: The table of stages.
-        report: Called with a line now and then.
-
-    Returns:
-        The best weights of the last stage.
-    """
+    """Run every stage that is not done."""
     weights = ""
     for name, stage in read_stages(stages).items():
         weights = str(run_stage(work, name, stage, weights or stage["start"], report))
@@ -55,18 +44,7 @@ def build(work: Path, stages: Path = STAGES, report: Callable[[str], None] = pri
 def run_stage(
     work: Path, name: str, stage: Stage, start: str, report: Callable[[str], None] = print
 ) -> Path:
-    """Run one stage, or what is left of it.
-
-    Args:
-        work: The folder of the supply.
-        name: What its run's folder is called.
-        stage: Its table.
-        start: A checkpoint; empty for chance.
-        report: Called with a line now and then.
-
-    Returns:
-        Its best weights.
-    """
+    """Run one stage, or what is left of it."""
     folder = work / "runs" / name
     known = {one.name for one in fields(TrainSettings)}
     settings = TrainSettings.from_mapping(
@@ -87,8 +65,8 @@ def run_stage(
             )
 
     result = train(_task(work, stage, start), settings, resume=True, report=tell)
-    figures = ", ".join(f"{name} {value:.3f}" for name, value in result.figures.items())
-    report(f"{name}: done; {figures}")
+    metrics = ", ".join(f"{name} {value:.3f}" for name, value in result.figures.items())
+    report(f"{name}: done; {metrics}")
     return result.best_weights or result.last_weights
 
 
@@ -97,14 +75,14 @@ def _task(work: Path, stage: Stage, start: str) -> Segment:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stage["seed"])
         sam = build_sam(beside(start) or None, stage["model"], img_size=stage["img_size"])
-    look = {"size": stage["img_size"], "weights": dict(stage["kinds"])}
-    learnt = CompositeSet(
-        work, "train", seed=stage["seed"], regions=stage.get("regions", 0.0), **look
+    common = {"size": stage["img_size"], "weights": dict(stage["kinds"])}
+    samples = CompositeSet(
+        work, "train", seed=stage["seed"], regions=stage.get("regions", 0.0), **common
     )
-    held_out = CompositeSet(work, "val", seed=0, length=10_000, **look)
+    held_out = CompositeSet(work, "val", seed=0, length=10_000, **common)
     return Segment(
         sam,
-        SceneSampler(learnt, spec_of(sam), None, stage["objects"]),
+        SceneSampler(samples, spec_of(sam), None, stage["objects"]),
         held_out,
         Prompting(stage["box_share"], stage["corrective_share"], stage["most_corrections"]),
         MaskLosses(stage["focal"]),

@@ -1,12 +1,11 @@
-import csv
-
 import numpy as np
 import pytest
 from PIL import Image
 
 import backgrounds
+import manifest
 from fetch import Package
-from manifest import SPLITS, Background, read_rows
+from manifest import SPLITS, Background, read_rows, read_selection
 
 from .packages_made import deb, encoded, rcc, wheel
 
@@ -36,9 +35,7 @@ def choose(tmp_path, monkeypatch):
     )
     wheel(packages / "images.whl", {"data/brick.png": photograph(30, 20, "PNG")})
     (chosen / "held_out.csv").write_text("package,source\nwalls,img/apple.webp\n")
-    monkeypatch.setattr(backgrounds, "SELECTION", chosen)
-    held_out = backgrounds.read_held_out
-    monkeypatch.setattr(backgrounds, "read_held_out", lambda: held_out(chosen / "held_out.csv"))
+    monkeypatch.setattr(manifest, "SELECTION", chosen)
 
     def path(work, name):
         (found,) = packages.glob(f"{name}.*")
@@ -87,22 +84,19 @@ def test_halves_of_pixels_go_up(choose):
         assert image.size == (900, 563)  # 1280 x 800: 562.5
 
 
-def test_what_is_done_is_kept(choose, capsys):
+def test_what_is_done_is_kept(choose):
     work = choose(*LINES)
-    assert backgrounds.main([str(work)]) == 0
-    assert backgrounds.main([str(work)]) == 0
-    assert capsys.readouterr().out == "3 backgrounds\ndone before\n"
+    assert backgrounds.build(work) == 3
+    assert backgrounds.build(work) == 0
     (work / "backgrounds" / "b.jpg").unlink()
     assert backgrounds.build(work) == 3
 
 
-def test_photographs_for_measuring_are_refused(choose, capsys):
+def test_photos_of_the_evaluation_set_are_refused(choose):
     work = choose(*LINES, "d.jpg,walls,usr/a.rcc:img/apple.webp,CC0,train")
-    with pytest.raises(ValueError, match=r"d.jpg is made of img/apple.webp, which models are meas"):
+    with pytest.raises(ValueError, match=r"d.jpg is made of img/apple.webp, which models are eval"):
         backgrounds.build(work)
     assert not work.exists()
-    assert backgrounds.main([str(work)]) == 1
-    assert capsys.readouterr().err.startswith("error: d.jpg")
 
 
 @pytest.mark.parametrize(
@@ -120,10 +114,9 @@ def test_what_is_missing_or_broken_is_named_and_no_table_is_left(choose, source,
     assert not (work / "backgrounds" / "manifest.csv").exists()
 
 
-def test_the_recipes_list_holds_nothing_that_is_measured_on():
-    held_out = backgrounds.read_held_out()
-    with (backgrounds.SELECTION / "backgrounds.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+def test_the_recipes_list_holds_nothing_of_the_evaluation_set():
+    held_out = [(row["package"], row["source"]) for row in read_selection("held_out")]
+    rows = read_selection("backgrounds")
     assert len(held_out) > 90
     assert len(rows) > 200
     assert {row["split"] for row in rows} == set(SPLITS)

@@ -35,10 +35,10 @@ def test_verdicts_count_only_intervals_that_are_apart(tiny_sam_file):
     found = card.verdicts(results_for(tiny_sam_file), tiny_sam_file.stem)
     assert found == [
         "With one click on photographs (0.60) it is better than a disc around the click (0.40).",
-        "With one click on photographs (0.60) it is **not clearly apart from** GrabCut from the "
-        "click (0.63).",
-        "With a box on photographs (0.60) it is **not clearly apart from** the ellipse inscribed "
-        "in the box (0.58).",
+        "With one click on photographs (0.60) it is **not clearly different from** GrabCut from "
+        "the click (0.63).",
+        "With a box on photographs (0.60) it is **not clearly different from** the ellipse "
+        "inscribed in the box (0.58).",
         "With a box on photographs (0.60) it is **worse than** GrabCut in the box (0.90).",
     ]
 
@@ -105,7 +105,7 @@ def test_the_card_has_every_part(tmp_path, tiny_sam_file, make_supply):
         "| licence of the weights | Apache-2.0 |",
         "| a table |",
         "- With one click on photographs (0.60)",
-        "Measured with: a processor, torch 2.7, 2026-01-01.",
+        "Evaluated on: a processor, torch 2.7, 2026-01-01.",
         "| objects: photo | things 1.0 | CC0-1.0 | 2 | 2 |",
         "No image is contained in the weights file.",
     )

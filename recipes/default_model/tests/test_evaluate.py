@@ -57,10 +57,10 @@ def test_the_table_says_what_it_does_not_show(tmp_path, tiny_sam_file, make_phot
     )
     text = (tmp_path / "out" / "evaluation.md").read_text()
     assert "### Photographs: 2 images, 2 masks" in text
-    assert "| floor: disc around the click, ellipse in the box |" in text
-    assert "| floor: GrabCut" not in text
-    assert "GrabCut was not measured: OpenCV is not installed." in text
-    assert "GrabCut helped to make these masks, so it is no fair floor here." in text
+    assert "| baseline: disc around the click, ellipse in the box |" in text
+    assert "| baseline: GrabCut" not in text
+    assert "GrabCut was not run: OpenCV is not installed." in text
+    assert "GrabCut helped to make these masks, so it is no fair baseline here." in text
     assert "Left out: " in text and "1_1.png" in text
 
 
@@ -68,8 +68,10 @@ def test_grabcut_has_a_row_where_it_ran():
     figure = {"value": 0.5, "low": 0.4, "high": 0.6}
     found = {"1 click": {"disc": figure, "grabcut": figure}, "box": {"ellipse": figure}}
     found["box"]["grabcut"] = {"value": 0.7, "low": 0.6, "high": 0.8}
-    rows = evaluate._floor_rows(found)
-    assert rows[1].startswith("| floor: GrabCut from the click, in the box | 0.500 [0.400, 0.600]")
+    rows = evaluate._baseline_rows(found)
+    assert rows[1].startswith(
+        "| baseline: GrabCut from the click, in the box | 0.500 [0.400, 0.600]"
+    )
     assert "0.700 [0.600, 0.800]" in rows[1]
 
 
@@ -115,14 +117,14 @@ def test_floors_of_an_earlier_evaluation_are_taken(tmp_path, tiny_sam_file, make
     known["sets"]["photographs"]["floors"]["box"]["ellipse"]["value"] = 0.125
     known["grabcut"] = True
     earlier.write_text(json.dumps(known))
-    again = evaluate.build(weights, evaluate.Choices(folder, floors=earlier), tmp_path / "two")
+    again = evaluate.build(weights, evaluate.Choices(folder, baselines=earlier), tmp_path / "two")
     results = json.loads(again.read_text())
     assert results["sets"]["photographs"]["floors"] == known["sets"]["photographs"]["floors"]
     assert results["grabcut"] is True
     assert "| 0.125 [" in (tmp_path / "two" / "evaluation.md").read_text()
-    fewer = evaluate.Choices(folder, floors=earlier, most_masks=1)
+    fewer = evaluate.Choices(folder, baselines=earlier, most_masks=1)
     with pytest.raises(ValueError, match="other photographs: 3 masks of 2 images, not 1 of 1"):
         evaluate.build(weights, fewer, tmp_path / "three")
     earlier.write_text(json.dumps({**known, "sets": {}}))
     with pytest.raises(ValueError, match="the earlier evaluation has no photographs"):
-        evaluate.build(weights, evaluate.Choices(folder, floors=earlier), tmp_path / "four")
+        evaluate.build(weights, evaluate.Choices(folder, baselines=earlier), tmp_path / "four")

@@ -96,7 +96,9 @@ def test_build_fetches_what_is_named_and_shows_it(tmp_path, server):
 
 def test_package_path_says_what_to_do(tmp_path, server):
     packages = table(tmp_path / "p.toml", package(server.url("a.deb")))
-    with pytest.raises(ValueError, match=r"a_2.deb is not there; fetch it with fetch.py .* a"):
+    with pytest.raises(
+        ValueError, match=r"a_2.deb is not there; fetch it with run.py .* --only fetch"
+    ):
         package_path(tmp_path, "a", packages)
     with pytest.raises(ValueError, match=r"there is no package 'b'; p.toml has a"):
         package_path(tmp_path, "b", packages)
@@ -128,8 +130,3 @@ def test_the_recipes_table_pins_every_package():
         assert all(url.startswith(("http://", "https://")) for url in one.urls)
         assert one.size > 1_000_000
         assert "/" not in one.file
-
-
-def test_the_command_gives_one_line_for_an_error(tmp_path, capsys):
-    assert fetch.main([str(tmp_path), "nothing"]) == 1
-    assert capsys.readouterr().err.startswith("error: there is no package nothing")

@@ -12,8 +12,8 @@ from PIL import Image
 
 import raytrace
 import render
-from camera import View
 from manifest import SPLITS, Row, is_done, read_rows
+from raytrace import View
 
 from .ray_cast import PlainScene
 
