@@ -17,7 +17,8 @@ class Classifier(TinyViT):
     """Cream's classifier: every merge halves the map, no neck."""
 
     def __init__(self, **ctor):
-        super().__init__(**ctor, strides=(2,) * (len(ctor["depths"]) - 1), neck_dim=None)
+        stages = len(ctor.get("depths", (2, 2, 6, 2)))
+        super().__init__(**ctor, strides=(2,) * (stages - 1), neck_dim=None)
 
 
 class HQEncoder(TinyViT):
@@ -47,6 +48,9 @@ class Adapter(verify.Adapter):
 
     def litemed(self, ctor):
         return TinyViT(**ctor, stem="pointwise", head=False)
+
+    def efficientsam3(self, variant, img_size, embed_size):
+        return None  # a family that is not read yet
 
     def sam(self):
         from tinyvit.sam import build_sam
