@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from tinyvit.checkpoints import write_state_dict
 from tinyvit.errors import CheckpointError
-from tinyvit.folders import encode as feature_files
+from tinyvit.folders.encode import write_features
 from tinyvit.image_spec import ImageSpec
 from tinyvit.sam.embedding import ImageEmbedding
 
@@ -73,7 +73,7 @@ def test_files_of_tinyvit_encode_can_be_loaded(tmp_path):
         "tinyvit_version": "0.1.0",
         **dataclasses.asdict(PLACEMENT),
     }
-    feature_files.write(target, FEATURES, facts)
+    write_features(target, FEATURES, facts)
     found = ImageEmbedding.load(target)
     assert torch.equal(found.features, FEATURES)
     assert (found.placement, found.image_spec) == (PLACEMENT, SPEC)

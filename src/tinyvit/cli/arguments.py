@@ -104,7 +104,18 @@ Precision = Annotated[
         help="What to compute in; auto is bf16 where the hardware has it built in.",
     ),
 ]
-
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write to.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Write everything again; replace any file.")
+]
+NoPad = Annotated[
+    bool,
+    typer.Option(
+        "--no-pad",
+        help="Do not pad images to a square: less work where they are not square, and results "
+        "that differ a little from those with padding, most of all near the edges.",
+    ),
+]
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")

@@ -1,40 +1,41 @@
-"""Options of ``tinyvit segment``: what they take, and what they say about it.
-
-A point and a box are read from text here. What they mean together is decided in ``prompt_files``;
-whether they lie in the image is the library's affair.
-"""
+"""``tinyvit segment``: masks of what points and boxes mean, or of everything, as files."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NewType
 
 import typer
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT, get_checkpoint, list_checkpoints
 from tinyvit.cli import console
 from tinyvit.errors import CheckpointError
-from tinyvit.folders.images import Box, Point, list_images
+from tinyvit.folders.images import ImageFile, list_images
 
+from . import outcomes
 from .arguments import (
     Device,
     ImagePaths,
     Json,
+    NoPad,
+    Output,
+    Overwrite,
     Precision,
     PrecisionName,
     Size,
     matching_checkpoints,
 )
-from .console import Console, Update, counted
+from .console import Console, counted
 
 if TYPE_CHECKING:
-    from tinyvit.folders.prompt_files import Work
-    from tinyvit.folders.segment import Job, Method, Outcome
+    from tinyvit.folders.runner import Item, Outcome
+    from tinyvit.folders.segment import SegmentFolder
     from tinyvit.sam import Sam
+
+Point = NewType("Point", tuple[float, float, int])  # x, y, label; typer takes no list of tuples
+Box = NewType("Box", tuple[float, float, float, float])  # x0, y0, x1, y1
 
 
 def parse_point(text: str) -> Point:
@@ -50,7 +51,7 @@ def parse_point(text: str) -> Point:
         raise typer.BadParameter(
             f"the label of {text!r} must be 1 (the object) or 0 (not the object)."
         )
-    return Point(numbers[0], numbers[1], int(numbers[2]) if len(numbers) == 3 else 1)
+    return Point((numbers[0], numbers[1], int(numbers[2]) if len(numbers) == 3 else 1))
 
 
 def parse_box(text: str) -> Box:
@@ -64,7 +65,8 @@ def parse_box(text: str) -> Box:
         raise typer.BadParameter(
             f"{text!r} is not X0,Y0,X1,Y1 (left, top, right, bottom); for example 10,20,200,180."
         )
-    return Box(*numbers)
+    x0, y0, x1, y1 = numbers
+    return Box((x0, y0, x1, y1))
 
 
 def _numbers(text: str) -> list[float]:
@@ -132,7 +134,6 @@ Logits = Annotated[
     bool,
     typer.Option("--logits", help="Write low-res logits too, for --mask of a later call."),
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write to.")]
 Weights = Annotated[
     str | None,
     typer.Option(
@@ -151,17 +152,6 @@ BatchSize = Annotated[
         help="Images encoded together, at most. More may be faster on a GPU; photographs and "
         "memory grow with it.",
     ),
-]
-NoPad = Annotated[
-    bool,
-    typer.Option(
-        "--no-pad",
-        help="Do not pad images to a square: less work where they are not square, and masks "
-        "that differ somewhat from those with padding.",
-    ),
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Make everything anew; replace any file.")
 ]
 PointsPerSide = Annotated[
     int | None,
@@ -199,9 +189,6 @@ MinMaskRegionArea = Annotated[
 ]
 
 
-pass
-
-
 EXAMPLES = (
     "tinyvit segment cat.jpg --point 320,240 -o masks",
     "tinyvit segment cat.jpg --box 10,20,300,280 --point 50,60,0 -o masks",
@@ -209,6 +196,13 @@ EXAMPLES = (
     "tinyvit segment photos --prompts prompts.json -o masks",
     "tinyvit segment cat.jpg --everything --points-per-side 16 -o masks",
 )
+
+
+OF_EVERYTHING = (
+    *("points_per_side", "pred_iou_thresh", "stability_score_thresh"),
+    *("crop_n_layers", "min_mask_region_area"),
+)
+"""Parameters that are arguments of ``SamAutomaticMaskGenerator``."""
 
 
 def segment(
@@ -249,65 +243,126 @@ def segment(
     photograph; and NAME.mask-1.png, ... (NAME.mask-1-1.png, ... with --multimask), which
     --everything leaves out.
 
-    What is there already is kept if it was made of the same image by the same model with the same
-    prompts, and made anew otherwise. A broken image, or one that its prompts do not fit, does not
-    stop the work: it is named, and the exit code is 1.
+    Files that are there already are kept if they were made of the same image by the same model
+    with the same prompts, and replaced otherwise. An unreadable image, or one that its prompts do
+    not fit, does not stop the work: it is named, and the exit code is 1.
     """
     own = console.of(ctx)
-    arguments = _given(
-        points_per_side=points_per_side,
-        pred_iou_thresh=pred_iou_thresh,
-        stability_score_thresh=stability_score_thresh,
-        crop_n_layers=crop_n_layers,
-        min_mask_region_area=min_mask_region_area,
-    )
-    is_prompted = bool(point or box or mask or each)
-    _check(output, is_prompted, prompts, everything, multimask or logits, arguments)
+    given = {name: ctx.params[name] for name in OF_EVERYTHING if ctx.params[name] is not None}
+    outcomes.check_output(output)
+    same = None if everything else (point or (), box or (), mask, each)
+    _check(bool(point or box or mask or each), prompts, everything, multimask or logits, given)
     listed = list_images(images, output)
 
-    from tinyvit.folders.prompt_files import Work, prompts_of, read_prompts, share_out
-    from tinyvit.folders.segment import Job, Settings, by_grid, by_prompts, recipe
+    from tinyvit.folders.segment import SegmentFolder
+    from tinyvit.sam import Segmenter
+
+    items, missing = _items(listed, prompts, same)
+    segmenter = Segmenter(
+        _load(own, checkpoint, size),
+        device=device,
+        precision=precision.value,
+        batch_size=batch_size,
+        pad=False if no_pad else None,
+    )
+    with segmenter.encoder.engine as engine:
+        work = SegmentFolder(
+            segmenter,
+            output,
+            checkpoint or DEFAULT_CHECKPOINT,
+            multimask=multimask,
+            with_logits=logits,
+            everything=given if everything else None,
+            progress=lambda name: own.progress(name, things="points"),
+            overwrite=overwrite,
+        )
+        own.say(f"{work.facts['checkpoint']}: {engine.explain()}")
+        _run(own, work, items, listed, missing, as_json)
+
+
+def _items(
+    listed: Sequence[ImageFile],
+    prompts: Path | None,
+    same: tuple[Sequence[Point], Sequence[Box], Path | None, bool] | None,
+) -> tuple[list[Item], list[tuple[str, str]]]:
+    """Images with their prompts, and (name, message) of prompts for images that are not there.
+
+    Args:
+        listed: All images.
+        prompts: A file of prompts, or None.
+        same: Else points, boxes, mask and ``--each`` for all images; None for everything.
+    """
+    from tinyvit.folders.prompt_files import prompts_of, read_prompts, share_out
+    from tinyvit.folders.runner import Item
 
     if prompts is not None:
-        work = share_out(listed, read_prompts(prompts), prompts)
-    else:
-        same = () if everything else prompts_of(point or (), box or (), mask, each)
-        work = Work(tuple((image, same) for image in listed))
-    sam = _load(own, checkpoint, size)
-    settings = Settings(device, precision.value, batch_size, False if no_pad else None)
-    method: Method = (
-        by_grid(sam, settings, arguments, _progress_of(own))
-        if everything
-        else by_prompts(sam, settings, multimask, logits)
-    )
-    with method.engine as engine:
-        facts = recipe(sam, engine, checkpoint or DEFAULT_CHECKPOINT)
-        own.say(f"{facts['checkpoint']}: {engine.explain()}")
-        job = Job(method, output, facts, engine.workers, engine.ahead, overwrite)
-        if not _run(own, job, work, as_json, has_bar=not everything):
-            raise typer.Exit(1)
+        return share_out(listed, read_prompts(prompts), prompts)
+    one = () if same is None else prompts_of(*same)
+    return [Item(image, one) for image in listed], []
 
 
-def _given(**options: int | float | None) -> dict[str, int | float]:
-    """The options that were given."""
-    return {name: value for name, value in options.items() if value is not None}
+def _run(
+    own: Console,
+    work: SegmentFolder,
+    items: Sequence[Item],
+    listed: Sequence[ImageFile],
+    missing: Sequence[tuple[str, str]],
+    as_json: bool,
+) -> None:
+    """Do the work and sum it up.
+
+    Args:
+        own: Where it is shown.
+        work: Segments.
+        items: The images that have prompts, or all where everything is segmented.
+        listed: All images.
+        missing: (name, message) of prompts for images that are not there.
+        as_json: Whether JSON is wanted.
+
+    Raises:
+        typer.Exit: Something failed.
+    """
+    for _, words in missing:
+        console.complain(f"failed: {words}")
+    words = "" if work.generator is not None else "segmenting"  # the generator has its own bar
+    start = time.monotonic()
+    done = outcomes.follow(own, work.run(items), len(items), words)
+    seconds = time.monotonic() - start
+    written = outcomes.written(done)
+    own.say(_summary(written, seconds))
+    if written:
+        own.say(f"seconds an image: {_seconds_of(written)}")
+    outcomes.say_replaced_and_kept(own, done)
+    prompted = {item.image for item in items}
+    without = [image.name for image in listed if image not in prompted]
+    if without:
+        more = ", ..." if len(without) > 5 else ""
+        names = f"{', '.join(without[:5])}{more}"
+        own.say(f"left out {counted(len(without), 'image')} without prompts: {names}")
+    has_failed = outcomes.complain_of_failed(done, len(missing))
+    if as_json:
+        rows = outcomes.as_json(done)
+        rows["failed"][:0] = [
+            {"picture": name, "path": None, "error": text} for name, text in missing
+        ]
+        end = {"output": str(work.folder), "seconds": round(seconds, 3)}
+        console.write_json({**work.facts, **rows, "without_prompts": without, **end})
+    if has_failed:
+        raise typer.Exit(1)
 
 
 def _check(
-    output: Path,
     is_prompted: bool,
     prompts: Path | None,
     everything: bool,
     wants_more: bool,
     arguments: Mapping[str, object],
 ) -> None:
-    """Refuse before any work what would end badly, and options that do not go together.
+    """Refuse options that do not go together.
 
     Raises:
-        ValueError: The output folder is a file, or options contradict each other.
+        ValueError: Options contradict each other.
     """
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"{str(output)!r} is a file; give a folder to write to")
     if is_prompted and (everything or prompts is not None):
         other = "--everything" if everything else "--prompts"
         raise ValueError(f"{other} does not go together with --point, --box, --mask and --each")
@@ -338,99 +393,23 @@ def _load(own: Console, checkpoint: str | None, size: int | None) -> Sam:
         return build_sam(name, img_size=size, progress=update)
 
 
-def _progress_of(own: Console) -> Callable[[str], AbstractContextManager[Update]]:
-    return lambda name: own.progress(name, things="points")
-
-
-def _run(own: Console, job: Job, work: Work, as_json: bool, has_bar: bool) -> bool:
-    """Do the work, show how it goes, name what failed, sum up; whether nothing failed."""
-    outcomes: list[Outcome] = []
-    for _, words in work.missing:
-        console.complain(f"failed: {words}")
-    start = time.monotonic()
-    try:
-        with own.progress("segmenting") if has_bar else nullcontext(_tell_nobody) as update:
-            for outcome in job.run(work.tasks):
-                outcomes.append(outcome)
-                update(len(outcomes), len(work.tasks))
-                if outcome.state == "failed":
-                    console.complain(f"failed: {outcome.reason}")
-    except (KeyboardInterrupt, CheckpointError, OSError) as err:
-        if outcomes or isinstance(err, KeyboardInterrupt):  # files are written ahead of outcomes
-            done = f"{len(outcomes)} of {counted(len(work.tasks), 'image')}"
-            own.say(f"stopped after {done}; the same command goes on from there")
-        raise
-    seconds = time.monotonic() - start
-    _summarise(own, outcomes, work, seconds)
-    if as_json:
-        end = {"output": str(job.folder), "seconds": round(seconds, 3)}
-        console.write_json({**job.recipe, **_as_json(outcomes, work), **end})
-    return not work.missing and all(outcome.state != "failed" for outcome in outcomes)
-
-
-def _tell_nobody(done: int, total: int | None) -> None:
-    """In the place of a bar."""
-
-
-def _summarise(own: Console, outcomes: Sequence[Outcome], work: Work, seconds: float) -> None:
-    """Say what was done, how long it took, where it is, and what was not done and why."""
-    written = [outcome for outcome in outcomes if outcome.state == "written"]
-    line = "segmented nothing new"
-    if written:
-        masks = counted(sum(outcome.count for outcome in written), "mask")
-        line = f"segmented {counted(len(written), 'image')} in {seconds:.1f} s: {masks}"
-        if len(written) == 1 and 0 < len(written[0].masks) <= 3:
-            scores = ", ".join(f"{mask['score']:.2f}" for mask in written[0].masks)
-            line += f" (predicted IoU {scores})"
-        names = written[0].names
-        if names is not None:
-            line += f", seen in {names.overlay}" if len(written) == 1 else ""
-            line += f" in {names.document.parent}" if len(written) > 1 else ""
-    own.say(line)
-    if written:
-        own.say(f"seconds an image: {_seconds_of(written)}")
-    for reason, number in Counter(o.reason for o in written if o.reason).items():
-        own.say(f"replaced {number} that were {reason}")
-    states = Counter(outcome.state for outcome in outcomes)
-    if states["skipped"]:
-        own.say(f"kept {states['skipped']} made before (--overwrite makes them anew)")
-    if work.without:
-        names_of = ", ".join(image.name for image in work.without[:5])
-        more = ", ..." if len(work.without) > 5 else ""
-        without = counted(len(work.without), "image")
-        own.say(f"left out {without} without prompts: {names_of}{more}")
-    failed = states["failed"] + len(work.missing)
-    if failed:
-        total = len(outcomes) + len(work.missing)
-        console.complain(f"failed {failed} of {total}, named above")
+def _summary(written: Sequence[Outcome], seconds: float) -> str:
+    """What was written, how long it took, and where it is."""
+    if not written:
+        return "segmented nothing new"
+    first = written[0].facts
+    masks = counted(sum(outcome.facts["count"] for outcome in written), "mask")
+    line = f"segmented {counted(len(written), 'image')} in {seconds:.1f} s: {masks}"
+    if len(written) > 1:
+        return f"{line} in {Path(first['document']).parent}"
+    if 0 < len(first["masks"]) <= 3:
+        scores = ", ".join(f"{mask['score']:.2f}" for mask in first["masks"])
+        line += f" (predicted IoU {scores})"
+    return f"{line}, seen in {first['overlay']}"
 
 
 def _seconds_of(written: Sequence[Outcome]) -> str:
     """The mean of each step."""
-    steps = list(written[0].seconds)
-    means = [sum(one.seconds[step] for one in written) / len(written) for step in steps]
-    return ", ".join(f"{step} {mean:.3f}" for step, mean in zip(steps, means, strict=True))
-
-
-def _as_json(outcomes: Sequence[Outcome], work: Work) -> dict[str, object]:
-    """The outcomes by state, as plain data."""
-    lists: dict[str, list[dict[str, object]]] = {"written": [], "skipped": [], "failed": []}
-    for outcome in outcomes:
-        row: dict[str, object] = {
-            "picture": outcome.image.name,
-            "path": str(outcome.image.path),
-        }
-        if outcome.state == "failed":
-            row["error"] = outcome.reason
-        if outcome.names is not None:
-            row["document"] = str(outcome.names.document)
-            row["overlay"] = str(outcome.names.overlay)
-        if outcome.state == "written":
-            row["count"], row["seconds"] = outcome.count, dict(outcome.seconds)
-            row["masks"] = list(outcome.masks)
-            row["instead_of"] = outcome.reason or None
-        lists[outcome.state].append(row)
-    lists["failed"][:0] = [
-        {"picture": name, "path": None, "error": words} for name, words in work.missing
-    ]
-    return {**lists, "without_prompts": [image.name for image in work.without]}
+    steps = [outcome.facts["seconds"] for outcome in written]
+    means = {step: sum(one[step] for one in steps) / len(steps) for step in steps[0]}
+    return ", ".join(f"{step} {mean:.3f}" for step, mean in means.items())

@@ -1,6 +1,6 @@
 """Which images a command is about, in a fixed order, and what their outputs are called.
 
-Knows names of files only; no image is opened here.
+Names of files only: no image is opened here.
 """
 
 from __future__ import annotations
@@ -15,38 +15,6 @@ IMAGE_SUFFIXES = (  # the one list of them
     *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"),
     *(".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
 )
-
-
-@dataclass(frozen=True)
-class Point:
-    """A click.
-
-    Attributes:
-        x: Pixels from the left edge of the upright image.
-        y: Pixels from its top.
-        label: 1 the object, 0 not the object.
-    """
-
-    x: float
-    y: float
-    label: int = 1
-
-
-@dataclass(frozen=True)
-class Box:
-    """A box around an object, in pixels of the upright image.
-
-    Attributes:
-        x0: Its left edge.
-        y0: Its top.
-        x1: Its right edge.
-        y1: Its bottom.
-    """
-
-    x0: float
-    y0: float
-    x1: float
-    y1: float
 
 
 @dataclass(frozen=True)
@@ -68,10 +36,10 @@ class ImageFile:
 def list_images(paths: Sequence[Path], output: Path | None = None) -> list[ImageFile]:
     """The images that are named, and those in the folders that are named.
 
-    Folders are read with all folders in them, sorted by name; files count by their suffix, and
-    hidden ones not at all; links to folders are not followed. An image named as a file counts
-    whatever its suffix. Where several
-    folders are named, each keeps its own name in front, so that outputs do not meet.
+    Folders are read with all folders in them, sorted by name; files count by their suffix, hidden
+    ones not at all; links to folders are not followed. An image named as a file counts whatever
+    its suffix. Where several folders are named, each keeps its own name in front, so that outputs
+    do not meet.
 
     Args:
         paths: Files and folders.

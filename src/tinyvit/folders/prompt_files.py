@@ -1,7 +1,6 @@
 """Prompts as a user writes them: on the command line, in JSON or CSV files, masks as files.
 
-They become the library's ``Prompt``, which says what is wrong with one; here it is said where it
-stands. Knows no model and opens no photograph.
+They become the library's ``Prompt``, which says what is wrong with one; here it is said where.
 """
 
 from __future__ import annotations
@@ -9,40 +8,30 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tinyvit.checkpoints import read_state_dict
-from tinyvit.folders.images import Box, Point
 from tinyvit.images.decode import decode
 from tinyvit.sam import Prompt
 from tinyvit.sam.prompts import to_prompt
 
 from .images import ImageFile
+from .runner import Item
 
 COLUMNS = ("picture", "x", "y", "label", "x0", "y0", "x1", "y1", "object")
 INSIDE = 128  # brightness from which a pixel of a mask's image is mask
+BACKGROUND_ALONE = "points with the label 0 alone say only what the object is not"
 
-Prompts = tuple[Prompt, ...]
-
-
-@dataclass(frozen=True)
-class Work:
-    """Which image gets which prompts.
-
-    Attributes:
-        tasks: Images with their prompts, one for each object.
-        without: Images that have no prompts.
-        missing: Names that have prompts, and what to say: no image has that name.
-    """
-
-    tasks: tuple[tuple[ImageFile, Prompts], ...]
-    without: tuple[ImageFile, ...] = ()
-    missing: tuple[tuple[str, str], ...] = ()
+Prompts: TypeAlias = "tuple[Prompt, ...]"
+Point: TypeAlias = tuple[float, float, int]
+"""x, y in pixels of the upright image; label 1 the object, 0 not the object."""
+Box: TypeAlias = tuple[float, float, float, float]
+"""x0, y0, x1, y1 in pixels of the upright image."""
 
 
 def prompts_of(
@@ -52,12 +41,6 @@ def prompts_of(
 
     All points are about one object, and so are a box and a mask that come with them. Several boxes
     are several objects. With ``each`` every point and every box is an object of its own.
-
-    Args:
-        points: All of the call.
-        boxes: All of the call.
-        mask: File of a mask, or None.
-        each: Whether each is an object.
 
     Raises:
         ValueError: Nothing is prompted, it is not clear what goes with what, or a prompt is wrong.
@@ -79,31 +62,23 @@ def prompts_of(
         )
     if not is_many:
         return (_one(points, boxes[0] if boxes else None, mask),)
-    if not each:
-        return tuple(_one((), box, None) for box in boxes)
-    alone = [_one((point,), None, None) for point in points]
-    return (*alone, *(_one((), box, None) for box in boxes))
+    alone = [_one((point,)) for point in points]
+    return (*alone, *(_one((), box) for box in boxes))
 
 
-def _one(points: Sequence[Point], box: Box | None, mask: Path | None) -> Prompt:
-    if points and box is None and mask is None and not any(point.label for point in points):
-        raise ValueError(
-            "points with the label 0 alone say only what the object is not; give a point on it, "
-            "or a box around it, too"
-        )
+def _one(points: Sequence[Point], box: Box | None = None, mask: Path | None = None) -> Prompt:
+    if points and box is None and mask is None and not any(label for _, _, label in points):
+        raise ValueError(f"{BACKGROUND_ALONE}; give a point on it, or a box around it, too")
     return Prompt(
-        points=[[point.x, point.y] for point in points] if points else None,
-        labels=[point.label for point in points] if points else None,
-        box=None if box is None else [box.x0, box.y0, box.x1, box.y1],
+        points=[(x, y) for x, y, _ in points] if points else None,
+        labels=[label for _, _, label in points] if points else None,
+        box=box,
         mask=None if mask is None else read_mask(mask),
     )
 
 
 def read_mask(path: Path) -> NDArray[np.float32] | NDArray[np.bool_]:
-    """A mask prompt of a file.
-
-    Args:
-        path: ``.npy`` or ``.safetensors`` with low-res logits, or an image of a mask.
+    """A mask prompt of a file: ``.npy`` or ``.safetensors`` with low-res logits, or an image.
 
     Returns:
         Logits [h4, w4] float32, or a mask [H, W] bool: what is bright in the image.
@@ -121,7 +96,9 @@ def read_mask(path: Path) -> NDArray[np.float32] | NDArray[np.bool_]:
             raise ValueError(f"{str(path)!r} is no array of numpy: {err}") from err
         return _logits(path, [array])
     if suffix == ".safetensors":
-        return _logits(path, [tensor.numpy() for tensor in read_state_dict(path).tensors.values()])
+        return _logits(
+            path, [np.asarray(tensor) for tensor in read_state_dict(path).tensors.values()]
+        )
     brightness = decode(path).mean(axis=2)  # [H, W]
     mask: NDArray[np.bool_] = brightness >= INSIDE
     if not mask.any():
@@ -143,10 +120,9 @@ def _logits(path: Path, arrays: Sequence[NDArray[np.generic]]) -> NDArray[np.flo
 
 
 def read_prompts(path: Path) -> dict[str, Prompts]:
-    """Prompts of a file: for each image's name one prompt for each object.
+    """Prompts of a ``.csv`` or JSON file: for each image's name one prompt for each object.
 
-    Args:
-        path: A ``.csv`` file, or JSON. Files of masks named in it are found from its folder.
+    Files of masks named in it are found from its folder.
 
     Raises:
         ValueError: It is neither, or something in it is wrong; it says at which image and object.
@@ -179,7 +155,7 @@ def _prompt(path: Path, dictionary: object) -> Prompt:
         values["mask"] = read_mask(path.parent / mask)
     prompt = to_prompt(values)
     if prompt.labels is not None and not prompt.labels.any() and prompt.kind[1:] == (False, False):
-        raise ValueError("points with the label 0 alone say only what the object is not")
+        raise ValueError(BACKGROUND_ALONE)
     return prompt
 
 
@@ -261,14 +237,19 @@ def _add_row(place: str, entry: dict[str, object], cells: Mapping[str, str]) -> 
             labels.append(numbers.get("label", 1))
 
 
-def share_out(images: Sequence[ImageFile], prompts: Mapping[str, Prompts], source: Path) -> Work:
+def share_out(
+    images: Sequence[ImageFile], prompts: Mapping[str, Prompts], source: Path
+) -> tuple[list[Item], list[tuple[str, str]]]:
     """Find the image for each name of a file of prompts.
 
     Args:
         images: From ``list_images``.
         prompts: From ``read_prompts``; a name is an image's path relative to the folder that was
             named, or its path as it was given.
-        source: The file, for what is said.
+        source: The file, for messages.
+
+    Returns:
+        The images that have prompts; and (name, message) of names that no image has.
 
     Raises:
         ValueError: One image is named in two ways, or no image has prompts.
@@ -288,10 +269,9 @@ def share_out(images: Sequence[ImageFile], prompts: Mapping[str, Prompts], sourc
             raise ValueError(f"{source} names {image.name!r} in two ways; put them together")
         else:
             found[image] = wanted
-    tasks = tuple((image, found[image]) for image in images if found.get(image))
-    if not tasks:
+    items = [Item(image, found[image]) for image in images if found.get(image)]
+    if not items:
         names = ", ".join(repr(image.name) for image in images[:3])
         more = f": {missing[0][1]}" if missing else ""
         raise ValueError(f"none of the images ({names}) has prompts in {source}{more}")
-    without = tuple(image for image in images if not found.get(image))
-    return Work(tasks, without, tuple(missing))
+    return items, missing

@@ -1,11 +1,8 @@
-"""Smooth lines and dots on an image: where they lie, how far each pixel is, how colours mix.
+"""Pictures of what a model sees: masks, boxes and clicks over an image, feature maps, PNG files.
 
-A pixel takes as much of a colour as lies within half a pixel of the edge, so that no staircase is
-seen and positions need not be whole numbers. What is drawn, and in which colours, is not known
-here.
-
-Letters: H, W image. Positions are continuous: the pixel in row i and column j covers y from i to
-i + 1 and x from j to j + 1. A part of an image is its (rows, columns), two slices.
+Lines and dots are smooth: a pixel takes as much of a colour as lies within half a pixel of the
+edge. Positions are continuous: the pixel in row i and column j covers y from i to i + 1 and x from
+j to j + 1. Functions that draw on an image give a new array [H, W, 3] uint8.
 """
 
 from __future__ import annotations
@@ -17,112 +14,48 @@ import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from tinyvit.image_spec import Placement
 
-RGB = NDArray[np.uint8]
-Floats = NDArray[np.float32]
-Colour = tuple[int, int, int]
-Part = tuple[slice, slice]
+RGB: TypeAlias = NDArray[np.uint8]
+Bools: TypeAlias = NDArray[np.bool_]
+Floats: TypeAlias = NDArray[np.float32]
+Colour: TypeAlias = tuple[int, int, int]
+Part: TypeAlias = tuple[slice, slice]
+"""Rows and columns of a part of an image."""
+Features: TypeAlias = Any
+"""A feature map [C, h, w]: an array, or a tensor of torch."""
 
-BLOCK = 1 << 20  # pixels mixed at once
-
-
-def window(out: RGB, x0: float, y0: float, x1: float, y1: float) -> Part:
-    """Give the rows and columns of a part of the image; none where it lies outside."""
-    height, width = out.shape[:2]
-    left, right = (int(min(max(x, 0), width)) for x in (math.floor(x0), math.ceil(x1)))
-    top, bottom = (int(min(max(y, 0), height)) for y in (math.floor(y0), math.ceil(y1)))
-    return slice(top, bottom), slice(left, right)
-
-
-def bands(out: RGB, box: Sequence[float], reach: float) -> list[Part]:
-    """Give four parts of the image, apart from each other, that hold a box's line."""
-    x0, y0, x1, y1 = box
-    rows, columns = window(out, x0 - reach, y0 - reach, x1 + reach, y1 + reach)
-    inner_rows, inner_columns = window(out, x0 + reach, y0 + reach, x1 - reach, y1 - reach)
-    top = min(max(inner_rows.start, rows.start), rows.stop)
-    bottom = max(top, inner_rows.stop)
-    left = min(max(inner_columns.start, columns.start), columns.stop)
-    right = max(left, inner_columns.stop)
-    return [
-        (slice(rows.start, top), columns),
-        (slice(bottom, rows.stop), columns),
-        (slice(top, bottom), slice(columns.start, left)),
-        (slice(top, bottom), slice(right, columns.stop)),
-    ]
-
-
-def centres(where: Part) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Give the positions of pixels: x [1, columns], y [rows, 1]."""
-    rows, columns = where
-    across: NDArray[np.float64] = np.arange(columns.start, columns.stop, dtype=np.float64) + 0.5
-    down: NDArray[np.float64] = np.arange(rows.start, rows.stop, dtype=np.float64) + 0.5
-    return across[None, :], down[:, None]
-
-
-def distance_to_box(where: Part, box: Sequence[float], rounding: float) -> Floats:
-    """Give the distance of pixels to a box's line, negative within; its corners are rounded."""
-    x0, y0, x1, y1 = box
-    corner = min(rounding, (x1 - x0) / 2, (y1 - y0) / 2)
-    across, down = centres(where)
-    beside = np.abs(across - (x0 + x1) / 2) - (x1 - x0) / 2 + corner
-    above = np.abs(down - (y0 + y1) / 2) - (y1 - y0) / 2 + corner
-    outside = np.hypot(np.maximum(beside, 0), np.maximum(above, 0))
-    return np.asarray(outside + np.minimum(np.maximum(beside, above), 0) - corner, np.float32)
-
-
-def within(distance: Floats, radius: float) -> Floats:
-    """Give how much of each pixel lies nearer than the radius, 0 to 1."""
-    cover: Floats = np.clip(radius + 0.5 - distance, 0, 1).astype(np.float32)
-    return cover
-
-
-def paint(part: RGB, tint: Colour, cover: Floats) -> None:
-    """Mix a colour into a part of the image, in place; cover [rows, columns] is 0 to 1."""
-    step = max(1, BLOCK // max(1, part.shape[1]))
-    for start in range(0, part.shape[0], step):
-        block, strength = part[start : start + step], cover[start : start + step]
-        touched = strength > 0
-        old = block[touched].astype(np.float32)
-        mixed = old + (np.asarray(tint, np.float32) - old) * strength[touched][:, None]
-        block[touched] = np.rint(mixed).astype(np.uint8)
-
-
-pass
-pass
-
-
-Bools = NDArray[np.bool_]
+GREEN, RED, WHITE, BLACK = (46, 190, 84), (230, 50, 54), (255, 255, 255), (0, 0, 0)
+PAPER, INK = WHITE, (40, 44, 52)
 
 UNIT, LEAST_UNIT = 500, 0.5  # an image of 500 x 500 is drawn with lines of the widths below
 OUTLINE, LINE, ROUND = 2.0, 2.4, 3.0  # pixels: a mask's outline, a box's line and its corners
 RADIUS, RING, SHADE = 6.0, 1.8, 1.2  # pixels: a point, its ring, the shade around ring and line
-LETTERS, LEAST_LETTERS = 15, 9  # pixels: the size of a caption's font
-OUTLINE_STRENGTH, SHADE_STRENGTH, BOX_STRENGTH = 0.95, 0.4, 0.72  # 0 (unseen) to 1 (opaque)
-GREEN, RED = (46, 190, 84), (230, 50, 54)
-WHITE, BLACK, SHEET_PAPER = (255, 255, 255), (0, 0, 0), (22, 24, 28)
+OUTLINE_STRENGTH, SHADE_STRENGTH = 0.95, 0.4  # 0 (unseen) to 1 (opaque)
+BLOCK = 1 << 20  # pixels mixed at once
 GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))  # radians: any first colours are spread around evenly
 FIRST_HUE, CHROMA = 4.45, 0.19  # in OKLCh, where equal steps look equal
 LIGHTNESS = (0.68, 0.80, 0.58)  # a round of seven hues each
 
+GREY = 128  # where a map does not vary
+DARK, BRIGHT = 20, 240  # the ends of the scale; full 0..255 is glaring
+NOISE = 1e-6  # float32 rounding: variation below this part of the values is none
+LOW, HIGH = 0.01, 0.99  # the quantiles that become darkest and brightest
+MOST_FITTED = 100_000  # positions; a larger map is fitted to every second, third, ... one
+PANEL, GAP, CAPTION, FONT = 320, 16, 32, 15  # pixels: a panel's longer side, margins, text
+FILTERS = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR}
+
 
 def colour(index: int) -> Colour:
-    """Give the colour of the mask or box of this number: always the same, its neighbours far off.
+    """The colour of a mask or box by its number, from 0: always the same, its neighbours far off.
 
     Hues go around by the golden angle, in a space where equal steps look equally far.
-
-    Args:
-        index: From 0.
-
-    Returns:
-        (red, green, blue), each 0 to 255.
 
     Raises:
         ValueError: ``index`` is negative.
@@ -149,22 +82,19 @@ def draw_masks(
     alpha: float = 0.5,
     outlines: bool = True,
 ) -> RGB:
-    """Lay masks over a photograph, each in a colour of its own.
+    """Lay masks over an image [H, W, 3] uint8, each in a colour of its own.
 
-    Where masks overlap the last one drawn is seen, over the photograph and not over the others. Of
-    a list, tuple or array [N, H, W] the large ones are drawn first, so that a small one within a
+    Where masks overlap the last one drawn is seen, over the image and not over the others. Of a
+    list, tuple or array [N, H, W] the large ones are drawn first, so that a small one within a
     large one stays visible. Of a generator each is drawn as it comes, and one at a time is held:
     let it give the large ones first. Colours follow the order in which masks are given.
 
     Args:
-        image: The photograph, [H, W, 3] uint8; it is not changed.
+        image: It is not changed.
         masks: Each [H, W] bool; empty masks and none at all are fine.
         colours: (red, green, blue) of 0 to 255, at least one a mask. None: ``colour(0)``, ...
-        alpha: Strength of the colours, 0 (photograph only) to 1 (colours only).
+        alpha: Strength of the colours, 0 (image only) to 1 (colours only).
         outlines: Whether each mask gets a line along its edge, whatever ``alpha`` is.
-
-    Returns:
-        [H, W, 3] uint8, a new array.
 
     Raises:
         ValueError: A shape, type or ``alpha`` is wrong, or colours are too few or none at all.
@@ -192,12 +122,9 @@ def draw_points(image: RGB, points: ArrayLike, labels: ArrayLike) -> RGB:
     """Draw clicks: a green dot where the object is, a red one where it is not, ringed in white.
 
     Args:
-        image: The photograph, [H, W, 3] uint8; it is not changed.
+        image: [H, W, 3] uint8; it is not changed.
         points: [N, 2] (x, y) in pixels of the image; what lies outside is not seen.
         labels: [N]: 1 (object) or 0 (not the object).
-
-    Returns:
-        [H, W, 3] uint8, a new array.
 
     Raises:
         ValueError: A shape or type is wrong, a point is not finite, or a label is neither 0 nor 1.
@@ -227,12 +154,9 @@ def draw_boxes(image: RGB, boxes: ArrayLike, colours: Sequence[Colour] | None = 
     """Draw the outlines of boxes, later ones over earlier ones.
 
     Args:
-        image: The photograph, [H, W, 3] uint8; it is not changed.
+        image: [H, W, 3] uint8; it is not changed.
         boxes: [N, 4] (x0, y0, x1, y1) in pixels of the image; what lies outside is not seen.
         colours: (red, green, blue) of 0 to 255, at least one a box. None: ``colour(0)``, ...
-
-    Returns:
-        [H, W, 3] uint8, a new array.
 
     Raises:
         ValueError: A shape or type is wrong, a box is not finite or ends before it begins, or
@@ -257,211 +181,58 @@ def draw_boxes(image: RGB, boxes: ArrayLike, colours: Sequence[Colour] | None = 
     return out
 
 
-def draw_caption(image: RGB, text: str) -> RGB:
-    """Write text on a dark box in the upper left corner.
-
-    Letters become smaller, down to 9 pixels, where the text is wider than the image; what does
-    not fit even then is cut off.
-
-    Args:
-        image: The photograph, [H, W, 3] uint8; it is not changed.
-        text: Of one or several lines, in Latin letters; an empty one draws nothing.
-
-    Returns:
-        [H, W, 3] uint8, a new array.
-
-    Raises:
-        ValueError: ``image`` has another shape or type.
-    """
-    check_rgb("image", image)
-    out: RGB = image.copy()
-    if not text.strip():
-        return out
-    size = max(LEAST_LETTERS, LETTERS * _unit(image))
-    pen = ImageDraw.Draw(Image.new("L", (1, 1)))
-    while True:
-        font = ImageFont.load_default(size=size)
-        left, top, right, bottom = pen.multiline_textbbox((0, 0), text, font=font, spacing=size / 4)
-        margin, border = size * 0.5, size * 0.5  # outside and inside the box
-        if right - left + 2 * (margin + border) <= image.shape[1] or size <= LEAST_LETTERS:
-            break
-        size = max(LEAST_LETTERS, size * 0.92)
-    width, height = right - left + 2 * border, bottom - top + 2 * border
-    where = window(out, 0, 0, margin + width + 1, margin + height + 1)
-    box = [margin, margin, margin + width, margin + height]
-    paint(
-        out[where], SHEET_PAPER, within(distance_to_box(where, box, size / 3), 0.0) * BOX_STRENGTH
-    )
-    letters = Image.new("L", (out[where].shape[1], out[where].shape[0]))
-    corner = margin + border - left, margin + border - top
-    ImageDraw.Draw(letters).multiline_text(corner, text, 255, font, spacing=size / 4)
-    cover: Floats = np.asarray(letters, np.float32) / np.float32(255)
-    paint(out[where], WHITE, cover)
-    return out
-
-
 def save_mask(path: str | os.PathLike[str], mask: Bools) -> None:
-    """Write a mask as a grey PNG file, 0 outside and 255 inside, whole or not at all.
-
-    Args:
-        path: The file; one that exists is replaced.
-        mask: [H, W] bool.
+    """Write a mask [H, W] bool as a grey PNG, 0 outside and 255 inside, whole or not at all.
 
     Raises:
         ValueError: ``mask`` has another shape or type.
         OSError: The folder is missing or cannot be written to.
     """
-    if (
-        not isinstance(mask, np.ndarray)
-        or mask.ndim != 2
-        or mask.dtype != np.bool_
-        or not mask.size
-    ):
+    is_mask = isinstance(mask, np.ndarray) and mask.ndim == 2 and mask.dtype == np.bool_
+    if not is_mask or not mask.size:
         raise ValueError(f"wanted a mask [H, W] of bool; came {_described(mask)}")
     write_png(path, Image.fromarray(mask.astype(np.uint8) * 255))
 
 
-def _gamma(linear: float) -> int:
-    """Give a linear value of sRGB, 0 to 1, as 0 to 255; what is beyond is cut off."""
-    value = min(1.0, max(0.0, linear))
-    curved = 12.92 * value if value <= 0.0031308 else 1.055 * value ** (1 / 2.4) - 0.055
-    return round(255 * curved)
-
-
-def _unit(image: RGB) -> float:
-    """Give the pixels of this image that are one of an image of 500 x 500."""
-    return max(LEAST_UNIT, math.sqrt(image.shape[0] * image.shape[1]) / UNIT)
-
-
-def _in_order(masks: Iterable[Bools], size: tuple[int, ...]) -> Iterable[tuple[int, Bools]]:
-    """Give masks, checked, with their numbers: large ones first where all are at hand."""
-    if not isinstance(masks, Sequence | np.ndarray):
-        return ((index, _checked(mask, index, size)) for index, mask in enumerate(masks))
-    checked = [(index, _checked(mask, index, size)) for index, mask in enumerate(masks)]
-    return sorted(checked, key=lambda pair: -int(np.count_nonzero(pair[1])))  # stable
-
-
-def _checked(mask: Bools, index: int, size: tuple[int, ...]) -> Bools:
-    if not isinstance(mask, np.ndarray) or mask.shape != size or mask.dtype != np.bool_:
-        raise ValueError(
-            f"wanted masks of bool, as large as the image, {list(size)}; mask {index} is "
-            f"{_described(mask)}"
-        )
-    return mask
-
-
-def _described(value: object) -> str:
-    if isinstance(value, np.ndarray):
-        return f"{list(value.shape)} of {value.dtype}"
-    return f"a {type(value).__name__}"
-
-
-def _check_colours(colours: Sequence[Colour] | None) -> None:
-    for tint in () if colours is None else colours:
-        if len(tint) != 3 or not all(0 <= part <= 255 for part in tint):
-            raise ValueError(f"colours must be (red, green, blue) of 0 to 255; came {tint}")
-
-
-def _colour_of(colours: Sequence[Colour] | None, index: int, what: str) -> Colour:
-    if colours is None:
-        return colour(index)
-    if index >= len(colours):
-        raise ValueError(f"wanted a colour for each of the {what}; came only {len(colours)}")
-    return colours[index]
-
-
-def _numbers(name: str, values: ArrayLike, columns: int) -> NDArray[np.float64]:
-    """Give positions as [N, columns]; none at all may come in any shape."""
-    numbers = np.asarray(values, np.float64)
-    if numbers.size == 0:
-        return numbers.reshape(0, columns)
-    if numbers.ndim != 2 or numbers.shape[1] != columns:
-        raise ValueError(f"{name} must be [N, {columns}]; came {list(numbers.shape)}")
-    if not np.isfinite(numbers).all():
-        raise ValueError(f"{name} must be finite; came {numbers.tolist()}")
-    return numbers
-
-
-def _bounds(mask: Bools) -> tuple[slice, slice] | None:
-    """Give the rows and columns that a mask lies in; None where it is empty."""
-    rows = np.flatnonzero(mask.any(axis=1))
-    if not len(rows):
-        return None
-    columns = np.flatnonzero(mask[rows[0] : rows[-1] + 1].any(axis=0))
-    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
-
-
-def _draw_outline(out: RGB, mask: Bools, where: tuple[slice, slice], tint: Colour) -> None:
-    """Draw a smooth line along a mask's edge, but not along the image's.
-
-    A blurred straight edge tells by its grey how far each pixel is from it.
-    """
-    half = OUTLINE * _unit(out) / 2
-    sigma = max(0.8, half)
-    reach = math.ceil(3 * sigma + half) + 1
-    rows, columns = where
-    near = window(
-        out, columns.start - reach, rows.start - reach, columns.stop + reach, rows.stop + reach
-    )
-    grey = Image.fromarray(mask[near].astype(np.uint8) * 255)
-    blurred = np.asarray(grey.filter(ImageFilter.GaussianBlur(sigma)))
-    normal = NormalDist(0, sigma)
-    distances = [abs(normal.inv_cdf((level + 0.5) / 256)) for level in range(256)]
-    table = within(np.array(distances, np.float32), half) * OUTLINE_STRENGTH
-    table[[0, 255]] = 0  # far away, however small the blur
-    paint(out[near], tint, table[blurred])
-
-
-GREY = 128  # where a map does not vary
-DARK, BRIGHT = 20, 240  # the ends of the scale; full 0..255 is glaring
-NOISE = 1e-6  # float32 rounding: variation below this part of the values is none
-LOW, HIGH = 0.01, 0.99  # the quantiles that become darkest and brightest
-MOST_FITTED = 100_000  # cells; a larger map is fitted to every second, third, ... cell
-PANEL, GAP, CAPTION, FONT = 320, 16, 32, 15  # pixels: a panel's longer side, margins, text
-PAPER, INK = (255, 255, 255), (40, 44, 52)
-FILTERS = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR}
-
-
-def feature_rgb(features: torch.Tensor, visible: tuple[int, int] | None = None) -> RGB:
-    """Colour a feature map by its first three principal components.
+def feature_rgb(features: Features, visible: tuple[int, int] | None = None) -> RGB:
+    """Colour a feature map by its first three principal components; grey where it does not vary.
 
     The same map always gives the same colours: each component's largest weight is made positive.
 
     Args:
-        features: [C, h, w] of any real type, on any device. Cells with a value that is not finite
-            are left out and drawn black.
-        visible: (rows, columns) at the top left that hold the photograph; components and scale are
-            fitted to these cells alone, so that padding does not spend the colours. None: all.
-
-    Returns:
-        [h, w, 3] uint8; grey where the map does not vary.
+        features: [C, h, w] of any real type: an array, or a tensor on any device. Positions with a
+            value that is not finite are left out and drawn black.
+        visible: (rows, columns) at the top left that hold the image; components and scale are
+            fitted to these alone, so that padding does not spend the colours. None: all.
 
     Raises:
         ValueError: The shape is another one, or ``visible`` does not lie within the map.
     """
-    if features.ndim != 3 or not features.numel():
-        raise ValueError(f"wanted one feature map [C, h, w]; came {list(features.shape)}")
-    channels, h, w = features.shape
+    if hasattr(features, "detach"):
+        features = features.detach().cpu().double()
+    values = np.asarray(features, np.float64)
+    if values.ndim != 3 or not values.size:
+        raise ValueError(f"wanted one feature map [C, h, w]; came {list(values.shape)}")
+    channels, h, w = values.shape
     rows, columns = (h, w) if visible is None else visible
     if not (1 <= rows <= h and 1 <= columns <= w):
         raise ValueError(f"visible must lie within the {h} x {w} map, but is {visible}")
-    cells = features.detach().to("cpu", torch.float64).reshape(channels, -1).T  # [h*w, C]
-    is_good = cells.isfinite().all(dim=1)  # [h*w]
-    is_fitted = torch.zeros(h, w, dtype=torch.bool)
+    tokens = values.reshape(channels, -1).T  # [h*w, C]
+    is_good = np.isfinite(tokens).all(axis=1)  # [h*w]
+    is_fitted = np.zeros((h, w), np.bool_)
     is_fitted[:rows, :columns] = True
-    fitted = cells[is_fitted.reshape(-1) & is_good]  # [n, C]
-    colours = torch.full((h * w, 3), GREY / 255, dtype=torch.float64)
+    fitted = tokens[is_fitted.reshape(-1) & is_good]  # [n, C]
     fitted = fitted[:: 1 + len(fitted) // MOST_FITTED]
+    colours = np.full((h * w, 3), GREY / 255)
     components = _components(fitted)  # [C, up to 3]
     if components.shape[1]:
-        ends = torch.tensor([LOW, HIGH], dtype=torch.float64)
-        low, high = torch.quantile(fitted @ components, ends, dim=0)
-        scaled = ((cells[is_good] @ components - low) / (high - low).clamp_min(1e-300)).clamp(0, 1)
-        scaled = (DARK + (BRIGHT - DARK) * scaled) / 255
-        colours[is_good, : components.shape[1]] = torch.where(high > low, scaled, GREY / 255)
+        low, high = np.quantile(fitted @ components, [LOW, HIGH], axis=0)
+        scaled = (tokens[is_good] @ components - low) / np.maximum(high - low, 1e-300)
+        scaled = (DARK + (BRIGHT - DARK) * scaled.clip(0, 1)) / 255
+        colours[is_good, : components.shape[1]] = np.where(high > low, scaled, GREY / 255)
     colours[~is_good] = 0
-    pixels = (colours * 255).round().to(torch.uint8).reshape(h, w, 3)
-    return np.asarray(pixels, dtype=np.uint8)
+    pixels: RGB = np.rint(colours * 255).astype(np.uint8).reshape(h, w, 3)
+    return pixels
 
 
 def overlay(
@@ -471,14 +242,14 @@ def overlay(
     alpha: float = 0.6,
     interpolation: Literal["nearest", "bilinear"] = "bilinear",
 ) -> RGB:
-    """Lay a coloured map over its photograph.
+    """Lay a coloured map over its image.
 
     Args:
-        image: The photograph, [H, W, 3] uint8.
+        image: [H, W, 3] uint8; it is not changed.
         colours: [h, w, 3] uint8, covering the model's whole input.
-        placement: Where the photograph lies in that input.
-        alpha: Strength of the colours, 0 (photograph only) to 1 (colours only).
-        interpolation: How the map is enlarged; ``"nearest"`` shows its cells.
+        placement: Where the image lies in that input.
+        alpha: Strength of the colours, 0 (image only) to 1 (colours only).
+        interpolation: How the map is enlarged; ``"nearest"`` shows its positions as squares.
 
     Returns:
         [H, W, 3] uint8. What the model did not see (outside a centre crop) is left uncoloured.
@@ -508,33 +279,24 @@ def overlay(
     return out
 
 
-def feature_image(
-    image: RGB, features: torch.Tensor, placement: Placement, alpha: float = 0.6
-) -> RGB:
-    """Draw a feature map [C, h, w] over its photograph [H, W, 3] uint8.
-
-    Raises:
-        ValueError: As ``feature_rgb`` and ``overlay``.
-    """
-    return overlay(image, _coloured(features, placement), placement, alpha)
-
-
 def stage_grid(
     image: RGB,
-    stages: Sequence[torch.Tensor],
+    stages: Sequence[Features],
     placement: Placement,
     captions: Sequence[str] | None = None,
+    columns: int | None = None,
 ) -> RGB:
-    """Draw a photograph and the feature maps of a model's stages side by side, with captions.
+    """Draw an image and the feature maps of a model's stages side by side, with captions.
 
     Args:
-        image: The photograph, [H, W, 3] uint8.
+        image: [H, W, 3] uint8.
         stages: Feature maps, each [C, h, w]; each is coloured for itself.
-        placement: Where the photograph lies in the model's input.
-        captions: One for the photograph and one a stage. None: the number and shape of each stage.
+        placement: Where the image lies in the model's input.
+        captions: One for the image and one a stage. None: the number and shape of each stage.
+        columns: Panels in a row; None for one row.
 
     Returns:
-        One row of panels, uint8 RGB; a panel's longer side is 320 pixels.
+        Panels on white paper; a panel's longer side is 320 pixels.
 
     Raises:
         ValueError: The number of captions is wrong; else as ``feature_rgb`` and ``overlay``.
@@ -548,24 +310,23 @@ def stage_grid(
             f"wanted {1 + len(stages)} captions, the photograph's first; came {len(captions)}"
         )
     small = panel(image)
-    height, width = small.shape[:2]
     if image.shape[:2] != placement.original_size:
         overlay(image, small, placement)  # says what is wrong
-    of_small = dataclasses.replace(placement, original_size=(height, width))
+    of_small = dataclasses.replace(placement, original_size=small.shape[:2])
     faded: RGB = 255 - (255 - small) // 3  # what lies outside a centre crop
     panels = [small]
     for stage in stages:
-        colours = _coloured(stage, placement)
+        visible = None
+        if len(stage.shape) == 3:
+            _, box = _seen(placement, stage.shape[1], stage.shape[2])
+            visible = math.ceil(box[3] - 1e-6), math.ceil(box[2] - 1e-6)
+        colours = feature_rgb(stage, visible)
         panels.append(overlay(faded, colours, of_small, alpha=1.0, interpolation="nearest"))
-    return _row(panels, captions)
+    return _lay_out(panels, captions, columns or len(panels))
 
 
 def panel(image: RGB) -> RGB:
-    """Give a photograph [H, W, 3] uint8 the size of a panel: its longer side 320 pixels.
-
-    Raises:
-        ValueError: ``image`` has another shape or type.
-    """
+    """Give an image [H, W, 3] uint8 the size of a panel: its longer side 320 pixels."""
     check_rgb("image", image)
     scale = PANEL / max(image.shape[:2])
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])
@@ -573,11 +334,7 @@ def panel(image: RGB) -> RGB:
 
 
 def save_png(path: str | os.PathLike[str], pixels: RGB) -> None:
-    """Write a PNG file whole or not at all: a temporary file beside it is renamed at the end.
-
-    Args:
-        path: The file; one that exists is replaced.
-        pixels: [H, W, 3] uint8.
+    """Write an image [H, W, 3] uint8 as a PNG file, whole or not at all.
 
     Raises:
         ValueError: ``pixels`` has another shape or type.
@@ -615,34 +372,119 @@ def check_rgb(name: str, pixels: RGB) -> None:
         raise ValueError(f"{name} must be an image [H, W, 3] uint8; came {came}")
 
 
-def _components(cells: torch.Tensor) -> torch.Tensor:
-    """Give up to three principal directions of cells [n, C], strongest first: [C, <= 3]."""
-    if not len(cells):
-        return cells.T[:, :0]
-    centred = cells - cells.mean(dim=0)
-    spread = centred.abs().max()
-    if spread <= NOISE * cells.abs().max():
-        return cells.T[:, :0]
+def _gamma(linear: float) -> int:
+    """A linear value of sRGB, 0 to 1, as 0 to 255; what is beyond is cut off."""
+    value = min(1.0, max(0.0, linear))
+    curved = 12.92 * value if value <= 0.0031308 else 1.055 * value ** (1 / 2.4) - 0.055
+    return round(255 * curved)
+
+
+def _unit(image: RGB) -> float:
+    """The pixels of this image that are one of an image of 500 x 500."""
+    return max(LEAST_UNIT, math.sqrt(image.shape[0] * image.shape[1]) / UNIT)
+
+
+def _in_order(masks: Iterable[Bools], size: tuple[int, ...]) -> Iterable[tuple[int, Bools]]:
+    """masks, checked, with their numbers: large ones first where all are at hand."""
+    if not isinstance(masks, Sequence | np.ndarray):
+        return ((index, _checked(mask, index, size)) for index, mask in enumerate(masks))
+    checked = [(index, _checked(mask, index, size)) for index, mask in enumerate(masks)]
+    return sorted(checked, key=lambda pair: -int(np.count_nonzero(pair[1])))  # stable
+
+
+def _checked(mask: Bools, index: int, size: tuple[int, ...]) -> Bools:
+    if not isinstance(mask, np.ndarray) or mask.shape != size or mask.dtype != np.bool_:
+        raise ValueError(
+            f"wanted masks of bool, as large as the image, {list(size)}; mask {index} is "
+            f"{_described(mask)}"
+        )
+    return mask
+
+
+def _described(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{list(value.shape)} of {value.dtype}"
+    return f"a {type(value).__name__}"
+
+
+def _check_colours(colours: Sequence[Colour] | None) -> None:
+    for tint in () if colours is None else colours:
+        if len(tint) != 3 or not all(0 <= part <= 255 for part in tint):
+            raise ValueError(f"colours must be (red, green, blue) of 0 to 255; came {tint}")
+
+
+def _colour_of(colours: Sequence[Colour] | None, index: int, what: str) -> Colour:
+    if colours is None:
+        return colour(index)
+    if index >= len(colours):
+        raise ValueError(f"wanted a colour for each of the {what}; came only {len(colours)}")
+    return colours[index]
+
+
+def _numbers(name: str, values: ArrayLike, columns: int) -> NDArray[np.float64]:
+    """Positions as [N, columns]; none at all may come in any shape."""
+    numbers = np.asarray(values, np.float64)
+    if numbers.size == 0:
+        return numbers.reshape(0, columns)
+    if numbers.ndim != 2 or numbers.shape[1] != columns:
+        raise ValueError(f"{name} must be [N, {columns}]; came {list(numbers.shape)}")
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{name} must be finite; came {numbers.tolist()}")
+    return numbers
+
+
+def _bounds(mask: Bools) -> tuple[slice, slice] | None:
+    """The rows and columns that a mask lies in; None where it is empty."""
+    rows = np.flatnonzero(mask.any(axis=1))
+    if not len(rows):
+        return None
+    columns = np.flatnonzero(mask[rows[0] : rows[-1] + 1].any(axis=0))
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+def _draw_outline(out: RGB, mask: Bools, where: tuple[slice, slice], tint: Colour) -> None:
+    """Draw a smooth line along a mask's edge, but not along the image's.
+
+    A blurred straight edge tells by its grey how far each pixel is from it.
+    """
+    half = OUTLINE * _unit(out) / 2
+    sigma = max(0.8, half)
+    reach = math.ceil(3 * sigma + half) + 1
+    rows, columns = where
+    near = window(
+        out, columns.start - reach, rows.start - reach, columns.stop + reach, rows.stop + reach
+    )
+    grey = Image.fromarray(mask[near].astype(np.uint8) * 255)
+    blurred = np.asarray(grey.filter(ImageFilter.GaussianBlur(sigma)))
+    normal = NormalDist(0, sigma)
+    distances = [abs(normal.inv_cdf((level + 0.5) / 256)) for level in range(256)]
+    table = within(np.array(distances, np.float32), half) * OUTLINE_STRENGTH
+    table[[0, 255]] = 0  # far away, however small the blur
+    paint(out[near], tint, table[blurred])
+
+
+def _components(tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Up to three principal directions of tokens [n, C], strongest first: [C, <= 3]."""
+    none: NDArray[np.float64] = np.zeros((tokens.shape[1], 0))
+    if not len(tokens):
+        return none
+    centred = tokens - tokens.mean(axis=0)
+    spread = np.abs(centred).max()
+    if spread <= NOISE * np.abs(tokens).max():
+        return none
     centred = centred / spread  # squares must not overflow
-    solved: tuple[torch.Tensor, torch.Tensor] = torch.linalg.eigh(centred.T @ centred)
-    variances, directions = (part.flip(-1)[..., :3] for part in solved)  # strongest first
+    variances, directions = np.linalg.eigh(centred.T @ centred)
+    variances, directions = variances[::-1][:3], directions[:, ::-1][:, :3]  # strongest first
     directions = directions[:, variances > NOISE**2 * variances[0]]
-    largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
-    return directions * largest.sign()
-
-
-def _coloured(features: torch.Tensor, placement: Placement) -> RGB:
-    """Colour a map, fitted to the cells that hold the photograph."""
-    if features.ndim != 3:
-        return feature_rgb(features)  # says what is wrong
-    _, box = _seen(placement, features.shape[1], features.shape[2])
-    return feature_rgb(features, visible=(math.ceil(box[3] - 1e-6), math.ceil(box[2] - 1e-6)))
+    largest = np.take_along_axis(directions, np.abs(directions).argmax(axis=0)[None], axis=0)
+    found: NDArray[np.float64] = directions * np.sign(largest)
+    return found
 
 
 def _seen(
     placement: Placement, h: int, w: int
 ) -> tuple[tuple[int, int, int, int], tuple[float, float, float, float]]:
-    """Give the photograph's part that the model saw (whole pixels) and its box on an h x w map."""
+    """The photograph's part that the model saw (whole pixels) and its box on an h x w map."""
     (old_h, old_w), (model_h, model_w) = placement.original_size, placement.model_size
     frame = placement.boxes_to_image([0.0, 0.0, float(model_w), float(model_h)])
     x0, y0 = max(0, round(frame[0])), max(0, round(frame[1]))
@@ -654,17 +496,78 @@ def _seen(
     return (x0, y0, x1, y1), (left, top, right, bottom)
 
 
-def _row(panels: Sequence[RGB], captions: Sequence[str]) -> RGB:
-    """Set panels of one size side by side on paper, each over its caption."""
+def _lay_out(panels: Sequence[RGB], captions: Sequence[str], columns: int) -> RGB:
+    """Set panels of one size in rows on paper, each over its caption."""
     height, width = panels[0].shape[:2]
     font = ImageFont.load_default(size=FONT)
     column = max(width, *(math.ceil(font.getlength(caption)) for caption in captions))
-    size = GAP + len(panels) * (column + GAP), GAP + height + CAPTION
-    sheet = Image.new("RGB", size, PAPER)
+    row, rows = GAP + height + CAPTION, -(-len(panels) // columns)
+    sheet = Image.new("RGB", (GAP + columns * (column + GAP), rows * row), PAPER)
     pen = ImageDraw.Draw(sheet)
-    for number, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
-        left = GAP + number * (column + GAP)
-        sheet.paste(Image.fromarray(panel), (left + (column - width) // 2, GAP))
-        middle = left + column / 2, GAP + height + CAPTION / 2
+    for number, (one, caption) in enumerate(zip(panels, captions, strict=True)):
+        left, top = GAP + number % columns * (column + GAP), number // columns * row + GAP
+        sheet.paste(Image.fromarray(one), (left + (column - width) // 2, top))
+        middle = left + column / 2, top + height + CAPTION / 2
         pen.text(middle, caption, fill=INK, font=font, anchor="mm")
     return np.array(sheet)
+
+
+def window(out: RGB, x0: float, y0: float, x1: float, y1: float) -> Part:
+    """The rows and columns of a part of the image; none where it lies outside."""
+    height, width = out.shape[:2]
+    left, right = (int(min(max(x, 0), width)) for x in (math.floor(x0), math.ceil(x1)))
+    top, bottom = (int(min(max(y, 0), height)) for y in (math.floor(y0), math.ceil(y1)))
+    return slice(top, bottom), slice(left, right)
+
+
+def bands(out: RGB, box: Sequence[float], reach: float) -> list[Part]:
+    """Four parts of the image, apart from each other, that hold a box's line."""
+    x0, y0, x1, y1 = box
+    rows, columns = window(out, x0 - reach, y0 - reach, x1 + reach, y1 + reach)
+    inner_rows, inner_columns = window(out, x0 + reach, y0 + reach, x1 - reach, y1 - reach)
+    top = min(max(inner_rows.start, rows.start), rows.stop)
+    bottom = max(top, inner_rows.stop)
+    left = min(max(inner_columns.start, columns.start), columns.stop)
+    right = max(left, inner_columns.stop)
+    return [
+        (slice(rows.start, top), columns),
+        (slice(bottom, rows.stop), columns),
+        (slice(top, bottom), slice(columns.start, left)),
+        (slice(top, bottom), slice(right, columns.stop)),
+    ]
+
+
+def centres(where: Part) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The positions of pixels: x [1, columns], y [rows, 1]."""
+    rows, columns = where
+    across: NDArray[np.float64] = np.arange(columns.start, columns.stop, dtype=np.float64) + 0.5
+    down: NDArray[np.float64] = np.arange(rows.start, rows.stop, dtype=np.float64) + 0.5
+    return across[None, :], down[:, None]
+
+
+def distance_to_box(where: Part, box: Sequence[float], rounding: float) -> Floats:
+    """The distance of pixels to a box's line, negative within; its corners are rounded."""
+    x0, y0, x1, y1 = box
+    corner = min(rounding, (x1 - x0) / 2, (y1 - y0) / 2)
+    across, down = centres(where)
+    beside = np.abs(across - (x0 + x1) / 2) - (x1 - x0) / 2 + corner
+    above = np.abs(down - (y0 + y1) / 2) - (y1 - y0) / 2 + corner
+    outside = np.hypot(np.maximum(beside, 0), np.maximum(above, 0))
+    return np.asarray(outside + np.minimum(np.maximum(beside, above), 0) - corner, np.float32)
+
+
+def within(distance: Floats, radius: float) -> Floats:
+    """How much of each pixel lies nearer than the radius, 0 to 1."""
+    cover: Floats = np.clip(radius + 0.5 - distance, 0, 1).astype(np.float32)
+    return cover
+
+
+def paint(part: RGB, tint: Colour, cover: Floats) -> None:
+    """Mix a colour into a part of the image, in place; cover [rows, columns] is 0 to 1."""
+    step = max(1, BLOCK // max(1, part.shape[1]))
+    for start in range(0, part.shape[0], step):
+        block, strength = part[start : start + step], cover[start : start + step]
+        touched = strength > 0
+        old = block[touched].astype(np.float32)
+        mixed = old + (np.asarray(tint, np.float32) - old) * strength[touched][:, None]
+        block[touched] = np.rint(mixed).astype(np.uint8)

@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 
 from tinyvit.checkpoints import write_state_dict
-from tinyvit.cli.segment import Box, Point
 from tinyvit.errors import CheckpointError, ImageError
 from tinyvit.folders.images import ImageFile
 from tinyvit.folders.prompt_files import prompts_of, read_mask, read_prompts, share_out
+from tinyvit.folders.runner import Item
 from tinyvit.sam import Prompt
 
-A, B, NOT = Point(3, 4), Point(5, 6), Point(7, 8, 0)
-FIRST, SECOND = Box(0, 1, 2, 3), Box(4, 5, 6, 7)
+A, B, NOT = (3.0, 4.0, 1), (5.0, 6.0, 1), (7.0, 8.0, 0)
+FIRST, SECOND = (0.0, 1.0, 2.0, 3.0), (4.0, 5.0, 6.0, 7.0)
 
 
 def mask_file(path, height=4, width=6):
@@ -76,7 +76,7 @@ def test_a_mask_goes_with_one_object(tmp_path):
         ([A, B], [], True, True, "--mask is about one object"),
         ([NOT], [], False, False, "label 0 alone say only what the object is not"),
         ([A, NOT], [], False, True, "label 0 alone"),
-        ([], [Box(5, 1, 2, 3)], False, False, "x1 < x0"),
+        ([], [(5, 1, 2, 3)], False, False, "x1 < x0"),
     ],
 )
 def test_what_is_not_clear_is_refused(tmp_path, points, boxes, has_mask, each, words):
@@ -242,22 +242,20 @@ ONE = (Prompt(points=[[1, 2]]),)
 
 def test_names_are_relative_to_the_folder_or_as_given():
     found = share_out(IMAGES, {"photos/in/b.jpg": ONE, "./a.jpg": ONE}, Path("p.json"))
-    assert [image.name for image, _ in found.tasks] == ["a.jpg", "in/b.jpg"]
-    assert [image.name for image in found.without] == ["c.jpg"]
-    assert found.missing == ()
+    assert found == ([Item(IMAGES[0], ONE), Item(IMAGES[1], ONE)], [])
 
 
 def test_what_is_not_there_is_told_with_the_nearest_name():
-    found = share_out(IMAGES, {"a.jpg": ONE, "b.jpg": ONE, "zz": ONE}, Path("p.json"))
-    assert [name for name, _ in found.missing] == ["b.jpg", "zz"]
-    words = found.missing[0][1]
+    _, missing = share_out(IMAGES, {"a.jpg": ONE, "b.jpg": ONE, "zz": ONE}, Path("p.json"))
+    assert [name for name, _ in missing] == ["b.jpg", "zz"]
+    words = missing[0][1]
     assert words.startswith("p.json has prompts for 'b.jpg', which is not among the images; did")
-    assert "did you mean" not in found.missing[1][1]
+    assert "did you mean" not in missing[1][1]
 
 
 def test_an_empty_list_is_no_prompts():
-    found = share_out(IMAGES, {"a.jpg": ONE, "c.jpg": ()}, Path("p.json"))
-    assert [image.name for image in found.without] == ["in/b.jpg", "c.jpg"]
+    items, _ = share_out(IMAGES, {"a.jpg": ONE, "c.jpg": ()}, Path("p.json"))
+    assert [item.image.name for item in items] == ["a.jpg"]
 
 
 def test_nothing_to_do_is_an_error():

@@ -1,0 +1,115 @@
+"""Whether the files that are there for an image are what would be written now.
+
+One dictionary of facts says how outputs came about. It is the header of a safetensors file (each
+text there is JSON), or ``info`` in a JSON document. It names the files beside it too, so that a
+file of the user's own is never taken for one of ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+
+from .images import ImageFile
+
+_DECIDING = {  # fact -> what another value means
+    "weights_sha256": "made by another model",
+    "model_sha256": "made by another model",
+    "strides": "made with other strides",
+    "image_spec": "made with another preparation of images",
+    "precision": "made in another precision",
+    "picture": "made of another image",
+    "picture_bytes": "made of an image that has changed since",
+    "picture_mtime_ns": "made of an image that has changed since",
+    "task": "made with other prompts or options",
+}
+
+
+@dataclass(frozen=True)
+class Existing:
+    """What is where outputs are to be.
+
+    Attributes:
+        state: ``"nothing"``; ``"current"``: what would be written now; ``"outdated"``: ours, but
+            made otherwise; ``"foreign"``: not ours.
+        reason: What makes it outdated or foreign, in words.
+        own: Files beside the main one that it names, whether they are there or not.
+    """
+
+    state: Literal["nothing", "current", "outdated", "foreign"]
+    reason: str = ""
+    own: tuple[Path, ...] = ()
+
+
+def find_existing(
+    path: Path,
+    beside: Sequence[Path],
+    facts: Mapping[str, object],
+    incomplete: str = "not all there any more",
+) -> Existing:
+    """Say what is there already.
+
+    Args:
+        path: The main file, ``.safetensors`` or ``.json``, which holds the facts.
+        beside: The other files that are wanted.
+        facts: What the main file would say now.
+        incomplete: Words for one of ``beside`` that is missing.
+    """
+    found = _read_facts(path, facts.get("made_by")) if path.exists() else {}
+    own = tuple(path.with_name(name) for name in found["files"]) if found else ()
+    foreign = [other for other in beside if other not in own and other.exists()]
+    if found is None:
+        foreign.insert(0, path)
+    if foreign:
+        reason = f"{foreign[0]} is there already and was not made by this command"
+        return Existing("foreign", reason, own)
+    if not found:
+        return Existing("nothing")
+    if not found.get("is_complete"):
+        return Existing("outdated", "left unfinished", own)
+    for fact, meaning in _DECIDING.items():
+        if fact in facts and found.get(fact) != facts[fact]:
+            return Existing("outdated", meaning, own)
+    if not all(other.exists() for other in beside):
+        return Existing("outdated", incomplete, own)
+    return Existing("current", "", own)
+
+
+def facts_of_image(image: ImageFile) -> dict[str, object]:
+    """What tells whether an image is still the same file.
+
+    Raises:
+        OSError: The file is gone.
+    """
+    state = image.path.stat()
+    return {
+        "picture": image.name,
+        "picture_bytes": state.st_size,
+        "picture_mtime_ns": state.st_mtime_ns,
+    }
+
+
+def _read_facts(path: Path, made_by: object) -> dict[str, Any] | None:
+    """What one of our files says of itself, with ``files`` and ``is_complete``; else None."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="numpy") as file:
+                texts = file.metadata() or {}
+            facts = {key: json.loads(text) for key, text in texts.items() if key != "format"}
+            is_ours = "tinyvit_version" in facts
+            facts |= {"files": [facts.get("drawing")], "is_complete": True}
+        else:
+            facts = json.loads(path.read_text(encoding="utf-8"))["info"]
+            is_ours = isinstance(facts, dict) and facts.get("made_by") == made_by
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not is_ours:
+        return None
+    files = facts.get("files")
+    names = [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
+    return {**facts, "files": [name for name in names if Path(name).name == name]}
