@@ -1,7 +1,7 @@
-"""Measure tinyvit against the projects that people use today.
+"""Compare the speed of tinyvit with other projects.
 
-Run it with the environment that ``scripts/peers`` makes. ``benchmarks/README.md`` says how to read
-what it writes. Each contestant runs in a process of its own (``contestants.py``), all with the same
+Run it with the environment that ``scripts/peers`` makes. ``benchmarks/README.md`` explains
+the columns. Each contestant runs in its own process (``contestants.py``), all with the same
 weights and images (``weights.py``), and they take turns round by round (``tinyvit.bench``).
 """
 
@@ -229,7 +229,7 @@ def _show(done: int, total: int | None) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure what is asked for; what is done is written after each case."""
+    """Measure the cases of the options; results are written after each case."""
     options = parse(arguments)
     options.command = shlex.join(
         [".venv-peers/bin/python", "benchmarks/against_peers.py", *arguments]

@@ -1,14 +1,14 @@
-"""Distil a small encoder from the embedded one, and train its twin without a teacher as long.
+"""Distil a small encoder, and train the same network on masks for the same time.
 
-Two students of equal size and equal first weights see the same composites (of the recipe's supply,
+Two students of equal size and equal first weights see the same composites (of the recipe's data,
 see ``recipes/default_model``) for the same number of seconds:
 
-- *distilled*: learns the teacher's stored embeddings, never sees a mask, and uses the teacher's
-  prompt encoder and mask decoder. Storing the embeddings counts as its time.
-- *masks*: learns the true masks by prompts; encoder and heads move, the heads begin as the
-  teacher's.
+- *distilled*: trained on the teacher's stored embeddings without masks; uses the teacher's prompt
+  encoder and mask decoder. Storing the embeddings counts as training time.
+- *masks*: trained on the true masks by prompts; encoder and heads are trained, the heads start from
+  the teacher's.
 
-Both are measured on composites of objects and backgrounds that neither has seen: the cosine of the
+Both are evaluated on composites of objects and backgrounds that neither has seen: the cosine of the
 embedding with the teacher's, and mean IoU of the true masks. ``distillation.md`` and
 ``distillation.json`` are written beside this file:
 
@@ -67,7 +67,7 @@ def write_images(scenes, folder: Path) -> None:
 
 
 def settings_of(folder: Path, options, steps: int) -> TrainSettings:
-    """The same for both, but for the learning rate; nothing is measured on the way."""
+    """The same for both, except the learning rate; no validation in between."""
     return TrainSettings(
         folder=str(folder), steps=steps, batch_size=options.batch, weight_decay=0.01,
         warmup_steps=min(30, steps // 4), precision="bf16", batch_stats="own", drop_path=0.0,
@@ -90,20 +90,20 @@ def distil(options, folder: Path, teacher) -> tuple[dict, TinyViT]:
     return figures, student
 
 
-def learn_masks(options, folder: Path, learnt, spec, seconds: float) -> tuple[dict, object]:
+def train_on_masks(options, folder: Path, samples, spec, seconds: float) -> tuple[dict, object]:
     """Figures and the SAM after as many steps as fit into the seconds."""
     from composites import CompositeSet  # of the recipe
 
     sam = build_sam(TEACHER)
     sam.image_encoder = new_student(spec)
-    sampler = SceneSampler(learnt, spec_of(sam), None, objects=4)
+    sampler = SceneSampler(samples, spec_of(sam), None, objects=4)
     nothing = CompositeSet(options.work, "test", weights=KINDS, length=1)
 
     def task():
         return Segment(sam, sampler, nothing, Prompting(corrective_share=0.2), val_masks=1)
 
     settings = replace(settings_of(folder / "warm", options, WARM_STEPS), learning_rate=1e-9)
-    train(task(), settings)  # how long a step takes, without learning anything
+    train(task(), settings)  # measures the time of a step, without changing the weights
     lines = (folder / "warm" / "log.jsonl").read_text().splitlines()
     speed = next(
         json.loads(line)["images_per_second"] for line in lines if "images_per_second" in line
@@ -139,13 +139,13 @@ def measure(options) -> dict:
     """Both students and the teacher; everything about it as plain data."""
     from composites import CompositeSet  # of the recipe
 
-    learnt = CompositeSet(options.work, "train", weights=KINDS, length=options.images)
+    samples = CompositeSet(options.work, "train", weights=KINDS, length=options.images)
     unseen = CompositeSet(options.work, "test", weights=KINDS, length=options.unseen)
     teacher = open_teacher(TEACHER, device="cpu")
     rows = {}
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_images(learnt[:], folder / "images" / "train")
+        write_images(samples[:], folder / "images" / "train")
         write_images(unseen[:], folder / "images" / "val")
         figures, student = distil(options, folder, teacher)
         sam = build_sam(TEACHER)
@@ -153,7 +153,9 @@ def measure(options) -> dict:
         rows["distilled"] = {
             **figures, **cosines(student, folder, teacher), "ious": masks_of(sam, unseen)
         }  # fmt: skip
-        figures, sam = learn_masks(options, folder, learnt, teacher.image_spec, figures["seconds"])
+        figures, sam = train_on_masks(
+            options, folder, samples, teacher.image_spec, figures["seconds"]
+        )
         rows["masks"] = {
             **figures, **cosines(sam.image_encoder, folder, teacher), "ious": masks_of(sam, unseen)
         }  # fmt: skip
@@ -177,8 +179,8 @@ def markdown(found: dict) -> str:
         "# Distillation",
         "",
         f"Written by `.venv/bin/python {found['command']}`.",
-        f"{found['pictures']} composites to learn from, {found['unseen']} of other objects on",
-        f"other backgrounds to measure on, batches of {found['batch']} in bf16; {machine['cpu']},",
+        f"{found['pictures']} composites for training, {found['unseen']} of other objects on",
+        f"other backgrounds for evaluation, batches of {found['batch']} in bf16; {machine['cpu']},",
         f"{machine['cores']} cores, torch {machine['torch']}, {machine['date']}.",
         "Both students have the same size, the same first weights and the same time.",
         "",
@@ -190,13 +192,13 @@ def markdown(found: dict) -> str:
         shown = {"steps": "d", "seconds": ".0f", **dict.fromkeys(COLUMNS, ".3f")}
         cells = [format(figures[key], how) if key in figures else "" for key, how in shown.items()]
         lines.append(f"| {' | '.join([name, *cells])} |")
-    floor = found["rows"]["distilled"]["cosine_floor"]
+    baseline = found["rows"]["distilled"]["cosine_floor"]
     lines += [
         "",
-        "A student that gives the teacher's mean map whatever the image has a cosine of",
-        f"{floor:.3f}; the centred cosine has that map subtracted, and its floor is 0. Clicks and",
-        "box: mean IoU with the true masks. *distilled* uses the teacher's heads, which never",
-        "moved; *masks* moved them.",
+        "A student that returns the teacher's mean map for any image has a cosine of",
+        f"{baseline:.3f}; the centred cosine has that map subtracted, and its baseline is 0.",
+        "Clicks and box: mean IoU with the true masks. *distilled* uses the teacher's heads, which were not",
+        "trained; *masks* trained them.",
         "",
     ]
     return "\n".join(lines)
@@ -205,7 +207,7 @@ def markdown(found: dict) -> str:
 def main() -> None:
     """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("work", type=Path, help="folder of the recipe's supply")
+    parser.add_argument("work", type=Path, help="folder of the recipe's data")
     parser.add_argument("--steps", type=int, default=250, help="of distillation")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--images", type=int, default=512)

@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 import everything_report as report
 import numpy as np
 from against_peers import compare, say
-from answers import same_prompts, same_things
+from mask_agreement import same_prompts, same_things
 from PIL import Image
 
 from tinyvit.bench import Spread, Turn, Worker, machine_facts
@@ -49,7 +49,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     several = {"action": "append", "default": None}
     parser.add_argument("--weights", **several, choices=WEIGHTS, help="both by default")
-    parser.add_argument("--image", **several, type=Path, help="files; three photographs here")
+    parser.add_argument(
+        "--image", **several, type=Path, help="files; the three example images by default"
+    )
     parser.add_argument("--longer-side", type=int, help="resize images so; as they are")
     parser.add_argument("--contestant", **several, help=f"{', '.join(CONTESTANTS)} by default")
     parser.add_argument("--points-per-side", type=int, default=32)
@@ -105,7 +107,7 @@ def run_case(case: dict, options: argparse.Namespace) -> dict:
         prompts, left_out, workers = {}, [], {}
         for name in names:
             try:
-                prompts[name] = _answer_to_prompts({**spec, "name": name}, environment, folder)
+                prompts[name] = _masks_of_prompts({**spec, "name": name}, environment, folder)
                 worker = Worker(COMMAND, {**spec, "name": name, "job": "everything"}, environment)
                 workers[name] = stack.enter_context(worker)
             except (ImportError, ValueError, OSError) as err:
@@ -145,7 +147,7 @@ def _read(path: str, longer_side: int | None) -> np.ndarray:
     return np.array(image)
 
 
-def _answer_to_prompts(spec: dict, environment: dict[str, str], folder: Path) -> np.ndarray:
+def _masks_of_prompts(spec: dict, environment: dict[str, str], folder: Path) -> np.ndarray:
     with Worker(COMMAND, {**spec, "job": "prompts"}, environment) as worker:
         return _saved(worker, folder)
 
@@ -161,8 +163,8 @@ def _in_turns(workers: Sequence[Worker], rounds: int) -> list[list[Turn]]:
 
 
 def _saved(worker: Worker, folder: Path) -> np.ndarray:
-    worker.save(folder / "answer.npy")
-    return np.load(folder / "answer.npy")
+    worker.save(folder / "masks.npy")
+    return np.load(folder / "masks.npy")
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -187,7 +189,7 @@ def _row(name: str, turns: Sequence[Turn]) -> dict:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure what is asked for; what is done is written after each case."""
+    """Measure the cases of the options; results are written after each case."""
     options = parse(arguments)
     options.command = shlex.join([".venv-peers/bin/python", "benchmarks/everything.py", *arguments])
     for case in cases_of(options):

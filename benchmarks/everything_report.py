@@ -19,7 +19,7 @@ weights and arguments. Times hold for this machine and this run; compare ratios.
 
 **The weights.** Published ones were not at hand. `starter` is the small trained model that shipped
 inside the package first, at 256 pixels. `5m` is MobileSAM's network at 1024 pixels for its speed: a
-random encoder with a neck fitted to the starter's embedding of these photographs, and the starter's
+random encoder with a neck fitted to the starter's embedding of these images, and the starter's
 heads with logits ten times as steep (`benchmarks/sam_weights.py`). Their estimates of IoU and their
 stability are lower than those of published weights, so the thresholds are too, the same for all: so
 that about a third of the candidates passes, as with published weights. What is found is no measure

@@ -1,8 +1,8 @@
-"""Measure a folder of photographs of mixed sizes against the pure rate of the encoder.
+"""Compare a folder of images of mixed sizes with the speed of the encoder alone.
 
-Writes JPEGs made of the example photographs into a temporary folder, runs ``Engine.stream`` over
-it, and before and after that the backend alone on prepared tensors of the model's size. Prints one
-line of JSON: the ratio is what decoding, resizing and batching leave of the encoder's speed.
+Writes JPEGs made from the example images to a temporary folder, runs ``Engine.stream`` over it, and
+before and after that the backend alone on prepared tensors of the model's size. Prints one line of
+JSON: the ratio is the speed that remains after decoding, resizing and batching.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python benchmarks/proof.py
 
 Errors of the embedding for MobileSAM's encoder with random weights at convenient and odd sizes,
-and, for the embedded trained weights on the photographs of ``examples/pictures``, also how far
+and, for the embedded trained weights on the images of ``examples/pictures``, also how far
 masks agree, and how large the numbers inside get (``ranges.py``): what float16 would have to hold.
 Needs nothing but tinyvit with its extras; takes a minute or two. It measures no time.
 """
@@ -116,22 +116,22 @@ def random_cases() -> list[dict]:
     return cases
 
 
-def photographs(spec: ImageSpec) -> list[tuple[Tensor, Placement]]:
-    """([1, 3, H, W] float32, placement) of each photograph."""
+def example_images(spec: ImageSpec) -> list[tuple[Tensor, Placement]]:
+    """([1, 3, H, W] float32, placement) of each example image."""
     files = [path for path in sorted(IMAGES.iterdir()) if path.suffix in (".png", ".jpg")]
     prepared = [to_tensor(decode(path), spec) for path in files]
     return [(tensor[None], placement) for tensor, placement in prepared]
 
 
 def trained_cases() -> list[dict]:
-    """The embedded weights on the photographs: errors of the embedding, and IoU of masks."""
+    """The embedded weights on the example images: errors of the embedding, and IoU of masks."""
     sam = build_sam(CHECKPOINT)
     model = sam.image_encoder
     runs = contestants(model)
     cases = []
     for padded in (True, False):
         spec = ImageSpec.sam(max(model.image_spec.size), pad=padded)
-        images = photographs(spec)
+        images = example_images(spec)
         batches = [batch for batch, _ in images]
         wanted = [plain(model, torch.float64, batch) for batch in batches]
         rows = {name: errors(name, run, batches, wanted) for name, run in runs.items()}
@@ -139,13 +139,13 @@ def trained_cases() -> list[dict]:
             places = [place for _, place in images]
             reference = [masks(sam, *pair) for pair in zip(wanted, places, strict=True)]
             for name, run in runs.items():
-                answers = [masks(sam, run(batch), place) for batch, place in images]
+                ours = [masks(sam, run(batch), place) for batch, place in images]
                 overlaps = np.concatenate(
-                    [iou(*pair) for pair in zip(answers, reference, strict=True)]
+                    [iou(*pair) for pair in zip(ours, reference, strict=True)]
                 )
                 rows[name] |= {"mean_iou": float(overlaps.mean()), "min_iou": float(overlaps.min())}
         words = "padded to a square" if padded else "not padded"
-        title = f"{CHECKPOINT}, trained weights, {len(batches)} photographs, {words}"
+        title = f"{CHECKPOINT}, trained weights, {len(batches)} images, {words}"
         cases.append({"title": title, "rows": rows})
     return cases
 
@@ -172,12 +172,12 @@ def iou(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 
 
 def ranges() -> dict[str, dict[str, float]]:
-    """From size to the largest magnitude of each kind of value, embedded weights, photographs."""
+    """Largest magnitude of each kind of value for each size; embedded weights, example images."""
     model = tinyvit.create_model(checkpoint=CHECKPOINT)
     found = {}
     for size in RANGE_SIZES:
         specs = [ImageSpec.sam(size, pad=padded) for padded in (True, False)]
-        batches = [batch for spec in specs for batch, _ in photographs(spec)]
+        batches = [batch for spec in specs for batch, _ in example_images(spec)]
         found[str(size)] = largest_values(copy.deepcopy(model), batches)
     return found
 
@@ -194,7 +194,7 @@ def markdown(found: Mapping) -> str:
         "",
         "Written by `benchmarks/proof.py`. Each number is the worst of all images of a case; "
         "mean errors are the mean over one embedding. IoU is that of the masks of "
-        f"{CLICKS}x{CLICKS} clicks on each photograph with those from the float64 embedding.",
+        f"{CLICKS}x{CLICKS} clicks on each image with those from the float64 embedding.",
         "",
         f"    {found['command']}",
         "",
@@ -204,7 +204,7 @@ def markdown(found: Mapping) -> str:
     for case in found["cases"]:
         lines += [f"## {case['title']}", "", *_table(case["rows"]), ""]
     lines += [
-        f"## Largest values inside, {CHECKPOINT}, photographs",
+        f"## Largest values inside, {CHECKPOINT}, example images",
         "",
         f"float16 ends at {FLOAT16_MAX:.0f}. Padded and unpadded images.",
         "",

@@ -1,6 +1,6 @@
-"""How large the numbers inside a model get: what float16, which ends at 65504, would have to hold.
+"""The range of values inside a model, for comparison with float16, which ends at 65504.
 
-Hooks look at every layer of the plain model, in float32. The largest magnitude is noted for each
+Hooks on every layer of the plain model, in float32. The largest magnitude is noted for each
 kind of value, also for what is only there within an operator: scores before softmax, and the sum of
 squares within LayerNorm.
 """

@@ -1,12 +1,12 @@
-"""Weights for a whole SAM that finds things in photographs, at two sizes, without a download.
+"""Weights for a whole SAM that finds objects, at two sizes, without a download.
 
-``starter``: the weights that shipped inside the package first, at their own size (256 pixels).
+``starter``: the first embedded weights, at their own size (256 pixels).
 
 ``5m``: the network of MobileSAM at 1024 pixels, for its speed. The encoder has the random weights
 of ``weights.py``; its neck is fitted by least squares, so that its embedding of the given
-photographs comes near that of the starter, enlarged from 16x16 to 64x64. Prompt encoder and mask
+images comes near that of the starter, enlarged from 16x16 to 64x64. Prompt encoder and mask
 decoder are the starter's, with logits ten times as steep, as after a longer training. So masks have
-sizes and shapes as real ones have them; they are no measure of quality.
+realistic sizes and shapes; they say nothing about quality.
 """
 
 from collections.abc import Sequence

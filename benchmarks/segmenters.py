@@ -1,7 +1,7 @@
 """What runs in a contestant's process of ``everything.py``, one process for each.
 
 Each maker makes one project's whole SAM ready, with the same weights, and returns the call to time:
-the masks of everything in one photograph, or the masks of a list of prompts. ``answers.py`` says
+the masks of everything in one image, or the masks of a list of prompts. ``mask_agreement.py`` says
 how what they give is compared; ``sam_weights.py`` where the weights come from.
 """
 
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from answers import Answer
 from contestants import keep_freed_memory
+from mask_agreement import MaskSet
 
 from tinyvit.bench import serve
 
@@ -46,9 +46,9 @@ def ask_all(predictor, image):
         if "box" not in prompt:
             best = found[0][2][np.argmax(found[0][1])][None]
             found.append(predictor.predict(**prompt, mask_input=best, multimask_output=False))
-        masks += [row for answer in found for row in answer[0]]
-        scores += [score for answer in found for score in answer[1]]
-    return Answer.of_masks(masks, scores)
+        masks += [row for one in found for row in one[0]]
+        scores += [score for one in found for score in one[1]]
+    return MaskSet.of_masks(masks, scores)
 
 
 def make(spec: Mapping[str, object]):
@@ -68,7 +68,7 @@ def make(spec: Mapping[str, object]):
     if spec["job"] == "prompts":
         return lambda: ask_all(predictor(), image), facts
     everything = generator(**spec["arguments"])
-    return lambda: Answer.of_records(everything.generate(image)), facts
+    return lambda: MaskSet.of_records(everything.generate(image)), facts
 
 
 def _mobile_sam(spec, rest):

@@ -4,7 +4,7 @@
     python examples/digits.py digits
 
 The images are 8 x 8 pixels, grey, of 43 people's writing (UCI "Optical Recognition of Handwritten
-Digits", E. Alpaydin and C. Kaynak, CC BY 4.0). They come with scikit-learn; nothing is fetched.
+Digits", E. Alpaydin and C. Kaynak, CC BY 4.0). They come with scikit-learn; nothing is downloaded.
 docs/guides/classify.md trains a classifier on them.
 """
 

@@ -58,46 +58,46 @@ def test_all_contestants_get_the_same_arguments(load_benchmark):
 
 
 def test_iou_of_packed_masks(load_benchmark):
-    answers = load_benchmark("answers")
-    a = np.asarray(answers.Answer.of_masks(spots((0, 0), (5, 5)), [0.5, 0.6]))
-    b = np.asarray(answers.Answer.of_masks([*spots((0, 3)), np.zeros((20, 30), bool)], [1, 2]))
-    table = answers.ious(a["mask"], b["mask"])
+    agreement = load_benchmark("mask_agreement")
+    a = np.asarray(agreement.MaskSet.of_masks(spots((0, 0), (5, 5)), [0.5, 0.6]))
+    b = np.asarray(agreement.MaskSet.of_masks([*spots((0, 3)), np.zeros((20, 30), bool)], [1, 2]))
+    table = agreement.ious(a["mask"], b["mask"])
     np.testing.assert_allclose(table, [[18 / 54, 0], [4 / 68, 0]])
-    assert answers.ious(b["mask"][1:], b["mask"][1:]).tolist() == [[1.0]]  # both empty
+    assert agreement.ious(b["mask"][1:], b["mask"][1:]).tolist() == [[1.0]]  # both empty
 
 
 def test_pixels_are_compared_in_parts(load_benchmark, monkeypatch):
-    answers = load_benchmark("answers")
-    rows = np.asarray(answers.Answer.of_masks(spots((0, 0), (5, 5), (14, 24)), [1, 2, 3]))
-    whole = answers.ious(rows["mask"], rows["mask"])
-    monkeypatch.setattr(answers, "PIXELS_AT_ONCE", 64)
-    assert np.array_equal(answers.ious(rows["mask"], rows["mask"]), whole)
+    agreement = load_benchmark("mask_agreement")
+    rows = np.asarray(agreement.MaskSet.of_masks(spots((0, 0), (5, 5), (14, 24)), [1, 2, 3]))
+    whole = agreement.ious(rows["mask"], rows["mask"])
+    monkeypatch.setattr(agreement, "PIXELS_AT_ONCE", 64)
+    assert np.array_equal(agreement.ious(rows["mask"], rows["mask"]), whole)
 
 
-def test_answers_to_the_same_prompts(load_benchmark):
-    answers = load_benchmark("answers")
-    theirs = np.asarray(answers.Answer.of_masks(spots((0, 0), (5, 5)), [0.5, 0.6]))
-    ours = np.asarray(answers.Answer.of_masks(spots((0, 0), (5, 6)), [0.5, 0.7]))
-    found = answers.same_prompts(theirs, ours)
+def test_masks_for_the_same_prompts(load_benchmark):
+    agreement = load_benchmark("mask_agreement")
+    theirs = np.asarray(agreement.MaskSet.of_masks(spots((0, 0), (5, 5)), [0.5, 0.6]))
+    ours = np.asarray(agreement.MaskSet.of_masks(spots((0, 0), (5, 6)), [0.5, 0.7]))
+    found = agreement.same_prompts(theirs, ours)
     assert found["masks"] == 2
     assert found["least_iou"] == pytest.approx(30 / 42)
     assert found["most_score_difference"] == pytest.approx(0.1)
     with pytest.raises(ValueError, match="2 masks against 1 for the same prompts"):
-        answers.same_prompts(theirs, ours[:1])
+        agreement.same_prompts(theirs, ours[:1])
 
 
 def test_everything_is_compared_whatever_its_order(load_benchmark):
-    answers = load_benchmark("answers")
+    agreement = load_benchmark("mask_agreement")
     made = spots((0, 0), (5, 5), (14, 24), (0, 20))
-    theirs = np.asarray(answers.Answer.of_records(records(made[:3], [0.5, 0.6, 0.7])))
-    ours = np.asarray(answers.Answer.of_records(records(made[:0:-1], [0.1, 0.75, 0.6])))
-    found = answers.same_things(theirs, ours)
+    theirs = np.asarray(agreement.MaskSet.of_records(records(made[:3], [0.5, 0.6, 0.7])))
+    ours = np.asarray(agreement.MaskSet.of_records(records(made[:0:-1], [0.1, 0.75, 0.6])))
+    found = agreement.same_things(theirs, ours)
     assert (found["theirs"], found["ours"]) == (3, 3)
     assert (found["theirs_alone"], found["ours_alone"]) == (1, 1)
     assert found["least_iou"] == 0
     assert found["most_score_difference"] == pytest.approx(0.05)
     assert found["most_stability_difference"] == pytest.approx(0.025)
-    none = answers.same_things(theirs, np.asarray(answers.Answer.of_records([])))
+    none = agreement.same_things(theirs, np.asarray(agreement.MaskSet.of_records([])))
     assert (none["theirs_alone"], none["ours_alone"], none["least_iou"]) == (3, 0, None)
 
 

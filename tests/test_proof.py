@@ -79,7 +79,7 @@ def test_ranges_see_every_kind_of_value(load_benchmark, make_tiny_vit):
 def test_masks_of_the_same_embedding_agree(load_benchmark):
     proof = load_benchmark("proof")
     sam = proof.build_sam(proof.CHECKPOINT)
-    batch, placement = proof.photographs(sam.image_encoder.image_spec)[0]
+    batch, placement = proof.example_images(sam.image_encoder.image_spec)[0]
     with torch.inference_mode():
         embedding = sam.image_encoder(batch)
     found = proof.masks(sam, embedding, placement)

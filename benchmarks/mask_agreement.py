@@ -1,7 +1,6 @@
-"""What a contestant of ``everything.py`` answers, and how far two answers agree. Needs numpy only.
+"""The masks of a contestant of ``everything.py``, and the agreement of two sets. Needs numpy only.
 
-A row of an answer is one mask: its pixels, packed eight to a byte, and its scores. N, M: masks of
-the two answers; P: pixels.
+A row is one mask: its pixels, packed eight to a byte, and its scores. N, M: masks of the two sets.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,23 +10,20 @@ import numpy as np
 PIXELS_AT_ONCE = 1 << 20  # a multiple of 8
 
 
-class Answer:
-    """Masks with their scores; it becomes an array only when one is asked for.
-
-    So the time of a call has no packing in it.
-    """
+class MaskSet:
+    """Masks with their scores; packed only when converted to an array, outside the timed call."""
 
     def __init__(self, masks: Sequence[np.ndarray], scores: Sequence[tuple[float, float]]) -> None:
         self.masks, self.scores = masks, scores
 
     @classmethod
-    def of_records(cls, records: Sequence[Mapping]) -> "Answer":
-        """From what ``SamAutomaticMaskGenerator.generate`` gives, with masks as arrays."""
+    def of_records(cls, records: Sequence[Mapping]) -> "MaskSet":
+        """From the records of ``SamAutomaticMaskGenerator.generate``, with masks as arrays."""
         scores = [(row["predicted_iou"], row["stability_score"]) for row in records]
         return cls([row["segmentation"] for row in records], scores)
 
     @classmethod
-    def of_masks(cls, masks: Sequence[np.ndarray], scores: Iterable[float]) -> "Answer":
+    def of_masks(cls, masks: Sequence[np.ndarray], scores: Iterable[float]) -> "MaskSet":
         """From masks [H, W] bool and a score for each."""
         return cls(masks, [(float(score), float("nan")) for score in scores])
 
@@ -56,7 +52,7 @@ def ious(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def same_prompts(theirs: np.ndarray, ours: np.ndarray) -> dict:
-    """How far two answers to the same prompts agree, row by row.
+    """Agreement of the masks for the same prompts, row by row.
 
     Raises:
         ValueError: They have different numbers of masks.
@@ -74,7 +70,7 @@ def same_prompts(theirs: np.ndarray, ours: np.ndarray) -> dict:
 
 
 def same_things(theirs: np.ndarray, ours: np.ndarray, least: float = 0.98) -> dict:
-    """How far two answers about everything in an image agree, whatever the order of the masks."""
+    """Agreement of two results of everything mode, in any order of the masks."""
     if not len(theirs) or not len(ours):
         alone = {"theirs_alone": len(theirs), "ours_alone": len(ours)}
         return {"theirs": len(theirs), "ours": len(ours), "least_iou": None, **alone}
