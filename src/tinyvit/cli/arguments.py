@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.models import OptionInfo
 
 from tinyvit.catalog import (
     CHECKPOINTS,
@@ -37,11 +38,7 @@ class PrecisionName(str, Enum):
 
 
 def parse_precision(word: str) -> PrecisionName:
-    """The precision of a word.
-
-    Raises:
-        typer.BadParameter: There is none of this name; for fp16, why not.
-    """
+    """The precision of a word; for fp16 an error that says why not."""
     names = [name.value for name in PrecisionName]
     if word in names:
         return PrecisionName(word)
@@ -60,6 +57,14 @@ def matching_checkpoints(incomplete: str) -> list[str]:
 def matching_models(incomplete: str) -> list[str]:
     """Names for the shell to complete."""
     return [name for name in list_models() if name.startswith(incomplete)]
+
+
+def checkpoint_option(text: str) -> OptionInfo:
+    """``--checkpoint`` with its help."""
+    option: OptionInfo = typer.Option(
+        "--checkpoint", metavar="NAME_OR_FILE", autocompletion=matching_checkpoints, help=text
+    )
+    return option
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead.")]
@@ -123,7 +128,7 @@ _GOOD_CLASSIFIER = "tiny_vit_5m_224.dist_in22k_ft_in1k"
 
 
 def file_of(text: str) -> Path:
-    """The file that a path, a folder or the name of a checkpoint stands for; fetches nothing.
+    """The file of a path, a folder or the name of a checkpoint; fetches nothing.
 
     Raises:
         CheckpointError: An unknown name, or a checkpoint that is not on this machine.
@@ -152,15 +157,7 @@ def load_encoder(
 ) -> TinyViT:
     """A model whose ``forward`` gives a map: the neck's, or the last stage's where there is none.
 
-    Args:
-        own: Where progress is shown.
-        checkpoint: A name, a file or a folder; None for the embedded one.
-        model: A variant, or None for the checkpoint's.
-        size: Side of the input, or None for the checkpoint's.
-
-    Raises:
-        ValueError: ``model`` is unknown or does not go with ``checkpoint``.
-        CheckpointError: The checkpoint cannot be loaded.
+    The checkpoint is a name, a file or a folder; None is the embedded one.
     """
     default = get_checkpoint(DEFAULT_CHECKPOINT).variant
     if checkpoint is None and model is not None and get_variant(model).name != default:
@@ -177,20 +174,11 @@ def load_encoder(
 def load_classifier(
     own: Console, checkpoint: str | None, model: str | None, size: int | None
 ) -> TinyViT:
-    """A model with a classification head.
-
-    Args:
-        own: Where progress is shown.
-        checkpoint: A name, a file or a folder.
-        model: A variant, or None for the checkpoint's.
-        size: Side of the input, or None for the checkpoint's.
+    """A model with a classification head; warns where it is a SAM encoder's.
 
     Raises:
         ValueError: ``checkpoint`` is None, or ``model`` is unknown.
         CheckpointError: The checkpoint cannot be loaded or has no trained head.
-
-    Warns:
-        UserWarning: The head is that of a SAM encoder.
     """
     hint = f"choose another with --checkpoint, {_suggestion(model, 'classification')}"
     if checkpoint is None:

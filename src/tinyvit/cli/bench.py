@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT, get_checkpoint, get_variant
 from tinyvit.cli import console
 
-from .arguments import Device, Json, matching_checkpoints, matching_models
+from .arguments import Device, Json, checkpoint_option, matching_models
 from .console import counted
 
 if TYPE_CHECKING:
@@ -43,12 +43,7 @@ Models = Annotated[
 ]
 Weights = Annotated[
     str | None,
-    typer.Option(
-        "--checkpoint",
-        metavar="NAME_OR_FILE",
-        autocompletion=matching_checkpoints,
-        help="Weights that are on this machine. By default every tensor is random.",
-    ),
+    checkpoint_option("Weights that are on this machine. By default every tensor is random."),
 ]
 Sizes = Annotated[
     list[int] | None,
@@ -56,7 +51,7 @@ Sizes = Annotated[
         "--size",
         min=1,
         metavar="PIXELS",
-        help="Side of the images, more than once if you like; by default the model's.",
+        help="Side of the model's input; may be given more than once.",
     ),
 ]
 Batches = Annotated[
@@ -65,7 +60,7 @@ Batches = Annotated[
         "--batch",
         min=1,
         metavar="NUMBER",
-        help="Images in a call, more than once if you like; 1 by default.",
+        help="Images in a call, 1 by default; may be given more than once.",
     ),
 ]
 BackendOption = Annotated[
@@ -135,9 +130,8 @@ def bench(
     if as_json:
         results = [result.to_dict() for result in found]
         rest = [asdict(row) | {"reason": reason} for row, reason in left_out]
-        console.write_json(
-            {"machine": facts, "repeats": repeats, "results": results, "left_out": rest}
-        )
+        rows = {"results": results, "left_out": rest}
+        console.write_json({"machine": facts, "repeats": repeats, **rows})
         return
     console.write(console.fields(_machine(facts, found)))
     console.write("")
@@ -146,12 +140,7 @@ def bench(
 
 
 def _models(models: Sequence[str] | None, checkpoint: str | None) -> list[str | None]:
-    """The variants to measure; None for the one that the checkpoint says.
-
-    Raises:
-        ValueError: An unknown variant, or several for one checkpoint.
-        CheckpointError: The checkpoint is unknown, or not on this machine.
-    """
+    """The variants to measure; None for the one that the checkpoint says."""
     for name in models or ():
         get_variant(name)
     if checkpoint is None:
@@ -168,13 +157,7 @@ def _models(models: Sequence[str] | None, checkpoint: str | None) -> list[str | 
 
 
 def _pairs(backend: str, precision: str) -> list[tuple[str, str]]:
-    """The backends and precisions to measure.
-
-    Raises:
-        ValueError: One of them is unknown.
-    """
-    from typing import get_args
-
+    """The backends and precisions to measure."""
     from tinyvit.inference.backend import FP16_REFUSED, BackendName, Precision
 
     if precision == "fp16":

@@ -21,8 +21,8 @@ from .arguments import (
     Precision,
     PrecisionName,
     Size,
+    checkpoint_option,
     file_of,
-    matching_checkpoints,
 )
 
 if TYPE_CHECKING:
@@ -37,12 +37,9 @@ EXAMPLES = (
 
 Weights = Annotated[
     str | None,
-    typer.Option(
-        "--checkpoint",
-        metavar="NAME_OR_FILE",
-        autocompletion=matching_checkpoints,
-        help="A name of 'tinyvit models', a file of weights, or a folder of save_pretrained, with "
-        "a classification head. The embedded weights have none, so name one.",
+    checkpoint_option(
+        "A name of 'tinyvit models', a file of weights, or a folder of save_pretrained, with a "
+        "classification head. The embedded weights have none, so name one."
     ),
 ]
 TopK = Annotated[int, typer.Option("--top-k", min=1, help="Classes to show for each image.")]
@@ -72,8 +69,8 @@ def classify(
     """Name the likeliest classes of images.
 
     Each class is shown with its probability, its number and, where names are known, its name. The
-    weights must have a classification head; published ones are downloaded at the first use. A
-    broken image does not stop the work: it is named, and the exit code is 1.
+    weights must have a classification head; published ones are downloaded at the first use. An
+    unreadable image does not stop the work: it is named, and the exit code is 1.
     """
     own = console.of(ctx)
     listed = list_images(images)
@@ -103,15 +100,9 @@ def classify(
             if not as_json:
                 console.write(_for_people(str(image.path), rows))
     if as_json:
-        console.write_json(
-            {
-                "checkpoint": checkpoint,
-                "variant": variant_of(built),
-                "classes": built.num_classes,
-                "pictures": found,
-                "failed": failed,
-            }
-        )
+        facts = {"checkpoint": checkpoint, "variant": variant_of(built)}
+        counts = {"classes": built.num_classes, "pictures": found, "failed": failed}
+        console.write_json({**facts, **counts})
     if failed:
         console.complain(f"failed {len(failed)} of {len(listed)}, named above")
         raise typer.Exit(1)
@@ -132,13 +123,10 @@ def _names(classes: int, labels: Path | None, checkpoint: str | None) -> Sequenc
 def _top(logits: Tensor, top_k: int, names: Sequence[str] | None) -> list[dict[str, object]]:
     """The likeliest classes, most likely first; logits [classes]."""
     best = logits.softmax(dim=0).topk(min(top_k, len(logits)))
+    pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
     return [
-        {
-            "class": number,
-            "label": None if names is None else names[number],
-            "probability": probability,
-        }
-        for probability, number in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        {"class": n, "label": None if names is None else names[n], "probability": probability}
+        for probability, n in pairs
     ]
 
 

@@ -26,7 +26,7 @@ from .arguments import (
     Precision,
     PrecisionName,
     Size,
-    matching_checkpoints,
+    checkpoint_option,
 )
 from .console import counted
 
@@ -41,12 +41,9 @@ EXAMPLES = (
 
 Weights = Annotated[
     str | None,
-    typer.Option(
-        "--checkpoint",
-        metavar="NAME_OR_FILE",
-        autocompletion=matching_checkpoints,
-        help="A name of 'tinyvit models', a file of weights, or a folder of save_pretrained. "
-        f"By default {DEFAULT_CHECKPOINT}, which is small, weak, and needs no download.",
+    checkpoint_option(
+        "A name of 'tinyvit models', a file of weights, or a folder of save_pretrained. By default "
+        f"{DEFAULT_CHECKPOINT}, which is small, weak, and needs no download."
     ),
 ]
 BatchSize = Annotated[

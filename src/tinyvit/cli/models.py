@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import typer
 
-from tinyvit.catalog import CHECKPOINTS, VARIANTS, Checkpoint, Variant
+from tinyvit.catalog import CHECKPOINTS, VARIANTS, Checkpoint, Variant, get_variant
 from tinyvit.cli import console
 
 from .arguments import Json
@@ -76,9 +76,6 @@ def _variant(row: Variant) -> tuple[str, ...]:
 
 
 def _checkpoint(row: Checkpoint, state: str) -> tuple[str, ...]:
-    classes = str(row.num_classes) if _has_trained_head(row) else "-"
+    has_trained_head = get_variant(row.variant).task == "classification"
+    classes = str(row.num_classes) if has_trained_head else "-"
     return (f" {row.name}", row.family, classes, row.licence, state)
-
-
-def _has_trained_head(row: Checkpoint) -> bool:
-    return any(v.name == row.variant and v.task == "classification" for v in VARIANTS)

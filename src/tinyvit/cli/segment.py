@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NewType
 
 import typer
+from typer.models import OptionInfo
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT, get_checkpoint, list_checkpoints
 from tinyvit.cli import console
@@ -25,7 +26,7 @@ from .arguments import (
     Precision,
     PrecisionName,
     Size,
-    matching_checkpoints,
+    checkpoint_option,
 )
 from .console import Console, counted
 
@@ -39,11 +40,7 @@ Box = NewType("Box", tuple[float, float, float, float])  # x0, y0, x1, y1
 
 
 def parse_point(text: str) -> Point:
-    """A point of ``X,Y`` or ``X,Y,LABEL``.
-
-    Raises:
-        typer.BadParameter: It is something else.
-    """
+    """A point of ``X,Y`` or ``X,Y,LABEL``."""
     numbers = _numbers(text)
     if len(numbers) not in (2, 3):
         raise typer.BadParameter(f"{text!r} is not X,Y or X,Y,LABEL; for example 320,240 or 5,8,0.")
@@ -55,11 +52,7 @@ def parse_point(text: str) -> Point:
 
 
 def parse_box(text: str) -> Box:
-    """A box of ``X0,Y0,X1,Y1``.
-
-    Raises:
-        typer.BadParameter: It is something else.
-    """
+    """A box of ``X0,Y0,X1,Y1``."""
     numbers = _numbers(text)
     if len(numbers) != 4:
         raise typer.BadParameter(
@@ -75,6 +68,12 @@ def _numbers(text: str) -> list[float]:
         return [float(word) for word in text.split(",")]
     except ValueError:
         return []
+
+
+def _everything(flag: str, text: str, minimum: int | None = None) -> OptionInfo:
+    """An option for ``--everything`` alone."""
+    option: OptionInfo = typer.Option(flag, min=minimum, help=f"With --everything: {text}")
+    return option
 
 
 Points = Annotated[
@@ -105,7 +104,7 @@ MaskFile = Annotated[
     typer.Option(
         "--mask",
         metavar="FILE",
-        help="Refine a mask: an image of it, white on black and as large as the photograph, or "
+        help="Refine a mask: an image of it, white on black and as large as the input image, or "
         "an .npy or .safetensors file of low-res logits (--logits writes them).",
     ),
 ]
@@ -124,24 +123,16 @@ Everything = Annotated[
     bool, typer.Option("--everything", help="Segment everything, by a grid of points.")
 ]
 Multimask = Annotated[
-    bool,
-    typer.Option(
-        "--multimask",
-        help="Write the three masks that a prompt may mean. Otherwise the best one is written.",
-    ),
+    bool, typer.Option("--multimask", help="Write the three masks of a prompt, not the best one.")
 ]
 Logits = Annotated[
-    bool,
-    typer.Option("--logits", help="Write low-res logits too, for --mask of a later call."),
+    bool, typer.Option("--logits", help="Write low-res logits too, for --mask of a later call.")
 ]
 Weights = Annotated[
     str | None,
-    typer.Option(
-        "--checkpoint",
-        metavar="NAME_OR_FILE",
-        autocompletion=matching_checkpoints,
-        help="A name of 'tinyvit models', or a file that holds a whole SAM, not an encoder alone. "
-        f"By default {DEFAULT_CHECKPOINT}, which is small, weak, and needs no download.",
+    checkpoint_option(
+        "A name of 'tinyvit models', or a file that holds a whole SAM, not an encoder alone. By "
+        f"default {DEFAULT_CHECKPOINT}, which is small, weak, and needs no download."
     ),
 ]
 BatchSize = Annotated[
@@ -149,45 +140,24 @@ BatchSize = Annotated[
     typer.Option(
         "--batch-size",
         min=1,
-        help="Images encoded together, at most. More may be faster on a GPU; photographs and "
-        "memory grow with it.",
+        help="Images encoded together, at most. More may be faster on a GPU; memory grows with it.",
     ),
 ]
-PointsPerSide = Annotated[
-    int | None,
-    typer.Option("--points-per-side", min=1, help="With --everything: points a side. [32]"),
-]
+PointsPerSide = Annotated[int | None, _everything("--points-per-side", "points a side. [32]", 1)]
 PredIouThresh = Annotated[
-    float | None,
-    typer.Option(
-        "--pred-iou-thresh", help="With --everything: keep masks with a higher score. [0.88]"
-    ),
+    float | None, _everything("--pred-iou-thresh", "keep masks with a higher score. [0.88]")
 ]
 StabilityScoreThresh = Annotated[
-    float | None,
-    typer.Option(
-        "--stability-score-thresh",
-        help="With --everything: keep masks at least this stable. [0.95]",
-    ),
+    float | None, _everything("--stability-score-thresh", "keep masks at least this stable. [0.95]")
 ]
 CropNLayers = Annotated[
     int | None,
-    typer.Option(
-        "--crop-n-layers",
-        min=0,
-        help="With --everything: layers of crops that are searched too; layer i has 2^i a side. "
-        "[0]",
-    ),
+    _everything("--crop-n-layers", "layers of crops too; layer i has 2^i a side. [0]", 0),
 ]
 MinMaskRegionArea = Annotated[
     int | None,
-    typer.Option(
-        "--min-mask-region-area",
-        min=0,
-        help="With --everything: fill holes and remove islands of fewer pixels. [0]",
-    ),
+    _everything("--min-mask-region-area", "remove holes and islands of fewer pixels. [0]", 0),
 ]
-
 
 EXAMPLES = (
     "tinyvit segment cat.jpg --point 320,240 -o masks",
@@ -287,10 +257,7 @@ def _items(
 ) -> tuple[list[Item], list[tuple[str, str]]]:
     """Images with their prompts, and (name, message) of prompts for images that are not there.
 
-    Args:
-        listed: All images.
-        prompts: A file of prompts, or None.
-        same: Else points, boxes, mask and ``--each`` for all images; None for everything.
+    Prompts are those of a file, or points, boxes, mask and ``--each`` for all images, or none.
     """
     from tinyvit.folders.prompt_files import prompts_of, read_prompts, share_out
     from tinyvit.folders.runner import Item
@@ -309,19 +276,7 @@ def _run(
     missing: Sequence[tuple[str, str]],
     as_json: bool,
 ) -> None:
-    """Do the work and sum it up.
-
-    Args:
-        own: Where it is shown.
-        work: Segments.
-        items: The images that have prompts, or all where everything is segmented.
-        listed: All images.
-        missing: (name, message) of prompts for images that are not there.
-        as_json: Whether JSON is wanted.
-
-    Raises:
-        typer.Exit: Something failed.
-    """
+    """Do the work and sum it up; ``items`` are those of the images ``listed`` with prompts."""
     for _, words in missing:
         console.complain(f"failed: {words}")
     words = "" if work.generator is not None else "segmenting"  # the generator has its own bar
@@ -358,11 +313,7 @@ def _check(
     wants_more: bool,
     arguments: Mapping[str, object],
 ) -> None:
-    """Refuse options that do not go together.
-
-    Raises:
-        ValueError: Options contradict each other.
-    """
+    """Refuse options that do not go together."""
     if is_prompted and (everything or prompts is not None):
         other = "--everything" if everything else "--prompts"
         raise ValueError(f"{other} does not go together with --point, --box, --mask and --each")

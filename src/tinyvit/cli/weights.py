@@ -1,4 +1,4 @@
-"""``tinyvit inspect``: what a file of weights is, for people or as JSON."""
+"""``tinyvit inspect``, ``convert`` and ``download``: files of weights."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def _facts(report: Inspection, title: str) -> list[tuple[str, str]]:
     """Name and value of everything that is one value."""
     found = report.detection
     sizes = found.architecture
-    dtypes = ", ".join(
+    dtypes = [
         kind if len(found.dtypes) == 1 else f"{number} {kind}"
         for kind, number in found.dtypes.items()
-    )
+    ]
     facts = [
         ("file", report.path),
         ("size", f"{megabytes(report.size)}, {report.container}"),
@@ -77,15 +77,14 @@ def _facts(report: Inspection, title: str) -> list[tuple[str, str]]:
         ("variant", found.variant or "none of the catalog"),
         ("parts", ", ".join(part.replace("_", " ") for part in found.parts)),
         ("parameters", f"{found.parameters:,} in {counted(report.tensors, 'tensor')}"),
-        ("dtype", dtypes),
+        ("dtype", ", ".join(dtypes)),
     ]
     if sizes is not None:
-        head = f"{sizes.num_classes} classes" if found.has_head else "none"
         facts += [
             ("picture", f"{found.img_size} x {found.img_size}, {sizes.in_chans} channels"),
             ("stem", sizes.stem),
             ("strides", found.strides_reason.removeprefix("strides ")),
-            ("head", head),
+            ("head", f"{sizes.num_classes} classes" if found.has_head else "none"),
             ("neck", f"{sizes.neck_dim} channels" if found.has_neck else "none"),
         ]
     facts.append(("complete", _completeness(found)))
@@ -93,15 +92,12 @@ def _facts(report: Inspection, title: str) -> list[tuple[str, str]]:
 
 
 def _completeness(found: Detection) -> str:
-    counts = [
-        f"{len(keys)} {what}"
-        for what, keys in (
-            ("missing", found.missing),
-            ("left over", found.unexpected),
-            ("of a wrong shape", found.wrong_shapes),
-        )
-        if keys
-    ]
+    numbers = {
+        "missing": len(found.missing),
+        "left over": len(found.unexpected),
+        "of a wrong shape": len(found.wrong_shapes),
+    }
+    counts = [f"{number} {what}" for what, number in numbers.items() if number]
     if not counts:
         return "yes, nothing missing and nothing left over"
     return f"{'yes' if found.is_complete else 'no'}: {', '.join(counts)} (--json names them)"
@@ -114,10 +110,9 @@ def _stages(found: Detection) -> str:
         return ""
     rows = []
     for i, channels in enumerate(sizes.embed_dims):
-        kind = ("convolution", "-", "-") if i == 0 else (
-            "attention", str(sizes.num_heads[i]), str(sizes.window_sizes[i])
-        )  # fmt: skip
-        rows.append((str(i + 1), kind[0], str(channels), str(sizes.depths[i]), *kind[1:]))
+        kind = "attention" if i else "convolution"
+        attention = (str(sizes.num_heads[i]), str(sizes.window_sizes[i])) if i else ("-", "-")
+        rows.append((str(i + 1), kind, str(channels), str(sizes.depths[i]), *attention))
     heads = ("stage", "of", "channels", "blocks", "heads", "window")
     return console.table(heads, rows, right=(2, 3, 4, 5))
 
@@ -132,11 +127,7 @@ FAMILIES: tuple[str, ...] = get_args(Family)
 
 
 def known_family(family: str) -> str:
-    """The family, if there is one of that name.
-
-    Raises:
-        typer.BadParameter: There is none.
-    """
+    """The family, if there is one of that name."""
     if family in FAMILIES:
         return family
     near = difflib.get_close_matches(family.lower().replace("-", "_"), FAMILIES, n=1, cutoff=0.5)
@@ -182,8 +173,8 @@ def convert(
 ) -> None:
     """Write a file of weights in another project's form, bit for bit.
 
-    What IN is, is found out from its tensors. What the other form cannot hold is dropped and named;
-    where something it needs is not in IN, nothing is written and everything lacking is named.
+    The form of IN is detected from its tensors. What the other form cannot hold is dropped and
+    named; where something it needs is not in IN, nothing is written and all that lacks is named.
     'tinyvit' is this package's encoder or classifier; 'tinyvit_sam' the whole of a SAM.
     """
     from tinyvit.checkpoints import convert as convert_file
@@ -195,27 +186,20 @@ def convert(
     if as_json:
         console.write_json(report.to_dict())
         return
-    size = console.megabytes(target.stat().st_size)
+    size = f"{report.tensors} tensors, {megabytes(target.stat().st_size)}"
     lines = [
         ("read", f"{report.source} ({report.source_family})"),
-        ("wrote", f"{report.target} ({report.family}, {report.container}, "
-                  f"{report.tensors} tensors, {size})"),
-    ]  # fmt: skip
+        ("wrote", f"{report.target} ({report.family}, {report.container}, {size})"),
+    ]
     for reason, keys in report.dropped.items():
-        lines.append(
-            ("dropped", f"{console.counted(len(keys), 'tensor')}: {reason} ({_few(keys)})")
-        )
+        few = ", ".join(keys[:NAMED_AT_MOST]) + (", ..." if len(keys) > NAMED_AT_MOST else "")
+        lines.append(("dropped", f"{counted(len(keys), 'tensor')}: {reason} ({few})"))
     lines += [("note", note) for note in report.notes]
     console.write(console.fields(lines))
     if not report.dropped:
         own.say("nothing was dropped")
     elif any(len(keys) > NAMED_AT_MOST for keys in report.dropped.values()):
         own.say("--json names every tensor that was dropped")
-
-
-def _few(keys: tuple[str, ...]) -> str:
-    """The first keys by name."""
-    return ", ".join(keys[:NAMED_AT_MOST]) + (", ..." if len(keys) > NAMED_AT_MOST else "")
 
 
 DOWNLOAD_EXAMPLES = (
@@ -250,9 +234,9 @@ def download(
 ) -> None:
     """Fetch published weights and print the path of the file.
 
-    Every file is checked by its SHA-256. One that is here already is not fetched again, and a
-    broken download goes on where it stopped. The embedded weights need no download: their path is
-    printed. TINYVIT_MIRROR names another server, TINYVIT_OFFLINE=1 forbids the network.
+    Every file is checked by its SHA-256. One that is here already is not fetched again, and an
+    interrupted download goes on where it stopped. The embedded weights need no download: their path
+    is printed. TINYVIT_MIRROR names another server, TINYVIT_OFFLINE=1 forbids the network.
     """
     from tinyvit.checkpoints import fetch, file_sha256
 
@@ -266,17 +250,7 @@ def download(
     if not as_json:
         console.write(str(path))
         return
-    console.write_json(
-        {
-            "name": row.name,
-            "path": str(path),
-            "bytes": path.stat().st_size,
-            "sha256": file_sha256(path),
-            "variant": row.variant,
-            "family": row.family,
-            "licence": row.licence,
-            "source": row.source,
-            "embedded": row.embedded,
-            "note": row.note,
-        }
-    )
+    file = {"path": str(path), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    names = ("variant", "family", "licence", "source", "embedded", "note")
+    facts = {name: getattr(row, name) for name in names}
+    console.write_json({"name": row.name, **file, **facts})
