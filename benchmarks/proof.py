@@ -28,7 +28,7 @@ import tinyvit
 from tinyvit.bench import machine_facts
 from tinyvit.image_spec import ImageSpec, Placement
 from tinyvit.images.decode import decode
-from tinyvit.images.preprocess import to_tensor
+from tinyvit.images.preprocess import to_input
 from tinyvit.inference import OnnxBackend, OpenVINOBackend, OpenVINOGraph, TorchBackend
 from tinyvit.sam.build import build_sam
 
@@ -119,8 +119,8 @@ def random_cases() -> list[dict]:
 def example_images(spec: ImageSpec) -> list[tuple[Tensor, Placement]]:
     """([1, 3, H, W] float32, placement) of each example image."""
     files = [path for path in sorted(IMAGES.iterdir()) if path.suffix in (".png", ".jpg")]
-    prepared = [to_tensor(decode(path), spec) for path in files]
-    return [(tensor[None], placement) for tensor, placement in prepared]
+    prepared = [to_input(decode(path), spec) for path in files]
+    return [(torch.from_numpy(pixels)[None], placement) for pixels, placement in prepared]
 
 
 def trained_cases() -> list[dict]:

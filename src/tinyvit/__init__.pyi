@@ -15,7 +15,7 @@ from .hub import from_pretrained as from_pretrained
 from .hub import push_to_hub as push_to_hub
 from .hub import save_pretrained as save_pretrained
 from .image_spec import ImageSpec as ImageSpec
-from .inference.engine import Encoded as Encoded
+from .inference.backend import Encoded as Encoded
 from .inference.engine import Engine as Engine
 from .modules import TinyViT as TinyViT
 from .sam.automatic import SamAutomaticMaskGenerator as SamAutomaticMaskGenerator

@@ -7,12 +7,15 @@ lineage; what each step does to a state dict is known to ``tinyvit.checkpoints``
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tinyvit.catalog import (
     Checkpoint,
@@ -24,12 +27,20 @@ from tinyvit.catalog import (
 )
 from tinyvit.checkpoints.detection import Detection
 from tinyvit.checkpoints.families import group_by_part
-from tinyvit.checkpoints.files import image_spec_in
+from tinyvit.checkpoints.files import (
+    check_format,
+    check_thresholds,
+    image_spec_in,
+    read_state_dict,
+)
 from tinyvit.checkpoints.open import OpenedCheckpoint, Progress, misfits, open_checkpoint
 from tinyvit.checkpoints.resize import resize_bias_tables
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
+
+CONFIG, WEIGHTS, FOLDER_FORMAT = "config.json", "model.safetensors", 1
+"""The files of a folder of ``save_pretrained``, and the newest format of the first."""
 
 _PARTS_OF_TINYVIT = ("trunk", "head", "neck")
 _FRESH_HEAD = ("head.weight", "head.bias")
@@ -329,3 +340,48 @@ def _image_spec(
         shorter = int(spec.shorter_side * img_size / spec.size[0])
         return replace(spec, size=(img_size, img_size), shorter_side=shorter)
     return replace(spec, size=(img_size, img_size))
+
+
+def load_folder(config_path: Path, weights_path: Path) -> TinyViT:
+    """The model of a folder of ``save_pretrained`` or of a repository that timm publishes.
+
+    Weights and config must fit each other; a CheckpointError says what does not.
+    """
+    config = _read_config(config_path)
+    writer = config.get("tinyvit_version")
+    check_format(config.get("format"), FOLDER_FORMAT, writer, os.fspath(config_path))
+    if config.get("architecture") in list_models():  # timm's
+        return create_model(config["architecture"], weights_path)
+    try:
+        model = TinyViT(**config["arguments"])
+        spec = config.get("image_spec")
+        model.image_spec = None if spec is None else ImageSpec.from_dict(spec)
+        model.thresholds = check_thresholds(config.get("thresholds", {}))
+    except (KeyError, TypeError, ValueError, RuntimeError) as err:
+        raise CheckpointError(
+            f"{config_path} does not describe a TinyViT ({type(err).__name__}: {err}); it wants "
+            f"'arguments' and 'image_spec' as tinyvit.save_pretrained writes them"
+        ) from err
+    tensors = read_state_dict(weights_path).tensors
+    if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
+        model.double()  # loading into float32 would round
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as err:
+        raise CheckpointError(f"{weights_path} does not fit {config_path}: {err}") from err
+    return model.eval()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}; a folder of save_pretrained holds {CONFIG} and "
+            f"{WEIGHTS}"
+        ) from err
+    except (OSError, ValueError) as err:
+        raise CheckpointError(f"{path} cannot be read as JSON: {err}") from err
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(config).__name__}")
+    return config

@@ -14,21 +14,12 @@ import tempfile
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from tinyvit.catalog import list_models
-from tinyvit.checkpoints import read_state_dict, write_state_dict
-from tinyvit.checkpoints.files import check_format, check_thresholds, header_for, write_text
+from tinyvit.checkpoints import write_state_dict
+from tinyvit.checkpoints.files import check_thresholds, header_for, write_text
 from tinyvit.errors import CheckpointError, DownloadError
-from tinyvit.factory import create_model
-from tinyvit.image_spec import ImageSpec
+from tinyvit.factory import CONFIG, FOLDER_FORMAT, WEIGHTS, load_folder
 from tinyvit.modules import TinyViT
-
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-_FORMAT = 1
 
 
 def save_pretrained(model: TinyViT, folder: str | os.PathLike[str]) -> Path:
@@ -48,7 +39,7 @@ def save_pretrained(model: TinyViT, folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     spec = model.image_spec
     config = {
-        "format": _FORMAT,
+        "format": FOLDER_FORMAT,
         "library_name": "tinyvit",
         "tinyvit_version": version("tinyvit"),
         "architectures": ["TinyViT"],
@@ -112,13 +103,7 @@ def from_pretrained(
             f"{name_or_folder} is neither a folder nor a repository 'owner/name' on the Hub; "
             f"files of weights load with tinyvit.create_model(checkpoint=...)"
         )
-    config = _read_config(config_path)
-    check_format(
-        config.get("format"), _FORMAT, config.get("tinyvit_version"), os.fspath(config_path)
-    )
-    if config.get("architecture") in list_models():  # a repository of timm's
-        return create_model(config["architecture"], weights_path)
-    return _build(config, config_path, weights_path)
+    return load_folder(config_path, weights_path)
 
 
 def push_to_hub(
@@ -162,43 +147,6 @@ def push_to_hub(
             f"give token="
         ) from err
     return str(commit)
-
-
-def _build(config: dict[str, Any], config_path: Path, weights_path: Path) -> TinyViT:
-    """The model that a config of ours describes, with its weights, strictly."""
-    try:
-        model = TinyViT(**config["arguments"])
-        spec = config.get("image_spec")
-        model.image_spec = None if spec is None else ImageSpec.from_dict(spec)
-        model.thresholds = check_thresholds(config.get("thresholds", {}))
-    except (KeyError, TypeError, ValueError, RuntimeError) as err:
-        raise CheckpointError(
-            f"{config_path} does not describe a TinyViT ({type(err).__name__}: {err}); it wants "
-            f"'arguments' and 'image_spec' as tinyvit.save_pretrained writes them"
-        ) from err
-    tensors = read_state_dict(weights_path).tensors
-    if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
-        model.double()  # loading into float32 would round
-    try:
-        model.load_state_dict(tensors, strict=True)
-    except RuntimeError as err:
-        raise CheckpointError(f"{weights_path} does not fit {config_path}: {err}") from err
-    return model.eval()
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as err:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}; a folder of save_pretrained holds {CONFIG} and "
-            f"{WEIGHTS}"
-        ) from err
-    except (OSError, ValueError) as err:
-        raise CheckpointError(f"{path} cannot be read as JSON: {err}") from err
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(config).__name__}")
-    return config
 
 
 def _is_repository(name: str) -> bool:

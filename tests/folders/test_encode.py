@@ -73,14 +73,14 @@ def test_the_features_are_the_engine_s_in_the_order_of_the_images(make_work, ima
 
 def test_features_that_are_not_finite_fail(make_work, images, monkeypatch):
     work = make_work(with_drawings=False)
-    real = work.engine.stream_prepared
+    real = work.engine.encode
 
     def stream(inputs, stages):
         for number, encoded in enumerate(real(inputs, stages=stages)):
             infinite = encoded.features * np.inf
             yield Encoded(infinite, encoded.placement) if number == 0 else encoded
 
-    monkeypatch.setattr(work.engine, "stream_prepared", stream)
+    monkeypatch.setattr(work.engine, "encode", stream)
     first, second = work.run(images[:2])
     assert (first.state, second.state) == ("failed", "written")
     assert "its features are not all finite numbers; try --precision fp32" in first.reason

@@ -2,28 +2,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from numpy.typing import NDArray
 
 from tinyvit.inference.engine import run_in_batches
 
-Inputs = Iterator[tuple[Tensor, int]]
+Array = NDArray[np.float32]
+Inputs = Iterator[tuple[Array, int]]
 
 
-def images(widths: list[int]) -> list[tuple[Tensor, int]]:
-    return [(torch.full((3, 2, width), float(i)), i) for i, width in enumerate(widths)]
+def images(widths: list[int]) -> list[tuple[Array, int]]:
+    return [(np.full((3, 2, width), i, np.float32), i) for i, width in enumerate(widths)]
 
 
 class Run:
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
 
-    def __call__(self, batch: Tensor) -> list[Tensor]:
+    def __call__(self, batch: Array) -> list[Array]:
         self.batches.append([int(image[0, 0, 0]) for image in batch])
-        return [image.clone() for image in batch]
+        return [image.copy() for image in batch]
 
 
 @given(st.lists(st.integers(1, 4), max_size=30), st.integers(1, 5), st.integers(1, 12))
@@ -32,7 +33,7 @@ def test_every_input_once_in_order(widths: list[int], size: int, window: int) ->
     out = list(run_in_batches(iter(given), run, lambda _: size, window))
     assert [label for _, label in out] == list(range(len(widths)))
     for (result, _), (tensor, _) in zip(out, given, strict=True):
-        assert torch.equal(result, tensor)
+        np.testing.assert_array_equal(result, tensor)
     assert sorted(i for batch in run.batches for i in batch) == list(range(len(widths)))
     for batch in run.batches:
         assert len(batch) <= size
@@ -79,7 +80,7 @@ def test_errors_of_the_inputs_come_after_the_good_ones_and_of_the_run_at_once() 
     with pytest.raises(OSError, match="gone"):
         next(results)
 
-    def fail(batch: Tensor) -> list[Tensor]:
+    def fail(batch: Array) -> list[Array]:
         raise RuntimeError("no memory")
 
     with pytest.raises(RuntimeError, match="no memory"):

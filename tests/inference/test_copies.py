@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tinyvit.inference.fold import folded_copy, frozen_copy
+from tinyvit.inference.torch_backend import folded_copy, frozen_copy
 from tinyvit.modules import Attention, Conv2d_BN, TinyViT
 
 MakeModel = Callable[..., TinyViT]

@@ -267,7 +267,7 @@ def test_graphs_of_old_weights_are_not_used(
         with torch.no_grad():
             model.neck[3].bias.add_(1)
     backend.close()
-    assert backend._made is None
+    assert backend._derived.drop() is None
 
 
 def test_a_backend_says_when_capturing_failed(

@@ -6,8 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinyvit.inference import fast_encoder as deploy
-from tinyvit.inference.fast_encoder import DeployedTinyViT
-from tinyvit.inference.kernels import PlainKernels, choose_kernels
+from tinyvit.inference.fast_encoder import DeployedTinyViT, PlainKernels, choose_kernels
 from tinyvit.modules import FeatureMaps
 
 # float32 on both sides; folding rounds the weights once more (errors of 3e-6 were measured)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import io
 import logging
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from tinyvit.errors import ImageError
+from tinyvit.catalog import get_checkpoint
+from tinyvit.checkpoints import cached_path
+from tinyvit.errors import CheckpointError, ImageError
+from tinyvit.hub import save_pretrained
 from tinyvit.image_spec import ImageSpec, Placement
 from tinyvit.images.decode import decode
-from tinyvit.images.preprocess import to_tensor
+from tinyvit.images.preprocess import to_input
 from tinyvit.inference import Backend, Encoded, Engine, TorchBackend
 from tinyvit.modules import TinyViT
 
@@ -49,6 +54,10 @@ class Mean:
 def photo(height: int, width: int, seed: int = 0) -> RGB:
     generator = np.random.default_rng([height, width, seed])
     return generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def as_batch(image: RGB, spec: ImageSpec) -> Tensor:
+    return torch.from_numpy(to_input(image, spec)[0])[None]
 
 
 def plain(*colours: int) -> list[RGB]:
@@ -102,9 +111,9 @@ def test_every_kind_of_image_gives_the_same(kind: str, model: TinyViT, tmp_path:
     path = tmp_path / "picture.png"
     path.write_bytes(encoded_bytes(image))
     given = KINDS[kind](image, path)
-    tensor, placement = to_tensor(image, SPEC)
+    pixels, placement = to_input(image, SPEC)
     with torch.inference_mode():
-        wanted = model(tensor[None])
+        wanted = model(torch.from_numpy(pixels)[None])
     engine = Engine(model, device="cpu")
     out = engine.embed(given)
     assert out.dtype == torch.float32
@@ -133,11 +142,12 @@ def test_greys_and_mixed_kinds(tmp_path: Path) -> None:
     assert colours(engine.embed(images[0])) == [10]
 
 
-def test_prepare_is_decode_and_to_tensor(model: TinyViT) -> None:
+def test_prepare_is_decode_and_to_input(model: TinyViT) -> None:
     image = Image.fromarray(photo(30, 20)).convert("RGBA")
-    tensor, placement = Engine(model).prepare(image)
-    wanted, place = to_tensor(decode(image), SPEC)
-    assert torch.equal(tensor, wanted)
+    pixels, placement = Engine(model).prepare(image)
+    wanted, place = to_input(decode(image), SPEC)
+    assert pixels.dtype == np.float32
+    np.testing.assert_array_equal(pixels, wanted)
     assert placement == place
 
 
@@ -153,8 +163,8 @@ def test_order_is_kept_and_shapes_are_put_together() -> None:
         for i, size in enumerate([wide, tall, wide, square, tall, wide, wide])
     ]
     out = [encoded.features for encoded in engine.stream(images)]
-    wanted = [to_tensor(image, engine.image_spec)[0].mean((1, 2)) for image in images]
-    torch.testing.assert_close(out, wanted)  # means of one colour, summed in another order
+    wanted = [to_input(image, engine.image_spec)[0].mean((1, 2)) for image in images]
+    np.testing.assert_allclose(out, wanted, rtol=1e-5)  # summed in another order
     # the first six images are read together, then the last one
     assert backend.batches == [(3, 3, 4, 8), (2, 3, 8, 4), (1, 3, 8, 8), (1, 3, 4, 8)]
 
@@ -207,17 +217,23 @@ def test_sizes_without_padding(model: TinyViT) -> None:
     assert shapes == [(16, 4, 4), (16, 4, 2), (16, 1, 4)]
     for encoded, image in zip(engine.stream(images), images, strict=True):
         with torch.inference_mode():
-            wanted = model(to_tensor(image, LOOSE)[0][None])[0]
-        torch.testing.assert_close(encoded.features, wanted, **CLOSE)
+            wanted = model(as_batch(image, LOOSE))[0]
+        np.testing.assert_allclose(encoded.features, wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("method", ["stream", "stages"])
-def test_features_can_be_trained_on(method: str, model: TinyViT) -> None:
-    engine = Engine(model, batch_size=2)
-    if method == "stream":
-        features = next(engine.stream(photo(40, 56))).features
-    else:
-        features = engine.stages(photo(40, 56))[0][-1]
+def test_streams_give_arrays_that_are_the_caller_s_own(model: TinyViT) -> None:
+    first, second = Engine(model, batch_size=2).stream([photo(40, 56)] * 2, stages=True)
+    assert first.stages is not None
+    for array in (first.features, *first.stages):
+        assert isinstance(array, np.ndarray)
+        assert array.dtype == np.float32
+    kept = second.features.copy()
+    first.features[:] = 0
+    np.testing.assert_array_equal(second.features, kept)
+
+
+def test_stages_can_be_trained_on(model: TinyViT) -> None:
+    features = Engine(model).stages(photo(40, 56))[0][-1]
     torch.nn.Conv2d(features.shape[0], 2, 1)(features[None]).sum().backward()
     features.mul_(2)
 
@@ -276,7 +292,7 @@ def test_classify(model: TinyViT) -> None:
     assert (logits.shape, logits.dtype) == ((3, 5), torch.float32)
     with torch.inference_mode():
         for row, image in zip(logits, images, strict=True):
-            wanted = model.classify(to_tensor(image, SPEC)[0][None])[0]
+            wanted = model.classify(as_batch(image, SPEC))[0]
             torch.testing.assert_close(row, wanted, **CLOSE)
 
 
@@ -294,7 +310,7 @@ def test_stages(model: TinyViT) -> None:
     assert placement == LOOSE.place(40, 56)
     assert [tuple(s.shape) for s in stages] == [(8, 12, 16), (12, 6, 8), (16, 3, 4), (24, 3, 4)]
     with torch.inference_mode():
-        maps = model.forward_intermediates(to_tensor(image, LOOSE)[0][None])[1]
+        maps = model.forward_intermediates(as_batch(image, LOOSE))[1]
     torch.testing.assert_close(stages, [stage[0] for stage in maps], **CLOSE)
 
 
@@ -372,9 +388,9 @@ def test_the_model_stays_as_it_is(model: TinyViT) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({}, TypeError, "Engine wants a TinyViT, as tinyvit.create_model gives it, got NoneType"),
-        ({"model": "tiny_vit_5m_224"}, TypeError, "as tinyvit.create_model gives it, got str"),
-        ({"model": torch.nn.Identity()}, TypeError, "gives it, got Identity"),
+        ({"model": "tiny_vit_5m_22"}, CheckpointError, "tiny_vit_5m_22"),
+        ({"model": torch.nn.Identity()}, TypeError, "Engine wants a TinyViT, as tinyvit.create_m"),
+        ({"model": 3}, TypeError, "or the name, file or folder of one, got int"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"batch_size": -3}, ValueError, "batch_size must be at least 1, got -3"),
         (
@@ -426,6 +442,54 @@ def test_wrong_arguments(
 def test_a_model_built_by_hand_needs_an_image_spec(make_tiny_vit: MakeModel) -> None:
     with pytest.raises(ValueError, match="does not say how its images are prepared"):
         Engine(make_tiny_vit())
+
+
+def test_names_files_and_folders_are_models(model: TinyViT, tmp_path: Path) -> None:
+    folder = save_pretrained(model, tmp_path / "model")
+    wanted = Engine(model).embed(photo(40, 56))
+    assert torch.equal(Engine(folder).embed(photo(40, 56)), wanted)
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        Engine(tmp_path)
+    starter = Engine("tinyvit_starter")
+    file = cached_path(get_checkpoint("tinyvit_starter"))
+    for other in (Engine(), Engine(file), Engine(str(file))):
+        assert other.weights_sha256() == starter.weights_sha256()
+        assert other.image_spec == starter.image_spec
+    assert Engine(backend=Mean(), image_spec=PLAIN).embed(plain(3)[0]).tolist() == [[3, 3, 3]]
+
+
+# --- as others call it ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("first", ["outside", "inside"])
+def test_autocast_changes_nothing(first: str, dtype: torch.dtype, model: TinyViT) -> None:
+    """It gave bf16's error of 0.04 while saying fp32."""
+    image, wanted = photo(40, 56), Engine(model).embed(photo(40, 56))
+    engine = Engine(model)
+    if first == "outside":
+        engine.embed(image)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(engine.embed(image), wanted)
+        assert torch.equal(engine.stages(image)[0][0], Engine(model).stages(image)[0][0])
+    assert torch.equal(engine.embed(image), wanted)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+@pytest.mark.parametrize("is_used", [False, True])
+def test_copies_and_pickles_work(
+    is_used: bool, copied: Callable[[Engine], Engine], model: TinyViT
+) -> None:
+    engine, image = Engine(model), photo(40, 56)
+    if is_used:
+        engine.embed(image)
+    twin = copied(engine)
+    wanted = engine.embed(image)
+    assert torch.equal(twin.embed(image), wanted)
+    with torch.no_grad():
+        model.neck[0].weight.neg_()
+    assert torch.equal(twin.embed(image), wanted)  # it has a model of its own
+    assert not torch.equal(engine.embed(image), wanted)
 
 
 def test_the_fake_is_a_backend() -> None:
@@ -480,16 +544,11 @@ def test_weights_sha256(change: Callable[[TinyViT], None], make_tiny_vit: MakeMo
     assert engine.weights_sha256() == engine.weights_sha256()
 
 
-def test_weights_sha256_knows_shapes_and_dtypes(make_tiny_vit: MakeModel) -> None:
-    models = [
-        make_tiny_vit(),
-        make_tiny_vit().half(),
-        make_tiny_vit().bfloat16(),
-        make_tiny_vit(head=False),
-        make_tiny_vit(num_classes=0),
-    ]
+def test_weights_sha256_knows_shapes_and_no_precision(make_tiny_vit: MakeModel) -> None:
+    models = [make_tiny_vit(), make_tiny_vit(head=False), make_tiny_vit(num_classes=0)]
     digests = {Engine(model, image_spec=SPEC).weights_sha256() for model in models}
     assert len(digests) == len(models)
+    assert Engine(make_tiny_vit().double(), image_spec=SPEC).weights_sha256() in digests
 
 
 def test_weights_sha256_wants_a_model() -> None:

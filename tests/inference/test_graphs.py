@@ -31,7 +31,7 @@ def test_one_graph_for_all_sizes(make_tiny_vit: MakeModel) -> None:
     [images], [features] = graph.graph.input, graph.graph.output
     sides = images.type.tensor_type.shape.dim
     assert [side.dim_param or side.dim_value for side in sides] == ["batch", 4, "height", "width"]
-    assert (images.name, features.name) == ("pictures", "features")
+    assert (images.name, features.name) == ("images", "features")
     assert graph.opset_import[0].version >= 18
     assert model.training and model.neck[0].weight.dtype == torch.float64
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())

@@ -148,7 +148,7 @@ def test_a_damaged_graph_in_the_cache_is_made_anew(
 def test_a_closed_backend_makes_what_it_needs(make_tiny_vit: MakeModel, image: MakeImage) -> None:
     model, x = make_tiny_vit(), image(1, 33, 48)
     backend = OnnxBackend(model)
-    runner = backend.runner()
+    runner, _ = backend._derived.get()
     backend.close()
     with pytest.raises(RuntimeError, match="this OnnxGraph was closed"):
         runner(x.numpy())

@@ -11,7 +11,7 @@ from PIL import Image
 from tinyvit.errors import ImageError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.decode import decode
-from tinyvit.images.preprocess import to_tensor
+from tinyvit.images.preprocess import to_input
 from tinyvit.inference.engine import each, preparations, prepare
 
 SPEC = ImageSpec.sam(16, pad=False)
@@ -39,12 +39,12 @@ def test_files_are_read_when_the_work_is_done_and_the_rest_when_it_is_taken(tmp_
     given[4].close()  # type: ignore[union-attr]
     buffer[:], tensor[:] = 0, 0
     wanted, placement = prepare(IMAGE, SPEC)
-    assert torch.equal(wanted, to_tensor(decode(IMAGE), SPEC)[0])
+    np.testing.assert_array_equal(wanted, to_input(decode(IMAGE), SPEC)[0])
     for job in work:
-        assert torch.equal(job()[0], wanted)
+        np.testing.assert_array_equal(job()[0], wanted)
         assert job()[1] == placement
     Image.fromarray(255 - IMAGE).save(path)
-    assert not torch.equal(work[0]()[0], wanted)
+    assert not np.array_equal(work[0]()[0], wanted)
 
 
 def test_errors_come_when_the_image_is_read(tmp_path: Path) -> None:

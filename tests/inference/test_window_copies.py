@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyvit.inference.kernels import copy_from_windows, copy_to_windows
+from tinyvit.inference.fast_encoder import copy_from_windows, copy_to_windows
 from tinyvit.modules.windows import partition, unpartition
 
 sizes = st.integers(1, 17)

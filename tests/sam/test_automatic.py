@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinyvit.images.preprocess import to_tensor
+from tinyvit.images.preprocess import to_input
 from tinyvit.sam import automatic as candidates
 from tinyvit.sam import mask_ops as rle
 from tinyvit.sam import upscale
@@ -46,7 +46,8 @@ def box_of(mask):
 @torch.no_grad()
 def masks_of_crop(sam, crop, points, offset):
     """(logits > 0, predicted IoU, stability, point) of every mask of every point."""
-    tensor, placement = to_tensor(crop, sam.image_encoder.image_spec)
+    pixels, placement = to_input(crop, sam.image_encoder.image_spec)
+    tensor = torch.from_numpy(pixels)
     embedding = sam.image_encoder(tensor[None])
     grid = tuple(embedding.shape[2:])
     scale = np.array(placement.resized_size[::-1]) / np.array(placement.original_size[::-1])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tinyvit.image_spec import ImageSpec
-from tinyvit.images.preprocess import to_tensor
+from tinyvit.images.preprocess import to_input
 from tinyvit.inference import Engine
 from tinyvit.sam.embedding import ImageEncoder, spec_of
 
@@ -29,7 +29,8 @@ def test_it_is_what_the_model_makes_of_an_image(make_tiny_sam, photo, pad):
     sam, image = make_tiny_sam(), photo(20, 40)
     encoder = ImageEncoder(sam, pad=pad)
     (found,) = encoder.encode(image)
-    x, placement = to_tensor(image, ImageSpec.sam(64, pad=pad))
+    pixels, placement = to_input(image, ImageSpec.sam(64, pad=pad))
+    x = torch.from_numpy(pixels)
     with torch.no_grad():
         torch.testing.assert_close(found.features, sam.image_encoder(x[None])[0], **CLOSE)
     assert found.placement == placement
@@ -46,7 +47,8 @@ def test_light_hq_sam_gets_its_early_map(make_tiny_sam, photo):
     (found,) = ImageEncoder(sam).encode(image)
     sam.eval()
     with torch.no_grad():
-        features, early = sam.image_encoder.forward_hq(to_tensor(image, ImageSpec.sam(64))[0][None])
+        pixels = torch.from_numpy(to_input(image, ImageSpec.sam(64))[0])
+        features, early = sam.image_encoder.forward_hq(pixels[None])
     torch.testing.assert_close(found.features, features[0], **CLOSE)
     torch.testing.assert_close(found.interm_features, early[0], **CLOSE)
     assert all(torch.equal(value, before[key]) for key, value in sam.state_dict().items())

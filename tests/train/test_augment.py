@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyvit.image_spec import ImageSpec
-from tinyvit.images.preprocess import to_tensor
+from tinyvit.images.preprocess import to_input
 from tinyvit.train.data.augment import _OPERATIONS, Augmentation, View, _draw_box, augmentation
 
 SPEC = ImageSpec((20, 20), "squash", "bilinear")
@@ -35,7 +35,7 @@ def test_a_view_is_a_pure_function_of_image_and_generator(strength, size):
 
 
 def test_without_chance_a_view_is_what_the_model_is_measured_with():
-    wanted, _ = to_tensor(photo(), SPEC)
+    wanted, _ = to_input(photo(), SPEC)
     made = View(augmentation("none"), SPEC)(photo(), np.random.default_rng(5))
     # the same filter on the same pixels; the arithmetic of the mean is in another order
     torch.testing.assert_close(torch.from_numpy(made), wanted, rtol=0, atol=1e-5)

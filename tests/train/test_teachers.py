@@ -12,7 +12,7 @@ from tinyvit.checkpoints.files import weights_sha256
 from tinyvit.errors import CheckpointError, MissingExtraError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.decode import decode
-from tinyvit.images.preprocess import to_tensor
+from tinyvit.images.preprocess import to_input
 from tinyvit.inference.graph_backend import export_onnx
 from tinyvit.modules import TinyViT
 from tinyvit.train.data.augment import View, augmentation
@@ -185,7 +185,7 @@ def test_features_are_stored_once_and_are_the_teacher_s(tmp_path):
     image = np.array(Image.open(tmp_path / "in" / "b.png"))
     for flipped in (False, True):
         shown = np.ascontiguousarray(image[:, ::-1]) if flipped else image
-        wanted = module.pool(to_tensor(shown, SPEC)[0])
+        wanted = module.pool(torch.from_numpy(to_input(shown, SPEC)[0]))
         assert np.array_equal(
             store.read("b.png", "flipped" if flipped else "features"), wanted.half().numpy()
         )

@@ -27,7 +27,7 @@ from torch import Tensor
 from tinyvit.errors import ImageError
 from tinyvit.image_spec import Placement
 from tinyvit.images.draw import draw_masks, draw_points, save_png
-from tinyvit.images.preprocess import to_tensor
+from tinyvit.images.preprocess import to_input
 from tinyvit.modules.sam.mask_decoder import HQMaskDecoder
 from tinyvit.sam.build import build_sam
 from tinyvit.sam.decoder import stack_prompts
@@ -224,8 +224,8 @@ class PlainPredictor:
         Raises:
             ValueError: The array is no such image.
         """
-        prepared, self._placement = to_tensor(image, spec_of(self.model))
-        batch = prepared[None].to(self.model.device, self.model.pixel_mean.dtype)
+        pixels, self._placement = to_input(image, spec_of(self.model))
+        batch = torch.from_numpy(pixels)[None].to(self.model.device, self.model.pixel_mean.dtype)
         if isinstance(self.model.mask_decoder, HQMaskDecoder):
             self._features, self._early = self.model.image_encoder.forward_hq(batch)
         else:

@@ -18,7 +18,7 @@ import numpy as np
 from tinyvit.checkpoints import write_state_dict
 from tinyvit.images import draw
 from tinyvit.images.decode import decode
-from tinyvit.images.preprocess import to_tensor
+from tinyvit.images.preprocess import to_input
 
 from .images import ImageFile
 from .outputs import facts_of_image, find_existing
@@ -97,11 +97,11 @@ class EncodeFolder:
     def _read(self, job: Job) -> None:
         rgb = decode(job.item.image.path)
         job.image = draw.panel(rgb) if self.with_drawings else None
-        job.prepared = to_tensor(rgb, self.engine.image_spec)
+        job.prepared = to_input(rgb, self.engine.image_spec)
 
     def _compute(self, jobs: Iterator[Job]) -> Generator[Encoded | Outcome, None, None]:
         jobs, ahead = tee(jobs)
-        stream = self.engine.stream_prepared(take_prepared(ahead), stages=self.with_drawings)
+        stream = self.engine.encode(take_prepared(ahead), stages=self.with_drawings)
         # in this order: images of one shape are read ahead for a batch
         for encoded, job in zip(stream, jobs, strict=False):
             if np.isfinite(np.asarray(encoded.features)).all():
@@ -131,9 +131,11 @@ def write_features(target: Path, features: Any, facts: Mapping[str, object]) -> 
         CheckpointError: The file cannot be written.
         OSError: Its folder cannot be made.
     """
+    import torch
+
     target.parent.mkdir(parents=True, exist_ok=True)
     header = {key: json.dumps(value) for key, value in facts.items()}
-    write_state_dict(target, {"features": features}, metadata=header)
+    write_state_dict(target, {"features": torch.as_tensor(features)}, metadata=header)
 
 
 def draw_features(image: NDArray[np.uint8], encoded: Encoded) -> NDArray[np.uint8]:

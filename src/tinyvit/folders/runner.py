@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from tinyvit.inference.engine import Prepared
+    from tinyvit.images.preprocess import PreparedImage
     from tinyvit.sam import Prompt
 
 Result = TypeVar("Result")
@@ -75,7 +75,7 @@ class Job:
     existing: Existing
     told: Mapping[str, object]
     image: NDArray[np.uint8] | None = None
-    prepared: Prepared | None = None
+    prepared: PreparedImage | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def failed(self, reason: str) -> Outcome:
@@ -133,7 +133,7 @@ def run(
         yield from read_ahead(writings, workers=workers, ahead=workers + 1)
 
 
-def take_prepared(jobs: Iterator[Job]) -> Generator[Prepared, None, None]:
+def take_prepared(jobs: Iterator[Job]) -> Generator[PreparedImage, None, None]:
     """The model's inputs of jobs, which do not keep them."""
     for job in jobs:
         prepared, job.prepared = job.prepared, None

@@ -27,7 +27,7 @@ import numpy as np
 from tinyvit.checkpoints.files import weights_sha256, write_bytes, write_text
 from tinyvit.images import draw
 from tinyvit.images.decode import decode
-from tinyvit.images.preprocess import to_tensor
+from tinyvit.images.preprocess import to_input
 from tinyvit.sam import mask_ops
 
 from .outputs import facts_of_image, find_existing
@@ -153,7 +153,7 @@ class SegmentFolder:
         start = perf_counter()
         job.image = decode(job.item.image.path)
         if self.generator is None:
-            job.prepared = to_tensor(job.image, self.segmenter.encoder.image_spec)
+            job.prepared = to_input(job.image, self.segmenter.encoder.image_spec)
         job.seconds["read"] = perf_counter() - start
 
     def _by_prompts(self, jobs: Iterator[Job]) -> Generator[Masks | Outcome, None, None]:

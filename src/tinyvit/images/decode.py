@@ -1,6 +1,6 @@
-"""Pixels of every type -> RGB uint8 [H, W, 3].
+"""Any image -> RGB uint8 [H, W, 3]: files and their formats, and pixels of every type.
 
-The rules, the same for files, PIL images, arrays and tensors:
+The rules for pixels, the same for files, PIL images, arrays and tensors:
 
 * Transparency is laid over white. The colour stored under transparent pixels is arbitrary (often
   black, or what was cut away); white is what a viewer shows there. Opaque pixels stay exact.
@@ -8,8 +8,6 @@ The rules, the same for files, PIL images, arrays and tensors:
   become 255 and 0; floating-point pixels must lie in 0..1, are scaled by 255 and rounded.
 * Grey is repeated to three channels; CMYK, YCbCr, HSV and LAB are converted. Colour profiles that
   a file carries are not applied: the models were trained without.
-
-This file knows no files and no formats, and does not import torch.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import (  # importing a plugin registers it in Image.OPEN
+from PIL import (  # noqa: F401  (importing a plugin registers it in Image.OPEN)
     BmpImagePlugin,
     GifImagePlugin,
     Image,
@@ -40,22 +38,26 @@ if TYPE_CHECKING:
     import torch
 
 RGB: TypeAlias = NDArray[np.uint8]
+ImageFile: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO"
+ImageSource: TypeAlias = "ImageFile | Image.Image | NDArray[np.generic] | torch.Tensor"
+
+MAX_PIXELS = 178_956_970  # half a gigabyte of RGB; where Pillow, too, stops by default
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
+
+ORIENTATION_TAG = 0x0112
+UPRIGHT: dict[int, Callable[[RGB], RGB]] = {  # EXIF orientation -> how to undo it
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: a[::-1].transpose(1, 0, 2),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: a[:, ::-1].transpose(1, 0, 2),
+}
 
 
 def from_pil(image: Image.Image, name: str) -> RGB:
-    """Convert a loaded PIL image of any mode; its EXIF orientation is not this function's job.
-
-    Args:
-        image: The image.
-        name: What to call it in errors.
-
-    Returns:
-        RGB, [H, W, 3] uint8.
-
-    Raises:
-        ImageError: The pixels are out of the range that can be brought to 8 bits.
-        ValueError: Pillow cannot convert this mode.
-    """
+    """RGB of a loaded PIL image of any mode, not turned by EXIF; ``name`` stands in errors."""
     mode = image.mode
     if mode.startswith("I") or mode == "F":
         values: NDArray[np.generic] = np.asarray(image)
@@ -104,7 +106,7 @@ def _to_uint8(values: NDArray[Any], name: str) -> RGB:
     if not np.isfinite(values).all():
         raise ImageError(f"{name} has pixels that are NaN or infinite; replace them first")
     low, high = float(values.min()), float(values.max())
-    if low < -1e-4 or high > 1 + 1e-4:  # room for the overshoot of earlier arithmetic only
+    if low < -1e-4 or high > 1 + 1e-4:  # allows for rounding in earlier arithmetic only
         raise ImageError(
             f"{name} has floating-point pixels from {low:g} to {high:g}; wanted 0 to 1; "
             "divide by the largest possible value, or convert 0..255 to uint8"
@@ -113,13 +115,9 @@ def _to_uint8(values: NDArray[Any], name: str) -> RGB:
 
 
 def from_array(array: NDArray[np.generic]) -> RGB:
-    """Convert an array [H, W] or [H, W, 1 | 3 | 4] of uint8, uint16, bool or floats in 0..1.
+    """RGB of an array [H, W] or [H, W, 1 | 3 | 4], contiguous and writable.
 
-    Returns:
-        RGB, [H, W, 3] uint8, contiguous and writable; the same memory where nothing had to change.
-
-    Raises:
-        ImageError: The shape, the type or the range has no rule, or there are no pixels.
+    It has the same memory where nothing had to change.
     """
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         hint = "; move the channels last" if array.ndim == 3 and array.shape[0] in (1, 3, 4) else ""
@@ -139,14 +137,7 @@ def from_array(array: NDArray[np.generic]) -> RGB:
 
 
 def from_tensor(tensor: torch.Tensor) -> RGB:
-    """Convert a tensor [3, H, W] or [1, H, W] of uint8, uint16, bool or floats in 0..1.
-
-    Returns:
-        RGB, [H, W, 3] uint8, contiguous and writable.
-
-    Raises:
-        ImageError: The shape, the type or the range has no rule, or there are no pixels.
-    """
+    """RGB of a tensor [3, H, W] or [1, H, W], contiguous and writable."""
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
         raise ImageError(
             f"wanted a tensor [3, H, W] or [1, H, W] of one image; came {list(tensor.shape)}"
@@ -155,38 +146,6 @@ def from_tensor(tensor: torch.Tensor) -> RGB:
     if tensor.is_floating_point():
         tensor = tensor.float()  # numpy has no bfloat16
     return from_array(tensor.permute(1, 2, 0).numpy())
-
-
-pass
-
-
-ImageFile: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO"
-ImageSource: TypeAlias = "ImageFile | Image.Image | NDArray[np.generic] | torch.Tensor"
-
-MAX_PIXELS = 178_956_970  # half a gigabyte of RGB; where Pillow, too, stops by default
-FORMATS = tuple(
-    plugin.format
-    for plugin in (
-        JpegImagePlugin.JpegImageFile,
-        PngImagePlugin.PngImageFile,
-        WebPImagePlugin.WebPImageFile,
-        TiffImagePlugin.TiffImageFile,
-        BmpImagePlugin.BmpImageFile,
-        GifImagePlugin.GifImageFile,
-        PpmImagePlugin.PpmImageFile,
-    )
-)
-
-ORIENTATION_TAG = 0x0112
-UPRIGHT: dict[int, Callable[[RGB], RGB]] = {  # EXIF orientation -> how to undo it
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.transpose(1, 0, 2),
-    6: lambda a: a[::-1].transpose(1, 0, 2),
-    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda a: a[:, ::-1].transpose(1, 0, 2),
-}
 
 
 def decode(source: ImageSource, *, max_pixels: int | None = MAX_PIXELS) -> RGB:
@@ -225,12 +184,7 @@ def decode(source: ImageSource, *, max_pixels: int | None = MAX_PIXELS) -> RGB:
 
 
 def read_size(source: ImageFile) -> tuple[int, int]:
-    """Read an image's (height, width) from the header alone, orientation applied.
-
-    Raises:
-        ImageError: The file is missing, a folder, empty, no image, or its header is damaged.
-        TypeError: ``source`` is no path, bytes or binary file object.
-    """
+    """Read an image's (height, width) from the header alone, orientation applied."""
     with _opened(source) as (image, _, name):
         _check_size(image, name, None)
         width, height = image.size

@@ -1,26 +1,27 @@
 """Images -> a model's input: resize, crop, normalise and pad as an ``ImageSpec`` says.
 
-Every size comes from ``ImageSpec.place``; nothing here decides one. No files are read and no model
-is known. Pixels are resized by Pillow (antialiased), as segment-anything and timm do, so that
-embeddings equal theirs. ``ResizeLongestSide`` has the names and results of segment-anything's
-class, apart from one repair: no side ever becomes 0 pixels.
-
-Letters: H, W image; h, w after resizing; C channels; N images.
+Every size comes from ``ImageSpec.place``. Pixels are resized by Pillow (antialiased), as
+segment-anything and timm do, so that embeddings equal theirs. ``ResizeLongestSide`` has the names
+and results of segment-anything's class, apart from one repair: no side ever becomes 0 pixels.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.nn import functional as F
 
 from tinyvit.image_spec import ImageSpec, Placement
 
+if TYPE_CHECKING:
+    import torch
+
 Size = tuple[int, int]
+
+PreparedImage: TypeAlias = tuple[NDArray[np.float32], Placement]
+"""A model's input [3, H, W], and where the image lies in it."""
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 LEAST_RANGE = 1e-8  # for "min_max": an image of one colour becomes 0
@@ -32,19 +33,7 @@ def resize(
     size: Size,
     interpolation: Literal["bilinear", "bicubic"] = "bilinear",
 ) -> NDArray[np.uint8]:
-    """Resize an image with antialiasing.
-
-    Args:
-        image: RGB, [H, W, 3] uint8.
-        size: New (height, width) in pixels.
-        interpolation: The filter.
-
-    Returns:
-        [h, w, 3] uint8; the same array if it has this size already.
-
-    Raises:
-        ValueError: ``image`` is no RGB uint8 image, or ``size`` or ``interpolation`` is unknown.
-    """
+    """Resize RGB [H, W, 3] uint8 with antialiasing; the same array if it has this size already."""
     _check_image(image)
     if interpolation not in FILTERS:
         raise ValueError(
@@ -58,7 +47,7 @@ def resize(
     return np.array(Image.fromarray(image).resize((width, height), FILTERS[interpolation]))
 
 
-def to_tensor(image: NDArray[np.uint8], spec: ImageSpec) -> tuple[torch.Tensor, Placement]:
+def to_input(image: NDArray[np.uint8], spec: ImageSpec) -> PreparedImage:
     """Make one image a model's input.
 
     Args:
@@ -72,8 +61,8 @@ def to_tensor(image: NDArray[np.uint8], spec: ImageSpec) -> tuple[torch.Tensor, 
         ValueError: ``image`` is no RGB uint8 image.
 
     Example:
-        >>> tensor, placement = to_tensor(np.zeros((30, 60, 3), np.uint8), ImageSpec.sam(16))
-        >>> tuple(tensor.shape), placement.resized_size
+        >>> pixels, placement = to_input(np.zeros((30, 60, 3), np.uint8), ImageSpec.sam(16))
+        >>> pixels.shape, placement.resized_size
         ((3, 16, 16), (8, 16))
     """
     _check_image(image)
@@ -83,18 +72,17 @@ def to_tensor(image: NDArray[np.uint8], spec: ImageSpec) -> tuple[torch.Tensor, 
     if spec.normalise == "min_max":
         low, high = float(pixels.min()), float(pixels.max())
         shift, scale = (low, low, low), (max(high - low, LEAST_RANGE),) * 3
-    # By numpy, since torch would start threads of its own in each thread that prepares images.
     out = np.zeros((3, *placement.model_size), np.float32)
     for channel in range(3):
         plane = out[channel, : pixels.shape[0], : pixels.shape[1]]
         plane[...] = pixels[:, :, channel]
         plane -= np.float32(shift[channel])
         plane /= np.float32(scale[channel])
-    return torch.from_numpy(out), placement
+    return out, placement
 
 
 def normalise_and_pad(pixels: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
-    """Normalise images that have been resized already, and pad them if ``spec`` does.
+    """Normalise tensors that have been resized already, and pad them if ``spec`` does.
 
     Args:
         pixels: RGB in 0..255, [3, h, w] or [N, 3, h, w], uint8 or floating point.
@@ -106,6 +94,8 @@ def normalise_and_pad(pixels: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
     Raises:
         ValueError: The shape is another one, or the image does not fit ``spec.size``.
     """
+    import torch
+
     if pixels.ndim not in (3, 4) or pixels.shape[-3] != 3:
         raise ValueError(f"wanted RGB pixels [3, h, w] or [N, 3, h, w]; came {list(pixels.shape)}")
     height, width = spec.size
@@ -114,13 +104,19 @@ def normalise_and_pad(pixels: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
     if not (fits if spec.resize == "longest_side" else (h, w) == (height, width)):
         raise ValueError(
             f"the image is {h} x {w} (height x width), which does not fit the model's "
-            f"{height} x {width}; resize it first, for example with to_tensor"
+            f"{height} x {width}; resize it first, for example with to_input"
         )
     batch = pixels if pixels.ndim == 4 else pixels[None]
     batch = batch if batch.is_floating_point() else batch.float()
-    shift, scale = _shift_and_scale(batch, spec)
+    if spec.normalise == "min_max":
+        shift, high = batch.amin((1, 2, 3), keepdim=True), batch.amax((1, 2, 3), keepdim=True)
+        scale = (high - shift).clamp_min(max(LEAST_RANGE, torch.finfo(batch.dtype).tiny))
+    else:
+        shift, scale = (batch.new_tensor(v).view(1, 3, 1, 1) for v in (spec.mean, spec.std))
     batch = (batch - shift) / scale
-    return F.pad(batch, (0, width - w, 0, height - h)) if spec.pad else batch
+    if not spec.pad:
+        return batch
+    return torch.nn.functional.pad(batch, (0, width - w, 0, height - h))
 
 
 class ResizeLongestSide:
@@ -138,36 +134,20 @@ class ResizeLongestSide:
 
     @staticmethod
     def get_preprocess_shape(oldh: int, oldw: int, long_side_length: int) -> Size:
-        """Give the (height, width) after resizing; no side is below 1.
-
-        Raises:
-            ValueError: A number is not a whole one of at least 1.
-        """
+        """Give the (height, width) after resizing; no side is below 1."""
         return ImageSpec.sam(long_side_length).place(oldh, oldw).resized_size
 
     def apply_image(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Resize RGB [H, W, 3] uint8 to [h, w, 3] uint8.
-
-        Raises:
-            ValueError: ``image`` is no RGB uint8 image.
-        """
+        """Resize RGB [H, W, 3] uint8 to [h, w, 3] uint8."""
         _check_image(image)
         return resize(image, self._place(image.shape[:2]).resized_size)
 
     def apply_coords(self, coords: NDArray[np.generic], original_size: Size) -> NDArray[np.float64]:
-        """Map points [..., 2] (x, y) in the original image of (height, width) to the resized.
-
-        Raises:
-            ValueError: The last dimension is not 2, or the size is not of whole numbers above 0.
-        """
+        """Map points [..., 2] (x, y) in the original image of (height, width) to the resized."""
         return self._place(original_size).points_to_model(np.asarray(coords, dtype=np.float64))
 
     def apply_boxes(self, boxes: NDArray[np.generic], original_size: Size) -> NDArray[np.float64]:
-        """Map boxes [..., 4] xyxy in the original image; they come back as [B, 4].
-
-        Raises:
-            ValueError: The last dimension is not 4, or the size is not of whole numbers above 0.
-        """
+        """Map boxes [..., 4] xyxy in the original image; they come back as [B, 4]."""
         mapped = self._place(original_size).boxes_to_model(np.asarray(boxes, dtype=np.float64))
         return mapped.reshape(-1, 4)
 
@@ -177,30 +157,23 @@ class ResizeLongestSide:
         Raises:
             ValueError: ``image`` has another shape or type.
         """
+        from torch.nn.functional import interpolate
+
         if image.ndim != 4 or not image.is_floating_point():
             raise ValueError(
                 "wanted a floating-point batch [N, C, H, W]; "
                 f"came {list(image.shape)} of {image.dtype}"
             )
         size = self._place(tuple(image.shape[-2:])).resized_size
-        return F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
+        return interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
 
     def apply_coords_torch(self, coords: torch.Tensor, original_size: Size) -> torch.Tensor:
-        """Map points [..., 2] (x, y) of any type; they come back in float32.
-
-        Raises:
-            ValueError: The last dimension is not 2, or the size is not of whole numbers above 0.
-        """
-        return self._place(original_size).points_to_model(coords.to(torch.float32))
+        """Map points [..., 2] (x, y) of any type; they come back in float32."""
+        return self._place(original_size).points_to_model(coords.float())
 
     def apply_boxes_torch(self, boxes: torch.Tensor, original_size: Size) -> torch.Tensor:
-        """Map boxes [..., 4] xyxy of any type; they come back as [B, 4] float32.
-
-        Raises:
-            ValueError: The last dimension is not 4, or the size is not of whole numbers above 0.
-        """
-        mapped = self._place(original_size).boxes_to_model(boxes.to(torch.float32))
-        return mapped.reshape(-1, 4)
+        """Map boxes [..., 4] xyxy of any type; they come back as [B, 4] float32."""
+        return self._place(original_size).boxes_to_model(boxes.float()).reshape(-1, 4)
 
     def _place(self, original_size: tuple[int, ...]) -> Placement:
         height, width = original_size
@@ -216,10 +189,10 @@ def _resized(image: NDArray[np.uint8], spec: ImageSpec, placement: Placement) ->
         # A strip of 1 x 3000 would become 235 x 705000 for a crop of 224. Pillow can compute the
         # crop alone, but then chooses the order of its two passes anew, so a level of 255 may
         # differ (more in noise); that is why ordinary images go whole, as in torchvision.
-        frame = placement.boxes_to_image([0.0, 0.0, float(crop_w), float(crop_h)])
+        seen = placement.boxes_to_image([0.0, 0.0, float(crop_w), float(crop_h)])
         old_h, old_w = placement.original_size
-        x0, y0 = max(0.0, frame[0]), max(0.0, frame[1])  # the last bit may lie outside
-        corners = (x0, y0, min(float(old_w), frame[2]), min(float(old_h), frame[3]))
+        x0, y0 = max(0.0, seen[0]), max(0.0, seen[1])  # the last bit may lie outside
+        corners = (x0, y0, min(float(old_w), seen[2]), min(float(old_h), seen[3]))
         strip = Image.fromarray(image).resize(
             (crop_w, crop_h), FILTERS[spec.interpolation], box=corners
         )
@@ -228,16 +201,6 @@ def _resized(image: NDArray[np.uint8], spec: ImageSpec, placement: Placement) ->
     if spec.resize == "crop":
         pixels = pixels[top : top + crop_h, left : left + crop_w]
     return pixels
-
-
-def _shift_and_scale(batch: torch.Tensor, spec: ImageSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give what to subtract and to divide by, each [1, 3, 1, 1] or [N, 1, 1, 1]."""
-    if spec.normalise == "min_max":
-        low, high = batch.amin((1, 2, 3), keepdim=True), batch.amax((1, 2, 3), keepdim=True)
-        least = max(LEAST_RANGE, torch.finfo(batch.dtype).tiny)
-        return low, (high - low).clamp_min(least)
-    shift, scale = (batch.new_tensor(v).view(1, 3, 1, 1) for v in (spec.mean, spec.std))
-    return shift, scale
 
 
 def _check_image(image: NDArray[np.uint8]) -> None:

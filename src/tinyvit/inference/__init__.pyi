@@ -1,11 +1,11 @@
 from .backend import Backend as Backend
+from .backend import Encoded as Encoded
 from .backend import LogitsBackend as LogitsBackend
 from .backend import StageBackend as StageBackend
-from .engine import Encoded as Encoded
 from .engine import Engine as Engine
 from .engine import Picture as Picture
 from .graph_backend import OnnxBackend as OnnxBackend
-from .graph_backend import OnnxGraph as OnnxGraph
 from .graph_backend import OpenVINOBackend as OpenVINOBackend
+from .graphs import OnnxGraph as OnnxGraph
 from .graphs import OpenVINOGraph as OpenVINOGraph
 from .torch_backend import TorchBackend as TorchBackend

@@ -7,23 +7,34 @@ object with its members can be passed as ``Engine(backend=...)``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeVar, get_args, runtime_checkable
+from importlib.util import find_spec
+from typing import (
+    TYPE_CHECKING,
+    Literal,
+    Protocol,
+    TypeGuard,
+    TypeVar,
+    get_args,
+    runtime_checkable,
+)
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tinyvit.errors import MissingExtraError
 from tinyvit.image_spec import ImageSpec, Placement
+from tinyvit.images.preprocess import PreparedImage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tinyvit.modules import TinyViT
+
 BackendName = Literal["auto", "torch", "openvino", "onnx"]
 Precision = Literal["fp32", "bf16", "auto"]
-
-PreparedImage: TypeAlias = tuple[NDArray[np.float32], Placement]
-"""A model's input [3, H, W] float32, and where the image lies in it."""
 
 FP16_REFUSED = (
     "precision 'fp16' is refused: it ends at 65504, and sums of squares in the neck's LayerNorm "
@@ -157,30 +168,6 @@ class Encoded:
     stages: tuple[NDArray[np.float32], ...] | None = None
 
 
-class Network(Protocol):
-    """What a backend made of a model: batches in its own precision, on its own device."""
-
-    def features(self, batch: Tensor) -> Tensor:
-        """[N, C, H, W] -> the neck's output, or the last stage's map without a neck."""
-        ...
-
-    def logits(self, batch: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, classes].
-
-        Raises:
-            ValueError: The model has no head.
-        """
-        ...
-
-    def stages(self, batch: Tensor) -> list[Tensor]:
-        """[N, C, H, W] -> the map of each stage, [N, C, h, w]."""
-        ...
-
-    def with_stages(self, batch: Tensor, as_logits: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """What ``features`` (or ``logits``) and ``stages`` give, in one pass."""
-        ...
-
-
 def choose_device(device: str) -> str:
     """The device to use; "auto" takes a GPU if there is one.
 
@@ -204,14 +191,7 @@ def choose_device(device: str) -> str:
 
 
 def choose_precision(precision: str, device: str) -> tuple[Literal["fp32", "bf16"], str]:
-    """The precision to compute in, and why.
-
-    Args:
-        precision: "fp32", "bf16", or "auto": bf16 where the hardware computes it natively.
-        device: What ``choose_device`` gave.
-
-    Returns:
-        (precision, reason in words).
+    """The precision to compute in on a device of ``choose_device``, and why in words.
 
     Raises:
         ValueError: Unknown precision, or "fp16", which is refused with the reason.
@@ -233,3 +213,67 @@ def choose_precision(precision: str, device: str) -> tuple[Literal["fp32", "bf16
     if native:
         return "bf16", "this device computes bf16 natively"
     return "fp32", "this device does not compute bf16 natively"
+
+
+def choose_backend(
+    model: TinyViT | None,
+    backend: BackendName | Backend = "auto",
+    device: str = "auto",
+    precision: str = "fp32",
+    threads: int | None = None,
+) -> tuple[Backend, str]:
+    """The backend to run a model with, and what was chosen and why in words.
+
+    "auto" is torch; OpenVINO and ONNX Runtime are taken only by name. Arguments and errors are
+    those of ``Engine``.
+    """
+    if not isinstance(backend, str):
+        if not isinstance(backend, Backend):
+            raise TypeError(
+                f"backend must be one of {get_args(BackendName)} or an object with name, device, "
+                f"close() and __call__(batch), got {type(backend).__name__}"
+            )
+        if device != "auto" or precision != "fp32" or threads is not None:
+            raise ValueError(
+                f"device={device!r}, precision={precision!r} and threads={threads} are the "
+                f"backend's own affair where backend is an object; leave them out"
+            )
+        return backend, f"{backend.name} on {backend.device}: given"
+    if backend not in get_args(BackendName):
+        raise ValueError(f"backend must be one of {get_args(BackendName)}, got {backend!r}")
+    if find_spec("torch") is None:
+        raise MissingExtraError(
+            "no engine is installed here; pip install 'tinyvit[torch]' (everything)"
+        )
+    if not is_tiny_vit(model):
+        raise TypeError(
+            f"Engine wants a TinyViT, as tinyvit.create_model gives it, or the name, file or "
+            f"folder of one, got {type(model).__name__}"
+        )
+    if backend in ("openvino", "onnx"):
+        from . import graph_backend
+
+        kind = {"openvino": graph_backend.OpenVINOBackend, "onnx": graph_backend.OnnxBackend}
+        graph = kind[backend](model, device, precision, threads)
+        return graph, graph.explain()
+    if threads is not None:
+        raise ValueError(
+            f"threads={threads} cannot be set for backend 'torch' alone: torch has one number for "
+            f"the whole process; call torch.set_num_threads({threads})"
+        )
+    import torch
+
+    from .torch_backend import TorchBackend
+
+    place = choose_device(device)
+    chosen, reason = choose_precision(precision, place)
+    words = f"torch {torch.__version__} on {place}, {chosen} ({reason})"
+    if backend == "auto" and place == "cpu":
+        words += "; auto is torch: measured level with openvino"
+    return TorchBackend(model, place, chosen), words
+
+
+def is_tiny_vit(model: object) -> TypeGuard[TinyViT]:
+    """Whether this is a TinyViT; torch is not loaded to find out."""
+    modules = sys.modules.get("tinyvit.modules")
+    return modules is not None and isinstance(model, modules.TinyViT)

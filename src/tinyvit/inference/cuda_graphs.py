@@ -3,12 +3,10 @@
 Starting the 365 kernels of a TinyViT one by one takes longer than a GPU computes at batch 1. A CUDA
 graph starts them all at once, for one shape and at fixed places in memory: the input is copied in,
 the results are copied out. Recording sits behind ``Capture``, so that all the rest can be tried
-without a GPU. Knows no images and not when a model changes: the backend that holds this does.
+without a GPU.
 
 Facts: torch's documentation of CUDA graphs (warm-up on the stream of the capture, one memory pool
 for graphs that never run at the same time, ``capture_error_mode``) and of TF32.
-
-Shapes: N images, C channels, H W height and width of the input, h w of a map.
 """
 
 from __future__ import annotations
@@ -22,8 +20,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-
-from .backend import Network
 
 Run = Callable[[Tensor], Sequence[Tensor]]
 """A batch [N, C, H, W] -> results."""
@@ -41,32 +37,40 @@ _ALONE = threading.RLock()
 logger = logging.getLogger("tinyvit")
 
 
+class Network(Protocol):
+    """What a backend made of a model: batches in its own precision, on its own device."""
+
+    def features(self, batch: Tensor) -> Tensor:
+        """[N, C, H, W] -> the neck's output, or the last stage's map without a neck."""
+        ...
+
+    def logits(self, batch: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, classes]; a ValueError where the model has no head."""
+        ...
+
+    def stages(self, batch: Tensor) -> list[Tensor]:
+        """[N, C, H, W] -> the map of each stage, [N, C, h, w]."""
+        ...
+
+    def with_stages(self, batch: Tensor, as_logits: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """What ``features`` (or ``logits``) and ``stages`` give, in one pass."""
+        ...
+
+
 class Capture(Protocol):
     """Records what a function does with a batch of one shape."""
 
     def __call__(self, run: Run, example: Tensor) -> Run:
-        """Record ``run``.
+        """Record ``run``, which may be called several times, with a batch of the shape.
 
-        Args:
-            run: What to record; it may be called several times.
-            example: [N, C, H, W] of the shape, on the device.
-
-        Returns:
-            What does the same to a batch of this shape. Its results are overwritten by its next
-            call.
-
-        Raises:
-            RuntimeError: It cannot be recorded.
+        What comes back does the same to a batch of this shape; its results are overwritten by its
+        next call. A RuntimeError says that it cannot be recorded.
         """
         ...
 
 
 class CudaCapture:
-    """Records CUDA graphs, which share one pool of memory.
-
-    Args:
-        device: A CUDA device.
-    """
+    """Records CUDA graphs of a device, which share one pool of memory."""
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
@@ -135,11 +139,7 @@ class GraphedNetwork:
         return self._run("features", batch)[0]
 
     def logits(self, batch: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, classes].
-
-        Raises:
-            ValueError: The network has no head.
-        """
+        """[N, C, H, W] -> [N, classes]."""
         return self._run("logits", batch)[0]
 
     def stages(self, batch: Tensor) -> list[Tensor]:
@@ -147,11 +147,7 @@ class GraphedNetwork:
         return self._run("stages", batch)
 
     def with_stages(self, batch: Tensor, as_logits: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """What ``features`` (or ``logits``) and ``stages`` give, in one pass.
-
-        Raises:
-            ValueError: Logits are wanted and the network has no head.
-        """
+        """What ``features`` (or ``logits``) and ``stages`` give, in one pass."""
         first, *maps = self._run(f"{'logits' if as_logits else 'features'} and stages", batch)
         return first, maps
 

@@ -45,10 +45,11 @@ class Derived(Generic[T]):
                 self._kept = watches, self._make()
             return self._kept[1]
 
-    def drop(self) -> None:
-        """Forget the value; the next ``get`` makes it again."""
+    def drop(self) -> T | None:
+        """Forget the value, so that the next ``get`` makes it again; gives the old one, if any."""
         with self._lock:
-            self._kept = None
+            kept, self._kept = self._kept, None
+            return None if kept is None else kept[1]
 
     def __getstate__(self) -> dict[str, object]:
         return {"_modules": self._modules, "_make": self._make}

@@ -1,195 +1,47 @@
-"""Prepared images -> results, those of one shape computed together, in the order given.
-
-Knows tensors and a function that runs a batch; it knows no engine, no files and no threads.
-
-Shapes: N images, H W height and width of one.
-"""
+"""``Engine``: images of any kind in, features out, those of one shape computed together."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Generic, TypeAlias, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, TypeAlias, TypeVar, cast
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
+from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.checkpoints.files import weights_sha256
 from tinyvit.image_spec import ImageSpec, Placement
 from tinyvit.images.decode import decode
-from tinyvit.images.preprocess import to_tensor
-from tinyvit.modules import TinyViT
+from tinyvit.images.preprocess import PreparedImage, to_input
 
-from .backend import (
-    Backend,
-    BackendName,
-    LogitsBackend,
-    StageBackend,
-    choose_device,
-    choose_precision,
-)
+from .backend import Backend, BackendName, Encoded, LogitsBackend, StageBackend, choose_backend
 from .read_ahead import choose_workers, read_ahead
-from .torch_backend import TorchBackend
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from PIL.Image import Image
+    from torch import Tensor
     from typing_extensions import Self
 
+    from tinyvit.modules import TinyViT
+
+Array: TypeAlias = NDArray[np.float32]
 Label = TypeVar("Label")
 Result = TypeVar("Result")
-
-
-@dataclass
-class _Slot(Generic[Label, Result]):
-    """One image's place in the order: its input until it is computed, then its result."""
-
-    tensor: Tensor | None
-    label: Label
-    results: list[Result]
-
-
-def run_in_batches(
-    inputs: Iterable[tuple[Tensor, Label]],
-    run: Callable[[Tensor], Sequence[Result]],
-    most: Callable[[Tensor], int],
-    window: int,
-) -> Iterator[tuple[Result, Label]]:
-    """Run inputs, grouped by shape within a window.
-
-    A batch is run as soon as it is full, or when its oldest image holds up a full window. So
-    images of one shape wait for no more than their own batch.
-
-    Args:
-        inputs: (image [3, H, W], what goes with it); may be a generator.
-        run: [N, 3, H, W] -> N results.
-        most: Most images of a shape in one batch, from one of them [3, H, W].
-        window: Most images held: read and not yet yielded.
-
-    Yields:
-        (result, what goes with it) for each input, in order.
-
-    Raises:
-        Exception: What ``inputs`` raises, after the results before it; what ``run`` raises.
-    """
-    order: deque[_Slot[Label, Result]] = deque()
-    groups: dict[tuple[int, ...], list[_Slot[Label, Result]]] = {}
-    source = iter(inputs)
-    error: Exception | None = None
-    try:
-        while True:
-            try:
-                tensor, label = next(source)
-            except StopIteration:
-                break
-            except Exception as err:  # after the good ones before it
-                error = err
-                break
-            slot = _Slot[Label, Result](tensor, label, [])
-            order.append(slot)
-            shape = tuple(tensor.shape)
-            group = groups.setdefault(shape, [])
-            group.append(slot)
-            if len(group) >= most(tensor):
-                _run_group(groups.pop(shape), run)
-            if len(order) >= window and not order[0].results:
-                _run_group(_group_of(order[0], groups), run)
-            del tensor, label, slot, group
-            while order and order[0].results:
-                yield _taken(order)
-        while order:
-            if not order[0].results:
-                _run_group(_group_of(order[0], groups), run)
-            yield _taken(order)
-        if error is not None:
-            raise error
-    finally:
-        del error  # it refers to this frame, and this frame to it
-
-
-def _group_of(
-    slot: _Slot[Label, Result], groups: dict[tuple[int, ...], list[_Slot[Label, Result]]]
-) -> list[_Slot[Label, Result]]:
-    """Take out the group that holds an image which has not been computed."""
-    return [] if slot.tensor is None else groups.pop(tuple(slot.tensor.shape))
-
-
-def _run_group(
-    group: list[_Slot[Label, Result]], run: Callable[[Tensor], Sequence[Result]]
-) -> None:
-    tensors = [slot.tensor for slot in group if slot.tensor is not None]
-    batch = tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
-    del tensors
-    for slot in group:
-        slot.tensor = None  # the batch is a copy, and memory is bounded
-    for slot, result in zip(group, run(batch), strict=True):
-        slot.results.append(result)
-
-
-def _taken(order: deque[_Slot[Label, Result]]) -> tuple[Result, Label]:
-    slot = order.popleft()
-    return slot.results[0], slot.label
-
 
 Picture: TypeAlias = "str | Path | bytes | BinaryIO | Image | np.ndarray[Any, Any] | Tensor"
 """One image: a path, encoded bytes, an open file, a PIL image, RGB [H, W, 3], or a tensor
 [3, H, W]."""
-
-Prepared: TypeAlias = "tuple[Tensor, Placement]"
-"""A model's input [3, H, W] float32, and where the image lies in it."""
-
-
-def each(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
-    """One image as a list of one; stacks [N, H, W, 3], [N, 3, H, W] and iterables as they are."""
-    if isinstance(images, (np.ndarray, Tensor)):
-        return images if images.ndim == 4 else [images]
-    if isinstance(images, (str, bytes, bytearray, memoryview, Path)) or hasattr(images, "read"):
-        return [cast(Picture, images)]
-    return images if isinstance(images, Iterable) else [images]
-
-
-def prepare(image: Picture, spec: ImageSpec) -> Prepared:
-    """Decode an image and make it a model's input.
-
-    Raises:
-        ImageError: The image cannot be read.
-        TypeError: It is no image.
-    """
-    return to_tensor(decode(image), spec)
-
-
-def preparations(images: Iterable[Picture], spec: ImageSpec) -> Iterator[Callable[[], Prepared]]:
-    """What is left to do for each image, which may be done later and in another thread.
-
-    Files and bytes of files are left as they are. What may change meanwhile (an open file that is
-    read on, a buffer that is filled again, the frames of a PIL pixels) is decoded when it is taken.
-
-    Raises:
-        ImageError: An image that is decoded here cannot be read.
-        TypeError: It is no image.
-    """
-    for image in images:
-        if isinstance(image, (str, bytes, os.PathLike)):
-            yield partial(prepare, image, spec)
-            continue
-        pixels = decode(image)
-        if isinstance(image, (np.ndarray, Tensor)):
-            pixels = pixels.copy()  # it may share the memory of one that is used again
-        yield partial(to_tensor, pixels, spec)
-
-
-pass
-pass
-
 
 WINDOW = 4
 """Batches' worth of images among which those of one shape are found."""
@@ -200,27 +52,13 @@ CPU_PIXELS = 8 * 256 * 256
 logger = logging.getLogger("tinyvit")
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """What the engine gives for one image.
-
-    Attributes:
-        features: [C, h, w] (or [classes] for a classifier), float32, on the CPU.
-        placement: Where the image lies in the model's frame; maps coordinates both ways.
-        stages: The map of each stage, [C, h, w] float32 on the CPU, where asked for; else None.
-    """
-
-    features: Tensor
-    placement: Placement
-    stages: tuple[Tensor, ...] | None = None
-
-
 class Engine:
     """Runs a TinyViT on images of any kind and size.
 
     Args:
-        model: The model, as ``tinyvit.create_model`` gives it; it is never changed. May be None
-            where ``backend`` is an object.
+        model: The model, as ``tinyvit.create_model`` gives it; it is never changed. Also the name
+            of a checkpoint, the path of a file of weights, or a folder of ``save_pretrained``. None
+            takes the embedded weights, or nothing where ``backend`` is an object.
         backend: "auto", which is "torch"; "openvino" or "onnx" (ONNX Runtime), each with the extra
             of that name; or any object that is a ``Backend``.
         device: "auto", or a torch device such as "cpu" or "cuda".
@@ -237,21 +75,23 @@ class Engine:
             number of cores, 0 does everything in the caller's thread.
 
     Raises:
-        TypeError: ``model`` is no TinyViT.
+        TypeError: ``model`` is neither a TinyViT nor a name or path.
+        CheckpointError: The file or folder cannot be read.
+        DownloadError: The checkpoint cannot be fetched.
         MissingExtraError: The package of the backend is not installed.
         ValueError: An unknown backend, device or precision ("fp16" is refused, with the reason), a
             batch size below 1, workers below 0, or no way to tell how images are prepared.
 
     Example:
         >>> import numpy as np, tinyvit
-        >>> engine = tinyvit.Engine(tinyvit.create_model(checkpoint="tinyvit_starter"))
+        >>> engine = tinyvit.Engine("tinyvit_starter")
         >>> engine.embed(np.zeros((480, 640, 3), np.uint8)).shape
         torch.Size([1, 256, 16, 16])
     """
 
     def __init__(
         self,
-        model: TinyViT | None = None,
+        model: TinyViT | str | os.PathLike[str] | None = None,
         *,
         backend: BackendName | Backend = "auto",
         device: str = "auto",
@@ -268,7 +108,9 @@ class Engine:
             raise ValueError(f"workers must be at least 0, got {workers}")
         self.batch_size = batch_size
         self.workers = choose_workers() if workers is None else workers
-        self.backend, self._choice = _choose_backend(model, backend, device, precision, threads)
+        if isinstance(model, (str, os.PathLike)) or (model is None and isinstance(backend, str)):
+            model = _open_model(DEFAULT_CHECKPOINT if model is None else model)
+        self.backend, self._choice = choose_backend(model, backend, device, precision, threads)
         self.image_spec = _choose_spec(model, image_spec, pad)
         self._model = model
         logger.info("%s", self._in_one_line())
@@ -287,16 +129,18 @@ class Engine:
             ValueError: The features have different shapes, as they may where images are not
                 padded: take them one by one with ``stream``.
         """
+        import torch
+
         features = [encoded.features for encoded in self.stream(images)]
         if not features:
             raise ValueError("embed wants at least one image, got none")
-        shapes = sorted({tuple(f.shape) for f in features})
+        shapes = sorted({f.shape for f in features})
         if len(shapes) > 1:
             raise ValueError(
                 f"the features have {len(shapes)} different shapes, {shapes[0]} to {shapes[-1]}, "
                 f"and cannot be stacked; take them one by one with engine.stream(images)"
             )
-        return torch.stack(features)
+        return torch.from_numpy(np.stack(features))
 
     def stream(
         self, images: Picture | Iterable[Picture], *, stages: bool = False
@@ -318,11 +162,9 @@ class Engine:
             ValueError: ``stages`` are wanted and the backend gives none.
         """
         with closing(self._prepared(images)) as prepared:
-            yield from self.stream_prepared(prepared, stages=stages)
+            yield from self.encode(prepared, stages=stages)
 
-    def stream_prepared(
-        self, inputs: Iterable[Prepared], *, stages: bool = False
-    ) -> Iterator[Encoded]:
+    def encode(self, inputs: Iterable[PreparedImage], *, stages: bool = False) -> Iterator[Encoded]:
         """As ``stream``, for images that ``prepare`` has made ready; those of a shape together.
 
         Args:
@@ -335,12 +177,20 @@ class Engine:
         Raises:
             ValueError: ``stages`` are wanted and the backend gives none.
         """
-        run = self._run_with_stages if stages else self._run
-        if stages:
-            self._stage_backend()
+        backend = self._stage_backend() if stages else self.backend
+
+        def run(batch: Array) -> list[tuple[Array, tuple[Array, ...] | None]]:
+            if not isinstance(backend, StageBackend) or not stages:
+                return [(features, None) for features in _array(backend(_tensor(batch)))]
+            output, maps = backend.with_stages(_tensor(batch))
+            each_map = zip(*map(_array, maps), strict=True)
+            return list(zip(_array(output), each_map, strict=True))
+
         window = self.batch_size * (1 if stages else WINDOW)  # maps of stages are large
         for (features, maps), placement in run_in_batches(inputs, run, self._most, window):
             yield Encoded(features, placement, maps)
+
+    stream_prepared = encode
 
     def classify(self, images: Picture | Iterable[Picture]) -> Tensor:
         """Logits of one or many images.
@@ -360,12 +210,15 @@ class Engine:
             raise ValueError(f"the backend {backend.name!r} gives no logits; use 'torch'")
         with closing(self._prepared(images)) as prepared:
             results = run_in_batches(
-                prepared, lambda batch: list(backend.logits(batch)), self._most, self.batch_size
+                prepared,
+                lambda batch: list(_array(backend.logits(_tensor(batch)))),
+                self._most,
+                self.batch_size,
             )
             rows = [logits for logits, _ in results]
         if not rows:
             raise ValueError("classify wants at least one image, got none")
-        return torch.stack(rows)
+        return _tensor(np.stack(rows))
 
     def stages(self, image: Picture) -> tuple[list[Tensor], Placement]:
         """The maps of the stages of one image.
@@ -374,28 +227,35 @@ class Engine:
             image: One image.
 
         Returns:
-            ([C, h, w] float32 for each stage, where the image lies in the model's frame).
+            ([C, h, w] float32 for each stage, where the image lies in the model's input).
 
         Raises:
             ImageError: The image cannot be read.
             ValueError: The backend gives no stages.
         """
         backend = self._stage_backend()
-        tensor, placement = self.prepare(image)
-        return [stage[0] for stage in backend.stages(tensor[None])], placement
+        pixels, placement = self.prepare(image)
+        return [stage[0] for stage in backend.stages(_tensor(pixels[None]))], placement
 
-    def prepare(self, image: Picture) -> tuple[Tensor, Placement]:
-        """What the backend gets for one image: [3, H, W] float32, and where it lies in it."""
+    def prepare(self, image: Picture) -> PreparedImage:
+        """What the model gets for one image: [3, H, W] float32, and where it lies in it."""
         return prepare(image, self.image_spec)
 
     def explain(self) -> str:
         """What the engine chose, and why; with torch also what it made of the model."""
-        if not isinstance(self.backend, TorchBackend):
+        if self.backend.name != "torch" or not hasattr(self.backend, "explain"):
             return self._in_one_line()
         return f"{self._in_one_line()}; runs {self.backend.explain()}"
 
+    @property
+    def precision(self) -> str:
+        """What the backend computes in, "fp32" or "bf16"; "fp32" where it does not say."""
+        return str(getattr(self.backend, "precision", "fp32"))
+
     def weights_sha256(self) -> str:
-        """SHA-256 of the model's tensors (names, dtypes, shapes, bytes): tells models apart.
+        """SHA-256 of the model's weights under their canonical names; tells models apart.
+
+        It does not depend on the file they came from, nor on the precision they are held in.
 
         Raises:
             ValueError: The engine was made without a model.
@@ -428,7 +288,9 @@ class Engine:
         words = f"images {self.image_spec.resize} to {height}x{width}"
         return f"{self._choice}; {words}{', not padded' if bare else ''}"
 
-    def _prepared(self, images: Picture | Iterable[Picture]) -> Generator[Prepared, None, None]:
+    def _prepared(
+        self, images: Picture | Iterable[Picture]
+    ) -> Generator[PreparedImage, None, None]:
         """What ``prepare`` gives for each image, in order, files read ahead in threads."""
         sources = each(images)
         is_one = isinstance(sources, Sized) and len(sources) < 2
@@ -440,18 +302,11 @@ class Engine:
         """Images read ahead, at most: the next batch is ready when one is done."""
         return max(self.batch_size, self.workers) + 1
 
-    def _most(self, tensor: Tensor) -> int:
+    def _most(self, pixels: Array) -> int:
         """Images of that shape [3, H, W] to compute together."""
         if self.backend.device != "cpu":
             return self.batch_size
-        return min(self.batch_size, max(CPU_PIXELS // (tensor.shape[1] * tensor.shape[2]), 1))
-
-    def _run(self, batch: Tensor) -> list[tuple[Tensor, tuple[Tensor, ...] | None]]:
-        return [(features, None) for features in self.backend(batch)]
-
-    def _run_with_stages(self, batch: Tensor) -> list[tuple[Tensor, tuple[Tensor, ...] | None]]:
-        features, maps = self._stage_backend().with_stages(batch)
-        return list(zip(features, zip(*maps, strict=True), strict=True))
+        return min(self.batch_size, max(CPU_PIXELS // int(pixels[0].size), 1))
 
     def _stage_backend(self) -> StageBackend:
         if not isinstance(self.backend, StageBackend):
@@ -459,53 +314,14 @@ class Engine:
         return self.backend
 
 
-def _choose_backend(
-    model: TinyViT | None,
-    backend: BackendName | Backend,
-    device: str,
-    precision: str,
-    threads: int | None,
-) -> tuple[Backend, str]:
-    """The backend to use, and what was chosen and why in words."""
-    if not isinstance(backend, str):
-        if not isinstance(backend, Backend):
-            raise TypeError(
-                f"backend must be one of {get_args(BackendName)} or an object with name, device, "
-                f"close() and __call__(batch), got {type(backend).__name__}"
-            )
-        if device != "auto" or precision != "fp32" or threads is not None:
-            raise ValueError(
-                f"device={device!r}, precision={precision!r} and threads={threads} are the "
-                f"backend's own affair where backend is an object; leave them out"
-            )
-        return backend, f"{backend.name} on {backend.device}: given"
-    if backend not in get_args(BackendName):
-        raise ValueError(f"backend must be one of {get_args(BackendName)}, got {backend!r}")
-    if not isinstance(model, TinyViT):
-        raise TypeError(
-            f"Engine wants a TinyViT, as tinyvit.create_model gives it, got {type(model).__name__}"
-        )
-    if backend == "openvino":
-        from .graph_backend import OpenVINOBackend
+def _open_model(source: str | os.PathLike[str]) -> TinyViT:
+    """The model of a checkpoint's name, a file of weights, or a folder of ``save_pretrained``."""
+    from tinyvit.factory import CONFIG, WEIGHTS, create_model, load_folder
 
-        openvino = OpenVINOBackend(model, device, precision, threads)
-        return openvino, openvino.explain()
-    if backend == "onnx":
-        from .graph_backend import OnnxBackend
-
-        onnx = OnnxBackend(model, device, precision, threads)
-        return onnx, onnx.explain()
-    if threads is not None:
-        raise ValueError(
-            f"threads={threads} cannot be set for backend 'torch' alone: torch has one number for "
-            f"the whole process; call torch.set_num_threads({threads})"
-        )
-    place = choose_device(device)
-    chosen, reason = choose_precision(precision, place)
-    words = f"torch {torch.__version__} on {place}, {chosen} ({reason})"
-    if backend == "auto" and place == "cpu":
-        words += "; auto is torch: measured level with openvino"
-    return TorchBackend(model, place, chosen), words
+    folder = Path(source)
+    if folder.is_dir():
+        return load_folder(folder / CONFIG, folder / WEIGHTS)
+    return create_model(checkpoint=source)
 
 
 def _choose_spec(
@@ -518,3 +334,147 @@ def _choose_spec(
             "image_spec=ImageSpec.sam(1024), ImageSpec.timm(224) or another"
         )
     return spec if pad is None else dataclasses.replace(spec, pad=pad)
+
+
+def _tensor(array: Array) -> Tensor:
+    """What a backend takes: a tensor on the same memory, which torch wants to be writable."""
+    import torch
+
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _array(tensor: Tensor) -> Array:
+    """What a backend gave, as an array."""
+    array: Array = tensor.detach().to("cpu").float().numpy()
+    return array
+
+
+# -- images ----------------------------------------------------------------------------------------
+
+
+def each(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
+    """One image as a list of one; stacks [N, H, W, 3], [N, 3, H, W] and iterables as they are."""
+    if isinstance(images, np.ndarray) or _is_tensor(images):
+        many = cast("np.ndarray[Any, Any]", images)
+        return many if many.ndim == 4 else [many]
+    if isinstance(images, (str, bytes, bytearray, memoryview, Path)) or hasattr(images, "read"):
+        return [cast(Picture, images)]
+    return images if isinstance(images, Iterable) else [images]
+
+
+def _is_tensor(image: object) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(image, torch.Tensor)
+
+
+def prepare(image: Picture, spec: ImageSpec) -> PreparedImage:
+    """Decode an image and make it a model's input."""
+    return to_input(decode(image), spec)
+
+
+def preparations(
+    images: Iterable[Picture], spec: ImageSpec
+) -> Iterator[Callable[[], PreparedImage]]:
+    """What is left to do for each image, which may be done later and in another thread.
+
+    Files and bytes of files are left as they are. What may change meanwhile (an open file that is
+    read on, a buffer that is filled again, the frames of a PIL image) is decoded when it is taken.
+    """
+    for image in images:
+        if isinstance(image, (str, bytes, os.PathLike)):
+            yield partial(prepare, image, spec)
+            continue
+        pixels = decode(image)
+        if isinstance(image, np.ndarray) or _is_tensor(image):
+            pixels = pixels.copy()  # it may share the memory of one that is used again
+        yield partial(to_input, pixels, spec)
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Slot(Generic[Label, Result]):
+    """One image's place in the order: its input until it is computed, then its result."""
+
+    image: Array | None
+    label: Label
+    results: list[Result]
+
+
+def run_in_batches(
+    inputs: Iterable[tuple[Array, Label]],
+    run: Callable[[Array], Sequence[Result]],
+    most: Callable[[Array], int],
+    window: int,
+) -> Iterator[tuple[Result, Label]]:
+    """Run inputs, grouped by shape within a window.
+
+    A batch is run as soon as it is full, or when its oldest image holds up a full window. So
+    images of one shape wait for no more than their own batch.
+
+    Args:
+        inputs: (image [3, H, W], what goes with it); may be a generator. An error of it comes
+            after the results before it.
+        run: [N, 3, H, W] -> N results.
+        most: Most images of a shape in one batch, from one of them [3, H, W].
+        window: Most images held: read and not yet yielded.
+
+    Yields:
+        (result, what goes with it) for each input, in order.
+    """
+    order: deque[_Slot[Label, Result]] = deque()
+    groups: dict[tuple[int, ...], list[_Slot[Label, Result]]] = {}
+    source = iter(inputs)
+    error: Exception | None = None
+    try:
+        while True:
+            try:
+                image, label = next(source)
+            except StopIteration:
+                break
+            except Exception as err:  # after the good ones before it
+                error = err
+                break
+            slot = _Slot[Label, Result](image, label, [])
+            order.append(slot)
+            shape = image.shape
+            group = groups.setdefault(shape, [])
+            group.append(slot)
+            if len(group) >= most(image):
+                _run_group(groups.pop(shape), run)
+            if len(order) >= window and not order[0].results:
+                _run_group(_group_of(order[0], groups), run)
+            del image, label, slot, group
+            while order and order[0].results:
+                yield _taken(order)
+        while order:
+            if not order[0].results:
+                _run_group(_group_of(order[0], groups), run)
+            yield _taken(order)
+        if error is not None:
+            raise error
+    finally:
+        del error  # it refers to this frame, and this frame to it
+
+
+def _group_of(
+    slot: _Slot[Label, Result], groups: dict[tuple[int, ...], list[_Slot[Label, Result]]]
+) -> list[_Slot[Label, Result]]:
+    """Take out the group that holds an image which has not been computed."""
+    return [] if slot.image is None else groups.pop(slot.image.shape)
+
+
+def _run_group(group: list[_Slot[Label, Result]], run: Callable[[Array], Sequence[Result]]) -> None:
+    images = [slot.image for slot in group if slot.image is not None]
+    batch = images[0][None] if len(images) == 1 else np.stack(images)
+    del images
+    for slot in group:
+        slot.image = None  # the batch is a copy, and memory is bounded
+    for slot, result in zip(group, run(batch), strict=True):
+        slot.results.append(result)
+
+
+def _taken(order: deque[_Slot[Label, Result]]) -> tuple[Result, Label]:
+    slot = order.popleft()
+    return slot.results[0], slot.label

@@ -1,4 +1,4 @@
-"""The deploy form of a TinyViT: a frozen network of folded weights.
+"""The fast form of a TinyViT: a frozen network of folded weights, and the kernels it runs on.
 
 One memory layout from the first convolution to the last: maps are [B, H, W, C], which is
 channels-last memory, so a 1x1 convolution is a matrix product and a token is a row. Work is cut
@@ -8,28 +8,45 @@ is a constant, so products run on real tokens only.
 
 Any size and any batch; nothing is compiled. Values are those of the plain model up to rounding.
 
-Shapes: B images, C channels, H W height and width of a map, S window side, T = S*S tokens,
-h heads, d a head's width.
+Shapes: B images, C channels, H W height and width of a map, S window side, T = S*S tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, nn, unflatten
 
 from tinyvit.modules import Conv2d_BN, LayerNorm2d, MBConv, PatchMerging, TinyViT, TinyViTBlock
 
-from .fold import Weights, fold_attention, fold_bare, fold_conv, fold_linear
-from .kernels import Kernels, copy_from_windows, copy_to_windows
+from .fold import Array, Arrays, Weights, fold_attention, fold_bare, fold_conv, fold_linear
 
 PIECE = 4 << 20
 """Bytes that the largest temporary of one piece of work has, about."""
 
 Step = Callable[[Tensor], Tensor]
 """[B, H, W, C] -> [B, H', W', C']."""
+
+After = Literal["none", "gelu"]
+Linear = Callable[..., Tensor]
+"""(x [..., K], add=None) -> act(x W^T + b) [..., N]; or x W^T + b + add."""
+Conv = Callable[..., Tensor]
+"""(x [B, C, H, W] in channels-last memory, pad_rows=None) -> act(conv(x) + b), likewise;
+``pad_rows`` replaces the padding at the top and bottom."""
+
+
+def arrays_of(model: nn.Module) -> dict[str, Any]:
+    """The floating-point tensors of a model's state dict as arrays; they may share its memory."""
+    tensors = {key: t.detach().cpu() for key, t in model.state_dict().items()}
+    return {
+        key: (t.float() if t.dtype == torch.bfloat16 else t).numpy()  # numpy has no bfloat16
+        for key, t in tensors.items()
+        if t.is_floating_point()
+    }
 
 
 class DeployedTinyViT:
@@ -42,19 +59,25 @@ class DeployedTinyViT:
 
     def __init__(self, model: TinyViT, kernels: Kernels) -> None:
         self.dtype = kernels.dtype
-        first, _, second = model.patch_embed.seq
-        self._stem: Step = _Convolutions([first, second], kernels)
+        arrays = arrays_of(model)
+        self._stem: Step = _Stem(model, arrays, kernels)
         self._blocks: list[list[Step]] = []
         self._merges: list[Step] = []
-        for stage in model.stages():
-            self._blocks.append([_make_block(block, kernels) for block in stage.blocks])
+        for i, stage in enumerate(model.stages()):
+            name = f"layers.{i}"
+            self._blocks.append(
+                [
+                    _make_block(block, f"{name}.blocks.{j}", arrays, kernels)
+                    for j, block in enumerate(stage.blocks)
+                ]
+            )
             if isinstance(stage.downsample, PatchMerging):
-                self._merges.append(_Merge(stage.downsample, kernels))
-        self._neck = None if model.neck is None else _Neck(model.neck, kernels)
+                self._merges.append(_Merge(stage.downsample, f"{name}.downsample", arrays, kernels))
+        self._neck = None if model.neck is None else _Neck(model.neck, arrays, kernels)
         self._head = (
             None
             if model.head is None or not isinstance(model.norm_head, nn.LayerNorm)
-            else _Head(model.norm_head, model.head, kernels)
+            else _Head(model.norm_head.eps, arrays, kernels)
         )
 
     def features(self, batch: Tensor) -> Tensor:
@@ -112,7 +135,7 @@ class DeployedTinyViT:
         return maps
 
 
-# -- pieces of work ------------------------------------------------------------------------------
+# -- pieces of work -----------------------------------------------------------------------------
 
 
 def _pieces(
@@ -162,8 +185,8 @@ class _RowConv:
 
     def __init__(self, weights: Weights, kernels: Kernels, gelu: bool) -> None:
         self.conv = kernels.conv(weights, "gelu" if gelu else "none")
-        self.side, self.stride, self.pad = weights.weight.shape[-1], weights.stride, weights.pad
-        self.channels = weights.weight.shape[0]
+        self.channels, self.side = len(weights.weight), int(weights.weight.shape[-1])
+        self.stride, self.pad = weights.stride, weights.pad
 
     def output(self, length: int) -> int:
         """Rows (columns) of the output for that many of the input."""
@@ -191,11 +214,15 @@ class _RowConv:
         return self.conv(image, pad_rows=0).permute(0, 2, 3, 1)
 
 
-class _Convolutions:
-    """The stem: two convolutions, the first with GELU, in strips."""
+class _Stem:
+    """Two convolutions, the first with GELU, in strips."""
 
-    def __init__(self, layers: Sequence[nn.Module], kernels: Kernels) -> None:
-        first, second = (fold_conv(layer) for layer in layers if isinstance(layer, Conv2d_BN))
+    def __init__(self, model: TinyViT, arrays: Arrays, kernels: Kernels) -> None:
+        first, second = (
+            fold_conv(arrays, f"patch_embed.seq.{i}", layer.c.stride[0], eps=layer.bn.eps)
+            for i, layer in enumerate(model.patch_embed.seq)
+            if isinstance(layer, Conv2d_BN)
+        )
         self.first = _RowConv(first, kernels, gelu=True)
         self.second = _RowConv(second, kernels, gelu=False)
 
@@ -213,25 +240,37 @@ class _Convolutions:
         return _assemble(piece, batch, self.second.output(middle[0]), per_row)
 
 
-# -- blocks --------------------------------------------------------------------------------------
+# -- blocks -------------------------------------------------------------------------------------
 
 
-def _make_block(block: nn.Module, kernels: Kernels) -> Step:
+def _make_block(block: nn.Module, name: str, arrays: Arrays, kernels: Kernels) -> Step:
     if isinstance(block, MBConv):
-        return _Bottleneck(block, kernels)
+        return _Bottleneck(block, name, arrays, kernels)
     if isinstance(block, TinyViTBlock):
-        return _TokenBlock(block, kernels)
+        return _TokenBlock(block, name, arrays, kernels)
     raise TypeError(f"a {type(block).__name__} cannot be folded")
+
+
+def _three_convolutions(
+    block: MBConv | PatchMerging, name: str, arrays: Arrays, kernels: Kernels
+) -> tuple[Linear, _RowConv, Linear]:
+    """1x1 with GELU, depthwise with GELU, 1x1."""
+    first, second, third = (
+        fold_conv(arrays, f"{name}.conv{i}", conv.c.stride[0], depthwise=i == 2, eps=conv.bn.eps)
+        for i, conv in enumerate((block.conv1, block.conv2, block.conv3), 1)
+    )
+    depthwise = _RowConv(second, kernels, gelu=True)
+    return kernels.linear(first, "gelu"), depthwise, kernels.linear(third)
 
 
 class _Bottleneck:
     """MBConv: expand, depthwise, project, add, activate, in strips."""
 
-    def __init__(self, block: MBConv, kernels: Kernels) -> None:
+    def __init__(self, block: MBConv, name: str, arrays: Arrays, kernels: Kernels) -> None:
         self.hidden = block.hidden_chans
-        self.expand = kernels.linear(fold_conv(block.conv1), "gelu")
-        self.depthwise = _RowConv(fold_conv(block.conv2), kernels, gelu=True)
-        self.project = kernels.linear(fold_conv(block.conv3))
+        self.expand, self.depthwise, self.project = _three_convolutions(
+            block, name, arrays, kernels
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
@@ -249,11 +288,9 @@ class _Bottleneck:
 class _Merge:
     """PatchMerging: 1x1, depthwise with stride, 1x1, in strips."""
 
-    def __init__(self, merge: PatchMerging, kernels: Kernels) -> None:
+    def __init__(self, merge: PatchMerging, name: str, arrays: Arrays, kernels: Kernels) -> None:
         self.channels = merge.out_dim
-        self.widen = kernels.linear(fold_conv(merge.conv1), "gelu")
-        self.depthwise = _RowConv(fold_conv(merge.conv2), kernels, gelu=True)
-        self.mix = kernels.linear(fold_conv(merge.conv3))
+        self.widen, self.depthwise, self.mix = _three_convolutions(merge, name, arrays, kernels)
 
     def __call__(self, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
@@ -269,20 +306,27 @@ class _Merge:
 
 
 class _TokenBlock:
-    """TinyViTBlock: window attention, then depthwise convolution and perceptron."""
+    """TinyViTBlock: window attention, then depthwise convolution and MLP."""
 
-    def __init__(self, block: TinyViTBlock, kernels: Kernels) -> None:
-        qkv, proj, bias = fold_attention(block.attn)
+    def __init__(self, block: TinyViTBlock, name: str, arrays: Arrays, kernels: Kernels) -> None:
+        attention = block.attn
+        qkv, proj, bias = fold_attention(
+            arrays, f"{name}.attn", attention.key_dim, attention.resolution
+        )
         self.side = block.window_size
         self.heads = block.num_heads
-        self.eps = block.attn.norm.eps
+        self.eps = attention.norm.eps
         self.qkv = kernels.linear(qkv)
-        self.padding = qkv.bias.to(kernels.dtype)
+        self.padding = torch.from_numpy(qkv.bias).to(kernels.dtype)
         self.proj = kernels.linear(proj)
-        self.bias = bias.to(kernels.dtype)[None]  # [1, h, T, T]
-        self.local = _RowConv(fold_conv(block.local_conv), kernels, gelu=False)
-        self.fc1 = kernels.linear(fold_linear(block.mlp.fc1, block.mlp.norm), "gelu")
-        self.fc2 = kernels.linear(fold_linear(block.mlp.fc2))
+        self.bias = torch.from_numpy(bias).to(kernels.dtype)[None]  # [1, h, T, T]
+        eps = block.local_conv.bn.eps
+        local = fold_conv(arrays, f"{name}.local_conv", depthwise=True, eps=eps)
+        self.local = _RowConv(local, kernels, gelu=False)
+        self.fc1 = kernels.linear(
+            fold_linear(arrays, f"{name}.mlp.fc1", f"{name}.mlp.norm"), "gelu"
+        )
+        self.fc2 = kernels.linear(fold_linear(arrays, f"{name}.mlp.fc2"))
         self.hidden = block.mlp.fc1.out_features
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -307,7 +351,7 @@ class _TokenBlock:
         channels = x.shape[-1]
         qkv = self.qkv(F.layer_norm(x, (channels,), None, None, self.eps))
         windows = copy_to_windows(qkv, self.side, self.padding)  # [windows, T, 3C]
-        q, k, v = torch.unflatten(windows, 2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = unflatten(windows, 2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias, scale=1.0)
         return copy_from_windows(y.transpose(1, 2).flatten(2), self.side, x)
 
@@ -315,13 +359,12 @@ class _TokenBlock:
 class _Neck:
     """1x1 convolution, LayerNorm, 3x3 convolution, LayerNorm."""
 
-    def __init__(self, neck: nn.Sequential, kernels: Kernels) -> None:
-        reduce, conv = (fold_bare(layer) for layer in neck if isinstance(layer, nn.Conv2d))
-        self.reduce = kernels.linear(reduce)
-        self.conv = _RowConv(conv, kernels, gelu=False)
+    def __init__(self, neck: nn.Sequential, arrays: Arrays, kernels: Kernels) -> None:
+        self.reduce = kernels.linear(fold_bare(arrays, "neck.0"))
+        self.conv = _RowConv(fold_bare(arrays, "neck.2"), kernels, gelu=False)
         self.norm1, self.norm2 = (
-            _Norm(layer.weight, layer.bias, layer.eps, kernels.dtype)
-            for layer in neck
+            _Norm(arrays, f"neck.{i}", layer.eps, kernels.dtype)
+            for i, layer in enumerate(neck)
             if isinstance(layer, LayerNorm2d)
         )
 
@@ -333,9 +376,10 @@ class _Neck:
 class _Head:
     """Mean over the positions, LayerNorm, linear layer."""
 
-    def __init__(self, norm: nn.LayerNorm, head: nn.Module, kernels: Kernels) -> None:
-        self.norm = _Norm(norm.weight, norm.bias, norm.eps, kernels.dtype)
-        self.linear = kernels.linear(fold_linear(head)) if isinstance(head, nn.Linear) else None
+    def __init__(self, eps: float, arrays: Arrays, kernels: Kernels) -> None:
+        self.norm = _Norm(arrays, "norm_head", eps, kernels.dtype)
+        has_classes = "head.weight" in arrays
+        self.linear = kernels.linear(fold_linear(arrays, "head")) if has_classes else None
 
     def __call__(self, x: Tensor) -> Tensor:
         x = self.norm(x.mean((1, 2)))
@@ -345,9 +389,211 @@ class _Head:
 class _Norm:
     """LayerNorm over the last axis."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> None:
-        self.weight, self.bias = (t.detach().clone().to(dtype) for t in (weight, bias))
+    def __init__(self, arrays: Arrays, name: str, eps: float, dtype: torch.dtype) -> None:
+        self.weight, self.bias = (
+            torch.tensor(arrays[f"{name}.{part}"]).to(dtype) for part in ("weight", "bias")
+        )
         self.eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+
+
+# -- windows ---------------------------------------------------------------------------------------
+
+
+def copy_to_windows(x: Tensor, side: int, padding: Tensor) -> Tensor:
+    """Cut a map [B, H, W, C] into windows [B * ceil(H/S) * ceil(W/S), S*S, C], in row-major order.
+
+    ``padding`` [C] stands in places of a window that are outside the map. A view of ``x`` where
+    that is possible.
+    """
+    batch, height, width, channels = x.shape
+    rows, columns = -(-height // side), -(-width // side)
+    if width == side and height % side == 0:  # windows lie one behind the other already
+        return x.reshape(batch * rows, side * side, channels)
+    windows = x.new_empty(batch, rows, columns, side, side, channels)
+    for target, source in _matching(windows, x, side):
+        target.copy_(source)
+    if height % side:
+        windows[:, -1, :, height % side :] = padding
+    if width % side:
+        windows[:, :, -1, :, width % side :] = padding
+    return windows.view(batch * rows * columns, side * side, channels)
+
+
+def copy_from_windows(windows: Tensor, side: int, like: Tensor) -> Tensor:
+    """Put windows back into a map [B, H, W, C] of the sizes of ``like``, without the padding."""
+    batch, height, width = like.shape[:3]
+    rows, columns = -(-height // side), -(-width // side)
+    channels = windows.shape[-1]
+    if width == side and height % side == 0:
+        return windows.reshape(batch, height, width, channels)
+    windows = windows.reshape(batch, rows, columns, side, side, channels)
+    x = windows.new_empty(batch, height, width, channels)
+    for source, target in _matching(windows, x, side):
+        target.copy_(source)
+    return x
+
+
+def _matching(windows: Tensor, x: Tensor, side: int) -> list[tuple[Tensor, Tensor]]:
+    """Views of the windows and of the map that hold the same positions.
+
+    Whole windows, the right edge, the bottom edge and the corner, as far as they exist.
+    """
+    _, height, width, _ = x.shape
+    rows, columns = height // side, width // side
+    bottom, right = height % side, width % side
+    pairs = []
+    if rows and columns:
+        inner = x[:, : rows * side, : columns * side]
+        inner = unflatten(unflatten(inner, 2, (columns, side)), 1, (rows, side)).transpose(2, 3)
+        pairs.append((windows[:, :rows, :columns], inner))
+    if rows and right:
+        edge = unflatten(x[:, : rows * side, columns * side :], 1, (rows, side))
+        pairs.append((windows[:, :rows, columns, :, :right], edge))
+    if bottom and columns:
+        edge = x[:, rows * side :, : columns * side]
+        edge = unflatten(edge, 2, (columns, side)).transpose(1, 2)
+        pairs.append((windows[:, rows, :columns, :bottom], edge))
+    if bottom and right:
+        corner = x[:, rows * side :, columns * side :]
+        pairs.append((windows[:, rows, columns, :bottom, :right], corner))
+    return pairs
+
+
+# -- kernels ---------------------------------------------------------------------------------------
+
+
+class PlainKernels:
+    """Public operators only."""
+
+    name = "public operators"
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def linear(self, weights: Weights, after: After = "none") -> Linear:
+        """A linear layer."""
+        weight = self._place(weights.weight).flatten(1)
+        bias = self._place(weights.bias)
+
+        def run(x: Tensor, add: Tensor | None = None) -> Tensor:
+            y = F.linear(x, weight, bias)
+            if add is not None:
+                y += add
+            return F.gelu(y) if after == "gelu" else y
+
+        return run
+
+    def conv(self, weights: Weights, after: After = "none") -> Conv:
+        """A convolution."""
+        weight = self._place(weights.weight).contiguous(memory_format=torch.channels_last)
+        bias = self._place(weights.bias)
+
+        def run(x: Tensor, pad_rows: int | None = None) -> Tensor:
+            rows = weights.pad if pad_rows is None else pad_rows
+            y = F.conv2d(
+                x, weight, bias, weights.stride, (rows, weights.pad), groups=weights.groups
+            )
+            return F.gelu(y) if after == "gelu" else y
+
+        return run
+
+    def _place(self, array: Array) -> Tensor:
+        return torch.from_numpy(array).to(self.dtype).contiguous()
+
+
+class PackedKernels:
+    """oneDNN's fused operators on packed weights (CPU)."""
+
+    name = "packed oneDNN operators"
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def linear(self, weights: Weights, after: After = "none") -> Linear:
+        """A linear layer."""
+        ops: Any = torch.ops.mkldnn
+        weight = torch.from_numpy(weights.weight).flatten(1).to(self.dtype).contiguous()
+        packed = ops._reorder_linear_weight(weight)
+        bias = torch.from_numpy(weights.bias).to(self.dtype)
+        algorithm = "none" if after == "gelu" else ""
+
+        def run(x: Tensor, add: Tensor | None = None) -> Tensor:
+            y: Tensor
+            if add is None:
+                y = ops._linear_pointwise(x, packed, bias, after, [], algorithm)
+            else:
+                y = ops._linear_pointwise.binary(x, add, packed, bias, "add")
+            return y
+
+        return run
+
+    def conv(self, weights: Weights, after: After = "none") -> Conv:
+        """A convolution."""
+        ops: Any = torch.ops.mkldnn
+        stride, groups = [weights.stride] * 2, weights.groups
+        weight = torch.from_numpy(weights.weight).to(self.dtype)
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        padding = [weights.pad] * 2
+        packed = ops._reorder_convolution_weight(weight, padding, stride, [1, 1], groups)
+        bias = torch.from_numpy(weights.bias).to(self.dtype)
+        algorithm = "none" if after == "gelu" else ""
+
+        def run(x: Tensor, pad_rows: int | None = None) -> Tensor:
+            rows = weights.pad if pad_rows is None else pad_rows
+            y: Tensor = ops._convolution_pointwise(
+                x, packed, bias, [rows, weights.pad], stride, [1, 1], groups, after, [], algorithm
+            )
+            return y
+
+        return run
+
+
+Kernels: TypeAlias = PlainKernels | PackedKernels
+
+
+@functools.cache
+def choose_kernels(dtype: torch.dtype) -> Kernels:
+    """Packed kernels where this torch and machine have them and they agree with public ones."""
+    plain = PlainKernels(dtype)
+    try:
+        packed = PackedKernels(dtype)
+        agree = all(
+            torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=tolerance)
+            for tolerance in [1e-4 if dtype == torch.float32 else 5e-2]
+            for ours, theirs in zip(_trial(packed), _trial(plain), strict=True)
+        )
+    except (RuntimeError, AttributeError, TypeError):
+        return plain
+    return packed if agree else plain
+
+
+def _trial(kernels: Kernels) -> list[Tensor]:
+    """Small runs of everything that the network asks of its kernels."""
+    generator = torch.Generator().manual_seed(0)
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def weights(*shape: int, stride: int = 1, pad: int = 0, groups: int = 1) -> Weights:
+        scale = (shape[0] if len(shape) == 2 else 9 * shape[1]) ** -0.5
+        weight, bias = values(*shape) * scale, values(shape[0])
+        return Weights(weight.numpy(), bias.numpy(), stride, pad, groups)
+
+    dense = weights(24, 16)
+    depthwise = weights(16, 1, 3, 3, pad=1, groups=16)
+    strided = weights(8, 16, 3, 3, stride=2, pad=1)
+    x = values(1, 7, 5, 16).to(kernels.dtype)  # [B, H, W, C]
+    residual = values(1, 7, 5, 24).to(kernels.dtype)
+    image = x.permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        return [
+            kernels.linear(dense)(x),
+            kernels.linear(dense, "gelu")(x),
+            kernels.linear(dense)(x, residual),
+            kernels.conv(depthwise, "gelu")(image),
+            kernels.conv(depthwise)(image, pad_rows=0),
+            kernels.conv(strided, "gelu")(image),
+        ]

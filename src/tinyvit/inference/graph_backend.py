@@ -1,4 +1,4 @@
-"""A TinyViT as an ONNX graph for other libraries, and where such graphs are kept.
+"""ONNX Runtime and OpenVINO in place of a model: its graph, where it is kept, and its backends.
 
 One graph serves any size and any batch. ONNX Runtime and OpenVINO both read it; a file of it is
 all that ``OpenVINOGraph`` needs to start without torch.
@@ -13,22 +13,18 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import importlib.util
-import os
-import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, Protocol
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyvit.checkpoints.download import cache_folder
 from tinyvit.checkpoints.files import weights_sha256, write_bytes
@@ -36,26 +32,28 @@ from tinyvit.errors import CheckpointError, MissingExtraError
 from tinyvit.modules import TinyViT
 
 from .backend import choose_precision
-from .derived import ModelWatch
-from .fold import frozen_copy, reason_against
-from .graphs import OpenVINOGraph, load_openvino
+from .derived import Derived
+from .graphs import OnnxGraph, OpenVINOGraph, load_library
+from .torch_backend import exact_inference, frozen_copy, reason_against
 
-INPUT, OUTPUT = "pictures", "features"
+INPUT, OUTPUT = "images", "features"
 """Names of the graph's input [N, C, H, W] and output, float32."""
 
+GraphRunner: TypeAlias = OnnxGraph | OpenVINOGraph
+
 _OPSET = 18
-_FORM = 1
+_FORM = 2
 """Raise it when ``export_onnx`` gives another graph for the same model."""
+
+_TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
+"""Largest error of the self-check, relative to the largest output: 3e-6 in fp32 and 2e-2 in bf16
+were measured; a mistake gives 1."""
 
 
 def export_onnx(model: TinyViT) -> bytes:
     """The model's ``forward`` in eval mode and float32, as the bytes of an ONNX file.
 
-    Args:
-        model: The model; it is not changed.
-
-    Returns:
-        A graph from ``INPUT`` [N, in_chans, H, W], of any N, H and W from 1, to ``OUTPUT``.
+    It goes from ``INPUT`` [N, in_chans, H, W], of any N, H and W from 1, to ``OUTPUT``.
 
     Raises:
         MissingExtraError: onnx is not installed; torch's exporter wants it.
@@ -74,6 +72,7 @@ def export_onnx(model: TinyViT) -> bytes:
         warnings.catch_warnings(),
         torch.inference_mode(False),
         torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
     ):
         file = Path(folder) / "graph.onnx"
         warnings.simplefilter("ignore")  # of its deprecation, and of torch's own use of itself
@@ -97,14 +96,9 @@ def export_onnx(model: TinyViT) -> bytes:
 
 
 def fingerprint(model: TinyViT) -> str | None:
-    """What tells the graphs of two models apart, or None where the model's data do not tell.
+    """SHA-256 of a model's architecture and tensors, and of the versions that make the graph.
 
-    Args:
-        model: The model.
-
-    Returns:
-        Hexadecimal SHA-256 of its architecture, its tensors and the versions that make the graph;
-        None for a model with hooks or foreign modules.
+    None for a model with hooks or foreign modules, whose data do not tell what it computes.
     """
     if reason_against(model) is not None:
         return None
@@ -119,17 +113,9 @@ def fingerprint(model: TinyViT) -> str | None:
 
 
 def cached_graph(model: TinyViT) -> Path | bytes:
-    """The model's graph as a file in the cache folder; it is made if it is not there.
+    """The file ``graphs/<fingerprint>.onnx`` in the cache folder; it is made if it is not there.
 
-    Args:
-        model: The model.
-
-    Returns:
-        The file ``graphs/<fingerprint>.onnx`` in tinyvit's cache folder; the graph itself where
-        the model has no fingerprint or the folder cannot be written to.
-
-    Raises:
-        ValueError: The model cannot be traced.
+    The graph itself where the model has no fingerprint or the folder cannot be written to.
     """
     key = fingerprint(model)
     if key is None:
@@ -146,43 +132,11 @@ def cached_graph(model: TinyViT) -> Path | bytes:
     return path
 
 
-pass
-
-
-_TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
-"""Largest error of the self-check, relative to the largest output: 3e-6 in fp32 and 2e-2 in bf16
-were measured; a mistake gives 1."""
-
-
-class GraphRunner(Protocol):
-    """Runs one graph on arrays."""
-
-    def __call__(self, images: NDArray[np.float32], /) -> NDArray[np.float32]:
-        """[N, C, H, W] -> the graph's output."""
-        ...
-
-    def close(self) -> None:
-        """Give back what is held."""
-        ...
-
-
-def check_settings(backend: str, device: str, threads: int | None) -> None:
-    """Refuse what a library on this machine's CPU cannot do.
-
-    Raises:
-        ValueError: Another device than the CPU, or fewer than one thread.
-    """
-    if device not in ("auto", "cpu"):
-        raise ValueError(f"backend {backend!r} runs on device 'cpu', got {device!r}")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, or None for the default, got {threads}")
-
-
 class WatchedGraph:
     """Keeps the graph of a model in step with the model, and checks it against the model.
 
     The model given is never changed. Its graph runs the model's ``forward`` at any size and batch.
-    It is made at the first call, and anew when the model has changed since (see ``ModelWatch``).
+    It is made at the first call, and again when the model has changed since.
 
     The first graph comes from the cache folder, or is kept there for the next program. Graphs of a
     model that changed meanwhile are not kept: there may be one for each step of a training.
@@ -207,16 +161,13 @@ class WatchedGraph:
         choice: str = "",
     ) -> None:
         self.precision = precision
+        self.error = float("nan")
         self._model = model
         self._load = load
         self._library = library
         self._choice = choice
-        self._tolerance = _TOLERANCE[precision]
-        self._lock = threading.Lock()
-        self._made: tuple[GraphRunner, ModelWatch] | None = None
         self._is_first = True
-        self._file: Path | None = None
-        self.error = float("nan")
+        self._derived = Derived(self._modules, self._make)
 
     @property
     def graph_file(self) -> Path | None:
@@ -225,8 +176,7 @@ class WatchedGraph:
         Raises:
             ValueError: The library cannot run the model, or gives other values.
         """
-        self.runner()
-        return self._file
+        return self._derived.get()[1]
 
     def __call__(self, batch: Tensor) -> Tensor:
         """Run a batch.
@@ -246,7 +196,7 @@ class WatchedGraph:
                 f"least 1x1, got {list(batch.shape)}"
             )
         array = batch.detach().to("cpu", torch.float32).contiguous().numpy()
-        return torch.from_numpy(self.runner()(array))
+        return torch.from_numpy(self._derived.get()[0](array))
 
     def logits(self, batch: Tensor) -> Tensor:
         """As a call, of a model whose ``forward`` gives logits: [N, classes].
@@ -265,54 +215,38 @@ class WatchedGraph:
         """What was chosen, and why, in words."""
         return self._choice
 
-    def runner(self) -> GraphRunner:
-        """What runs now; it is made if there is none, or if the model has changed.
-
-        Raises:
-            ValueError: The library cannot run the model, or gives other values.
-        """
-        with self._lock:
-            if self._made is None or self._made[1].has_changed():
-                watch = ModelWatch(self._model)
-                self._made = self._make(), watch
-            return self._made[0]
-
     def refresh(self) -> None:
-        """Make what runs anew at the next call."""
-        with self._lock:
-            self._made = None
+        """Make what runs again at the next call."""
+        self._derived.drop()
 
     def close(self) -> None:
         """Let go of what runs."""
-        with self._lock:
-            if self._made is not None:
-                self._made[0].close()
-            self._made = None
+        kept = self._derived.drop()
+        if kept is not None:
+            kept[0].close()
 
-    def _make(self) -> GraphRunner:
-        self._file = None
+    def _modules(self) -> list[nn.Module]:
+        return [self._model]
+
+    def _make(self) -> tuple[GraphRunner, Path | None]:
+        """What runs, and the file it came from."""
         graph = cached_graph(self._model) if self._is_first else export_onnx(self._model)
         self._is_first = False
         if isinstance(graph, Path):
             try:
-                runner = self._checked(graph)
+                return self._checked(graph), graph
             except ValueError:  # a damaged file, or one of an older state of this package
                 with suppress(OSError):
                     graph.unlink()
                 graph = cached_graph(self._model)
-            else:
-                self._file = graph
-                return runner
-        runner = self._checked(graph)
-        self._file = graph if isinstance(graph, Path) else None
-        return runner
+        return self._checked(graph), graph if isinstance(graph, Path) else None
 
     def _checked(self, graph: Path | bytes) -> GraphRunner:
         """What runs a graph, compared with the model on a small image of no convenient size."""
         runner = self._load(graph)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, self._model.in_chans, 75, 58, generator=generator)
-        with torch.inference_mode():
+        with exact_inference("cpu"):
             wanted = frozen_copy(self._model)(x).numpy()
         got = runner(x.numpy())
         if got.shape != wanted.shape:
@@ -320,67 +254,15 @@ class WatchedGraph:
                 f"{self._library} gives {list(got.shape)} where the model gives "
                 f"{list(wanted.shape)}; use backend='torch'"
             )
+        tolerance = _TOLERANCE[self.precision]
         scale = max(float(np.abs(wanted).max(initial=0)), 1e-12)
         self.error = float(np.abs(got - wanted).max(initial=0)) / scale
-        if not self.error <= self._tolerance:
+        if not self.error <= tolerance:
             raise ValueError(
                 f"{self._library} differs from the model by {self.error:.1e} of its largest "
-                f"output, more than {self._tolerance:.0e}; use backend='torch'"
+                f"output, more than {tolerance:.0e}; use backend='torch'"
             )
         return runner
-
-
-pass
-
-
-_ERRORS_ONLY = 3
-_REASON = "the only precision of this backend"
-
-
-class OnnxGraph:
-    """A graph run by ONNX Runtime: arrays in, arrays out, of any size and batch.
-
-    Args:
-        source: The path of an ONNX file, or its bytes.
-        threads: How many threads compute; None leaves it to ONNX Runtime.
-
-    Raises:
-        MissingExtraError: onnxruntime is not installed.
-        ValueError: ONNX Runtime cannot read the graph, or ``threads`` is below 1.
-    """
-
-    def __init__(self, source: str | os.PathLike[str] | bytes, threads: int | None = None) -> None:
-        check_settings("onnx", "cpu", threads)
-        library = _load_onnxruntime()
-        options = library.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        graph: str | bytes = source if isinstance(source, bytes) else os.fspath(source)
-        try:
-            self._session = library.InferenceSession(
-                graph, options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as err:  # its errors have no common class of their own
-            name = "these bytes" if isinstance(source, bytes) else os.fspath(source)
-            raise ValueError(f"ONNX Runtime cannot read {name} as a graph: {err}") from err
-        self._input = self._session.get_inputs()[0].name
-
-    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[N, C, H, W] float32 -> the graph's first output; may be called by several threads.
-
-        Raises:
-            RuntimeError: The graph was closed.
-        """
-        session = self._session
-        if session is None:
-            raise RuntimeError("this OnnxGraph was closed")
-        result: NDArray[np.float32] = session.run(None, {self._input: images})[0]
-        return result
-
-    def close(self) -> None:
-        """Give back the session; the graph is not used afterwards."""
-        self._session = None
 
 
 class OnnxBackend(WatchedGraph):
@@ -406,31 +288,16 @@ class OnnxBackend(WatchedGraph):
         precision: str = "fp32",
         threads: int | None = None,
     ) -> None:
-        check_settings(self.name, device, threads)
+        _check_settings(self.name, device, threads)
         if choose_precision(precision, "cpu")[0] != "fp32" and precision != "auto":
             raise ValueError(
                 f"backend 'onnx' computes in precision 'fp32' only, got {precision!r}; 'torch' and "
                 f"'openvino' compute in bf16"
             )
-        choice = f"onnxruntime {_load_onnxruntime().__version__} on cpu, fp32 ({_REASON})"
-        super().__init__(
-            model, functools.partial(OnnxGraph, threads=threads), "ONNX Runtime", "fp32", choice
-        )
-
-
-def _load_onnxruntime() -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecations inside it
-            return importlib.import_module("onnxruntime")
-    except ImportError as err:
-        raise MissingExtraError(
-            f"the ONNX Runtime backend needs the package onnxruntime, which cannot be imported "
-            f"({err}); pip install 'tinyvit[onnx]'"
-        ) from err
-
-
-pass
+        found = load_library("onnxruntime", "ONNX Runtime").__version__
+        choice = f"onnxruntime {found} on cpu, fp32 (the only precision of this backend)"
+        load = functools.partial(OnnxGraph, threads=threads)
+        super().__init__(model, load, "ONNX Runtime", "fp32", choice)
 
 
 class OpenVINOBackend(WatchedGraph):
@@ -458,13 +325,17 @@ class OpenVINOBackend(WatchedGraph):
         precision: str = "fp32",
         threads: int | None = None,
     ) -> None:
-        check_settings(self.name, device, threads)
+        _check_settings(self.name, device, threads)
         chosen, reason = choose_precision(precision, "cpu")
-        library = f"openvino {load_openvino().__version__.split('-')[0]}"
-        super().__init__(
-            model,
-            functools.partial(OpenVINOGraph, precision=chosen, threads=threads),
-            "OpenVINO",
-            chosen,
-            f"{library} on cpu, {chosen} ({reason})",
-        )
+        found = load_library("openvino", "OpenVINO").__version__.split("-")[0]
+        choice = f"openvino {found} on cpu, {chosen} ({reason})"
+        load = functools.partial(OpenVINOGraph, precision=chosen, threads=threads)
+        super().__init__(model, load, "OpenVINO", chosen, choice)
+
+
+def _check_settings(backend: str, device: str, threads: int | None) -> None:
+    """Refuse what a library on this machine's CPU cannot do."""
+    if device not in ("auto", "cpu"):
+        raise ValueError(f"backend {backend!r} runs on device 'cpu', got {device!r}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, or None for the default, got {threads}")

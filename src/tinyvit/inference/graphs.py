@@ -1,12 +1,10 @@
-"""Runs the file of a graph by OpenVINO. Needs numpy and openvino; it knows no torch and no model.
+"""Runs the file of a graph by OpenVINO or ONNX Runtime: arrays in, arrays out, without torch.
 
-A program that has such a file (``OpenVINOBackend.graph_file`` says where one is) starts with this
-class alone::
+A program that has such a file (``OpenVINOBackend.graph_file`` says where one is) starts with one of
+these classes alone::
 
     run = OpenVINOGraph("encoder.onnx", precision="fp32")
     features = run(images)  # [N, 3, H, W] float32 -> [N, C, h, w] float32
-
-Shapes: N images, C channels, H W height and width of the input, h w of a map.
 """
 
 from __future__ import annotations
@@ -36,21 +34,72 @@ at 1024x1024, and most programs that ask three times ask many times."""
 _SHAPES_COUNTED = 256
 
 
-def load_openvino() -> Any:
-    """The package ``openvino``.
+_ERRORS_ONLY = 3
+"""ONNX Runtime's level of logging."""
+
+
+def load_library(module: str, name: str) -> Any:
+    """The package ``openvino`` or ``onnxruntime``, called ``name`` in the error.
 
     Raises:
         MissingExtraError: It is not installed.
     """
+    extra = "onnx" if module == "onnxruntime" else module
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside it
-            return importlib.import_module("openvino")
+            return importlib.import_module(module)
     except ImportError as err:
         raise MissingExtraError(
-            f"the OpenVINO backend needs the package openvino, which cannot be imported ({err}); "
-            f"pip install 'tinyvit[openvino]'"
+            f"the {name} backend needs the package {module}, which cannot be imported ({err}); "
+            f"pip install 'tinyvit[{extra}]'"
         ) from err
+
+
+class OnnxGraph:
+    """A graph run by ONNX Runtime: arrays in, arrays out, of any size and batch.
+
+    Args:
+        source: The path of an ONNX file, or its bytes.
+        threads: How many threads compute; None leaves it to ONNX Runtime.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        ValueError: ONNX Runtime cannot read the graph, or ``threads`` is below 1.
+    """
+
+    def __init__(self, source: str | os.PathLike[str] | bytes, threads: int | None = None) -> None:
+        _check_threads(threads)
+        library = load_library("onnxruntime", "ONNX Runtime")
+        options = library.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        graph: str | bytes = source if isinstance(source, bytes) else os.fspath(source)
+        try:
+            self._session = library.InferenceSession(
+                graph, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as err:  # its errors have no common class of their own
+            name = "these bytes" if isinstance(source, bytes) else os.fspath(source)
+            raise ValueError(f"ONNX Runtime cannot read {name} as a graph: {err}") from err
+        self._input = self._session.get_inputs()[0].name
+
+    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[N, C, H, W] float32 -> the graph's first output; may be called by several threads.
+
+        Raises:
+            RuntimeError: The graph was closed.
+        """
+        session = self._session
+        if session is None:
+            raise RuntimeError("this OnnxGraph was closed")
+        result: NDArray[np.float32] = session.run(None, {self._input: images})[0]
+        return result
+
+    def close(self) -> None:
+        """Give back the session; the graph is not used afterwards."""
+        self._session = None
 
 
 class OpenVINOGraph:
@@ -87,8 +136,7 @@ class OpenVINOGraph:
             raise ValueError(
                 f"precision must be one of {get_args(OpenVINOPrecision)}, got {precision!r}"
             )
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads must be at least 1, or None for the default, got {threads}")
+        _check_threads(threads)
         self.precision = precision
         self._settings: dict[str, object] = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -98,7 +146,7 @@ class OpenVINOGraph:
         self._lock = threading.Lock()
         self._counts: Counter[tuple[int, ...]] = Counter()
         self._own: OrderedDict[tuple[int, ...], Any] = OrderedDict()
-        self._core = load_openvino().Core()
+        self._core = load_library("openvino", "OpenVINO").Core()
         self._model = self._read(source)
         cache = self._cache(source, cache_dir)
         self._any = self._compile(self._model, {} if cache is None else {"CACHE_DIR": str(cache)})
@@ -152,8 +200,8 @@ class OpenVINOGraph:
         own.reshape(list(shape))
         self._own[shape] = self._compile(own, {})
         if len(self._own) > _OWN_FORMS:
-            forgotten, _ = self._own.popitem(last=False)
-            del self._counts[forgotten]
+            oldest, _ = self._own.popitem(last=False)
+            del self._counts[oldest]
         return self._own[shape]
 
     def _read(self, source: str | os.PathLike[str] | bytes) -> Any:
@@ -188,7 +236,7 @@ class OpenVINOGraph:
             str(self._core.get_property("CPU", name))
             for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")
         ]
-        facts = (state, self.precision, load_openvino().__version__, machine)
+        facts = (state, self.precision, load_library("openvino", "OpenVINO").__version__, machine)
         return folder / hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     def _compile(self, model: Any, more: dict[str, str]) -> Any:
@@ -210,3 +258,8 @@ def _last(err: Exception) -> str:
     """OpenVINO's messages begin with places in its source; the reason comes last."""
     lines = [line.strip() for line in str(err).splitlines() if line.strip()]
     return lines[-1] if lines else type(err).__name__
+
+
+def _check_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, or None for the default, got {threads}")

@@ -1,24 +1,24 @@
-"""The PyTorch backend: what it makes of a model on a CPU, on a CUDA device and elsewhere.
-
-Shapes: N images, C channels, H W height and width of the input, h w of a map.
-"""
+"""The PyTorch backend: what it makes of a model on a CPU, on a CUDA device and elsewhere."""
 
 from __future__ import annotations
 
-import threading
-from typing import Literal, cast
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal, TypeVar, cast
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from tinyvit.modules import TinyViT
+from tinyvit.modules import Attention, Conv2d_BN, TinyViT
 
-from .backend import Network
-from .cuda_graphs import Capture, GraphedNetwork, choose_capture
-from .derived import ModelWatch
-from .fast_encoder import DeployedTinyViT
-from .fold import folded_copy, frozen_copy, reason_against
-from .kernels import choose_kernels
+from .cuda_graphs import GraphedNetwork, Network, choose_capture
+from .derived import Derived
+from .fast_encoder import DeployedTinyViT, arrays_of, choose_kernels
+from .fold import Array, Weights, fold_attention, fold_conv
+
+T = TypeVar("T")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -27,11 +27,23 @@ _TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
 1e-6 in fp32 and up to 3e-2 in bf16 were measured; a mistake gives 1."""
 
 
-class TorchBackend:
-    """Runs a TinyViT by PyTorch, without gradients.
+@contextmanager
+def exact_inference(device: str) -> Iterator[None]:
+    """No gradients, and no autocast of a caller's: the precision is the one that was asked for."""
+    kind = torch.device(device).type
+    with (
+        torch.inference_mode(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast(kind, enabled=False),
+    ):
+        yield
 
-    The model given is never changed. What runs is made from it at the first call, and made anew
-    when the model has changed since (see ``ModelWatch``).
+
+class TorchBackend:
+    """Runs a TinyViT by PyTorch, without gradients and whatever autocast is on.
+
+    The model given is never changed. What runs is made from it at the first call, and again when
+    the model has changed since (see ``tinyvit.inference.derived``).
 
     Args:
         model: The model.
@@ -47,16 +59,13 @@ class TorchBackend:
         self.device = device
         self.precision = precision
         self._model = model
-        self._lock = threading.Lock()
-        self._made: tuple[Network, ModelWatch, str] | None = None
+        self._derived = Derived(self._modules, self._make)
 
     def __call__(self, batch: Tensor) -> Tensor:
         """[N, 3, H, W] float32 -> the network's output, float32, on the CPU."""
         if self._gives_logits():
             return self.logits(batch)
-        with torch.inference_mode():
-            features = self._network().features(self._to_device(batch))
-        return _to_host(features)
+        return _to_host(self._run(lambda network, x: network.features(x), batch))
 
     def logits(self, batch: Tensor) -> Tensor:
         """[N, 3, H, W] float32 -> logits [N, classes], float32, on the CPU.
@@ -64,54 +73,44 @@ class TorchBackend:
         Raises:
             ValueError: The model has no classification head.
         """
-        with torch.inference_mode():
-            logits = self._network().logits(self._to_device(batch))
-        return _to_host(logits)
+        return _to_host(self._run(lambda network, x: network.logits(x), batch))
 
     def stages(self, batch: Tensor) -> list[Tensor]:
         """[N, 3, H, W] float32 -> the map of each stage, [N, C, h, w] float32, on the CPU."""
-        with torch.inference_mode():
-            maps = self._network().stages(self._to_device(batch))
+        maps = self._run(lambda network, x: network.stages(x), batch)
         return [_to_host(stage) for stage in maps]
 
     def with_stages(self, batch: Tensor) -> tuple[Tensor, list[Tensor]]:
         """What a call and ``stages`` give, in one pass."""
-        with torch.inference_mode():
-            network, x = self._network(), self._to_device(batch)
-            output, maps = network.with_stages(x, as_logits=self._gives_logits())
+        as_logits = self._gives_logits()
+        output, maps = self._run(lambda network, x: network.with_stages(x, as_logits), batch)
         return _to_host(output), [_to_host(stage) for stage in maps]
 
     def explain(self) -> str:
         """What runs, and why, in words."""
-        with torch.inference_mode():
-            network = self._network()
-        words = "" if self._made is None else self._made[2]
+        with exact_inference(self.device):
+            network, words = self._derived.get()
         if isinstance(network, GraphedNetwork) and network.failure is not None:
             words += f"; without CUDA graphs: {network.failure}"
         return words
 
     def refresh(self) -> None:
-        """Make what runs anew at the next call."""
-        with self._lock:
-            self._made = None
+        """Make what runs again at the next call."""
+        self._derived.drop()
 
     def close(self) -> None:
         """Let go of what was made."""
-        self.refresh()
+        self._derived.drop()
 
     def _gives_logits(self) -> bool:
         return self._model.neck is None and self._model.head is not None
 
-    def _to_device(self, batch: Tensor) -> Tensor:
-        return batch.to(self.device, DTYPES[self.precision])
+    def _modules(self) -> list[nn.Module]:
+        return [self._model]
 
-    def _network(self) -> Network:
-        with self._lock:
-            if self._made is None or self._made[1].has_changed():
-                watch = ModelWatch(self._model)
-                network, words = self._make()
-                self._made = network, watch, words
-            return self._made[0]
+    def _run(self, use: Callable[[Network, Tensor], T], batch: Tensor) -> T:
+        with exact_inference(self.device):
+            return use(self._derived.get()[0], batch.to(self.device, DTYPES[self.precision]))
 
     def _make(self) -> tuple[Network, str]:
         """The folded network if it can be had and passes its check, else a copy of the model."""
@@ -120,23 +119,21 @@ class TorchBackend:
         if reason is None and capture is None and torch.device(self.device).type != "cpu":
             reason = f"{self.device} is no CPU and no CUDA device"
         if reason is None:
-            network, words = self._fold(dtype, capture)
+            network: Network
+            if capture is not None:
+                plain = _Plain(folded_copy(self._model).to(self.device, dtype))
+                network = GraphedNetwork(plain, capture, is_exact=self.precision == "fp32")
+                words = "one CUDA graph for each shape that comes again"
+            else:
+                _settle_allocator()
+                kernels = choose_kernels(dtype)
+                network, words = DeployedTinyViT(self._model, kernels), kernels.name
             error = self._error_of(network)
             if error <= _TOLERANCE[self.precision]:
                 return network, f"folded, {words} (checked: error {error:.0e})"
             reason = f"the folded form differs by {error:.1e}"
-        plain = frozen_copy(self._model).to(self.device, dtype)
-        return _Plain(plain), f"the model as it is ({reason})"
-
-    def _fold(self, dtype: torch.dtype, capture: Capture | None) -> tuple[Network, str]:
-        """The folded network for a CPU, or for where something captures, and its name."""
-        if capture is not None:
-            plain = _Plain(folded_copy(self._model).to(self.device, dtype))
-            graphed = GraphedNetwork(plain, capture, is_exact=self.precision == "fp32")
-            return graphed, "one CUDA graph for each shape that comes again"
-        _settle_allocator()
-        kernels = choose_kernels(dtype)
-        return DeployedTinyViT(self._model, kernels), kernels.name
+        copied = frozen_copy(self._model).to(self.device, dtype)
+        return _Plain(copied), f"the model as it is ({reason})"
 
     def _error_of(self, network: Network) -> float:
         """The folded network against the model, on a small image of no convenient size."""
@@ -144,13 +141,14 @@ class TorchBackend:
         x = torch.randn(1, self._model.in_chans, 75, 58, generator=generator)
         plain = self._model if _runs_as_it_is(self._model) else frozen_copy(self._model)
         wanted = plain.forward_backbone(x)
-        got = network.stages(self._to_device(x))[-1].float().cpu()
+        given = x.to(self.device, DTYPES[self.precision])
+        got = network.stages(given)[-1].float().cpu()
         scale = float(wanted.abs().max().clamp_min(1e-12))
         return float((got - wanted).abs().max()) / scale
 
 
 class _Plain:
-    """A TinyViT in the shape of a deployed one."""
+    """A TinyViT with the methods of a network."""
 
     def __init__(self, model: TinyViT) -> None:
         self.model = model
@@ -195,6 +193,100 @@ def _to_host(output: Tensor) -> Tensor:
     images, channels, height, width = output.shape
     host = torch.empty(images, channels, height, width)
     for image, target in zip(output, host, strict=True):  # torch transposes matrices quickly
-        cells = image.permute(1, 2, 0).reshape(height * width, channels)
-        target.view(channels, height * width).copy_(cells.to("cpu", torch.float32).T)
+        rows = image.permute(1, 2, 0).reshape(height * width, channels)
+        target.view(channels, height * width).copy_(rows.to("cpu", torch.float32).T)
     return host
+
+
+# -- copies of a model ---------------------------------------------------------------------------
+
+
+def reason_against(model: TinyViT) -> str | None:
+    """Why a model cannot be folded, or None if it can.
+
+    Only the network as this package builds it is folded: a module of another class, another
+    activation or a hook changes what the model computes, and a folded copy would not follow.
+    """
+    plain = {nn.Conv2d, nn.Linear, nn.LayerNorm, nn.BatchNorm2d, nn.Dropout, nn.Identity}
+    containers = {nn.Sequential, nn.ModuleList}
+    for name, module in model.named_modules():
+        kind = type(module)
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name or 'the model'} has a forward hook"
+        if kind is nn.GELU:
+            if module.approximate != "none":
+                return f"{name} is an approximate GELU"
+        elif not (
+            kind in plain or kind in containers or kind.__module__.startswith("tinyvit.modules.")
+        ):
+            return f"{name} is a {kind.__module__}.{kind.__qualname__}"
+    return None
+
+
+def frozen_copy(model: TinyViT) -> TinyViT:
+    """A copy of the model on the CPU, in eval mode and float32, without gradients."""
+    with torch.inference_mode(False):
+        return copy.deepcopy(model).eval().requires_grad_(False).to("cpu", torch.float32)
+
+
+def folded_copy(model: TinyViT) -> TinyViT:
+    """A frozen copy: batch norms in their convolutions, biases looked up, channels-last weights.
+
+    The model must be one that ``reason_against`` has nothing against. The copy has the same values
+    up to rounding and other keys: it is for running only.
+    """
+    frozen, arrays = frozen_copy(model), arrays_of(model)
+    with torch.inference_mode(False), torch.no_grad():
+        for parent, module in list(frozen.named_modules()):
+            for child, old in list(module.named_children()):
+                name = f"{parent}.{child}" if parent else child
+                if isinstance(old, Conv2d_BN):
+                    conv, eps = old.c, old.bn.eps
+                    weights = fold_conv(
+                        arrays, name, conv.stride[0], depthwise=conv.groups > 1, eps=eps
+                    )
+                    setattr(module, child, _convolution(weights))
+                elif isinstance(old, Attention):
+                    parts = fold_attention(arrays, name, old.key_dim, old.resolution)
+                    setattr(module, child, _FixedAttention(old, *parts))
+        for module in frozen.modules():
+            if isinstance(module, nn.Conv2d):
+                channels_last = module.weight.contiguous(memory_format=torch.channels_last)
+                module.weight = nn.Parameter(channels_last)
+    return frozen.eval().requires_grad_(False)
+
+
+def _convolution(weights: Weights) -> nn.Conv2d:
+    count, each, side, _ = weights.weight.shape
+    conv = nn.Conv2d(
+        each * weights.groups, count, side, weights.stride, weights.pad, groups=weights.groups
+    )
+    _fill(conv, weights)
+    return conv
+
+
+def _fill(layer: nn.Conv2d | nn.Linear, weights: Weights) -> None:
+    layer.weight.copy_(torch.from_numpy(weights.weight))
+    layer.bias = nn.Parameter(torch.from_numpy(weights.bias))
+
+
+class _FixedAttention(nn.Module):
+    """Attention with its norm's affine and its scale folded and its biases looked up, once."""
+
+    bias: Tensor
+
+    def __init__(self, like: Attention, qkv: Weights, proj: Weights, bias: Array) -> None:
+        super().__init__()
+        self.heads, self.eps = like.num_heads, like.norm.eps
+        self.qkv, self.proj = (nn.Linear(*w.weight.shape[::-1]) for w in (qkv, proj))
+        _fill(self.qkv, qkv)
+        _fill(self.proj, proj)
+        self.register_buffer("bias", torch.from_numpy(bias)[None])  # [1, h, T, T]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[W, T, C] -> [W, T, C]."""
+        qkv = self.qkv(F.layer_norm(x, x.shape[-1:], None, None, self.eps))
+        q, k, v = torch.unflatten(qkv, 2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias, scale=1.0)
+        out: Tensor = self.proj(y.transpose(1, 2).flatten(2))
+        return out

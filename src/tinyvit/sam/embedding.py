@@ -28,11 +28,10 @@ from tinyvit.checkpoints import read_state_dict, write_state_dict
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec, Placement
 from tinyvit.images.decode import ImageSource, decode
-from tinyvit.images.preprocess import normalise_and_pad, to_tensor
+from tinyvit.images.preprocess import PreparedImage, normalise_and_pad, to_input
 from tinyvit.inference import Backend, Encoded, Engine, Picture
 from tinyvit.inference.backend import BackendName
 from tinyvit.inference.derived import ModelWatch
-from tinyvit.inference.engine import Prepared
 from tinyvit.modules import TinyViT
 from tinyvit.modules.sam.mask_decoder import HQMaskDecoder
 
@@ -211,7 +210,7 @@ _FORMATS = ("RGB", "BGR")
 
 def prepare_image(
     image: ImageSource, image_format: str, model_format: str, spec: ImageSpec
-) -> Prepared:
+) -> PreparedImage:
     """Make an image of any kind an input.
 
     Args:
@@ -239,10 +238,10 @@ def prepare_image(
         channels = image.shape[2] if image.ndim == 3 else 1
         if channels in (3, 4):  # grey has no order, transparency stays behind
             image = image[:, :, [2, 1, 0, 3][:channels]]
-    return to_tensor(decode(image), spec)
+    return to_input(decode(image), spec)
 
 
-def prepare_resized(pixels: Tensor, original_size: Size, spec: ImageSpec) -> Prepared:
+def prepare_resized(pixels: Tensor, original_size: Size, spec: ImageSpec) -> PreparedImage:
     """Make an image that has been resized already an input.
 
     Args:
@@ -265,7 +264,7 @@ def prepare_resized(pixels: Tensor, original_size: Size, spec: ImageSpec) -> Pre
     prepared = normalise_and_pad(pixels.detach().cpu(), spec)[0].float()
     height, width = (int(side) for side in original_size)
     frame = int(prepared.shape[1]), int(prepared.shape[2])
-    return prepared, Placement((height, width), (size[2], size[3]), (0, 0), frame)
+    return prepared.numpy(), Placement((height, width), (size[2], size[3]), (0, 0), frame)
 
 
 pass
@@ -341,7 +340,7 @@ class ImageEncoder:
         """
         yield from self._embeddings(self.engine.stream(images, stages=self._wants_early))
 
-    def encode_prepared(self, inputs: Iterable[Prepared]) -> Iterator[ImageEmbedding]:
+    def encode_prepared(self, inputs: Iterable[PreparedImage]) -> Iterator[ImageEmbedding]:
         """As ``encode``, for inputs ([3, H, W] float32, placement) that are ready."""
         yield from self._embeddings(self.engine.stream_prepared(inputs, stages=self._wants_early))
 
@@ -378,9 +377,10 @@ class ImageEncoder:
             facts = self._facts()
             early = None
             if encoded.stages is not None:
-                early = facts.early_map(encoded.stages[1])
+                early = facts.early_map(torch.from_numpy(encoded.stages[1]))
+            features = torch.from_numpy(encoded.features)
             yield ImageEmbedding(
-                encoded.features, encoded.placement, self.image_spec, facts.weights_sha256, early
+                features, encoded.placement, self.image_spec, facts.weights_sha256, early
             )
 
     def _facts(self) -> _Known:

@@ -21,10 +21,9 @@ from torch import Tensor
 from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.image_spec import Placement
 from tinyvit.images.decode import ImageSource
-from tinyvit.images.preprocess import ResizeLongestSide
+from tinyvit.images.preprocess import PreparedImage, ResizeLongestSide
 from tinyvit.inference import Backend, Engine
 from tinyvit.inference.backend import BackendName, choose_device
-from tinyvit.inference.engine import Prepared
 
 from .build import build_sam
 from .decoder import PromptDecoder, PromptTensors, stack_prompts
@@ -322,7 +321,7 @@ class SamPredictor:
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _encode(self, prepared: Prepared) -> None:
+    def _encode(self, prepared: PreparedImage) -> None:
         (embedding,) = self._encoder.encode_prepared([prepared])
         self._take(embedding)
 

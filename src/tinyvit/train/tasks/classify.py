@@ -489,6 +489,6 @@ def _batches(
 
 def _prepared(images: LabelledImages, index: int, spec: ImageSpec) -> Tensor | ImageError:
     try:
-        return prepare(images.source(index), spec)[0]
+        return torch.from_numpy(prepare(images.source(index), spec)[0])
     except ImageError as err:
         return err

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tinyvit.checkpoints.files import header_for, write_state_dict
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.decode import decode
-from tinyvit.images.preprocess import to_tensor
+from tinyvit.images.preprocess import to_input
 from tinyvit.modules import TinyViT
 from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
@@ -311,11 +311,11 @@ class DistillFeatures:
         image = decode(self.root / name)
         if flip:
             image = np.ascontiguousarray(image[:, ::-1])
-        pixels, placement = to_tensor(image, self.spec)
+        pixels, placement = to_input(image, self.spec)
         sizes = zip(placement.resized_size, placement.model_size, strict=True)
         height, width = (min(1.0, resized / whole) for resized, whole in sizes)
         features = self.store.read(name, "flipped" if flip else "features")
-        return FeatureSample(pixels, torch.from_numpy(features), (height, width))
+        return FeatureSample(torch.from_numpy(pixels), torch.from_numpy(features), (height, width))
 
     def _mean(self) -> Tensor:
         """The teacher's mean map of (at most 512) training images, [1, C, h, w]."""

@@ -28,9 +28,9 @@ from tinyvit.factory import create_model
 from tinyvit.folders.images import list_images
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.decode import decode
-from tinyvit.images.preprocess import to_tensor
+from tinyvit.images.preprocess import to_input
 from tinyvit.inference.backend import choose_device
-from tinyvit.inference.graph_backend import OnnxGraph
+from tinyvit.inference.graphs import OnnxGraph
 from tinyvit.inference.read_ahead import choose_workers, read_ahead
 from tinyvit.inference.torch_backend import TorchBackend
 from tinyvit.modules import TinyViT
@@ -259,7 +259,8 @@ def _feature_rows(teacher: Teacher, root: Path, names: Sequence[str], flips: boo
 
 def _features(teacher: Teacher, images: Sequence[NDArray[np.uint8]]) -> Tensor:
     spec = teacher.image_spec
-    return teacher(torch.stack([to_tensor(np.ascontiguousarray(rgb), spec)[0] for rgb in images]))
+    batch = np.stack([to_input(np.ascontiguousarray(rgb), spec)[0] for rgb in images])
+    return teacher(torch.from_numpy(batch))
 
 
 def write_logits(
