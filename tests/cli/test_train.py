@@ -366,7 +366,7 @@ def test_two_processes_by_torchrun(words, tmp_path):
 
 BEGUN = Progress("train", 0, 20, 1, 2, None, 1e-3, 0.0, None, {})
 STEP = replace(BEGUN, step=10, loss=0.51234, images_per_second=25.04, seconds_left=133.2)
-VALIDATED = replace(STEP, figures={"top1": 0.98765, "loss": 0.2})
+VALIDATED = replace(STEP, metrics={"top1": 0.98765, "loss": 0.2})
 
 
 class Terminal(io.StringIO):
@@ -387,7 +387,7 @@ def test_a_validation_is_one_line(capsys):
         "step 10 of 20 (epoch 1 of 2): top1 0.9877, loss 0.2000; training loss 0.5123, "
         "25.0 images/s, 0:02:13 left\n"
     )
-    first = shown(capsys, replace(BEGUN, phase="validate"), replace(BEGUN, figures={"top1": 0.1}))
+    first = shown(capsys, replace(BEGUN, phase="validate"), replace(BEGUN, metrics={"top1": 0.1}))
     assert first == "step 0 of 20: top1 0.1000; training not begun\n"
     end = replace(VALIDATED, step=20)
     last = shown(capsys, replace(end, phase="validate"), replace(end, phase="done"))

@@ -25,8 +25,8 @@ from tinyvit.train.tasks.classify import (
     validate_classifier,
 )
 
-from .pressing import interrupt
 from .tiny_images import png, tiny_classifier, write_folder
+from .toy_task import interrupt
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ loss also takes chance from the generators it is given.
 """
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -99,6 +100,16 @@ class ToyTask:
 
     def save(self, model, path):
         write_state_dict(path, model.state_dict())
+
+
+def interrupt(number=signal.SIGINT):
+    """Call the handler of a signal, as Python does between two instructions.
+
+    A real signal could end a worker of pytest-xdist; those are sent in processes of their own.
+    """
+    handler = signal.getsignal(number)
+    assert callable(handler), f"there is no handler for {number!r}"
+    handler(number, None)
 
 
 def numbers(folder):

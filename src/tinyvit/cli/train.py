@@ -436,7 +436,7 @@ def _summarise(
     """Say what was reached, where it is, and what could not be read."""
     own.say(
         f"trained {verb.name} to step {result.steps} in {time_text(result.seconds)}: "
-        f"{metrics_text(result.figures)}"
+        f"{metrics_text(result.metrics)}"
     )
     if result.best is not None:
         own.say(
@@ -457,6 +457,7 @@ def _write_json(
         name: str(value) if isinstance(value, Path) else value
         for name, value in asdict(result).items()
     }
+    plain["figures"] = plain.pop("metrics")
     goal = list(task.goal)
     console.write_json({"task": verb.name, "goal": goal, **plain, "broken": dict(unreadable)})
 
@@ -521,7 +522,7 @@ class TrainScreen:
                 visible=True,
             )
         if self._is_validating and not is_validating:
-            self._say(f"{_place(progress)}: {metrics_text(progress.figures)}; training ", progress)
+            self._say(f"{_place(progress)}: {metrics_text(progress.metrics)}; training ", progress)
         elif self._bar is None and progress.step and monotonic() - self._said > _PAUSE:
             self._say(f"{_place(progress)}: training ", progress)
         self._is_validating = is_validating

@@ -3,6 +3,7 @@ from .data.masks import open_mask_set as open_mask_set
 from .loop import Result as Result
 from .loop import train as train
 from .run_folder import DivergedError as DivergedError
+from .run_folder import NonFiniteLossError as NonFiniteLossError
 from .run_folder import Progress as Progress
 from .settings import TrainSettings as TrainSettings
 from .task import Batch as Batch

@@ -1,12 +1,9 @@
 """The processes that train together, as ``torchrun`` starts them; one process is the common case.
 
-Each process computes its part of every step; ``DistributedDataParallel`` adds up the gradients
-while they are computed. Only the first process writes files, and every process reads the state of
-a run that goes on, so the run's folder must be one that all of them see.
-
-Parameters are not sharded (FSDP): the largest model here has 21 million parameters, with gradients
-and AdamW's memory 0.35 GB. That fits every device, so sharding would cost messages and save
-nothing; what fills a GPU is activations, which gradient checkpointing makes small.
+Each process computes its part of every step; ``DistributedDataParallel`` adds up the gradients.
+Only the first process writes files, and every process reads the state of a run that is resumed, so
+the run's folder must be one that all of them see. Parameters are not sharded (FSDP): the largest
+model here takes 0.35 GB with gradients and AdamW's state.
 """
 
 from __future__ import annotations
@@ -30,13 +27,7 @@ _PATIENCE = timedelta(hours=12)  # the others wait while the first process valid
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together.
-
-    Attributes:
-        rank: Its number, from 0.
-        count: How many there are.
-        device: What it computes on.
-    """
+    """This process, ``rank``, among the ``count`` that train together."""
 
     rank: int = 0
     count: int = 1
@@ -48,13 +39,10 @@ class Processes:
         return self.rank == 0
 
     def share(self, module: nn.Module) -> nn.Module:
-        """Let a module start as the first process's, and add up its gradients with the others.
+        """Let a module, whose ``forward`` gives the loss, start as the first process's.
 
-        Buffers are the first process's: where batch statistics move and are not synchronised,
-        those of its samples count.
-
-        Args:
-            module: Its ``forward`` gives the loss.
+        Its gradients are added up with the others'. Buffers are the first process's: batch
+        statistics that are updated and not synchronised are those of its samples.
         """
         if self.count == 1:
             return module
@@ -63,8 +51,8 @@ class Processes:
             find_unused_parameters=True,  # a prompt that is not there leaves its weights out
         )
 
-    def adding_up(self, module: nn.Module, is_last: bool) -> AbstractContextManager[None]:
-        """Add up gradients in the last of a step's parts only."""
+    def gradient_sync(self, module: nn.Module, is_last: bool) -> AbstractContextManager[None]:
+        """Add up gradients over the processes in the last of a step's parts only."""
         if isinstance(module, DistributedDataParallel) and not is_last:
             context: AbstractContextManager[None] = module.no_sync()
             return context

@@ -1,12 +1,9 @@
 """Low-rank additions to frozen linear layers (LoRA; Hu et al., 2021): add, merge, keep in a file.
 
 A layer's weight W becomes W + scale * up @ down, with down [rank, in] and up [out, rank]; only
-these two learn. ``up`` starts at zero, so a fresh addition changes nothing. The layer stays a
-``nn.Linear`` with its own ``weight`` and ``bias`` under their own names: the base's state-dict keys
-do not change, and ``lora_down`` and ``lora_up`` stand beside them.
-
-Layers are told apart by the attention or perceptron that they sit in and by their name there. What
-is learnt is not known here.
+these two are trained. ``up`` starts at zero, so a fresh addition changes nothing. The layer stays
+a ``nn.Linear``: the base's state-dict keys do not change, and ``lora_down`` and ``lora_up`` stand
+beside them. Layers are told apart by the attention or MLP that they sit in and their name there.
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ ENCODER_TARGETS = ("qkv", "proj", "fc1", "fc2")
 DECODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """Linear layers of the attentions in a SAM mask decoder."""
 
-_HOMES: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
+_LAYERS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (Attention, ("qkv", "proj")),
     (Mlp, ("fc1", "fc2")),
     (DecoderAttention, DECODER_TARGETS),
@@ -49,9 +46,6 @@ class LoraLinear(nn.Linear):
         rank: Width of the addition.
         alpha: The addition is multiplied by ``alpha / rank``.
         dropout: Probability with which the addition's inputs are zeroed in training.
-
-    Raises:
-        ValueError: ``rank`` is below 1, ``alpha`` not above 0, or ``dropout`` no probability.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0) -> None:
@@ -107,7 +101,8 @@ def add_lora(
 ) -> list[str]:
     """Give layers low-rank additions, in place; afterwards only these require gradients.
 
-    Called again with the same choices it changes nothing but ``requires_grad``.
+    Called again with the same choices it changes nothing but ``requires_grad``; with others it
+    raises ValueError, as for unknown or missing layers.
 
     Args:
         model: A TinyViT, a Sam, or a module that holds one.
@@ -118,10 +113,6 @@ def add_lora(
 
     Returns:
         Names of the layers that have additions now.
-
-    Raises:
-        ValueError: An unknown target, no layer of that name, a number out of its range, or
-            additions that were made with other choices.
 
     Example:
         >>> import tinyvit
@@ -141,7 +132,7 @@ def add_lora(
     if not found:
         raise ValueError(
             f"this {type(model).__name__} has no layer called {', '.join(targets)} in an attention "
-            "or perceptron of tinyvit; choose other targets"
+            "or MLP of tinyvit; choose other targets"
         )
     there = lora_layers(model)
     wanted = [name for _, _, name in found]
@@ -164,14 +155,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 
 
 def merge_lora(model: nn.Module) -> list[str]:
-    """Add the additions to the weights, in place: the plain architecture, with plain keys.
-
-    Args:
-        model: Changed in place; without additions it stays as it is.
-
-    Returns:
-        Names of the layers that were merged.
-    """
+    """Add the additions to the weights, in place: plain keys again; gives the layers' names."""
     names = list(lora_layers(model))
     for name in names:
         parent, _, attribute = name.rpartition(".")
@@ -195,15 +179,8 @@ def save_lora(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write the additions alone, with what is needed to put them back onto the same base.
 
     Args:
-        model: A model with additions.
+        model: A model with additions, else ValueError.
         path: A ``.safetensors`` file; written whole or not at all.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: The model has no additions.
-        CheckpointError: The file cannot be written.
     """
     layers = lora_layers(model)
     if not layers:
@@ -223,11 +200,7 @@ def save_lora(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 
 def load_lora(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
-    """Put additions from a file onto the base that they were learnt on.
-
-    Args:
-        model: The base, without additions; changed in place.
-        path: What ``save_lora`` wrote.
+    """Put additions from a file onto the base that they were trained on, in place.
 
     Returns:
         Names of the layers that have additions now.
@@ -253,7 +226,7 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     came = base_sha256(model)
     if came != wanted:
         raise CheckpointError(
-            f"{path} was learnt on a base with sha256 {wanted[:16]}…, but this model's is "
+            f"{path} was trained on a base with sha256 {wanted[:16]}…, but this model's is "
             f"{came[:16]}…; load the checkpoint it was trained from first"
         )
     names = [name for _, _, name in _find(model, targets)]
@@ -269,8 +242,8 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
 def _find(model: nn.Module, targets: Sequence[str]) -> Iterator[tuple[nn.Module, str, str]]:
     """(owner, attribute, full name) of each layer that ``targets`` name."""
     for name, module in model.named_modules():
-        for home, attributes in _HOMES:
-            if isinstance(module, home):
+        for kind, attributes in _LAYERS:
+            if isinstance(module, kind):
                 for attribute in attributes:
                     if attribute in targets:
                         yield module, attribute, f"{name}.{attribute}" if name else attribute

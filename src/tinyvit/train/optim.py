@@ -1,10 +1,7 @@
-"""What may move: which parameters learn, and which parts stay as they are to the last bit.
+"""How a network is trained: which parameters, with which optimiser and schedule, and their average.
 
-A frozen part does not require gradients *and* is in eval mode, so that neither batch statistics
-nor dropout act in it, whatever ``train()`` says: ``learning_mode`` takes the place of ``train()``.
-
-The names of the parts are those of ``Sam`` (``image_encoder``, ``mask_decoder``) and ``TinyViT``
-(``neck``, ``norm_head``, ``head``). Low-rank additions are made by ``lora.py``.
+A frozen part does not require gradients *and* is in eval mode, so that neither batch statistics nor
+dropout act in it, whatever ``train()`` says: ``train_mode`` takes the place of ``train()``.
 """
 
 from __future__ import annotations
@@ -23,6 +20,7 @@ from tinyvit.modules import TinyViT
 from tinyvit.modules.tiny_vit import NO_DECAY
 
 from .distributed import Processes
+from .lora import add_lora, merge_lora
 from .settings import BatchStats, SettingError, Trainable, TrainSettings
 
 _PARTS = {
@@ -30,89 +28,81 @@ _PARTS = {
     "neck": ("neck",),
     "head": ("norm_head", "head"),
 }
+"""Names of the parts in ``Sam`` and ``TinyViT``."""
 
 
-def choose_moving(model: nn.Module, moving: Trainable, lora_rank: int = 8) -> None:
-    """Set ``requires_grad`` of every parameter: True for what learns, False for all else.
+# -- what is trainable -----------------------------------------------------------------------------
+
+
+def set_trainable(model: nn.Module, trainable: Trainable, lora_rank: int = 8) -> None:
+    """Set ``requires_grad`` of every parameter.
 
     Args:
         model: A Sam or a TinyViT; "full" and "lora" take others too.
-        moving: What learns.
+        trainable: What is trained.
         lora_rank: Rank of the additions that "lora" makes.
 
     Raises:
         ValueError: The model has no such part.
     """
-    model.requires_grad_(moving == "full")
-    if moving == "full":
+    model.requires_grad_(trainable == "full")
+    if trainable == "full":
         return
-    if moving == "lora":
-        from .lora import add_lora
-
+    if trainable == "lora":
         add_lora(model, lora_rank)
         return
-    parts = _find(model, moving)
-    if not any(True for part in parts for _ in part.parameters()):
-        held = [name for name in _PARTS if any(True for _ in _find(model, name))]
+    parameters = _parameters_of(model, trainable)
+    if not parameters:
+        held = [name for name in _PARTS if _parameters_of(model, name)]
         wanted = ", ".join(["full", "lora", *held])
-        raise SettingError("trainable", f"one of {wanted} for this {type(model).__name__}", moving)
-    for part in parts:
-        part.requires_grad_(True)
+        raise SettingError(
+            "trainable", f"one of {wanted} for this {type(model).__name__}", trainable
+        )
+    for parameter in parameters:
+        parameter.requires_grad_(True)
 
 
-def _find(model: nn.Module, moving: str) -> list[nn.Module]:
-    """The modules of a part; the neck and the head are the encoder's."""
+def _parameters_of(model: nn.Module, part: str) -> list[nn.Parameter]:
+    """The parameters of a part; the neck and the head are the encoder's."""
     encoder = getattr(model, "image_encoder", model)
-    found = [getattr(owner, name, None) for owner in {model, encoder} for name in _PARTS[moving]]
-    return [part for part in found if isinstance(part, nn.Module)]
+    found = [getattr(owner, name, None) for owner in {model, encoder} for name in _PARTS[part]]
+    return [p for module in found if isinstance(module, nn.Module) for p in module.parameters()]
 
 
-def learning_mode(model: nn.Module, freeze_batch_stats: bool) -> None:
-    """Put what learns into train mode and all else into eval mode.
+def train_mode(model: nn.Module, freeze_batch_stats: bool) -> None:
+    """Put what is trained into train mode and all else into eval mode.
 
     Args:
         model: The network.
-        freeze_batch_stats: Keep every batch norm on its running statistics, learning or not.
+        freeze_batch_stats: Keep every batch norm on its running statistics, trained or not.
     """
     model.train()
     for module in model.modules():
-        is_norm = freeze_batch_stats and isinstance(module, _BatchNorm)
-        if is_norm or _is_frozen(module):
+        trained = [parameter.requires_grad for parameter in module.parameters()]
+        is_frozen = bool(trained) and not any(trained)
+        if is_frozen or (freeze_batch_stats and isinstance(module, _BatchNorm)):
             module.eval()
 
 
-def _is_frozen(module: nn.Module) -> bool:
-    """Whether it has parameters and none of them learns."""
-    learns = [parameter.requires_grad for parameter in module.parameters()]
-    return bool(learns) and not any(learns)
-
-
-def merged(model: nn.Module, moving: Trainable) -> nn.Module:
-    """The network as other commands know it: low-rank additions added to their weights.
-
-    Args:
-        model: Stays as it is.
-        moving: What was moved; "lora" gives a copy, all else the model itself.
-    """
-    if moving != "lora":
+def merged(model: nn.Module, trainable: Trainable) -> nn.Module:
+    """The network as other commands know it: with "lora" a copy, additions added to weights."""
+    if trainable != "lora":
         return model
-    from .lora import merge_lora
-
     plain = copy.deepcopy(model)
     merge_lora(plain)
     return plain
 
 
-pass
+# -- getting a network ready -----------------------------------------------------------------------
 
 
 def prepare(
     model: nn.Module, settings: TrainSettings, processes: Processes, batch_stats: BatchStats
 ) -> None:
-    """Make a network ready to learn.
+    """Get a network ready for training, in place.
 
     Args:
-        model: Changed in place.
+        model: The network.
         settings: What to do.
         processes: On which device, and with how many others.
         batch_stats: What ``choose_batch_stats`` gave.
@@ -120,7 +110,7 @@ def prepare(
     Raises:
         ValueError: A setting asks for what the network does not have.
     """
-    choose_moving(model, settings.trainable, settings.lora_rank)
+    set_trainable(model, settings.trainable, settings.lora_rank)
     model.to(processes.device)
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -147,17 +137,9 @@ def set_drop_path(encoder: TinyViT, rate: float) -> None:
 def choose_batch_stats(model: nn.Module, wanted: BatchStats, processes: Processes) -> BatchStats:
     """What to do with batch statistics: what was asked for, or what fits.
 
-    "auto" keeps statistics that were learnt before, as fine-tuning should: a few batches of other
-    images would spoil them. Untouched ones (mean 0 and variance 1) must move; together with the
-    other processes on GPUs, else each on its own, and then those of the first process count.
-
-    Args:
-        model: With the weights it starts from.
-        wanted: The setting.
-        processes: On which device, and how many.
-
-    Returns:
-        "frozen", "own" or "synchronised".
+    "auto" keeps statistics that were trained before, as fine-tuning should: a few batches of other
+    images would spoil them. Untouched ones (mean 0 and variance 1) must be updated; together with
+    the other processes on GPUs, else each on its own, and then those of the first process count.
 
     Raises:
         ValueError: "synchronised" was asked for in several processes without GPUs, where torch
@@ -184,12 +166,12 @@ def _is_untouched(norm: _BatchNorm) -> bool:
 class Ema:
     """An exponential moving average of a network.
 
-    Early on the memory is shorter, (1 + step) / (10 + step), so that the first, random weights are
+    Early on the decay is smaller, (1 + step) / (10 + step), so that the first, random weights are
     soon forgotten.
 
     Args:
         model: The trained network; a copy is made.
-        decay: Memory: the part of the average that stays in each step, from 0 to below 1.
+        decay: The part of the average that stays in each step, from 0 to below 1.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -197,17 +179,12 @@ class Ema:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
     def decay_at(self, step: int) -> float:
-        """The memory in a step, counted from 0."""
+        """The decay in a step, counted from 0."""
         return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take the weights after a step into the average.
-
-        Args:
-            model: The trained network.
-            step: The step, counted from 0.
-        """
+        """Take the weights after a step, counted from 0, into the average."""
         weight = 1.0 - self.decay_at(step)
         pairs = zip(self.model.parameters(), model.parameters(), strict=True)
         for mean, parameter in pairs:
@@ -217,6 +194,39 @@ class Ema:
                 mean.copy_(parameter)
         for mine, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(buffer)
+
+
+# -- learning rate and optimiser -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A straight rise of the learning rate, then half a cosine down to the last step.
+
+    Attributes:
+        learning_rate: The highest.
+        steps: Steps in all.
+        warmup_steps: Steps of the rise; the last of them has the highest rate.
+        final_rate: The last step's learning rate as a part of the highest.
+    """
+
+    learning_rate: float
+    steps: int
+    warmup_steps: int = 0
+    final_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps > self.steps:
+            most = f"at most the {self.steps} steps of the run"
+            raise SettingError("warmup_steps", most, self.warmup_steps)
+
+    def __call__(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        part = (step + 1 - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
+        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * cosine)
 
 
 class NamedGroup(TypedDict):
@@ -229,54 +239,19 @@ class NamedGroup(TypedDict):
     weight_decay: float
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """A straight rise, then half a cosine down to the last step.
-
-    Attributes:
-        rate: The highest rate.
-        steps: Steps in all.
-        warmup_steps: Steps of the rise; the last of them has the highest rate.
-        final_rate: The last step's rate as a part of the highest.
-    """
-
-    rate: float
-    steps: int
-    warmup_steps: int = 0
-    final_rate: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check that the rise fits.
-
-        Raises:
-            ValueError: The rise takes more steps than there are.
-        """
-        if self.warmup_steps > self.steps:
-            most = f"at most the {self.steps} steps of the run"
-            raise SettingError("warmup_steps", most, self.warmup_steps)
-
-    def __call__(self, step: int) -> float:
-        """The rate of a step, counted from 0."""
-        if step < self.warmup_steps:
-            return self.rate * (step + 1) / self.warmup_steps
-        part = (step + 1 - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
-        return self.rate * (self.final_rate + (1 - self.final_rate) * cosine)
-
-
 def parameter_groups(
     model: nn.Module, weight_decay: float, layer_decay: float = 1.0
 ) -> list[NamedGroup]:
-    """Every parameter that requires gradients, once, by its rate and decay.
+    """Every parameter that requires gradients, once, by its learning rate and decay.
 
     Args:
-        model: A network; the layer-wise rates of each TinyViT in it are set.
+        model: A network; the layer-wise learning rates of each TinyViT in it are set.
         weight_decay: For matrices and kernels. What has one dimension (norms, biases), attention
             biases and embeddings have none.
-        layer_decay: Factor on the rate from each block to the one before it.
+        layer_decay: Factor on the learning rate from each block to the one before it.
 
     Returns:
-        Groups with ``lr`` 0; ``set_rates`` sets it.
+        Groups with ``lr`` 0; ``set_learning_rates`` sets it.
 
     Raises:
         ValueError: Nothing requires gradients.
@@ -304,7 +279,7 @@ def parameter_groups(
         group["params"].append(parameter)
         group["names"].append(name)
     if not groups:
-        raise ValueError("no parameter of the model requires gradients; nothing can be learnt")
+        raise ValueError("no parameter of the model requires gradients; nothing can be trained")
     return list(groups.values())
 
 
@@ -315,9 +290,6 @@ class MuonAndAdamW(torch.optim.Optimizer):
         matrices: Groups of parameters of two dimensions.
         others: All other groups; may be empty.
         betas: AdamW's.
-
-    Raises:
-        ValueError: This torch has no Muon.
     """
 
     def __init__(
@@ -346,11 +318,11 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def make_optimiser(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """The chosen optimiser over what may move.
+    """The chosen optimiser over what is trainable.
 
     Raises:
-        ValueError: Nothing may move; or Muon was chosen, and nothing that moves is the matrix of a
-            linear layer, or this torch has none.
+        ValueError: Nothing is trainable; or Muon was chosen, and no matrix of a linear layer is,
+            or this torch has none.
     """
     groups = parameter_groups(model, settings.weight_decay, settings.layer_decay)
     betas = settings.beta1, settings.beta2
@@ -360,25 +332,26 @@ def make_optimiser(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
     matrices = _those(groups, lambda parameter: id(parameter) in linear)
     if not matrices:
         raise SettingError("optimiser", "adamw where no linear layer is trained", "muon")
-    return MuonAndAdamW(matrices, _those(groups, lambda parameter: id(parameter) not in linear),
-                        betas)  # fmt: skip
+    others = _those(groups, lambda parameter: id(parameter) not in linear)
+    return MuonAndAdamW(matrices, others, betas)
 
 
 def _those(groups: list[NamedGroup], is_one: Callable[[nn.Parameter], bool]) -> list[NamedGroup]:
     """The groups with those parameters alone; without the groups that become empty."""
     found: list[NamedGroup] = []
     for group in groups:
-        pairs = [pair for pair in zip(group["params"], group["names"], strict=True)
-                 if is_one(pair[0])]  # fmt: skip
+        pairs = [
+            pair for pair in zip(group["params"], group["names"], strict=True) if is_one(pair[0])
+        ]
         if pairs:
             found.append({**group, "params": [p for p, _ in pairs], "names": [n for _, n in pairs]})
     return found
 
 
-def set_rates(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    """Give each group its part of a step's rate."""
+def set_learning_rates(optimiser: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Give each group its part of a step's learning rate."""
     for group in optimiser.param_groups:
-        group["lr"] = rate * group["lr_scale"]
+        group["lr"] = learning_rate * group["lr_scale"]
 
 
 def clip_gradients(optimiser: torch.optim.Optimizer, most: float) -> Tensor:

@@ -1,7 +1,8 @@
-"""When the loss or the gradient is no number any more: keep the batch, and say so.
+"""The files of a run's folder: its state, its log with the curves, and a batch that went wrong.
 
-Found before the optimiser steps, so the weights are still those of the step before. What the batch
-means is not known here.
+``state.safetensors`` holds everything a run needs to be resumed bit for bit; the state before it
+stays beside it, and at every moment one of them is whole. ``log.jsonl`` has a line for each
+``log_every`` steps and each validation. The names of tensors, facts and columns are a file format.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Literal, Protocol, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from tinyvit.checkpoints.files import read_state_dict, write_state_dict, write_text
+from tinyvit import __version__
+from tinyvit.checkpoints.files import check_format, read_state_dict, write_state_dict, write_text
 from tinyvit.errors import CheckpointError, TinyViTError
 from tinyvit.images.draw import save_png
 
@@ -26,9 +28,71 @@ from .curves import draw_curves
 from .data.sampling import Key
 from .task import Batch
 
+Kind: TypeAlias = Literal["train", "validate"]
+Line: TypeAlias = dict[str, str | int | float | None]
+Facts: TypeAlias = dict[str, object]
+"""JSON-able values by name."""
 
-class DivergedError(TinyViTError, ArithmeticError):
-    """The loss or the gradient became infinite or no number; the batch that did it was kept."""
+FORMAT = 1  # of a state; 0 had no number, and called the setting trainable "moving"
+LOG, CURVES, TENSORBOARD = "log.jsonl", "curves.png", "tensorboard"
+NEXT, CURRENT, PREVIOUS = (
+    "state.next.safetensors",
+    "state.safetensors",
+    "state.previous.safetensors",
+)
+_HEADER = "run"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, for a ``report`` callback; given after each step and before validations.
+
+    Attributes:
+        phase: What comes next: "train" or "validate"; "done" after the last step.
+        step: Steps done.
+        steps: Steps in all.
+        epoch: The epoch of the last step, from 1.
+        epochs: Epochs in all.
+        loss: Mean loss of the last step; None before the first.
+        learning_rate: Its highest learning rate; ``rate`` is the former name.
+        images_per_second: Samples of all processes by seconds, since this call began.
+        seconds_left: Until the end, as fast as until now; None before the first step.
+        metrics: Of the last validation, by name; ``figures`` is their former name.
+        words: Something to tell once; else empty.
+    """
+
+    phase: Literal["train", "validate", "done"]
+    step: int
+    steps: int
+    epoch: int
+    epochs: int
+    loss: float | None
+    learning_rate: float
+    images_per_second: float
+    seconds_left: float | None
+    metrics: Mapping[str, float]
+    words: str = ""
+
+    @property
+    def rate(self) -> float:
+        """``learning_rate``."""
+        return self.learning_rate
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """``metrics``."""
+        return self.metrics
+
+
+# -- a loss that is not finite -------------------------------------------------------------------
+
+
+class NonFiniteLossError(TinyViTError, ArithmeticError):
+    """The loss or the gradient became infinite or NaN; the batch that did it was kept."""
+
+
+DivergedError = NonFiniteLossError
+"""The former name of ``NonFiniteLossError``."""
 
 
 def keep_batch(
@@ -53,7 +117,7 @@ def keep_batch(
     header: dict[str, str] = {}
     for number, (keys, batch) in enumerate(parts):
         header[f"{number}/samples"] = json.dumps([list(key) for key in keys])
-        values: Mapping[str, object] = batch  # what a task alone reads is no tensor
+        values: Mapping[str, object] = batch  # what the task alone reads is no tensor
         for name, value in values.items():
             if isinstance(value, Tensor):
                 tensors[f"{number}/{name}"] = value
@@ -66,48 +130,14 @@ def keep_batch(
     return f"its batch is kept in {path}"
 
 
-Kind: TypeAlias = Literal["train", "validate"]
-Line: TypeAlias = dict[str, str | int | float | None]
-
-LOG, CURVES, BOARD = "log.jsonl", "curves.png", "tensorboard"
+# -- the log -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is, for a ``report`` callback; given after each step and before validations.
-
-    Attributes:
-        phase: What comes next: "train" or "validate"; "done" after the last step.
-        step: Steps done.
-        steps: Steps in all.
-        epoch: The epoch of the last step, from 1.
-        epochs: Epochs in all.
-        loss: Mean loss of the last step; None before the first.
-        rate: Its highest learning rate.
-        images_per_second: Samples of all processes by seconds, since this call began.
-        seconds_left: Until the end, as fast as until now; None before the first step.
-        figures: Of the last validation.
-        words: Something to tell once; else empty.
-    """
-
-    phase: Literal["train", "validate", "done"]
-    step: int
-    steps: int
-    epoch: int
-    epochs: int
-    loss: float | None
-    rate: float
-    images_per_second: float
-    seconds_left: float | None
-    figures: Mapping[str, float]
-    words: str = ""
-
-
-class Board(Protocol):
+class SummaryWriter(Protocol):
     """What is used of TensorBoard's writer."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
-        """Write a figure."""
+        """Write a value."""
         ...
 
     def close(self) -> None:
@@ -115,8 +145,8 @@ class Board(Protocol):
         ...
 
 
-class Journal:
-    """Writes the log of a run.
+class RunLog:
+    """Writes the log of a run; every method raises TinyViTError where the disk refuses.
 
     Args:
         folder: The run's folder.
@@ -125,33 +155,25 @@ class Journal:
 
     Attributes:
         lines: All lines of the run.
-
-    Raises:
-        TinyViTError: The log cannot be read or written.
     """
 
     def __init__(self, folder: Path, step: int = 0, tensorboard: bool = False) -> None:
         self.folder = folder
         self.lines = _read_until(folder / LOG, step)
-        text = "".join(_as_text(line) for line in self.lines)
-        write_text(folder / LOG, text)
-        self._board = _open_board(folder / BOARD, step) if tensorboard else None
+        write_text(folder / LOG, "".join(map(_as_text, self.lines)))
+        self._tensorboard = _open_tensorboard(folder / TENSORBOARD, step) if tensorboard else None
         try:
             self._file = (folder / LOG).open("a", encoding="utf-8")
         except OSError as err:
             raise _refused(folder / LOG, err) from err
 
-    def write(self, kind: Kind, step: int, figures: Mapping[str, float]) -> None:
-        """Write a line; figures that are no finite numbers are written as null.
-
-        Raises:
-            TinyViTError: The disk is full, or refuses for another reason.
-        """
+    def write(self, kind: Kind, step: int, metrics: Mapping[str, float]) -> None:
+        """Write a line; what is not finite is written as null."""
         line: Line = {"kind": kind, "step": step}
-        for name, value in figures.items():
+        for name, value in metrics.items():
             line[name] = value if math.isfinite(value) else None
-            if self._board is not None:
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            if self._tensorboard is not None:
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
         try:
             self._file.write(_as_text(line))
             self._file.flush()
@@ -159,23 +181,15 @@ class Journal:
             raise _refused(self.folder / LOG, err) from err
         self.lines.append(line)
 
-    def settle(self) -> None:
-        """Bring all lines to the disk itself.
-
-        Raises:
-            TinyViTError: The disk is full, or refuses for another reason.
-        """
+    def sync(self) -> None:
+        """Bring all lines to the disk itself."""
         try:
             os.fsync(self._file.fileno())
         except OSError as err:
             raise _refused(self.folder / LOG, err) from err
 
     def draw(self) -> None:
-        """Draw the curves anew.
-
-        Raises:
-            TinyViTError: The disk is full, or refuses for another reason.
-        """
+        """Draw the curves again."""
         try:
             save_png(self.folder / CURVES, draw_curves(self.lines))
         except OSError as err:
@@ -184,8 +198,8 @@ class Journal:
     def close(self) -> None:
         """Close the files."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
 
 def _read_until(path: Path, step: int) -> list[Line]:
@@ -208,32 +222,24 @@ def _as_text(line: Line) -> str:
     return json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _open_board(folder: Path, step: int) -> Board | None:
+def _open_tensorboard(folder: Path, step: int) -> SummaryWriter | None:
     """TensorBoard's writer, or None where it is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         return None
-    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard import SummaryWriter as Writer
 
-    return cast(Board, SummaryWriter(folder, purge_step=step + 1))
+    return cast(SummaryWriter, Writer(folder, purge_step=step + 1))
 
 
 def _refused(path: Path, err: OSError) -> TinyViTError:
     reason = err.strerror or str(err)
     return TinyViTError(
-        f"{path} could not be written: {reason}; free space, then go on with resume: "
-        "the last saved state is whole"
+        f"{path} could not be written: {reason}; free space, then resume the run: the last saved "
+        "state is whole"
     )
 
 
-Facts: TypeAlias = dict[str, object]
-"""JSON-able values by name."""
-
-NEXT, CURRENT, PREVIOUS = (
-    "state.next.safetensors",
-    "state.safetensors",
-    "state.previous.safetensors",
-)
-_HEADER = "run"
+# -- the state -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -244,13 +250,13 @@ class RunState:
         path: The file.
         tensors: As ``pack`` gives them.
         facts: As they were written.
-        trouble: Newer files that could not be read, in words.
+        unreadable: Newer files that could not be read, in words.
     """
 
     path: Path
     tensors: dict[str, Tensor]
     facts: Facts
-    trouble: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
 
 def write_state(folder: Path, tensors: Mapping[str, Tensor], facts: Facts) -> Path:
@@ -259,7 +265,7 @@ def write_state(folder: Path, tensors: Mapping[str, Tensor], facts: Facts) -> Pa
     Args:
         folder: The run's folder.
         tensors: As ``pack`` gives them.
-        facts: JSON-able.
+        facts: JSON-able; the number of the format and the version are added.
 
     Returns:
         The file.
@@ -267,32 +273,34 @@ def write_state(folder: Path, tensors: Mapping[str, Tensor], facts: Facts) -> Pa
     Raises:
         CheckpointError: It could not be written; then the files are as they were.
     """
-    current = folder / CURRENT
-    fresh = folder / NEXT
+    current, fresh = folder / CURRENT, folder / NEXT
+    header = json.dumps({"format": FORMAT, "version": __version__, **facts})
     try:
-        write_state_dict(fresh, tensors, metadata={_HEADER: json.dumps(facts)})
+        write_state_dict(fresh, tensors, metadata={_HEADER: header})
     except CheckpointError as err:
         kept = f"the state before it, {current}, is whole" if current.exists() else "none was kept"
         raise CheckpointError(
-            f"the run's state could not be saved, and {kept}: {err}; then go on with resume"
+            f"the run's state could not be saved, and {kept}: {err}; then resume the run"
         ) from err
     if current.exists():
         os.replace(current, folder / PREVIOUS)
     os.replace(fresh, current)
-    _flush(folder)
+    if os.name == "posix":  # make the renames survive a power cut
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     return current
 
 
 def read_state(folder: Path) -> RunState | None:
-    """Read the newest whole state of a folder.
-
-    Returns:
-        The state; None where none was ever written.
+    """Read the newest whole state of a folder; None where none was ever written.
 
     Raises:
-        CheckpointError: There are states, and none can be read.
+        CheckpointError: There are states, and none can be read; or it is of a newer format.
     """
-    trouble: list[str] = []
+    unreadable: list[str] = []
     for name in (NEXT, CURRENT, PREVIOUS):  # NEXT is there only if a kill came between renames
         path = folder / name
         if not path.exists():
@@ -301,17 +309,18 @@ def read_state(folder: Path) -> RunState | None:
             file = read_state_dict(path)
             facts = json.loads(file.metadata[_HEADER])
         except (CheckpointError, KeyError, ValueError) as err:
-            trouble.append(f"{path} is no whole state ({err})")
+            unreadable.append(f"{path} is no whole state ({err})")
             continue
-        return RunState(path, file.tensors, facts, tuple(trouble))
-    if trouble:
+        check_format(facts.get("format"), FORMAT, facts.get("version"), str(path))
+        return RunState(path, file.tensors, facts, tuple(unreadable))
+    if unreadable:
         raise CheckpointError(
-            f"{'; '.join(trouble)}; no other state is there: start anew in another folder"
+            f"{'; '.join(unreadable)}; no other state is there: begin again in another folder"
         )
     return None
 
 
-def sweep(folder: Path) -> None:
+def remove_temporary_files(folder: Path) -> None:
     """Remove what a kill left half written: temporary files beside the run's own."""
     for pattern in (".*.safetensors.*.tmp", ".*.toml.*.tmp", ".*.jsonl.*.tmp", ".*.png.*.part"):
         for path in folder.glob(pattern):
@@ -342,36 +351,32 @@ def unpack(
     Raises:
         CheckpointError: They are of another network.
     """
-    memory: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimiser": {}}
     for key, value in tensors.items():
         part, _, rest = key.partition("/")
-        if part == "optimiser":
-            name, _, what = rest.rpartition("/")
-            memory.setdefault(name, {})[what] = value
+        parts.setdefault(part, {})[rest] = value
     try:
-        model.load_state_dict(_part(tensors, "model"))
+        model.load_state_dict(parts["model"])
         if average is not None:
-            average.load_state_dict(_part(tensors, "average"))
+            average.load_state_dict(parts["average"])
     except RuntimeError as err:
         raise CheckpointError(f"the state is of another network: {err}") from err
-    unknown = sorted(set(memory) - {name for name, _ in _named(optimiser)})
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in parts["optimiser"].items():
+        name, _, what = key.rpartition("/")
+        found.setdefault(name, {})[what] = value
+    unknown = sorted(set(found) - {name for name, _ in _named(optimiser)})
     if unknown:
         raise CheckpointError(
-            f"the state is of another run: it moved {', '.join(unknown)}, which does not move now"
+            f"the state is of another run: it trained {', '.join(unknown)}, which is not "
+            "trainable now"
         )
     for name, parameter in _named(optimiser):
-        if name in memory:
+        if name in found:
             optimiser.state[parameter] = {
                 what: value.clone() if what == "step" else _like(value, parameter)
-                for what, value in memory[name].items()
+                for what, value in found[name].items()
             }
-
-
-def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    prefix = f"{name}/"
-    return {
-        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
-    }
 
 
 def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
@@ -383,13 +388,3 @@ def _named(optimiser: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter
     """The optimiser's parameters by the names that ``parameter_groups`` gave them."""
     for group in optimiser.param_groups:
         yield from zip(group["names"], group["params"], strict=True)
-
-
-def _flush(folder: Path) -> None:
-    """Make renames survive a power cut, where the system knows how."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
