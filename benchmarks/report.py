@@ -17,7 +17,7 @@ _FACTS = {  # fact: its name for people
     "os": "system",
 }
 _HEADS = (
-    *("contestant", "ms", "quartiles", "pictures/s", "GFLOP/s"),
+    *("contestant", "ms", "quartiles", "images/s", "GFLOP/s"),
     *("max error", "peak MB", "faults", "first result s"),
 )
 _INTRODUCTION = """# Against the peers

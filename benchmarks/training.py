@@ -142,7 +142,7 @@ def markdown(cases: Sequence[Mapping]) -> str:
             f"{case['rounds']} rounds; torch {machine['torch']}, timm {machine['timm']}; "
             f"{machine['date']}",
             "",
-            "| | ms | quartiles | pictures/s | x timm | x timm+mallopt | faults | peak MB |",
+            "| | ms | quartiles | images/s | x timm | x timm+mallopt | faults | peak MB |",
             "|---|---:|---:|---:|---:|---:|---:|---:|",
         ]
         lines += [_line(row) for row in case["rows"]]

@@ -1,10 +1,10 @@
-# Sourced by the other scripts: makes .venv and installs the package into it, once.
+# Sourced by the other scripts: creates .venv and installs the package into it, once.
 # Usage: . scripts/env.sh EXTRAS   (EXTRAS is "" or e.g. "[dev]")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=${1-}
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-  echo "tinyvit wants Python 3.10 or newer, got $("$python" --version); set PYTHON=..." >&2
+  echo "tinyvit needs Python 3.10 or newer, got $("$python" --version); set PYTHON=..." >&2
   exit 1
 }
 stamp=.venv/.installed$extras

@@ -160,6 +160,31 @@ def calls_of(tree, *functions):
     ]
 
 
+def described_files():
+    """Path -> sentence of every file in the tree of docs/architecture.md."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    lines = page.split("## The tree")[1].split("```")[1].strip().splitlines()
+    folders, found = [], {}
+    for line in lines[1:]:
+        name, _, sentence = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2 - 1
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            found["".join(folders) + name] = sentence.strip()
+    return found
+
+
+def test_the_tree_in_the_docs_lists_every_file():
+    described = described_files()
+    here = {name_of(path) for path in sources() if path.name != "__init__.py"}
+    missing, gone = sorted(here - described.keys()), sorted(described.keys() - here)
+    assert not missing, f"docs/architecture.md lacks a sentence for {missing}"
+    assert not gone, f"docs/architecture.md lists {gone}, which are not there"
+    assert [name for name, sentence in described.items() if not sentence] == []
+
+
 def test_every_file_belongs_to_a_package():
     unknown = [
         path.relative_to(SRC).as_posix()

@@ -61,7 +61,7 @@ def run_stage(
             loss = "" if progress.loss is None else f", loss {progress.loss:.3f}"
             report(
                 f"{name}: step {progress.step} of {progress.steps}{loss}, "
-                f"{progress.images_per_second:.1f} pictures/s"
+                f"{progress.images_per_second:.1f} images/s"
             )
 
     result = train(_task(work, stage, start), settings, resume=True, report=tell)
