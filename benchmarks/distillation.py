@@ -28,9 +28,9 @@ from PIL import Image
 
 import tinyvit
 from tinyvit.bench import machine_facts
-from tinyvit.evaluate.segment import MeasureSettings, PlainPredictor, evaluate_segment
+from tinyvit.evaluate.segment import MeasureSettings, evaluate_segment
 from tinyvit.modules import TinyViT
-from tinyvit.sam import build_sam
+from tinyvit.sam import SamPredictor, build_sam
 from tinyvit.sam.embedding import spec_of
 from tinyvit.train import TrainSettings, train
 from tinyvit.train.tasks.distill import DistillFeaturesSettings
@@ -118,7 +118,7 @@ def train_on_masks(options, folder: Path, samples, spec, seconds: float) -> tupl
 def masks_of(sam, scenes) -> dict[str, float]:
     """Mean IoU of the true masks."""
     settings = MeasureSettings((1, 3), most_clicks=3, with_floors=False)
-    report = evaluate_segment(PlainPredictor(sam.eval()), scenes, settings)
+    report = evaluate_segment(SamPredictor(sam.eval(), fast=False), scenes, settings)
     return {name: value.value for name, value in report.ious.items()}
 
 

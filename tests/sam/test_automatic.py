@@ -5,13 +5,17 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from tinyvit.images.preprocess import to_input
 from tinyvit.sam import automatic as candidates
+from tinyvit.sam import decoder, upscale
 from tinyvit.sam import mask_ops as rle
-from tinyvit.sam import upscale
-from tinyvit.sam.automatic import SamAutomaticMaskGenerator
+from tinyvit.sam.automatic import Candidate, PackedMask, SamAutomaticMaskGenerator
 from tinyvit.sam.crops import build_all_layer_point_grids, generate_crop_boxes
+from tinyvit.sam.upscale import Region
 
 LENIENT = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
 
@@ -261,7 +265,7 @@ def test_a_mask_is_enlarged_only_where_it_can_be(make_tiny_sam, photo, monkeypat
     def refuse(*arguments):
         raise AssertionError("a whole mask was made")
 
-    monkeypatch.setattr(upscale, "upscale", refuse)
+    monkeypatch.setattr(decoder, "upscale", refuse)
     monkeypatch.setattr(candidates.PackedMask, "whole", refuse)
     generator = SamAutomaticMaskGenerator(make_tiny_sam(), 4, output_mode="coco_rle", **LENIENT)
     assert generator.generate(photo(50, 70))
@@ -284,7 +288,7 @@ def test_small_regions_go(make_tiny_sam, photo, monkeypatch):
     def found(self, image, progress):
         made = []
         for score, mask in ((0.9, holed), (0.8, tidy), (0.7, island), (0.6, close)):
-            region = upscale.Region(mask, 0, 0, *size, 1, 1)
+            region = upscale.Region(mask, 0, 0, 1, 1)
             made.append(candidates.Candidate.found(region, score, (1, 1), (0, 0, 40, 40), size))
         return made
 
@@ -352,5 +356,80 @@ def test_arguments_that_cannot_be(make_tiny_sam, arguments, words):
 
 
 def test_it_wants_a_sam(make_tiny_vit):
-    with pytest.raises(TypeError, match="wants a Sam, as build_sam makes it, came TinyViT"):
+    with pytest.raises(
+        TypeError, match=r"wants a Sam, as build_sam makes it, or the name or path .* came TinyViT"
+    ):
         SamAutomaticMaskGenerator(make_tiny_vit(0))
+
+
+@given(
+    hnp.arrays(bool, st.tuples(st.integers(0, 9), st.integers(0, 9))),
+    st.integers(0, 5),
+    st.integers(0, 5),
+)
+def test_a_mask_comes_back(part, top, left):
+    size = part.shape[0] + top + 2, part.shape[1] + left + 3
+    whole = np.zeros(size, bool)
+    whole[top : top + part.shape[0], left : left + part.shape[1]] = part
+    packed = PackedMask.of(part, top, left, size)
+    assert np.array_equal(packed.whole(), whole)
+    assert packed.whole().dtype == np.bool_
+    assert packed.area == whole.sum()
+    assert packed.part().shape == packed.shape
+    if packed.area:
+        rows, columns = np.nonzero(whole)
+        assert packed.box == (columns.min(), rows.min(), columns.max(), rows.max())
+        assert packed.part()[0].any() and packed.part()[:, -1].any()
+    else:
+        assert packed.shape == (0, 0)
+
+
+def test_it_is_small():
+    """A disc in 12 megapixels: its box, eight pixels to a byte, and deflated."""
+    y, x = np.ogrid[:1000, :1000]
+    disc = (y - 500) ** 2 + (x - 500) ** 2 < 400**2
+    packed = PackedMask.of(disc, 2000, 1000, (3000, 4000))
+    assert packed.shape == (799, 799)
+    assert len(packed.data) < disc.size / 50
+    assert packed.area == disc.sum()
+
+
+def a_region(mask, inner=3, outer=4):
+    return Region(np.array(mask, bool), 1, 2, inner, outer)
+
+
+def test_a_mask_of_a_crop_is_placed_in_the_image():
+    region = a_region([[0, 1, 1], [0, 0, 1]])
+    one = Candidate.found(region, 0.75, np.array([4.5, 2.5]), [10, 20, 40, 40], (60, 80))
+    assert one.mask.box == (10 + 2 + 1, 20 + 1, 10 + 2 + 2, 20 + 2)
+    assert one.mask.area == 3
+    assert one.mask.size == (60, 80)
+    assert one.point == (14.5, 22.5)
+    assert one.crop_box == (10, 20, 40, 40)
+    assert (one.predicted_iou, one.stability) == (0.75, 0.75)
+
+
+def test_an_empty_mask_is_a_point_in_its_crop():
+    """segment-anything gives it the box 0, 0, 0, 0 of the crop."""
+    one = Candidate.found(a_region(np.zeros((2, 2))), 0.5, [0, 0], [10, 20, 40, 40], (60, 80))
+    assert one.mask.box == (10, 20, 10, 20)
+    assert not one.mask.whole().any()
+
+
+def test_stability_is_compared_in_single_precision():
+    assert a_region([[1]], 19, 20).stability == float(np.float32(0.95))
+    assert np.isnan(a_region([[0]], 0, 0).stability)
+    assert a_region([[1]], 1, 3).stability == pytest.approx(1 / 3)
+
+
+def test_thresholds_are_the_callers_then_the_checkpoints_then_segment_anythings(make_tiny_sam):
+    sam = make_tiny_sam()
+    generator = SamAutomaticMaskGenerator(sam)
+    assert generator.pred_iou_thresh == 0.88
+    assert generator.stability_score_thresh == 0.95
+    assert generator.stability_score_offset == 1.0
+    sam.thresholds = {"pred_iou_thresh": 0.5, "stability_score_offset": 0.25}
+    generator = SamAutomaticMaskGenerator(sam, stability_score_offset=0.75)
+    assert generator.pred_iou_thresh == 0.5
+    assert generator.stability_score_thresh == 0.95
+    assert generator.stability_score_offset == 0.75

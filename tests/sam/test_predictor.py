@@ -7,13 +7,12 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from tinyvit.errors import ImageError
+from tinyvit.errors import CheckpointError, ImageError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.inference import Engine
 from tinyvit.sam.build import build_sam
 from tinyvit.sam.embedding import ImageEmbedding
 from tinyvit.sam.predictor import SamPredictor
-from tinyvit.sam.upscale import upscale
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # the fast forms sum in another order, through all layers
 POINTS, LABELS = np.array([[20, 30], [40.5, 10]]), np.array([1, 0])
@@ -21,7 +20,7 @@ BOX = np.array([5, 8, 50, 40])
 
 
 def segment(sam, image, points=None, labels=None, box=None, masks=None, multimask=True):
-    """The answer by ``Sam.forward``, which runs the modules as they are."""
+    """What ``Sam.forward`` predicts, which runs the modules as they are."""
     transform = SamPredictor(sam).transform
     size = image.shape[:2]
     record = {
@@ -147,7 +146,7 @@ def test_the_threshold_is_the_models(make_tiny_sam, photo):
     assert np.array_equal(predictor.predict(box=BOX)[0], logits > 0.25)
 
 
-def test_an_answer_can_be_a_prompt(predictor):
+def test_a_prediction_can_be_a_prompt(predictor):
     _, scores, low_res = predictor.predict(POINTS, LABELS)
     best = int(scores.argmax())
     again, _, _ = predictor.predict(
@@ -263,22 +262,13 @@ def test_a_turned_photograph_is_segmented_as_it_is_shown(
     assert_same(predictor.predict(click, np.array([1])), segment(sam, shown, click, np.array([1])))
 
 
-def test_a_large_photograph_is_enlarged_one_mask_at_a_time(make_tiny_sam, monkeypatch):
+def test_a_large_photograph(make_tiny_sam):
     sam, image = make_tiny_sam(), np.zeros((2000, 3000, 3), np.uint8)
     image[500:1500, 1000:2000] = 255
-    predictor, sizes = SamPredictor(sam), []
-
-    def watched(low_res, *arguments):
-        sizes.append(len(low_res))
-        return upscale(low_res, *arguments)
-
-    monkeypatch.setattr("tinyvit.sam.segmenter.upscale", watched)
+    predictor = SamPredictor(sam)
     predictor.set_image(image)
     points, labels = np.array([[1500, 1000]]), np.array([1])
-    found = predictor.predict(points, labels)
-    assert found[0].shape == (3, 2000, 3000)
-    assert sizes == [1, 1, 1]
-    assert_same(found, segment(sam, image, points, labels))
+    assert_same(predictor.predict(points, labels), segment(sam, image, points, labels))
 
 
 def test_an_image_that_cannot_be_read_is_not_set(predictor, tmp_path):
@@ -434,6 +424,7 @@ def test_wrong_prompts_say_what_was_wanted(predictor, arguments, words):
         ((None, None), "nothing is prompted"),
         ((torch.zeros(1, 1, 2), None), "point_coords and point_labels go together"),
         ((torch.zeros(1, 2), torch.ones(1)), r"\[B, N, 2\]; came \[1, 2\]"),
+        ((None, None, np.zeros((1, 4))), "boxes must be a tensor, came ndarray"),
         ((None, None, torch.zeros(4)), r"\[B, 4\]; came \[4\]"),
         ((None, None, None, torch.zeros(1, 1, 8, 8)), r"\[B, 1, 16, 16\]; came \[1, 1, 8, 8\]"),
     ],
@@ -447,7 +438,9 @@ def test_wrong_tensors_say_what_was_wanted(predictor, arguments, words):
 
 
 def test_it_wants_a_sam(make_tiny_vit):
-    with pytest.raises(TypeError, match=r"wants a Sam, .* came TinyViT; SamPredictor.from_check"):
+    with pytest.raises(
+        TypeError, match=r"SamPredictor wants a Sam, .* or the name or path of a .*; came TinyViT"
+    ):
         SamPredictor(make_tiny_vit())
 
 
@@ -469,3 +462,50 @@ def test_from_the_embedded_weights(photo):
     found = predictor.predict(POINTS, LABELS)
     assert found[2].shape == (3, 64, 64)
     assert_same(found, segment(build_sam("tinyvit_starter"), image, POINTS, LABELS))
+
+
+def test_a_name_or_a_file_is_a_model(make_tiny_sam, photo, tmp_path):
+    predictor = SamPredictor("tinyvit_starter")
+    assert (
+        predictor.model.image_encoder.img_size
+        == build_sam("tinyvit_starter").image_encoder.img_size
+    )
+    with pytest.raises(CheckpointError, match=r"none\.safetensors"):
+        SamPredictor(tmp_path / "none.safetensors")
+
+
+# --- as it is ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_hq", [False, True])
+@pytest.mark.parametrize("prompt", [{"points": POINTS, "labels": LABELS}, {"box": BOX}])
+def test_the_plain_form_is_the_model(make_tiny_sam, photo, prompt, is_hq):
+    sam, image = make_tiny_sam(is_hq=is_hq), photo(50, 70)
+    predictor = SamPredictor(sam, fast=False)
+    predictor.set_image(image)
+    found = predictor.predict(prompt.get("points"), prompt.get("labels"), prompt.get("box"))
+    assert_same(found, segment(sam, image, **prompt))
+
+
+def test_the_plain_form_sees_new_weights_at_once(make_tiny_sam, photo):
+    sam = make_tiny_sam()
+    predictor = SamPredictor(sam, fast=False)
+    predictor.set_image(photo(40, 40))
+    _, before, _ = predictor.predict(POINTS[:1], LABELS[:1])
+    sam.mask_decoder.iou_prediction_head.layers[-1].bias.data[2] += 1  # which no watch notices
+    _, after, _ = predictor.predict(POINTS[:1], LABELS[:1])
+    np.testing.assert_allclose(after - before, [0, 1, 0], atol=1e-5)
+
+
+def test_the_plain_form_has_no_backend_and_no_precision(make_tiny_sam):
+    with pytest.raises(ValueError, match="fast=False runs the model as it is; leave engine"):
+        SamPredictor(make_tiny_sam(), backend="openvino", fast=False)
+    with pytest.raises(ValueError, match="fast=False runs the model as it is; leave the precision"):
+        SamPredictor(make_tiny_sam(), decoder_precision="fp64", fast=False)
+
+
+def test_features_that_are_written_to_are_used(predictor):
+    before = predictor.predict(POINTS, LABELS)[2]
+    predictor.features.mul_(-1)
+    assert np.abs(predictor.predict(POINTS, LABELS)[2] - before).max() > 0.01
+    assert predictor.embedding.weights_sha256 is None

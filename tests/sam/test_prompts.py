@@ -1,3 +1,5 @@
+"""Prompts, their checks, batches of one kind, and masks as logits."""
+
 from __future__ import annotations
 
 import json
@@ -5,8 +7,20 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tinyvit.sam.prompts import Prompt, to_prompt
+from tinyvit.image_spec import ImageSpec
+from tinyvit.sam.prompts import (
+    SURE,
+    Prompt,
+    PromptBatch,
+    group_prompts,
+    mask_to_logits,
+    stack_prompts,
+    to_prompt,
+)
+from tinyvit.sam.upscale import upscale
 
 LOGITS = np.zeros((16, 16), np.float32)
 MASK = np.zeros((48, 64), bool)
@@ -125,3 +139,142 @@ def test_a_dictionary_is_a_prompt_too():
         to_prompt({"point": [[1, 2]]})
     with pytest.raises(TypeError, match=r"wanted a Prompt or a dictionary .* came list"):
         to_prompt([[1, 2]])
+
+
+PLACEMENT = ImageSpec.sam(64).place(24, 32)  # twice the size
+LOW_RES, STRIDE = (16, 16), 4.0
+POINTS = np.zeros((3, 2, 2), np.float32)
+
+
+def test_prompts_are_moved_to_the_model_and_stacked():
+    prompts = [
+        Prompt([[1, 2], [3, 4]], [1, 0], [0, 0, 10, 20], np.full(LOW_RES, 5.0)),
+        Prompt([[5, 6], [7, 8]], [0, 0], [1, 2, 3, 4], np.full(LOW_RES, 7.0)),
+    ]
+    tensors = stack_prompts(prompts, PLACEMENT, LOW_RES, STRIDE)
+    coords, labels = tensors.points
+    assert coords.tolist() == [[[2, 4], [6, 8]], [[10, 12], [14, 16]]]
+    assert coords.dtype == tensors.boxes.dtype == tensors.masks.dtype == np.float32
+    assert labels.tolist() == [[1, 0], [0, 0]]
+    assert tensors.boxes.tolist() == [[0, 0, 20, 40], [2, 4, 6, 8]]
+    assert tensors.masks.shape == (2, 1, 16, 16)
+    assert tensors.masks[:, 0, 0, 0].tolist() == [5, 7]
+    assert len(tensors) == 2
+
+
+@pytest.mark.parametrize(
+    "prompt, given",
+    [
+        (Prompt([[1, 2]]), (True, False, False)),
+        (Prompt(box=[0, 0, 1, 1]), (False, True, False)),
+        (Prompt(mask=np.zeros(LOW_RES)), (False, False, True)),
+    ],
+)
+def test_what_is_not_prompted_is_none(prompt, given):
+    tensors = stack_prompts([prompt], PLACEMENT, LOW_RES, STRIDE)
+    parts = tensors.points, tensors.boxes, tensors.masks
+    assert tuple(part is not None for part in parts) == given
+    assert len(tensors) == 1
+
+
+def test_groups_are_of_one_number_of_points_with_or_without_box_and_mask():
+    one, two = Prompt([[1, 2]]), Prompt([[1, 2], [3, 4]])
+    box, both = Prompt(box=[0, 0, 1, 1]), Prompt([[1, 2]], box=[0, 0, 1, 1])
+    mask = Prompt([[1, 2]], mask=np.zeros(LOW_RES))
+    groups = group_prompts([one, box, two, one, both, mask, box])
+    assert groups == {
+        (1, False, False): [0, 3],
+        (0, True, False): [1, 6],
+        (2, False, False): [2],
+        (1, True, False): [4],
+        (1, False, True): [5],
+    }
+    assert group_prompts([]) == {}
+    with pytest.raises(ValueError, match="only prompts of one kind can be stacked"):
+        stack_prompts([one, two], PLACEMENT, LOW_RES, STRIDE)
+
+
+def test_a_part_has_some_of_the_prompts():
+    labels = np.array([[1, 0], [1, 1], [0, -1]])
+    tensors = PromptBatch((POINTS, labels), np.arange(12.0).reshape(3, 4), None)
+    part = tensors.part(1, 9)
+    assert len(part) == 2
+    assert part.points[1].tolist() == [[1, 1], [0, -1]]
+    assert part.boxes[0].tolist() == [4, 5, 6, 7]
+    assert part.masks is None
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({}, "nothing is prompted; give points, boxes or masks"),
+        ({"points": (np.zeros((2, 2)), np.ones(2))}, r"point_coords .* \[B, N, 2\]; came"),
+        ({"points": (POINTS, np.ones(3))}, r"point_labels .* \[3, 2\]; came \[3\]"),
+        ({"points": (POINTS, np.full((3, 2), 2))}, r"1, 0, or -1 .*; came \[2\]"),
+        ({"points": (POINTS + np.nan, np.ones((3, 2)))}, "point_coords must be finite"),
+        ({"boxes": np.zeros(4)}, r"boxes must have the shape \[B, 4\]; came \[4\]"),
+        ({"masks": np.zeros((1, 4, 4))}, r"mask_input .* \[B, 1, h4, w4\]; came \[1, 4, 4\]"),
+        ({"masks": np.zeros((1, 2, 4, 4))}, r"mask_input .*; came \[1, 2, 4, 4\]"),
+        (
+            {"points": (POINTS, np.ones((3, 2))), "boxes": np.zeros((2, 4))},
+            "the same objects; came 3 in point_coords, 2 in boxes",
+        ),
+    ],
+)
+def test_wrong_arrays_say_what_was_wanted(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        PromptBatch(**arguments)
+
+
+def test_logits_are_given_back():
+    logits = np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)
+    found = mask_to_logits(logits, ImageSpec.sam(64).place(48, 64), (16, 16), 4.0)
+    assert np.array_equal(found, logits)
+
+
+def test_a_low_res_pixel_has_what_is_covered_of_it():
+    mask = np.zeros((64, 64), bool)
+    mask[:8, :6] = True  # two rows of cells; one and a half columns
+    found = mask_to_logits(mask, ImageSpec.sam(64).place(64, 64), (16, 16), 4.0)
+    # the pixels are counted exactly: no resizing here
+    assert found[:2, :3].tolist() == [[SURE, 0, -SURE]] * 2
+    assert (found[2:] == -SURE).all()
+
+
+def test_padding_is_not_the_object():
+    found = mask_to_logits(np.ones((24, 32), bool), ImageSpec.sam(64).place(24, 32), (16, 16), 4.0)
+    assert (found[:12] == SURE).all()
+    assert (found[12:] == -SURE).all()
+
+
+def test_an_unpadded_image_has_a_smaller_grid():
+    placement = ImageSpec.sam(64, pad=False).place(24, 32)  # 48 x 64, which is 3 x 4 cells
+    found = mask_to_logits(np.ones((24, 32), bool), placement, (12, 16), 4.0)
+    assert found.shape == (12, 16)
+    assert (found == SURE).all()
+
+
+@given(
+    height=st.integers(20, 200),
+    width=st.integers(20, 200),
+    left=st.floats(0, 0.4),
+    right=st.floats(0.6, 1),
+)
+def test_the_outline_stays_where_it_was(height, width, left, right):
+    placement = ImageSpec.sam(128).place(height, width)
+    mask = np.zeros((height, width), bool)
+    mask[:, round(left * width) : round(right * width)] = True
+    logits = mask_to_logits(mask, placement, (32, 32), 4.0)
+    again = upscale(logits, placement) > 0
+    # In the first row, away from the padding. A low-res pixel is 4 of 128 on the longer side; an
+    # edge moves by less than half of one, in whole pixels, and there are two edges.
+    side = max(height, width) / 32
+    assert (again != mask)[0].sum() <= 2 * np.ceil(side / 2)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1)])
+def test_the_thinnest_images_will_do(size):
+    placement = ImageSpec.sam(64).place(*size)
+    found = mask_to_logits(np.ones(size, bool), placement, (16, 16), 4.0)
+    assert np.isfinite(found).all()
+    assert found.max() > -SURE

@@ -86,7 +86,7 @@ class ModelWatch:
         ]
         tensors = (*model.parameters(), *model.buffers())
         self._tensors = [
-            (tensor, tensor.data_ptr(), _version(tensor), list(_samples(tensor)))
+            (tensor, tensor.data_ptr(), version_of(tensor), list(_samples(tensor)))
             for tensor in tensors
         ]
 
@@ -97,7 +97,7 @@ class ModelWatch:
                 return True
         return any(
             tensor.data_ptr() != address
-            or _version(tensor) != version
+            or version_of(tensor) != version
             or any(bytes(place) != seen for place, seen in samples)
             for tensor, address, version, samples in self._tensors
         )
@@ -114,7 +114,8 @@ def _dicts(module: nn.Module) -> tuple[dict[Any, Any], ...]:
     )
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
+    """Torch's count of in-place changes; inference tensors have none."""
     return 0 if tensor.is_inference() else tensor._version
 
 

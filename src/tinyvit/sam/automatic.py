@@ -1,26 +1,25 @@
-"""Masks found in an image before it is known which of them stay: small, and quick to filter.
+"""``SamAutomaticMaskGenerator``: the masks of everything in an image, from a grid of points.
 
-A candidate holds its pixels packed, eight to a byte and deflated, within its own box: hundreds of
-masks of a large photograph take a few megabytes, where whole ones would take gigabytes. Knows no
-model.
+Until it is known which masks stay, a candidate holds its pixels packed, eight to a byte and
+deflated, within its own box: hundreds of masks of a large photograph take a few megabytes, where
+whole ones would take gigabytes.
 
-Letters: H W the image, hh ww a mask's box.
+Shapes: P points, H W the image, hh ww a mask's box.
 """
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, TypedDict, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, get_args
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 
 from tinyvit.images.decode import ImageSource, decode
-from tinyvit.inference import Backend, Engine
-from tinyvit.inference.backend import BackendName, choose_device
+from tinyvit.inference.backend import choose_device
 
 from .crops import (
     CropBox,
@@ -29,11 +28,31 @@ from .crops import (
     generate_crop_boxes,
     is_box_near_crop_edge,
 )
-from .decoder import PointDecoder
 from .embedding import ImageEmbedding, ImageEncoder
-from .mask_ops import RLE, encode_region, non_maximum_suppression, remove_small_regions
-from .model import Sam
+from .mask_ops import (
+    RLE,
+    box_around,
+    encode_region,
+    non_maximum_suppression,
+    remove_small_regions,
+)
+from .prompts import PromptBatch
 from .upscale import Region, RegionUpscaler
+
+if TYPE_CHECKING:
+    import torch
+
+    from tinyvit.inference.backend import Backend, BackendName
+    from tinyvit.inference.engine import Engine
+
+    from .model import Sam
+
+THRESHOLDS: Mapping[str, float] = {
+    "pred_iou_thresh": 0.88,
+    "stability_score_thresh": 0.95,
+    "stability_score_offset": 1.0,
+}
+"""Segment-anything's, for checkpoints that have none of their own."""
 
 
 @dataclass(frozen=True)
@@ -58,23 +77,14 @@ class PackedMask:
 
     @classmethod
     def of(cls, mask: NDArray[np.bool_], top: int, left: int, size: tuple[int, int]) -> PackedMask:
-        """Pack a mask.
-
-        Args:
-            mask: [any, any] bool: a part of the image outside of which the mask is empty.
-            top: Row of the image that the part's first row is.
-            left: Column of the image that the part's first column is.
-            size: (H, W) of the image.
-        """
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        if not len(rows):
+        """Pack a part of a mask, which is empty outside; the part begins at (top, left)."""
+        x0, y0, x1, y1 = box_around(mask)
+        tight = mask[y0:y1, x0:x1]
+        if not tight.size:
             return cls(size, top, left, (0, 0), 0, b"")
-        first_row, first_column = int(rows[0]), int(columns[0])
-        tight = mask[first_row : int(rows[-1]) + 1, first_column : int(columns[-1]) + 1]
         data = zlib.compress(np.packbits(tight).tobytes(), 1)
-        shape = int(tight.shape[0]), int(tight.shape[1])
         area = int(np.count_nonzero(tight))
-        return cls(size, top + first_row, left + first_column, shape, area, data)
+        return cls(size, top + y0, left + x0, (y1 - y0, x1 - x0), area, data)
 
     @property
     def box(self) -> tuple[int, int, int, int]:
@@ -124,29 +134,13 @@ class Candidate:
         crop_box: Sequence[int],
         size: tuple[int, int],
     ) -> Candidate:
-        """A mask of a crop, moved into the image.
-
-        Args:
-            region: The mask in the crop.
-            predicted_iou: The network's own estimate.
-            point: (x, y) in pixels of the crop.
-            crop_box: xyxy in pixels of the image.
-            size: (H, W) of the image.
-        """
+        """A mask of a crop, placed in the image; ``point`` is in pixels of the crop."""
         x0, y0, x1, y1 = crop_box
         mask = PackedMask.of(region.mask, region.top + y0, region.left + x0, size)
         if not mask.area:
             mask = replace(mask, top=y0, left=x0)
-        moved = float(point[0]) + x0, float(point[1]) + y0
-        return cls(mask, predicted_iou, stability_of(region), moved, (x0, y0, x1, y1))
-
-
-def stability_of(region: Region) -> float:
-    """Stability in float32, which is what segment-anything compares; nan for no pixels."""
-    return float(np.float32(region.stability))
-
-
-pass
+        placed = float(point[0]) + x0, float(point[1]) + y0
+        return cls(mask, predicted_iou, region.stability, placed, (x0, y0, x1, y1))
 
 
 OutputMode = Literal["binary_mask", "uncompressed_rle", "coco_rle"]
@@ -192,12 +186,16 @@ class MaskRecord(TypedDict):
 class SamAutomaticMaskGenerator:
     """Finds the masks of everything in an image.
 
-    May be used by several threads. A model with Light HQ-SAM's decoder works too, without the fast
-    form of the decoder.
+    May be used by several threads; it can be copied and pickled. A model with Light HQ-SAM's
+    decoder works too, without the fast form of the decoder.
+
+    The three thresholds that are None by default are the checkpoint's own where its file has some,
+    else segment-anything's: 0.88, 0.95 and 1.0.
 
     Args:
-        model: The model; never changed. When its weights change, what was derived of them is made
-            anew.
+        model: The model, which is never changed; or the name of a checkpoint, or the path of a file
+            or folder that holds a whole SAM. When its weights change, what was derived of them is
+            rebuilt.
         points_per_side: Points along each side of the image; None where ``point_grids`` are
             given.
         points_per_batch: Points decoded between two filterings: more take more memory.
@@ -224,7 +222,7 @@ class SamAutomaticMaskGenerator:
         pad: As for ``tinyvit.Engine``: False spends no work on padding, with other numbers.
 
     Raises:
-        TypeError: ``model`` is no ``Sam``.
+        TypeError: ``model`` is neither a ``Sam`` nor the name or path of one.
         ValueError: A value is out of its range, or two do not go together.
         MissingExtraError: The package of the backend is not installed.
 
@@ -240,12 +238,12 @@ class SamAutomaticMaskGenerator:
 
     def __init__(
         self,
-        model: Sam,
+        model: Sam | str | os.PathLike[str],
         points_per_side: int | None = 32,
         points_per_batch: int = 64,
-        pred_iou_thresh: float = 0.88,
-        stability_score_thresh: float = 0.95,
-        stability_score_offset: float = 1.0,
+        pred_iou_thresh: float | None = None,
+        stability_score_thresh: float | None = None,
+        stability_score_offset: float | None = None,
         box_nms_thresh: float = 0.7,
         crop_n_layers: int = 0,
         crop_nms_thresh: float = 0.7,
@@ -261,11 +259,9 @@ class SamAutomaticMaskGenerator:
         device: str | torch.device | None = None,
         pad: bool | None = None,
     ) -> None:
-        if not isinstance(model, Sam):
-            raise TypeError(
-                f"SamAutomaticMaskGenerator wants a Sam, as build_sam makes it, came "
-                f"{type(model).__name__}"
-            )
+        from .build import as_sam
+        from .decoder import TorchDecoder
+
         if output_mode not in get_args(OutputMode):
             raise ValueError(
                 f"output_mode must be one of {get_args(OutputMode)}, came {output_mode!r}"
@@ -273,11 +269,14 @@ class SamAutomaticMaskGenerator:
         self.point_grids = _grids(
             points_per_side, point_grids, crop_n_layers, crop_n_points_downscale_factor
         )
-        self.model = model
+        self.model = as_sam(model, "SamAutomaticMaskGenerator")
+        thresholds = {**THRESHOLDS, **self.model.thresholds}
         self.points_per_batch = points_per_batch
-        self.pred_iou_thresh = pred_iou_thresh
-        self.stability_score_thresh = stability_score_thresh
-        self.stability_score_offset = stability_score_offset
+        given = pred_iou_thresh, stability_score_thresh, stability_score_offset
+        self.pred_iou_thresh, self.stability_score_thresh, self.stability_score_offset = (
+            thresholds[name] if value is None else value
+            for name, value in zip(THRESHOLDS, given, strict=True)
+        )
         self.box_nms_thresh = box_nms_thresh
         self.crop_n_layers = crop_n_layers
         self.crop_nms_thresh = crop_nms_thresh
@@ -287,16 +286,16 @@ class SamAutomaticMaskGenerator:
         self.output_mode = output_mode
         for name, (least, below) in _RANGES.items():
             _check_range(name, getattr(self, name), least, below)
-        place = choose_device(str(model.device if device is None else device))
+        place = choose_device(str(self.model.device if device is None else device))
         self._encoder = ImageEncoder(
-            model,
+            self.model,
             engine=engine,
             backend=backend,
             precision=precision,
             device=place if isinstance(backend, str) else "auto",
             pad=pad,
         )
-        self._decoder = PointDecoder(model, place)
+        self._decoder = TorchDecoder(self.model, place)
 
     def generate(self, image: ImageSource, progress: Progress | None = None) -> list[MaskRecord]:
         """Find the masks of everything in an image.
@@ -347,21 +346,21 @@ class SamAutomaticMaskGenerator:
         """The masks of one crop that pass the filters."""
         height, width = embedding.placement.original_size
         points = grid * np.array([width, height])
-        in_model = torch.from_numpy(embedding.placement.points_to_model(points)).float()
-        on_crop = self._decoder.on(embedding)
-        grid_h, grid_w = embedding.features.shape[-2:]
-        enlarge = RegionUpscaler((4 * grid_h, 4 * grid_w), embedding.placement, self._decoder.pitch)
+        in_model = embedding.placement.points_to_model(points).astype(np.float32)
+        decoder, prepared = self._decoder, self._decoder.prepare(embedding)
+        enlarge = RegionUpscaler(embedding.low_res_size, embedding.placement, decoder.logit_stride)
         threshold, offset = self.model.mask_threshold, self.stability_score_offset
-        least_iou = self.pred_iou_thresh if self.pred_iou_thresh > 0 else None
+        min_iou = self.pred_iou_thresh if self.pred_iou_thresh > 0 else -np.inf
         for start in range(0, len(points), self.points_per_batch):
-            few = in_model[start : start + self.points_per_batch]
-            decoded = on_crop.decode(few, least_iou)
-            scores, prompts = decoded.iou_predictions.tolist(), decoded.prompts.tolist()
-            for logits, score, prompt in zip(decoded.low_res_logits, scores, prompts, strict=True):
+            few = in_model[start : start + self.points_per_batch, None]  # [n, 1, 2]
+            batch = PromptBatch((few, np.ones((len(few), 1), np.int64)))
+            masks, scores = decoder.decode(prepared, batch, min_iou=min_iou)
+            for logits, (number, token) in zip(masks, np.argwhere(scores > min_iou), strict=True):
                 region = enlarge(logits, threshold, offset)
-                if self._is_unstable(stability_of(region)):
+                if self._is_unstable(region.stability):
                     continue
-                one = Candidate.found(region, score, points[start + prompt], box, size)
+                score = float(scores[number, token])
+                one = Candidate.found(region, score, points[start + number], box, size)
                 if not _is_cut_off(one, size):
                     yield one
             count.add(len(few))

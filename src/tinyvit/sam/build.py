@@ -93,7 +93,20 @@ def build_sam(
     if opened is not None:
         _fill_heads(sam, opened)
         sam.thresholds = dict(opened.thresholds)
+        sam.mask_threshold = sam.thresholds.get("mask_threshold", sam.mask_threshold)
     return sam.eval()
+
+
+def as_sam(given: Sam | str | os.PathLike[str] | None, wanted_by: str) -> Sam:
+    """A ``Sam``, or one from a checkpoint's name, file or folder; None: the embedded weights."""
+    if isinstance(given, Sam):
+        return given
+    if given is not None and not isinstance(given, (str, os.PathLike)):
+        raise TypeError(
+            f"{wanted_by} wants a Sam, as build_sam makes it, or the name or path of a checkpoint; "
+            f"came {type(given).__name__}"
+        )
+    return build_sam(DEFAULT_CHECKPOINT if given is None else given)
 
 
 def _check_parts(opened: OpenedCheckpoint) -> None:

@@ -1,11 +1,10 @@
-"""The embedding of one image as a value: made once, kept in a file, decoded anywhere.
+"""The embedding of one image: the value, its file, and what makes it of an image for a ``Sam``.
 
 The file is safetensors: ``features`` [C, h, w], for Light HQ-SAM also ``interm_features``, and in
-the header, each text JSON, what made them and where the image lies in the model's frame. These
+the header, each text JSON, what made them and where the image lies in the model's input. These
 are the conventions of ``tinyvit encode``, whose files can be loaded here.
 
-Knows no model and no prompts: it is checked against what a model says of itself. Letters: C
-channels, h w the embedding's grid, D channels of the early map.
+Shapes: C channels, h w the embedding's grid, D channels of the early map.
 """
 
 from __future__ import annotations
@@ -13,32 +12,38 @@ from __future__ import annotations
 import copy
 import json
 import os
-import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
-import torch
-from torch import Tensor
+import safetensors.numpy
+from numpy.typing import ArrayLike, NDArray
+from safetensors import SafetensorError
 
-from tinyvit.checkpoints import read_state_dict, write_state_dict
+from tinyvit.checkpoints.files import check_format, write_bytes
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec, Placement
 from tinyvit.images.decode import ImageSource, decode
 from tinyvit.images.preprocess import PreparedImage, normalise_and_pad, to_input
-from tinyvit.inference import Backend, Encoded, Engine, Picture
-from tinyvit.inference.backend import BackendName
-from tinyvit.inference.derived import ModelWatch
-from tinyvit.modules import TinyViT
-from tinyvit.modules.sam.mask_decoder import HQMaskDecoder
+from tinyvit.inference.derived import Derived
 
-from .model import Sam
 from .prompts import Size
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from tinyvit.inference.backend import Backend, BackendName, Encoded
+    from tinyvit.inference.engine import Engine, Picture
+
+    from .model import Sam
+
+FORMAT = 1
+"""Of the file: 0 had no number and no ``precision``."""
+
+_DTYPES = {"fp32": np.float32, "fp16": np.float16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,45 +51,48 @@ class ImageEmbedding:
     """What an image encoder made of one image, and all that is needed to decode it.
 
     Args:
-        features: [C, h, w], floating point; kept as float32 on the CPU.
-        placement: Where the image lies in the model's frame; maps coordinates both ways.
+        features: [C, h, w], floating point, an array or a tensor; kept as float32 in numpy.
+        placement: Where the image lies in the model's input; maps coordinates both ways.
         image_spec: How the image was prepared.
         weights_sha256: Of the encoder, from ``Engine.weights_sha256``; None where it is not known.
-        interm_features: [h, w, D], the encoder's early map that Light HQ-SAM's decoder looks at;
-            None for other decoders.
+        interm_features: [h, w, D], the encoder's early map for Light HQ-SAM's decoder; None for
+            other decoders.
+        precision: What the encoder computed in, "fp32" or "bf16"; None where it is not known.
 
     Raises:
         ValueError: The features or the early map have another shape.
     """
 
-    features: Tensor
+    features: NDArray[np.float32]
     placement: Placement
     image_spec: ImageSpec
     weights_sha256: str | None = None
-    interm_features: Tensor | None = None
+    interm_features: NDArray[np.float32] | None = None
+    precision: str | None = None
 
     def __post_init__(self) -> None:
-        for name, wanted in (("features", "[C, h, w]"), ("interm_features", "[h, w, D]")):
-            tensor = getattr(self, name)
-            if tensor is None:
-                continue
-            if tensor.ndim != 3 or not tensor.is_floating_point() or not tensor.numel():
-                raise ValueError(
-                    f"{name} of one image must be {wanted}, floating point; "
-                    f"came {list(tensor.shape)} {tensor.dtype}"
-                )
-            object.__setattr__(self, name, tensor.detach().to("cpu", torch.float32))
+        object.__setattr__(self, "features", _as_map("features", "[C, h, w]", self.features))
+        early = self.interm_features
+        if early is None:
+            return
+        early = _as_map("interm_features", "[h, w, D]", early)
+        object.__setattr__(self, "interm_features", early)
         grid = self.features.shape[1:]
-        if self.interm_features is not None and self.interm_features.shape[:2] != grid:
+        if early.shape[:2] != grid:
             raise ValueError(
                 f"interm_features must have the grid of the features, {list(grid)}; "
-                f"came {list(self.interm_features.shape)}"
+                f"came {list(early.shape)}"
             )
 
     @property
     def original_size(self) -> tuple[int, int]:
         """(height, width) of the image in pixels."""
         return self.placement.original_size
+
+    @property
+    def low_res_size(self) -> tuple[int, int]:
+        """(height, width) of the low-res logits that a decoder gives, 4 for each grid position."""
+        return 4 * self.features.shape[1], 4 * self.features.shape[2]
 
     def check(self, weights_sha256: str | None, image_spec: ImageSpec) -> None:
         """Check that a model can decode this: its encoder would have made the same of the image.
@@ -119,7 +127,7 @@ class ImageEmbedding:
 
         Args:
             path: The file, in a folder that exists.
-            dtype: "fp32" keeps every bit; "fp16" takes half the room and keeps about three digits.
+            dtype: "fp32" keeps every bit; "fp16" takes half the space and keeps about three digits.
 
         Returns:
             The path.
@@ -128,24 +136,33 @@ class ImageEmbedding:
             ValueError: Another ``dtype``, or values that it cannot hold.
             CheckpointError: The file cannot be written.
         """
+        path = Path(path)
+        write_bytes(path, self.to_bytes(dtype=dtype))
+        return path
+
+    def to_bytes(self, *, dtype: Literal["fp32", "fp16"] = "fp32") -> bytes:
+        """What ``save`` writes; arguments and ``ValueError`` as there."""
         if dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; came {dtype!r}")
-        tensors = {"features": self.features.to(_DTYPES[dtype])}
-        if self.interm_features is not None:
-            tensors["interm_features"] = self.interm_features.to(_DTYPES[dtype])
-        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        with np.errstate(over="ignore"):
+            arrays = {"features": self.features.astype(_DTYPES[dtype])}
+            if self.interm_features is not None:
+                arrays["interm_features"] = self.interm_features.astype(_DTYPES[dtype])
+        if not all(np.isfinite(array).all() for array in arrays.values()):
             raise ValueError(
                 f"the features hold values that are not finite in {dtype}; "
                 + ("save with dtype='fp32'" if dtype == "fp16" else "encode the image again")
             )
         header = {
             **asdict(self.placement),
+            "format": FORMAT,
             "image_spec": self.image_spec.to_dict(),
             "weights_sha256": self.weights_sha256,
+            "precision": self.precision,
             "tinyvit_version": version("tinyvit"),
         }
         texts = {key: json.dumps(value) for key, value in header.items()}
-        return write_state_dict(path, tensors, metadata=texts)
+        return safetensors.numpy.save(arrays, metadata=texts)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ImageEmbedding:
@@ -158,51 +175,93 @@ class ImageEmbedding:
             The embedding, in float32.
 
         Raises:
-            CheckpointError: The file is missing or damaged, or is no embedding.
+            CheckpointError: The file is missing or damaged, is no embedding, or is of a newer
+                format.
         """
-        file = read_state_dict(path)
-        if "features" not in file.tensors:
+        try:
+            data = Path(path).read_bytes()
+        except OSError as err:
+            raise CheckpointError(f"{path} cannot be read: {err.strerror}") from err
+        return cls.from_bytes(data, str(path))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str = "the embedding") -> ImageEmbedding:
+        """As ``load``, from what ``to_bytes`` gives; ``name`` is for the words of an error."""
+        try:
+            arrays = safetensors.numpy.load(data)
+            texts = _metadata(data)
+        except (SafetensorError, ValueError, KeyError, TypeError) as err:
             raise CheckpointError(
-                f"{path} holds no tensor 'features'; wanted a file of ImageEmbedding.save or of "
-                f"'tinyvit encode', came one with {', '.join(sorted(file.tensors)[:4])}"
+                f"{name} is no safetensors file, or damaged: {err}; encode the image again"
+            ) from err
+        if "features" not in arrays:
+            raise CheckpointError(
+                f"{name} holds no tensor 'features'; wanted a file of ImageEmbedding.save or of "
+                f"'tinyvit encode', came one with {', '.join(sorted(arrays)[:4])}"
             )
         try:
-            header = {key: json.loads(text) for key, text in _facts(file.metadata).items()}
+            header = _header(texts, name)
             embedding = cls(
-                file.tensors["features"],
-                _placement(header),
+                arrays["features"],
+                Placement(**{key: _size(header[key]) for key in _PLACEMENT}),
                 ImageSpec.from_dict(header["image_spec"]),
                 header["weights_sha256"],
-                file.tensors.get("interm_features"),
+                arrays.get("interm_features"),
+                header["precision"],
             )
+        except CheckpointError:
+            raise
         except (KeyError, TypeError, ValueError) as err:
             raise CheckpointError(
-                f"{path} is no embedding of one image, or its header is damaged: {err!s}; "
+                f"{name} is no embedding of one image, or its header is damaged: {err!s}; "
                 "encode the image again"
             ) from err
-        if not embedding.features.isfinite().all():
-            raise CheckpointError(f"{path} holds features that are not finite; encode it again")
+        if not np.isfinite(embedding.features).all():
+            raise CheckpointError(f"{name} holds features that are not finite; encode it again")
         return embedding
 
 
 _PLACEMENT = tuple(field.name for field in fields(Placement))
 
 
-def _facts(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The texts that an embedding needs; the header of ``tinyvit encode`` has more."""
+def _header(texts: dict[str, str], name: str) -> dict[str, Any]:
+    """The facts that an embedding needs; the header of ``tinyvit encode`` has more."""
+    number = texts.get("format", "pt")  # "pt" is what format 0 and torch's own files have
+    found = None if number == "pt" else json.loads(number)
+    check_format(found, FORMAT, texts.get("tinyvit_version", "").strip('"'), name)
     wanted = (*_PLACEMENT, "image_spec", "weights_sha256")
-    missing = [key for key in wanted if key not in metadata]
+    missing = [key for key in wanted if key not in texts]
     if missing:
         raise KeyError(f"missing {', '.join(missing)}")
-    return {key: metadata[key] for key in wanted}
+    facts = {key: json.loads(texts[key]) for key in wanted}
+    precision = json.loads(texts.get("precision", "null"))
+    return {**facts, "precision": precision if isinstance(precision, str) else None}
 
 
-def _placement(header: Mapping[str, Any]) -> Placement:
-    sizes = {}
-    for key in _PLACEMENT:
-        height, width = header[key]
-        sizes[key] = int(height), int(width)
-    return Placement(**sizes)
+def _metadata(data: bytes) -> dict[str, str]:
+    """The texts in the header: 8 bytes of its length, then JSON."""
+    length = int.from_bytes(data[:8], "little")
+    texts: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    return texts
+
+
+def _size(pair: Sequence[int]) -> Size:
+    height, width = pair
+    return int(height), int(width)
+
+
+def _as_map(name: str, wanted: str, values: ArrayLike | Tensor) -> NDArray[np.float32]:
+    """A map of one image, checked: float32, its own memory or the caller's, never read-only."""
+    if hasattr(values, "detach"):
+        tensor = cast("Tensor", values).detach().cpu()
+        values = tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+    array = np.asarray(values)
+    if array.ndim != 3 or array.dtype.kind != "f" or not array.size:
+        raise ValueError(
+            f"{name} of one image must be {wanted}, floating point; "
+            f"came {list(array.shape)} {array.dtype}"
+        )
+    return np.require(array, np.float32, ["C", "W"])
 
 
 _FORMATS = ("RGB", "BGR")
@@ -211,21 +270,10 @@ _FORMATS = ("RGB", "BGR")
 def prepare_image(
     image: ImageSource, image_format: str, model_format: str, spec: ImageSpec
 ) -> PreparedImage:
-    """Make an image of any kind an input.
+    """Make an image of any kind a model's input.
 
-    Args:
-        image: What ``tinyvit.images.decode`` reads.
-        image_format: Order of an array's channels, "RGB" or "BGR".
-        model_format: The order that the model was trained with.
-        spec: How images are prepared.
-
-    Returns:
-        ([3, H', W'] float32, where the image lies in it).
-
-    Raises:
-        ImageError: The image cannot be read, or the array is no image.
-        TypeError: It is nothing that could be an image.
-        ValueError: Another format, or "BGR" for something that says its order itself.
+    ``image_format`` is the order of an array's channels, "RGB" or "BGR", ``model_format`` the one
+    that the model was trained with. Errors as in ``SamPredictor.set_image``.
     """
     if image_format not in _FORMATS:
         raise ValueError(f"image_format must be one of {_FORMATS}, came {image_format!r}")
@@ -242,19 +290,7 @@ def prepare_image(
 
 
 def prepare_resized(pixels: Tensor, original_size: Size, spec: ImageSpec) -> PreparedImage:
-    """Make an image that has been resized already an input.
-
-    Args:
-        pixels: RGB in 0..255, [1, 3, h, w], the longer side that of ``spec``.
-        original_size: (H, W) of the image before resizing.
-        spec: How images are prepared.
-
-    Returns:
-        ([3, H', W'] float32 on the CPU, where the image lies in it).
-
-    Raises:
-        ValueError: Another shape.
-    """
+    """Make an image that has been resized already, RGB in 0..255 [1, 3, h, w], a model's input."""
     size, longest = tuple(pixels.shape), max(spec.size)
     if len(size) != 4 or size[:2] != (1, 3) or max(size[2:]) != longest:
         raise ValueError(
@@ -263,26 +299,18 @@ def prepare_resized(pixels: Tensor, original_size: Size, spec: ImageSpec) -> Pre
         )
     prepared = normalise_and_pad(pixels.detach().cpu(), spec)[0].float()
     height, width = (int(side) for side in original_size)
-    frame = int(prepared.shape[1]), int(prepared.shape[2])
-    return prepared.numpy(), Placement((height, width), (size[2], size[3]), (0, 0), frame)
-
-
-pass
+    model_size = int(prepared.shape[1]), int(prepared.shape[2])
+    return prepared.numpy(), Placement((height, width), (size[2], size[3]), (0, 0), model_size)
 
 
 class ImageEncoder:
-    """Encodes images for the decoder of one ``Sam``.
-
-    May be used by several threads.
+    """Encodes images for the decoder of one ``Sam``; may be used by several threads.
 
     Args:
         model: The model; never changed.
-        engine: Runs ``model.image_encoder``; None makes one from the arguments that follow.
-        backend: As for ``Engine``.
-        precision: As for ``Engine``.
-        device: As for ``Engine``.
-        batch_size: As for ``Engine``.
-        pad: As for ``Engine``.
+        engine: Runs ``model.image_encoder``; None makes one from the arguments that follow, which
+            are those of ``Engine``.
+        fast: False runs the encoder itself, as training wants it, instead of a backend.
 
     Raises:
         ValueError: An engine and arguments for one, or values that ``Engine`` refuses.
@@ -299,25 +327,31 @@ class ImageEncoder:
         device: str = "auto",
         batch_size: int = 8,
         pad: bool | None = None,
+        fast: bool = True,
     ) -> None:
+        from tinyvit.inference.engine import Engine
+
         if engine is not None and (backend, precision, pad) != ("auto", "fp32", None):
             raise ValueError(
                 "give either an engine or backend, precision and pad for a new one; an engine has "
                 "its own"
             )
+        if not fast and (engine is not None or (backend, precision) != ("auto", "fp32")):
+            raise ValueError(
+                "fast=False runs the model as it is; leave engine, backend and precision out"
+            )
         self._model = model
         self._encoder = model.image_encoder
         self.engine = engine or Engine(
             model.image_encoder,
-            backend=backend,
-            device=device,
+            backend=backend if fast else _PlainEncoder(model),
+            device=device if fast else "auto",
             precision=precision,
             batch_size=batch_size,
             image_spec=spec_of(model),
             pad=pad,
         )
-        self._lock = threading.Lock()
-        self._known: _Known | None = None
+        self._derived = Derived(self._modules, self._derive)
 
     @property
     def image_spec(self) -> ImageSpec:
@@ -325,13 +359,7 @@ class ImageEncoder:
         return self.engine.image_spec
 
     def encode(self, images: Picture | Iterable[Picture]) -> Iterator[ImageEmbedding]:
-        """Encode images one by one, in order, in bounded memory.
-
-        Args:
-            images: As for ``Engine.stream``.
-
-        Yields:
-            One embedding for each image.
+        """Encode images one by one, in order, in bounded memory; see ``Engine.stream``.
 
         Raises:
             ImageError: An image cannot be read.
@@ -342,17 +370,11 @@ class ImageEncoder:
 
     def encode_prepared(self, inputs: Iterable[PreparedImage]) -> Iterator[ImageEmbedding]:
         """As ``encode``, for inputs ([3, H, W] float32, placement) that are ready."""
-        yield from self._embeddings(self.engine.stream_prepared(inputs, stages=self._wants_early))
+        yield from self._embeddings(self.engine.encode(inputs, stages=self._wants_early))
 
     def weights_sha256(self) -> str | None:
-        """Hash of the encoder's weights as they are now; None where the engine has no model.
-
-        Computed once, and again only when the encoder has changed.
-
-        Raises:
-            RuntimeError: The model has another image encoder by now.
-        """
-        return self._facts().weights_sha256
+        """Hash of the encoder's weights as they are now; None where the engine has no model."""
+        return self._derived.get()[0]
 
     def check(self, embedding: ImageEmbedding) -> None:
         """Check that the model can decode an embedding.
@@ -370,64 +392,92 @@ class ImageEncoder:
 
     @property
     def _wants_early(self) -> bool:
+        from tinyvit.modules.sam.mask_decoder import HQMaskDecoder
+
         return isinstance(self._model.mask_decoder, HQMaskDecoder)
 
     def _embeddings(self, stream: Iterable[Encoded]) -> Iterator[ImageEmbedding]:
+        precision = self.engine.precision
         for encoded in stream:
-            facts = self._facts()
+            weights_sha256, merge = self._derived.get()
             early = None
-            if encoded.stages is not None:
-                early = facts.early_map(torch.from_numpy(encoded.stages[1]))
-            features = torch.from_numpy(encoded.features)
+            if encoded.stages is not None and merge is not None:
+                early = _merged(encoded.stages[1], merge)
             yield ImageEmbedding(
-                features, encoded.placement, self.image_spec, facts.weights_sha256, early
+                encoded.features,
+                encoded.placement,
+                self.image_spec,
+                weights_sha256,
+                early,
+                precision,
             )
 
-    def _facts(self) -> _Known:
+    def _modules(self) -> tuple[nn.Module]:
         if self._model.image_encoder is not self._encoder:
             raise RuntimeError(
                 "the model has been given another image encoder; make a new predictor (or "
                 "Segmenter) for it"
             )
-        with self._lock:
-            if self._known is None or self._known.watch.has_changed():
-                self._known = _Known(self._encoder, self.engine)
-            return self._known
+        return (self._encoder,)
 
-
-class _Known:
-    """What is derived of an encoder's weights as they are."""
-
-    def __init__(self, encoder: TinyViT, engine: Engine) -> None:
-        self.watch = ModelWatch(encoder)
-        self._encoder = encoder
-        self._merge: Any = None
+    def _derive(self) -> tuple[str | None, nn.Module | None]:
+        """The hash of the weights, and a copy of what makes the early map."""
         try:
-            self.weights_sha256: str | None = engine.weights_sha256()
+            weights_sha256: str | None = self.engine.weights_sha256()
         except ValueError:  # an engine with a backend of its own has no weights to name
-            self.weights_sha256 = None
+            weights_sha256 = None
+        stages = self._encoder.stages()
+        merge = copy.deepcopy(stages[1].downsample) if len(stages) > 1 else None
+        return weights_sha256, None if merge is None else merge.eval().float().cpu()
 
-    def early_map(self, stage: Tensor) -> Tensor:
-        """The second stage's map [C, H, W] after its downsample, [h, w, D]; ``forward_hq``'s."""
-        if self._merge is None:
-            merge = copy.deepcopy(self._encoder.stages()[1].downsample)
-            self._merge = merge.eval().to("cpu", torch.float32)
-        with torch.no_grad():
-            tokens = self._merge(stage[None])  # [1, h*w, D]
-        height, width = self._merge.output_size((stage.shape[1], stage.shape[2]))
-        early: Tensor = tokens[0].unflatten(0, (height, width))
-        return early
+
+def _merged(stage: ArrayLike, merge: Any) -> NDArray[np.float32]:
+    """The second stage's map [C, H, W] after its downsample, [h, w, D]; ``forward_hq``'s."""
+    import torch
+
+    x = torch.as_tensor(stage)
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        tokens = merge(x[None])  # [1, h*w, D]
+    height, width = merge.output_size((x.shape[1], x.shape[2]))
+    early: NDArray[np.float32] = tokens[0].unflatten(0, (height, width)).numpy()
+    return early
+
+
+class _PlainEncoder:
+    """A ``Sam``'s image encoder itself as an engine's backend: it has the weights of the moment."""
+
+    name = "torch, the model as it is"
+
+    def __init__(self, model: Sam) -> None:
+        self._model = model
+
+    @property
+    def device(self) -> str:
+        return str(self._model.device)
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        return self.with_stages(batch)[0]
+
+    def stages(self, batch: Tensor) -> list[Tensor]:
+        return self.with_stages(batch)[1]
+
+    def with_stages(self, batch: Tensor) -> tuple[Tensor, list[Tensor]]:
+        import torch
+
+        x = batch.to(self._model.device, self._model.pixel_mean.dtype)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            features, maps = self._model.image_encoder.forward_intermediates(x)
+        return features.float().cpu(), [stage.float().cpu() for stage in maps]
+
+    def close(self) -> None:
+        pass
 
 
 def spec_of(model: Sam) -> ImageSpec:
     """How a ``Sam``'s images are prepared: as its encoder says, with the ``Sam``'s own pixels.
 
-    Args:
-        model: The model.
-
-    Returns:
-        The encoder's ``image_spec``, or segment-anything's rule where it has none; ``mean`` and
-        ``std`` are those of the ``Sam`` where they differ.
+    The encoder's ``image_spec``, or segment-anything's rule where it has none; ``mean`` and ``std``
+    are those of the ``Sam`` where they differ.
     """
     encoder = model.image_encoder
     spec = encoder.image_spec or ImageSpec.sam(encoder.img_size)

@@ -1,53 +1,70 @@
-"""Cross attention between few tokens and many cells, with weights moved to the side of the few.
+"""The mask decoder in its fast form: what an image's prompts share is computed once.
 
-A head's score q . (W k) equals (W^T q) . k, and sum(p W v) equals W sum(p v). So nothing is ever
-projected for every cell of every prompt. Where the cells are the same for all prompts (the first
-layer), they are projected once instead. The bias of the keys moves all scores of a row alike;
-softmax does not see it, and it is left out.
+Cross attention runs between few tokens and many image tokens, so weights are moved to the side of
+the few: a head's score q . (W k) equals (W^T q) . k, and sum(p W v) equals W sum(p v). Nothing is
+ever projected for every image token of every prompt. In the first layer all prompts have the same
+image tokens, which are projected once instead. The bias of the keys moves all scores of a row
+alike; softmax does not see it, and it is left out. Masks that nobody wants are not computed.
 
-Tensors in, tensors out; without gradients.
+Tensors in, tensors out; without gradients, in the precision of the weights, autocast or not.
 
-Shapes: n prompts, C channels, L cells, T tokens of a prompt, H heads, d a head's width.
+Shapes: n prompts, T tokens of a prompt, L image tokens, C channels, H heads, d a head's width,
+K masks of a prompt.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyvit.modules import LayerNorm2d
-from tinyvit.modules.sam.mask_decoder import MaskDecoder
+from tinyvit.modules.sam.mask_decoder import MLP, MaskDecoder
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
 from tinyvit.modules.sam.transformer import Attention, TwoWayAttentionBlock, TwoWayTransformer
 
 TILE = 1024
-"""Cells worked on at once: with 256 channels 1 MiB, which stays in a core's own cache."""
+"""Image tokens upscaled at once: with 256 channels 1 MiB, which stays in a core's own cache."""
 
+CHUNK_TOKENS = 8 * 64 * 64
+"""Image tokens of all prompts that are computed together, about; 1 kB each with 256 channels."""
 
-LEAST_WEIGHT = 1e-30
+MIN_WEIGHT = 1e-30
 """Weights below it count as 0. Processors multiply numbers near the smallest ones (1e-38) ten to a
-hundred times slower, and a distinct softmax over thousands of cells has many of those."""
+hundred times slower, and a distinct softmax over thousands of tokens has many of those."""
+
+Points = tuple[Tensor, Tensor]
+_Module = TypeVar("_Module", bound=nn.Module)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def in_tiles(cells: int) -> Iterator[slice]:
-    """Cut so many cells into tiles, in order."""
-    for start in range(0, cells, TILE):
-        yield slice(start, min(start + TILE, cells))
+def without_autocast(function: _Function) -> _Function:
+    """A method that computes without gradients, and in its tensors' own precision.
+
+    ``self.device`` says where.
+    """
+
+    def run(self: Any, *arguments: Any, **named: Any) -> Any:
+        kind = torch.device(self.device).type
+        with torch.inference_mode(), torch.autocast(kind, enabled=False):
+            return function(self, *arguments, **named)
+
+    run.__doc__ = function.__doc__
+    return cast(_Function, run)
 
 
 def softmax(scores: Tensor, dim: int) -> Tensor:
     """Softmax without weights so small that they only cost time."""
-    return F.threshold(torch.softmax(scores, dim), LEAST_WEIGHT, 0.0, inplace=True)
+    return F.threshold(torch.softmax(scores, dim), MIN_WEIGHT, 0.0, inplace=True)
 
 
 class _Heads:
-    """What both directions have in common: weights by head."""
+    """What both directions of cross attention have in common: weights by head."""
 
     def __init__(self, attention: Attention) -> None:
         self.heads = attention.num_heads
@@ -69,11 +86,7 @@ class _Heads:
 
 
 class TokenToImage(_Heads):
-    """Tokens look at cells.
-
-    Args:
-        attention: The trained attention, frozen.
-    """
+    """Attention of tokens to image tokens."""
 
     def __init__(self, attention: Attention) -> None:
         super().__init__(attention)
@@ -85,9 +98,9 @@ class TokenToImage(_Heads):
         """[n, T, C] -> scaled queries [n, H, T, d]."""
         return self._split(self.attention.q_proj(tokens) * self.scale)
 
-    def project(self, cells: Tensor, placed: Tensor) -> tuple[Tensor, Tensor]:
-        """Cells [L, C], without and with their positions -> keys [H, d, L], values [H, L, d]."""
-        values = torch.unflatten(self.attention.v_proj(cells), 1, (self.heads, -1)).transpose(0, 1)
+    def project(self, image: Tensor, placed: Tensor) -> tuple[Tensor, Tensor]:
+        """[L, C], without and with their positions -> keys [H, d, L], values [H, L, d]."""
+        values = torch.unflatten(self.attention.v_proj(image), 1, (self.heads, -1)).transpose(0, 1)
         return self.project_positions(placed), values.contiguous()
 
     def project_positions(self, positions: Tensor) -> Tensor:
@@ -95,53 +108,34 @@ class TokenToImage(_Heads):
         return self._columns(positions @ self.attention.k_proj.weight.T)
 
     def attend_shared(self, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attention to cells that all prompts share.
-
-        Args:
-            tokens: Queries before their projection, [n, T, C].
-            keys: [H, d, L].
-            values: [H, L, d].
-
-        Returns:
-            [n, T, C].
-        """
+        """Tokens [n, T, C] to keys [H, d, L] and values [H, L, d] of all prompts -> [n, T, C]."""
         count = tokens.shape[0]
         queries = self.queries(tokens).transpose(0, 1).flatten(1, 2)  # [H, n*T, d]
         scores = softmax(queries @ keys, dim=2)  # [H, n*T, L]
-        given = torch.unflatten(scores @ values, 1, (count, -1)).permute(1, 2, 0, 3)  # [n, T, H, d]
-        out: Tensor = self.attention.out_proj(given.flatten(2))
-        return out
+        out = torch.unflatten(scores @ values, 1, (count, -1)).permute(1, 2, 0, 3)  # [n, T, H, d]
+        projected: Tensor = self.attention.out_proj(out.flatten(2))
+        return projected
 
-    def attend(self, tokens: Tensor, cells: list[Tensor], positions: Tensor) -> Tensor:
-        """Attention to cells of each prompt's own.
+    def attend(self, tokens: Tensor, images: list[Tensor], positions: Tensor) -> Tensor:
+        """Tokens [n, T, C] to image tokens [L, C] of each prompt's own -> [n, T, C].
 
-        Args:
-            tokens: Queries before their projection, [n, T, C].
-            cells: [L, C] of each prompt, without positions.
-            positions: What positions add to the keys, [H, d, L].
-
-        Returns:
-            [n, T, C].
+        ``positions`` [H, d, L] are what positions add to the keys.
         """
         queries = self.queries(tokens)
         rows = (queries @ self.to_key).flatten(1, 2)  # [n, H*T, C]
         sums = []
-        for row, query, own in zip(rows, queries, cells, strict=True):
-            scores = torch.unflatten(row @ own.T, 0, (self.heads, -1))  # [H, T, L]
+        for row, query, image in zip(rows, queries, images, strict=True):
+            scores = torch.unflatten(row @ image.T, 0, (self.heads, -1))  # [H, T, L]
             scores = softmax(scores.baddbmm_(query, positions), dim=2)
-            sums.append(scores.flatten(0, 1) @ own)  # [H*T, C]
+            sums.append(scores.flatten(0, 1) @ image)  # [H*T, C]
         by_head = torch.unflatten(torch.stack(sums), 1, (self.heads, -1))  # [n, H, T, C]
-        given = (by_head @ self.to_value.transpose(1, 2)).transpose(1, 2).flatten(2)
-        out: Tensor = self.attention.out_proj(given + self.value_bias)
-        return out
+        out = (by_head @ self.to_value.transpose(1, 2)).transpose(1, 2).flatten(2)
+        projected: Tensor = self.attention.out_proj(out + self.value_bias)
+        return projected
 
 
 class ImageToToken(_Heads):
-    """Cells look at tokens.
-
-    Args:
-        attention: The trained attention, frozen.
-    """
+    """Attention of image tokens to tokens: image tokens get weights^T @ values."""
 
     def __init__(self, attention: Attention) -> None:
         super().__init__(attention)
@@ -150,7 +144,7 @@ class ImageToToken(_Heads):
         self.part_of_bias = attention.out_proj.bias / self.heads  # a head's weights sum to 1
 
     def project(self, placed: Tensor) -> Tensor:
-        """Cells with their positions, or positions alone, [L, C] -> queries [H, d, L]."""
+        """Image tokens with their positions, or positions alone, [L, C] -> queries [H, d, L]."""
         return self._columns(self.attention.q_proj(placed))
 
     def _keys_and_values(self, placed: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,58 +153,35 @@ class ImageToToken(_Heads):
         values = self._split(self.attention.v_proj(tokens)) @ self.to_out  # [n, H, T, C]
         return keys, values.flatten(1, 2) + self.part_of_bias
 
-    def weigh_shared(
+    def shared_attention_weights(
         self, placed: Tensor, tokens: Tensor, queries: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each prompt weights [H*T, L] and values [H*T, C], for cells that all share.
+        """Weights [H*T, L] and values [H*T, C] of each prompt, for image tokens that all share.
 
-        Args:
-            placed: Tokens with their positions, [n, T, C].
-            tokens: Tokens, [n, T, C].
-            queries: Of the cells, [H, d, L].
-
-        Yields:
-            (weights, values): the cells get weights^T @ values.
+        ``placed`` and ``tokens`` are [n, T, C] with and without positions, ``queries`` [H, d, L].
         """
         keys, values = self._keys_and_values(placed, tokens)
         for key, value in zip(keys, values, strict=True):
             yield softmax(key @ queries, dim=1).flatten(0, 1), value
 
-    def weigh(
-        self, placed: Tensor, tokens: Tensor, cells: list[Tensor], positions: Tensor
+    def attention_weights(
+        self, placed: Tensor, tokens: Tensor, images: list[Tensor], positions: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """As ``weigh_shared``, for cells of each prompt's own.
+        """As ``shared_attention_weights``, for image tokens [L, C] of each prompt's own.
 
-        Args:
-            placed: Tokens with their positions, [n, T, C].
-            tokens: Tokens, [n, T, C].
-            cells: [L, C] of each prompt, without positions.
-            positions: Queries of the positions alone, bias included, [H, d, L].
-
-        Yields:
-            (weights [H*T, L], values [H*T, C]).
+        ``positions`` [H, d, L] are the queries of the positions alone, bias included.
         """
         keys, values = self._keys_and_values(placed, tokens)
         rows = (keys @ self.to_query).flatten(1, 2)  # [n, H*T, C]
-        for key, row, value, own in zip(keys, rows, values, cells, strict=True):
-            scores = torch.unflatten(row @ own.T, 0, (self.heads, -1))  # [H, T, L]
+        for key, row, value, image in zip(keys, rows, values, images, strict=True):
+            scores = torch.unflatten(row @ image.T, 0, (self.heads, -1))  # [H, T, L]
             scores = softmax(scores.baddbmm_(key, positions), dim=1)
             yield scores.flatten(0, 1), value
 
 
-pass
-
-
-CHUNK_CELLS = 8 * 64 * 64
-"""Cells of all prompts that are computed together, about; 1 kB each with 256 channels."""
-
-Points = tuple[Tensor, Tensor]
-_Module = TypeVar("_Module", bound=nn.Module)
-
-
 @dataclass(frozen=True)
 class SharedImage:
-    """What all prompts on one image share; ``DeployedMaskDecoder.look`` makes it.
+    """What all prompts on one image share; ``FastMaskDecoder.prepare`` makes it.
 
     Attributes:
         size: (h, w) of the embedding.
@@ -224,35 +195,17 @@ class SharedImage:
     values: Tensor
     queries: Tensor
 
-
-@dataclass(frozen=True)
-class Decoded:
-    """Masks of many prompts, in the order of (prompt, token).
-
-    Attributes:
-        low_res_logits: [M, 4h, 4w] float32.
-        iou_predictions: [M] float32.
-        prompts: [M] int64: of which prompt.
-        tokens: [M] int64: which of the prompt's masks, from 0.
-    """
-
-    low_res_logits: Tensor
-    iou_predictions: Tensor
-    prompts: Tensor
-    tokens: Tensor
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tensors."""
+        return sum(x.nbytes for x in (self.tokens, self.keys, self.values, self.queries))
 
 
-class DeployedMaskDecoder:
-    """Prompt encoder and mask decoder, frozen: one look at an image, many prompts.
+class FastMaskDecoder:
+    """Prompt encoder and mask decoder, frozen: an image is prepared once, for many prompts.
 
-    The modules are copied; when they change, make a new one (see ``ModelWatch``).
-
-    Args:
-        prompt_encoder: The trained prompt encoder.
-        mask_decoder: The trained mask decoder.
-        device: Where to compute.
-        dtype: In which precision; float64 is three times slower, and exact to the last digit of
-            the float32 numbers that come back.
+    Copies the modules; when they change, make a new one. ``dtype`` float64 is three times slower,
+    and exact to the last digit of the float32 numbers that come back.
 
     Raises:
         TypeError: ``mask_decoder`` is of a kind that is not known here (Light HQ-SAM's).
@@ -267,11 +220,11 @@ class DeployedMaskDecoder:
     ) -> None:
         if type(mask_decoder) is not MaskDecoder:
             kind = type(mask_decoder).__name__
-            raise TypeError(f"only a MaskDecoder can be deployed; came {kind}; call it as it is")
+            raise TypeError(f"only a MaskDecoder has a fast form; came {kind}; call it as it is")
         self.device = device
         self.dtype = dtype
-        self._prompts = _frozen(prompt_encoder, device, dtype)
-        decoder = _frozen(mask_decoder, device, dtype)
+        self._prompts = frozen(prompt_encoder, device, dtype)
+        decoder = frozen(mask_decoder, device, dtype)
         transformer = decoder.transformer
         if not isinstance(transformer, TwoWayTransformer):
             raise TypeError(f"wanted a TwoWayTransformer; came {type(transformer).__name__}")
@@ -280,32 +233,23 @@ class DeployedMaskDecoder:
         self._last = TokenToImage(transformer.final_attn_token_to_image)
         self._last_norm = transformer.norm_final_attn
         self._output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-        self._iou_head = decoder.iou_prediction_head
-        self._hypers = list(decoder.output_hypernetworks_mlps)
+        self._iou_head = _Mlps([decoder.iou_prediction_head])
+        hypers = cast("list[MLP]", list(decoder.output_hypernetworks_mlps))
+        self._single, self._multi = _Mlps(hypers[:1]), _Mlps(hypers[1:])
         self._upscale = _Upscale(decoder.output_upscaling)
         self._positions: dict[tuple[int, int], _Positions] = {}
 
-    @torch.inference_mode()
-    def look(self, image_embedding: Tensor, masks: Tensor | None = None) -> list[SharedImage]:
-        """Compute what all prompts on an image share.
+    @without_autocast
+    def prepare(self, features: Tensor, masks: Tensor | None = None) -> list[SharedImage]:
+        """What all prompts on an image's features [1, C, h, w] share.
 
-        Args:
-            image_embedding: [1, C, h, w], or [C, h, w].
-            masks: Low-resolution logits [N, 1, 4h, 4w] of earlier answers; None for none.
-
-        Returns:
-            One for all prompts; with masks, one for each.
-
-        Raises:
-            ValueError: Another shape.
+        One for all prompts; with mask prompts, low-res logits [N, 1, 4h, 4w], one for each.
         """
-        x = image_embedding if image_embedding.ndim == 4 else image_embedding[None]
-        if x.ndim != 4 or x.shape[0] != 1:
+        if features.ndim != 4 or features.shape[0] != 1:
             raise ValueError(
-                f"wanted the embedding of one image, [1, C, h, w]; "
-                f"came {list(image_embedding.shape)}"
+                f"wanted the features of one image, [1, C, h, w]; came {list(features.shape)}"
             )
-        x = x.to(self.device, self.dtype)
+        x = features.to(self.device, self.dtype)
         size = int(x.shape[2]), int(x.shape[3])
         if masks is not None:
             masks = masks.to(self.device, self.dtype)
@@ -315,57 +259,42 @@ class DeployedMaskDecoder:
         images = []
         for one in dense:
             tokens = (x[0] + one).flatten(1).T.contiguous()  # [L, C]
-            placed = tokens + positions.cells
+            placed = tokens + positions.tokens
             keys, values = first.to_image.project(tokens, placed)
-            queries = first.to_tokens.project(placed)
-            images.append(SharedImage(size, tokens, keys, values, queries))
+            images.append(SharedImage(size, tokens, keys, values, first.to_tokens.project(placed)))
         return images
 
-    @torch.inference_mode()
+    @without_autocast
     def decode(
         self,
         shared: list[SharedImage],
         points: Points | None = None,
         boxes: Tensor | None = None,
         multimask_output: bool = True,
-        wanted: Callable[[Tensor], Tensor] | None = None,
-    ) -> Decoded:
-        """Decode prompts.
+        min_iou: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Decode N prompts of one kind on what ``prepare`` gave.
 
-        Args:
-            shared: What ``look`` gave.
-            points: ([N, P, 2] in the model's frame, labels [N, P]); None for none.
-            boxes: [N, 4] xyxy in the model's frame; None for none.
-            multimask_output: Give three masks of a prompt, else one.
-            wanted: Gets the predicted IoU [n, K] of some prompts and gives bool [n, K]; masks that
-                are not wanted are not computed. None wants all.
+        ``points`` are ([N, P, 2], labels [N, P]), ``boxes`` [N, 4], in pixels of the model's input.
 
         Returns:
-            The masks.
-
-        Raises:
-            ValueError: The numbers of prompts differ.
+            (low-res logits [M, 4h, 4w], predicted IoU [N, K]), float32: of all masks, or of those
+            whose predicted IoU exceeds ``min_iou`` alone, in the order of (prompt, mask).
         """
         sparse = self._sparse(shared[0].size, points, boxes)
         prompts = sparse.shape[0] if points is not None or boxes is not None else len(shared)
         sparse = sparse.expand(prompts, -1, -1)
         if len(shared) not in (1, prompts):
             raise ValueError(f"{prompts} prompts do not go with {len(shared)} masks")
-        cells = shared[0].size[0] * shared[0].size[1]
-        step = max(CHUNK_CELLS // cells, 1) if len(shared) == 1 else 1
-        masks = [torch.empty(0, *_logits_size(shared[0].size), device=self.device)]
-        scores, numbers, tokens = [torch.empty(0, device=self.device)], [], []
+        step = max(CHUNK_TOKENS // len(shared[0].tokens), 1) if len(shared) == 1 else 1
+        logits, scores = [], []
         for start in range(0, prompts, step):
             image = shared[0] if len(shared) == 1 else shared[start]
             few = sparse[start : start + step]
-            logits, iou, chosen = self._chunk(image, few, multimask_output, wanted)
-            masks.append(logits)
-            scores.append(iou[chosen].float())
-            where = chosen.nonzero()  # [m, 2]
-            numbers.append(where[:, 0] + start)
-            tokens.append(where[:, 1])
-        none = torch.empty(0, dtype=torch.int64, device=self.device)
-        return Decoded(*map(torch.cat, (masks, scores, [none, *numbers], [none, *tokens])))
+            masks, iou = self._decode_chunk(image, few, multimask_output, min_iou)
+            logits.append(masks)
+            scores.append(iou)
+        return torch.cat(logits), torch.cat(scores)
 
     def _sparse(self, size: tuple[int, int], points: Points | None, boxes: Tensor | None) -> Tensor:
         """Sparse prompt embeddings [N, P, C]."""
@@ -373,9 +302,8 @@ class DeployedMaskDecoder:
             points = points[0].to(self.device, self.dtype), points[1].to(self.device)
         if boxes is not None:
             boxes = boxes.to(self.device, self.dtype)
-        sparse: Tensor = self._prompts(points=points, boxes=boxes, masks=None, embedding_size=size)[
-            0
-        ]
+        given = self._prompts(points=points, boxes=boxes, masks=None, embedding_size=size)
+        sparse: Tensor = given[0]
         return sparse
 
     def _positions_of(self, size: tuple[int, int]) -> _Positions:
@@ -383,102 +311,114 @@ class DeployedMaskDecoder:
         if size not in self._positions:
             while len(self._positions) >= 4:
                 self._positions.pop(next(iter(self._positions)))
-            cells = self._prompts.get_dense_pe(size)[0].flatten(1).T.contiguous()  # [L, C]
-            keys = [layer.to_image.project_positions(cells) for layer in self._layers[1:]]
-            queries = [layer.to_tokens.project(cells) for layer in self._layers[1:]]
-            last = self._last.project_positions(cells)
-            self._positions[size] = _Positions(cells, keys, queries, last)
+            tokens = self._prompts.get_dense_pe(size)[0].flatten(1).T.contiguous()  # [L, C]
+            keys = [layer.to_image.project_positions(tokens) for layer in self._layers[1:]]
+            queries = [layer.to_tokens.project(tokens) for layer in self._layers[1:]]
+            last = self._last.project_positions(tokens)
+            self._positions[size] = _Positions(tokens, keys, queries, last)
         return self._positions[size]
 
-    def _chunk(
-        self,
-        image: SharedImage,
-        sparse: Tensor,
-        multimask_output: bool,
-        wanted: Callable[[Tensor], Tensor] | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(logits [m, 4h, 4w], predicted IoU [n, K], chosen bool [n, K]) of a few prompts."""
-        output_tokens = self._output_tokens[None].expand(len(sparse), -1, -1)
-        tokens, cells = self._two_ways(image, torch.cat([output_tokens, sparse], dim=1))
+    def _decode_chunk(
+        self, image: SharedImage, sparse: Tensor, multimask_output: bool, min_iou: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """``decode`` for a few prompts."""
+        own = self._output_tokens[None].expand(len(sparse), -1, -1)
+        tokens, images = self._transformer(image, torch.cat([own, sparse], dim=1))
         which = slice(1, None) if multimask_output else slice(0, 1)
-        iou = self._iou_head(tokens[:, 0])[:, which]  # [n, K]
-        chosen = torch.ones_like(iou, dtype=torch.bool) if wanted is None else wanted(iou)
-        mask_tokens = tokens[:, 1 : 1 + len(self._hypers)][:, which].unbind(1)
-        hypers = [mlp(t) for mlp, t in zip(self._hypers[which], mask_tokens, strict=True)]
-        filters = torch.stack(hypers, dim=1)  # [n, K, C']
-        size = _logits_size(image.size)
-        masks = torch.empty(int(chosen.sum()), *size, device=self.device)
+        iou = self._iou_head(tokens[None, :, 0])[0, :, which].float()  # [n, K]
+        wanted = torch.ones_like(iou, dtype=torch.bool) if min_iou is None else iou > min_iou
+        mask_tokens = tokens[:, 1 : len(self._output_tokens)][:, which].transpose(0, 1)
+        hypers = self._multi if multimask_output else self._single
+        filters = hypers(mask_tokens).transpose(0, 1)  # [n, K, C']
+        height, width = image.size
+        masks = torch.empty(int(wanted.sum()), 4 * height, 4 * width, device=self.device)
         start = 0
-        for i, count in enumerate(chosen.sum(1).tolist()):
+        for i, count in enumerate(wanted.sum(1).tolist()):
             if count:
-                self._upscale(cells[i], filters[i][chosen[i]], masks[start : start + count])
+                self._upscale(images[i], filters[i][wanted[i]], masks[start : start + count])
             start += count
-        return masks, iou, chosen
+        return masks, iou
 
-    def _two_ways(self, image: SharedImage, prompt: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The transformer: tokens [n, T, C] before -> tokens [n, T, C], cells [L, C] of each."""
+    def _transformer(self, image: SharedImage, prompt: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Tokens [n, T, C] before -> tokens [n, T, C] after, image tokens [L, C] of each prompt."""
         positions = self._positions_of(image.size)
         first = self._layers[0]
-        tokens = first.among_tokens(prompt, prompt)
-        given = first.to_image.attend_shared(tokens + prompt, image.keys, image.values)
-        tokens = first.think(tokens + given)
-        weighed = first.to_tokens.weigh_shared(tokens + prompt, tokens, image.queries)
-        cells = [first.norm_cells(torch.addmm(image.tokens, w.T, v)) for w, v in weighed]
+        tokens = first.self_attention(prompt, prompt)
+        out = first.to_image.attend_shared(tokens + prompt, image.keys, image.values)
+        tokens = first.mlp(tokens + out)
+        weighted = first.to_tokens.shared_attention_weights(tokens + prompt, tokens, image.queries)
+        images = [first.norm_image(torch.addmm(image.tokens, w.T, v)) for w, v in weighted]
         for layer, keys, queries in zip(
             self._layers[1:], positions.keys, positions.queries, strict=True
         ):
-            tokens = layer.among_tokens(tokens, prompt)
-            tokens = layer.think(tokens + layer.to_image.attend(tokens + prompt, cells, keys))
-            weighed = layer.to_tokens.weigh(tokens + prompt, tokens, cells, queries)
-            for i, (weights, values) in enumerate(weighed):
-                cells[i] = layer.norm_cells(cells[i].addmm_(weights.T, values))
-        given = self._last.attend(tokens + prompt, cells, positions.last)
-        return self._last_norm(tokens + given), cells
+            tokens = layer.self_attention(tokens, prompt)
+            tokens = layer.mlp(tokens + layer.to_image.attend(tokens + prompt, images, keys))
+            weighted = layer.to_tokens.attention_weights(tokens + prompt, tokens, images, queries)
+            for i, (weights, values) in enumerate(weighted):
+                images[i] = layer.norm_image(images[i].addmm_(weights.T, values))
+        out = self._last.attend(tokens + prompt, images, positions.last)
+        return self._last_norm(tokens + out), images
 
 
 @dataclass(frozen=True)
 class _Positions:
     """Position encoding of a grid, [L, C], and what it adds to keys and queries, [H, d, L] each."""
 
-    cells: Tensor
+    tokens: Tensor
     keys: list[Tensor]
     queries: list[Tensor]
     last: Tensor
 
 
-class _Layer:
+class _Layer(_Heads):
     """A block of the two-way transformer."""
 
     def __init__(self, block: TwoWayAttentionBlock) -> None:
+        super().__init__(block.self_attn)
         self.to_image = TokenToImage(block.cross_attn_token_to_image)
         self.to_tokens = ImageToToken(block.cross_attn_image_to_token)
-        self.norm_cells = block.norm4
+        self.norm_image = block.norm4
         self._block = block
 
-    def among_tokens(self, tokens: Tensor, prompt: Tensor) -> Tensor:
+    def self_attention(self, tokens: Tensor, prompt: Tensor) -> Tensor:
         """Self-attention of the tokens [n, T, C], and its norm."""
-        block = self._block
-        if block.skip_first_layer_pe:
-            tokens = block.self_attn(q=tokens, k=tokens, v=tokens)
-        else:
-            placed = tokens + prompt
-            tokens = tokens + block.self_attn(q=placed, k=placed, v=tokens)
-        normed: Tensor = block.norm1(tokens)
+        block, attention = self._block, self.attention
+        placed = tokens if block.skip_first_layer_pe else tokens + prompt
+        queries = self._split(attention.q_proj(placed) * self.scale)
+        scores = queries @ self._split(attention.k_proj(placed)).transpose(2, 3)  # [n, H, T, T]
+        out = scores.softmax(3) @ self._split(attention.v_proj(tokens))
+        attended = attention.out_proj(out.transpose(1, 2).flatten(2))
+        normed: Tensor = block.norm1(attended if block.skip_first_layer_pe else tokens + attended)
         return normed
 
-    def think(self, tokens: Tensor) -> Tensor:
-        """What follows attention to the image: norm, perceptron, norm; [n, T, C]."""
-        tokens = self._block.norm2(tokens)
-        thought: Tensor = self._block.norm3(tokens + self._block.mlp(tokens))
-        return thought
+    def mlp(self, tokens: Tensor) -> Tensor:
+        """What follows attention to the image: norm, MLP, norm; [n, T, C]."""
+        block = self._block
+        tokens = block.norm2(tokens)
+        hidden = block.mlp.act(block.mlp.lin1(tokens))
+        normed: Tensor = block.norm3(tokens + block.mlp.lin2(hidden))
+        return normed
+
+
+class _Mlps:
+    """MLPs of one size, run together: [K, n, in] -> [K, n, out]."""
+
+    def __init__(self, mlps: Sequence[MLP]) -> None:
+        self._ends_in_sigmoid = mlps[0].sigmoid_output
+        self._layers = []
+        for layers in zip(*(mlp.layers for mlp in mlps), strict=True):
+            linears = cast("tuple[nn.Linear, ...]", layers)
+            weight = torch.stack([linear.weight.T for linear in linears])  # [K, in, out]
+            self._layers.append((weight, torch.stack([linear.bias[None] for linear in linears])))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for number, (weight, bias) in enumerate(self._layers):
+            x = torch.baddbmm(bias, F.relu(x) if number else x, weight)
+        return x.sigmoid() if self._ends_in_sigmoid else x
 
 
 class _Upscale:
-    """Two transposed convolutions with norm and GELU, then a mask for each filter.
-
-    Args:
-        upscaling: ``output_upscaling`` of the mask decoder.
-    """
+    """Two transposed convolutions with norm and GELU, then a mask for each filter."""
 
     def __init__(self, upscaling: nn.Sequential) -> None:
         first, norm, _, second, _ = upscaling
@@ -487,33 +427,21 @@ class _Upscale:
         self._norm = norm
         self._first, self._second = _as_linear(first), _as_linear(second)
 
-    def __call__(self, cells: Tensor, filters: Tensor, masks: Tensor) -> None:
-        """Cells [L, C] and filters [k, C/8] -> logits into ``masks`` [k, 4h, 4w]."""
-        (weight, bias), (weight2, bias2) = self._first, self._second
-        logits = cells.new_empty(len(filters), len(cells) * 16)
-        for rows in in_tiles(len(cells)):
-            x = _cells_of(torch.addmm(bias, cells[rows], weight))
-            x = F.gelu(self._norm_last(x))  # [4 * tile, C/4]
-            x = _cells_of(F.gelu(torch.addmm(bias2, x, weight2)))
-            logits[:, rows.start * 16 : rows.stop * 16] = filters @ x.T
+    def __call__(self, image: Tensor, filters: Tensor, masks: Tensor) -> None:
+        """Image tokens [L, C] and filters [k, C/8] -> logits into ``masks`` [k, 4h, 4w]."""
+        (weight, bias), (weight2, bias2), norm = self._first, self._second, self._norm
+        logits = image.new_empty(len(filters), len(image) * 16)
+        for start in range(0, len(image), TILE):
+            x = torch.addmm(bias, image[start : start + TILE], weight)
+            x = torch.unflatten(x, 1, (4, -1)).flatten(0, 1)  # [4 * tile, C/4]
+            x = F.gelu(F.layer_norm(x, (x.shape[1],), norm.weight, norm.bias, norm.eps))
+            x = F.gelu(torch.addmm(bias2, x, weight2))
+            x = torch.unflatten(x, 1, (4, -1)).flatten(0, 1)  # [16 * tile, C/8]
+            logits[:, start * 16 : (start + TILE) * 16] = filters @ x.T
         k, height, width = masks.shape
         parts = logits.view(k, height // 4, width // 4, 2, 2, 2, 2)  # k, y, x, dy, dx, dy2, dx2
         places = masks.view(k, height // 4, 2, 2, width // 4, 2, 2)  # k, y, dy, dy2, x, dx, dx2
         places.copy_(parts.permute(0, 1, 3, 5, 2, 4, 6))
-
-    def _norm_last(self, x: Tensor) -> Tensor:
-        norm = self._norm
-        return F.layer_norm(x, (x.shape[1],), norm.weight, norm.bias, norm.eps)
-
-
-def _logits_size(size: tuple[int, int]) -> tuple[int, int]:
-    """(4h, 4w) of the logits for an embedding (h, w)."""
-    return size[0] * 4, size[1] * 4
-
-
-def _cells_of(x: Tensor) -> Tensor:
-    """Rows of four cells each, [m, 4 * C] -> [4 * m, C]."""
-    return torch.unflatten(x, 1, (4, -1)).flatten(0, 1)
 
 
 def _as_linear(conv: nn.Module) -> tuple[Tensor, Tensor]:
@@ -523,6 +451,6 @@ def _as_linear(conv: nn.Module) -> tuple[Tensor, Tensor]:
     return conv.weight.permute(0, 2, 3, 1).flatten(1).contiguous(), conv.bias.repeat(4)
 
 
-def _frozen(module: _Module, device: str, dtype: torch.dtype) -> _Module:
+def frozen(module: _Module, device: str, dtype: torch.dtype) -> _Module:
     """A copy in eval mode and one precision that takes no gradients."""
     return copy.deepcopy(module).to(device, dtype).eval().requires_grad_(False)

@@ -11,30 +11,31 @@ grid, h4 w4 the low-res logits. Sizes are (height, width).
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.image_spec import Placement
 from tinyvit.images.decode import ImageSource
 from tinyvit.images.preprocess import PreparedImage, ResizeLongestSide
-from tinyvit.inference import Backend, Engine
-from tinyvit.inference.backend import BackendName, choose_device
+from tinyvit.inference.backend import choose_device
+from tinyvit.inference.derived import version_of
 
-from .build import build_sam
-from .decoder import PromptDecoder, PromptTensors, stack_prompts
 from .embedding import ImageEmbedding, ImageEncoder, prepare_image, prepare_resized
-from .model import Sam
-from .prompts import Prompt, Size
-from .segmenter import enlarge
+from .prompts import Prompt, PromptBatch, Size, stack_prompts
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
     from typing_extensions import Self
 
+    from tinyvit.inference.backend import Backend, BackendName
+    from tinyvit.inference.engine import Engine
+
+    from .decoder import PreparedEmbedding
+    from .model import Sam
 
 _NOT_SET = "An image must be set with .set_image(...) before mask prediction."
 
@@ -43,11 +44,12 @@ class SamPredictor:
     """Segments one image by prompts.
 
     It holds the image that was set last: give each thread a predictor of its own (they may share
-    ``sam_model``), or use ``Segmenter``, which holds none.
+    ``sam_model``), or use ``Segmenter``, which holds none. It can be copied and pickled.
 
     Args:
-        sam_model: The model; never changed. When its weights change, what was derived of them is
-            made anew, and an image that was encoded before must be set again.
+        sam_model: The model, which is never changed; or the name of a checkpoint, or the path of a
+            file or folder that holds a whole SAM. When its weights change, what was derived of them
+            is rebuilt, and an image that was encoded before must be set again.
         engine: Runs ``sam_model.image_encoder``; None makes one from the arguments that follow.
         backend: As for ``tinyvit.Engine``.
         precision: As for ``tinyvit.Engine``.
@@ -55,9 +57,10 @@ class SamPredictor:
         pad: As for ``tinyvit.Engine``: False spends no work on padding, with other numbers.
         decoder_precision: "fp32"; or "fp64", three times slower, for masks and scores that are
             exact to float32's last digit.
+        fast: False runs the model's own modules, as training wants it, instead of fast forms.
 
     Raises:
-        TypeError: ``sam_model`` is no ``Sam``.
+        TypeError: ``sam_model`` is neither a ``Sam`` nor the name or path of one.
         ValueError: An engine and arguments for one, or values that ``Engine`` refuses.
         MissingExtraError: The package of the backend is not installed.
 
@@ -71,9 +74,15 @@ class SamPredictor:
         ((3, 48, 64), (3,), (3, 64, 64))
     """
 
+    original_size: Size | None
+    input_size: Size | None
+    _embedding: ImageEmbedding | None
+    _prepared: PreparedEmbedding | None
+    _features: Tensor | None
+
     def __init__(
         self,
-        sam_model: Sam,
+        sam_model: Sam | str | os.PathLike[str],
         *,
         engine: Engine | None = None,
         backend: BackendName | Backend = "auto",
@@ -81,25 +90,24 @@ class SamPredictor:
         device: str | torch.device | None = None,
         pad: bool | None = None,
         decoder_precision: str = "fp32",
+        fast: bool = True,
     ) -> None:
-        if not isinstance(sam_model, Sam):
-            raise TypeError(
-                f"SamPredictor wants a Sam, as sam_model_registry makes it, came "
-                f"{type(sam_model).__name__}; SamPredictor.from_checkpoint takes a name or a path"
-            )
-        place = choose_device(str(sam_model.device if device is None else device))
-        self.model = sam_model
-        own = isinstance(backend, str)
+        from .build import as_sam
+        from .decoder import TorchDecoder
+
+        self.model = as_sam(sam_model, "SamPredictor")
+        place = choose_device(str(self.model.device if device is None else device))
         self._encoder = ImageEncoder(
-            sam_model,
+            self.model,
             engine=engine,
             backend=backend,
             precision=precision,
-            device=place if own else "auto",
+            device=place if isinstance(backend, str) else "auto",
             pad=pad,
+            fast=fast,
         )
         self.transform = ResizeLongestSide(max(self._encoder.image_spec.size))
-        self._decoder = PromptDecoder(sam_model, place, decoder_precision)
+        self._decoder = TorchDecoder(self.model, place, decoder_precision, fast)
         self.reset_image()
 
     @classmethod
@@ -114,11 +122,11 @@ class SamPredictor:
         pad: bool | None = None,
         decoder_precision: str = "fp32",
     ) -> Self:
-        """A predictor for a checkpoint.
+        """A predictor for a checkpoint, on a GPU if there is one.
 
         Args:
-            checkpoint: A name of ``tinyvit.list_checkpoints()``, or the path of a file that holds
-                a whole SAM; None takes the embedded weights.
+            checkpoint: A name of ``tinyvit.list_checkpoints()``, or the path of a file or folder
+                that holds a whole SAM; None takes the embedded weights.
             engine: As for the class.
             backend: As for the class.
             precision: As for the class.
@@ -134,9 +142,10 @@ class SamPredictor:
             DownloadError: The checkpoint cannot be fetched.
             ValueError: A value that the class refuses.
         """
-        sam = build_sam(DEFAULT_CHECKPOINT if checkpoint is None else checkpoint)
+        from .build import as_sam
+
         return cls(
-            sam,
+            as_sam(checkpoint, cls.__name__),
             engine=engine,
             backend=backend,
             precision=precision,
@@ -198,15 +207,24 @@ class SamPredictor:
         Raises:
             RuntimeError: No image is set.
         """
-        features = self._current()
-        is_ours = features is self._made_features
-        return ImageEmbedding(
-            features[0],
-            self._placement(),
-            self._encoder.image_spec,
-            self._made_by if is_ours else None,
-            self._interm_features if is_ours else None,
-        )
+        return replace(self._current(), placement=self._placement())
+
+    @property
+    def features(self) -> Tensor | None:
+        """The image's features [1, C, h, w] float32 on ``device``; None without an image.
+
+        They may be set by hand, with ``original_size``, ``input_size`` and ``is_image_set``.
+        """
+        if self._features is None and self._embedding is not None:
+            import torch
+
+            self._features = torch.from_numpy(self._embedding.features)[None].to(self.device)
+            self._version = version_of(self._features)
+        return self._features
+
+    @features.setter
+    def features(self, features: Tensor | None) -> None:
+        self._features, self._version = features, -1  # of no tensor: they are not ours
 
     def get_image_embedding(self) -> Tensor:
         """The image's features [1, C, h, w], float32 on ``device``.
@@ -214,22 +232,25 @@ class SamPredictor:
         Raises:
             RuntimeError: No image is set.
         """
-        return self._current()
+        self._current()
+        return cast("Tensor", self.features)
 
     def reset_image(self) -> None:
         """Forget the image."""
         self.is_image_set = False
-        self.features: Tensor | None = None
-        self.original_size: Size | None = None
-        self.input_size: Size | None = None
-        self._interm_features: Tensor | None = None
-        self._made_features: Tensor | None = None
-        self._made_by: str | None = None
+        self.original_size = self.input_size = None
+        self._embedding = self._prepared = self._features = None
+        self._version = -1
 
     @property
     def device(self) -> torch.device:
         """Where masks are computed."""
+        import torch
+
         return torch.device(self._decoder.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}
 
     # -- prompts -------------------------------------------------------------------------------
 
@@ -262,21 +283,23 @@ class SamPredictor:
             RuntimeError: No image is set, or the encoder's weights have changed since.
             ValueError: The prompt is none, not finite, outside of the image, or of a wrong shape.
         """
-        features = self._current()
+        embedding, placement = self._current(), self._placement()
         if point_coords is not None and point_labels is None:
             raise ValueError(
                 "point_labels must be supplied if point_coords is supplied: 1 (the object) or 0 "
                 "(not the object) for each point"
             )
         prompt = Prompt(point_coords, point_labels, box, mask_input)
-        placement = self._placement()
-        low_res_size = self._decoder.low_res_size(features)
-        prompt.check_in(placement.original_size, low_res_size)
-        tensors = stack_prompts([prompt], placement, low_res_size, self._decoder.frame(features))
-        masks, scores, low_res = self._predict(
-            features, tensors, multimask_output, return_logits, hq_token_only
+        size, stride = embedding.low_res_size, self._decoder.logit_stride
+        prompt.check_in(placement.original_size, size)
+        low_res, scores = self._decoder.decode(
+            self._prepare(embedding),
+            stack_prompts([prompt], placement, size, stride),
+            multimask_output,
+            hq_token_only=hq_token_only,
         )
-        return masks[0].numpy(), scores[0].cpu().numpy(), low_res[0].cpu().numpy()
+        threshold = None if return_logits else self.model.mask_threshold
+        return self._decoder.masks(low_res[0], placement, threshold), scores[0], low_res[0]
 
     def predict_torch(
         self,
@@ -288,7 +311,7 @@ class SamPredictor:
         return_logits: bool = False,
         hq_token_only: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Segment what each of several prompts means; coordinates in the model's frame.
+        """Segment what each of several prompts means; coordinates in pixels of the model's input.
 
         Args:
             point_coords: [B, N, 2], (x, y), as ``transform.apply_coords_torch`` gives them.
@@ -307,17 +330,26 @@ class SamPredictor:
             RuntimeError: No image is set, or the encoder's weights have changed since.
             ValueError: The prompts are none, not finite, or of a wrong shape.
         """
-        features = self._current()
+        import torch
+
+        embedding = self._current()
         points = None
         if point_coords is not None and point_labels is not None:
-            points = point_coords, point_labels
+            coords = _array("point_coords", point_coords, np.float32)
+            points = coords, _array("point_labels", point_labels, np.int64)
         elif point_coords is not None or point_labels is not None:
             raise ValueError("point_coords and point_labels go together; came only one of them")
-        tensors = PromptTensors(points, boxes, mask_input)
-        masks, scores, low_res = self._predict(
-            features, tensors, multimask_output, return_logits, hq_token_only
+        batch = PromptBatch(
+            points,
+            None if boxes is None else _array("boxes", boxes, np.float32),
+            None if mask_input is None else _array("mask_input", mask_input, np.float32),
         )
-        return masks.to(self.device), scores, low_res
+        low_res, scores = self._decoder.decode_tensors(
+            self._prepare(embedding), batch, multimask_output, hq_token_only=hq_token_only
+        )
+        threshold = None if return_logits else self.model.mask_threshold
+        masks = self._decoder.masks(low_res.cpu().numpy(), self._placement(), threshold)
+        return torch.from_numpy(masks).to(self.device), scores, low_res
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -327,24 +359,38 @@ class SamPredictor:
 
     def _take(self, embedding: ImageEmbedding) -> None:
         self.reset_image()
-        self.features = self._made_features = embedding.features[None].to(self.device)
+        self._embedding = embedding
         self.original_size = embedding.placement.original_size
         self.input_size = embedding.placement.resized_size
-        self._interm_features = embedding.interm_features
-        self._made_by = embedding.weights_sha256
         self.is_image_set = True
 
-    def _current(self) -> Tensor:
-        """The features, unless there are none, or of weights that are no more."""
-        if not self.is_image_set or self.features is None:
+    def _current(self) -> ImageEmbedding:
+        """The embedding, or one of features that were put in by hand or written to since.
+
+        Raises:
+            RuntimeError: There is none, or it is of weights that are no more.
+        """
+        features = self._features
+        if not self.is_image_set or (features is None and self._embedding is None):
             raise RuntimeError(_NOT_SET)
-        is_ours = self.features is self._made_features and self._made_by is not None
-        if is_ours and self._encoder.weights_sha256() != self._made_by:
+        if features is not None and version_of(features) != self._version:
+            spec = self._encoder.image_spec
+            self._embedding = ImageEmbedding(cast(Any, features[0]), self._placement(), spec)
+            self._prepared, self._version = None, version_of(features)
+        embedding = cast(ImageEmbedding, self._embedding)
+        made_by = embedding.weights_sha256
+        if made_by is not None and self._encoder.weights_sha256() != made_by:
             raise RuntimeError(
                 "the image encoder's weights have changed since the image was encoded; call "
                 ".set_image(...) again"
             )
-        return self.features
+        return embedding
+
+    def _prepare(self, embedding: ImageEmbedding) -> PreparedEmbedding:
+        """What the decoder prepared of the image; computed once."""
+        if self._prepared is None:
+            self._prepared = self._decoder.prepare(embedding)
+        return self._prepared
 
     def _placement(self) -> Placement:
         """Made of the public attributes, which callers may set by themselves."""
@@ -352,26 +398,13 @@ class SamPredictor:
             raise RuntimeError(_NOT_SET)
         height, width = self.input_size
         spec = self._encoder.image_spec
-        frame = spec.size if spec.pad else (height, width)
-        return Placement(self.original_size, (height, width), (0, 0), frame)
+        model_size = spec.size if spec.pad else (height, width)
+        return Placement(self.original_size, (height, width), (0, 0), model_size)
 
-    def _predict(
-        self,
-        features: Tensor,
-        prompts: PromptTensors,
-        multimask_output: bool,
-        as_logits: bool,
-        hq_token_only: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(masks on the CPU, predicted IoU and low-res logits on the device)."""
-        low_res, scores = self._decoder.decode(
-            features,
-            prompts,
-            multimask_output,
-            # Features that a caller put in by hand have no early map here.
-            interm_features=self._interm_features if features is self._made_features else None,
-            hq_token_only=hq_token_only,
-        )
-        threshold = None if as_logits else self.model.mask_threshold
-        masks = enlarge(low_res, self._placement(), self._decoder.pitch, threshold)
-        return masks, scores, low_res
+
+def _array(name: str, tensor: Tensor, dtype: type[np.generic]) -> NDArray[Any]:
+    """A caller's tensor as an array; numpy has no bfloat16, and float16 is as good in float32."""
+    if not hasattr(tensor, "detach"):
+        raise ValueError(f"{name} must be a tensor, came {type(tensor).__name__}")
+    here = tensor.detach().cpu()
+    return np.array((here.float() if here.is_floating_point() else here).numpy(), dtype)

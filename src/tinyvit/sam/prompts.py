@@ -1,67 +1,26 @@
-"""A mask prompt as low-res logits: those of an earlier answer, or a bool mask of the image.
+"""Prompts: what a caller asks for, checked, and many of one kind as arrays of the model's input.
 
-A bool mask has no logits of its own. A cell of the low-res grid that the mask covers entirely gets
-+6, one outside gets -6, and one covered in part lies between in proportion, so that the logit is 0
-where half is covered and the mask's outline stays where it was. 6 is what sure pixels of the
-decoder's own answers have (sigmoid(6) = 0.998); much larger values would be unlike anything that
-the prompt encoder saw in training.
+``Prompt`` is one object's points, box and mask in pixels of the image. A decoder takes a
+``PromptBatch``: prompts of one kind, stacked, in pixels of the model's input. Prompts are never
+padded to the same number of points, since a padding point is a token that others attend to; they
+are grouped instead.
 
-Knows no model. Letters: H W the image, h4 w4 the low-res logits.
+Shapes: N prompts, P points, H W the image, h4 w4 the low-res logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
-from torch import Tensor
 
 from tinyvit.image_spec import Placement
 
 Size: TypeAlias = "tuple[int, int]"
-
-SURE = 6.0
-"""Logit of a pixel that a bool mask names; its negative for all others and for the padding."""
-
-
-def mask_to_logits(
-    mask: NDArray[np.float32] | NDArray[np.bool_],
-    placement: Placement,
-    low_res_size: Size,
-    frame: Size,
-) -> Tensor:
-    """A mask prompt as the logits that a prompt encoder takes.
-
-    Args:
-        mask: [h4, w4] logits, given back as they are; or [H, W] bool, of the image.
-        placement: Where the image lies in the model's frame.
-        low_res_size: (h4, w4).
-        frame: (height, width) of what the low-res logits cover, in pixels of the model's frame;
-            at least as large as the resized image.
-
-    Returns:
-        [h4, w4] float32 logits.
-    """
-    if mask.dtype != bool:
-        return torch.from_numpy(mask.astype(np.float32))
-    height, width = placement.resized_size
-    # Pillow's filter averages where it shrinks: covered area, not a sample of it.
-    pixels = Image.fromarray(mask.astype(np.uint8) * np.uint8(255))
-    small = np.array(pixels.resize((width, height), Image.Resampling.BILINEAR), np.float32)
-    plane = torch.zeros(1, 1, *frame)
-    plane[0, 0, :height, :width] = torch.from_numpy(small) / 255
-    coverage = F.adaptive_avg_pool2d(plane, low_res_size)[0, 0]
-    return (2 * coverage - 1) * SURE
-
-
-pass
-
 
 Kind: TypeAlias = "tuple[int, bool, bool]"
 """(number of points, whether there is a box, whether there is a mask)."""
@@ -75,9 +34,9 @@ class Prompt:
         points: [P, 2] as (x, y) in pixels of the original image; None for none.
         labels: [P]: 1 the object, 0 not the object; None means all 1.
         box: (x0, y0, x1, y1) in pixels of the original image; None for none.
-        mask: Low-res logits of an earlier answer, [h4, w4] or [1, h4, w4], floating point; or a
-            mask of the image, [H, W] bool. None for none.
-        name: Anything that helps the caller to recognise it.
+        mask: Low-res logits of an earlier prediction, [h4, w4] or [1, h4, w4], floating point; or
+            a mask of the image, [H, W] bool. None for none.
+        name: Any text by which the caller recognises it.
 
     Attributes:
         points: [P, 2] float64, or None.
@@ -88,7 +47,8 @@ class Prompt:
 
     Raises:
         ValueError: Nothing is prompted; an array is empty, of another shape or not finite; a label
-            is neither 0 nor 1; the numbers of points and labels differ; a box is inside out.
+            is neither 0 nor 1; the numbers of points and labels differ; a box's x1 <= x0 or
+            y1 <= y0.
 
     Example:
         >>> Prompt(points=[[320, 240]]).labels.tolist()
@@ -153,7 +113,7 @@ class Prompt:
         if self.mask.shape != wanted:
             raise ValueError(
                 f"a mask prompt must be a bool mask of the image, {list(image_size)}, or "
-                f"low-res logits of an earlier answer on it, {list(low_res_size)} of floats; "
+                f"low-res logits of an earlier prediction on it, {list(low_res_size)} of floats; "
                 f"came {list(self.mask.shape)} of {self.mask.dtype}"
             )
 
@@ -263,8 +223,9 @@ def _mask(values: ArrayLike) -> NDArray[np.float32] | NDArray[np.bool_]:
         array = array[0]
     if array.ndim != 2 or array.size == 0 or not (is_logits or array.dtype == bool):
         raise ValueError(
-            "mask must be low-res logits of an earlier answer, [h4, w4] or [1, h4, w4] of floats, "
-            f"or a mask of the image, [H, W] of bool; came {list(array.shape)} of {array.dtype}"
+            "mask must be low-res logits of an earlier prediction, [h4, w4] or [1, h4, w4] of "
+            "floats, or a mask of the image, [H, W] of bool; came "
+            f"{list(array.shape)} of {array.dtype}"
             + ("; mask.astype(bool) makes a mask of whole numbers one" if array.ndim == 2 else "")
         )
     if not is_logits:
@@ -285,3 +246,151 @@ def _check_inside(what: str, point: Sequence[float] | NDArray[np.float64], size:
         f"{height}; wanted pixels of the original image, 0 <= x <= {width} and 0 <= y <= {height}"
         + ("; are x and y swapped?" if swapped else "")
     )
+
+
+SURE = 6.0
+"""Logit of a pixel that a bool mask names; its negative for all others and for the padding. Sure
+pixels of the decoder's own masks have it (sigmoid(6) = 0.998); much larger values would be unlike
+anything that the prompt encoder saw in training."""
+
+
+@dataclass(frozen=True, eq=False)
+class PromptBatch:
+    """Prompts of one kind as a decoder takes them, in pixels of the model's input.
+
+    Attributes:
+        points: (coordinates [N, P, 2] float32 as (x, y), labels [N, P]: 1, 0, or -1 for no point
+            at all), or None.
+        boxes: [N, 4] float32 xyxy, or None.
+        masks: [N, 1, h4, w4] float32 logits, or None.
+
+    Raises:
+        ValueError: Nothing is prompted, a shape is wrong, a coordinate is not finite, a label is
+            unknown, or the numbers of prompts differ.
+    """
+
+    points: tuple[NDArray[np.float32], NDArray[np.int64]] | None = None
+    boxes: NDArray[np.float32] | None = None
+    masks: NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        counts = {}
+        if self.points is not None:
+            coords, labels = self.points
+            _check_array("point_coords", coords, ("B", "N", 2))
+            _check_array("point_labels", labels, tuple(coords.shape[:2]))
+            unknown = sorted(set(labels.ravel().tolist()) - {-1, 0, 1})
+            if unknown:
+                raise ValueError(
+                    f"labels of points must be 1, 0, or -1 for no point at all; came {unknown}"
+                )
+            counts["point_coords"] = len(coords)
+        for name, array, shape in (
+            ("boxes", self.boxes, ("B", 4)),
+            ("mask_input", self.masks, ("B", 1, "h4", "w4")),
+        ):
+            if array is not None:
+                _check_array(name, array, cast("tuple[int | str, ...]", shape))
+                counts[name] = len(array)
+        if not counts:
+            raise ValueError("nothing is prompted; give points, boxes or masks")
+        if len(set(counts.values())) > 1:
+            shown = ", ".join(f"{count} in {name}" for name, count in counts.items())
+            raise ValueError(f"every kind of prompt must be about the same objects; came {shown}")
+
+    def __len__(self) -> int:
+        given = self.points[0] if self.points is not None else self.boxes
+        return len(cast(Any, self.masks if given is None else given))
+
+    def part(self, start: int, stop: int) -> PromptBatch:
+        """The prompts from ``start`` up to ``stop``."""
+        some = slice(start, stop)
+        return PromptBatch(
+            None if self.points is None else (self.points[0][some], self.points[1][some]),
+            None if self.boxes is None else self.boxes[some],
+            None if self.masks is None else self.masks[some],
+        )
+
+
+def group_prompts(prompts: Sequence[Prompt]) -> dict[Kind, list[int]]:
+    """Positions of the prompts of each kind; each kind can be decoded together."""
+    groups: dict[Kind, list[int]] = {}
+    for position, prompt in enumerate(prompts):
+        groups.setdefault(prompt.kind, []).append(position)
+    return groups
+
+
+def stack_prompts(
+    prompts: Sequence[Prompt], placement: Placement, low_res_size: Size, logit_stride: float
+) -> PromptBatch:
+    """Prompts of one kind, mapped to the model's input and stacked.
+
+    ``logit_stride`` is the number of input pixels per low-res logit.
+    """
+    if len({prompt.kind for prompt in prompts}) > 1:
+        raise ValueError("only prompts of one kind can be stacked; see group_prompts")
+    points = boxes = masks = None
+    count, has_box, has_mask = prompts[0].kind
+    if count:
+        coords = np.stack([cast(Any, prompt.points) for prompt in prompts])
+        labels = np.stack([cast(Any, prompt.labels) for prompt in prompts])
+        points = placement.points_to_model(coords).astype(np.float32), labels
+    if has_box:
+        corners = np.stack([cast(Any, prompt.box) for prompt in prompts])
+        boxes = placement.boxes_to_model(corners).astype(np.float32)
+    if has_mask:
+        logits = [
+            mask_to_logits(prompt.mask, placement, low_res_size, logit_stride)
+            for prompt in prompts
+            if prompt.mask is not None
+        ]
+        masks = np.stack(logits)[:, None]
+    return PromptBatch(points, boxes, masks)
+
+
+def mask_to_logits(
+    mask: NDArray[np.float32] | NDArray[np.bool_],
+    placement: Placement,
+    low_res_size: Size,
+    logit_stride: float,
+) -> NDArray[np.float32]:
+    """A mask prompt as [h4, w4] logits: logits as they are, a bool mask [H, W] by its coverage.
+
+    A low-res pixel that the mask covers entirely gets +6, one outside gets -6, and one covered in
+    part lies between in proportion, so that the logit is 0 where half is covered and the mask's
+    outline stays where it was.
+    """
+    if mask.dtype != bool:
+        return mask.astype(np.float32)
+    height, width = placement.resized_size
+    # Pillow's filter averages where it shrinks: covered area, not a sample of it.
+    pixels = Image.fromarray(mask.astype(np.uint8) * np.uint8(255))
+    small = np.array(pixels.resize((width, height), Image.Resampling.BILINEAR), np.float32) / 255
+    rows, columns = (
+        _averages(side, low_res, round(low_res * logit_stride))
+        for side, low_res in zip((height, width), low_res_size, strict=True)
+    )
+    logits: NDArray[np.float32] = (2 * (rows @ small @ columns.T) - 1) * np.float32(SURE)
+    return logits
+
+
+def _averages(pixels: int, low_res: int, covered: int) -> NDArray[np.float32]:
+    """[low_res, pixels]: averages over equal parts of ``covered`` pixels, zeros after the first."""
+    matrix = np.zeros((low_res, covered), np.float32)
+    for i in range(low_res):  # rounded outwards, as torch's adaptive pooling
+        part = slice(i * covered // low_res, -(-(i + 1) * covered // low_res))
+        matrix[i, part] = 1 / (part.stop - part.start)
+    return matrix[:, :pixels]
+
+
+def _check_array(name: str, array: NDArray[Any], shape: tuple[int | str, ...]) -> None:
+    """Check an array's shape, in which a letter stands for any number, and that it is finite."""
+    fits = len(shape) == array.ndim and all(
+        isinstance(wanted, str) or wanted == side
+        for wanted, side in zip(shape, array.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name} must have the shape [{wanted}]; came {list(array.shape)}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite numbers; came some that are NaN or infinite")

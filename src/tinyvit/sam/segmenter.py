@@ -1,10 +1,10 @@
-"""The masks of one image: kept as low-res logits, enlarged one at a time when asked for.
+"""``Segmenter``: many images, many prompts; and ``Masks``, what it finds in one image.
 
-A full-size mask of every prompt would take a gigabyte for a few hundred prompts on a photograph;
-its low-res logits take 256 kB. Knows no model. Coordinates are continuous: a box around one pixel
-is 1 wide.
+``Masks`` keeps low-res logits and enlarges a mask when it is asked for: a full-size mask of every
+prompt would take a gigabyte for a few hundred prompts on a photograph, its low-res logits take
+256 kB. Coordinates are continuous: a box around one pixel is 1 wide.
 
-Letters: N prompts, K masks of a prompt, H W the image, h4 w4 the low-res logits.
+Shapes: N prompts, K masks of a prompt, H W the image, h4 w4 the low-res logits.
 """
 
 from __future__ import annotations
@@ -14,52 +14,28 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.image_spec import Placement
-from tinyvit.inference import Backend, Picture
-from tinyvit.inference.backend import BackendName, choose_device
-from tinyvit.inference.engine import each
+from tinyvit.inference.backend import choose_device
 
-from .build import build_sam
-from .decoder import PromptDecoder, group_prompts, stack_prompts
 from .embedding import ImageEmbedding, ImageEncoder
-from .mask_ops import encode
-from .model import Sam
-from .prompts import Prompt, PromptLike, to_prompt
+from .mask_ops import box_around, encode
+from .prompts import Prompt, PromptLike, group_prompts, stack_prompts, to_prompt
 from .upscale import upscale
 
+if TYPE_CHECKING:
+    from tinyvit.inference.backend import Backend, BackendName
+    from tinyvit.inference.engine import Picture
 
-def enlarge(
-    low_res_logits: Tensor, placement: Placement, pitch: float, threshold: float | None
-) -> Tensor:
-    """Bring many masks into the original image, one at a time: in logits they may be large.
+    from .decoder import PreparedEmbedding
+    from .model import Sam
 
-    Args:
-        low_res_logits: [..., h4, w4] float32.
-        placement: Where the image lies in the model's frame.
-        pitch: Pixels of the model's frame for one low-res logit.
-        threshold: Logits above it are mask; None gives the logits.
-
-    Returns:
-        [..., H, W] on the CPU: bool, or float32 logits.
-    """
-    outer = low_res_logits.shape[:-2]
-    masks = torch.empty(
-        (*outer, *placement.original_size),
-        dtype=torch.float32 if threshold is None else torch.bool,
-    )
-    sources = low_res_logits.reshape(-1, *low_res_logits.shape[-2:])
-    for source, target in zip(sources, masks.view(-1, *placement.original_size), strict=True):
-        logits = upscale(source[None], placement, pitch)[0]
-        target.copy_(logits if threshold is None else logits > threshold)
-    return masks
+Floats: TypeAlias = NDArray[np.float32]
+Multimask: TypeAlias = "bool | Literal['auto']"
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,18 +46,18 @@ class Masks:
 
     Attributes:
         prompts: The N prompts.
-        low_res_logits: Of each prompt, [K, h4, w4] float32 on the CPU; K may differ between them.
+        low_res_logits: Of each prompt, [K, h4, w4] float32; K may differ between them.
         predicted_ious: Of each prompt, [K] float32: the network's own estimate.
-        placement: Where the image lies in the model's frame.
-        pitch: Pixels of the model's frame for one low-res logit.
+        placement: Where the image lies in the model's input.
+        logit_stride: Input pixels per low-res logit; also readable as ``pitch``, its older name.
         threshold: Logits above it are mask.
     """
 
     prompts: tuple[Prompt, ...]
-    low_res_logits: tuple[Tensor, ...]
-    predicted_ious: tuple[NDArray[np.float32], ...]
+    low_res_logits: tuple[Floats, ...]
+    predicted_ious: tuple[Floats, ...]
     placement: Placement
-    pitch: float
+    logit_stride: float
     threshold: float = 0.0
 
     def __len__(self) -> int:
@@ -89,6 +65,11 @@ class Masks:
 
     def __iter__(self) -> Iterator[NDArray[np.bool_]]:
         return (self.mask(prompt) for prompt in range(len(self)))
+
+    @property
+    def pitch(self) -> float:
+        """Older name of ``logit_stride``."""
+        return self.logit_stride
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -110,14 +91,14 @@ class Masks:
 
         Enlarges every mask once; kept.
         """
-        boxes = [_box_around(mask) for mask in self]
+        boxes = [box_around(mask) for mask in self]
         return np.array(boxes, np.float64).reshape(len(self), 4)
 
     def best(self) -> NDArray[np.int64]:
         """Which mask of each prompt has the highest score, [N] int64; the first of equals."""
         return np.array([int(np.argmax(ious)) for ious in self.predicted_ious], np.int64)
 
-    def logits(self, prompt: int, token: int | None = None) -> NDArray[np.float32]:
+    def logits(self, prompt: int, token: int | None = None) -> Floats:
         """Logits of one mask in the original image.
 
         Args:
@@ -130,18 +111,11 @@ class Masks:
         Raises:
             IndexError: There is no such prompt or mask.
         """
-        ious = self._of(prompt)
-        chosen = int(np.argmax(ious)) if token is None else token
-        if not -len(ious) <= chosen < len(ious):
-            raise IndexError(f"prompt {prompt} has {len(ious)} masks; there is no mask {token}")
-        low_res = self.low_res_logits[prompt][chosen]
-        logits: NDArray[np.float32] = enlarge(low_res, self.placement, self.pitch, None).numpy()
-        return logits
+        return cast(Floats, self._enlarged(prompt, token, None))
 
     def mask(self, prompt: int, token: int | None = None) -> NDArray[np.bool_]:
         """One mask in the original image, [H, W] bool; arguments and errors as for ``logits``."""
-        mask: NDArray[np.bool_] = self.logits(prompt, token) > self.threshold
-        return mask
+        return cast("NDArray[np.bool_]", self._enlarged(prompt, token, self.threshold))
 
     def to_numpy(self) -> NDArray[np.bool_]:
         """All masks at once, [N, K, H, W] bool; empty where a prompt has fewer masks than K."""
@@ -166,7 +140,7 @@ class Masks:
         """
         found: list[dict[str, object]] = []
         for prompt, ious, mask in zip(self.prompts, self.predicted_ious, self, strict=True):
-            x0, y0, x1, y1 = _box_around(mask)
+            x0, y0, x1, y1 = map(float, box_around(mask))
             score = float(np.max(ious))
             found.append(
                 {
@@ -187,34 +161,26 @@ class Masks:
         count, most, height, width = self.shape
         return f"Masks({count} prompts, up to {most} masks each, image {height}x{width})"
 
-    def _of(self, prompt: int) -> NDArray[np.float32]:
+    def _enlarged(self, prompt: int, token: int | None, threshold: float | None) -> NDArray[Any]:
         if not -len(self) <= prompt < len(self):
             raise IndexError(f"there are {len(self)} prompts; there is no prompt {prompt}")
-        return self.predicted_ious[prompt]
-
-
-def _box_around(mask: NDArray[np.bool_]) -> tuple[float, float, float, float]:
-    """Outer edges of a mask's pixels, xyxy; zeros without any."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return 0.0, 0.0, 0.0, 0.0
-    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
-
-
-pass
-
-
-Multimask: TypeAlias = "bool | Literal['auto']"
+        ious = self.predicted_ious[prompt]
+        chosen = int(np.argmax(ious)) if token is None else token
+        if not -len(ious) <= chosen < len(ious):
+            raise IndexError(f"prompt {prompt} has {len(ious)} masks; there is no mask {token}")
+        low_res = self.low_res_logits[prompt][chosen]
+        return upscale(low_res, self.placement, self.logit_stride, threshold)
 
 
 class Segmenter:
     """Segments images by prompts.
 
-    May be used by several threads: nothing is kept of an image but what its next prompts share.
+    May be used by several threads: nothing is kept of an image but what its next prompts share. It
+    can be copied and pickled.
 
     Args:
-        sam: A ``Sam``, which is never changed; or the name of a checkpoint or the path of a file
-            that holds a whole SAM; None takes the embedded weights.
+        sam: A ``Sam``, which is never changed; or the name of a checkpoint, or the path of a file
+            or folder that holds a whole SAM; None takes the embedded weights.
         backend: As for ``tinyvit.Engine``; it runs the image encoder.
         precision: As for ``tinyvit.Engine``; the decoder always computes in fp32.
         device: Where to compute: a torch device, or "auto".
@@ -247,19 +213,24 @@ class Segmenter:
         batch_size: int = 8,
         pad: bool | None = None,
     ) -> None:
+        from .build import as_sam
+        from .decoder import TorchDecoder
+
         place = choose_device(device)
-        if not isinstance(sam, Sam):
-            sam = build_sam(DEFAULT_CHECKPOINT if sam is None else sam)
-        self.model = sam
+        self.model = as_sam(sam, "Segmenter")
         self._encoder = ImageEncoder(
-            sam,
+            self.model,
             backend=backend,
             precision=precision,
             device=place if isinstance(backend, str) else "auto",
             batch_size=batch_size,
             pad=pad,
         )
-        self._decoder = PromptDecoder(sam, place)
+        self._decoder = TorchDecoder(self.model, place)
+        self._last: tuple[ImageEmbedding, PreparedEmbedding] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
 
     @property
     def encoder(self) -> ImageEncoder:
@@ -325,7 +296,7 @@ class Segmenter:
                     f"image {number} has no list of prompts: there are only {number} lists; give "
                     "one for each image, [] for none"
                 )
-            yield self._answer(embedding, _checked(wanted, number), number, multimask)
+            yield self._predict(embedding, _checked(wanted, number, embedding), multimask)
         if next(prompts, None) is not None:
             raise ValueError(
                 f"there are more lists of prompts than the {number + 1} images; give one list "
@@ -338,6 +309,8 @@ class Segmenter:
         """Embeddings as they are, checked; images encoded. The first one tells which."""
         if isinstance(images, ImageEmbedding):
             images = [images]
+        from tinyvit.inference.engine import each
+
         items = iter(each(cast(Any, images)))
         first = next(items, None)
         if first is None:
@@ -355,38 +328,38 @@ class Segmenter:
             self._encoder.check(item)
             yield item
 
-    def _answer(
-        self,
-        embedding: ImageEmbedding,
-        prompts: tuple[Prompt, ...],
-        number: int,
-        multimask: Multimask,
+    def _prepared(self, embedding: ImageEmbedding) -> PreparedEmbedding:
+        """What the decoder prepared of an embedding; kept of the last one."""
+        last = self._last
+        if last is None or last[0] is not embedding:
+            self._last = last = embedding, self._decoder.prepare(embedding)
+        return last[1]
+
+    def _predict(
+        self, embedding: ImageEmbedding, prompts: tuple[Prompt, ...], multimask: Multimask
     ) -> Masks:
         """The masks of all prompts on one image."""
-        decoder, features, placement = self._decoder, embedding.features, embedding.placement
-        low_res_size, frame = decoder.low_res_size(features), decoder.frame(features)
-        for position, prompt in enumerate(prompts):
-            try:
-                prompt.check_in(placement.original_size, low_res_size)
-            except ValueError as err:
-                raise ValueError(f"prompt {position} of image {number}: {err}") from err
-        logits: list[Tensor | None] = [None] * len(prompts)
-        ious: list[NDArray[np.float32] | None] = [None] * len(prompts)
+        decoder, placement = self._decoder, embedding.placement
+        logits: dict[int, Floats] = {}
+        ious: dict[int, Floats] = {}
         for kind, members in group_prompts(prompts).items():
-            tensors = stack_prompts([prompts[i] for i in members], placement, low_res_size, frame)
+            batch = stack_prompts(
+                [prompts[i] for i in members],
+                placement,
+                embedding.low_res_size,
+                decoder.logit_stride,
+            )
             is_ambiguous = kind == (1, False, False)
             many = is_ambiguous if multimask == "auto" else multimask
-            low_res, scores = decoder.decode(
-                features, tensors, many, interm_features=embedding.interm_features
-            )
-            for i, one, iou in zip(members, low_res.cpu(), scores.cpu().numpy(), strict=True):
-                logits[i], ious[i] = one, iou
+            low_res, scores = decoder.decode(self._prepared(embedding), batch, many)
+            logits.update(zip(members, low_res, strict=True))
+            ious.update(zip(members, scores, strict=True))
         return Masks(
             prompts,
-            tuple(cast("list[Tensor]", logits)),
-            tuple(cast("list[NDArray[np.float32]]", ious)),
+            tuple(logits[i] for i in range(len(prompts))),
+            tuple(ious[i] for i in range(len(prompts))),
             placement,
-            decoder.pitch,
+            decoder.logit_stride,
             self.model.mask_threshold,
         )
 
@@ -402,7 +375,9 @@ def _images(items: Iterable[Any]) -> Iterator[Picture]:
         yield item
 
 
-def _checked(prompts: Sequence[PromptLike], number: int) -> tuple[Prompt, ...]:
+def _checked(
+    prompts: Sequence[PromptLike], number: int, embedding: ImageEmbedding
+) -> tuple[Prompt, ...]:
     """An image's prompts, or an error that says which one is wrong."""
     if isinstance(prompts, (Prompt, Mapping, str)) or not isinstance(prompts, Iterable):
         raise TypeError(
@@ -410,10 +385,12 @@ def _checked(prompts: Sequence[PromptLike], number: int) -> tuple[Prompt, ...]:
             f"{type(prompts).__name__}; give one list for each image"
         )
     checked = []
-    for position, prompt in enumerate(prompts):
+    for position, given in enumerate(prompts):
         try:
-            checked.append(to_prompt(prompt))
+            prompt = to_prompt(given)
+            prompt.check_in(embedding.original_size, embedding.low_res_size)
         except (TypeError, ValueError) as err:
             words = f"prompt {position} of image {number}: {err}"
             raise (TypeError if isinstance(err, TypeError) else ValueError)(words) from err
+        checked.append(prompt)
     return tuple(checked)

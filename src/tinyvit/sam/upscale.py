@@ -1,55 +1,72 @@
-"""From low-resolution logits to masks in the original image: whole, or only where they can be.
+"""From low-res logits to masks in the original image: whole, or only where they can be.
 
-Segment Anything enlarges logits twice, bilinearly: to the model's frame, which is cut to the part
+Segment Anything enlarges logits twice, bilinearly: to the model's input, which is cut to the part
 that holds the image, and from there to the image. Both are linear along each axis, so together
-they are one matrix an axis, and a part of the image needs a part of each. A value between others
-never exceeds them: where no low-resolution logit near by exceeds a threshold, no pixel does.
+they are one matrix an axis, in which each pixel sees at most four logits: a block of rows costs a
+product with a few rows of logits. An interpolated value never exceeds its neighbours, so where no
+low-res logit near by exceeds a threshold, no pixel does.
 
-It knows numbers only: no model, no prompts.
-
-Shapes: N masks, h4 w4 low-resolution logits, H W the original image.
+Shapes: h4 w4 low-res logits, H W the original image. Sizes are (height, width).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
 from tinyvit.image_spec import Placement
 
-PITCH = 4.0
-"""Pixels of the model's frame for one low-resolution logit: stride 16 of the encoder by 4."""
+Floats = NDArray[np.float32]
+
+LOGIT_STRIDE = 4.0
+"""Input pixels per low-res logit: the encoder's stride of 16 by 4."""
+
+BLOCK = 64  # rows enlarged at once: they stay in a core's cache until they are compared
 
 
-def upscale(low_res_logits: Tensor, placement: Placement, pitch: float = PITCH) -> Tensor:
+def upscale(
+    low_res_logits: Floats,
+    placement: Placement,
+    logit_stride: float = LOGIT_STRIDE,
+    threshold: float | None = None,
+) -> Floats | NDArray[np.bool_]:
     """Enlarge logits to the original image, as segment-anything's ``postprocess_masks``.
 
     Args:
-        low_res_logits: [N, h4, w4].
-        placement: Where the image lies in the model's frame.
-        pitch: Pixels of the model's frame for one logit.
+        low_res_logits: [..., h4, w4] float32.
+        placement: Where the image lies in the model's input.
+        logit_stride: Input pixels per logit.
+        threshold: Logits above it are mask; None gives the logits.
 
     Returns:
-        [N, H, W]; above 0 is the mask.
+        [..., H, W]: float32 logits, or bool.
 
     Raises:
-        ValueError: Another number of dimensions, or fewer logits than the image covers.
+        ValueError: Fewer than two dimensions, or fewer logits than the image covers.
     """
-    if low_res_logits.ndim != 3:
-        raise ValueError(f"wanted logits [N, h4, w4]; came {list(low_res_logits.shape)}")
-    height, width = placement.resized_size
-    frame = _frame(tuple(low_res_logits.shape[1:]), placement, pitch)
-    if not len(low_res_logits):
-        return low_res_logits.new_empty(0, *placement.original_size)
-    masks = F.interpolate(low_res_logits[None], frame, mode="bilinear", align_corners=False)
-    masks = masks[..., :height, :width]
-    size = placement.original_size
-    return F.interpolate(masks, size, mode="bilinear", align_corners=False)[0]
+    if low_res_logits.ndim < 2:
+        raise ValueError(f"wanted logits [..., h4, w4]; came {list(low_res_logits.shape)}")
+    size = low_res_logits.shape[-2:]
+    rows, columns = axes(size, placement, logit_stride)
+    height, width = placement.original_size
+    shape = *low_res_logits.shape[:-2], height, width
+    enlarged = np.empty(shape, np.float32 if threshold is None else np.bool_)
+    sources = low_res_logits.reshape(-1, *size)
+    for source, target in zip(sources, enlarged.reshape(-1, height, width), strict=True):
+        wide = np.empty((size[0], width), np.float32)
+        for start in range(0, width, BLOCK):
+            pixels = slice(start, start + BLOCK)
+            seen = columns.seen_by(pixels)
+            wide[:, pixels] = source[:, seen] @ columns.matrix[pixels, seen].T
+        for start in range(0, height, BLOCK):
+            pixels = slice(start, start + BLOCK)
+            seen = rows.seen_by(pixels)
+            logits = rows.matrix[pixels, seen] @ wide[seen]
+            target[pixels] = logits if threshold is None else logits > threshold
+    return enlarged
 
 
 @dataclass(frozen=True)
@@ -60,8 +77,6 @@ class Region:
         mask: [hh, ww] bool; outside of it the mask is empty. Has no pixels where nothing is.
         top: Row of the image that the first row of ``mask`` is.
         left: Column of the image that the first column of ``mask`` is.
-        height: Of the whole image in pixels.
-        width: Of the whole image in pixels.
         inner: Pixels whose logit exceeds threshold + offset.
         outer: Pixels whose logit exceeds threshold - offset.
     """
@@ -69,115 +84,106 @@ class Region:
     mask: NDArray[np.bool_]
     top: int
     left: int
-    height: int
-    width: int
     inner: int
     outer: int
 
     @property
     def stability(self) -> float:
-        """IoU of the masks at the two thresholds, as segment-anything has it; nan for none."""
-        return self.inner / self.outer if self.outer else float("nan")
-
-    def whole(self) -> NDArray[np.bool_]:
-        """The mask in the whole image, [H, W] bool."""
-        mask = np.zeros((self.height, self.width), np.bool_)
-        height, width = self.mask.shape
-        mask[self.top : self.top + height, self.left : self.left + width] = self.mask
-        return mask
+        """IoU of the masks at both thresholds, in float32 as segment-anything; nan for none."""
+        return float(np.float32(self.inner / self.outer)) if self.outer else float("nan")
 
 
 class RegionUpscaler:
     """Enlarges masks one by one, each only where it can be; for many masks of one image.
 
-    Args:
-        size: (h4, w4) of the logits.
-        placement: Where the image lies in the model's frame.
-        pitch: Pixels of the model's frame for one logit.
-
     Raises:
         ValueError: Fewer logits than the image covers.
     """
 
-    def __init__(self, size: tuple[int, int], placement: Placement, pitch: float = PITCH) -> None:
-        frame = _frame(size, placement, pitch)
-        self.placement = placement
-        sizes = zip(size, frame, placement.resized_size, placement.original_size, strict=True)
-        self._rows, self._columns = (_Axis(*lengths) for lengths in sizes)
+    def __init__(
+        self, size: tuple[int, int], placement: Placement, logit_stride: float = LOGIT_STRIDE
+    ) -> None:
+        self._rows, self._columns = axes(size, placement, logit_stride)
 
     def __call__(
-        self, low_res_logits: Tensor, threshold: float = 0.0, offset: float = 1.0
+        self, low_res_logits: Floats, threshold: float = 0.0, offset: float = 1.0
     ) -> Region:
-        """Enlarge one mask.
-
-        Args:
-            low_res_logits: [h4, w4] float32 on the CPU.
-            threshold: Logits above it are the mask.
-            offset: Of the thresholds for ``Region.stability``; at least 0.
-
-        Returns:
-            The mask where it can be.
-        """
-        height, width = self.placement.original_size
+        """Logits [h4, w4] -> the mask where it can be; ``offset`` is that of ``stability``."""
         can_be = low_res_logits > threshold - offset
-        rows, columns = can_be.any(1).nonzero(), can_be.any(0).nonzero()
+        rows, columns = np.flatnonzero(can_be.any(1)), np.flatnonzero(can_be.any(0))
         if not len(rows):
-            return Region(np.zeros((0, 0), np.bool_), 0, 0, height, width, 0, 0)
-        down, from_rows = self._rows.reach(int(rows[0]), int(rows[-1]))
-        across, from_columns = self._columns.reach(int(columns[0]), int(columns[-1]))
+            return Region(np.zeros((0, 0), np.bool_), 0, 0, 0, 0)
+        down, from_rows = self._rows.reach(rows[0], rows[-1])
+        across, from_columns = self._columns.reach(columns[0], columns[-1])
         part = low_res_logits[from_rows, from_columns]
         tall = self._rows.matrix[down, from_rows] @ part
         logits = tall @ self._columns.matrix[across, from_columns].T
-        inner, outer = (int((logits > threshold + x).count_nonzero()) for x in (offset, -offset))
-        mask = (logits > threshold).numpy()
-        return Region(mask, down.start, across.start, height, width, inner, outer)
+        inner, outer = (int(np.count_nonzero(logits > threshold + x)) for x in (offset, -offset))
+        return Region(logits > threshold, down.start, across.start, inner, outer)
 
 
+def axes(size: tuple[int, ...], placement: Placement, logit_stride: float) -> tuple[_Axis, _Axis]:
+    """How rows and columns of logits of this size are enlarged."""
+    height, width = size
+    covered = round(height * logit_stride), round(width * logit_stride)
+    resized, original = placement.resized_size, placement.original_size
+    if covered[0] < resized[0] or covered[1] < resized[1]:
+        raise ValueError(
+            f"logits {[height, width]} at {logit_stride:g} pixels each cover "
+            f"{covered[0]}x{covered[1]} pixels, but the image has {resized[0]}x{resized[1]} in the "
+            f"model's input; do they belong to this image?"
+        )
+    rows = _axis(height, covered[0], resized[0], original[0])
+    return rows, _axis(width, covered[1], resized[1], original[1])
+
+
+@dataclass(frozen=True, eq=False)
 class _Axis:
-    """Both enlargements along one axis as a matrix [pixels, logits], and which see which.
+    """Both enlargements along one axis.
 
-    Args:
-        logits: Their number.
-        frame: Pixels they are enlarged to.
-        resized: Pixels of those that hold the image.
-        original: Pixels of the image.
+    Attributes:
+        matrix: [pixels, logits] float32.
+        first, last: [pixels]: the first and last logit that a pixel sees; both rise with it.
     """
 
-    def __init__(self, logits: int, frame: int, resized: int, original: int) -> None:
-        matrix = _bilinear(resized, original) @ _bilinear(logits, frame)[:resized]
-        self.matrix = matrix.to(torch.float32)
-        seen = matrix != 0
-        places = torch.arange(logits)
-        self._first = torch.where(seen, places, logits).amin(1).numpy()  # rises with the pixel
-        self._last = torch.where(seen, places, -1).amax(1).numpy()
+    matrix: Floats
+    first: NDArray[np.int64]
+    last: NDArray[np.int64]
+
+    def seen_by(self, pixels: slice) -> slice:
+        """The logits that some pixels see."""
+        stop = min(pixels.stop, len(self.last))
+        return slice(int(self.first[pixels.start]), int(self.last[stop - 1]) + 1)
 
     def reach(self, first: int, last: int) -> tuple[slice, slice]:
         """Pixels that see logits ``first`` to ``last``, and all the logits that those see."""
-        start = int(np.searchsorted(self._last, first, "left"))
-        stop = max(int(np.searchsorted(self._first, last, "right")), start)
-        if start == stop:
-            return slice(start, stop), slice(0, 0)
-        return slice(start, stop), slice(int(self._first[start]), int(self._last[stop - 1]) + 1)
+        start = int(np.searchsorted(self.last, first, "left"))
+        stop = max(int(np.searchsorted(self.first, last, "right")), start)
+        pixels = slice(start, stop)
+        return pixels, slice(0, 0) if start == stop else self.seen_by(pixels)
 
 
-def _bilinear(source: int, target: int) -> Tensor:
-    """The matrix [target, source] float64 of a bilinear resizing with half-pixel centres."""
-    at = ((torch.arange(target, dtype=torch.float64) + 0.5) * (source / target) - 0.5).clamp_min(0)
-    low = at.floor().long().clamp_max(source - 1)
-    high = (low + 1).clamp_max(source - 1)
-    part = (at - low)[:, None].clamp(0, 1)
-    matrix = torch.zeros(target, source, dtype=torch.float64)
-    matrix.scatter_add_(1, low[:, None], 1 - part)
-    return matrix.scatter_add_(1, high[:, None], part)
+@lru_cache(maxsize=16)  # 2 MB each for a large photograph
+def _axis(logits: int, covered: int, resized: int, original: int) -> _Axis:
+    """Enlarging to ``covered`` pixels, and the first ``resized`` of those to ``original``."""
+    middle, shares = _bilinear(np.arange(original), resized, original)
+    seen, parts = _bilinear(middle, logits, covered)  # [2, 2, original]
+    weights = shares * parts
+    matrix = np.zeros((original, logits), np.float32)
+    pixels = np.broadcast_to(np.arange(original), seen.shape)
+    np.add.at(matrix, (pixels.ravel(), seen.ravel()), weights.ravel())
+    counts = weights != 0
+    first = np.where(counts, seen, logits).min((0, 1))
+    last = np.where(counts, seen, -1).max((0, 1))
+    return _Axis(matrix, first, last)
 
 
-def _frame(size: tuple[int, ...], placement: Placement, pitch: float) -> tuple[int, int]:
-    """(height, width) that logits of this size cover, in pixels of the model's frame."""
-    frame = round(size[0] * pitch), round(size[1] * pitch)
-    if frame[0] < placement.resized_size[0] or frame[1] < placement.resized_size[1]:
-        raise ValueError(
-            f"logits {list(size)} at {pitch:g} pixels each cover {frame[0]}x{frame[1]} pixels, but "
-            f"the image has {placement.resized_size[0]}x{placement.resized_size[1]} in the "
-            f"model's frame; do they belong to this image?"
-        )
-    return frame
+def _bilinear(
+    pixels: NDArray[np.int64], source: int, target: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The two source pixels [2, ...] of target pixels and their weights, at half-pixel centres."""
+    at = np.maximum((pixels + 0.5) * (source / target) - 0.5, 0)
+    low = np.minimum(at.astype(np.int64), source - 1)
+    high = np.minimum(low + 1, source - 1)
+    part = np.clip(at - low, 0, 1)
+    return np.stack([low, high]), np.stack([1 - part, part])

@@ -24,7 +24,6 @@ from tinyvit.errors import ImageError
 from tinyvit.evaluate.segment import (
     LabelledImage,
     MeasureSettings,
-    PlainPredictor,
     evaluate_segment,
 )
 from tinyvit.image_spec import ImageSpec
@@ -32,6 +31,7 @@ from tinyvit.images.preprocess import normalise_and_pad
 from tinyvit.sam.build import build_sam
 from tinyvit.sam.embedding import spec_of
 from tinyvit.sam.model import Sam
+from tinyvit.sam.predictor import SamPredictor
 from tinyvit.train.data.augment import FramedScene, SceneAugment, frame_scene
 from tinyvit.train.data.masks import MaskSet, open_mask_set
 from tinyvit.train.settings import OnBroken, SettingError
@@ -309,7 +309,7 @@ class Segment:
         settings = MeasureSettings(
             (1, 3), most_clicks=3, with_floors=False, most_masks=self.val_masks
         )
-        report = evaluate_segment(PlainPredictor(cast(Sam, model)), self.val, settings)
+        report = evaluate_segment(SamPredictor(cast(Sam, model), fast=False), self.val, settings)
         if report.left_out and self.sampler.on_broken == "error":
             raise ImageError(report.left_out[0])
         self.broken.update({text.partition(":")[0]: text for text in report.left_out})
