@@ -1,4 +1,4 @@
-"""From an exception to one line and an exit code.
+"""What a verb says: data on stdout, remarks and progress on stderr, errors as one line.
 
 Expected errors (a file that is not there, an image that is none, an unknown name) become
 ``error: ...`` and exit code 1; ``--debug`` shows the traceback too. What nobody expected keeps its
@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from time import monotonic
 from typing import ParamSpec, TextIO
 
 import typer
@@ -26,9 +25,12 @@ import typer
 from tinyvit.errors import TinyViTError
 
 Arguments = ParamSpec("Arguments")
+Update = Callable[[int, "int | None"], None]
 
 FAILED, INTERRUPTED, PIPE_CLOSED = 1, 130, 141  # the last two as a shell reports the signals
 EXPECTED = (TinyViTError, ValueError, TypeError, OSError)
+_LONGEST_LINE = 700  # of an error; a checkpoint that does not fit names hundreds of keys
+_GAP = "  "
 
 WORDS = {  # what the library tells a programmer -> what it means at the command line
     "tinyvit.list_models()": "'tinyvit models'",
@@ -36,6 +38,151 @@ WORDS = {  # what the library tells a programmer -> what it means at the command
     "convert with overwrite=True": "convert with --overwrite",
     "give it as sha256=…": "give it as --sha256 HASH",
 }
+
+
+@dataclass(frozen=True)
+class Console:
+    """What the options for all verbs ask for.
+
+    Attributes:
+        is_quiet: Say nothing but warnings and errors.
+        is_debug: Show the traceback of an error, and its whole text.
+    """
+
+    is_quiet: bool = False
+    is_debug: bool = False
+
+    def say(self, text: str) -> None:
+        """A remark for the person at the terminal."""
+        if not self.is_quiet:
+            complain(text)
+
+    @contextmanager
+    def progress(
+        self, words: str, *, counts_bytes: bool = False, things: str = "images"
+    ) -> Iterator[Update]:
+        """A progress bar on stderr, if that is a terminal.
+
+        Args:
+            words: What is going on.
+            counts_bytes: Whether bytes are counted.
+            things: What is counted otherwise.
+
+        Yields:
+            A function to call with (done, in all or None); the bar appears at its first call.
+        """
+        if self.is_quiet or not sys.stderr.isatty():
+            yield lambda done, total: None
+            return
+        from rich import progress
+        from rich.console import Console as RichConsole
+
+        counts: list[progress.ProgressColumn] = (
+            [progress.DownloadColumn(), progress.TransferSpeedColumn()]
+            if counts_bytes
+            else [progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[speed]}")]
+        )
+        with progress.Progress(
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(bar_width=20),
+            *counts,
+            progress.TimeRemainingColumn(),
+            console=RichConsole(stderr=True),
+            transient=True,
+            redirect_stdout=False,
+        ) as bar:
+
+            def update(done: int, total: int | None) -> None:
+                if not bar.tasks:  # a download that is resumed begins with what is there
+                    bar.add_task(words, total=total, completed=done, speed="")
+                task = bar.tasks[0]
+                speed = f"{task.speed or 0:.1f} {things}/s"
+                bar.update(task.id, completed=done, total=total, speed=speed)
+
+            yield update
+
+
+def of(ctx: object) -> Console:
+    """The console that the options for all verbs asked for."""
+    found = getattr(ctx, "obj", None)
+    return found if isinstance(found, Console) else Console()
+
+
+def write(text: str) -> None:
+    """One or more lines of data on stdout; a character it cannot show is written as an escape."""
+    encoding = sys.stdout.encoding or "utf-8"
+    typer.echo(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def write_json(content: object) -> None:
+    """Data on stdout as JSON, in ASCII so that any name of a file survives."""
+    write(json.dumps(content, indent=2))
+
+
+def complain(text: str) -> None:
+    """A line on stderr, quiet or not."""
+    typer.echo(printable(text), err=True)
+
+
+def printable(text: str) -> str:
+    """The text with control characters written as escapes; line ends stay."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def one_line(text: str) -> str:
+    """The text in one line, cut where it grows too long to be read."""
+    text = " ".join(text.split())
+    if len(text) > _LONGEST_LINE:
+        return f"{text[:_LONGEST_LINE].rstrip()} ... (--debug shows all of it)"
+    return text
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Rows in columns under ``heads``; a row of one text alone stands across all columns.
+
+    ``right`` has the numbers of the columns that are set to the right.
+    """
+    whole = [row for row in (heads, *rows) if len(row) == len(heads)]
+    widths = [max(len(row[i]) for row in whole) for i in range(len(heads))]
+    lines = []
+    for row in (heads, *rows):
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ]
+        lines.append(_GAP.join(cells if len(row) == len(heads) else row).rstrip())
+    lines[0] = _bold(lines[0])
+    return "\n".join(lines)
+
+
+def fields(pairs: Sequence[tuple[str, str]]) -> str:
+    """Names and what they stand for, wrapped to a terminal and never in a pipe."""
+    indent = max(len(name) for name, _ in pairs) + len(_GAP)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    lines = []
+    for name, text in pairs:
+        wrapped = textwrap.wrap(
+            text, max(20, width - indent), break_long_words=False, break_on_hyphens=False
+        )
+        lines.append((name.ljust(indent) + f"\n{' ' * indent}".join(wrapped or [""])).rstrip())
+    return "\n".join(lines)
+
+
+def megabytes(size: int) -> str:
+    """A number of bytes for people."""
+    return f"{size / 1e6:.1f} MB"
+
+
+def counted(number: int, thing: str) -> str:
+    """``1 image``, ``2 images``."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def _bold(text: str) -> str:
+    return typer.style(text, bold=True) if sys.stdout.isatty() else text
+
+
+# -- errors -------------------------------------------------------------------------------------
 
 
 def guarded(verb: Callable[Arguments, None]) -> Callable[Arguments, None]:
@@ -120,165 +267,3 @@ def _forget_stdout() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
-
-
-Update = Callable[[int, "int | None"], None]
-
-_LONGEST_LINE = 700  # of an error; a checkpoint that does not fit names hundreds of keys
-_GAP = "  "
-
-
-@dataclass(frozen=True)
-class Console:
-    """What the options for all verbs ask for.
-
-    Attributes:
-        is_quiet: Say nothing but warnings and errors.
-        is_debug: Show the traceback of an error, and its whole text.
-    """
-
-    is_quiet: bool = False
-    is_debug: bool = False
-
-    def say(self, text: str) -> None:
-        """A remark for the person at the terminal."""
-        if not self.is_quiet:
-            complain(text)
-
-    @contextmanager
-    def progress(
-        self, words: str, *, counts_bytes: bool = False, things: str = "pictures"
-    ) -> Iterator[Update]:
-        """A progress bar on stderr, if that is a terminal.
-
-        Args:
-            words: What is going on.
-            counts_bytes: Whether bytes are counted.
-            things: What is counted otherwise.
-
-        Yields:
-            A function to call with (done, in all or None); the bar appears at its first call.
-        """
-        if self.is_quiet or not sys.stderr.isatty():
-            yield lambda done, total: None
-            return
-        from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=20)
-        texts = TextColumn("{task.fields[counts]}"), TimeRemainingColumn()
-        screen = RichConsole(stderr=True)
-        with Progress(
-            *columns, *texts, console=screen, transient=True, redirect_stdout=False
-        ) as bar:
-            task = bar.add_task(words, total=None, visible=False, counts="")
-            start: list[tuple[float, int]] = []
-
-            def update(done: int, total: int | None) -> None:
-                if not start:  # a download may go on where it stopped
-                    start.append((monotonic(), done))
-                seconds = monotonic() - start[0][0]
-                rate = (done - start[0][1]) / seconds if seconds > 0 else 0.0
-                counts = (
-                    _bytes_text(done, total, rate)
-                    if counts_bytes
-                    else _text(done, total, rate, things)
-                )
-                bar.update(task, completed=done, total=total, counts=counts, visible=True)
-
-            yield update
-
-
-def of(ctx: object) -> Console:
-    """The console that the options for all verbs asked for."""
-    found = getattr(ctx, "obj", None)
-    return found if isinstance(found, Console) else Console()
-
-
-def write(text: str) -> None:
-    """One or more lines of data on stdout; a character it cannot show is written as an escape."""
-    encoding = sys.stdout.encoding or "utf-8"
-    typer.echo(text.encode(encoding, "backslashreplace").decode(encoding))
-
-
-def write_json(content: object) -> None:
-    """Data on stdout as JSON, in ASCII so that any name of a file survives."""
-    write(json.dumps(content, indent=2))
-
-
-def complain(text: str) -> None:
-    """A line on stderr, quiet or not."""
-    typer.echo(printable(text), err=True)
-
-
-def printable(text: str) -> str:
-    """The text with control characters written as escapes; line ends stay."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-
-
-def one_line(text: str) -> str:
-    """The text in one line, cut where it grows too long to be read."""
-    text = " ".join(text.split())
-    if len(text) > _LONGEST_LINE:
-        return f"{text[:_LONGEST_LINE].rstrip()} ... (--debug shows all of it)"
-    return text
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Rows in columns.
-
-    Args:
-        heads: One for each column.
-        rows: Texts, as many as ``heads``; a row of one text alone stands across all columns.
-        right: Numbers of the columns that are set to the right.
-
-    Returns:
-        Lines of text.
-    """
-    whole = [row for row in (heads, *rows) if len(row) == len(heads)]
-    widths = [max(len(row[i]) for row in whole) for i in range(len(heads))]
-    lines = []
-    for row in (heads, *rows):
-        cells = [
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
-        ]
-        lines.append(_GAP.join(cells if len(row) == len(heads) else row).rstrip())
-    lines[0] = _bold(lines[0])
-    return "\n".join(lines)
-
-
-def fields(pairs: Sequence[tuple[str, str]]) -> str:
-    """Names and what they stand for, wrapped to a terminal and never in a pipe."""
-    indent = max(len(name) for name, _ in pairs) + len(_GAP)
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
-    lines = []
-    for name, text in pairs:
-        wrapped = textwrap.wrap(
-            text, max(20, width - indent), break_long_words=False, break_on_hyphens=False
-        )
-        lines.append((name.ljust(indent) + f"\n{' ' * indent}".join(wrapped or [""])).rstrip())
-    return "\n".join(lines)
-
-
-def megabytes(size: int) -> str:
-    """A number of bytes for people."""
-    return f"{size / 1e6:.1f} MB"
-
-
-def counted(number: int, thing: str) -> str:
-    """``1 image``, ``2 images``."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
-def _bold(text: str) -> str:
-    return typer.style(text, bold=True) if sys.stdout.isatty() else text
-
-
-def _bytes_text(done: int, total: int | None, rate: float) -> str:
-    whole = "" if total is None else f" of {megabytes(total)}"
-    return f"{done / 1e6:.1f}{whole}, {rate / 1e6:.1f} MB/s"
-
-
-def _text(done: int, total: int | None, rate: float, things: str) -> str:
-    return f"{done}{'' if total is None else f' of {total}'}, {rate:.1f} {things}/s"

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from tinyvit.cli import (
     bench,
@@ -43,41 +44,10 @@ EVALUATE: Verbs = (
     ("agreement", evaluate.agreement, evaluate.EXAMPLES["agreement"]),
 )
 GROUPS: dict[str, tuple[str, Verbs]] = {
-    "train": (
-        "Train a classifier, a segmenter or a student.",
-        TRAIN,
-    ),
-    "evaluate": (
-        "Measure a classifier or a segmenter; compare two models.",
-        EVALUATE,
-    ),
+    "train": ("Train a classifier, a segmenter or a student.", TRAIN),
+    "evaluate": ("Evaluate a classifier or a segmenter; compare two models.", EVALUATE),
 }
 """Name of each group, its help, and its verbs: name, function and examples."""
-
-
-def make_group(summary: str, verbs: Verbs) -> typer.Typer:
-    """A group of verbs.
-
-    Args:
-        summary: Its help; the first sentence stands in the list of verbs.
-        verbs: (name, function, examples); the function's context is called ``ctx``.
-    """
-    group = typer.Typer(
-        help=summary,
-        no_args_is_help=True,
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-        add_completion=False,
-    )
-    for name, verb, examples in verbs:
-        lines = "\n".join(f"  {example}" for example in examples)
-        command = group.command(name, cls=GroupedCommand, epilog=f"\b\nExamples:\n{lines}")
-        command(guarded(verb))
-    return group
-
-
-pass
-
 
 ANYWHERE = ("--debug", "--quiet", "-q")  # may stand before or after the verb
 
@@ -122,22 +92,37 @@ def _for_all_verbs(
         typer.echo(ctx.get_help())
 
 
-def _add(verb: Callable[..., None], examples: Sequence[str]) -> None:
-    """Make a function a verb; its examples end its help."""
+def _add(
+    to: typer.Typer,
+    verb: Callable[..., None],
+    examples: Sequence[str],
+    name: str | None = None,
+    cls: type[TyperCommand] | None = None,
+) -> None:
+    """Make a function, whose context is called ``ctx``, a verb; its examples end its help."""
     lines = "\n".join(f"  {example}" for example in examples)
-    app.command(epilog=f"\b\nExamples:\n{lines}")(guarded(verb))
+    to.command(name, cls=cls, epilog=f"\b\nExamples:\n{lines}")(guarded(verb))
 
 
-_add(models.models, models.EXAMPLES)
-_add(weights.inspect, weights.INSPECT_EXAMPLES)
-_add(weights.convert, weights.CONVERT_EXAMPLES)
-_add(weights.download, weights.DOWNLOAD_EXAMPLES)
-_add(encode.encode, encode.EXAMPLES)
-_add(classify.classify, classify.EXAMPLES)
-_add(segment.segment, segment.EXAMPLES)
-_add(bench.bench, bench.EXAMPLES)
-for _name, (_summary, _verbs) in GROUPS.items():
-    app.add_typer(make_group(_summary, _verbs), name=_name)
+_add(app, models.models, models.EXAMPLES)
+_add(app, weights.inspect, weights.INSPECT_EXAMPLES)
+_add(app, weights.convert, weights.CONVERT_EXAMPLES)
+_add(app, weights.download, weights.DOWNLOAD_EXAMPLES)
+_add(app, encode.encode, encode.EXAMPLES)
+_add(app, classify.classify, classify.EXAMPLES)
+_add(app, segment.segment, segment.EXAMPLES)
+_add(app, bench.bench, bench.EXAMPLES)
+for _group, (_summary, _verbs) in GROUPS.items():
+    _typer = typer.Typer(
+        help=_summary,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+    )
+    for _name, _verb, _examples in _verbs:
+        _add(_typer, _verb, _examples, _name, GroupedCommand)
+    app.add_typer(_typer, name=_group)
 
 
 def reordered(arguments: Sequence[str]) -> list[str]:

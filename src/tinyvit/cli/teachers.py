@@ -1,7 +1,7 @@
-"""``tinyvit train write-logits`` and ``store-features``: have a teacher look once, and keep it.
+"""``tinyvit train write-logits`` and ``store-features``: run a teacher once, and keep its outputs.
 
-Students learn from what is kept (``train distill-logits`` and ``distill-features``). Both jobs may
-be stopped at any moment and go on by the same command.
+Students are trained on what is kept (``train distill-logits`` and ``distill-features``). Both jobs
+may be stopped at any moment and go on by the same command.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ TeacherSize = Annotated[
     ),
 ]
 Views = Annotated[int, typer.Option("--views", min=1, help="Views of each image.")]
-TopK = Annotated[int, typer.Option("--top-k", min=1, help="Probabilities kept of each answer.")]
+TopK = Annotated[int, typer.Option("--top-k", min=1, help="Probabilities kept of each view.")]
 Augment = Annotated[
     str,
     typer.Option(
         "--augment",
         metavar="[none|light|full]",
         parser=one_of(get_args(Strength)),
-        help="Chance that makes the views, as in 'tinyvit train classify'.",
+        help="Random changes that make the views, as in 'tinyvit train classify'.",
     ),
 ]
 Flip = Annotated[
@@ -71,16 +71,18 @@ Flip = Annotated[
 ]
 Val = Annotated[
     str | None,
-    typer.Option("--val", metavar="DATA", help="The part to measure on; it is not shown."),
+    typer.Option("--val", metavar="DATA", help="The part to validate on; not used here."),
 ]
 ValPart = Annotated[
-    float, typer.Option("--val-part", help="Part of each class that is held out and not shown.")
+    float, typer.Option("--val-part", help="Part of each class that is held out and not used.")
 ]
-SplitSeed = Annotated[int, typer.Option("--split-seed", help="Which images are held out.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Source of all chance.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Answered together.")]
+SplitSeed = Annotated[
+    int, typer.Option("--split-seed", help="Seed of the choice of what is held out.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of all random numbers.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images computed together.")]
 Flips = Annotated[
-    bool, typer.Option("--flips", help="Keep features of mirrored images too: twice the room.")
+    bool, typer.Option("--flips", help="Keep features of mirrored images too: twice the size.")
 ]
 
 
@@ -102,12 +104,12 @@ def write_logits(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Write a teacher's answers down, for 'distill-logits'.
+    """Keep a teacher's predictions, for 'distill-logits'.
 
-    Each image is shown in several views. Of each answer the largest probabilities are kept, with
-    the seed that makes the view again. What is there already is kept; a folder with answers of
-    another teacher, other images or another chance is refused. A broken image is named, and
-    the exit code is 1.
+    Each image is used in several views. Of each view the largest probabilities are kept, with the
+    seed that makes the view again. What is there already is kept; a folder with predictions of
+    another teacher, other images or other random changes is refused. An image that cannot be read
+    is named, and the exit code is 1.
     """
     own = console.of(ctx)
 
@@ -120,12 +122,12 @@ def write_logits(
     parts = open_data_set(data, val, val_part=val_part, split_seed=split_seed)
     spec = None if teacher_size is None else ImageSpec.timm(teacher_size)
     chosen = augmentation(augment, flip)  # type: ignore[arg-type]  # one of the words
-    asked = open_teacher(teacher, spec, device, gives="logits")
-    with _asking(own, asked.name, "views") as update:
+    opened = open_teacher(teacher, spec, device, gives="logits")
+    with _running(own, opened.name, "views") as update:
         _, broken = write(
             output,
             parts.train,
-            asked,
+            opened,
             augment=chosen,
             views=views,
             k=top_k,
@@ -151,8 +153,8 @@ def store_features(
     """Keep a teacher's feature maps, for 'distill-features'.
 
     Two bytes for each number: 2 MB an image for SAM at 1024 pixels. What is there already is kept,
-    an image that has changed since is looked at anew, and a folder of another teacher is refused.
-    A broken image is named, and the exit code is 1.
+    an image that has changed since is computed again, and a folder of another teacher is refused.
+    An image that cannot be read is named, and the exit code is 1.
     """
     own = console.of(ctx)
 
@@ -161,9 +163,9 @@ def store_features(
     from tinyvit.train.tasks.teachers import store_features as store
 
     spec = None if teacher_size is None else ImageSpec.sam(teacher_size)
-    asked = open_teacher(teacher, spec, device)
-    with _asking(own, asked.name, "pictures") as update:
-        kept = store(asked, images, output, flips=flips, batch_size=batch_size, progress=update)
+    opened = open_teacher(teacher, spec, device)
+    with _running(own, opened.name, "images") as update:
+        kept = store(opened, images, output, flips=flips, batch_size=batch_size, progress=update)
     facts = {
         "output": str(output),
         "pictures": len(kept.good),
@@ -173,11 +175,11 @@ def store_features(
 
 
 @contextmanager
-def _asking(own: Console, teacher: str, things: str) -> Iterator[Update]:
-    """A bar; after Ctrl-C the word how to go on."""
-    own.say(f"asking {teacher}")
+def _running(own: Console, teacher: str, things: str) -> Iterator[Update]:
+    """A progress bar; after Ctrl-C the words how to go on."""
+    own.say(f"running {teacher}")
     try:
-        with own.progress("asking", things=things) as update:
+        with own.progress("running", things=things) as update:
             yield update
     except KeyboardInterrupt:
         console.complain("stopped; the same command goes on from there")
@@ -185,14 +187,12 @@ def _asking(own: Console, teacher: str, things: str) -> Iterator[Update]:
 
 
 def _finish(
-    own: Console, facts: Mapping[str, object], broken: Mapping[str, str], as_json: bool
+    own: Console, facts: Mapping[str, object], unreadable: Mapping[str, str], as_json: bool
 ) -> None:
-    number = facts["pictures"]
-    words = counted(number, "image") if isinstance(number, int) else ""
-    own.say(f"{words} are in {facts['output']}")
+    own.say(f"{counted(int(str(facts['pictures'])), 'image')} are in {facts['output']}")
     if as_json:
-        console.write_json({**facts, "broken": dict(broken)})
-    for name, reason in broken.items():
+        console.write_json({**facts, "broken": dict(unreadable)})
+    for name, reason in unreadable.items():
         console.complain(f"failed: {reason if name in reason else f'{name}: {reason}'}")
-    if broken:
+    if unreadable:
         raise typer.Exit(1)
