@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal, TypeAlias
@@ -68,10 +68,18 @@ def colour(index: int) -> Colour:
     long = (light + 0.3963377774 * a + 0.2158037573 * b) ** 3
     middle = (light - 0.1055613458 * a - 0.0638541728 * b) ** 3
     short = (light - 0.0894841775 * a - 1.2914855480 * b) ** 3
+
+    def encoded(*weights: float) -> int:  # sRGB's curve; what is beyond 0 to 1 is cut off
+        linear = weights[0] * long + weights[1] * middle + weights[2] * short
+        value = min(1.0, max(0.0, linear))
+        return round(
+            255 * (12.92 * value if value <= 0.0031308 else 1.055 * value ** (1 / 2.4) - 0.055)
+        )
+
     return (
-        _gamma(4.0767416621 * long - 3.3077115913 * middle + 0.2309699292 * short),
-        _gamma(-1.2684380046 * long + 2.6097574011 * middle - 0.3413193965 * short),
-        _gamma(-0.0041960863 * long - 0.7034186147 * middle + 1.7076147010 * short),
+        encoded(4.0767416621, -3.3077115913, 0.2309699292),
+        encoded(-1.2684380046, 2.6097574011, -0.3413193965),
+        encoded(-0.0041960863, -0.7034186147, 1.7076147010),
     )
 
 
@@ -102,7 +110,6 @@ def draw_masks(
     check_rgb("image", image)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be from 0 to 1, but is {alpha}")
-    _check_colours(colours)
     out: RGB = image.copy()
     for index, mask in _in_order(masks, image.shape[:2]):
         tint = _colour_of(colours, index, "masks")
@@ -168,7 +175,6 @@ def draw_boxes(image: RGB, boxes: ArrayLike, colours: Sequence[Colour] | None = 
         raise ValueError(
             f"boxes must be (x0, y0, x1, y1), x0 <= x1, y0 <= y1; came {edges.tolist()}"
         )
-    _check_colours(colours)
     out: RGB = image.copy()
     unit = _unit(image)
     half, shade = LINE * unit / 2, SHADE * unit
@@ -242,17 +248,15 @@ def overlay(
     alpha: float = 0.6,
     interpolation: Literal["nearest", "bilinear"] = "bilinear",
 ) -> RGB:
-    """Lay a coloured map over its image.
+    """Lay a coloured map [h, w, 3] uint8 of the model's whole input over its image.
 
     Args:
-        image: [H, W, 3] uint8; it is not changed.
-        colours: [h, w, 3] uint8, covering the model's whole input.
-        placement: Where the image lies in that input.
+        image: [H, W, 3] uint8; it is not changed. What the model did not see of it (outside a
+            centre crop) is left uncoloured.
+        colours: The map.
+        placement: Where the image lies in the model's input.
         alpha: Strength of the colours, 0 (image only) to 1 (colours only).
         interpolation: How the map is enlarged; ``"nearest"`` shows its positions as squares.
-
-    Returns:
-        [H, W, 3] uint8. What the model did not see (outside a centre crop) is left uncoloured.
 
     Raises:
         ValueError: A shape, type or ``alpha`` is wrong, or the placement is another image's.
@@ -345,11 +349,7 @@ def save_png(path: str | os.PathLike[str], pixels: RGB) -> None:
 
 
 def write_png(path: str | os.PathLike[str], image: Image.Image) -> None:
-    """Write a PNG file as ``save_png`` does, of any of Pillow's images.
-
-    Raises:
-        OSError: The folder is missing or cannot be written to.
-    """
+    """Write a PNG file as ``save_png`` does, of any of Pillow's images."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
@@ -360,23 +360,12 @@ def write_png(path: str | os.PathLike[str], image: Image.Image) -> None:
 
 
 def check_rgb(name: str, pixels: RGB) -> None:
-    """Say what is wrong with pixels that are not an image [H, W, 3] uint8.
-
-    Raises:
-        ValueError: The shape or type is another one, or there are no pixels.
-    """
+    """Raise a ValueError for pixels that are not an image [H, W, 3] uint8."""
     is_array = isinstance(pixels, np.ndarray)
     good = is_array and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
     if not good or pixels.size == 0:
         came = f"{list(pixels.shape)} {pixels.dtype}" if is_array else type(pixels).__name__
         raise ValueError(f"{name} must be an image [H, W, 3] uint8; came {came}")
-
-
-def _gamma(linear: float) -> int:
-    """A linear value of sRGB, 0 to 1, as 0 to 255; what is beyond is cut off."""
-    value = min(1.0, max(0.0, linear))
-    curved = 12.92 * value if value <= 0.0031308 else 1.055 * value ** (1 / 2.4) - 0.055
-    return round(255 * curved)
 
 
 def _unit(image: RGB) -> float:
@@ -385,20 +374,20 @@ def _unit(image: RGB) -> float:
 
 
 def _in_order(masks: Iterable[Bools], size: tuple[int, ...]) -> Iterable[tuple[int, Bools]]:
-    """masks, checked, with their numbers: large ones first where all are at hand."""
+    """Masks, checked, with their numbers: large ones first where all are at hand."""
+
+    def checked() -> Iterator[tuple[int, Bools]]:
+        for index, mask in enumerate(masks):
+            if not isinstance(mask, np.ndarray) or mask.shape != size or mask.dtype != np.bool_:
+                raise ValueError(
+                    f"wanted masks of bool, as large as the image, {list(size)}; mask {index} is "
+                    f"{_described(mask)}"
+                )
+            yield index, mask
+
     if not isinstance(masks, Sequence | np.ndarray):
-        return ((index, _checked(mask, index, size)) for index, mask in enumerate(masks))
-    checked = [(index, _checked(mask, index, size)) for index, mask in enumerate(masks)]
-    return sorted(checked, key=lambda pair: -int(np.count_nonzero(pair[1])))  # stable
-
-
-def _checked(mask: Bools, index: int, size: tuple[int, ...]) -> Bools:
-    if not isinstance(mask, np.ndarray) or mask.shape != size or mask.dtype != np.bool_:
-        raise ValueError(
-            f"wanted masks of bool, as large as the image, {list(size)}; mask {index} is "
-            f"{_described(mask)}"
-        )
-    return mask
+        return checked()
+    return sorted(checked(), key=lambda pair: -int(np.count_nonzero(pair[1])))  # stable
 
 
 def _described(value: object) -> str:
@@ -407,18 +396,15 @@ def _described(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def _check_colours(colours: Sequence[Colour] | None) -> None:
-    for tint in () if colours is None else colours:
-        if len(tint) != 3 or not all(0 <= part <= 255 for part in tint):
-            raise ValueError(f"colours must be (red, green, blue) of 0 to 255; came {tint}")
-
-
 def _colour_of(colours: Sequence[Colour] | None, index: int, what: str) -> Colour:
     if colours is None:
         return colour(index)
     if index >= len(colours):
         raise ValueError(f"wanted a colour for each of the {what}; came only {len(colours)}")
-    return colours[index]
+    tint = colours[index]
+    if len(tint) != 3 or not all(0 <= part <= 255 for part in tint):
+        raise ValueError(f"colours must be (red, green, blue) of 0 to 255; came {tint}")
+    return tint
 
 
 def _numbers(name: str, values: ArrayLike, columns: int) -> NDArray[np.float64]:
