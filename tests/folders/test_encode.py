@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import json
 
 import numpy as np
 import pytest
@@ -10,8 +9,7 @@ from safetensors import safe_open
 
 from tiny import make_tiny_vit, write_image
 from tinyvit.errors import CheckpointError
-from tinyvit.factory import create_model
-from tinyvit.folders.encode import EncodeFolder, describe_model, draw_features
+from tinyvit.folders.encode import EncodeFolder, draw_features
 from tinyvit.folders.images import list_images
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images import draw
@@ -44,17 +42,6 @@ def images(tmp_path):
     for number in range(5):
         write_image(tmp_path / "in" / f"{number}.png", 20 + number, 30, number)
     return list_images([tmp_path / "in"])
-
-
-def test_facts_of_the_model_are_plain_data_that_tell_models_apart():
-    model = create_model("tiny_vit_2m_sam")
-    engine = Engine(model)
-    facts = describe_model(engine, model, "a name", "tiny_vit_2m_sam")
-    assert facts == json.loads(json.dumps(facts))
-    assert facts["weights_sha256"] == engine.weights_sha256()
-    assert facts["strides"] == [2, 2, 1]
-    assert ImageSpec.from_dict(facts["image_spec"]) == model.image_spec
-    assert (facts["precision"], facts["device"]) == ("fp32", "cpu")
 
 
 def test_the_features_are_the_engine_s_in_the_order_of_the_images(make_work, images):

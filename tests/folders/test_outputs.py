@@ -5,10 +5,13 @@ import json
 import numpy as np
 import pytest
 
+from tiny import make_tiny_vit
 from tinyvit.checkpoints import write_state_dict
 from tinyvit.folders.encode import write_features
 from tinyvit.folders.images import ImageFile
-from tinyvit.folders.outputs import facts_of_image, find_existing
+from tinyvit.folders.outputs import facts_of_engine, facts_of_image, find_existing
+from tinyvit.image_spec import ImageSpec
+from tinyvit.inference import Engine
 
 FACTS = {
     **{"made_by": "tinyvit segment", "tinyvit_version": "0.1.0", "strides": [2, 2, 1]},
@@ -135,3 +138,13 @@ def test_an_image_is_known_by_size_and_time(tmp_path):
     facts = facts_of_image(ImageFile(path, "sub/a.jpg", "sub/a"))
     time = path.stat().st_mtime_ns
     assert facts == {"picture": "sub/a.jpg", "picture_bytes": 4, "picture_mtime_ns": time}
+
+
+def test_facts_of_an_engine_are_plain_data_that_json_gives_back():
+    model = make_tiny_vit(head=False)
+    model.image_spec = ImageSpec.sam(32)
+    facts = facts_of_engine(Engine(model), "a name", strides=model.strides)
+    assert facts == json.loads(json.dumps(facts))
+    assert (facts["checkpoint"], facts["strides"]) == ("a name", [2, 2, 1])
+    assert ImageSpec.from_dict(facts["image_spec"]) == model.image_spec
+    assert (facts["precision"], facts["device"]) == ("fp32", "cpu")

@@ -85,7 +85,8 @@ def encode(
     if not no_images:
         _check_drawings(output, listed)
 
-    from tinyvit.folders.encode import EncodeFolder, describe_model
+    from tinyvit.folders.encode import EncodeFolder
+    from tinyvit.folders.outputs import facts_of_engine
     from tinyvit.inference import Engine
 
     from .arguments import load_encoder, variant_of
@@ -99,7 +100,8 @@ def encode(
         pad=False if no_pad else None,
     ) as engine:
         name = checkpoint or DEFAULT_CHECKPOINT
-        facts = describe_model(engine, built, name, variant_of(built))
+        sizes = {"variant": variant_of(built), "strides": built.strides}
+        facts = facts_of_engine(engine, name, **sizes, weights_sha256=engine.weights_sha256())
         own.say(f"{name}: {engine.explain()}")
         work = EncodeFolder(engine, output, facts, not no_images, overwrite)
         start = time.monotonic()

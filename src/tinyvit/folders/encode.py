@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from itertools import tee
 from typing import TYPE_CHECKING, Any
 
@@ -30,27 +29,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tinyvit.inference import Encoded, Engine
-    from tinyvit.modules import TinyViT
 
 COLUMNS = 3  # of panels in an image of features
-
-
-def describe_model(
-    engine: Engine, model: TinyViT, checkpoint: str, variant: str | None
-) -> dict[str, object]:
-    """What the headers say about the model; plain data that JSON gives back unchanged."""
-    facts = {
-        "checkpoint": checkpoint,
-        "variant": variant,
-        "strides": model.strides,
-        "weights_sha256": engine.weights_sha256(),
-        "image_spec": engine.image_spec.to_dict(),
-        "precision": getattr(engine.backend, "precision", "fp32"),
-        "device": engine.backend.device,
-        "tinyvit_version": version("tinyvit"),
-    }
-    plain: dict[str, object] = json.loads(json.dumps(facts))
-    return plain
 
 
 @dataclass(frozen=True)
@@ -60,7 +40,7 @@ class EncodeFolder:
     Attributes:
         engine: Runs the model.
         folder: Where the files go.
-        facts: What their headers say about the model, from ``describe_model``.
+        facts: What their headers say about the model, from ``facts_of_engine``.
         with_drawings: Whether to draw the features.
         overwrite: Whether to encode again what is current, and to replace files that are not ours.
     """

@@ -10,12 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
 from .images import ImageFile
+
+if TYPE_CHECKING:
+    from tinyvit.inference import Engine
 
 _DECIDING = {  # fact -> what another value means
     "weights_sha256": "made by another model",
@@ -92,6 +96,20 @@ def facts_of_image(image: ImageFile) -> dict[str, object]:
         "picture_bytes": state.st_size,
         "picture_mtime_ns": state.st_mtime_ns,
     }
+
+
+def facts_of_engine(engine: Engine, checkpoint: str, **more: object) -> dict[str, object]:
+    """How an engine computes, and what else is known of the model, as JSON gives it back."""
+    facts = {
+        "checkpoint": checkpoint,
+        **more,
+        "image_spec": engine.image_spec.to_dict(),
+        "precision": getattr(engine.backend, "precision", "fp32"),
+        "device": engine.backend.device,
+        "tinyvit_version": version("tinyvit"),
+    }
+    plain: dict[str, object] = json.loads(json.dumps(facts))
+    return plain
 
 
 def _read_facts(path: Path, made_by: object) -> dict[str, Any] | None:

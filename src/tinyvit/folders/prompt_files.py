@@ -44,8 +44,6 @@ def prompts_of(
 
     Raises:
         ValueError: Nothing is prompted, it is not clear what goes with what, or a prompt is wrong.
-        ImageError: The mask's image cannot be read.
-        CheckpointError: The mask's file of logits cannot be read.
     """
     if not points and not boxes and mask is None:
         raise ValueError(
@@ -78,15 +76,10 @@ def _one(points: Sequence[Point], box: Box | None = None, mask: Path | None = No
 
 
 def read_mask(path: Path) -> NDArray[np.float32] | NDArray[np.bool_]:
-    """A mask prompt of a file: ``.npy`` or ``.safetensors`` with low-res logits, or an image.
-
-    Returns:
-        Logits [h4, w4] float32, or a mask [H, W] bool: what is bright in the image.
+    """A mask prompt of a file: logits [h4, w4] float32, or an image's bright pixels [H, W] bool.
 
     Raises:
         ValueError: The file holds no logits, or nothing in the image is bright.
-        ImageError: The image cannot be read.
-        CheckpointError: The safetensors file cannot be read.
     """
     suffix = path.suffix.lower()
     if suffix == ".npy":
@@ -126,9 +119,6 @@ def read_prompts(path: Path) -> dict[str, Prompts]:
 
     Raises:
         ValueError: It is neither, or something in it is wrong; it says at which image and object.
-        OSError: It cannot be read.
-        ImageError: The image of a mask cannot be read.
-        CheckpointError: A mask's file of logits cannot be read.
     """
     text = path.read_text(encoding="utf-8-sig")
     objects = _of_csv(path, text) if path.suffix.lower() == ".csv" else _of_json(path, text)

@@ -15,7 +15,6 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from importlib.metadata import version
 from io import BytesIO
 from itertools import tee
 from pathlib import Path
@@ -30,7 +29,7 @@ from tinyvit.images.decode import decode
 from tinyvit.images.preprocess import to_input
 from tinyvit.sam import mask_ops
 
-from .outputs import facts_of_image, find_existing
+from .outputs import facts_of_engine, facts_of_image, find_existing
 from .runner import Item, Job, Outcome, run, take_prepared
 
 if TYPE_CHECKING:
@@ -46,21 +45,7 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-
-def describe_model(segmenter: Segmenter, checkpoint: str) -> dict[str, object]:
-    """What documents say about the model; plain data that JSON gives back unchanged."""
-    engine = segmenter.encoder.engine
-    facts = {
-        "made_by": "tinyvit segment",
-        "tinyvit_version": version("tinyvit"),
-        "checkpoint": checkpoint,
-        "model_sha256": weights_sha256(segmenter.model.state_dict()),
-        "image_spec": engine.image_spec.to_dict(),
-        "precision": getattr(engine.backend, "precision", "fp32"),
-        "device": engine.backend.device,
-    }
-    plain: dict[str, object] = json.loads(json.dumps(facts))
-    return plain
+NOT_TOLD = {"segmentation", "prompt", "image_id", "category_id", "iscrowd"}  # in short
 
 
 class SegmentFolder:
@@ -94,7 +79,9 @@ class SegmentFolder:
         overwrite: bool = False,
     ) -> None:
         self.segmenter, self.folder = segmenter, folder
-        self.facts = describe_model(segmenter, checkpoint)
+        sha256 = weights_sha256(segmenter.model.state_dict())
+        known = {"made_by": "tinyvit segment", "model_sha256": sha256}
+        self.facts = facts_of_engine(segmenter.encoder.engine, checkpoint, **known)
         self.multimask, self.with_logits, self.overwrite = multimask, with_logits, overwrite
         self.progress, self.everything = progress, everything
         self.generator = None if everything is None else _generator(segmenter, everything)
@@ -119,24 +106,21 @@ class SegmentFolder:
     def _path(self, item: Item, ending: str) -> Path:
         return self.folder / f"{item.image.stem}.{ending}"
 
-    def _masks_and_logits(self, item: Item) -> tuple[list[Path], list[Path]]:
-        """Files for the masks, in the order of the annotations, and for each object's logits."""
+    def _beside(self, item: Item) -> tuple[Path, list[Path], list[Path]]:
+        """The overlay, masks in the order of the annotations, and logits of each object."""
         numbers = range(1, len(item.prompts) + 1)
         endings = [
             f"{number}" if self._candidates == 1 else f"{number}-{candidate}"
             for number in numbers
             for candidate in range(1, self._candidates + 1)
         ]
+        masks = [self._path(item, f"mask-{ending}.png") for ending in endings]
         logits = [self._path(item, f"logits-{n}.npy") for n in numbers if self.with_logits]
-        return [self._path(item, f"mask-{ending}.png") for ending in endings], logits
-
-    def _beside(self, item: Item) -> list[Path]:
-        """All files but the document."""
-        masks, logits = self._masks_and_logits(item)
-        return [self._path(item, "overlay.png"), *masks, *logits]
+        return self._path(item, "overlay.png"), masks, logits
 
     def _plan(self, item: Item) -> Job | Outcome:
-        document, beside = self._path(item, "json"), self._beside(item)
+        overlay, masks, logits = self._beside(item)
+        document, beside = self._path(item, "json"), [overlay, *masks, *logits]
         for path in (document, *beside):
             if os.path.realpath(path) in self._inputs:
                 reason = f"{item.image.path}: its output {path} would replace one of the images"
@@ -146,7 +130,7 @@ class SegmentFolder:
             task = {"mode": "prompts", "multimask": self.multimask, "logits": self.with_logits}
             task["prompts"] = [_described(prompt) for prompt in item.prompts]
         facts = {**self.facts, **facts_of_image(item.image), "task": task}
-        told = {"document": str(document), "overlay": str(beside[0])}
+        told = {"document": str(document), "overlay": str(overlay)}
         return Job(item, facts, find_existing(document, beside, facts), told)
 
     def _read(self, job: Job) -> None:
@@ -190,29 +174,26 @@ class SegmentFolder:
             if self.generator is None or job.image is None:
                 continue
             start = perf_counter()
-            opened = (
-                nullcontext(None) if self.progress is None else self.progress(job.item.image.name)
-            )
-            with opened as update:
+            name = job.item.image.name
+            with nullcontext(None) if self.progress is None else self.progress(name) as update:
                 records = self.generator.generate(job.image, progress=update)
             job.seconds["generate"] = perf_counter() - start
             yield records
 
     def _write(self, job: Job, found: Found) -> dict[str, object]:
-        item, beside, own = job.item, self._beside(job.item), job.existing.own
-        if job.image is None:
-            raise ValueError(f"{item.image.path} has not been read")
-        document = self._path(item, "json")
+        item, own, pixels = job.item, job.existing.own, cast("NDArray[np.uint8]", job.image)
+        overlay, masks, logits = self._beside(item)
+        document, beside = self._path(item, "json"), [overlay, *masks, *logits]
         document.parent.mkdir(parents=True, exist_ok=True)
         names = sorted({path.name for path in (*beside, *own)})
         _write_json(document, {"info": {**job.facts, "files": names, "is_complete": False}})
-        annotations = self._write_masks(job, found)
-        draw.save_png(beside[0], _overlay(job.image, item.prompts, annotations))
+        annotations = self._write_masks(job, found, masks, logits)
+        draw.save_png(overlay, _overlay(pixels, item.prompts, annotations))
         for path in set(own) - set(beside):
             path.unlink(missing_ok=True)
         seconds = {step: round(value, 4) for step, value in job.seconds.items()}
         info = {**job.facts, "seconds": seconds, "files": sorted(path.name for path in beside)}
-        height, width = job.image.shape[:2]
+        height, width = pixels.shape[:2]
         image = {"id": 1, "file_name": item.image.name, "height": height, "width": width}
         content = {
             "info": {**info, "is_complete": True},
@@ -221,15 +202,20 @@ class SegmentFolder:
             "categories": [{"id": 1, "name": "object"}],
         }
         _write_json(document, content)
-        masks = [_in_short(one) for one in annotations] if item.prompts else []
-        return {"count": len(annotations), "seconds": seconds, "masks": masks}
+        told = [
+            {key: value for key, value in one.items() if key not in NOT_TOLD}
+            for one in annotations
+            if item.prompts
+        ]
+        return {"count": len(annotations), "seconds": seconds, "masks": told}
 
-    def _write_masks(self, job: Job, found: Found) -> list[Annotation]:
+    def _write_masks(
+        self, job: Job, found: Found, paths: Sequence[Path], logits: Sequence[Path]
+    ) -> list[Annotation]:
         """Write masks and logits of prompts, one mask at a time; all annotations."""
         fixed: Annotation = {"image_id": 1, "category_id": 1, "iscrowd": 0}
         if isinstance(found, list):
             return [{**fixed, **record} for record in found]
-        paths, logits = self._masks_and_logits(job.item)
         annotations: list[Annotation] = []
         for number, best in enumerate(found.best().tolist()):
             scores = found.predicted_ious[number]
@@ -239,8 +225,16 @@ class SegmentFolder:
                 job.seconds["decode"] += perf_counter() - start
                 path = paths[len(annotations)]
                 draw.save_mask(path, mask)
-                annotation = {**fixed, **_annotation(mask, float(scores[candidate]))}
-                annotation |= {"prompt": found.prompts[number].describe(), "object": number + 1}
+                lengths = mask_ops.encode(mask)
+                annotation = {
+                    **fixed,
+                    "segmentation": lengths,
+                    "bbox": list(mask_ops.to_box(lengths)),
+                    "area": mask_ops.area(lengths),
+                    "score": float(scores[candidate]),
+                    "prompt": found.prompts[number].describe(),
+                    "object": number + 1,
+                }
                 if len(scores) > 1 and self.multimask:
                     annotation |= {"candidate": candidate + 1, "is_best": candidate == best}
                 annotations.append({**annotation, "mask": path.name})
@@ -299,21 +293,6 @@ def _candidates_of(segmenter: Segmenter) -> int:
 
     decoder = segmenter.model.mask_decoder
     return 1 if isinstance(decoder, HQMaskDecoder) else decoder.num_multimask_outputs
-
-
-def _annotation(mask: NDArray[np.bool_], score: float) -> Annotation:
-    lengths = mask_ops.encode(mask)
-    return {
-        "segmentation": lengths,
-        "bbox": list(mask_ops.to_box(lengths)),
-        "area": mask_ops.area(lengths),
-        "score": score,
-    }
-
-
-def _in_short(annotation: Annotation) -> Annotation:
-    left_out = ("segmentation", "prompt", "image_id", "category_id", "iscrowd")
-    return {key: value for key, value in annotation.items() if key not in left_out}
 
 
 def _overlay(
