@@ -151,7 +151,7 @@ def create_model(
     if own is not None:
         chosen["img_size"] = max(own.size)
     if found is not None and head is None:
-        head = found.has_head or bool(num_classes)
+        head = "head" in found.parts or bool(num_classes)
     overrides = {
         "num_classes": num_classes,
         "img_size": img_size,
@@ -247,10 +247,11 @@ def _fill(
         for key, tensor in state.items()
         if key in own and tensor.shape != own[key]
     }
-    if problems := misfits(missing, unexpected, wrong):
+    if missing or unexpected or wrong:
+        problems = "; ".join(misfits(missing, unexpected, wrong))
         raise CheckpointError(
             f"{opened.path} ({found.family}, {found.variant or 'sizes of its own'}) does not fit "
-            f"this TinyViT of widths {model.embed_dims}: {'; '.join(problems)}"
+            f"this TinyViT of widths {model.embed_dims}: {problems}"
         )
     model.load_state_dict(state, strict=False)
     model.thresholds = dict(opened.thresholds)
@@ -299,14 +300,14 @@ def _choose_variant(
 
 def _arguments(variant: Variant | None, found: Detection | None) -> dict[str, Any]:
     """Constructor arguments: the variant's, or those that a file of no variant shows."""
-    if variant is None and found is not None:
-        return dict(found.arguments())
-    arguments = dict(variant.arguments()) if variant is not None else {}
-    if found is not None:
-        seen = found.arguments()
-        arguments["in_chans"] = seen["in_chans"]
-        if found.has_head:
-            arguments["num_classes"] = seen["num_classes"]
+    sizes = None if found is None else found.architecture
+    if variant is None:
+        return {} if found is None else found.arguments()
+    arguments: dict[str, Any] = variant.arguments()
+    if sizes is not None:
+        arguments["in_chans"] = sizes.in_chans
+        if sizes.num_classes is not None:
+            arguments["num_classes"] = sizes.num_classes
     return arguments
 
 

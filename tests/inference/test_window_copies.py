@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyvit.inference.fast_encoder import copy_from_windows, copy_to_windows
-from tinyvit.modules.windows import partition, unpartition
+from tinyvit.modules.functional import partition, unpartition
 
 sizes = st.integers(1, 17)
 

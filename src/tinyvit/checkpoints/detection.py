@@ -388,8 +388,8 @@ def detect(
     metadata = metadata or {}
     family = _family_of(tensors)
     spelt = to_canonical({key: key for key in tensors}, family)  # canonical key -> the file's
+    there = group_by_part(spelt)
     shapes = {key: tuple(tensors[name].shape) for key, name in spelt.items()}
-    there = group_by_part(shapes)
     parts = tuple(part for part in there if part != "unknown")
     sizes = read_architecture(shapes) if "trunk" in parts else None
     family = _refined(family, parts, sizes)
@@ -398,7 +398,9 @@ def detect(
     is_sam = LAYOUTS[family].strides[-1] == 1 and (family != "tinyvit" or "neck" in parts)
     strides, reason = _strides(family, is_sam, sizes, metadata)
     variant = _variant(sizes, is_sam)
-    expected = _expected(family, parts, sizes, shapes)
+    embeddings = ("prompt_encoder.no_mask_embed.weight", "mask_decoder.iou_token.weight")
+    width = next((shapes[key][-1] for key in embeddings if shapes.get(key)), 256)
+    expected = _expected(frozenset((*LAYOUTS[family].required, *parts)), sizes, width)
     missing = [
         key for key in expected if key not in shapes and not key.endswith("num_batches_tracked")
     ]
@@ -564,17 +566,12 @@ def _variant(sizes: Architecture | None, is_sam: bool) -> Variant | None:
     return None
 
 
+@lru_cache(maxsize=16)
 def _expected(
-    family: Family,
-    parts: Sequence[Part],
-    sizes: Architecture | None,
-    found: Mapping[str, Shape],
-) -> dict[str, Shape]:
-    """Canonical key -> shape of everything a complete file of this family and size holds."""
-    wanted = {*LAYOUTS[family].required, *parts}
+    wanted: frozenset[Part], sizes: Architecture | None, width: int
+) -> Mapping[str, Shape]:
+    """Canonical key -> shape of everything in these parts of a model; ``width`` without a neck."""
     shapes: dict[str, Shape] = {}
-    embeddings = ("prompt_encoder.no_mask_embed.weight", "mask_decoder.iou_token.weight")
-    width = next((found[key][-1] for key in embeddings if found.get(key)), 256)
     vit_dim = 160
     if sizes is not None:
         shapes.update(encoder_shapes(sizes))

@@ -92,7 +92,8 @@ def open_checkpoint(
     file = read_state_dict(path)
     thresholds = {**(row.thresholds if row else {}), **thresholds_in(file.metadata, path)}
     found = detect(file.tensors, filename=path.name, metadata=file.metadata)
-    if problems := misfits(found.missing, found.unexpected, found.wrong_shapes):
+    if found.missing or found.unexpected or found.wrong_shapes:
+        problems = misfits(found.missing, found.unexpected, found.wrong_shapes)
         raise CheckpointError(
             f"{path} looks like {found.family}, but does not add up: {'; '.join(problems)}"
         )

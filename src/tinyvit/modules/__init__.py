@@ -4,9 +4,19 @@ The ten classes of TinyViT keep the names, arguments, child names and state-dict
 they are known from Cream, MobileSAM and their copies.
 """
 
-from .attention import Attention
-from .blocks import MBConv, PatchEmbed, PatchMerging, TinyViTBlock
-from .layers import MLP, Conv2d_BN, DropPath, LayerNorm2d, Mlp, freeze_batch_stats
+from .layers import (
+    MLP,
+    Attention,
+    Conv2d_BN,
+    DropPath,
+    LayerNorm2d,
+    MBConv,
+    Mlp,
+    PatchEmbed,
+    PatchMerging,
+    TinyViTBlock,
+    freeze_batch_stats,
+)
 from .stage import BasicLayer, ConvLayer
 from .tiny_vit import FeatureInfo, FeatureMaps, TinyViT
 

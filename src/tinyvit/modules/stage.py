@@ -5,18 +5,18 @@ Shapes: B batch, C channels, H W height and width, L = H*W tokens in row-major o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import MBConv, TinyViTBlock
-from .layers import Activation, drop_path_rates, pause_batch_stats
-from .windows import Size, is_tracing, to_pair
+from .functional import Size, is_tracing
+from .layers import Activation, MBConv, TinyViTBlock, to_pair
 
 Downsample = Callable[..., nn.Module]
 """Called with (input_resolution, dim=, out_dim=, activation=), e.g. ``PatchMerging``."""
@@ -27,20 +27,23 @@ class Stage(nn.Module):
 
     def __init__(
         self,
+        make_block: Callable[..., nn.Module],
         dim: int,
         input_resolution: int | Size,
-        blocks: Iterable[nn.Module],
+        depth: int,
         activation: Activation,
+        drop_path: float | Sequence[float],
         downsample: Downsample | None,
         use_checkpoint: bool,
         out_dim: int | None,
     ) -> None:
         super().__init__()
+        rates = drop_path_rates(drop_path, depth)
         self.dim = dim
-        self.input_resolution = to_pair(input_resolution, "input_resolution")
+        self.depth = depth
         self.use_checkpoint = use_checkpoint
-        self.blocks = nn.ModuleList(blocks)
-        self.depth = len(self.blocks)
+        self.blocks = nn.ModuleList([make_block(drop_path=rate) for rate in rates])
+        self.input_resolution = to_pair(input_resolution, "input_resolution")
         self.downsample: Any = None
         if downsample is not None:
             self.downsample = downsample(
@@ -77,8 +80,12 @@ class Stage(nn.Module):
         elif torch.compiler.is_compiling():  # the compiler keeps buffer updates out of recomputing
             y = checkpoint(block, *inputs, use_reentrant=False)
         else:
-            contexts = partial(_checkpoint_contexts, block)
-            y = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+            y = checkpoint(
+                block,
+                *inputs,
+                use_reentrant=False,  # the second run is in the backward pass
+                context_fn=lambda: (nullcontext(), pause_batch_stats(block)),
+            )
         return y
 
     def extra_repr(self) -> str:
@@ -117,10 +124,16 @@ class ConvLayer(Stage):
         out_dim: int | None = None,
         conv_expand_ratio: float = 4.0,
     ) -> None:
-        rates = drop_path_rates(drop_path, depth)
-        blocks = [MBConv(dim, dim, conv_expand_ratio, activation, rate) for rate in rates]
         super().__init__(
-            dim, input_resolution, blocks, activation, downsample, use_checkpoint, out_dim
+            partial(MBConv, dim, dim, conv_expand_ratio, activation),
+            dim,
+            input_resolution,
+            depth,
+            activation,
+            drop_path,
+            downsample,
+            use_checkpoint,
+            out_dim,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,22 +182,27 @@ class BasicLayer(Stage):
         activation: Activation = nn.GELU,
         out_dim: int | None = None,
     ) -> None:
-        blocks = [
-            TinyViTBlock(
-                dim=dim,
-                input_resolution=input_resolution,
-                num_heads=num_heads,
-                window_size=window_size,
-                mlp_ratio=mlp_ratio,
-                drop=drop,
-                drop_path=rate,
-                local_conv_size=local_conv_size,
-                activation=activation,
-            )
-            for rate in drop_path_rates(drop_path, depth)
-        ]
+        make_block = partial(
+            TinyViTBlock,
+            dim=dim,
+            input_resolution=input_resolution,
+            num_heads=num_heads,
+            window_size=window_size,
+            mlp_ratio=mlp_ratio,
+            drop=drop,
+            local_conv_size=local_conv_size,
+            activation=activation,
+        )
         super().__init__(
-            dim, input_resolution, blocks, activation, downsample, use_checkpoint, out_dim
+            make_block,
+            dim,
+            input_resolution,
+            depth,
+            activation,
+            drop_path,
+            downsample,
+            use_checkpoint,
+            out_dim,
         )
 
     def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
@@ -206,8 +224,37 @@ class BasicLayer(Stage):
         return y
 
 
-def _checkpoint_contexts(
-    block: nn.Module,
-) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For the first run of a block, and for the second one in the backward pass."""
-    return nullcontext(), pause_batch_stats(block)
+def drop_path_rates(drop_path: float | Sequence[float], depth: int) -> list[float]:
+    """One rate for each of ``depth`` blocks, from one number or a sequence of ``depth`` numbers.
+
+    Raises:
+        ValueError: The sequence has another length.
+    """
+    if isinstance(drop_path, Sequence):
+        if len(drop_path) != depth:
+            raise ValueError(
+                f"drop_path wants one rate for each of the {depth} blocks, got {len(drop_path)}: "
+                f"{list(drop_path)}; pass {depth} rates or a single number"
+            )
+        return [float(rate) for rate in drop_path]
+    return [float(drop_path)] * depth
+
+
+@contextmanager
+def pause_batch_stats(module: nn.Module) -> Iterator[None]:
+    """Compute with batch statistics as the mode says, but do not update the running ones.
+
+    Gradient checkpointing runs a block's forward a second time; this keeps that second run from
+    counting the same batch twice.
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    kept = [dict(norm.named_buffers(recurse=False)) for norm in norms]
+    try:
+        for norm, buffers in zip(norms, kept, strict=True):
+            for name, buffer in buffers.items():
+                setattr(norm, name, buffer.clone())  # this run may write here; then it is dropped
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            for name, buffer in buffers.items():
+                setattr(norm, name, buffer)

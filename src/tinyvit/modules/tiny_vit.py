@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
-from .blocks import PatchEmbed, PatchMerging, Stem
-from .layers import LayerNorm2d, freeze_batch_stats
+from .functional import Size, is_tracing, to_map
+from .layers import LayerNorm2d, PatchEmbed, PatchMerging, Stem, freeze_batch_stats, to_pair
 from .stage import BasicLayer, ConvLayer, Stage
-from .windows import Size, is_tracing, to_map, to_pair
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -255,11 +254,6 @@ def init_weights(module: nn.Module) -> None:
         # beyond would take most of the constructor's time.
         nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
-
-
-pass
-pass
-pass
 
 
 class TinyViT(nn.Module):

@@ -165,7 +165,8 @@ def _fill_heads(sam: Sam, opened: OpenedCheckpoint) -> None:
         for key, value in state.items()
         if key in own and value.shape != own[key].shape
     }
-    if problems := misfits(missing, unexpected, wrong):
+    if missing or unexpected or wrong:
+        problems = misfits(missing, unexpected, wrong)
         raise CheckpointError(
             f"{opened.path} ({opened.found.family}) does not fit the heads of a SAM of width "
             f"{sam.prompt_encoder.embed_dim}: {'; '.join(problems)}"

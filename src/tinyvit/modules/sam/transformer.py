@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tinyvit.modules.layers import attend
+from tinyvit.modules.functional import attend
 
 
 class Attention(nn.Module):

@@ -1,13 +1,24 @@
-"""windows.py: sizes, tokens, windows; each form of partition against plain loops."""
+"""Tokens and windows, each form of partition against plain loops; activations; attention."""
 
 import contextlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from tinyvit.modules.windows import is_tracing, partition, to_map, to_pair, to_tokens, unpartition
+from tinyvit.modules.functional import (
+    activate,
+    attend,
+    is_tracing,
+    partition,
+    to_map,
+    to_tokens,
+    unpartition,
+)
+from tinyvit.modules.layers import to_pair
 
 shapes = st.tuples(
     st.integers(0, 3), st.integers(1, 17), st.integers(1, 17), st.integers(1, 3)
@@ -100,3 +111,69 @@ def test_pairs_of_wrong_types(size):
         to_pair(size, "imgsz")
     words = "imgsz must be a whole number or a pair (height, width), got"
     assert str(caught.value) == f"{words} {size!r}"
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.PReLU(3), nn.Hardswish()])
+def test_any_activation_in_either_order(activation, order):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=order).requires_grad_()
+    y = activate(activation, x)
+    assert y.is_contiguous(memory_format=order)
+    wanted = activation(x)
+    torch.testing.assert_close(y, wanted, rtol=1e-6, atol=1e-6)  # another order of vectors
+    weights = torch.randn(2, 3, 4, 5)
+    (got,) = torch.autograd.grad((y * weights).sum(), x)
+    (gradient,) = torch.autograd.grad((wanted * weights).sum(), x)
+    torch.testing.assert_close(got, gradient, rtol=1e-6, atol=1e-6)
+
+
+def test_gelu_sees_contiguous_memory():
+    seen = []
+    gelu = nn.GELU()
+    gelu.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
+    activate(gelu, torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last))
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("is_learning", [False, True])
+def test_the_definition(with_bias, is_learning):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 4, dtype=torch.float64) for n in (5, 7, 7))
+    bias = torch.randn(1, 3, 5, 7, dtype=torch.float64) if with_bias else None
+    with torch.set_grad_enabled(is_learning):
+        found = attend(q, k, v, 0.3, bias)
+    scores = torch.einsum("bhqd,bhkd->bhqk", q, k) * 0.3 + (0 if bias is None else bias)
+    wanted = torch.einsum("bhqk,bhkd->bhqd", scores.softmax(-1), v)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_all_that_goes_in():
+    torch.manual_seed(1)
+    shapes = (1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4), (1, 2, 3, 5)
+    q, k, v, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    assert torch.autograd.gradcheck(lambda *x: attend(x[0], x[1], x[2], 0.5, x[3]), (q, k, v, bias))
+
+
+def test_torch_does_it_where_nothing_learns(monkeypatch):
+    called = []
+    fused = F.scaled_dot_product_attention
+
+    def watch(*args, **kwargs):
+        called.append(kwargs["scale"])
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
+    x = torch.randn(1, 2, 3, 4)
+    with torch.no_grad():
+        attend(x, x, x, 0.5)
+    assert called == [0.5]
+    attend(x, x, x, 0.5)
+    assert called == [0.5]
+
+
+def test_bfloat16_stays_what_it_is_under_autocast():
+    x = torch.randn(1, 2, 3, 4, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend(x, x, x, 0.5).dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""Sizes, tokens and windows: pure functions between [B, L, C], [B, H, W, C] and windows.
+"""Functions on tensors: tokens and maps, windows, activations of maps, attention.
 
 Shapes: B batch, C channels, H W height and width, L = H*W tokens in row-major order, S window
 side. All sizes may be symbolic (torch.export) or traced (torch.jit.trace); there nothing branches
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Size = tuple[int, int]
 """(height, width)."""
@@ -18,25 +18,6 @@ Size = tuple[int, int]
 def is_tracing() -> bool:
     """Whether torch.jit.trace is recording, when Python must not branch on sizes."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
-
-
-def to_pair(size: object, name: str) -> Size:
-    """(height, width) from one positive whole number, or from a sequence of two.
-
-    Raises:
-        TypeError: ``size`` is neither.
-        ValueError: A side is not positive, or there are not one or two of them.
-    """
-    sides = (size, size) if isinstance(size, int) else size
-    if not isinstance(sides, (tuple, list)) or not all(
-        isinstance(side, int) and not isinstance(side, bool) for side in sides
-    ):
-        raise TypeError(f"{name} must be a whole number or a pair (height, width), got {size!r}")
-    if len(sides) == 1:
-        sides = (sides[0], sides[0])
-    if len(sides) != 2 or min(sides) < 1:
-        raise ValueError(f"{name} must be positive, as n or (height, width), got {size!r}")
-    return sides[0], sides[1]
 
 
 def to_map(x: Tensor, size: Size) -> Tensor:
@@ -128,3 +109,60 @@ def _windows_of_positions(x: Tensor, side: int, size: Size) -> Tensor:
     token = torch.arange(height * width, device=x.device)
     y, x_ = token // width, token % width
     return (((y // side) * columns + x_ // side) * side + y % side) * side + x_ % side
+
+
+def activate(activation: nn.Module, x: Tensor) -> Tensor:
+    """``activation(x)`` for a map.
+
+    Args:
+        activation: Any; only ``nn.GELU`` is called another way.
+        x: [B, C, H, W] in either memory order.
+
+    Returns:
+        [B, C, H, W], in the same order.
+    """
+    y: Tensor
+    if (
+        type(activation) is nn.GELU
+        and not is_tracing()
+        and not torch.compiler.is_compiling()
+        and x.is_contiguous(memory_format=torch.channels_last)
+    ):
+        y = activation(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    else:
+        y = activation(x)
+    return y
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """``softmax(q k^T * scale + bias) v``.
+
+    Args:
+        q: [B, h, Q, D].
+        k: [B, h, K, D].
+        v: [B, h, K, Dv].
+        scale: Factor on the scores.
+        bias: [1, h, Q, K], added to the scores.
+
+    Returns:
+        [B, h, Q, Dv].
+    """
+    if not _is_plain_quicker(q):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    scores = (q * scale) @ k.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias
+    with torch.autocast("cpu", enabled=False):  # which would copy the scores to float32
+        weights = scores.softmax(dim=-1)
+    return weights @ v
+
+
+def _is_plain_quicker(q: Tensor) -> bool:
+    """Whether to spell attention out: on a CPU torch has no fast backward of its fused form.
+
+    What ``scaled_dot_product_attention`` does with a bias to learn looks for rows without a number,
+    and reads and writes the scores several times more than is needed; without one its backward is
+    many times slower for a few queries on many keys.
+    """
+    is_recorded = is_tracing() or torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    return q.device.type == "cpu" and torch.is_grad_enabled() and not is_recorded
