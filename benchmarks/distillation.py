@@ -28,7 +28,7 @@ from PIL import Image
 
 import tinyvit
 from tinyvit.bench import machine_facts
-from tinyvit.evaluate.segment import MeasureSettings, evaluate_segment
+from tinyvit.evaluate.segment import EvaluateSettings, evaluate_segment
 from tinyvit.modules import TinyViT
 from tinyvit.sam import SamPredictor, build_sam
 from tinyvit.sam.embedding import spec_of
@@ -36,7 +36,7 @@ from tinyvit.train import TrainSettings, train
 from tinyvit.train.tasks.distill import DistillFeaturesSettings
 from tinyvit.train.tasks.distill import make_features_task as make_task
 from tinyvit.train.tasks.prompting import Prompting
-from tinyvit.train.tasks.segment import SceneSampler, Segment
+from tinyvit.train.tasks.segment import MaskSampler, Segment
 from tinyvit.train.tasks.teachers import open_teacher, store_features
 
 HERE = Path(__file__).parent
@@ -96,7 +96,7 @@ def train_on_masks(options, folder: Path, samples, spec, seconds: float) -> tupl
 
     sam = build_sam(TEACHER)
     sam.image_encoder = new_student(spec)
-    sampler = SceneSampler(samples, spec_of(sam), None, objects=4)
+    sampler = MaskSampler(samples, spec_of(sam), None, objects=4)
     nothing = CompositeSet(options.work, "test", weights=KINDS, length=1)
 
     def task():
@@ -117,7 +117,7 @@ def train_on_masks(options, folder: Path, samples, spec, seconds: float) -> tupl
 
 def masks_of(sam, scenes) -> dict[str, float]:
     """Mean IoU of the true masks."""
-    settings = MeasureSettings((1, 3), most_clicks=3, with_floors=False)
+    settings = EvaluateSettings((1, 3), most_clicks=3, with_baselines=False)
     report = evaluate_segment(SamPredictor(sam.eval(), fast=False), scenes, settings)
     return {name: value.value for name, value in report.ious.items()}
 

@@ -22,9 +22,9 @@ from tinyvit.bench.machine import machine_facts
 from tinyvit.checkpoints.files import file_sha256, write_text
 from tinyvit.checkpoints.open import find_checkpoint
 from tinyvit.evaluate.segment import (
-    ContactSheet,
+    EvaluateSettings,
+    Gallery,
     LabelledImage,
-    MeasureSettings,
     SegmentReport,
     evaluate_segment,
 )
@@ -123,12 +123,12 @@ def evaluate(
         reports: dict[str, SegmentReport] = {}
         for name, path in weights.items():
             say(f"evaluating {name} on {images.name}")
-            sheet = None if out is None else ContactSheet()
+            sheet = None if out is None else Gallery()
             # Baselines do not depend on the model: once is enough.
-            settings = MeasureSettings(
+            settings = EvaluateSettings(
                 (1, 3),
                 most_clicks=3,
-                with_floors=not (reports or earlier),
+                with_baselines=not (reports or earlier),
                 most_masks=most_masks,
             )
             reports[name] = evaluate_segment(

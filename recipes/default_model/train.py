@@ -26,7 +26,7 @@ from tinyvit.train import TrainSettings, train
 from tinyvit.train.run_folder import Progress
 from tinyvit.train.tasks.losses import MaskLosses
 from tinyvit.train.tasks.prompting import Prompting
-from tinyvit.train.tasks.segment import SceneSampler, Segment
+from tinyvit.train.tasks.segment import MaskSampler, Segment
 
 STAGES = Path(__file__).with_name("stages.toml")
 
@@ -82,7 +82,7 @@ def _task(work: Path, stage: Stage, start: str) -> Segment:
     held_out = CompositeSet(work, "val", seed=0, length=10_000, **common)
     return Segment(
         sam,
-        SceneSampler(samples, spec_of(sam), None, stage["objects"]),
+        MaskSampler(samples, spec_of(sam), None, stage["objects"]),
         held_out,
         Prompting(stage["box_share"], stage["corrective_share"], stage["most_corrections"]),
         MaskLosses(stage["focal"]),

@@ -110,7 +110,7 @@ def test_segment(run, cells, sams, tmp_path):
     assert result.code == 0, result.err
     lines = result.out.splitlines()
     assert lines[0] == f"{sams[0]} on {cells}: 3 images, 3 masks"
-    assert lines[1].split()[0] == "measure"
+    assert lines[1].split()[0] == "metric"
     assert any(line.startswith("mean IoU, 2 clicks ") for line in lines)
     assert result.err.splitlines()[-1] == f"contact sheet: {sheet}"
     assert width_of(sheet) > 400

@@ -45,7 +45,7 @@ def test_broken_images_are_named(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"bad")
     good = np.zeros((20, 20, 3), np.uint8)
     found = compare(predictor, predictor, [tmp_path / "bad.png", good], grid=1)
-    assert "bad.png" in found.left_out[0]
+    assert "bad.png" in found.skipped[0]
     assert [one.image for one in found.images] == ["image 1"]
     with pytest.raises(ValueError, match=r"no image could be compared: .*bad.png"):
         compare(predictor, predictor, [tmp_path / "bad.png"])

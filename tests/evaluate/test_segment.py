@@ -5,7 +5,7 @@ import pytest
 
 from tinyvit.errors import ImageError
 from tinyvit.evaluate.segment import COLUMNS as COLUMNS
-from tinyvit.evaluate.segment import MeasureSettings, evaluate_segment
+from tinyvit.evaluate.segment import Case, Cost, EvaluateSettings, evaluate_segment, summarise
 
 from .segmenting import Discs, Growing
 
@@ -16,7 +16,7 @@ class Broken(Discs):
 
 
 def test_ious_after_each_click_and_with_boxes():
-    report = evaluate_segment(Growing(), [Discs()], MeasureSettings(most_clicks=6))
+    report = evaluate_segment(Growing(), [Discs()], EvaluateSettings(most_clicks=6))
     left, right = report.cases
     # shares of discs' areas, but for pixels at the rim
     for case, radius in ((left, 15), (right, 10)):
@@ -32,7 +32,7 @@ def test_ious_after_each_click_and_with_boxes():
 
 
 def test_clicks_to_the_target_are_counted_or_cut_off():
-    settings = MeasureSettings((1,), target_iou=0.85, most_clicks=4)
+    settings = EvaluateSettings((1,), target_iou=0.85, most_clicks=4)
     report = evaluate_segment(Growing(step=2), [Discs()], settings)
     # radius 5, 7, 9, 11: the right disc of 10 gets there at no click (81 %, 83 %), neither the left
     assert (report.clicks_to_target.value, report.missed_target) == (4, 1)
@@ -44,7 +44,7 @@ def test_clicks_to_the_target_are_counted_or_cut_off():
 def test_further_clicks_come_with_all_before_and_the_last_answer():
     for feed in (True, False):
         model = Growing()
-        settings = MeasureSettings((2,), most_clicks=2, feed_mask=feed)
+        settings = EvaluateSettings((2,), most_clicks=2, feed_mask=feed)
         evaluate_segment(model, [Discs()], settings)
         points, labels, box, low_res, is_ambiguous = model.asked[1]
         assert points[0].tolist() == [25.5, 30.5]
@@ -70,13 +70,13 @@ def test_broken_images_and_empty_masks_are_named():
 
     images = [Broken("broken.png"), Empty("empty.png")]
     report = evaluate_segment(Growing(), images, faults=["x.png: gone"])
-    assert report.left_out == (
+    assert report.skipped == (
         "x.png: gone",
         "broken.png: cut short",
         "empty.png, mask 1: the mask is empty",
     )
     assert report.masks == 1
-    with pytest.raises(ValueError, match=r"not one good mask to measure on: .*cut short"):
+    with pytest.raises(ValueError, match=r"not one good mask to evaluate on: .*cut short"):
         evaluate_segment(Growing(), images[:1])
     with pytest.raises(ValueError, match="not one good mask"):
         evaluate_segment(Growing(), [])
@@ -87,12 +87,12 @@ def test_it_stops_after_so_many_masks():
     report = evaluate_segment(
         Growing(),
         [Discs(), Discs()],
-        MeasureSettings(most_masks=3, with_floors=False),
+        EvaluateSettings(most_masks=3, with_baselines=False),
         progress=lambda done, total: seen.append((done, total)),
     )
     assert report.masks == 3
     assert seen == [(1, 2), (2, 2)]
-    assert report.floors["box"] == {}
+    assert report.baselines["box"] == {}
 
 
 def test_the_report_as_a_table_and_as_json():
@@ -108,7 +108,7 @@ def test_the_report_as_a_table_and_as_json():
 
 
 def test_the_embedded_model_beats_nothing_on_plain_discs():
-    settings = MeasureSettings((1,), most_clicks=1)
+    settings = EvaluateSettings((1,), most_clicks=1)
     report = evaluate_segment("tinyvit_starter", [Discs()], settings)
     assert report.model == "tinyvit_starter"
     assert report.ious["box"].value > 0.5
@@ -123,4 +123,34 @@ def test_settings_are_checked():
         ({"most_masks": 0}, "most_masks must be at least 1"),
     ):
         with pytest.raises(ValueError, match=words):
-            MeasureSettings(**wrong)
+            EvaluateSettings(**wrong)
+
+
+def case(*clicks, predicted=0.5):
+    return Case("a.png", 0, "", 0.1, clicks, 0.9, 0.4, predicted, 0.6, 0.5, 0.7, {"disc": 0.3}, {})
+
+
+def report(*cases):
+    return summarise(
+        "m", "d", 1, [], cases, range(len(cases)), Cost(0.01, 0.002, None),
+        EvaluateSettings((1, 2), target_iou=0.8, most_clicks=5),
+    )  # fmt: skip
+
+
+def test_means_and_counts_to_the_target():
+    found = report(case(0.2, 0.9), case(0.4, 0.5, 0.6, 0.6, 0.7))
+    assert found.ious["1 click"].value == pytest.approx(0.3)
+    assert found.ious["2 clicks"].value == pytest.approx(0.7)
+    assert found.clicks_to_target.value == pytest.approx((2 + 5) / 2)
+    assert found.missed_target == 0.5
+    assert found.baselines["1 click"]["disc"].value == pytest.approx(0.3)
+    assert found.calibrations["1 click"].mean_error == pytest.approx(0.2)
+    assert found.calibrations["box"].mean_error == pytest.approx(0.1)
+
+
+def test_the_table_says_what_was_cut_off():
+    rows = {row[0]: row for row in report(case(0.2, 0.3)).rows()}
+    assert rows["clicks to IoU 0.8 (at most 5)"][1] == "5.00"
+    assert rows["never reached it"][1] == "100 %"
+    assert rows["encode an image"][1] == "10.0 ms"
+    assert "peak memory" not in rows  # the system did not say

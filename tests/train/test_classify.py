@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import pickle
 import signal
 from dataclasses import replace
@@ -8,10 +9,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 import tinyvit
-from tinyvit.checkpoints.files import classes_in, read_header
-from tinyvit.errors import ImageError
+from tinyvit.checkpoints.files import (
+    CLASSES,
+    IMAGE_SPEC,
+    classes_in,
+    read_header,
+    read_state_dict,
+    write_state_dict,
+)
+from tinyvit.errors import CheckpointError, ImageError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.train import TrainSettings, train
 from tinyvit.train.data.augment import View, augmentation
@@ -20,9 +30,14 @@ from tinyvit.train.tasks.classify import (
     Classify,
     ClassifySettings,
     Mixing,
+    build_classifier,
+    load_classifier,
     make_task,
+    mix,
+    save_classifier,
     spec_of,
     validate_classifier,
+    windows_for,
 )
 
 from .tiny_images import png, tiny_classifier, write_folder
@@ -283,3 +298,212 @@ def stop_after(step):
             interrupt(signal.SIGTERM)
 
     return report
+
+
+NAMES = ("ant", "bee", "cat")
+
+
+def test_windows_follow_the_published_rows():
+    for name in ("tiny_vit_5m_224", "tiny_vit_21m_384", "tiny_vit_21m_512"):
+        row = tinyvit.catalog.get_variant(name)
+        assert windows_for(row.img_size) == row.window_sizes
+
+
+@pytest.mark.parametrize("size", [*range(1, 70), 96, 128, 200, 256, 320, 448, 640])
+def test_no_window_is_larger_than_its_map(size):
+    for reduction, window in zip((8, 16, 32), windows_for(size)[1:], strict=True):
+        side = -(-size // reduction)
+        assert 1 <= window <= side
+        assert -(-side // window) * window - side < max(side / 2, 1)  # little is padded
+
+
+def test_windows_want_a_size():
+    with pytest.raises(ValueError, match="at least 1 pixel, got 0"):
+        windows_for(0)
+
+
+def test_a_sam_encoder_becomes_a_classifier():
+    model = build_classifier(NAMES, checkpoint="tinyvit_starter", img_size=32)
+    assert model.neck is None
+    assert (model.strides, model.window_sizes) == ((2, 2, 2), (4, 4, 2, 1))
+    assert model.image_spec == ImageSpec.timm(32)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+    starter = tinyvit.create_model(checkpoint="tinyvit_starter").state_dict()
+    own = model.state_dict()
+    key = "layers.1.blocks.0.attn.qkv.weight"
+    assert torch.equal(own[key], starter[key])
+    assert own["layers.1.blocks.0.attn.attention_biases"].shape[1] == 16  # 4 x 4 offsets
+    again = build_classifier(NAMES, checkpoint="tinyvit_starter", img_size=32)
+    assert torch.equal(again.head.weight, model.head.weight)  # its seed, not the global one
+    other = build_classifier(NAMES, checkpoint="tinyvit_starter", img_size=32, seed=1)
+    assert not torch.equal(other.head.weight, model.head.weight)
+
+
+def test_a_variant_from_chance():
+    before = torch.get_rng_state()
+    model = build_classifier(NAMES, model="tiny_vit_2m_sam", img_size=64)
+    assert torch.equal(before, torch.get_rng_state())
+    assert (model.num_classes, model.strides, model.neck) == (3, (2, 2, 2), None)
+    assert model.window_sizes == (8, 8, 4, 2)
+    with pytest.raises(ValueError, match="wanted a model or a checkpoint"):
+        build_classifier(NAMES)
+
+
+def test_names_and_preparation_stay_in_the_file(tmp_path, make_tiny_vit):
+    model = tiny_classifier(make_tiny_vit)
+    path = save_classifier(model, tmp_path / "a.safetensors", ("ant", "bée", "cat"))
+    loaded, names = load_classifier(path)
+    assert names == classes_in(read_header(path)) == ("ant", "bée", "cat")
+    assert loaded.image_spec == model.image_spec
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(loaded(x), model(x))
+    assert tinyvit.create_model(checkpoint=path).num_classes == 3  # any other command
+
+
+def test_more_or_fewer_names_than_classes(tmp_path, make_tiny_vit):
+    with pytest.raises(ValueError, match="has 3 classes, but 1 names came"):
+        save_classifier(tiny_classifier(make_tiny_vit), tmp_path / "a.safetensors", ("ant",))
+
+
+def test_a_head_goes_on_only_for_the_same_classes(tmp_path, make_tiny_vit):
+    model = tiny_classifier(make_tiny_vit)
+    path = save_classifier(model, tmp_path / "a.safetensors", NAMES)
+    same = build_classifier(NAMES, checkpoint=path)
+    assert torch.equal(same.head.weight, model.head.weight)
+    assert same.image_spec == model.image_spec
+    for names in (("x", "y", "z"), ("x", "y")):
+        other = build_classifier(names, checkpoint=path)
+        assert other.num_classes == len(names)
+        shared = min(len(names), 3)
+        assert not torch.equal(other.head.weight[:shared], model.head.weight[:shared])
+        assert torch.equal(
+            other.state_dict()["patch_embed.seq.0.c.weight"],
+            model.state_dict()["patch_embed.seq.0.c.weight"],
+        )
+
+
+def test_another_size_resizes_windows_and_tables(tmp_path, make_tiny_vit):
+    model = tiny_classifier(make_tiny_vit)
+    path = save_classifier(model, tmp_path / "a.safetensors", NAMES)
+    larger = build_classifier(NAMES, checkpoint=path, img_size=64)
+    assert larger.window_sizes == windows_for(64)
+    assert (larger.image_spec.size, larger.image_spec.resize) == ((64, 64), "crop")
+    assert larger(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+    chosen = build_classifier(NAMES, checkpoint=path, img_size=64, window_sizes=(4, 4, 4, 2))
+    assert chosen.window_sizes == (4, 4, 4, 2)
+
+
+def test_a_folder_of_save_pretrained(tmp_path, make_tiny_vit):
+    folder = tinyvit.save_pretrained(tiny_classifier(make_tiny_vit), tmp_path / "m")
+    assert build_classifier(NAMES, checkpoint=folder).num_classes == 3
+
+
+def test_a_torch_file_has_no_names(tmp_path, make_tiny_vit):
+    path = tmp_path / "a.pt"
+    write_state_dict(path, tiny_classifier(make_tiny_vit).state_dict(), "torch")
+    assert classes_in(read_header(path)) is None
+
+
+@pytest.mark.parametrize(
+    "header, words",
+    [
+        ({CLASSES: "{"}, "tinyvit.classes in the header is damaged"),
+        ({CLASSES: '["a", 1]'}, "must be a JSON list of names"),
+        ({IMAGE_SPEC: "[]"}, "tinyvit.image_spec in the header is damaged"),
+        ({IMAGE_SPEC: json.dumps({"size": [1, 1]})}, "tinyvit.image_spec in the header is damaged"),
+    ],
+)
+def test_a_damaged_header(tmp_path, make_tiny_vit, header, words):
+    path = tmp_path / "a.safetensors"
+    tensors = tiny_classifier(make_tiny_vit).state_dict()
+    write_state_dict(path, tensors, metadata={"tinyvit.family": "tinyvit", **header})
+    with pytest.raises(CheckpointError, match=words):
+        load_classifier(path)
+
+
+def test_an_encoder_is_no_classifier():
+    with pytest.raises(CheckpointError, match="no classification head; train one first"):
+        load_classifier("tinyvit_starter")
+
+
+def test_the_file_is_plain_safetensors(tmp_path, make_tiny_vit):
+    path = save_classifier(tiny_classifier(make_tiny_vit), tmp_path / "a.safetensors", NAMES)
+    header = read_state_dict(path).metadata
+    assert header["tinyvit.family"] == "tinyvit"
+    assert header["tinyvit.strides"] == "2,2,2"
+    assert json.loads(header[CLASSES]) == list(NAMES)
+
+
+def batch(size=4, classes=3, side=8):
+    images = torch.randn(size, 3, side, side)
+    return images, torch.eye(classes)[torch.arange(size) % classes]
+
+
+def chance(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_same_generator_gives_the_same_mixture():
+    images, targets = batch()
+    for settings in (Mixing(0.8), Mixing(0, 1.0), Mixing(0.8, 1.0)):
+        first, again = (mix(images, targets, settings, chance(5)) for _ in range(2))
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
+        assert not torch.equal(first[0], mix(images, targets, settings, chance(6))[0])
+
+
+def test_the_global_generator_is_not_touched():
+    images, targets = batch()
+    before = torch.get_rng_state()
+    mix(images, targets, Mixing(0.8, 1.0), chance())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("settings", [Mixing(), Mixing(0.8, 1.0, probability=0.0)])
+def test_nothing_is_mixed_where_it_is_off(settings):
+    images, targets = batch()
+    mixed = mix(images, targets, settings, chance())
+    assert mixed[0] is images
+    assert mixed[1] is targets
+
+
+def test_one_image_alone_is_left_as_it_is():
+    images, targets = batch(1)
+    assert mix(images, targets, Mixing(0.8, 1.0), chance())[0] is images
+
+
+@given(st.integers(0, 10_000))
+def test_mixup_is_linear_in_images_and_targets(seed):
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 5, 6)
+    targets = torch.eye(4)
+    mixed, soft = mix(images, targets, Mixing(mixup=0.8), chance(seed))
+    # each image is its number, so its mean must be the mean number under its target
+    torch.testing.assert_close(mixed[:, 0, 0, 0], soft @ torch.arange(4.0))
+    torch.testing.assert_close(soft.sum(1), torch.ones(4))
+
+
+@given(st.integers(0, 10_000), st.integers(2, 9), st.integers(2, 9))
+def test_cutmix_counts_the_pixels_that_are_seen(seed, height, width):
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, height, width)
+    mixed, soft = mix(images, torch.eye(4), Mixing(cutmix=1.0), chance(seed))
+    assert set(mixed.unique().tolist()) <= {0.0, 1.0, 2.0, 3.0}
+    for image, target in zip(mixed, soft, strict=True):
+        seen = torch.bincount(image[0].flatten().long(), minlength=4) / (height * width)
+        torch.testing.assert_close(target, seen)  # float32 division both times
+
+
+def test_both_take_turns():
+    images, targets = batch(side=16)
+    kinds = set()
+    for seed in range(30):
+        mixed, _ = mix(images, targets, Mixing(0.8, 1.0, switch=0.5), chance(seed))
+        kinds.add(bool((mixed == images).any()))  # cutmix leaves most pixels to the last bit
+    assert kinds == {False, True}
+
+
+@pytest.mark.parametrize(
+    "values", [{"mixup": -1.0}, {"cutmix": -0.1}, {"probability": 2.0}, {"switch": -1.0}]
+)
+def test_wrong_values(values):
+    with pytest.raises(ValueError, match=r"must be (at least 0|between 0 and 1), got"):
+        Mixing(**values)

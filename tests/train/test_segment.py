@@ -7,10 +7,11 @@ import torch
 from PIL import Image
 
 from tinyvit.errors import ImageError
+from tinyvit.image_spec import ImageSpec
 from tinyvit.sam.build import build_sam
 from tinyvit.train.data.masks import open_mask_set
 from tinyvit.train.tasks.prompting import Prompting
-from tinyvit.train.tasks.segment import SceneSampler, Segment, SegmentSettings, make_task, save_sam
+from tinyvit.train.tasks.segment import MaskSampler, Segment, SegmentSettings, make_task, save_sam
 
 from .shapes import write_shapes
 
@@ -41,7 +42,7 @@ def data(tmp_path):
 @pytest.fixture
 def tiny_task(make_tiny_sam, data):
     sam = make_tiny_sam(64)
-    sampler = SceneSampler(data, sam.image_encoder.image_spec, None, objects=2, least_pixels=4)
+    sampler = MaskSampler(data, sam.image_encoder.image_spec, None, objects=2, least_pixels=4)
     return Segment(sam, sampler, data, Prompting(corrective_share=0.2))
 
 
@@ -121,7 +122,7 @@ def test_a_broken_image_is_replaced_and_named(tiny_task, data):
     batch = tiny_task.collate([tiny_task.sample(0, np.random.default_rng(0))])
     tiny_task.loss(tiny_task.model, batch, torch.Generator())
     assert list(tiny_task.broken) == [data[0].name]
-    strict = SceneSampler(data, tiny_task.sampler.spec, on_broken="error")
+    strict = MaskSampler(data, tiny_task.sampler.spec, on_broken="error")
     with pytest.raises(ImageError, match=data[0].name):
         strict.sample(0, np.random.default_rng(0))
 
@@ -129,7 +130,7 @@ def test_a_broken_image_is_replaced_and_named(tiny_task, data):
 def test_data_of_which_nothing_can_be_read(tiny_task, data):
     for scene in data:
         scene.image.write_bytes(b"")
-    with pytest.raises(ImageError, match="20 images drawn in a row were broken"):
+    with pytest.raises(ImageError, match="20 images drawn in a row are unreadable"):
         tiny_task.sample(0, np.random.default_rng(0))
 
 
@@ -168,7 +169,7 @@ def test_a_spoilt_decoder_gets_better_on_a_few_images(tmp_path):
 
 
 def test_one_image_is_learnt_from_and_measured_on(tmp_path):
-    with pytest.warns(UserWarning, match="only one image: it is learnt from and measured on"):
+    with pytest.warns(UserWarning, match="only one image: it is trained and validated on"):
         task = make_task(SegmentSettings(str(write_shapes(tmp_path, 1))))
     assert len(task) == len(task.val) == 1
 
@@ -176,7 +177,7 @@ def test_one_image_is_learnt_from_and_measured_on(tmp_path):
 def test_what_was_left_out_is_said(tmp_path):
     folder = write_shapes(tmp_path, 3)
     Image.new("L", (5, 5), 255).save(folder / "masks" / "image0_9.png")
-    with pytest.warns(UserWarning, match="left out 1: .*image0.png, object 2"):
+    with pytest.warns(UserWarning, match="skipped 1: .*image0.png, object 2"):
         task = make_task(SegmentSettings(str(folder)))
     assert len(task) == 2
     with pytest.raises(ValueError, match="5 x 5 pixels"):
@@ -199,3 +200,50 @@ def test_another_size_is_kept_in_the_file(tmp_path):
     again = build_sam(path)
     assert again.image_encoder.image_spec == sam.image_encoder.image_spec
     assert again.prompt_encoder.input_image_size == (128, 128)
+
+
+@pytest.fixture
+def mask_set(tmp_path):
+    return open_mask_set(write_shapes(tmp_path, 2))
+
+
+def test_few_objects_come_again_with_other_prompts(mask_set):
+    sampler = MaskSampler(mask_set, ImageSpec.sam(64), None, objects=5, least_pixels=4)
+    sample = sampler.sample(0, np.random.default_rng(0))
+    assert sample.masks.shape == (5, 64, 64)
+    assert sample.size == (48, 64)
+    assert not sample.masks[:, 48:].any()
+    assert len(np.unique(sample.masks.reshape(5, -1), axis=0)) == 2
+    assert len(np.unique(sample.boxes, axis=0)) == 5
+
+
+def test_small_objects_are_skipped_where_larger_ones_are(mask_set):
+    areas = mask_set[0].load()[1].sum((1, 2))
+    between = int(areas.mean())
+    sampler = MaskSampler(mask_set, ImageSpec.sam(64), None, objects=4, least_pixels=between)
+    sample = sampler.sample(0, np.random.default_rng(0))
+    assert set(sample.masks.sum((1, 2))) == {areas.max()}
+    none = MaskSampler(mask_set, ImageSpec.sam(64), None, objects=4, least_pixels=10**6)
+    assert none.sample(0, np.random.default_rng(0)).masks.any((1, 2)).all()
+
+
+def test_a_batch_has_the_images_first(mask_set):
+    sampler = MaskSampler(mask_set, ImageSpec.sam(32), objects=3, least_pixels=1)
+    batch = Segment(None, sampler, ()).collate(
+        [sampler.sample(i, np.random.default_rng(i)) for i in (0, 1)]
+    )
+    shapes = {name: tuple(v.shape) for name, v in batch.items() if name != "broken"}
+    assert shapes == {
+        "index": (2,),
+        "images": (2, 3, 32, 32),
+        "sizes": (2, 2),
+        "masks": (2, 3, 32, 32),
+        "points": (2, 3, 2),
+        "boxes": (2, 3, 4),
+    }
+    assert batch["broken"] == {}
+
+
+def test_images_that_are_cropped_are_refused(mask_set):
+    with pytest.raises(ValueError, match="fitted by their longest side, not 'crop'"):
+        MaskSampler(mask_set, ImageSpec.timm(224))

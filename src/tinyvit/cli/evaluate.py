@@ -208,7 +208,7 @@ def classify(
         with own.progress("measuring") as update:
             report = evaluate_classifier(engine, images, progress=update)
     if sheet is not None:
-        _draw_wrong(own, sheet, report, images)
+        _write_gallery(own, sheet, report, images)
     if as_json:
         found = {"checkpoint": checkpoint, "data": data, **report.to_json()}
         console.write_json(found)
@@ -248,15 +248,17 @@ def segment(
     own = console.of(ctx)
 
     from tinyvit.evaluate.segment import COLUMNS as COLUMNS
-    from tinyvit.evaluate.segment import ContactSheet, MeasureSettings, evaluate_segment
+    from tinyvit.evaluate.segment import EvaluateSettings, Gallery, evaluate_segment
     from tinyvit.sam import SamPredictor
 
-    settings = MeasureSettings(_numbers(clicks), target_iou, most_clicks, with_floors=not no_floors)
+    settings = EvaluateSettings(
+        _numbers(clicks), target_iou, most_clicks, with_baselines=not no_floors
+    )
     masks = _masks(data, images, held_out, val_part, split_seed, limit, seed)
     sam = _sam(own, checkpoint, size)
     predictor = SamPredictor(sam, device=device, precision=precision.value)
     own.say(f"{checkpoint}: {masks.describe().partition(';')[0]}")
-    drawn = None if sheet is None else ContactSheet()
+    drawn = None if sheet is None else Gallery()
     with own.progress("measuring") as update:
         report = evaluate_segment(
             predictor,
@@ -277,7 +279,7 @@ def segment(
         measured = f"{counted(report.images, 'image')}, {counted(report.masks, 'mask')}"
         console.write(f"{checkpoint} on {data}: {measured}")
         console.write(console.table(COLUMNS, report.rows()))
-    _end(report.left_out)
+    _end(report.skipped)
 
 
 def agreement(
@@ -324,7 +326,7 @@ def agreement(
     else:
         heads, *rows = found.rows()
         console.write(console.table(heads, rows))
-    _end(found.left_out)
+    _end(found.skipped)
 
 
 def _labelled(
@@ -442,15 +444,17 @@ def _predictor(
     return SamPredictor(sam, backend=runner, precision=precision.value, device=device)
 
 
-def _draw_wrong(own: Console, sheet: Path, report: ClassifyReport, images: LabelledImages) -> None:
+def _write_gallery(
+    own: Console, sheet: Path, report: ClassifyReport, images: LabelledImages
+) -> None:
     """Write the most confidently wrong images, if any is wrong."""
-    from tinyvit.evaluate.classify import draw_wrong
+    from tinyvit.evaluate.classify import draw_error_gallery
     from tinyvit.images.draw import save_png
 
     if not report.wrong:
         own.say(f"{sheet} was not written: no image was taken for another class")
         return
-    save_png(sheet, draw_wrong(report, images))
+    save_png(sheet, draw_error_gallery(report, images))
     own.say(f"contact sheet: {sheet}")
 
 

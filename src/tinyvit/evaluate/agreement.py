@@ -1,10 +1,8 @@
-"""Do two models, or one model on two backends, see the same in a folder of images?
+"""How far two models, or one model on two backends, agree on a folder of images.
 
-Embeddings are compared by the cosine of each cell, masks by the IoU of the answers to a grid of
-clicks, each side's own best mask; and each side's time is taken. There is no truth here: two models
-may agree and both be wrong.
-
-Letters: C channels, h w the embedding's grid.
+Embeddings are compared by the cosine of each grid cell, masks by the IoU of the predictions for a
+grid of clicks, each side's own best mask; and each side's time is taken. There is no ground truth
+here: two models may agree and both be wrong.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ class ImageAgreement:
         image: What it is called.
         cosines: (mean, least) cosine over the embedding's cells that show the image; None where
             the two embeddings have different shapes.
-        ious: IoU of the two answers to each click.
+        ious: IoU of the two masks for each click.
     """
 
     image: str
@@ -50,18 +48,18 @@ class Agreement:
     Attributes:
         names: What was compared.
         images: Each image.
-        left_out: Images that could not be read, and why.
+        skipped: Images that could not be read, and why.
         mean_cosine: Mean over the images; None where embeddings have different shapes.
         least_cosine: The least of all cells of all images.
         mean_iou: Mean over all clicks.
         least_iou: The least of all clicks.
         encode_seconds: Median time of each to encode an image.
-        prompt_seconds: Median time of each to answer a click.
+        prompt_seconds: Median time of each to predict for a click.
     """
 
     names: tuple[str, str]
     images: tuple[ImageAgreement, ...]
-    left_out: tuple[str, ...]
+    skipped: tuple[str, ...]
     mean_cosine: float | None
     least_cosine: float | None
     mean_iou: float
@@ -74,7 +72,7 @@ class Agreement:
         return json.dumps(as_json(self), indent=2, ensure_ascii=False)
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """Lines of a table: the measure and its two numbers."""
+        """Lines of a table: the metric and its two numbers."""
         rows = [("", "mean", "least")]
         if self.mean_cosine is not None and self.least_cosine is not None:
             rows.append(("cosine", f"{self.mean_cosine:.6f}", f"{self.least_cosine:.6f}"))
@@ -96,12 +94,12 @@ def compare(
     names: tuple[str, str] = ("first", "second"),
     grid: int = 4,
 ) -> Agreement:
-    """Ask two models the same about the same images.
+    """Compare two models on the same images and clicks.
 
     Args:
         first: One, with its checkpoint and backend.
         second: The other.
-        images: Paths or arrays; broken ones are left out and named.
+        images: Paths or arrays; unreadable ones are skipped and named.
         names: What to call the two.
         grid: Clicks along each side of an image.
 
@@ -115,14 +113,14 @@ def compare(
         raise ValueError(f"grid must be at least 1 click along a side, but is {grid}")
     sides = _Side(first), _Side(second)
     found: list[ImageAgreement] = []
-    left_out: list[str] = []
+    skipped: list[str] = []
     for number, source in enumerate(images):
-        name = str(source) if isinstance(source, (str, bytes)) or hasattr(source, "__fspath__") \
-            else f"image {number}"  # fmt: skip
+        is_path = isinstance(source, (str, bytes)) or hasattr(source, "__fspath__")
+        name = str(source) if is_path else f"image {number}"
         try:
             image = decode(source)
         except ImageError as err:
-            left_out.append(str(err))
+            skipped.append(str(err))
             continue
         for side in sides:
             side.encode(image)
@@ -132,23 +130,23 @@ def compare(
             for row in range(grid)
             for column in range(grid)
         ]
-        ious = tuple(iou(*(side.answer(click) for side in sides)) for click in clicks)
+        ious = tuple(iou(*(side.predict(click) for side in sides)) for click in clicks)
         found.append(ImageAgreement(name, _cosines(first, second), ious))
     if not found:
-        reasons = f": {'; '.join(left_out[:5])}" if left_out else ""
+        reasons = f": {'; '.join(skipped[:5])}" if skipped else ""
         raise ValueError(f"no image could be compared{reasons}")
     cosines = [one.cosines for one in found if one.cosines is not None]
     every = [value for one in found for value in one.ious]
     return Agreement(
         names=names,
         images=tuple(found),
-        left_out=tuple(left_out),
+        skipped=tuple(skipped),
         mean_cosine=statistics.fmean(mean for mean, _ in cosines) if cosines else None,
         least_cosine=min(least for _, least in cosines) if cosines else None,
         mean_iou=statistics.fmean(every),
         least_iou=min(every),
-        encode_seconds=(sides[0].encode_time, sides[1].encode_time),
-        prompt_seconds=(sides[0].prompt_time, sides[1].prompt_time),
+        encode_seconds=_medians(*(side.encode_times for side in sides)),
+        prompt_seconds=_medians(*(side.prompt_times for side in sides)),
     )
 
 
@@ -157,27 +155,23 @@ class _Side:
 
     def __init__(self, predictor: SamPredictor) -> None:
         self.predictor = predictor
-        self._encode: list[float] = []
-        self._prompt: list[float] = []
+        self.encode_times: list[float] = []
+        self.prompt_times: list[float] = []
 
     def encode(self, image: NDArray[np.uint8]) -> None:
         start = time.perf_counter()
         self.predictor.set_image(image)
-        self._encode.append(time.perf_counter() - start)
+        self.encode_times.append(time.perf_counter() - start)
 
-    def answer(self, click: tuple[float, float]) -> Mask:
+    def predict(self, click: tuple[float, float]) -> Mask:
         start = time.perf_counter()
         masks, scores, _ = self.predictor.predict(np.array([click]), np.array([1]))
-        self._prompt.append(time.perf_counter() - start)
+        self.prompt_times.append(time.perf_counter() - start)
         return np.asarray(masks[int(np.argmax(scores))], np.bool_)
 
-    @property
-    def encode_time(self) -> float:
-        return statistics.median(self._encode)
 
-    @property
-    def prompt_time(self) -> float:
-        return statistics.median(self._prompt)
+def _medians(first: list[float], second: list[float]) -> tuple[float, float]:
+    return statistics.median(first), statistics.median(second)
 
 
 def _cosines(first: SamPredictor, second: SamPredictor) -> tuple[float, float] | None:
@@ -188,8 +182,8 @@ def _cosines(first: SamPredictor, second: SamPredictor) -> tuple[float, float] |
     grid = features[0].shape[1:]
     placement = first.embedding.placement
     shown = [
-        max(1, -(-resized * cells // frame))  # cells with padding alone are left out
-        for resized, cells, frame in zip(
+        max(1, -(-resized * cells // whole))  # cells with padding alone do not count
+        for resized, cells, whole in zip(
             placement.resized_size, grid, placement.model_size, strict=True
         )
     ]

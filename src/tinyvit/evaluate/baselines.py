@@ -1,9 +1,7 @@
-"""What needs no network: the masks that a model must beat to be worth its weights.
+"""Baselines without a network: the masks that a model must beat to be worth its weights.
 
 A disc around the click, the ellipse inscribed in the box, and GrabCut (Rother et al., 2004) where
-OpenCV happens to be installed. Here are pixels only: no model, no files.
-
-Shapes: H W an image. Points are (x, y) and boxes xyxy, in pixels, continuous.
+OpenCV happens to be installed. Points are (x, y) and boxes xyxy, in pixels, continuous.
 """
 
 from __future__ import annotations
@@ -29,8 +27,8 @@ _SURE_RADIUS = 0.02  # around a click, as a share of the longer side: certainly 
 _OPENCV_SEED = 0
 
 
-def click_floors() -> dict[str, Callable[[RGB, Point], Mask]]:
-    """The floors that answer a click, by name: those that can run here."""
+def click_baselines() -> dict[str, Callable[[RGB, Point], Mask]]:
+    """The baselines for a click, by name: those that can run here."""
     found: dict[str, Callable[[RGB, Point], Mask]] = {
         "disc": lambda image, point: disc((image.shape[0], image.shape[1]), point)
     }
@@ -39,8 +37,8 @@ def click_floors() -> dict[str, Callable[[RGB, Point], Mask]]:
     return found
 
 
-def box_floors() -> dict[str, Callable[[RGB, Box], Mask]]:
-    """The floors that answer a box, by name: those that can run here."""
+def box_baselines() -> dict[str, Callable[[RGB, Box], Mask]]:
+    """The baselines for a box, by name: those that can run here."""
     found: dict[str, Callable[[RGB, Box], Mask]] = {
         "ellipse": lambda image, box: ellipse((image.shape[0], image.shape[1]), box)
     }
@@ -50,30 +48,13 @@ def box_floors() -> dict[str, Callable[[RGB, Box], Mask]]:
 
 
 def disc(size: tuple[int, int], point: Point, radius: float = DISC_RADIUS) -> Mask:
-    """A disc around a point.
-
-    Args:
-        size: (H, W).
-        point: (x, y).
-        radius: As a share of the longer side.
-
-    Returns:
-        [H, W] bool.
-    """
+    """A disc around a point in an image (H, W); the radius is a share of the longer side."""
     reach = radius * max(size)
     return _inside_ellipse(size, point, (reach, reach))
 
 
 def ellipse(size: tuple[int, int], box: Box) -> Mask:
-    """The ellipse inscribed in a box.
-
-    Args:
-        size: (H, W).
-        box: (x0, y0, x1, y1).
-
-    Returns:
-        [H, W] bool.
-    """
+    """The ellipse inscribed in a box, in an image (H, W)."""
     x0, y0, x1, y1 = box
     return _inside_ellipse(size, ((x0 + x1) / 2, (y0 + y1) / 2), ((x1 - x0) / 2, (y1 - y0) / 2))
 
@@ -83,14 +64,6 @@ def grabcut(image: RGB, *, point: Point | None = None, box: Box | None = None) -
 
     From a box everything outside is background. From a click a small disc is certainly the object,
     the disc of ``DISC_RADIUS`` probably, and everything else probably not.
-
-    Args:
-        image: RGB, [H, W, 3] uint8.
-        point: (x, y), or None.
-        box: (x0, y0, x1, y1), or None.
-
-    Returns:
-        [H, W] bool.
 
     Raises:
         ValueError: Neither or both of ``point`` and ``box``.

@@ -1,14 +1,7 @@
-"""The most confidently wrong images of a classifier, as one image to look at.
-
-Each cell shows an image and below it what it is and what it was taken for, with the model's
-probability. Small images are enlarged so that their pixels can be seen.
-
-Shapes: H W an image.
-"""
+"""How good a classifier is: accuracy, calibration, confusions, cost; its worst mistakes, drawn."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +12,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tinyvit.errors import ImageError
@@ -27,78 +19,17 @@ from tinyvit.images.decode import decode
 from tinyvit.inference.engine import Engine
 from tinyvit.inference.read_ahead import read_ahead
 
-from .metrics import RESAMPLES, Figure, as_json
-
-pass
-
-
-RGB = NDArray[np.uint8]
-
-CELL, GAP, MARGIN, CAPTION, TITLE, COLUMNS = 220, 20, 36, 52, 56, 4  # pixels; cells in a row
-PAPER, GROUND, INK, FAINT = (255, 255, 255), (240, 241, 244), (28, 32, 40), (118, 124, 136)
-
-
-def draw_wrong(
-    report: ClassifyReport, images: LabelledImages, title: str = "Most confidently wrong"
-) -> RGB:
-    """Draw the wrong images of a report.
-
-    Args:
-        report: What was measured.
-        images: The list it was measured on.
-        title: The line at the top.
-
-    Returns:
-        RGB [H, W, 3] uint8, for ``tinyvit.images.draw.save_png``.
-
-    Raises:
-        ValueError: No image is wrong.
-        ImageError: An image cannot be read any more.
-    """
-    cells = report.wrong
-    if not cells:
-        raise ValueError("there is nothing to show: no image was taken for another class")
-    columns = min(COLUMNS, len(cells))
-    row = CELL + CAPTION + GAP
-    font = ImageFont.load_default(size=24)
-    width = 2 * MARGIN + max(columns * (CELL + GAP) - GAP, round(font.getlength(title)))
-    height = MARGIN + TITLE + -(-len(cells) // columns) * row - GAP + MARGIN
-    sheet = Image.new("RGB", (width, height), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, MARGIN), title, INK, font)
-    for place, cell in enumerate(cells):
-        line, column = divmod(place, columns)
-        left, top = MARGIN + column * (CELL + GAP), MARGIN + TITLE + line * row
-        image = _fitted(decode(images.source(cell.index)))
-        pen.rectangle((left, top, left + CELL - 1, top + CELL - 1), fill=GROUND)
-        sheet.paste(image, (left + (CELL - image.width) // 2, top + (CELL - image.height) // 2))
-        _write(pen, left, top + CELL + 6, cell)
-    return np.array(sheet)
-
-
-def _fitted(image: RGB) -> Image.Image:
-    """Into a cell: shrunk smoothly, or enlarged pixel by pixel."""
-    height, width = image.shape[:2]
-    scale = min(CELL / width, CELL / height)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    way = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
-    return Image.fromarray(image).resize(size, way)
-
-
-def _write(pen: ImageDraw.ImageDraw, left: int, top: int, cell: WrongImage) -> None:
-    lines = (
-        (f"is {cell.label}", INK),
-        (f"taken for {cell.predicted}, {cell.probability:.0%}", FAINT),
-    )
-    font = ImageFont.load_default(size=16)
-    for number, (text, colour) in enumerate(lines):
-        while pen.textlength(text, font=font) > CELL and len(text) > 1:
-            text = f"{text[:-4]}..." if len(text) > 4 else text[:-1]
-        pen.text((left, top + 21 * number), text, colour, font)
-
+from .gallery import RGB, Cell, draw_gallery, fit_into
+from .metrics import RESAMPLES, Figure, as_json, peak_memory
 
 BINS = 15
+CELL = 220  # pixels of the error gallery
 _NAMED = 3
+_TOP = 5
+_MEBI = 1 << 20
+
+Progress = Callable[[int, int], None]
+"""Called with (images done, images in all)."""
 
 
 @dataclass(frozen=True)
@@ -119,15 +50,7 @@ class ClassConfusion:
 
 
 def hits_in_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Whether each label is among the ``k`` largest logits.
-
-    Args:
-        logits: [N, K].
-        labels: [N] int64.
-        k: How many count; more than K means all.
-
-    Returns:
-        [N] bool.
+    """Whether each of the labels [N] is among the ``k`` largest logits of [N, K]: [N] bool.
 
     Example:
         >>> import torch
@@ -144,14 +67,6 @@ def share_of_hits(hits: NDArray[np.bool_], resamples: int = RESAMPLES, seed: int
     Drawing N images of which a part p are hits gives a binomial number of hits, so the bootstrap
     is drawn from that distribution at once.
 
-    Args:
-        hits: [N].
-        resamples: How often the images are drawn.
-        seed: Of the draws; the same hits always give the same interval.
-
-    Returns:
-        The part and its interval.
-
     Raises:
         ValueError: There are no images.
     """
@@ -167,15 +82,10 @@ def share_of_hits(hits: NDArray[np.bool_], resamples: int = RESAMPLES, seed: int
 def calibration_error(
     confidence: NDArray[np.float64], hits: NDArray[np.bool_], bins: int = BINS
 ) -> float:
-    """Expected difference between how sure a model is and how often it is right.
+    """Expected calibration error, 0 to 1: |confidence - accuracy| of each bin, weighted by images.
 
-    Args:
-        confidence: [N], probability of the class that was chosen, 0 to 1.
-        hits: [N], whether it is the right one.
-        bins: Bins of equal width.
-
-    Returns:
-        0 to 1: the difference in each bin, weighted by the images in it.
+    ``confidence`` [N] is the probability of the class that was predicted, ``hits`` [N] whether it
+    is the right one; the bins have equal width.
 
     Example:
         >>> calibration_error(np.array([0.75, 0.75]), np.array([True, False]))
@@ -193,38 +103,21 @@ def confusions(
     classes: tuple[str, ...],
     most: int = 10,
 ) -> tuple[ClassConfusion, ...]:
-    """The classes that are found least.
+    """At most ``most`` classes that are found least, worst first; none without a mistake.
 
-    Args:
-        labels: [N], right classes.
-        predicted: [N], answers.
-        classes: Names of all K classes.
-        most: Classes to name at most; classes without a mistake are never named.
-
-    Returns:
-        Worst first; of equals the first by number.
+    ``labels`` [N] are the right classes, ``predicted`` [N] the model's.
     """
     found = []
     for number in np.unique(labels):
-        answers = predicted[labels == number]
-        wrong = answers[answers != number]
+        found_as = predicted[labels == number]
+        wrong = found_as[found_as != number]
         if len(wrong):
             others, counts = np.unique(wrong, return_counts=True)
             order = np.argsort(-counts, kind="stable")[:_NAMED]
             pairs = tuple((classes[others[i]], int(counts[i])) for i in order)
-            accuracy = 1 - len(wrong) / len(answers)
-            found.append(ClassConfusion(classes[number], len(answers), accuracy, pairs))
+            accuracy = 1 - len(wrong) / len(found_as)
+            found.append(ClassConfusion(classes[number], len(found_as), accuracy, pairs))
     return tuple(sorted(found, key=lambda row: row.accuracy)[:most])
-
-
-pass
-
-
-_TOP = 5
-_MEBI = 1 << 20
-
-Progress = Callable[[int, int], None]
-"""Called with (images done, images in all)."""
 
 
 class LabelledImages(Protocol):
@@ -272,10 +165,10 @@ class WrongImage:
 
 @dataclass(frozen=True)
 class ClassifyReport:
-    """What was measured.
+    """How good a classifier is.
 
     Attributes:
-        images: Images that were measured; broken ones are not among them.
+        images: Images that were evaluated; unreadable ones are not among them.
         classes: Number of classes.
         top1: Part whose likeliest class is right.
         top5: Part whose class is among the five likeliest; None with five classes or fewer.
@@ -311,11 +204,11 @@ class ClassifyReport:
         return as_json(self)
 
     def rows(self) -> list[tuple[str, str]]:
-        """(what, figure) for a table."""
+        """(what, value) for a table."""
         memory = "unknown" if self.peak_memory is None else f"{self.peak_memory / _MEBI:.0f} MiB"
         rows = [
             ("images", f"{self.images} in {self.classes} classes"),
-            ("broken", str(len(self.broken))),
+            ("unreadable", str(len(self.broken))),
             ("top-1", _percent(self.top1)),
         ]
         if self.top5 is not None:
@@ -340,15 +233,15 @@ def evaluate_classifier(
     most_wrong: int = 16,
     progress: Progress | None = None,
 ) -> ClassifyReport:
-    """Measure a classifier on labelled images.
+    """Evaluate a classifier on labelled images.
 
     Args:
         engine: Runs a model with as many classes as ``images``.
-        images: The images; broken ones are named in the report and not measured.
+        images: The images; unreadable ones are named in the report and skipped.
         resamples: Draws for the intervals.
         seed: Of these draws.
         most_confusions: Classes to name.
-        most_wrong: Images to name.
+        most_wrong: The most confidently wrong images to name.
         progress: Called as images are done.
 
     Returns:
@@ -363,10 +256,10 @@ def evaluate_classifier(
     seconds = time.perf_counter() - began
     classes = images.classes
     labels = np.asarray(images.labels)[indices]
-    chances = logits.double().softmax(dim=1)
-    confidence, predicted = (found.numpy() for found in chances.max(dim=1))
+    probabilities = logits.double().softmax(dim=1)
+    confidence, predicted = (found.numpy() for found in probabilities.max(dim=1))
     first = predicted == labels
-    own = chances[torch.arange(len(labels)), torch.from_numpy(labels)]
+    own = probabilities[torch.arange(len(labels)), torch.from_numpy(labels)]
     top5 = None
     if len(classes) > _TOP:
         hits = hits_in_top(logits, torch.from_numpy(labels), _TOP).numpy()
@@ -384,7 +277,7 @@ def evaluate_classifier(
         broken=broken,
         seconds=seconds,
         milliseconds=1000 * seconds / len(labels),
-        peak_memory=_peak_memory(engine.backend.device),
+        peak_memory=peak_memory(engine.backend.device),
         engine=engine.explain(),
     )
 
@@ -392,7 +285,7 @@ def evaluate_classifier(
 def _run(
     engine: Engine, images: LabelledImages, progress: Progress | None
 ) -> tuple[NDArray[np.int64], Tensor, dict[str, str]]:
-    """Indices of the images that could be read, their logits [N, K], and the broken ones."""
+    """Indices of the images that could be read, their logits [N, K], and the unreadable ones."""
     broken: dict[str, str] = {}
     indices: list[int] = []
     rows: list[Tensor] = []
@@ -409,7 +302,7 @@ def _run(
             if logits.shape[1] != len(images.classes):
                 raise ValueError(
                     f"the model has {logits.shape[1]} classes and the images have "
-                    f"{len(images.classes)}; measure it on images of the classes it learnt"
+                    f"{len(images.classes)}; evaluate it on images of the classes it was trained on"
                 )
             rows.append(logits)
         if progress is not None:
@@ -466,16 +359,30 @@ def _wrong(
     )
 
 
+def draw_error_gallery(
+    report: ClassifyReport, images: LabelledImages, title: str = "Most confidently wrong"
+) -> RGB:
+    """Draw the wrong images of a report: RGB [H, W, 3] uint8.
+
+    Each cell shows an image and below it what it is and what it was taken for, with the model's
+    probability.
+
+    Raises:
+        ValueError: No image is wrong.
+        ImageError: An image cannot be read any more.
+    """
+    if not report.wrong:
+        raise ValueError("there is nothing to show: no image was taken for another class")
+    cells = [
+        Cell(
+            fit_into(decode(images.source(one.index)), (CELL, CELL)),
+            f"is {one.label}",
+            f"taken for {one.predicted}, {one.probability:.0%}",
+        )
+        for one in report.wrong
+    ]
+    return draw_gallery([("", cells)], (CELL, CELL), title)
+
+
 def _percent(figure: Figure) -> str:
     return f"{figure.value:.1%} ({figure.low:.1%} to {figure.high:.1%})"
-
-
-def _peak_memory(device: str) -> int | None:
-    if device.startswith("cuda"):
-        return int(torch.cuda.max_memory_allocated(device))
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,21 +1,23 @@
-"""How good a mask is, and where a person would click to better it.
+"""Metrics of masks and their intervals: IoU, boundary F, next click, bootstrap, calibration.
 
 The boundary F-measure is that of Martin et al. (2004) as Perazzi et al. (2016) use it for masks;
 the most interior point is the maximum of the Euclidean distance transform, as is usual in
-interactive segmentation. Here are arrays only: no model, no files.
-
-Shapes: H W an image. Points are (x, y), continuous: the centre of the first pixel is (0.5, 0.5).
+interactive segmentation. Points are (x, y), continuous: the centre of the first pixel is (0.5,
+0.5).
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tinyvit.sam.mask_ops import box_of
 
 Mask = NDArray[np.bool_]
 Point = tuple[float, float]
@@ -40,20 +42,13 @@ def iou(first: Mask, second: Mask) -> float:
 
 
 def boundary_f(predicted: Mask, target: Mask, tolerance: float = BOUNDARY_TOLERANCE) -> float:
-    """How well two outlines agree, from 0 to 1.
+    """How well the boundaries of two masks agree, 0 to 1; 1 where neither has one.
 
     A mask's boundary is its pixels that have one of their four neighbours outside of it; the edge
     of the image is no boundary. Precision is the share of the predicted boundary that lies
     within the tolerance of the true one, recall the share of the true boundary that lies within
-    the tolerance of the predicted one, and the result is their harmonic mean.
-
-    Args:
-        predicted: [H, W] bool.
-        target: [H, W] bool.
-        tolerance: As a share of the image's diagonal; at least one pixel is allowed.
-
-    Returns:
-        The F-measure; 1 where neither has a boundary, 0 where only one has.
+    the tolerance of the predicted one, and the result is their harmonic mean. The tolerance is a
+    share of the image's diagonal, at least one pixel.
 
     Raises:
         ValueError: The masks have different shapes.
@@ -75,11 +70,7 @@ def boundary_f(predicted: Mask, target: Mask, tolerance: float = BOUNDARY_TOLERA
 def most_interior_point(mask: Mask) -> Point:
     """The point of a mask that is farthest from its outside; the image's edge is outside.
 
-    Args:
-        mask: [H, W] bool with at least one pixel.
-
-    Returns:
-        (x, y), the centre of a pixel; the first one, row by row, where several are as far inside.
+    Gives (x, y), the centre of a pixel; the first one, row by row, of several as far inside.
 
     Raises:
         ValueError: The mask is empty.
@@ -89,23 +80,21 @@ def most_interior_point(mask: Mask) -> Point:
         (1.5, 1.5)
     """
     if not mask.any():
-        raise ValueError("an empty mask has no interior; leave it out")
-    row, column, _ = _deepest(mask)
-    return float(column + 0.5), float(row + 0.5)
+        raise ValueError("an empty mask has no interior; skip it")
+    from scipy.ndimage import distance_transform_edt
+
+    window = _window(mask)
+    depth = distance_transform_edt(np.pad(mask[window], 1))[1:-1, 1:-1]
+    row, column = np.unravel_index(int(np.argmax(depth)), depth.shape)
+    return float(window[1].start + column + 0.5), float(window[0].start + row + 0.5)
 
 
 def next_click(predicted: Mask, target: Mask) -> tuple[Point, int] | None:
     """The click that would correct the largest error, at its most interior point.
 
     Errors are the object's missing pixels and the pixels too many; of the connected regions of
-    both kinds the one with the most pixels is corrected.
-
-    Args:
-        predicted: [H, W] bool.
-        target: [H, W] bool.
-
-    Returns:
-        ((x, y), 1 for a missing part or 0 for a part too many); None where there is no error.
+    both kinds the one with the most pixels is corrected. Gives ((x, y), 1 for a missing part or 0
+    for a part too many); None where there is no error.
 
     Raises:
         ValueError: The masks have different shapes.
@@ -140,18 +129,8 @@ def _boundary(mask: Mask) -> Mask:
 
 def _window(mask: Mask) -> tuple[slice, slice]:
     """The part of the image that holds a mask, which is not empty."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-
-
-def _deepest(mask: Mask) -> tuple[int, int, float]:
-    """(row, column, depth in pixels) of the most interior pixel."""
-    from scipy.ndimage import distance_transform_edt
-
-    window = _window(mask)
-    depth = distance_transform_edt(np.pad(mask[window], 1))[1:-1, 1:-1]
-    row, column = np.unravel_index(int(np.argmax(depth)), depth.shape)
-    return window[0].start + int(row), window[1].start + int(column), float(depth[row, column])
+    x0, y0, x1, y1 = box_of(mask)
+    return slice(y0, y1 + 1), slice(x0, x1 + 1)
 
 
 def _largest_region(error: Mask) -> tuple[int, Mask]:
@@ -191,18 +170,10 @@ class Figure:
 def bootstrap(
     values: Sequence[float], groups: Sequence[int], resamples: int = RESAMPLES, seed: int = 0
 ) -> Figure:
-    """The mean of some numbers with its 95 % interval, resampled by group.
+    """The mean of some numbers with its 95 % percentile interval, resampled by group.
 
-    Masks of one image are alike, so whole images are drawn, with replacement.
-
-    Args:
-        values: The numbers.
-        groups: Of each number, which image it is from.
-        resamples: How often the images are drawn.
-        seed: Of the draws; the same numbers always give the same interval.
-
-    Returns:
-        The mean over all numbers and its percentile interval.
+    Masks of one image are alike, so whole images are drawn, with replacement; ``groups`` are the
+    images of the numbers. The same numbers and seed give the same interval.
 
     Raises:
         ValueError: Not one group for each number.
@@ -243,11 +214,11 @@ class CalibrationBin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How a model's own estimate of its masks' IoU goes with the truth.
+    """How a model's own estimate of its masks' IoU agrees with the true IoU.
 
     Attributes:
         correlation: Pearson's; nan where one of the two does not vary.
-        mean_error: Mean of predicted minus true: above 0 the model thinks too well of itself.
+        mean_error: Mean of predicted minus true: above 0 the model is overconfident.
         mean_absolute_error: Mean of their distance.
         bins: By predicted IoU.
     """
@@ -259,15 +230,7 @@ class Calibration:
 
 
 def calibrate(predicted: Sequence[float], true: Sequence[float], bins: int = 10) -> Calibration:
-    """Compare predicted with true IoU.
-
-    Args:
-        predicted: Of each mask; unbounded, as the network gives it.
-        true: Of each mask, 0..1.
-        bins: Ranges of equal width from 0 to 1.
-
-    Returns:
-        Correlation, errors and bins; all nan without any mask.
+    """Compare predicted with true IoU, in bins of equal width from 0 to 1; nan without any mask.
 
     Raises:
         ValueError: The numbers of both differ.
@@ -279,15 +242,8 @@ def calibrate(predicted: Sequence[float], true: Sequence[float], bins: int = 10)
     rows = []
     for place in range(bins):
         inside = places == place
-        rows.append(
-            CalibrationBin(
-                place / bins,
-                (place + 1) / bins,
-                int(inside.sum()),
-                _mean(ours[inside]),
-                _mean(truth[inside]),
-            )
-        )
+        means = _mean(ours[inside]), _mean(truth[inside])
+        rows.append(CalibrationBin(place / bins, (place + 1) / bins, int(inside.sum()), *means))
     varies = len(ours) > 1 and float(ours.std()) > 0 and float(truth.std()) > 0
     correlation = float(np.corrcoef(ours, truth)[0, 1]) if varies else float("nan")
     return Calibration(correlation, _mean(ours - truth), _mean(np.abs(ours - truth)), tuple(rows))
@@ -297,7 +253,28 @@ def _mean(numbers: NDArray[np.float64]) -> float:
     return float(numbers.mean()) if len(numbers) else float("nan")
 
 
-_JSON_KEYS = {"image": "picture", "images": "pictures"}
+def peak_memory(device: str = "cpu") -> int | None:
+    """Most bytes held: on a GPU by torch there, else by the process; None if it is not known."""
+    import torch
+
+    if device.startswith("cuda"):
+        return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
+
+
+_JSON_KEYS = {
+    "image": "picture",
+    "images": "pictures",
+    "baselines": "floors",
+    "click_baselines": "click_baselines",
+    "box_baselines": "box_baselines",
+    "skipped": "left_out",
+}
 """Keys of reports are a format: they keep the spelling they were published with."""
 
 

@@ -1,9 +1,8 @@
-"""The best and the worst answers to one click, as one image to look at.
+"""How well a SAM segments by prompts: IoU by clicks and boxes, boundary F, calibration, cost.
 
-Each cell shows an image with what the model found (filled), the truth (white line) and the click,
-and below it the IoU. Only the cells that can still be shown are held, in the size of a cell.
-
-Shapes: H W an image.
+A mask is asked for as a person would: by the most interior point, then by the click that corrects
+the largest error, and by its box. ``evaluate_segment`` gives a ``SegmentReport``; ``Gallery`` draws
+the best and the worst predictions.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol, TypeAlias
@@ -21,15 +19,17 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageFilter
 
 from tinyvit.errors import ImageError
 from tinyvit.images.draw import draw_masks, draw_points, save_png
 from tinyvit.sam.build import build_sam
+from tinyvit.sam.mask_ops import box_of
 from tinyvit.sam.model import Sam
 from tinyvit.sam.predictor import SamPredictor
 
-from .baselines import box_floors, click_floors
+from .baselines import box_baselines, click_baselines
+from .gallery import INK, RGB, Cell, draw_gallery
 from .metrics import (
     Calibration,
     Figure,
@@ -42,161 +42,10 @@ from .metrics import (
     iou,
     most_interior_point,
     next_click,
+    peak_memory,
 )
 
-pass
-
-
-RGB = NDArray[np.uint8]
-Colour = tuple[int, int, int]
-
-CELL_WIDTH, CELL_HEIGHT, GAP, MARGIN = 400, 300, 20, 36  # pixels
-CAPTION, HEADING, TITLE = 46, 52, 64  # pixels high
-PAPER, GROUND, INK, FAINT = (255, 255, 255), (240, 241, 244), (28, 32, 40), (118, 124, 136)
-FOUND: Colour = (38, 110, 255)
-TRUTH: Colour = (255, 255, 255)
-STRENGTH = 0.5
-SHEET_COLUMNS = 4
-
-
-@dataclass(frozen=True)
-class _Cell:
-    iou: float
-    order: int
-    image: RGB
-    words: str
-
-
-class ContactSheet:
-    """Collects answers; pass it to ``evaluate_segment`` as ``watch``.
-
-    Args:
-        count: How many of the best and how many of the worst are shown.
-
-    Raises:
-        ValueError: ``count`` is below 1.
-    """
-
-    def __init__(self, count: int = 8) -> None:
-        if count < 1:
-            raise ValueError(f"count must be at least 1, but is {count}")
-        self.count = count
-        self._seen = 0
-        self._best: list[_Cell] = []
-        self._worst: list[_Cell] = []
-
-    def __call__(self, shown: Shown) -> None:
-        """Look at one answer, and keep it if it is among the best or the worst so far."""
-        iou = shown.case.click_ious[0]
-        is_good = len(self._best) < self.count or iou > self._best[-1].iou
-        is_bad = len(self._worst) < self.count or iou < self._worst[-1].iou
-        self._seen += 1
-        if not (is_good or is_bad):
-            return
-        words = shown.case.label or shown.case.image
-        cell = _Cell(iou, self._seen, _draw(shown), words)
-        if is_good:
-            self._best.append(cell)
-            self._best.sort(key=lambda one: (-one.iou, one.order))
-            del self._best[self.count :]
-        if is_bad:
-            self._worst.append(cell)
-            self._worst.sort(key=lambda one: (one.iou, one.order))
-            del self._worst[self.count :]
-
-    def draw(self, title: str = "One click") -> RGB:
-        """The sheet; an answer is never shown twice.
-
-        Args:
-            title: The line at its top.
-
-        Returns:
-            RGB [H, W, 3] uint8.
-
-        Raises:
-            ValueError: Nothing was collected.
-        """
-        if not self._best:
-            raise ValueError("there is nothing to show: no answer was collected")
-        half = max(1, min(self.count, (self._seen + 1) // 2))
-        best = self._best[:half]
-        shown = {cell.order for cell in best}
-        worst = [cell for cell in self._worst if cell.order not in shown]
-        parts = [(name, cells) for name, cells in (("Best", best), ("Worst", worst)) if cells]
-        columns = min(SHEET_COLUMNS, max(len(cells) for _, cells in parts))
-        width = 2 * MARGIN + columns * CELL_WIDTH + (columns - 1) * GAP
-        row = CELL_HEIGHT + CAPTION + GAP
-        rows = sum(-(-len(cells) // columns) for _, cells in parts)
-        height = MARGIN + TITLE + len(parts) * HEADING + rows * row + MARGIN - GAP
-        sheet = Image.new("RGB", (width, height), PAPER)
-        pen = ImageDraw.Draw(sheet)
-        _write(pen, (MARGIN, MARGIN), title, 30, INK)
-        legend = "filled: found     white line: truth     dot: the click"
-        right = width - MARGIN - pen.textlength(legend, font=ImageFont.load_default(size=16))
-        if right > MARGIN + pen.textlength(title, font=ImageFont.load_default(size=30)) + GAP:
-            _write(pen, (right, MARGIN + 13), legend, 16, FAINT)
-        top = MARGIN + TITLE
-        for name, cells in parts:
-            pen.line((MARGIN, top, width - MARGIN, top), fill=GROUND, width=2)
-            _write(pen, (MARGIN, top + 14), name, 22, INK)
-            top += HEADING
-            for place, cell in enumerate(cells):
-                line, column = divmod(place, columns)
-                _place(sheet, pen, cell, MARGIN + column * (CELL_WIDTH + GAP), top + line * row)
-            top += -(-len(cells) // columns) * row
-        return np.array(sheet)
-
-    def save(self, path: str | os.PathLike[str], title: str = "One click") -> None:
-        """Write the sheet as a PNG, whole or not at all.
-
-        Raises:
-            ValueError: Nothing was collected.
-            OSError: The file cannot be written.
-        """
-        save_png(path, self.draw(title))
-
-
-def _draw(shown: Shown) -> RGB:
-    """One answer, in the size of a cell or smaller."""
-    height, width = shown.image.shape[:2]
-    scale = min(CELL_WIDTH / width, CELL_HEIGHT / height)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    small = np.array(Image.fromarray(shown.image).resize(size, Image.Resampling.LANCZOS))
-    drawn = draw_masks(small, [_shrunk(shown.predicted, size)], [FOUND], STRENGTH, outlines=False)
-    target = _shrunk(shown.target, size)
-    grown = np.asarray(Image.fromarray(target).convert("L").filter(ImageFilter.MaxFilter(3))) > 127
-    drawn = draw_masks(drawn, [grown], [INK], 0.0)  # or the line would vanish on white
-    drawn = draw_masks(drawn, [target], [TRUTH], 0.0)
-    return draw_points(drawn, [[shown.point[0] * scale, shown.point[1] * scale]], [1])
-
-
-def _shrunk(mask: Mask, size: tuple[int, int]) -> Mask:
-    grey = Image.fromarray(mask.astype(np.uint8) * np.uint8(255))
-    return np.asarray(grey.resize(size, Image.Resampling.BILINEAR)) > 127
-
-
-def _place(sheet: Image.Image, pen: ImageDraw.ImageDraw, cell: _Cell, left: int, top: int) -> None:
-    """A cell on its ground, its caption below."""
-    pen.rectangle((left, top, left + CELL_WIDTH - 1, top + CELL_HEIGHT - 1), fill=GROUND)
-    height, width = cell.image.shape[:2]
-    corner = left + (CELL_WIDTH - width) // 2, top + (CELL_HEIGHT - height) // 2
-    sheet.paste(Image.fromarray(cell.image), corner)
-    number = f"{cell.iou:.2f}"
-    _write(pen, (left, top + CELL_HEIGHT + 8), number, 20, INK)
-    after = left + pen.textlength(number, font=ImageFont.load_default(size=20)) + 12
-    words, font = cell.words, ImageFont.load_default(size=16)
-    while words and after + pen.textlength(words, font=font) > left + CELL_WIDTH:
-        words = words[:-2].rstrip("…") + "…" if len(words) > 2 else ""
-    _write(pen, (after, top + CELL_HEIGHT + 11), words, 16, FAINT)
-
-
-def _write(
-    pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, size: int, colour: Colour
-) -> None:
-    pen.text(place, text, fill=colour, font=ImageFont.load_default(size=size))
-
-
-COLUMNS = ("measure", "model", "95 % interval", "floors")
+COLUMNS = ("metric", "model", "95 % interval", "baselines")
 """Headings of ``SegmentReport.rows``."""
 
 _DASH = "-"
@@ -218,8 +67,8 @@ class Case:
         box_iou: IoU with the box around the mask.
         box_boundary_f: Boundary F with the box.
         box_predicted_iou: The model's own estimate with the box.
-        click_floors: IoU of each floor from the first click.
-        box_floors: IoU of each floor from the box.
+        click_baselines: IoU of each baseline from the first click.
+        box_baselines: IoU of each baseline from the box.
     """
 
     image: str
@@ -233,17 +82,17 @@ class Case:
     box_iou: float
     box_boundary_f: float
     box_predicted_iou: float
-    click_floors: Mapping[str, float]
-    box_floors: Mapping[str, float]
+    click_baselines: Mapping[str, float]
+    box_baselines: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What it took.
+    """Time and memory.
 
     Attributes:
         encode_seconds: Median time to encode an image.
-        prompt_seconds: Median time to answer one prompt on an encoded image.
+        prompt_seconds: Median time of one prompt on an encoded image.
         peak_bytes: Most memory that the process has held so far, everything in it included; on a
             GPU the most that torch has held there. None where the system does not say.
     """
@@ -258,15 +107,15 @@ class SegmentReport:
     """How well a model segments by prompts.
 
     Attributes:
-        model: What was measured.
+        model: What was evaluated.
         data: On what.
-        images: That were measured.
-        masks: That were measured.
-        left_out: What was not, and why.
+        images: That were evaluated.
+        masks: That were evaluated.
+        skipped: What was not, and why.
         ious: Mean IoU by kind of prompt: "1 click", "3 clicks", ..., "box", and "1 click, best of
             three masks", which a person would have to choose.
         boundary_fs: Mean boundary F: "1 click", "box".
-        floors: Mean IoU without a network, by kind of prompt and name.
+        baselines: Mean IoU without a network, by kind of prompt and name.
         target_iou: What ``clicks_to_target`` counts to.
         clicks_to_target: Mean number of clicks until that IoU; masks that never got there count
             with ``most_clicks``, so the true mean is higher.
@@ -281,10 +130,10 @@ class SegmentReport:
     data: str
     images: int
     masks: int
-    left_out: tuple[str, ...]
+    skipped: tuple[str, ...]
     ious: Mapping[str, Figure]
     boundary_fs: Mapping[str, Figure]
-    floors: Mapping[str, Mapping[str, Figure]]
+    baselines: Mapping[str, Mapping[str, Figure]]
     target_iou: float
     clicks_to_target: Figure
     most_clicks: int
@@ -300,7 +149,7 @@ class SegmentReport:
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Lines of a table under ``COLUMNS``."""
         rows = [
-            (f"mean IoU, {prompt}", *_shown(figure), self._floors_of(prompt))
+            (f"mean IoU, {prompt}", *_shown(figure), self._baselines_of(prompt))
             for prompt, figure in self.ious.items()
         ]
         rows += [
@@ -323,83 +172,67 @@ class SegmentReport:
                 (f"predicted IoU, {prompt}: mean error", f"{found.mean_error:+.3f}", _DASH, _DASH),
             ]
         rows.append(("encode an image", _time(self.cost.encode_seconds), _DASH, _DASH))
-        rows.append(("answer a prompt", _time(self.cost.prompt_seconds), _DASH, _DASH))
+        rows.append(("predict for a prompt", _time(self.cost.prompt_seconds), _DASH, _DASH))
         if self.cost.peak_bytes is not None:
             rows.append(("peak memory", f"{self.cost.peak_bytes / 2**20:.0f} MiB", _DASH, _DASH))
         return rows
 
-    def _floors_of(self, prompt: str) -> str:
-        floors = self.floors.get(prompt, {})
-        return ", ".join(f"{name} {figure.value:.3f}" for name, figure in floors.items()) or _DASH
+    def _baselines_of(self, prompt: str) -> str:
+        baselines = self.baselines.get(prompt, {})
+        return (
+            ", ".join(f"{name} {figure.value:.3f}" for name, figure in baselines.items()) or _DASH
+        )
 
 
 def summarise(
     model: str,
     data: str,
     images: int,
-    left_out: Sequence[str],
+    skipped: Sequence[str],
     cases: Sequence[Case],
     groups: Sequence[int],
     cost: Cost,
-    *,
-    clicks: Sequence[int],
-    target_iou: float,
-    most_clicks: int,
+    settings: EvaluateSettings,
 ) -> SegmentReport:
-    """Means, intervals and calibration of cases.
-
-    Args:
-        model: What was measured.
-        data: On what.
-        images: That were measured.
-        left_out: What was not, and why.
-        cases: Every mask, at least one.
-        groups: Of each case, which image it is from: images are resampled, not masks.
-        cost: Time and memory.
-        clicks: Numbers of clicks whose mean IoU is wanted.
-        target_iou: Clicks are counted until this IoU.
-        most_clicks: Where counting stopped.
-
-    Returns:
-        The report.
-    """
+    """Means, intervals and calibration of cases; ``groups`` are their images, for resampling."""
 
     def mean(values: Iterable[float]) -> Figure:
         return bootstrap(list(values), groups)
 
     one = _clicks(1)
-    ious = {_clicks(n): mean(case.click_ious[n - 1] for case in cases) for n in clicks}
+    ious = {_clicks(n): mean(case.click_ious[n - 1] for case in cases) for n in settings.clicks}
     ious[f"{one}, best of three masks"] = mean(case.best_of_three for case in cases)
     ious["box"] = mean(case.box_iou for case in cases)
-    floors = {
-        one: {name: mean(c.click_floors[name] for c in cases) for name in cases[0].click_floors},
-        "box": {name: mean(c.box_floors[name] for c in cases) for name in cases[0].box_floors},
+    first = cases[0]
+    baselines = {
+        one: {name: mean(c.click_baselines[name] for c in cases) for name in first.click_baselines},
+        "box": {name: mean(c.box_baselines[name] for c in cases) for name in first.box_baselines},
     }
-    needed = [_clicks_needed(case.click_ious, target_iou) for case in cases]
+    needed = [
+        next((n for n, iou in enumerate(case.click_ious, 1) if iou >= settings.target_iou), None)
+        for case in cases
+    ]
+    estimates = {
+        one: ([c.click_predicted_iou for c in cases], [c.click_ious[0] for c in cases]),
+        "box": ([c.box_predicted_iou for c in cases], [c.box_iou for c in cases]),
+    }
     return SegmentReport(
         model=model,
         data=data,
         images=images,
         masks=len(cases),
-        left_out=tuple(left_out),
+        skipped=tuple(skipped),
         ious=ious,
         boundary_fs={
             one: mean(case.click_boundary_f for case in cases),
             "box": mean(case.box_boundary_f for case in cases),
         },
-        floors=floors,
-        target_iou=target_iou,
-        clicks_to_target=mean(most_clicks if n is None else n for n in needed),
-        most_clicks=most_clicks,
+        baselines=baselines,
+        target_iou=settings.target_iou,
+        clicks_to_target=mean(settings.most_clicks if n is None else n for n in needed),
+        most_clicks=settings.most_clicks,
         missed_target=sum(n is None for n in needed) / len(needed),
-        calibrations={
-            one: calibrate(
-                [case.click_predicted_iou for case in cases], [c.click_ious[0] for c in cases]
-            ),
-            "box": calibrate(
-                [case.box_predicted_iou for case in cases], [case.box_iou for case in cases]
-            ),
-        },
+        calibrations={prompt: calibrate(*pair) for prompt, pair in estimates.items()},
         cost=cost,
         cases=tuple(cases),
     )
@@ -407,10 +240,6 @@ def summarise(
 
 def _clicks(number: int) -> str:
     return f"{number} click" if number == 1 else f"{number} clicks"
-
-
-def _clicks_needed(ious: Sequence[float], target: float) -> int | None:
-    return next((count for count, iou in enumerate(ious, 1) if iou >= target), None)
 
 
 def _shown(figure: Figure) -> tuple[str, str]:
@@ -422,7 +251,7 @@ def _time(seconds: float) -> str:
 
 
 class LabelledImage(Protocol):
-    """An image and its masks, wherever they come from; ``tinyvit.train.Scene`` is one."""
+    """An image and its masks, wherever they come from; such as a ``MaskSample``."""
 
     @property
     def name(self) -> str:
@@ -440,7 +269,7 @@ class LabelledImage(Protocol):
 
 
 class Predictor(Protocol):
-    """What is measured: ``SamPredictor`` is such, fast or not."""
+    """What is evaluated: the two methods of ``SamPredictor`` that matter."""
 
     def set_image(self, image: RGB) -> None:
         """Encode an image."""
@@ -462,16 +291,16 @@ Model: TypeAlias = "Sam | Predictor | str | os.PathLike[str]"
 
 
 @dataclass(frozen=True)
-class MeasureSettings:
-    """How to measure.
+class EvaluateSettings:
+    """How to evaluate.
 
     Args:
         clicks: Numbers of clicks whose mean IoU is wanted.
         target_iou: Clicks are counted until this IoU.
         most_clicks: Where counting stops; at least the most of ``clicks``.
-        feed_mask: Give the model its last answer together with the further clicks.
-        with_floors: Measure the floors, too.
-        most_masks: Stop after so many masks; None measures all.
+        feed_mask: Give the model its last prediction together with the further clicks.
+        with_baselines: Compute the baselines, too.
+        most_masks: Stop after so many masks; None takes all.
 
     Raises:
         ValueError: A number is out of its range.
@@ -481,7 +310,7 @@ class MeasureSettings:
     target_iou: float = 0.85
     most_clicks: int = 10
     feed_mask: bool = True
-    with_floors: bool = True
+    with_baselines: bool = True
     most_masks: int | None = None
 
     def __post_init__(self) -> None:
@@ -499,11 +328,11 @@ class MeasureSettings:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One answer to one click, for whoever wants to draw it.
+class Prediction:
+    """The prediction for one click, for whoever wants to draw it.
 
     Attributes:
-        case: What was measured.
+        case: Its metrics.
         image: RGB [H, W, 3] uint8.
         target: [H, W] bool.
         predicted: [H, W] bool, after one click.
@@ -520,24 +349,24 @@ class Shown:
 def evaluate_segment(
     model: Model,
     images: Iterable[LabelledImage],
-    settings: MeasureSettings | None = None,
+    settings: EvaluateSettings | None = None,
     *,
     name: str | None = None,
     data: str = "",
     faults: Sequence[str] = (),
-    watch: Callable[[Shown], None] | None = None,
+    watch: Callable[[Prediction], None] | None = None,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> SegmentReport:
-    """Measure a model on images with masks.
+    """Evaluate a model on images with masks.
 
     Args:
         model: A ``Sam``, a predictor, or the name or path of a checkpoint that holds a whole SAM.
-        images: Such as a ``MaskSet``; broken ones are left out and named in the report.
+        images: Such as a ``MaskSet``; unreadable ones are skipped and named in the report.
         settings: How; None takes the defaults.
         name: What to call the model in the report; None takes the checkpoint's name.
         data: What to call the images.
-        faults: What was left out already, for the report.
-        watch: Called with each answer to one click, say by a ``ContactSheet``.
+        faults: What was skipped already, for the report.
+        watch: Called with each prediction for one click; such as a ``Gallery``.
         progress: Called with (images done, all or None).
 
     Returns:
@@ -547,11 +376,11 @@ def evaluate_segment(
         ValueError: There is not one good mask.
         CheckpointError: The checkpoint cannot be read, or holds no whole SAM.
     """
-    settings = settings or MeasureSettings()
+    settings = settings or EvaluateSettings()
     called = name or (str(model) if isinstance(model, (str, os.PathLike)) else type(model).__name__)
-    asker = _Asker(_predictor(model), settings)
+    evaluator = _Evaluator(_predictor(model), settings)
     total = len(images) if isinstance(images, Sequence) else None
-    left_out = list(faults)
+    skipped = list(faults)
     cases: list[Case] = []
     groups: list[int] = []
     used = 0
@@ -562,28 +391,26 @@ def evaluate_segment(
         try:
             rgb, masks = image.load()
         except (ImageError, ValueError) as err:
-            left_out.append(f"{image.name}: {err}")
+            skipped.append(f"{image.name}: {err}")
             continue
-        found = list(islice(asker.measure(image, rgb, masks, watch, left_out), rest))
+        found = list(islice(evaluator.cases(image, rgb, masks, watch, skipped), rest))
         cases += found
         groups += [number] * len(found)
         used += bool(found)
         if progress is not None:
             progress(number + 1, total)
     if not cases:
-        reasons = f": {'; '.join(left_out[:5])}" if left_out else ""
-        raise ValueError(f"there is not one good mask to measure on{reasons}")
+        reasons = f": {'; '.join(skipped[:5])}" if skipped else ""
+        raise ValueError(f"there is not one good mask to evaluate on{reasons}")
     return summarise(
         called,
         data,
         used,
-        left_out,
+        skipped,
         cases,
         groups,
-        asker.cost(),
-        clicks=settings.clicks,
-        target_iou=settings.target_iou,
-        most_clicks=settings.most_clicks,
+        evaluator.cost(),
+        settings,
     )
 
 
@@ -594,7 +421,7 @@ def _predictor(model: Model) -> Predictor:
 
 
 @dataclass
-class _Answer:
+class _Best:
     mask: Mask
     predicted_iou: float
     low_res_logits: NDArray[np.float32]
@@ -602,22 +429,22 @@ class _Answer:
 
 
 @dataclass
-class _Asker:
-    """Asks a model, and takes the time."""
+class _Evaluator:
+    """Prompts a model, and takes the time."""
 
     predictor: Predictor
-    settings: MeasureSettings
+    settings: EvaluateSettings
     encode_seconds: list[float] = field(default_factory=list)
     prompt_seconds: list[float] = field(default_factory=list)
 
-    def measure(
+    def cases(
         self,
         image: LabelledImage,
         rgb: RGB,
         masks: NDArray[np.bool_],
-        watch: Callable[[Shown], None] | None,
-        left_out: list[str],
-    ) -> Iterable[Case]:
+        watch: Callable[[Prediction], None] | None,
+        skipped: list[str],
+    ) -> Iterator[Case]:
         """The cases of one image, encoded once."""
         start = time.perf_counter()
         self.predictor.set_image(rgb)
@@ -625,25 +452,25 @@ class _Asker:
         labels = image.labels
         for number, target in enumerate(masks):
             if not target.any():
-                left_out.append(f"{image.name}, mask {number}: the mask is empty")
+                skipped.append(f"{image.name}, mask {number}: the mask is empty")
                 continue
             label = labels[number] if number < len(labels) else ""
-            shown = self._case(image.name, number, label, rgb, target)
+            prediction = self._case(image.name, number, label, rgb, target)
             if watch is not None:
-                watch(shown)
-            yield shown.case
+                watch(prediction)
+            yield prediction.case
 
-    def _case(self, image: str, number: int, label: str, rgb: RGB, target: Mask) -> Shown:
+    def _case(self, image: str, number: int, label: str, rgb: RGB, target: Mask) -> Prediction:
         point = most_interior_point(target)
-        box = _box_around(target)
+        x0, y0, x1, y1 = box_of(target)
+        box = float(x0), float(y0), float(x1 + 1), float(y1 + 1)
         first, ious = self._click(point, target)
-        boxed = self._ask(None, None, np.array(box), None, False)
-        floors: tuple[Mapping[str, float], Mapping[str, float]] = {}, {}
-        if self.settings.with_floors:
-            floors = (
-                {name: iou(f(rgb, point), target) for name, f in click_floors().items()},
-                {name: iou(f(rgb, box), target) for name, f in box_floors().items()},
-            )
+        boxed = self._predict(None, None, np.array(box), None, False)
+        by_click: Mapping[str, float] = {}
+        by_box: Mapping[str, float] = {}
+        if self.settings.with_baselines:
+            by_click = {name: iou(f(rgb, point), target) for name, f in click_baselines().items()}
+            by_box = {name: iou(f(rgb, box), target) for name, f in box_baselines().items()}
         case = Case(
             image=image,
             number=number,
@@ -656,40 +483,40 @@ class _Asker:
             box_iou=iou(boxed.mask, target),
             box_boundary_f=boundary_f(boxed.mask, target),
             box_predicted_iou=boxed.predicted_iou,
-            click_floors=floors[0],
-            box_floors=floors[1],
+            click_baselines=by_click,
+            box_baselines=by_box,
         )
-        return Shown(case, rgb, target, first.mask, point)
+        return Prediction(case, rgb, target, first.mask, point)
 
-    def _click(self, point: Point, target: Mask) -> tuple[_Answer, list[float]]:
-        """The answer to the first click, and the IoU after each."""
+    def _click(self, point: Point, target: Mask) -> tuple[_Best, list[float]]:
+        """The prediction for the first click, and the IoU after each."""
         settings = self.settings
         points, labels = [point], [1]
-        first = answer = self._ask(points, labels, None, None, True)
-        ious = [iou(answer.mask, target)]
+        first = best = self._predict(points, labels, None, None, True)
+        ious = [iou(best.mask, target)]
         while len(ious) < settings.most_clicks:
             if len(ious) >= max(settings.clicks) and max(ious) >= settings.target_iou:
                 break
-            click = next_click(answer.mask, target)
+            click = next_click(best.mask, target)
             if click is None:  # nothing left to correct
                 ious.append(ious[-1])
                 continue
             points.append(click[0])
             labels.append(click[1])
-            low_res = answer.low_res_logits[None] if settings.feed_mask else None
-            answer = self._ask(points, labels, None, low_res, False)
-            ious.append(iou(answer.mask, target))
+            low_res = best.low_res_logits[None] if settings.feed_mask else None
+            best = self._predict(points, labels, None, low_res, False)
+            ious.append(iou(best.mask, target))
         return first, ious
 
-    def _ask(
+    def _predict(
         self,
         points: list[Point] | None,
         labels: list[int] | None,
         box: NDArray[np.float64] | None,
         low_res: NDArray[np.float32] | None,
         is_ambiguous: bool,
-    ) -> _Answer:
-        """The answer that the model itself thinks best."""
+    ) -> _Best:
+        """The mask of the highest predicted IoU."""
         start = time.perf_counter()
         masks, scores, logits = self.predictor.predict(
             point_coords=None if points is None else np.array(points),
@@ -700,29 +527,92 @@ class _Asker:
         )
         self.prompt_seconds.append(time.perf_counter() - start)
         best = int(np.argmax(scores))
-        return _Answer(np.asarray(masks[best], bool), float(scores[best]), logits[best], masks)
+        return _Best(np.asarray(masks[best], bool), float(scores[best]), logits[best], masks)
 
     def cost(self) -> Cost:
         return Cost(
             statistics.median(self.encode_seconds) if self.encode_seconds else float("nan"),
             statistics.median(self.prompt_seconds) if self.prompt_seconds else float("nan"),
-            _peak_bytes(),
+            peak_memory("cuda" if torch.cuda.max_memory_allocated() else "cpu"),
         )
 
 
-def _box_around(mask: Mask) -> tuple[float, float, float, float]:
-    """The tightest box, xyxy."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+CELL = (400, 300)  # width and height in pixels
+FOUND, TRUTH = (38, 110, 255), (255, 255, 255)
+STRENGTH = 0.5
 
 
-def _peak_bytes() -> int | None:
-    """Most memory held: on a GPU by torch there, else by the process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return int(torch.cuda.max_memory_allocated())
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return held if sys.platform == "darwin" else held * 1024  # macOS counts bytes, Linux kilobytes
+class Gallery:
+    """Collects the best and the worst predictions; pass it to ``evaluate_segment`` as ``watch``.
+
+    Each cell shows an image with what the model found (filled), the truth (white line) and the
+    click, and below it the IoU. Only the cells that can still be shown are held, in the size of a
+    cell.
+
+    Args:
+        count: How many of the best and how many of the worst are shown.
+
+    Raises:
+        ValueError: ``count`` is below 1.
+    """
+
+    def __init__(self, count: int = 8) -> None:
+        if count < 1:
+            raise ValueError(f"count must be at least 1, but is {count}")
+        self.count = count
+        self._seen = 0
+        self._best: list[tuple[float, int, Cell]] = []  # (-IoU, order, cell), sorted
+        self._worst: list[tuple[float, int, Cell]] = []  # (IoU, order, cell), sorted
+
+    def __call__(self, prediction: Prediction) -> None:
+        """Keep a prediction if it is among the best or the worst so far."""
+        value = prediction.case.click_ious[0]
+        self._seen += 1
+        cell: Cell | None = None
+        for kept, rank in ((self._best, -value), (self._worst, value)):
+            if len(kept) < self.count or rank < kept[-1][0]:
+                cell = cell or _cell(prediction)
+                kept.append((rank, self._seen, cell))
+                kept.sort(key=lambda one: one[:2])
+                del kept[self.count :]
+
+    def draw(self, title: str = "One click") -> RGB:
+        """The gallery as RGB [H, W, 3] uint8; a prediction is never shown twice.
+
+        Raises:
+            ValueError: Nothing was collected.
+        """
+        if not self._best:
+            raise ValueError("there is nothing to show: no prediction was collected")
+        best = self._best[: max(1, min(self.count, (self._seen + 1) // 2))]
+        shown = {order for _, order, _ in best}
+        worst = [one for one in self._worst if one[1] not in shown]
+        parts = (("Best", best), ("Worst", worst))
+        sections = [(name, [cell for *_, cell in kept]) for name, kept in parts if kept]
+        legend = "filled: found     white line: truth     dot: the click"
+        return draw_gallery(sections, CELL, title, legend)
+
+    def save(self, path: str | os.PathLike[str], title: str = "One click") -> None:
+        """Write the gallery as a PNG, whole or not at all."""
+        save_png(path, self.draw(title))
+
+
+def _cell(shown: Prediction) -> Cell:
+    """One prediction, in the size of a cell or smaller."""
+    height, width = shown.image.shape[:2]
+    scale = min(CELL[0] / width, CELL[1] / height)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = np.array(Image.fromarray(shown.image).resize(size, Image.Resampling.LANCZOS))
+    drawn = draw_masks(small, [_shrunk(shown.predicted, size)], [FOUND], STRENGTH, outlines=False)
+    target = _shrunk(shown.target, size)
+    grown = np.asarray(Image.fromarray(target).convert("L").filter(ImageFilter.MaxFilter(3))) > 127
+    drawn = draw_masks(drawn, [grown], [INK], 0.0)  # or the line would vanish on white
+    drawn = draw_masks(drawn, [target], [TRUTH], 0.0)
+    drawn = draw_points(drawn, [[shown.point[0] * scale, shown.point[1] * scale]], [1])
+    case = shown.case
+    return Cell(drawn, f"IoU {case.click_ious[0]:.2f}", case.label or case.image)
+
+
+def _shrunk(mask: Mask, size: tuple[int, int]) -> Mask:
+    grey = Image.fromarray(mask.astype(np.uint8) * np.uint8(255))
+    return np.asarray(grey.resize(size, Image.Resampling.BILINEAR)) > 127

@@ -1,15 +1,11 @@
-"""Chance for images that are learnt from: crop, flip, RandAugment, erasing.
+"""Random augmentation of images to train on, and of images with masks.
 
-A ``View`` turns one RGB image into one input and takes all chance from the generator it is given.
+A ``View`` turns one RGB image into one input and draws everything from the generator it is given.
 What is drawn does not depend on the size of the input, apart from the noise of erasing, which comes
 last: so one seed means the same crop and the same changes for a teacher and a student that want
-other sizes.
-
-RandAugment is of Cubuk et al., 2020 (arXiv 1909.13719), random erasing of Zhong et al., 2020
-(arXiv 1708.04896); the crop is that of Inception (Szegedy et al., 2015). Pixels are changed by
-Pillow.
-
-Letters: H, W image; h, w input.
+other sizes. RandAugment is of Cubuk et al., 2020 (arXiv 1909.13719), random erasing of Zhong et
+al., 2020 (arXiv 1708.04896), the crop that of Inception (Szegedy et al., 2015). ``MaskAugment``
+crops, scales, mirrors and colours an image together with its masks. Pixels are changed by Pillow.
 """
 
 from __future__ import annotations
@@ -27,6 +23,8 @@ from tinyvit.image_spec import ImageSpec
 from tinyvit.train.settings import Strength
 
 RGB = NDArray[np.uint8]
+Masks = NDArray[np.bool_]
+Size = tuple[int, int]
 
 _MOST = 10.0  # the end of RandAugment's scale
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -34,7 +32,7 @@ _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.B
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How much chance, as plain data.
+    """How much an image is changed at random, as plain data.
 
     Args:
         scale: Least and largest part of the image's area that a crop keeps; (1, 1) keeps the
@@ -90,14 +88,10 @@ class Augmentation:
 def augmentation(strength: Strength, flip: bool = True) -> Augmentation:
     """A ready choice.
 
-    Args:
-        strength: "full": TinyViT's recipe for ImageNet. "light": for small data sets and for
-            images in which place and colour matter: crops of at least 60 percent, small turns
-            and moves. "none": the image as it is.
-        flip: Mirror half of the images; not for letters and digits. "none" never does.
-
-    Raises:
-        ValueError: An unknown strength.
+    "full" is TinyViT's recipe for ImageNet; "light" is for small data sets and for images in which
+    place and colour matter: crops of at least 60 percent, small turns and moves; "none" leaves the
+    image as it is. ``flip`` mirrors half of the images, not with "none"; not for letters and
+    digits.
 
     Example:
         >>> augmentation("light", flip=False).flip
@@ -118,10 +112,10 @@ def augmentation(strength: Strength, flip: bool = True) -> Augmentation:
 
 @dataclass(frozen=True)
 class View:
-    """Makes inputs to learn from.
+    """Makes inputs to train on.
 
     Args:
-        augmentation: How much chance.
+        augmentation: How much an image is changed.
         spec: The model's own preparation; gives size, filter, mean and standard deviation.
     """
 
@@ -129,15 +123,7 @@ class View:
     spec: ImageSpec
 
     def __call__(self, image: RGB, rng: np.random.Generator) -> NDArray[np.float32]:
-        """Make one input.
-
-        Args:
-            image: RGB, [H, W, 3] uint8.
-            rng: All chance comes from here.
-
-        Returns:
-            [3, h, w] float32, normalised.
-        """
+        """RGB, [H, W, 3] uint8 -> one input [3, h, w] float32, normalised; ``rng`` draws it."""
         settings, spec = self.augmentation, self.spec
         height, width = spec.size
         box = _draw_box(image.shape[0], image.shape[1], settings, rng)
@@ -272,18 +258,15 @@ _OPERATIONS: dict[str, _Operation] = {
 }
 
 
-Masks = NDArray[np.bool_]
-Size = tuple[int, int]
-
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 @dataclass(frozen=True)
-class FramedScene:
-    """An image in the model's frame.
+class FittedSample:
+    """An image in the model input, with its masks.
 
     Attributes:
-        pixels: RGB [h, w, 3] uint8, at most as large as the frame.
+        pixels: RGB [h, w, 3] uint8, at most as large as the input.
         masks: [N, h, w] bool; some may be empty now.
     """
 
@@ -291,24 +274,13 @@ class FramedScene:
     masks: Masks
 
 
-def frame_scene(image: RGB, masks: Masks, size: Size) -> FramedScene:
-    """Fit the whole image into the frame and change nothing else.
-
-    Args:
-        image: RGB [H, W, 3] uint8.
-        masks: [N, H, W] bool.
-        size: (F, G).
-    """
-    return _resized(image, masks, size, 1.0)
-
-
 @dataclass(frozen=True)
-class SceneAugment:
+class MaskAugment:
     """What may be changed, and how much.
 
     Args:
         smallest_crop: The least side of a crop, as a share of the image's; 1 never crops.
-        smallest_scale: The least size in the frame, as a share of the largest that fits.
+        smallest_scale: The least size in the model input, as a share of the largest that fits.
         flip: How often the image is mirrored, 0 to 1.
         colour: How far brightness, contrast and saturation go, as a share; 0 leaves them.
         grey: How often the image loses its colours, 0 to 1.
@@ -335,24 +307,17 @@ class SceneAugment:
 
     def __call__(
         self, image: RGB, masks: Masks, size: Size, rng: np.random.Generator
-    ) -> FramedScene:
-        """Change an image and its masks.
+    ) -> FittedSample:
+        """Change an image [H, W, 3] uint8 and its masks [N, H, W] for a model input of a size.
 
-        Args:
-            image: RGB [H, W, 3] uint8.
-            masks: [N, H, W] bool.
-            size: (F, G) of the model's frame.
-            rng: The source of chance.
-
-        Returns:
-            The image in the frame; at least a part of one object is in it, if there was any.
+        At least a part of one object stays in it, if there was any.
         """
         rows, columns = self._crop(masks, rng)
         image, masks = image[rows, columns], masks[:, rows, columns]
         if rng.random() < self.flip:
             image, masks = image[:, ::-1], masks[:, :, ::-1]
-        framed = _resized(image, masks, size, rng.uniform(self.smallest_scale, 1.0))
-        return FramedScene(self._coloured(framed.pixels, rng), framed.masks)
+        fitted = fit_sample(image, masks, size, rng.uniform(self.smallest_scale, 1.0))
+        return FittedSample(self._coloured(fitted.pixels, rng), fitted.masks)
 
     def _crop(self, masks: Masks, rng: np.random.Generator) -> tuple[slice, slice]:
         """A window that holds a random pixel of a random object."""
@@ -384,8 +349,8 @@ class SceneAugment:
         return coloured
 
 
-def _resized(image: RGB, masks: Masks, size: Size, part: float) -> FramedScene:
-    """Fit into ``part`` of the frame, keeping the shape."""
+def fit_sample(image: RGB, masks: Masks, size: Size, part: float = 1.0) -> FittedSample:
+    """Fit the whole image into a part of the model input, keeping its shape."""
     height, width = image.shape[:2]
     scale = part * min(size[0] / height, size[1] / width)
     new_h, new_w = (
@@ -398,4 +363,4 @@ def _resized(image: RGB, masks: Masks, size: Size, part: float) -> FramedScene:
     for target, mask in zip(small, masks, strict=True):
         whole = Image.fromarray(mask.astype(np.uint8) * np.uint8(255))
         target[...] = np.asarray(whole.resize((new_w, new_h), bilinear)) > 127  # half is covered
-    return FramedScene(pixels, small)
+    return FittedSample(pixels, small)

@@ -1,6 +1,8 @@
-"""Which images are measured on and never learnt from; names in, names out.
+"""Labelled images of any source, and which of them are held out for validation.
 
-Each name is put on a side by a hash of itself, so that it stays there when others come or go.
+``open_data_set`` takes folders, CSV files and tar files and gives two parts. ``hold_out`` parts
+names without labels: each name is put on a side by a hash of itself, so that it stays there when
+others come or go.
 """
 
 from __future__ import annotations
@@ -19,12 +21,15 @@ from tinyvit.evaluate.classify import LabelledImages
 from tinyvit.images.decode import decode
 from tinyvit.train.settings import OnBroken
 
-from .lists import FileList, Labels, read_csv, read_folder, split
+from .lists import FileList, Labels, read_csv, read_folder
 from .tar import find_shards, read_shards
+
+TRAIN_NAMES, VAL_NAMES = ("train", "training"), ("val", "valid", "validation", "test")
+_TRIES = 20
 
 
 def hold_out(names: Sequence[str], part: float | str, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Split names into those to learn from and those to measure on.
+    """Split names into those to train on and those held out, each in their order.
 
     Args:
         names: What is there; at least two.
@@ -32,56 +37,79 @@ def hold_out(names: Sequence[str], part: float | str, seed: int = 0) -> tuple[li
             the folder whose names are.
         seed: Which names.
 
-    Returns:
-        (to learn from, held out), each in the order of ``names``.
-
     Raises:
         ValueError: Fewer than two names, ``part`` is out of its range, or the folder leaves nothing
             on one side.
 
     Example:
-        >>> learnt, held = hold_out([f"{n}.jpg" for n in range(100)], 0.2)
-        >>> len(learnt), len(held)
+        >>> train, held = hold_out([f"{n}.jpg" for n in range(100)], 0.2)
+        >>> len(train), len(held)
         (80, 20)
     """
     if isinstance(part, str):
-        return _by_folder(names, part)
+        prefix = part.strip("/") + "/"
+        chosen = {name for name in names if name.startswith(prefix)}
+        if not chosen or len(chosen) == len(names):
+            raise ValueError(
+                f"held_out={part!r} leaves {len(names) - len(chosen)} images to train on and "
+                f"{len(chosen)} to validate on; wanted a folder below the images' with some of them"
+            )
+    else:
+        chosen = _drawn(names, part, seed)
+    return [n for n in names if n not in chosen], [n for n in names if n in chosen]
+
+
+def _drawn(names: Sequence[str], part: float, seed: int) -> set[str]:
     if not 0 < part < 1:
         raise ValueError(f"held_out must be a part above 0 and below 1, got {part}")
     if len(names) < 2:
         raise ValueError(
-            f"learning and measuring want at least 2 images, got {len(names)}; measuring on a "
-            "image that was learnt from says nothing"
+            f"training and validation want at least 2 images, got {len(names)}; validation on an "
+            "image that was trained on says nothing"
         )
-    drawn = {name: _number(name, seed) for name in names}
-    held = {name for name, number in drawn.items() if number < part}
-    if not held:
-        held = {min(drawn, key=lambda name: drawn[name])}
+
+    def number(name: str) -> float:  # uniform, 0 to below 1
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
+
+    drawn = {name: number(name) for name in names}
+    held = {name for name in names if drawn[name] < part} or {min(drawn, key=drawn.__getitem__)}
     if len(held) == len(drawn):
-        held.discard(max(drawn, key=lambda name: drawn[name]))
-    return [n for n in names if n not in held], [n for n in names if n in held]
+        held.discard(max(drawn, key=drawn.__getitem__))
+    return held
 
 
-def _by_folder(names: Sequence[str], folder: str) -> tuple[list[str], list[str]]:
-    prefix = folder.strip("/") + "/"
-    learnt = [name for name in names if not name.startswith(prefix)]
-    held = [name for name in names if name.startswith(prefix)]
-    if not learnt or not held:
+def split(labels: Labels, part: float, seed: int) -> tuple[Labels, Labels]:
+    """Choose images to hold out, the same part of each class.
+
+    A class of two or more images gives at least one and keeps at least one; a class of one keeps
+    it for training. The same seed gives the same split. Gives the indices to train on and to hold
+    out, each sorted.
+
+    Raises:
+        ValueError: ``part`` is out of its range, or nothing can be held out.
+
+    Example:
+        >>> split(np.array([0, 0, 0, 0, 1, 1]), 0.25, seed=0)[1].size
+        2
+    """
+    if not 0 < part < 1:
+        raise ValueError(f"the part to hold out must be above 0 and below 1, got {part}")
+    held: list[Labels] = []
+    rng = np.random.default_rng(seed)
+    for number in np.unique(labels):
+        of_class = np.flatnonzero(labels == number)
+        if len(of_class) > 1:
+            count = min(max(round(part * len(of_class)), 1), len(of_class) - 1)
+            held.append(rng.permutation(of_class)[:count])
+    if not held:
         raise ValueError(
-            f"held_out={folder!r} leaves {len(learnt)} images to learn from and {len(held)} to "
-            "measure on; wanted a folder below the images' with some of them"
+            f"nothing can be held out: {len(labels)} images and no class with more than one; an "
+            "image cannot be trained and validated on. Add images, or give a part of its own for "
+            "validation"
         )
-    return learnt, held
-
-
-def _number(name: str, seed: int) -> float:
-    """An even number from 0 to below 1."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-TRAIN_NAMES, VAL_NAMES = ("train", "training"), ("val", "valid", "validation", "test")
-_TRIES = 20
+    out = np.sort(np.concatenate(held)).astype(np.int64)
+    return np.setdiff1d(np.arange(len(labels), dtype=np.int64), out), out
 
 
 @dataclass(frozen=True)
@@ -123,8 +151,8 @@ class DataSet:
     """Two parts that share no image.
 
     Attributes:
-        train: What is learnt from.
-        val: What is measured on.
+        train: What is trained on.
+        val: What is validated on.
         origin: Where both come from, in words.
     """
 
@@ -145,26 +173,27 @@ def open_data_set(
     val_part: float = 0.1,
     split_seed: int = 0,
 ) -> DataSet:
-    """Open labelled images and part them.
+    """Open labelled images and split them into two parts.
 
     Args:
         data: A folder with one subfolder for each class; a folder with such folders ``train`` and
             ``val`` (or with tar files in them); a CSV file, perhaps with a column ``split``; a tar
             file, a folder of tar files, or a pattern such as ``train-*.tar``.
-        val: The part to measure on, of any of these kinds; None takes the one that ``data`` names
+        val: The part to validate on, of any of these kinds; None takes the one that ``data`` names
             itself, or holds out ``val_part`` of each class.
-        val_part: Part of each class to hold out where neither names one.
+        val_part: Part of each class to hold out where neither names one, above 0
+            and below 1.
         split_seed: The same seed gives the same split.
 
     Returns:
         The two parts.
 
     Raises:
-        ValueError: The data cannot be read, a class has no image to learn from, or nothing can
+        ValueError: The data cannot be read, a class has no image to train on, or nothing can
             be held out.
 
     Warns:
-        UserWarning: A class has no image to be measured on.
+        UserWarning: A class has no image to validate on.
     """
     path = Path(data)
     if val is not None:
@@ -188,14 +217,7 @@ def open_data_set(
 
 
 def open_part(data: str | os.PathLike[str], classes: Sequence[str] | None = None) -> LabelledImages:
-    """Open labelled images as they are, without parting them.
-
-    Args:
-        data: A folder of classes, a CSV file, or tar files, as for ``open_data_set``.
-        classes: The classes to number by; None: those of the data.
-
-    Returns:
-        The images.
+    """Open labelled images as they are; ``classes`` number a part that belongs to another one.
 
     Raises:
         ValueError: The data cannot be read or does not fit ``classes``.
@@ -223,20 +245,13 @@ def read_one(
     rng: np.random.Generator,
     on_broken: OnBroken = "skip",
 ) -> tuple[int, NDArray[np.uint8], dict[str, str]]:
-    """Read an image to learn from; where it is broken, another one that ``rng`` draws.
+    """Read an image to train on; where it is unreadable, another one that ``rng`` draws.
 
-    Args:
-        images: The list.
-        index: Which of it.
-        rng: Drawn from only where an image is broken.
-        on_broken: "skip", or "error" to raise for the first broken image.
-
-    Returns:
-        (index of the image that was read, RGB [H, W, 3] uint8, reason by name of each broken
-        one).
+    Gives the index of the image that was read, RGB [H, W, 3] uint8, and the reason by name of each
+    unreadable one.
 
     Raises:
-        ImageError: An image is broken and ``on_broken`` is "error", or many were in a row.
+        ImageError: An image is unreadable and ``on_broken`` is "error", or many in a row are.
     """
     broken: dict[str, str] = {}
     for _ in range(_TRIES):
@@ -249,16 +264,13 @@ def read_one(
             index = int(rng.integers(len(images)))
     name, reason = next(iter(broken.items()))
     raise ImageError(
-        f"{_TRIES} images drawn in a row were broken, the first is {name!r} ({reason}); most of "
+        f"{_TRIES} images drawn in a row are unreadable, the first is {name!r} ({reason}); most of "
         "the data cannot be read"
     )
 
 
 def fingerprint(images: LabelledImages) -> str:
-    """SHA-256 of the names, labels and classes of a list, in order: tells data sets apart.
-
-    The images themselves are not read.
-    """
+    """SHA-256 of the names, labels and classes of a list, in order; images are not read."""
     digest = hashlib.sha256(repr(tuple(images.classes)).encode())
     labels = images.labels
     for index in range(len(images)):

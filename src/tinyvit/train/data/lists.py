@@ -1,10 +1,7 @@
-"""Labelled images in folders and in CSV files, and the split into two parts.
+"""Labelled images in folders and in CSV files: names, numbers of classes, and where each image is.
 
-A folder has one subfolder for each class; a CSV file has a path and a label in each line. Both
-become a ``FileList``: names, numbers of classes, and where each image lies. Images are listed
-here and never opened: what is wrong with one shows when it is read.
-
-Letters: N images.
+A folder has one subfolder for each class; a CSV file has a path and a label in each line. Images
+are listed here and never opened: what is wrong with one shows when it is read.
 """
 
 from __future__ import annotations
@@ -19,12 +16,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tinyvit.folders.images import IMAGE_SUFFIXES
+
 Labels = NDArray[np.int64]
 
-SUFFIXES = (
-    *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm"),
-    *(".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
-)
 _PATHS = {"path", "file", "filename", "file_name", "image", "image_path", "picture"}
 _LABELS = {"label", "class", "class_name", "target", "category"}
 _SHOWN = 5
@@ -59,18 +54,11 @@ class FileList:
 
 
 def read_folder(folder: str | os.PathLike[str], classes: Sequence[str] | None = None) -> FileList:
-    """List a folder that has one subfolder for each class.
+    """List a folder that has one subfolder for each class, sorted by class and name.
 
     The name of a subfolder is the class; images may lie at any depth in it. Hidden files and
-    folders do not count.
-
-    Args:
-        folder: The folder.
-        classes: The classes to number by, for a part that belongs to another one; None: those of
-            the folder, sorted by name.
-
-    Returns:
-        The images, sorted by class and name.
+    folders do not count. ``classes`` number a part that belongs to another one; by default those of
+    the folder, sorted by name.
 
     Raises:
         ValueError: No such folder, no class folders, a class without images, or a class that is
@@ -87,7 +75,7 @@ def read_folder(folder: str | os.PathLike[str], classes: Sequence[str] | None = 
     if not any(found.values()):
         raise ValueError(
             f"{str(root)!r} has no subfolders with images; wanted one subfolder for each class, "
-            f"with images of {' '.join(SUFFIXES)}"
+            f"with images of {' '.join(IMAGE_SUFFIXES)}"
         )
     empty = [name for name in there if not found[name]]
     if empty:
@@ -101,23 +89,24 @@ def read_folder(folder: str | os.PathLike[str], classes: Sequence[str] | None = 
     return FileList(root, tuple(names), labels, known)
 
 
+def _images(root: Path, name: str) -> Iterator[str]:
+    """The images of one class, relative to the root."""
+    for place, folders, files in os.walk(root / name):
+        folders[:] = [folder for folder in folders if not folder.startswith(".")]
+        for file in files:
+            if not file.startswith(".") and Path(file).suffix.lower() in IMAGE_SUFFIXES:
+                yield (Path(place) / file).relative_to(root).as_posix()
+
+
 def read_csv(
     path: str | os.PathLike[str], classes: Sequence[str] | None = None
 ) -> tuple[FileList, tuple[str, ...] | None]:
-    """List the images of a CSV file.
+    """List the images of a CSV file, and the text of each one's ``split`` column if there is one.
 
     A first line that names its columns (``path``, ``label`` and, if wanted, ``split``; a few usual
     other names are understood) is a header; without one the first two columns are the path and the
-    label. Paths are relative to the file. Comma, semicolon and tab separate.
-
-    Args:
-        path: The file.
-        classes: The classes to number by; None: those of the file, sorted (as numbers, if all are
-            whole numbers).
-
-    Returns:
-        The images in the file's order, and the text of each one's ``split`` column, or None
-        without one.
+    label. Paths are relative to the file. Comma, semicolon and tab separate. ``classes`` number a
+    part that belongs to another one; by default those of the file, as ``number_classes`` sorts.
 
     Raises:
         ValueError: The file cannot be read, has no rows, a row is too short, a label is empty or
@@ -129,21 +118,20 @@ def read_csv(
     path = Path(path)
     rows = _rows(path)
     header = [cell.strip().lower() for cell in rows[0][1]]
-    columns = (_column(header, _PATHS), _column(header, _LABELS))
-    parts = _column(header, {"split"})
-    if columns[0] is not None and columns[1] is not None:
-        where, what = columns[0], columns[1]
+    found = (_column(header, _PATHS), _column(header, _LABELS))
+    part = _column(header, {"split"})
+    if found[0] is not None and found[1] is not None:
+        where, what = found[0], found[1]
         rows = rows[1:]
     else:
-        where, what, parts = 0, 1, None
-    wanted = max(where, what, -1 if parts is None else parts) + 1
+        where, what, part = 0, 1, None
+    wanted = max(where, what, -1 if part is None else part) + 1
     for line, cells in rows:
         if len(cells) < wanted or not cells[where].strip() or not cells[what].strip():
             raise ValueError(
                 f"line {line} of {str(path)!r} is {','.join(cells)!r}; wanted a path and a label"
             )
     names = tuple(cells[where].strip() for _, cells in rows)
-    texts = [cells[what].strip() for _, cells in rows]
     if not names:
         raise ValueError(f"{str(path)!r} has a header and no rows; wanted a path and a label each")
     lost = [name for name in names if not (path.parent / name).is_file()]
@@ -152,24 +140,38 @@ def read_csv(
             f"{len(lost)} of {len(names)} images of {str(path)!r} are not there: "
             f"{_some(lost)}; paths are relative to {str(path.parent)!r}"
         )
-    labels, known = number_classes(texts, classes, str(path))
-    split_texts = None if parts is None else tuple(cells[parts].strip() for _, cells in rows)
-    return FileList(path.parent, names, labels, known), split_texts
+    labels, known = number_classes([cells[what].strip() for _, cells in rows], classes, str(path))
+    parts = None if part is None else tuple(cells[part].strip() for _, cells in rows)
+    return FileList(path.parent, names, labels, known), parts
+
+
+def _rows(path: Path) -> list[tuple[int, list[str]]]:
+    """(number of the line, cells) of each line that is not empty."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            first = file.readline()
+            file.seek(0)
+            mark = max(",;\t", key=first.count)
+            reader = csv.reader(file, delimiter=mark)
+            rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as err:
+        raise ValueError(f"the list {str(path)!r} cannot be read as CSV text: {err}") from err
+    if not rows:
+        raise ValueError(f"the list {str(path)!r} is empty; wanted a path and a label in each line")
+    return rows
+
+
+def _column(header: Sequence[str], names: set[str]) -> int | None:
+    return next((number for number, cell in enumerate(header) if cell in names), None)
 
 
 def number_classes(
     texts: Sequence[str], classes: Sequence[str] | None, origin: str
 ) -> tuple[Labels, tuple[str, ...]]:
-    """Turn names of classes into numbers.
+    """Number the class of each image: [N] int64, and the names in the order of the numbers.
 
-    Args:
-        texts: The class of each image.
-        classes: The classes to number by; None: those of ``texts``, sorted (as numbers, if all are
-            whole numbers).
-        origin: What to call the data in messages.
-
-    Returns:
-        [N] int64, and the names in the order of the numbers.
+    The order is that of ``classes``, or else sorted (as numbers, if all are whole numbers).
+    ``origin`` is what to call the data in messages.
 
     Raises:
         ValueError: A text is not in ``classes``.
@@ -191,7 +193,7 @@ def number_classes(
         if unknown:
             raise ValueError(
                 f"{origin} has {len(unknown)} classes that the other part does not have: "
-                f"{_some(unknown)}; both parts must speak of the same classes"
+                f"{_some(unknown)}; both parts must have the same classes"
             )
         lacking = [name for name in known if name not in distinct]
         if lacking:
@@ -200,75 +202,6 @@ def number_classes(
             )
     numbers = {name: number for number, name in enumerate(known)}
     return np.array([numbers[text] for text in texts], dtype=np.int64), known
-
-
-def split(labels: Labels, part: float, seed: int) -> tuple[Labels, Labels]:
-    """Choose images to hold out, the same part of each class.
-
-    A class of two or more images gives at least one and keeps at least one; a class of one keeps
-    it for training.
-
-    Args:
-        labels: [N] numbers of classes.
-        part: Part to hold out, above 0 and below 1.
-        seed: The same seed gives the same split.
-
-    Returns:
-        Indices to train on and to hold out, each sorted.
-
-    Raises:
-        ValueError: ``part`` is out of its range, or nothing can be held out.
-
-    Example:
-        >>> split(np.array([0, 0, 0, 0, 1, 1]), 0.25, seed=0)[1].size
-        2
-    """
-    if not 0 < part < 1:
-        raise ValueError(f"the part to hold out must be above 0 and below 1, got {part}")
-    held: list[Labels] = []
-    rng = np.random.default_rng(seed)
-    for number in np.unique(labels):
-        of_class = np.flatnonzero(labels == number)
-        if len(of_class) > 1:
-            count = min(max(round(part * len(of_class)), 1), len(of_class) - 1)
-            held.append(rng.permutation(of_class)[:count])
-    if not held:
-        raise ValueError(
-            f"nothing can be held out: {len(labels)} images and no class with more than one; an "
-            "image cannot be learnt from and measured on. Add images, or give a part of its "
-            "own for validation"
-        )
-    out = np.sort(np.concatenate(held)).astype(np.int64)
-    return np.setdiff1d(np.arange(len(labels), dtype=np.int64), out), out
-
-
-def _images(root: Path, name: str) -> Iterator[str]:
-    """The images of one class, relative to the root."""
-    for place, folders, files in os.walk(root / name):
-        folders[:] = [folder for folder in folders if not folder.startswith(".")]
-        for file in files:
-            if not file.startswith(".") and Path(file).suffix.lower() in SUFFIXES:
-                yield (Path(place) / file).relative_to(root).as_posix()
-
-
-def _rows(path: Path) -> list[tuple[int, list[str]]]:
-    """(number of the line, cells) of each line that is not empty."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            mark = max(",;\t", key=first.count)
-            reader = csv.reader(file, delimiter=mark)
-            rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    except (OSError, UnicodeDecodeError, csv.Error) as err:
-        raise ValueError(f"the list {str(path)!r} cannot be read as CSV text: {err}") from err
-    if not rows:
-        raise ValueError(f"the list {str(path)!r} is empty; wanted a path and a label in each line")
-    return rows
-
-
-def _column(header: Sequence[str], names: set[str]) -> int | None:
-    return next((number for number, cell in enumerate(header) if cell in names), None)
 
 
 def _some(names: Sequence[str]) -> str:

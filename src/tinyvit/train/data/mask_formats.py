@@ -1,11 +1,9 @@
-"""One object's mask as a data set writes it down: polygons, run lengths, a file; made a mask.
+"""Images with masks as data sets write them: COCO, labelme, a CSV, folders of mask files.
 
-Each outline knows the size of the image that it was drawn on, as far as its format says, and
-becomes pixels only when asked, so that a data set of a million objects fits into memory. A pixel
-belongs to a polygon if its centre lies inside (even-odd rule); the polygons of one object are
-joined, as in COCO.
-
-Knows no data set. Shapes: H W the image.
+``read_samples`` recognises the format. An annotation (polygons, run lengths, a file) becomes a mask
+[H, W] only when asked, so that a data set of a million objects fits into memory. A pixel belongs to
+a polygon if its centre lies inside (even-odd rule); the polygons of one object are joined, as in
+COCO.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from tinyvit.errors import ImageError
+from tinyvit.folders.images import IMAGE_SUFFIXES
 from tinyvit.images.decode import read_size
 from tinyvit.sam.mask_ops import decode as decode_rle
 
@@ -33,25 +32,20 @@ _VOID = 255  # of a palette image: the uncertain edge in Pascal VOC's masks
 _PLAINLY_LARGE = 8.0  # pixels: a polygon of such a width and area has pixels for certain
 
 
-class Outline(Protocol):
-    """What can be made a mask."""
+class Annotation(Protocol):
+    """What can be made a mask.
+
+    ``mask`` gives it, [H, W] bool in an image of this size; ``check`` finds out, as cheaply as it
+    can be, whether it has any pixel. Both raise ``ValueError`` where the annotation is of an image
+    of another size or damaged, and ``ImageError`` where its file cannot be read.
+    """
 
     def mask(self, size: Size) -> Mask:
-        """The mask [H, W] bool in an image of this size.
-
-        Raises:
-            ValueError: The outline is of an image of another size, or damaged.
-            ImageError: Its file cannot be read.
-        """
+        """The mask in an image of this size."""
         ...
 
     def check(self, size: Size) -> None:
-        """Find out, as cheaply as it can be, whether ``mask`` would give some pixels.
-
-        Raises:
-            ValueError: It would raise, or the mask would be empty.
-            ImageError: As for ``mask``.
-        """
+        """Refuse an annotation without a pixel."""
         ...
 
 
@@ -67,11 +61,7 @@ class Polygons:
 
     @classmethod
     def read(cls, rings: object) -> Polygons:
-        """Polygons from JSON: lists of numbers (x, y, x, y, ...) or of pairs.
-
-        Raises:
-            ValueError: There are none, or one has fewer than three points or no finite numbers.
-        """
+        """Polygons from JSON: lists of numbers (x, y, x, y, ...) or of pairs."""
         if not isinstance(rings, Sequence) or not len(rings):
             raise ValueError("wanted a list of polygons; came none")
         arrays = []
@@ -88,14 +78,14 @@ class Polygons:
         return cls(tuple(arrays))
 
     def mask(self, size: Size) -> Mask:
-        """As ``Outline.mask``; what lies outside of the image is cut off."""
+        """What lies outside of the image is cut off."""
         joined = np.zeros(size, np.bool_)
         for ring in self.rings:
             joined |= fill_polygon(ring, size)
         return joined
 
     def check(self, size: Size) -> None:
-        """As ``Outline.check``; polygons that are plainly large are not drawn."""
+        """Polygons that are plainly large are not drawn."""
         corners = np.array([0.0, 0.0]), np.array([size[1], size[0]], np.float64)
         for ring in self.rings:
             low, high = (np.clip(end, *corners) for end in (ring.min(0), ring.max(0)))
@@ -118,11 +108,7 @@ class RunLengths:
 
     @classmethod
     def read(cls, record: Mapping[str, object]) -> RunLengths:
-        """Run lengths from JSON.
-
-        Raises:
-            ValueError: ``size`` or ``counts`` is missing or of another kind.
-        """
+        """Run lengths from JSON."""
         counts, size = record.get("counts"), record.get("size")
         if isinstance(counts, list):
             counts = tuple(int(count) for count in counts)
@@ -131,7 +117,7 @@ class RunLengths:
         return cls(counts, (int(size[0]), int(size[1])))
 
     def mask(self, size: Size) -> Mask:
-        """As ``Outline.mask``."""
+        """The mask, if its size is right."""
         if self.size != size:
             raise ValueError(_wrong_size("the run lengths are", self.size, size))
         counts = self.counts if isinstance(self.counts, str) else list(self.counts)
@@ -139,7 +125,7 @@ class RunLengths:
         return found
 
     def check(self, size: Size) -> None:
-        """As ``Outline.check``."""
+        """As ``Annotation.check``."""
         _check_not_empty(self.mask(size))
 
 
@@ -156,7 +142,7 @@ class MaskFile:
     value: int | None = None
 
     def mask(self, size: Size) -> Mask:
-        """As ``Outline.mask``."""
+        """The mask, if its size is right."""
         ids = read_mask_file(self.path, is_one_object=self.value is None)
         if ids.shape != size:
             raise ValueError(_wrong_size(f"the mask {self.path} is", ids.shape, size))
@@ -164,7 +150,7 @@ class MaskFile:
         return found
 
     def check(self, size: Size) -> None:
-        """As ``Outline.check``; an id was seen in the file, so that its size is all to look at."""
+        """An id was seen in the file, so that only its size needs a check."""
         if self.value is None:
             _check_not_empty(self.mask(size))
         elif (own := read_size(self.path)) != size:
@@ -172,19 +158,13 @@ class MaskFile:
 
 
 def read_mask_file(path: Path, *, is_one_object: bool) -> NDArray[np.int64]:
-    """Read an image of masks.
+    """Read an image of masks without loss: [H, W] int64 ids, 0 for none.
 
-    Args:
-        path: PNG, or anything that Pillow reads without loss.
-        is_one_object: Whether the file shows one object: what is brighter than half of the
-            brightest possible value, or, in an image of 0 and 1 or of a palette, what is not 0.
-            Otherwise each pixel holds an object's id, see ``object_ids``: grey, or a palette's
-            number (there 255 is nobody's), or a colour of its own for each object, and 0 or black
-            for none. An 8-bit grey image with the value 255 holds one soft or hard mask all the
-            same.
-
-    Returns:
-        [H, W] int64 ids, 0 for none.
+    A file of one object shows it where it is brighter than half of the brightest possible value,
+    or, in an image of 0 and 1 or of a palette, where it is not 0. Otherwise each pixel holds an
+    object's id: grey, or a palette's number (there 255 is nobody's), or a colour of its own for
+    each object, and 0 or black for none. An 8-bit grey image with the value 255 holds one soft or
+    hard mask all the same.
 
     Raises:
         ImageError: The file is missing, damaged, or of a mode that has no rule.
@@ -217,20 +197,8 @@ def read_mask_file(path: Path, *, is_one_object: bool) -> NDArray[np.int64]:
     return ids
 
 
-def object_ids(ids: NDArray[np.int64]) -> list[int]:
-    """The ids in an image of ids, without 0."""
-    return [int(value) for value in np.unique(ids) if value]
-
-
 def fill_polygon(ring: NDArray[np.float64], size: Size) -> Mask:
-    """The pixels whose centres lie inside a polygon.
-
-    Args:
-        ring: [P, 2] (x, y) in pixels, continuous; the last point is joined to the first.
-        size: (H, W).
-
-    Returns:
-        [H, W] bool.
+    """The pixels whose centres lie inside a polygon [P, 2] (x, y), which is closed: [H, W] bool.
 
     Example:
         >>> fill_polygon(np.array([[1.0, 0.0], [3.0, 0.0], [3.0, 1.0], [1.0, 1.0]]), (1, 4))
@@ -268,43 +236,34 @@ def _wrong_size(what: str, came: Size | tuple[int, ...], wanted: Size) -> str:
     )
 
 
-pass
-
-
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm")
-MASKS = (".png", ".tif", ".tiff", ".bmp", ".gif", ".webp")
-
 _IMAGE_COLUMNS = ("picture", "image", "file_name", "filename")
 _CIRCLE = 72  # corners of the polygon that stands for a circle
+_LOSSY = (".jfif", ".jpe", ".jpeg", ".jpg")  # no masks
 
 
 @dataclass
-class Draft:
-    """One image and its outlines as a data set names them; nothing is checked yet.
+class RawSample:
+    """One image and its annotations as a data set names them; nothing is checked yet.
 
     Attributes:
         image: Its file.
-        objects: (outline, label) of each object.
+        objects: (annotation, label) of each object.
         size: (H, W) that the data set says the image has; None if it says nothing.
     """
 
     image: Path
-    objects: list[tuple[Outline, str]] = field(default_factory=list)
+    objects: list[tuple[Annotation, str]] = field(default_factory=list)
     size: tuple[int, int] | None = None
 
 
-Drafts = tuple[list[Draft], list[str]]
+RawSamples = tuple[list[RawSample], list[str]]
+"""In the order of the data set, and what was skipped and why."""
 
 
-def read_drafts(path: Path, images: Path | None) -> Drafts:
-    """Find out which convention a path follows, and read it.
+def read_samples(path: Path, images: Path | None) -> RawSamples:
+    """Find out which format a JSON, a CSV or a folder follows, and read it.
 
-    Args:
-        path: A JSON, a CSV or a folder.
-        images: Folder of the images; None for the one that ``path`` implies.
-
-    Returns:
-        (drafts in the order of the data set, faults).
+    ``images`` is the folder of the images; None for the one that ``path`` implies.
 
     Raises:
         ValueError: There is nothing at ``path``, or nothing that is known.
@@ -335,7 +294,7 @@ def read_drafts(path: Path, images: Path | None) -> Drafts:
     )
 
 
-def _read_file(path: Path, images: Path | None) -> Drafts:
+def _read_file(path: Path, images: Path | None) -> RawSamples:
     if path.suffix.lower() == ".csv":
         return _read_csv(path, images)
     if path.suffix.lower() != ".json":
@@ -370,35 +329,35 @@ def _find(name: str, folders: Iterable[Path]) -> Path:
 # -- COCO --------------------------------------------------------------------------------------
 
 
-def _read_coco(content: Mapping[str, Any], path: Path, images: Path | None) -> Drafts:
+def _read_coco(content: Mapping[str, Any], path: Path, images: Path | None) -> RawSamples:
     folders = [images] if images is not None else [path.parent, path.parent / "images"]
-    faults: list[str] = []
-    drafts: dict[object, Draft] = {}
+    skipped: list[str] = []
+    samples: dict[object, RawSample] = {}
     names = {row.get("id"): str(row.get("name", "")) for row in content.get("categories", [])}
     for row in content.get("images", []):
         if "id" not in row or "file_name" not in row:
-            faults.append(f"{path}: an image without 'id' or 'file_name': {_short(row)}")
+            skipped.append(f"{path}: an image without 'id' or 'file_name': {_short(row)}")
             continue
         size = (int(row["height"]), int(row["width"])) if "height" in row else None
-        drafts[row["id"]] = Draft(_find(row["file_name"], folders), [], size)
+        samples[row["id"]] = RawSample(_find(row["file_name"], folders), [], size)
     for row in content["annotations"]:
         what = f"{path}, annotation {row.get('id')}"
-        draft = drafts.get(row.get("image_id"))
-        if draft is None:
-            faults.append(f"{what}: there is no image with the id {row.get('image_id')!r}")
+        sample = samples.get(row.get("image_id"))
+        if sample is None:
+            skipped.append(f"{what}: there is no image with the id {row.get('image_id')!r}")
         elif row.get("iscrowd"):
-            faults.append(f"{what}: a crowd is no single object")
+            skipped.append(f"{what}: a crowd is no single object")
         else:
             try:
-                outline = _coco_outline(row.get("segmentation"))
+                annotation = _coco_annotation(row.get("segmentation"))
             except ValueError as err:
-                faults.append(f"{what}: {err}")
+                skipped.append(f"{what}: {err}")
             else:
-                draft.objects.append((outline, names.get(row.get("category_id"), "")))
-    return list(drafts.values()), faults
+                sample.objects.append((annotation, names.get(row.get("category_id"), "")))
+    return list(samples.values()), skipped
 
 
-def _coco_outline(segmentation: object) -> Outline:
+def _coco_annotation(segmentation: object) -> Annotation:
     if isinstance(segmentation, Mapping):
         return RunLengths.read(segmentation)
     return Polygons.read(segmentation)
@@ -412,28 +371,28 @@ def _short(row: object) -> str:
 # -- labelme -----------------------------------------------------------------------------------
 
 
-def _read_labelme(paths: list[Path], images: Path | None) -> Drafts:
-    drafts, faults = [], []
+def _read_labelme(paths: list[Path], images: Path | None) -> RawSamples:
+    samples, skipped = [], []
     for path in paths:
         try:
             content = _load_json(path)
         except ValueError as err:
-            faults.append(str(err))
+            skipped.append(str(err))
             continue
         if not isinstance(content.get("shapes"), list):
-            faults.append(f"{path} is no file of labelme: it has no list 'shapes'")
+            skipped.append(f"{path} is no file of labelme: it has no list 'shapes'")
             continue
         name = Path(str(content.get("imagePath") or path.stem).replace("\\", "/"))
         image = _find(str(name), [path.parent] if images is None else [images])
         sides = content.get("imageHeight"), content.get("imageWidth")
         size = (int(sides[0]), int(sides[1])) if sides[0] and sides[1] else None
-        drafts.append(Draft(image, _labelme_objects(content["shapes"], path, faults), size))
-    return drafts, faults
+        samples.append(RawSample(image, _labelme_objects(content["shapes"], path, skipped), size))
+    return samples, skipped
 
 
 def _labelme_objects(
-    shapes: list[Mapping[str, Any]], path: Path, faults: list[str]
-) -> list[tuple[Outline, str]]:
+    shapes: list[Mapping[str, Any]], path: Path, skipped: list[str]
+) -> list[tuple[Annotation, str]]:
     """Objects in the order of their first shapes; those of one label and group are joined."""
     rings: dict[object, tuple[str, list[Any]]] = {}
     for number, shape in enumerate(shapes):
@@ -441,7 +400,7 @@ def _labelme_objects(
         try:
             ring = _labelme_ring(shape)
         except ValueError as err:
-            faults.append(f"{path}, shape {number}: {err}")
+            skipped.append(f"{path}, shape {number}: {err}")
             continue
         key = number if group is None else (label, group)
         rings.setdefault(key, (label, []))[1].append(ring)
@@ -470,7 +429,7 @@ def _labelme_ring(shape: Mapping[str, Any]) -> Any:
 # -- files of masks ----------------------------------------------------------------------------
 
 
-def _read_csv(path: Path, images: Path | None) -> Drafts:
+def _read_csv(path: Path, images: Path | None) -> RawSamples:
     here = path.parent
     folders = [images] if images is not None else [here, here / "images"]
     with path.open(newline="", encoding="utf-8-sig") as file:
@@ -482,60 +441,61 @@ def _read_csv(path: Path, images: Path | None) -> Drafts:
                 f"{path} must have the columns 'picture' (or 'image') and 'mask'; it has "
                 f"{', '.join(columns) or 'none'}"
             )
-        drafts: dict[Path, Draft] = {}
-        faults: list[str] = []
+        samples: dict[Path, RawSample] = {}
+        skipped: list[str] = []
         for row in reader:
             if not row[column] or not row["mask"]:
-                faults.append(f"{path}, line {reader.line_num}: no {column} or no mask is named")
+                skipped.append(f"{path}, line {reader.line_num}: no {column} or no mask is named")
                 continue
             image = _find(row[column], folders)
             mask = _find(row["mask"], [here, here / "masks"])
-            draft = drafts.setdefault(image, Draft(image))
-            draft.objects.append((MaskFile(mask), row.get("label") or ""))
-    return list(drafts.values()), faults
+            sample = samples.setdefault(image, RawSample(image))
+            sample.objects.append((MaskFile(mask), row.get("label") or ""))
+    return list(samples.values()), skipped
 
 
-def _read_folders(images: Path, masks: Path) -> Drafts:
-    faults: list[str] = []
-    drafts: dict[str, Draft] = {}
-    for image in _files(images, IMAGES):
-        if image.stem in drafts:
-            faults.append(f"{image} has the stem of {drafts[image.stem].image.name}")
+def _read_folders(images: Path, masks: Path) -> RawSamples:
+    skipped: list[str] = []
+    samples: dict[str, RawSample] = {}
+    for image in _files(images):
+        if image.stem in samples:
+            skipped.append(f"{image} has the stem of {samples[image.stem].image.name}")
         else:
-            drafts[image.stem] = Draft(image)
-    for mask in _files(masks, MASKS):
-        draft = drafts.get(mask.stem)
-        if draft is not None:
-            _add_ids(draft, mask, faults)
+            samples[image.stem] = RawSample(image)
+    for mask in _files(masks, _LOSSY):
+        sample = samples.get(mask.stem)
+        if sample is not None:
+            _add_ids(sample, mask, skipped)
             continue
         stem = mask.stem
-        while "_" in stem and stem not in drafts:  # the longest stem that is an image's
+        while "_" in stem and stem not in samples:  # the longest stem that is an image's
             stem = stem.rpartition("_")[0]
-        if stem in drafts:
-            drafts[stem].objects.append((MaskFile(mask), ""))
+        if stem in samples:
+            samples[stem].objects.append((MaskFile(mask), ""))
         else:
-            faults.append(f"{mask} belongs to no image in {images}")
+            skipped.append(f"{mask} belongs to no image in {images}")
     for folder in sorted(place for place in masks.iterdir() if place.is_dir()):
-        for mask in _files(folder, MASKS):
-            if folder.name in drafts:
-                drafts[folder.name].objects.append((MaskFile(mask), ""))
+        for mask in _files(folder, _LOSSY):
+            if folder.name in samples:
+                samples[folder.name].objects.append((MaskFile(mask), ""))
             else:
-                faults.append(f"{mask} belongs to no image in {images}")
-    return list(drafts.values()), faults
+                skipped.append(f"{mask} belongs to no image in {images}")
+    return list(samples.values()), skipped
 
 
-def _files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
-    return sorted(place for place in folder.iterdir() if place.suffix.lower() in endings)
+def _files(folder: Path, but: tuple[str, ...] = ()) -> list[Path]:
+    suffixes = set(IMAGE_SUFFIXES) - set(but)
+    return sorted(place for place in folder.iterdir() if place.suffix.lower() in suffixes)
 
 
-def _add_ids(draft: Draft, mask: Path, faults: list[str]) -> None:
+def _add_ids(sample: RawSample, mask: Path, skipped: list[str]) -> None:
     """One object for each id in a file of masks."""
     try:
         ids = read_mask_file(mask, is_one_object=False)
     except ImageError as err:
-        faults.append(str(err))
+        skipped.append(str(err))
         return
-    found = object_ids(ids)
+    found = [int(value) for value in np.unique(ids) if value]
     if not found:
-        faults.append(f"{mask} is empty: it shows no object")
-    draft.objects += [(MaskFile(mask, value), "") for value in found]
+        skipped.append(f"{mask} is empty: it shows no object")
+    sample.objects += [(MaskFile(mask, value), "") for value in found]

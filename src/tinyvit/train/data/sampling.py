@@ -1,13 +1,11 @@
-"""Which samples come when: an order that depends on the seed and the step, and on nothing else.
+"""The order of samples, which depends on the seed and the step alone, and the batches made of them.
 
 An epoch visits each sample at most once, in an order drawn from (seed, epoch). Each step takes the
 next ``batch_size`` samples of it and splits them into parts, one for each process and accumulated
 pass; the parts of a step differ by one sample at most and no sample is in two of them. The last
 step of an epoch takes what is left. It is left out where ``drop_last`` says so or where fewer
-samples are left than there are processes: nothing is ever repeated to fill it up.
-
-Where a run goes on at a step, the order is computed from there on; nothing has to be read again.
-What a sample is, is not known here.
+samples are left than there are processes: nothing is ever repeated to fill it up. A resumed run
+computes the order from its step on.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tinyvit.train.task import Batch, Task
 
 Key = tuple[int, int]
-"""(epoch, index): with the seed, all that a sample's chance depends on."""
+"""(epoch, index): with the seed, all that a sample's randomness depends on."""
 
 Sample = TypeVar("Sample")
 
@@ -41,8 +39,11 @@ class Order:
         batch_size: Samples of a step, over all processes.
         accumulate: Parts of a step in each process.
         ranks: Processes.
-        seed: Source of the order.
+        seed: Of the order.
         drop_last: Leave out an epoch's last, smaller step.
+
+    Raises:
+        ValueError: There are no samples, or too few for a step.
     """
 
     samples: int
@@ -53,13 +54,8 @@ class Order:
     drop_last: bool = False
 
     def __post_init__(self) -> None:
-        """Check that an epoch has a step.
-
-        Raises:
-            ValueError: There are no samples, or too few.
-        """
         if self.samples < 1:
-            raise ValueError("the training data holds no samples; nothing can be learnt")
+            raise ValueError("the training data holds no samples")
         if self.batch_size < self.accumulate * self.ranks:
             raise ValueError(
                 f"batch_size={self.batch_size} gives no sample to some of the {self.ranks} "
@@ -118,18 +114,10 @@ def load_batches(
     workers: int = 0,
     is_pinned: bool = False,
 ) -> Iterator[Batch]:
-    """The batches of a process, in order, on the CPU.
+    """The batches of process ``rank``, one for each part of each step, in order, on the CPU.
 
-    Args:
-        task: Makes samples and batches.
-        order: Says which.
-        rank: The process.
-        steps: The steps wanted.
-        workers: Processes that prepare them ahead; 0 for none.
-        is_pinned: Put them in memory from which a GPU fetches them faster.
-
-    Returns:
-        One batch for each part of each step.
+    ``workers`` processes prepare them ahead, none with 0; ``is_pinned`` puts them in memory from
+    which a GPU fetches them faster.
     """
     keys = (part for step in steps for part in order.parts(step, rank))
     loader: DataLoader[Sample] = DataLoader(

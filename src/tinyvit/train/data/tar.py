@@ -3,9 +3,7 @@
 A sample is the members that share a name up to the first dot: ``000000.jpg`` and ``000000.cls``
 (or ``000000.json``). The tar files are walked once, for an index of where each image's bytes lie;
 it is kept in a file beside them, so that the next start takes no time. Reading an image afterwards
-is one seek, in any order and in any process. Compressed tar files have no such places.
-
-Letters: N images.
+is one seek, in any order and in any process. Compressed tar files cannot be read so.
 """
 
 from __future__ import annotations
@@ -16,6 +14,8 @@ import json
 import logging
 import os
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 
 from tinyvit.checkpoints.files import write_bytes
 from tinyvit.errors import CheckpointError, ImageError
+from tinyvit.folders.images import IMAGE_SUFFIXES
 from tinyvit.labels import read_labels
 
-from .lists import SUFFIXES, Labels, number_classes
+from .lists import Labels, number_classes
 
 INDEX = ".tinyvit-index.npz"
 _VERSION = 1
@@ -67,11 +68,7 @@ class TarShards:
         return self.names[index]
 
     def source(self, index: int) -> Path | bytes:
-        """The bytes of an image's file.
-
-        Raises:
-            ImageError: The tar file is gone or has become shorter.
-        """
+        """The bytes of an image's file; an ``ImageError`` if the tar file is gone or shorter."""
         path, size = self.shards[int(self.shard[index])], int(self.size[index])
         try:
             with path.open("rb") as file:
@@ -88,14 +85,7 @@ class TarShards:
 
 
 def find_shards(path: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """The tar files that a path means: itself, those of a folder, or those of a pattern.
-
-    Args:
-        path: A ``.tar`` file, a folder, or a pattern such as ``train-*.tar``.
-
-    Returns:
-        The files, sorted by name; none if the path means no tar files.
-    """
+    """The tar files of a path, a folder, or a pattern such as ``train-*.tar``; maybe none."""
     here = Path(path)
     if here.is_dir():
         return tuple(sorted(p for p in here.glob("*.tar") if not p.name.startswith(".")))
@@ -107,20 +97,12 @@ def find_shards(path: str | os.PathLike[str]) -> tuple[Path, ...]:
 def read_shards(
     shards: Sequence[Path], classes: Sequence[str] | None = None, *, keep_index: bool = True
 ) -> TarShards:
-    """Index tar files.
+    """Index tar files, in their order.
 
     Names of classes come from ``classes``, or else from a file ``classes.txt`` (or ``labels.txt``,
-    ``.json``) beside the tar files, or else from the labels themselves.
-
-    Args:
-        shards: The tar files, as ``find_shards`` gives them.
-        classes: The classes to number by, for a part that belongs to another one. Labels that are
-            numbers count positions in it.
-        keep_index: Keep the index beside the first tar file, and use one that fits. Where that
-            place cannot be written, the index is in memory only.
-
-    Returns:
-        The images, in the order of the files.
+    ``.json``) beside the tar files, or else from the labels themselves; labels that are numbers
+    count positions in the first two. With ``keep_index`` the index is kept beside the first tar
+    file if that place can be written, and one that fits is used.
 
     Raises:
         ValueError: A tar file is cut short, damaged or compressed; an image has no label or a
@@ -159,7 +141,7 @@ def _index(shards: Sequence[Path]) -> _Index:
         images: dict[str, tuple[str, int, int]] = {}
         labels: dict[str, str] = {}
         for key, suffix, member, content in _members(path):
-            if suffix in SUFFIXES:
+            if suffix in IMAGE_SUFFIXES:
                 images[key] = (member.name, member.offset_data, member.size)
             elif content is not None and (suffix == ".cls" or key not in labels):
                 labels[key] = _label(content, suffix, f"{path.name}/{member.name}")
@@ -253,7 +235,7 @@ def _labels(
 
 
 def _mark(path: Path) -> list[str | int]:
-    """What tells that a tar file is still the one that was indexed."""
+    """Tells whether a tar file is still the one that was indexed."""
     status = path.stat()
     return [path.name, status.st_size, status.st_mtime_ns]
 
@@ -267,8 +249,8 @@ def _read_index(place: Path, marks: str) -> _Index | None:
             return names, held["places"], texts
     except FileNotFoundError:
         return None
-    except Exception as err:  # numpy's and zip's errors on a damaged file have no common class
-        logger.warning("%s is damaged (%s) and is made anew", place, err)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as err:
+        logger.warning("%s is damaged (%s) and is rebuilt", place, err)
         return None
 
 

@@ -1,11 +1,10 @@
-"""What a person would prompt, simulated: clicks in an object, boxes around it, corrections.
+"""What a person would prompt, simulated, and the loss of what the model predicts.
 
 First prompts follow Segment Anything's training (Kirillov et al., 2023): a click at a random place
-of the object, or its box with each edge moved by chance. Half of the clicks go to the most
+of the object, or its box with each edge moved at random. Half of the clicks go to the most
 interior point instead, where people click. A correction goes to the largest connected error.
-
-All chance comes from the generator that is handed in. Shapes: H W the frame. Points are (x, y),
-continuous: the centre of the first pixel is (0.5, 0.5).
+Points are (x, y) in pixels of the model input, continuous: the centre of the first pixel is
+(0.5, 0.5).
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from tinyvit.evaluate.metrics import most_interior_point
 from tinyvit.modules.sam.mask_decoder import MaskDecoder
+from tinyvit.sam.mask_ops import box_of
 from tinyvit.sam.model import Sam
 
 from .losses import MaskLoss, MaskLosses, shrink_masks
@@ -30,48 +30,39 @@ Point = tuple[float, float]
 BOX_NOISE = 0.1
 """Standard deviation of a box's edges, as a share of its side."""
 MOST_BOX_NOISE = 20 / 1024
-"""The farthest that an edge moves, as a share of the frame's longer side."""
+"""The farthest that an edge moves, as a share of the longer side of the model input."""
 
 _INTERIOR_SHARE = 0.5
 _LARGEST_SHARE = 0.8  # how often the largest error is corrected; else any, by its size
 
 
 def first_click(mask: Mask, rng: np.random.Generator) -> Point:
-    """A click in an object: at its most interior point, or anywhere in it.
-
-    Args:
-        mask: [H, W] bool with at least one pixel.
-        rng: The source of chance.
-
-    Returns:
-        (x, y), the centre of a pixel of the mask.
+    """A click in an object [H, W]: at its most interior point, or anywhere in it.
 
     Raises:
         ValueError: The mask is empty.
     """
     if rng.random() < _INTERIOR_SHARE:
         return most_interior_point(mask)
-    return _any_point(mask, rng)
+    places = np.flatnonzero(mask)
+    if not len(places):
+        raise ValueError("an empty mask has no point; skip it")
+    row, column = divmod(int(places[rng.integers(len(places))]), mask.shape[1])
+    return float(column + 0.5), float(row + 0.5)
 
 
 def noisy_box(mask: Mask, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """The box around an object as a person would draw it.
+    """The box (x0, y0, x1, y1) around an object [H, W] as a person would draw it.
 
-    Args:
-        mask: [H, W] bool with at least one pixel.
-        rng: The source of chance.
-
-    Returns:
-        (x0, y0, x1, y1) inside the frame, at least one pixel wide and high.
+    It lies inside the model input and is at least one pixel wide and high.
 
     Raises:
         ValueError: The mask is empty.
     """
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        raise ValueError("an empty mask has no box; leave it out")
+    if not mask.any():
+        raise ValueError("an empty mask has no box; skip it")
     height, width = mask.shape
-    edges = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)
+    edges = np.add(box_of(mask), (0.0, 0.0, 1.0, 1.0))  # of the last pixels the far edge
     sides = np.tile(edges[2:] - edges[:2], 2)
     most = MOST_BOX_NOISE * max(height, width)
     moved = edges + np.clip(BOX_NOISE * sides * rng.standard_normal(4), -most, most)
@@ -85,13 +76,8 @@ def noisy_box(mask: Mask, rng: np.random.Generator) -> tuple[float, float, float
 def correct(predicted: Mask, target: Mask, rng: np.random.Generator) -> tuple[Point, int] | None:
     """A click that corrects a mask, somewhere in one connected error, most often the largest.
 
-    Args:
-        predicted: [H, W] bool.
-        target: [H, W] bool.
-        rng: The source of chance.
-
-    Returns:
-        ((x, y), 1 where the object was missed or 0 where there was too much); None without errors.
+    Gives ((x, y), 1 where the object was missed or 0 where there was too much); None without
+    errors.
     """
     from scipy.ndimage import label
 
@@ -116,17 +102,6 @@ def correct(predicted: Mask, target: Mask, rng: np.random.Generator) -> tuple[Po
     return first_click(region, rng), int(is_missed)
 
 
-def _any_point(mask: Mask, rng: np.random.Generator) -> Point:
-    places = np.flatnonzero(mask)
-    if not len(places):
-        raise ValueError("an empty mask has no point; leave it out")
-    row, column = divmod(int(places[rng.integers(len(places))]), mask.shape[1])
-    return float(column + 0.5), float(row + 0.5)
-
-
-pass
-
-
 _SINGLE, _MULTIPLE = slice(0, 1), slice(1, None)  # of the decoder's masks
 
 
@@ -136,7 +111,7 @@ class Prompting:
 
     Args:
         box_share: How many objects are prompted by a box first, 0 to 1; the others by a click.
-        corrective_share: In how many steps clicks correct earlier answers, 0 to 1.
+        corrective_share: In how many steps clicks correct earlier predictions, 0 to 1.
         most_corrections: The most clicks that correct one object; at least 1.
 
     Raises:
@@ -161,10 +136,10 @@ class Objects:
 
     Attributes:
         rows: [N] int64, which image's embedding.
-        targets: [N, h4, w4] in 0..1, the covered share of each cell.
+        targets: [N, h4, w4] in 0..1, the covered share of each low-res pixel.
         weights: [N, h4, w4], 1 where the image is and 0 in the padding.
-        points: [N, 2] (x, y) of the first click, in pixels of the model's frame.
-        boxes: [N, 4] xyxy in the model's frame.
+        points: [N, 2] (x, y) of the first click, in pixels of the model input.
+        boxes: [N, 4] xyxy, the same.
     """
 
     rows: Tensor
@@ -181,19 +156,19 @@ class Objects:
         """Objects of a batch.
 
         Args:
-            sam: The model, for its frame.
+            sam: The model, for its input size.
             grid: (h, w) of the embeddings.
-            masks: [B, K, H, W] bool in the model's frame, K objects of each image.
-            sizes: [B, 2] (height, width) of each image in the frame, without padding.
+            masks: [B, K, H, W] bool in the model input, K objects of each image.
+            sizes: [B, 2] (height, width) of each image in it, without padding.
             points: [B, K, 2].
             boxes: [B, K, 4].
         """
         batch, count, height, width = masks.shape
-        pitch = pitch_of(sam)
+        stride = logit_stride(sam)
         low_res = 4 * grid[0], 4 * grid[1]
-        frame = round(low_res[0] * pitch), round(low_res[1] * pitch)
-        flat = F.pad(masks.flatten(0, 1), (0, frame[1] - width, 0, frame[0] - height))
-        y, x = (pitch * torch.arange(n, device=masks.device) for n in low_res)
+        whole = round(low_res[0] * stride), round(low_res[1] * stride)
+        flat = F.pad(masks.flatten(0, 1), (0, whole[1] - width, 0, whole[0] - height))
+        y, x = (stride * torch.arange(n, device=masks.device) for n in low_res)
         inside = (y[:, None] < sizes[:, 0, None, None]) & (x < sizes[:, 1, None, None])
         return cls(
             torch.arange(batch, device=masks.device).repeat_interleave(count),
@@ -209,8 +184,8 @@ class Objects:
         return Objects(*(part[chosen] for part in parts))
 
 
-def pitch_of(sam: Sam) -> float:
-    """Pixels of the model's frame for one low-res logit."""
+def logit_stride(sam: Sam) -> float:
+    """Pixels of the model input for one low-res logit."""
     return sam.prompt_encoder.input_image_size[0] / sam.prompt_encoder.mask_input_size[0]
 
 
@@ -222,18 +197,10 @@ def prompt_and_learn(
     prompting: Prompting,
     generator: torch.Generator,
 ) -> MaskLoss:
-    """Prompt every object once or several times; the loss of the last answers.
+    """Prompt every object once or several times; the loss of the last predictions.
 
-    Args:
-        sam: The model; its prompt encoder and mask decoder are asked.
-        features: [B, C, h, w], with or without gradient.
-        objects: Of these images.
-        losses: Weights of the losses.
-        prompting: How to prompt.
-        generator: On the CPU; the source of chance.
-
-    Returns:
-        The loss of each object, in two runs: those prompted by clicks first, then by boxes.
+    ``features`` [B, C, h, w] are with or without gradient, the generator is on the CPU. Gives the
+    loss of each object, those prompted by clicks first, then by boxes.
     """
     seed, steps = (int(torch.randint(2**62, (), generator=generator)) for _ in range(2))
     rng = np.random.default_rng(seed)
@@ -272,10 +239,10 @@ def _learn_one_kind(
     for _ in range(corrections):
         with torch.no_grad():
             logits, ious = _decode(sam, source, points, labels, boxes, previous)
-        asked = _MULTIPLE if _is_ambiguous(points, boxes) else _SINGLE
-        logits, best = logits[:, asked], ious[:, asked].argmax(1)
+        wanted = _MULTIPLE if _is_ambiguous(points, boxes) else _SINGLE
+        logits, best = logits[:, wanted], ious[:, wanted].argmax(1)
         previous = logits[torch.arange(len(best), device=best.device), best][:, None]
-        new, kinds = _corrections(previous[:, 0], objects, pitch_of(sam), rng)
+        new, kinds = _corrections(previous[:, 0], objects, logit_stride(sam), rng)
         points = new if points is None else torch.cat((points, new), 1)
         labels = kinds if labels is None else torch.cat((labels, kinds), 1)
     logits, ious = _decode(sam, source, points, labels, boxes, previous)
@@ -311,30 +278,26 @@ def _decode(
 
 
 def _corrections(
-    logits: Tensor, objects: Objects, pitch: float, rng: np.random.Generator
+    logits: Tensor, objects: Objects, stride: float, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A click for each object: ([N, 1, 2] (x, y) in the frame, labels [N, 1])."""
+    """A click for each object: ([N, 1, 2] (x, y) in the model input, labels [N, 1])."""
     inside = objects.weights > 0
-    answers = ((logits > 0) & inside).cpu().numpy()
+    predicted = ((logits > 0) & inside).cpu().numpy()
     wanted = ((objects.targets > 0.5) & inside).cpu().numpy()
-    points, labels = objects.points.cpu().numpy().copy(), np.ones(len(answers), np.int64)
-    for row, (answer, target) in enumerate(zip(answers, wanted, strict=True)):
-        click = correct(answer, target, rng)
+    points, labels = objects.points.cpu().numpy().copy(), np.ones(len(predicted), np.int64)
+    for row, (found, target) in enumerate(zip(predicted, wanted, strict=True)):
+        click = correct(found, target, rng)
         if click is not None:  # else the first click once more
-            points[row], labels[row] = np.array(click[0]) * pitch, click[1]
+            points[row], labels[row] = np.array(click[0]) * stride, click[1]
     device = logits.device
-    moved = torch.from_numpy(points).to(device, objects.points.dtype)
-    return moved[:, None], torch.from_numpy(labels).to(device)[:, None]
+    clicks = torch.from_numpy(points).to(device, objects.points.dtype)
+    return clicks[:, None], torch.from_numpy(labels).to(device)[:, None]
 
 
 def check_trainable(sam: Sam) -> None:
-    """Refuse a model whose decoder this file cannot prompt.
-
-    Raises:
-        ValueError: Light HQ-SAM's decoder, which gives one corrected mask for every prompt.
-    """
+    """Refuse Light HQ-SAM's decoder, which gives one corrected mask for every prompt."""
     if type(sam.mask_decoder) is not MaskDecoder:
         raise ValueError(
-            f"promptable segmentation is learnt with Segment Anything's mask decoder; this model "
+            f"promptable segmentation is trained with Segment Anything's mask decoder; this model "
             f"has {type(sam.mask_decoder).__name__} instead; take a checkpoint without it"
         )

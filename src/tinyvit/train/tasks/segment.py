@@ -1,7 +1,8 @@
-"""From an image with masks to one training sample: framed, with objects chosen and prompted.
+"""The task of learning to segment by prompts, and its samples.
 
-Runs in worker processes, so no model is known here. Letters: B batch, K objects of an image, H W
-the model's frame.
+``MaskSampler`` turns an image with masks into a training sample: fitted into the model input, with
+objects chosen and prompted; it runs in worker processes, without the model. ``Segment`` computes
+the loss of the prompted objects (``prompting.py``) and validates by simulated clicks and boxes.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from tinyvit.checkpoints import write_state_dict
 from tinyvit.checkpoints.files import header_for
 from tinyvit.errors import ImageError
 from tinyvit.evaluate.segment import (
+    EvaluateSettings,
     LabelledImage,
-    MeasureSettings,
     evaluate_segment,
 )
 from tinyvit.image_spec import ImageSpec
@@ -32,7 +33,7 @@ from tinyvit.sam.build import build_sam
 from tinyvit.sam.embedding import spec_of
 from tinyvit.sam.model import Sam
 from tinyvit.sam.predictor import SamPredictor
-from tinyvit.train.data.augment import FramedScene, SceneAugment, frame_scene
+from tinyvit.train.data.augment import FittedSample, MaskAugment, fit_sample
 from tinyvit.train.data.masks import MaskSet, open_mask_set
 from tinyvit.train.settings import OnBroken, SettingError
 from tinyvit.train.task import Batch, Goal
@@ -44,30 +45,26 @@ from .settings import SegmentSettings
 _TRIES = 20
 
 
-class Scenes(Protocol):
-    """Images with masks by number: a ``MaskSet``, or images drawn when they are asked for."""
+class MaskSamples(Protocol):
+    """Images with masks by number: a ``MaskSet``, or images made when they are asked for."""
 
-    def __len__(self) -> int:
-        """How many."""
-        ...
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> LabelledImage:
-        """One of them."""
-        ...
+    def __getitem__(self, index: int, /) -> LabelledImage: ...
 
 
 @dataclass(frozen=True)
-class SceneSample:
-    """One image to learn from.
+class PromptedSample:
+    """One image to train on.
 
     Attributes:
         index: Which image.
         image: [3, H, W] float32, normalised and padded.
-        size: (height, width) of the image in the frame, without padding.
-        masks: [K, H, W] bool in the frame.
+        size: (height, width) of the image in the model input, without padding.
+        masks: [K, H, W] bool in the model input.
         points: [K, 2] float32, a first click for each object.
         boxes: [K, 4] float32, a box for each object.
-        broken: Reason by name of each broken image met on the way.
+        broken: Reason by name of each unreadable image met on the way.
     """
 
     index: int
@@ -80,26 +77,26 @@ class SceneSample:
 
 
 @dataclass(frozen=True)
-class SceneSampler:
+class MaskSampler:
     """Makes training samples of images with masks.
 
     Args:
         data: The images.
         spec: How images are prepared; fitted by their longest side.
-        augment: Changes images by chance; None does not.
+        augment: Changes images at random; None does not.
         objects: Objects of an image that are prompted; those of an image with fewer come again,
             with other prompts.
-        least_pixels: Objects with fewer pixels in the frame are not learnt from, unless there is
-            no larger one.
-        on_broken: What a broken image does: "skip" takes another one and gives the reason.
+        least_pixels: Objects with fewer pixels in the model input are not trained on, unless
+            there is no larger one.
+        on_broken: What an unreadable image does: "skip" takes another one and gives the reason.
 
     Raises:
         ValueError: ``objects`` is below 1, or images are prepared otherwise.
     """
 
-    data: Scenes
+    data: MaskSamples
     spec: ImageSpec
-    augment: SceneAugment | None = field(default_factory=SceneAugment)
+    augment: MaskAugment | None = field(default_factory=MaskAugment)
     objects: int = 4
     least_pixels: int = 64
     on_broken: OnBroken = "skip"
@@ -112,20 +109,16 @@ class SceneSampler:
                 f"a SAM's images are fitted by their longest side, not {self.spec.resize!r}"
             )
 
-    def sample(self, index: int, rng: np.random.Generator) -> SceneSample:
-        """One image and some of its objects; another one that ``rng`` draws where it is broken.
-
-        Args:
-            index: 0 to ``len(self) - 1``.
-            rng: The only source of chance.
+    def sample(self, index: int, rng: np.random.Generator) -> PromptedSample:
+        """One image and some of its objects; another one that ``rng`` draws if it is unreadable.
 
         Raises:
-            ImageError: The image is broken and ``on_broken`` is "error", or many were in a row.
+            ImageError: It is unreadable and ``on_broken`` is "error", or many in a row are.
         """
         broken: dict[str, str] = {}
         for _ in range(_TRIES):
             try:
-                framed = self._framed(index, rng)
+                fitted = self._fitted(index, rng)
             except (ImageError, ValueError) as err:
                 name = self.data[index].name
                 if self.on_broken == "error":
@@ -133,63 +126,46 @@ class SceneSampler:
                 broken[name] = str(err)
                 index = int(rng.integers(len(self.data)))
             else:
-                return self._prompted(index, framed, rng, broken)
+                return self._prompted(index, fitted, rng, broken)
         name, reason = next(iter(broken.items()))
         raise ImageError(
-            f"{_TRIES} images drawn in a row were broken, the first is {name!r} ({reason}); most "
-            "of the data cannot be read"
+            f"{_TRIES} images drawn in a row are unreadable, the first is {name!r} ({reason}); "
+            "most of the data cannot be read"
         )
 
-    def _framed(self, index: int, rng: np.random.Generator) -> FramedScene:
-        """An image in the frame with at least one object that is large enough."""
+    def _fitted(self, index: int, rng: np.random.Generator) -> FittedSample:
+        """An image in the model input with at least one object that is large enough."""
         image, masks = self.data[index].load()
         if self.augment is not None:
-            framed = self.augment(image, masks, self.spec.size, rng)
-            if (framed.masks.sum((1, 2)) >= self.least_pixels).any():
-                return framed
-        framed = frame_scene(image, masks, self.spec.size)
-        if not framed.masks.any():
+            fitted = self.augment(image, masks, self.spec.size, rng)
+            if (fitted.masks.sum((1, 2)) >= self.least_pixels).any():
+                return fitted
+        fitted = fit_sample(image, masks, self.spec.size)
+        if not fitted.masks.any():
             height, width = self.spec.size
             raise ValueError(f"all its objects vanish at {width} x {height} pixels")
-        return framed
+        return fitted
 
     def _prompted(
-        self, index: int, framed: FramedScene, rng: np.random.Generator, broken: dict[str, str]
-    ) -> SceneSample:
-        areas = framed.masks.sum((1, 2))
+        self, index: int, fitted: FittedSample, rng: np.random.Generator, broken: dict[str, str]
+    ) -> PromptedSample:
+        areas = fitted.masks.sum((1, 2))
         good = np.flatnonzero(areas >= min(self.least_pixels, int(areas.max())))
         order = rng.permutation(good)
-        chosen = framed.masks[np.resize(order, self.objects)]  # again from the start if too few
-        size = framed.pixels.shape[0], framed.pixels.shape[1]
-        frame = np.zeros((self.objects, *self.spec.size), np.bool_)
-        frame[:, : size[0], : size[1]] = chosen
-        pixels = torch.from_numpy(framed.pixels).permute(2, 0, 1)
-        return SceneSample(
+        chosen = fitted.masks[np.resize(order, self.objects)]  # again from the start if too few
+        size = fitted.pixels.shape[0], fitted.pixels.shape[1]
+        padded = np.zeros((self.objects, *self.spec.size), np.bool_)
+        padded[:, : size[0], : size[1]] = chosen
+        pixels = torch.from_numpy(fitted.pixels).permute(2, 0, 1)
+        return PromptedSample(
             index,
             normalise_and_pad(pixels, replace(self.spec, pad=True))[0],
             size,
-            frame,
+            padded,
             np.array([first_click(mask, rng) for mask in chosen], np.float32),
             np.array([noisy_box(mask, rng) for mask in chosen], np.float32),
             broken,
         )
-
-
-def collate_scenes(samples: list[SceneSample]) -> Batch:
-    """The samples' arrays, stacked by name, and ``broken``: reasons by name."""
-    batch: dict[str, Any] = {
-        "index": torch.tensor([one.index for one in samples]),
-        "images": torch.stack([one.image for one in samples]),
-        "sizes": torch.tensor([one.size for one in samples]),
-        "masks": torch.from_numpy(np.stack([one.masks for one in samples])),
-        "points": torch.from_numpy(np.stack([one.points for one in samples])),
-        "boxes": torch.from_numpy(np.stack([one.boxes for one in samples])),
-        "broken": {name: text for one in samples for name, text in one.broken.items()},
-    }
-    return batch
-
-
-pass
 
 
 @dataclass
@@ -198,17 +174,20 @@ class Segment:
 
     Attributes:
         model: The network, trained in place.
-        sampler: Makes samples of what is learnt from.
-        val: What is measured on.
+        sampler: Makes samples of what is trained on.
+        val: What is validated on.
         prompting: How objects are prompted.
         losses: Weights of the losses.
         cached_features: Images whose embeddings are kept.
-        val_masks: The most masks to measure on.
-        broken: Reason by name of each broken image met so far, in this process.
+        val_masks: The most masks to validate on.
+        broken: Reason by name of each unreadable image met so far, in this process.
+
+    Raises:
+        ValueError: Embeddings are to be kept of images that change.
     """
 
     model: nn.Module
-    sampler: SceneSampler
+    sampler: MaskSampler
     val: Iterable[LabelledImage]
     prompting: Prompting = field(default_factory=Prompting)
     losses: MaskLosses = field(default_factory=MaskLosses)
@@ -230,26 +209,30 @@ class Segment:
         """Training images in an epoch."""
         return len(self.sampler.data)
 
-    def sample(self, index: int, rng: np.random.Generator) -> SceneSample:
-        """One image and some of its objects, see ``SceneSampler``."""
+    def sample(self, index: int, rng: np.random.Generator) -> PromptedSample:
+        """One image and some of its objects, see ``MaskSampler``."""
         return self.sampler.sample(index, rng)
 
-    def collate(self, samples: list[SceneSample]) -> Batch:
+    def collate(self, samples: list[PromptedSample]) -> Batch:
         """The samples' arrays, stacked by name, and ``broken``: reasons by name."""
-        return collate_scenes(samples)
+        batch: dict[str, Any] = {
+            "index": torch.tensor([one.index for one in samples]),
+            "images": torch.stack([one.image for one in samples]),
+            "sizes": torch.tensor([one.size for one in samples]),
+            "masks": torch.from_numpy(np.stack([one.masks for one in samples])),
+            "points": torch.from_numpy(np.stack([one.points for one in samples])),
+            "boxes": torch.from_numpy(np.stack([one.boxes for one in samples])),
+            "broken": {name: text for one in samples for name, text in one.broken.items()},
+        }
+        return batch
 
     def loss(
         self, model: nn.Module, batch: Batch, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Focal, dice and IoU loss of every object's last answer.
-
-        Args:
-            model: A ``Sam``.
-            batch: What ``collate`` gave.
-            generator: Chance of the prompts.
+        """Focal, dice and IoU loss of every object's last prediction.
 
         Returns:
-            The mean loss, and figures to log: ``train_iou``, ``focal``, ``dice``, ``iou_error``.
+            The mean loss, and metrics: ``train_iou``, ``focal``, ``dice``, ``iou_error``.
 
         Raises:
             ValueError: Embeddings are to be kept, but the encoder learns.
@@ -262,13 +245,13 @@ class Segment:
             sam, grid, batch["masks"], batch["sizes"], batch["points"], batch["boxes"]
         )
         found = prompt_and_learn(sam, features, objects, self.losses, self.prompting, generator)
-        figures = {
+        metrics = {
             "train_iou": found.iou,
             "focal": found.focal,
             "dice": found.dice,
             "iou_error": found.iou_error,
         }
-        return found.total.mean(), {name: x.detach().mean() for name, x in figures.items()}
+        return found.total.mean(), {name: x.detach().mean() for name, x in metrics.items()}
 
     def _features(self, sam: Sam, batch: Batch) -> Tensor:
         """[B, C, h, w]; without gradient where the encoder does not learn."""
@@ -294,59 +277,39 @@ class Segment:
         )
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Mean IoU on the held-out part.
-
-        Args:
-            model: A ``Sam`` in eval mode; asked as it is.
+        """Mean IoU on the held-out part, by the model as it is.
 
         Returns:
             ``iou_1_click``, ``iou_3_clicks``, ``iou_box``, their mean ``mean_iou``, and
             ``predicted_iou_error``, the mean distance of predicted and true IoU at one click.
 
         Raises:
-            ValueError: No mask of it can be measured on.
+            ValueError: It has no good mask.
         """
-        settings = MeasureSettings(
-            (1, 3), most_clicks=3, with_floors=False, most_masks=self.val_masks
+        settings = EvaluateSettings(
+            (1, 3), most_clicks=3, with_baselines=False, most_masks=self.val_masks
         )
         report = evaluate_segment(SamPredictor(cast(Sam, model), fast=False), self.val, settings)
-        if report.left_out and self.sampler.on_broken == "error":
-            raise ImageError(report.left_out[0])
-        self.broken.update({text.partition(":")[0]: text for text in report.left_out})
-        figures = {
+        if report.skipped and self.sampler.on_broken == "error":
+            raise ImageError(report.skipped[0])
+        self.broken.update({text.partition(":")[0]: text for text in report.skipped})
+        ious = {
             "iou_1_click": report.ious["1 click"].value,
             "iou_3_clicks": report.ious["3 clicks"].value,
             "iou_box": report.ious["box"].value,
         }
         error = report.calibrations["1 click"].mean_absolute_error
-        mean = sum(figures.values()) / len(figures)
-        return {"mean_iou": mean, **figures, "predicted_iou_error": error}
+        return {"mean_iou": sum(ious.values()) / 3, **ious, "predicted_iou_error": error}
 
     def save(self, model: nn.Module, path: Path) -> None:
-        """Write the whole model under the names of segment-anything.
-
-        Raises:
-            TypeError: ``model`` is no Sam.
-            CheckpointError: The file cannot be written.
-        """
+        """Write the whole model under the names of segment-anything."""
         if not isinstance(model, Sam):
             raise TypeError(f"wanted a Sam to save, got {type(model).__name__}")
         save_sam(model, path)
 
 
 def save_sam(model: Sam, path: str | os.PathLike[str]) -> Path:
-    """Write a Sam as one file, which ``build_sam`` and every command load.
-
-    Args:
-        model: The model.
-        path: A ``.safetensors`` file; an existing one is replaced at the end.
-
-    Returns:
-        The path.
-
-    Raises:
-        CheckpointError: The file cannot be written.
-    """
+    """Write a Sam as one ``.safetensors`` file, which ``build_sam`` and every command load."""
     strides = ",".join(str(stride) for stride in model.image_encoder.strides)
     header = {
         "tinyvit.family": "tinyvit_sam",
@@ -359,27 +322,21 @@ def save_sam(model: Sam, path: str | os.PathLike[str]) -> Path:
 def make_task(settings: SegmentSettings) -> Segment:
     """Open the data, build the model, and put both together.
 
-    Args:
-        settings: The choices.
-
-    Returns:
-        The task, for ``tinyvit.train.train``.
-
     Raises:
         ValueError: The data or a choice is wrong.
         CheckpointError: The checkpoint cannot be read, holds no whole SAM, or does not fit.
         DownloadError: The checkpoint cannot be fetched.
 
     Warns:
-        UserWarning: Masks were left out, or there is only one image.
+        UserWarning: Masks were skipped, or there is only one image.
     """
     data, val = _open(settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         sam = build_sam(settings.checkpoint, settings.model, img_size=settings.img_size)
     check_trainable(sam)
-    augment = SceneAugment() if settings.augment == "full" else None
-    sampler = SceneSampler(
+    augment = MaskAugment() if settings.augment == "full" else None
+    sampler = MaskSampler(
         data, spec_of(sam), augment, settings.objects, settings.least_pixels, settings.on_broken
     )
     return Segment(
@@ -394,14 +351,14 @@ def make_task(settings: SegmentSettings) -> Segment:
 
 
 def _open(settings: SegmentSettings) -> tuple[MaskSet, MaskSet]:
-    """What to learn from and what to measure on."""
+    """What to train on and what to validate on."""
     whole = open_mask_set(settings.data, settings.images, on_fault=settings.on_broken)
     if settings.val is not None:
         parts = whole, open_mask_set(settings.val, settings.val_images, on_fault=settings.on_broken)
     elif len(whole) == 1:
         warnings.warn(
-            f"{settings.data} has only one image: it is learnt from and measured on, so the "
-            "figures say nothing about others; name images to measure on with val=...",
+            f"{settings.data} has only one image: it is trained and validated on, so the metrics "
+            "say nothing about others; name images to validate on with val=...",
             stacklevel=3,
         )
         parts = whole, replace(whole, faults=())

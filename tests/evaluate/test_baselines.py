@@ -4,7 +4,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from tinyvit.evaluate.baselines import box_floors, click_floors, disc, ellipse, grabcut
+from tinyvit.evaluate.baselines import box_baselines, click_baselines, disc, ellipse, grabcut
 
 
 def test_the_disc_has_a_fifth_of_the_longer_side_as_radius():
@@ -27,15 +27,15 @@ def test_a_box_without_area_has_no_ellipse():
 
 def test_floors_by_name():
     image = np.zeros((20, 30, 3), np.uint8)
-    assert click_floors()["disc"](image, (10, 10)).shape == (20, 30)
-    assert box_floors()["ellipse"](image, (2, 2, 20, 18)).shape == (20, 30)
+    assert click_baselines()["disc"](image, (10, 10)).shape == (20, 30)
+    assert box_baselines()["ellipse"](image, (2, 2, 20, 18)).shape == (20, 30)
 
 
 def test_grabcut_is_there_exactly_where_opencv_is(monkeypatch):
-    assert ("grabcut" in click_floors()) == (find_spec("cv2") is not None)
+    assert ("grabcut" in click_baselines()) == (find_spec("cv2") is not None)
     monkeypatch.setattr("tinyvit.evaluate.baselines.find_spec", lambda name: None)
-    assert list(click_floors()) == ["disc"]
-    assert list(box_floors()) == ["ellipse"]
+    assert list(click_baselines()) == ["disc"]
+    assert list(box_baselines()) == ["ellipse"]
 
 
 def test_grabcut_wants_one_prompt():

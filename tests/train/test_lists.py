@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyvit.train.data.lists import number_classes, read_csv, read_folder, split
+from tinyvit.train.data.images import split
+from tinyvit.train.data.lists import number_classes, read_csv, read_folder
 
 from .tiny_images import write_folder
 
