@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyvit.sam.mask_ops import box_of
+from tinyvit.sam.mask_ops import box_around
 
 Mask = NDArray[np.bool_]
 Point = tuple[float, float]
@@ -129,8 +129,8 @@ def _boundary(mask: Mask) -> Mask:
 
 def _window(mask: Mask) -> tuple[slice, slice]:
     """The part of the image that holds a mask, which is not empty."""
-    x0, y0, x1, y1 = box_of(mask)
-    return slice(y0, y1 + 1), slice(x0, x1 + 1)
+    x0, y0, x1, y1 = box_around(mask)
+    return slice(y0, y1), slice(x0, x1)
 
 
 def _largest_region(error: Mask) -> tuple[int, Mask]:

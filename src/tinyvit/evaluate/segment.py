@@ -24,7 +24,7 @@ from PIL import Image, ImageFilter
 from tinyvit.errors import ImageError
 from tinyvit.images.draw import draw_masks, draw_points, save_png
 from tinyvit.sam.build import build_sam
-from tinyvit.sam.mask_ops import box_of
+from tinyvit.sam.mask_ops import box_around
 from tinyvit.sam.model import Sam
 from tinyvit.sam.predictor import SamPredictor
 
@@ -462,8 +462,8 @@ class _Evaluator:
 
     def _case(self, image: str, number: int, label: str, rgb: RGB, target: Mask) -> Prediction:
         point = most_interior_point(target)
-        x0, y0, x1, y1 = box_of(target)
-        box = float(x0), float(y0), float(x1 + 1), float(y1 + 1)
+        x0, y0, x1, y1 = map(float, box_around(target))
+        box = x0, y0, x1, y1
         first, ious = self._click(point, target)
         boxed = self._predict(None, None, np.array(box), None, False)
         by_click: Mapping[str, float] = {}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tinyvit.evaluate.metrics import most_interior_point
 from tinyvit.modules.sam.mask_decoder import MaskDecoder
-from tinyvit.sam.mask_ops import box_of
+from tinyvit.sam.mask_ops import box_around
 from tinyvit.sam.model import Sam
 
 from .losses import MaskLoss, MaskLosses, shrink_masks
@@ -62,7 +62,7 @@ def noisy_box(mask: Mask, rng: np.random.Generator) -> tuple[float, float, float
     if not mask.any():
         raise ValueError("an empty mask has no box; skip it")
     height, width = mask.shape
-    edges = np.add(box_of(mask), (0.0, 0.0, 1.0, 1.0))  # of the last pixels the far edge
+    edges = np.array(box_around(mask), np.float64)
     sides = np.tile(edges[2:] - edges[:2], 2)
     most = MOST_BOX_NOISE * max(height, width)
     moved = edges + np.clip(BOX_NOISE * sides * rng.standard_normal(4), -most, most)
