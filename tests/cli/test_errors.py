@@ -32,7 +32,7 @@ def end_of(error, ctx=None):
     [
         (CheckpointError("no good"), "error: no good"),
         (MissingExtraError("pip install x"), "error: pip install x"),
-        (ValueError("two\nlines  and\tmore"), "error: two lines and more"),
+        (ValueError("two\nlines  and\tmore"), "error: two lines  and more"),
         (TypeError(""), "error: TypeError"),
         (OSError(errno.EACCES, "Permission denied", "a/b"), "error: a/b: Permission denied"),
         (OSError(errno.ENOSPC, "No space left"), "error: No space left"),

@@ -219,7 +219,7 @@ def test_wrong_settings_are_one_line(run, words, tmp_path, more, said):
 def test_paths_in_errors_stay_as_they_are(run, tmp_path):
     result = run("train", "classify", "my  seed=3 .dir", "-o", tmp_path / "run")
     assert result.code == 1
-    assert "my  seed=3 .dir" in result.err or "my seed=3 .dir" in result.err
+    assert "'my  seed=3 .dir'" in result.err
 
 
 def test_other_processes_are_silent(run, words, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -129,10 +130,10 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
-def one_line(text: str) -> str:
+def one_line(text: str, is_whole: bool = False) -> str:
     """The text in one line, cut where it grows too long to be read."""
-    text = " ".join(text.split())
-    if len(text) > _LONGEST_LINE:
+    text = re.sub(r"\s*[\n\r\t]\s*", " ", text.strip())  # blanks in a path stay
+    if len(text) > _LONGEST_LINE and not is_whole:
         return f"{text[:_LONGEST_LINE].rstrip()} ... (--debug shows all of it)"
     return text
 
@@ -223,7 +224,7 @@ def _failed(err: Exception, own: Console) -> typer.Exit:
     if isinstance(err, OSError) and err.strerror:
         text = f"{err.filename}: {err.strerror}" if err.filename else err.strerror
     text = translated(text)
-    complain(f"error: {' '.join(text.split()) if own.is_debug else one_line(text)}")
+    complain(f"error: {one_line(text, is_whole=own.is_debug)}")
     try:
         sys.stdout.flush()
     except OSError:  # such as a full disk behind it

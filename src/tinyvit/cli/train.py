@@ -11,8 +11,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -43,8 +42,6 @@ from .console import INTERRUPTED, Console
 from .settings_options import flag_of, option, options_of, with_options
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
     from typing_extensions import Self
@@ -213,14 +210,7 @@ def _segment(settings: SegmentSettings) -> Task[Any]:
 
 @dataclass(frozen=True)
 class Choices:
-    """What was chosen for a run.
-
-    Attributes:
-        loop: The loop's settings.
-        task: The task's.
-        resume: Resume the run in the folder.
-        as_json: Print the result as JSON.
-    """
+    """The settings of a run, whether it is resumed, and whether its result is JSON."""
 
     loop: TrainSettings
     task: Settings
@@ -229,24 +219,24 @@ class Choices:
 
 
 def gather(verb: TaskVerb, given: Mapping[str, object]) -> Choices:
-    """Put the settings together.
-
-    Args:
-        verb: The task.
-        given: Values of the command line by name; None where nothing was given.
+    """Put the settings together; ``given`` has None where the command line has nothing.
 
     Raises:
         typer.BadParameter: The folder or the data is missing, or there are several data.
         ValueError: A value or a file is wrong, or the folder holds another run.
-        OSError: A file cannot be read.
     """
     flags = {name: value for name, value in given.items() if value is not None}
     resume, as_json = bool(flags.pop("resume", False)), bool(flags.pop("as_json", False))
     config = flags.pop("config", None)
     if "bf16" in flags:
         flags["precision"] = "bf16" if flags.pop("bf16") else "fp32"
-    if isinstance(flags.get("data"), list | tuple):
-        flags["data"] = _only(flags["data"])
+    if isinstance(places := flags.get("data"), list | tuple):
+        if len(places) > 1:
+            raise typer.BadParameter(
+                f"{len(places)} places of data were named, and one is wanted; for many tar files "
+                "name their folder, or a pattern in quotes such as 'train-*.tar'."
+            )
+        flags["data"] = places[0]
     chosen = flags if config is None else {**_read(Path(str(config)), verb), **flags}
     if "folder" not in chosen:
         raise typer.BadParameter("name the folder of the run with -o RUN_FOLDER.")
@@ -269,9 +259,9 @@ def gather(verb: TaskVerb, given: Mapping[str, object]) -> Choices:
 
 def task_toml(verb: TaskVerb, task: Settings) -> str:
     """The text of ``task.toml``: places that exist here are written in full."""
-    places = {name: getattr(task, name) for name, one in settings_of(type(task)).items()
-              if one.is_place}  # fmt: skip
-    whole = {name: os.path.abspath(at) for name, at in places.items() if at and os.path.exists(at)}
+    places = [name for name, one in settings_of(type(task)).items() if one.is_place]
+    found = [(name, getattr(task, name)) for name in places if getattr(task, name)]
+    whole = {name: os.path.abspath(at) for name, at in found if os.path.exists(at)}
     return f'{_TASK} = "{verb.name}"\n{replace(task, **whole).to_toml()}'
 
 
@@ -280,28 +270,8 @@ def _part(values: Mapping[str, object], settings: type[Settings]) -> dict[str, o
     return {name: value for name, value in values.items() if name in known}
 
 
-def _only(data: object) -> object:
-    """The one place of data.
-
-    Raises:
-        typer.BadParameter: There are several.
-    """
-    places = list(data) if isinstance(data, list | tuple) else [data]
-    if len(places) > 1:
-        raise typer.BadParameter(
-            f"{len(places)} places of data were named, and one is wanted; for many tar files name "
-            "their folder, or a pattern in quotes such as 'train-*.tar'."
-        )
-    return places[0]
-
-
 def _read(path: Path, verb: TaskVerb) -> dict[str, object]:
-    """The settings in a TOML file, of the loop and the task.
-
-    Raises:
-        ValueError: It is no TOML, a name is unknown, or a value is wrong.
-        OSError: It cannot be read.
-    """
+    """The settings in a TOML file, of the loop and the task, checked."""
     former = TrainSettings.former_names
     values = {former.get(name, name): value for name, value in read_toml(path).items()}
     values.pop(_TASK, None)
@@ -315,12 +285,7 @@ def _read(path: Path, verb: TaskVerb) -> dict[str, object]:
 
 
 def _read_run(folder: Path, verb: TaskVerb) -> dict[str, object]:
-    """The settings a run was begun with; none where there is no run.
-
-    Raises:
-        ValueError: It is another task's run, or a file of it is damaged.
-        OSError: A file cannot be read.
-    """
+    """The settings a run was begun with; none where there is no run."""
     values: dict[str, object] = {}
     task, loop = folder / TASK_FILE, folder / SETTINGS_FILE
     if task.is_file():
@@ -341,27 +306,16 @@ def _read_run(folder: Path, verb: TaskVerb) -> dict[str, object]:
 
 
 def run_training(own: Console, verb: TaskVerb, given: Mapping[str, object]) -> None:
-    """Train, and say what was reached.
-
-    Args:
-        own: Where it is said.
-        verb: The task.
-        given: Values of the command line by name; None where nothing was given.
-
-    Raises:
-        ValueError: A setting is wrong, or does not fit the data or the run in the folder.
-        TinyViTError: A file cannot be read or written.
-        OSError: The same.
-        KeyboardInterrupt: Ctrl-C; it was said how to go on.
-        typer.Exit: The same, in another process than the first.
-    """
+    """Train, and say what was reached; ``given`` has None where nothing was given."""
     is_first = os.environ.get("RANK", "0") == "0"
     if not is_first:
         own = Console(is_quiet=True, is_debug=own.is_debug)
     if "RANK" in os.environ:  # else each process says what DistributedDataParallel might do faster
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     names = {**settings_of(verb.settings), **settings_of(TrainSettings)}
-    with nullcontext() if is_first else _without_warnings():
+    with warnings.catch_warnings():
+        if not is_first:  # what the first process warns of is not said again
+            warnings.simplefilter("ignore")
         try:
             choices = gather(verb, given)
             task, result = _train(own, verb, choices)
@@ -375,10 +329,7 @@ def run_training(own: Console, verb: TaskVerb, given: Mapping[str, object]) -> N
                 _say_how_to_resume(verb, Path(str(given["folder"])), str(err))
             raise
     if is_first:
-        unreadable: Mapping[str, str] = getattr(task, "broken", {})
-        _summarise(own, verb, task, result, unreadable)
-        if choices.as_json:
-            _write_json(verb, task, result, unreadable)
+        _summarise(own, verb, task, result, choices.as_json)
 
 
 def _train(own: Console, verb: TaskVerb, choices: Choices) -> tuple[Task[Any], Result]:
@@ -407,14 +358,6 @@ def _train(own: Console, verb: TaskVerb, choices: Choices) -> tuple[Task[Any], R
         return task, train(task, choices.loop, resume=choices.resume, report=report)
 
 
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """What the first process warns of is not said again."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def _say_how_to_resume(verb: TaskVerb, folder: Path, words: str) -> None:
     """After Ctrl-C: what was kept, and the command that resumes."""
     console.complain(words.partition("; resume")[0] or "stopped")
@@ -427,13 +370,10 @@ def _say_how_to_resume(verb: TaskVerb, folder: Path, words: str) -> None:
 
 
 def _summarise(
-    own: Console,
-    verb: TaskVerb,
-    task: Task[Any],
-    result: Result,
-    unreadable: Mapping[str, str],
+    own: Console, verb: TaskVerb, task: Task[Any], result: Result, as_json: bool
 ) -> None:
     """Say what was reached, where it is, and what could not be read."""
+    unreadable: Mapping[str, str] = getattr(task, "broken", {})
     own.say(
         f"trained {verb.name} to step {result.steps} in {time_text(result.seconds)}: "
         f"{metrics_text(result.metrics)}"
@@ -448,29 +388,21 @@ def _summarise(
         console.complain(f"skipped: {reason if name in reason else f'{name}: {reason}'}")
     if len(unreadable) > _NAMED:
         console.complain(f"skipped {len(unreadable) - _NAMED} more (--json names all)")
-
-
-def _write_json(
-    verb: TaskVerb, task: Task[Any], result: Result, unreadable: Mapping[str, str]
-) -> None:
-    plain = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in asdict(result).items()
-    }
-    plain["figures"] = plain.pop("metrics")
-    goal = list(task.goal)
-    console.write_json({"task": verb.name, "goal": goal, **plain, "broken": dict(unreadable)})
+    if as_json:
+        plain = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in asdict(result).items()
+        }
+        plain["figures"] = plain.pop("metrics")
+        facts = {"task": verb.name, "goal": list(task.goal), **plain, "broken": dict(unreadable)}
+        console.write_json(facts)
 
 
 # -- the screen --------------------------------------------------------------------------------
 
 
 class TrainScreen:
-    """Shows a run: a bar on a terminal, a line a minute elsewhere; a ``report`` callback.
-
-    Args:
-        own: Whether anything is said.
-    """
+    """Shows a run: a bar on a terminal, a line a minute elsewhere; a ``report`` callback."""
 
     def __init__(self, own: Console) -> None:
         self._own = own
@@ -498,12 +430,7 @@ class TrainScreen:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 

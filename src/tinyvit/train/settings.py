@@ -78,58 +78,40 @@ class SettingsError(ValueError, TypeError):
 
 
 class SettingError(SettingsError):
-    """One setting is wrong.
-
-    Args:
-        field: Its name.
-        wanted: What it must be, to stand after "must be".
-        got: Its value.
-        source: The file it comes from; empty where that is clear.
-    """
+    """A setting is wrong: ``wanted`` stands after "must be", ``source`` is its file, if any."""
 
     def __init__(self, field: str, wanted: str, got: object, source: str = "") -> None:
         super().__init__(field, wanted, got, source)
         self.field, self.wanted, self.got, self.source = field, wanted, got, source
 
     def said(self, name_of: Callable[[str], str]) -> str:
-        """As ``SettingsError.said``."""
+        """The message."""
         source = f"{self.source}: " if self.source else ""
         return f"{source}{name_of(self.field)} must be {self.wanted}, got {self.got!r}"
 
 
 class MissingSettingError(SettingsError):
-    """A setting without a default is missing.
-
-    Args:
-        field: Its name.
-        meaning: What it is.
-        source: The file it is not in; empty where that is clear.
-    """
+    """A setting without a default is missing; ``meaning`` says what it is."""
 
     def __init__(self, field: str, meaning: str, source: str = "") -> None:
         super().__init__(field, meaning, source)
         self.field, self.meaning, self.source = field, meaning, source
 
     def said(self, name_of: Callable[[str], str]) -> str:
-        """As ``SettingsError.said``."""
+        """The message."""
         source = f"{self.source}: " if self.source else ""
         return f"{source}{name_of(self.field)} is missing: {self.meaning}"
 
 
 class ChangedSettingsError(SettingsError):
-    """A run cannot be resumed, since settings that its numbers depend on have changed.
-
-    Args:
-        where: The run.
-        changes: (name, value before, value now) of each.
-    """
+    """A run cannot be resumed: ``changes`` has (name, value before, value now) of settings."""
 
     def __init__(self, where: str, changes: list[tuple[str, object, object]]) -> None:
         super().__init__(where, changes)
         self.where, self.changes = where, changes
 
     def said(self, name_of: Callable[[str], str]) -> str:
-        """As ``SettingsError.said``."""
+        """The message."""
         words = "; ".join(f"{name_of(n)} was {a!r} and is {b!r}" for n, a, b in self.changes)
         return (
             f"{self.where} is of a run with other settings, and resuming would not give its "
@@ -153,17 +135,9 @@ class Range:
         return self.least <= value <= self.most and self.above < value < self.below
 
     def __str__(self) -> str:
-        ends = [
-            f"{word} {bound:g}"
-            for word, bound in (
-                ("at least", self.least),
-                ("above", self.above),
-                ("at most", self.most),
-                ("below", self.below),
-            )
-            if math.isfinite(bound)
-        ]
-        return " and ".join(ends)
+        names = {"at least": self.least, "above": self.above, "at most": self.most}
+        bounds = {**names, "below": self.below}.items()
+        return " and ".join(f"{name} {bound:g}" for name, bound in bounds if math.isfinite(bound))
 
 
 @dataclass(frozen=True)
@@ -177,10 +151,7 @@ class Group:
 class Flag:
     """How a command line takes a setting, where that does not follow from its name.
 
-    Args:
-        flags: How the option is written.
-        metavar: What stands for the value in the help.
-        kind: "option", "argument", or "hidden" for what is no option.
+    ``metavar`` stands for the value in the help; "hidden" is no option at all.
     """
 
     flags: tuple[str, ...]
@@ -211,18 +182,9 @@ PLACE: Literal["place"] = "place"
 class Setting:
     """One field of a settings class, as its annotation and its docstring describe it.
 
-    Attributes:
-        name: Of the field.
-        kinds: Types of its value; ``tuple`` stands for whole numbers.
-        choices: The only texts it takes; empty for any.
-        is_optional: Whether None is a value.
-        bounds: Of a number.
-        is_free: Whether it may differ when a run is resumed.
-        is_place: Whether it names a file or a folder.
-        flag: How a command line takes it.
-        group: The heading it stands under; None for the first one.
-        default: ``dataclasses.MISSING`` where it must be given.
-        help: Its line of the docstring.
+    ``kinds`` are the types of its value, where ``tuple`` stands for whole numbers; ``choices`` the
+    only texts it takes, empty for any; ``default`` is ``dataclasses.MISSING`` where it must be
+    given; ``help`` is its line of the docstring.
     """
 
     name: str

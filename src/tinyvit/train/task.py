@@ -1,12 +1,9 @@
-"""What a trainer asks of a task: data, loss and measure; the loop knows no more of it.
+"""What the loop asks of a task: samples, the loss of a batch, and a validation.
 
-A task brings the samples, the loss of a batch and the figures on the held-out part. The loop
-(``loop.py``) brings the order of the samples, the optimiser, the schedule, the state that survives
-a kill, and the processes. All chance in a task comes from the generators it is handed: they are
-seeded by what is being done (epoch and sample, or step and rank), so that neither the number of
-workers, nor the number of processes, nor a stop in between changes anything.
-
-No file, optimiser or image is known here.
+The loop (``loop.py``) brings the order of the samples, the optimiser, the schedule, the state that
+survives a kill, and the processes. All random numbers in a task come from the generators it is
+handed: they are seeded by what is being done (epoch and sample, or step and rank), so that neither
+the number of workers, nor the number of processes, nor a stop in between changes anything.
 """
 
 from __future__ import annotations
@@ -22,13 +19,13 @@ Batch: TypeAlias = dict[str, Tensor]
 """Tensors by name, batch first. Values that are no tensors pass through the loop untouched."""
 
 Goal: TypeAlias = tuple[str, Literal["max", "min"]]
-"""A figure of ``validate`` and which way it is better."""
+"""A metric of ``validate`` and which way it is better."""
 
 Sample = TypeVar("Sample")
 
 
 class Task(Protocol[Sample]):
-    """What is learnt.
+    """What is trained, and on what.
 
     ``sample`` and ``collate`` run in worker processes: the task must pickle, and these two must not
     touch ``model``, which stays behind in the main process.
@@ -36,7 +33,7 @@ class Task(Protocol[Sample]):
     Attributes:
         name: For logs and messages: "classify", "segment", "distill-logits", ...
         model: The network that is trained, in place.
-        goal: Which figure of ``validate`` decides what the best checkpoint is.
+        goal: Which metric of ``validate`` decides what the best checkpoint is.
     """
 
     name: str
@@ -52,7 +49,7 @@ class Task(Protocol[Sample]):
 
         Args:
             index: 0 to ``len(self) - 1``.
-            rng: The only source of chance; seeded by (seed, epoch, index).
+            rng: The only source of random numbers; seeded by (seed, epoch, index).
         """
         ...
 
@@ -63,12 +60,12 @@ class Task(Protocol[Sample]):
     def loss(
         self, model: nn.Module, batch: Batch, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch, and figures to log.
+        """The loss of a batch, and metrics to log.
 
         Args:
             model: The network to call, on the device of ``batch``.
             batch: What ``collate`` gave, moved to the device.
-            generator: On the CPU, seeded by (seed, step, rank); the source of chance here.
+            generator: On the CPU, seeded by (seed, step, rank); the only source of random numbers.
 
         Returns:
             The mean over the batch's samples, a float32 scalar, and detached scalars by name.
@@ -76,7 +73,7 @@ class Task(Protocol[Sample]):
         ...
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Figures on the held-out part.
+        """Metrics on the held-out part.
 
         Args:
             model: In eval mode and without gradients; holds the averaged weights where they are on.
