@@ -232,14 +232,6 @@ def test_a_checkpoint_that_does_not_fit_is_told_in_few_words(run, tmp_path, phot
     assert len(run(*words, "--model", "tiny_vit_2m_sam", "--debug").err) > 5000
 
 
-def test_a_folder_that_cannot_be_made_stops_at_once(run, tmp_path, photo, tiny):
-    (tmp_path / "file").touch()
-    out = tmp_path / "file" / "out"
-    result = run("encode", photo(tmp_path / "a.jpg"), "-o", out, "-q", *tiny)
-    assert result.code == 1
-    assert result.err == f"error: {out}: Not a directory\n"
-
-
 def test_a_read_only_folder_is_one_line(run, tmp_path, photo, tiny, monkeypatch):
     out = tmp_path / "out"
     out.mkdir(mode=0o500)

@@ -9,17 +9,12 @@ from importlib.metadata import version
 
 import pytest
 
-from tinyvit.cli import bench, classify, encode, models, segment
-from tinyvit.cli import weights as convert
-from tinyvit.cli import weights as download
-from tinyvit.cli import weights as inspect
+from tinyvit.cli import bench, classify, encode, models, segment, weights
 from tinyvit.cli.main import app, main, reordered
 
 VERBS = {
     "models": models,
-    "inspect": inspect,
-    "convert": convert,
-    "download": download,
+    **dict.fromkeys(("inspect", "convert", "download"), weights),
     "encode": encode,
     "classify": classify,
     "segment": segment,

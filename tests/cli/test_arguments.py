@@ -1,21 +1,31 @@
 from __future__ import annotations
 
-import pytest
+from typing import get_args
 
-from tinyvit.catalog import DEFAULT_CHECKPOINT, get_checkpoint, list_checkpoints, list_models
+import pytest
+import typer
+
+from tinyvit.catalog import get_checkpoint, list_checkpoints, list_models
 from tinyvit.checkpoints.download import cache_folder
-from tinyvit.cli.arguments import announce, file_of, load_classifier, load_encoder, variant_of
+from tinyvit.cli.arguments import (
+    PrecisionName,
+    announce,
+    file_of,
+    load_classifier,
+    load_encoder,
+    matching_checkpoints,
+    matching_models,
+    parse_precision,
+    variant_of,
+)
 from tinyvit.cli.console import Console
 from tinyvit.errors import CheckpointError
 from tinyvit.factory import create_model
 from tinyvit.hub import save_pretrained
 from tinyvit.image_spec import ImageSpec
+from tinyvit.inference.backend import Precision
 
 QUIET = Console(is_quiet=True)
-
-
-def test_the_default_checkpoint_is_embedded():
-    assert get_checkpoint(DEFAULT_CHECKPOINT).embedded
 
 
 def test_a_name_a_file_or_a_folder_is_a_file(tmp_path, make_tiny_vit, monkeypatch):
@@ -102,3 +112,33 @@ def test_only_a_download_is_announced(capsys):
     (cache_folder() / "mobile_sam.pt").touch()
     announce(Console(), get_checkpoint("mobile_sam"))
     assert capsys.readouterr().err == ""
+
+
+def test_the_precisions_are_the_engine_s():
+    assert {name.value for name in PrecisionName} == set(get_args(Precision))
+
+
+def test_precisions_are_parsed():
+    assert all(parse_precision(name.value) is name for name in PrecisionName)
+    with pytest.raises(
+        typer.BadParameter, match=r"^'half' is not one of 'fp32', 'bf16', 'auto'\.$"
+    ):
+        parse_precision("half")
+
+
+@pytest.mark.parametrize("verb", [["encode", "a.jpg", "-o", "x"], ["classify", "a.jpg"], ["bench"]])
+def test_fp16_is_refused_with_the_reason(run, verb):
+    result = run(*verb, "--precision", "fp16")
+    assert result.code == (1 if verb == ["bench"] else 2)
+    last = result.err.strip().splitlines()[-1]
+    assert "precision 'fp16' is refused: it ends at 65504, and sums of squares" in last
+    assert "use 'bf16', which is fast and has the range of 'fp32'" in last
+
+
+def test_names_are_completed():
+    assert matching_checkpoints("mob") == ["mobile_sam"]
+    assert matching_models("tiny_vit_2") == [
+        *("tiny_vit_21m_224", "tiny_vit_21m_384", "tiny_vit_21m_512"),
+        *("tiny_vit_2m_sam", "tiny_vit_21m_sam"),
+    ]
+    assert matching_models("x") == []
