@@ -1,7 +1,7 @@
-"""The mask decoder: image embedding and prompt embeddings become masks and their quality.
+"""Mask decoders of Segment Anything (Kirillov et al., 2023) and of Light HQ-SAM (Ke et al., 2023).
 
-The architecture is Segment Anything's (Kirillov et al., 2023). Every grid size and any number of
-prompts will do. Knows no images: its masks are logits of four cells a side for each cell.
+Image embedding and prompt embeddings become masks, as 4 x 4 logits for each image token, and their
+predicted IoU. Every grid size and any number of prompts will do.
 
 Shapes: N prompts, T tokens of a prompt, K masks, C channels, h w the image embedding's grid.
 """
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_tracing
 
 from tinyvit.modules import LayerNorm2d
 
@@ -50,7 +51,7 @@ class MLP(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """Masks of prompts, and how good the network thinks they are.
+    """Masks of prompts, and their predicted IoU.
 
     Args:
         transformer_dim: Channels C of the image embedding.
@@ -130,52 +131,41 @@ class MaskDecoder(nn.Module):
         sparse_prompt_embeddings: Tensor,
         dense_prompt_embeddings: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """All masks of all prompts: the single one first.
-
-        Args and errors are those of ``forward``.
+        """All masks of all prompts, the single one first; arguments and errors as for ``forward``.
 
         Returns:
             (low-res logits [N, num_mask_tokens, 4h, 4w], predicted IoU [N, num_mask_tokens]).
         """
-        special = torch.cat((self.iou_token.weight, self.mask_tokens.weight))
-        tokens, cells = self.attend(
-            special, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings
+        own = torch.cat((self.iou_token.weight, self.mask_tokens.weight))
+        tokens, image = self.attend(
+            own, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings
         )
-        masks = multiply_masks(self.hypernetworks(tokens[:, 1:]), self.output_upscaling(cells))
+        masks = multiply_masks(self.hypernetworks(tokens[:, 1:]), self.output_upscaling(image))
         return masks, self.iou_prediction_head(tokens[:, 0])
 
     def attend(
         self,
-        special: Tensor,
+        own: Tensor,
         image_embeddings: Tensor,
         image_pe: Tensor,
         sparse: Tensor,
         dense: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Run the transformer on the decoder's own tokens and the prompts'.
-
-        Args:
-            special: [S, C], the decoder's own tokens.
-            image_embeddings: [1 or N, C, h, w].
-            image_pe: [1, C, h, w].
-            sparse: [N, T, C].
-            dense: [N, C, h, w].
+        """Run the transformer on the decoder's own tokens [S, C] and the prompts'; see ``forward``.
 
         Returns:
-            (the own tokens [N, S, C], image cells as a map [N, C, h, w]).
-
-        Raises:
-            ValueError: The shapes do not go together.
+            (own tokens [N, S, C], image tokens as a map [N, C, h, w]).
         """
-        self._check(image_embeddings, image_pe, sparse, dense)
+        if not (is_tracing() or torch.compiler.is_compiling()):  # sizes are tensors there
+            self._check(image_embeddings, image_pe, sparse, dense)
         count = sparse.shape[0]
-        tokens = torch.cat((special.expand(count, -1, -1), sparse.to(special.dtype)), dim=1)
+        tokens = torch.cat((own.expand(count, -1, -1), sparse.to(own.dtype)), dim=1)
         source = image_embeddings + dense  # [N, C, h, w]
-        tokens, cells = self.transformer(source, image_pe, tokens)
-        return tokens[:, : special.shape[0]], cells.transpose(1, 2).reshape(source.shape)
+        tokens, image = self.transformer(source, image_pe, tokens)
+        return tokens[:, : own.shape[0]], image.transpose(1, 2).reshape(source.shape)
 
     def hypernetworks(self, tokens: Tensor) -> Tensor:
-        """Each mask token by its own perceptron: [N, K, C] -> [N, K, C / 8]."""
+        """Each mask token by its own MLP: [N, K, C] -> [N, K, C / 8]."""
         mlps = self.output_hypernetworks_mlps
         return torch.stack([mlp(tokens[:, i]) for i, mlp in enumerate(mlps)], dim=1)
 
@@ -203,9 +193,6 @@ def multiply_masks(hyper: Tensor, upscaled: Tensor) -> Tensor:
     """[N, K, c] and [N, c, H, W] -> the products [N, K, H, W]."""
     masks = hyper @ upscaled.flatten(2)
     return masks.reshape(*masks.shape[:2], *upscaled.shape[2:])
-
-
-pass
 
 
 class HQMaskDecoder(MaskDecoder):
@@ -315,11 +302,11 @@ class HQMaskDecoder(MaskDecoder):
             (low-res logits [N, num_mask_tokens + 1, 4h, 4w], predicted IoU [N, num_mask_tokens]).
         """
         early = self._early_map(interm_embeddings, image_embeddings, sparse_prompt_embeddings)
-        special = torch.cat((self.iou_token.weight, self.mask_tokens.weight, self.hf_token.weight))
-        tokens, cells = self.attend(
-            special, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings
+        own = torch.cat((self.iou_token.weight, self.mask_tokens.weight, self.hf_token.weight))
+        tokens, image = self.attend(
+            own, image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings
         )
-        upscaled = self.output_upscaling(cells)
+        upscaled = self.output_upscaling(image)
         masks = multiply_masks(self.hypernetworks(tokens[:, 1:-1]), upscaled)
         detail = self.embedding_encoder(image_embeddings) + self.compress_vit_feat(early)
         fine = self.embedding_maskfeature(upscaled) + detail
@@ -337,6 +324,8 @@ class HQMaskDecoder(MaskDecoder):
                 f"HQMaskDecoder wants interm_embeddings, the encoder's early map {wanted}; "
                 "TinyViT.forward_hq gives it beside the image embedding"
             )
+        if is_tracing() or torch.compiler.is_compiling():
+            return early.permute(0, 3, 1, 2)
         fits = early.ndim == 4 and early.shape[0] in (1, sparse.shape[0])
         if not fits or early.shape[1:] != (*image.shape[2:], self.vit_dim):
             raise ValueError(f"interm_embeddings must be {wanted}, got {list(early.shape)}")

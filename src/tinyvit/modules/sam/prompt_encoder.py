@@ -1,9 +1,8 @@
-"""The prompt encoder: points, boxes and rough masks become tokens and a map.
+"""The prompt encoder of Segment Anything (Kirillov et al., 2023): prompts become tokens and a map.
 
-The architecture is Segment Anything's (Kirillov et al., 2023). Coordinates are pixels of the
-model's frame; nothing here knows images, their resizing or the encoder.
+Coordinates are pixels of the model's input.
 
-Shapes: B prompts, P points of a prompt, C channels, H W the frame, h w the grid of cells.
+Shapes: B prompts, P points of a prompt, C channels, H W the input, h w the embedding's grid.
 """
 
 from __future__ import annotations
@@ -35,35 +34,21 @@ class PositionEmbeddingRandom(nn.Module):
         frequencies = nn.init.normal_(torch.empty(2, num_pos_feats), std=scale)
         self.register_buffer("positional_encoding_gaussian_matrix", frequencies)
 
-    def forward(self, size: tuple[int, int], frame: tuple[int, int] | None = None) -> Tensor:
-        """Positions of the centres of a grid's cells.
+    def forward(self, size: tuple[int, int], full_size: tuple[int, int] | None = None) -> Tensor:
+        """Positions [C, h, w] of the centres of a grid of ``size`` (h, w).
 
-        Args:
-            size: (h, w) cells wanted.
-            frame: (h, w) cells that span 0..1; None means ``size``. The cells of a smaller grid
-                are then the frame's upper left ones.
-
-        Returns:
-            [C, h, w].
+        ``full_size`` is the grid that spans 0..1, whose upper left part is wanted; None: ``size``.
         """
         device = self.positional_encoding_gaussian_matrix.device
         dtype = self._exact_dtype()
-        height, width = size if frame is None else frame
+        height, width = size if full_size is None else full_size
         y = (torch.arange(size[0], device=device, dtype=dtype) + 0.5) / height
         x = (torch.arange(size[1], device=device, dtype=dtype) + 0.5) / width
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # [h, w, 2]
         return self._encode(grid).permute(2, 0, 1)
 
     def forward_with_coords(self, coords_input: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """Positions of points.
-
-        Args:
-            coords_input: [..., 2], (x, y) in pixels of the frame.
-            image_size: (H, W) of the frame.
-
-        Returns:
-            [..., C].
-        """
+        """Positions [..., C] of points [..., 2], (x, y) in pixels of an input of ``image_size``."""
         height, width = image_size
         coords = coords_input.to(self._exact_dtype())
         return self._encode(torch.stack((coords[..., 0] / width, coords[..., 1] / height), dim=-1))
@@ -90,13 +75,13 @@ class PromptEncoder(nn.Module):
 
     Args:
         embed_dim: Channels C of the image embedding.
-        image_embedding_size: (h, w) of the image embedding of a whole frame.
-        input_image_size: (H, W) of the frame in pixels: what the encoder sees, padding included.
+        image_embedding_size: (h, w) of the image embedding of a padded image.
+        input_image_size: (H, W) of the model's input in pixels, padding included.
         mask_in_chans: Hidden channels for mask prompts.
         activation: Class of the activation for mask prompts.
 
     Attributes:
-        mask_input_size: (4h, 4w), the size of a whole frame's mask prompts and low-res logits.
+        mask_input_size: (4h, 4w), the size of a padded image's mask prompts and low-res logits.
     """
 
     def __init__(
@@ -130,17 +115,17 @@ class PromptEncoder(nn.Module):
         self.no_mask_embed = nn.Embedding(1, embed_dim)
 
     def get_dense_pe(self, embedding_size: tuple[int, int] | None = None) -> Tensor:
-        """Positions of the image embedding's cells.
+        """Positions of the image tokens.
 
         Args:
-            embedding_size: (h, w) of the embedding of an image that does not fill the frame; its
-                cells keep their pitch. None means the whole frame.
+            embedding_size: (h, w) of the embedding of an image without padding; its tokens keep
+                their stride. None means that of a padded image.
 
         Returns:
             [1, C, h, w].
         """
-        frame = self.image_embedding_size
-        dense_pe: Tensor = self.pe_layer(embedding_size or frame, frame)
+        full_size = self.image_embedding_size
+        dense_pe: Tensor = self.pe_layer(embedding_size or full_size, full_size)
         return dense_pe.unsqueeze(0)
 
     def forward(
@@ -153,11 +138,11 @@ class PromptEncoder(nn.Module):
         """Embed prompts; all that are given are about the same B objects.
 
         Args:
-            points: (coordinates [B, P, 2] as (x, y) in pixels of the frame, labels [B, P]: 1 the
+            points: (coordinates [B, P, 2] as (x, y) in pixels of the input, labels [B, P]: 1 the
                 object, 0 not the object, -1 no point at all).
-            boxes: [B, 4] or [B, 1, 4], (x0, y0, x1, y1) in pixels of the frame.
+            boxes: [B, 4] or [B, 1, 4], (x0, y0, x1, y1) in pixels of the input.
             masks: [B, 1, 4h, 4w] logits.
-            embedding_size: (h, w) of the image embedding; None means the whole frame's.
+            embedding_size: (h, w) of the image embedding; None means that of a padded image.
 
         Returns:
             (sparse embeddings [B, T, C]: the points, a padding point where there is no box, the
@@ -232,8 +217,8 @@ class PromptEncoder(nn.Module):
             size = [1, 4 * grid[0], 4 * grid[1]]
             if masks.ndim != 4 or list(masks.shape[1:]) != size:
                 raise ValueError(
-                    f"masks must be [B, {', '.join(map(str, size))}], four for each cell of the "
-                    f"image embedding, got {list(masks.shape)}; low_res_logits of an earlier "
+                    f"masks must be [B, {', '.join(map(str, size))}], four for each image "
+                    f"token, got {list(masks.shape)}; low_res_logits of an earlier "
                     "prediction on the same image have that shape"
                 )
             counts["masks"] = masks.shape[0]

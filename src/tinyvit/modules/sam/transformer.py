@@ -1,9 +1,6 @@
-"""The two-way transformer: prompt tokens and image cells look at each other.
+"""The two-way transformer of Segment Anything (Kirillov et al., 2023): cross attention both ways.
 
-The architecture is Segment Anything's (Kirillov et al., 2023). Knows nothing of prompts or masks:
-tokens in, tokens out, for any number of either.
-
-Shapes: B prompts, T tokens of a prompt, L = h * w cells of the image embedding, C channels.
+Shapes: B prompts, T tokens of a prompt, L = h * w image tokens, C channels.
 """
 
 from __future__ import annotations
@@ -44,9 +41,9 @@ class Attention(nn.Module):
         """Attend.
 
         Args:
-            q: [B, Tq, C], what looks.
-            k: [B, Tk, C], what is looked at.
-            v: [B, Tk, C], what is fetched.
+            q: [B, Tq, C], queries.
+            k: [B, Tk, C], keys.
+            v: [B, Tk, C], values.
 
         Returns:
             [B, Tq, C].
@@ -54,7 +51,7 @@ class Attention(nn.Module):
         q = self._split_heads(self.q_proj(q))  # [B, heads, Tq, C']
         k = self._split_heads(self.k_proj(k))
         v = self._split_heads(self.v_proj(v))
-        out = attend(q, k, v, q.shape[-1] ** -0.5)
+        out = attend(q, k, v, (self.internal_dim // self.num_heads) ** -0.5)
         merged: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return merged
 
@@ -64,7 +61,7 @@ class Attention(nn.Module):
         return x.reshape(batch, tokens, self.num_heads, width).transpose(1, 2)  # [B, heads, T, C']
 
 
-class _Perceptron(nn.Module):
+class _MLPBlock(nn.Module):
     """Two linear layers, under Segment Anything's key names."""
 
     def __init__(self, embedding_dim: int, mlp_dim: int, activation: type[nn.Module]) -> None:
@@ -79,13 +76,13 @@ class _Perceptron(nn.Module):
 
 
 class TwoWayAttentionBlock(nn.Module):
-    """Tokens to tokens, tokens to image, perceptron on the tokens, image to tokens.
+    """Tokens to tokens, tokens to image, MLP on the tokens, image to tokens.
 
     Args:
         embedding_dim: Channels C.
         num_heads: Heads of all attentions.
-        mlp_dim: Hidden width of the perceptron.
-        activation: Class of the perceptron's activation.
+        mlp_dim: Hidden width of the MLP.
+        activation: Class of the MLP's activation.
         attention_downsample_rate: C over the inner width of the attentions across.
         skip_first_layer_pe: Leave the position out of the first attention, and its residual too:
             the first block's tokens are their own positions.
@@ -106,7 +103,7 @@ class TwoWayAttentionBlock(nn.Module):
         self.norm1 = nn.LayerNorm(embedding_dim)
         self.cross_attn_token_to_image = Attention(embedding_dim, num_heads, rate)
         self.norm2 = nn.LayerNorm(embedding_dim)
-        self.mlp = _Perceptron(embedding_dim, mlp_dim, activation)
+        self.mlp = _MLPBlock(embedding_dim, mlp_dim, activation)
         self.norm3 = nn.LayerNorm(embedding_dim)
         self.norm4 = nn.LayerNorm(embedding_dim)
         self.cross_attn_image_to_token = Attention(embedding_dim, num_heads, rate)
@@ -115,13 +112,13 @@ class TwoWayAttentionBlock(nn.Module):
     def forward(
         self, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """One round.
+        """One block.
 
         Args:
             queries: [B, T, C] tokens.
-            keys: [B, L, C] image cells.
+            keys: [B, L, C] image tokens.
             query_pe: [B, T, C] positions of the tokens.
-            key_pe: [B or 1, L, C] positions of the cells.
+            key_pe: [B or 1, L, C] positions of the image tokens.
 
         Returns:
             (queries [B, T, C], keys [B, L, C]).
@@ -141,14 +138,14 @@ class TwoWayAttentionBlock(nn.Module):
 
 
 class TwoWayTransformer(nn.Module):
-    """Blocks of both ways, then a last look of the tokens at the image.
+    """Blocks of both ways, then a last attention of the tokens to the image.
 
     Args:
         depth: Blocks.
         embedding_dim: Channels C.
         num_heads: Heads of all attentions.
-        mlp_dim: Hidden width of the perceptrons.
-        activation: Class of the perceptrons' activation.
+        mlp_dim: Hidden width of the MLPs.
+        activation: Class of the MLPs' activation.
         attention_downsample_rate: C over the inner width of the attentions across.
     """
 
@@ -177,21 +174,21 @@ class TwoWayTransformer(nn.Module):
     def forward(
         self, image_embedding: Tensor, image_pe: Tensor, point_embedding: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Let tokens and image look at each other.
+        """Let tokens and image attend to each other.
 
         Args:
             image_embedding: [B, C, h, w].
-            image_pe: [B or 1, C, h, w], positions of the cells.
+            image_pe: [B or 1, C, h, w], positions of the image tokens.
             point_embedding: [B, T, C], the tokens; they are their own positions.
 
         Returns:
-            (tokens [B, T, C], image cells [B, h * w, C], row by row).
+            (tokens [B, T, C], image tokens [B, h * w, C], row by row).
         """
         keys = image_embedding.flatten(2).transpose(1, 2)  # [B, L, C]
         key_pe = image_pe.flatten(2).transpose(1, 2)
         queries = point_embedding
         for layer in self.layers:
             queries, keys = layer(queries, keys, point_embedding, key_pe)
-        looked = self.final_attn_token_to_image(queries + point_embedding, keys + key_pe, keys)
-        queries = self.norm_final_attn(queries + looked)
+        out = self.final_attn_token_to_image(queries + point_embedding, keys + key_pe, keys)
+        queries = self.norm_final_attn(queries + out)
         return queries, keys

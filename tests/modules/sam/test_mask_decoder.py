@@ -134,3 +134,24 @@ def test_mlp(randomise, sigmoid):
     first, second, third = mlp.layers
     wanted = third(F.relu(second(F.relu(first(x)))))
     assert torch.equal(mlp(x), wanted.sigmoid() if sigmoid else wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_it_can_be_traced_for_any_number_of_prompts(decoder):
+    """No shape is compared while tracing: a comparison would warn, and warnings are errors."""
+
+    class Multi(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = decoder
+
+        def forward(self, image, image_pe, sparse, dense):
+            return self.decoder(image, image_pe, sparse, dense, True)
+
+    with torch.no_grad():
+        traced = torch.jit.trace(Multi(), inputs(count=1, tokens=2))
+        for count, tokens in ((1, 2), (3, 5)):
+            for one, wanted in zip(
+                traced(*inputs(count, tokens)), decoder(*inputs(count, tokens), True), strict=True
+            ):
+                torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-5)
