@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.jit import is_tracing
 
 from tinyvit.modules import LayerNorm2d
+from tinyvit.modules.functional import is_tracing
 
 
 class MLP(nn.Module):
