@@ -1,4 +1,4 @@
-"""What ``everything.py`` measured, as one file for programs and one for people.
+"""The results of ``everything.py`` as JSON and as Markdown.
 
 A *case* is weights, an image and the arguments of everything mode, with all its contestants, as
 plain data. Cases of earlier runs stay until the same case is measured again.
@@ -13,22 +13,20 @@ _FACTS = ("cpu", "cores", "instruction_sets", "os")
 _HEADS = ("contestant", "s", "quartiles", "peak MB", "masks", "least IoU", "alone", "score differs")
 _INTRODUCTION = """# Everything mode
 
-Written by `benchmarks/everything.py`. From the image to the masks: encoding, decoding of a grid
-of points, filters, duplicates; each contestant in a process of its own, in turn, with the same
-weights and arguments. Times hold for this machine and this run; compare ratios.
+Written by `benchmarks/everything.py`. The whole of everything mode: encoding, decoding of a
+grid of points, filters, NMS; each contestant in its own process, interleaved, with the same weights
+and arguments. Times hold for this machine and this run; compare ratios.
 
-**The weights.** Published ones were not at hand. `starter` is the small trained model that shipped
-inside the package first, at 256 pixels. `5m` is MobileSAM's network at 1024 pixels for its speed: a
+**The weights.** No published weights. `starter` is the first embedded model, at 256 pixels. `5m` is MobileSAM's network at 1024 pixels for its speed: a
 random encoder with a neck fitted to the starter's embedding of these images, and the starter's
-heads with logits ten times as steep (`benchmarks/sam_weights.py`). Their estimates of IoU and their
-stability are lower than those of published weights, so the thresholds are too, the same for all: so
-that about a third of the candidates passes, as with published weights. What is found is no measure
-of anything; that it is the same, and how fast, is.
+heads with logits ten times as steep (`benchmarks/sam_weights.py`). Predicted IoU and
+stability are lower than with published weights, so the thresholds are lower too, the same for all:
+about a third of the candidates passes, as with published weights. The masks say nothing about
+quality; the benchmark is about speed and about equal results.
 
 **The columns.** *least IoU* is that of the worst pair when each mask is paired with the nearest of
 MobileSAM's; *alone* counts masks without a partner of IoU 0.98, MobileSAM's + the contestant's: a
-mask whose score lies on a threshold, give or take rounding, or that yields to one as good, may pass
-on one side only. MobileSAM's suppression of duplicates is a replacement in numpy for torchvision's
+mask whose score is at a threshold up to rounding, or that ties in NMS, may be kept on one side only. MobileSAM's suppression of duplicates is a replacement in numpy for torchvision's
 (`nms_kernel.py`), which takes milliseconds. *prompts* compares `SamPredictor` on clicks, boxes and
 refinements.
 """

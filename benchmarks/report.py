@@ -1,4 +1,4 @@
-"""What was measured, as one file for programs and one for people.
+"""The results of ``against_peers.py`` as JSON and as Markdown.
 
 A *case* is a model at a size and a batch, with all its contestants, as plain data. Cases of earlier
 runs stay until the same case is measured again; each keeps its own date, command and machine.

@@ -65,7 +65,7 @@ def run_stage(
             )
 
     result = train(_task(work, stage, start), settings, resume=True, report=tell)
-    metrics = ", ".join(f"{name} {value:.3f}" for name, value in result.figures.items())
+    metrics = ", ".join(f"{name} {value:.3f}" for name, value in result.metrics.items())
     report(f"{name}: done; {metrics}")
     return result.best_weights or result.last_weights
 
