@@ -17,18 +17,20 @@ Written by `benchmarks/everything.py`. The whole of everything mode: encoding, d
 grid of points, filters, NMS; each contestant in its own process, interleaved, with the same weights
 and arguments. Times hold for this machine and this run; compare ratios.
 
-**The weights.** No published weights. `starter` is the first embedded model, at 256 pixels. `5m` is MobileSAM's network at 1024 pixels for its speed: a
-random encoder with a neck fitted to the starter's embedding of these images, and the starter's
-heads with logits ten times as steep (`benchmarks/sam_weights.py`). Predicted IoU and
-stability are lower than with published weights, so the thresholds are lower too, the same for all:
-about a third of the candidates passes, as with published weights. The masks say nothing about
-quality; the benchmark is about speed and about equal results.
+**The weights.** No published weights. `starter` is the first embedded model, at 256 pixels. `5m`
+is MobileSAM's network at 1024 pixels for its speed: a random encoder with a neck fitted to the
+starter's embedding of these images, and the starter's heads with logits ten times as steep
+(`benchmarks/sam_weights.py`). Predicted IoU and stability are lower than with published weights,
+so the thresholds are lower too, the same for all: about a third of the candidates passes, as with
+published weights. The masks say nothing about quality; the benchmark is about speed and about
+equal results.
 
-**The columns.** *least IoU* is that of the worst pair when each mask is paired with the nearest of
-MobileSAM's; *alone* counts masks without a partner of IoU 0.98, MobileSAM's + the contestant's: a
-mask whose score is at a threshold up to rounding, or that ties in NMS, may be kept on one side only. MobileSAM's suppression of duplicates is a replacement in numpy for torchvision's
-(`nms_kernel.py`), which takes milliseconds. *prompts* compares `SamPredictor` on clicks, boxes and
-refinements.
+**The columns.** *least IoU* is that of the worst pair when each mask is paired with the nearest
+of MobileSAM's; *alone* counts masks without a partner of IoU 0.98, MobileSAM's + the
+contestant's: a mask whose score is at a threshold up to rounding, or that ties in NMS, may be
+kept on one side only. MobileSAM's suppression of duplicates is a replacement in numpy for
+torchvision's (`nms_kernel.py`), which takes milliseconds. *prompts* compares `SamPredictor` on
+clicks, boxes and refinements.
 """
 
 
