@@ -1,127 +1,209 @@
 from __future__ import annotations
 
-import copy
+import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import onnx
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from tinyvit.errors import MissingExtraError
-from tinyvit.inference import graph_backend as graphs
-from tinyvit.inference.graph_backend import cached_graph, export_onnx, fingerprint, frozen_copy
+from tinyvit.inference.graph_backend import export_onnx
+from tinyvit.inference.graphs import OpenVINOGraph, load_library
 from tinyvit.modules import TinyViT
 
 MakeModel = Callable[..., TinyViT]
+MakeImage = Callable[..., Tensor]
+Array = NDArray[np.float32]
+
+# fp32: other orders of summing; bf16 keeps 8 bits, see test_torch_backend.py
+TOLERANCE = {"fp32": {"rtol": 1e-4, "atol": 1e-4}, "bf16": {"rtol": 0.05, "atol": 0.15}}
+
+CAPABLE = (
+    load_library("openvino", "OpenVINO").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+)
+needs_bf16 = pytest.mark.skipif("BF16" not in CAPABLE, reason="this CPU does not compute bf16")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TINYVIT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+@pytest.fixture(scope="module")
+def model(make_tiny_vit: MakeModel) -> TinyViT:
+    return make_tiny_vit()
 
 
-def test_one_graph_for_all_sizes(make_tiny_vit: MakeModel) -> None:
-    model = make_tiny_vit(in_chans=4).double().train()
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    graph = onnx.load_from_string(export_onnx(model))
-    onnx.checker.check_model(graph)
-    [images], [features] = graph.graph.input, graph.graph.output
-    sides = images.type.tensor_type.shape.dim
-    assert [side.dim_param or side.dim_value for side in sides] == ["batch", 4, "height", "width"]
-    assert (images.name, features.name) == ("images", "features")
-    assert graph.opset_import[0].version >= 18
-    assert model.training and model.neck[0].weight.dtype == torch.float64
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+@pytest.fixture(scope="module")
+def file(model: TinyViT, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("graphs") / "encoder.onnx"
+    path.write_bytes(export_onnx(model))
+    return path
 
 
-def test_a_model_made_in_inference_mode(make_tiny_vit: MakeModel) -> None:
+@pytest.fixture(scope="module")
+def graph(file: Path) -> OpenVINOGraph:
+    return OpenVINOGraph(file, threads=1)
+
+
+def assert_right(out: Array, model: TinyViT, x: Tensor, precision: str = "fp32") -> None:
     with torch.inference_mode():
-        assert export_onnx(make_tiny_vit())
+        torch.testing.assert_close(torch.from_numpy(out), model(x), **TOLERANCE[precision])
 
 
-def test_a_model_that_cannot_be_traced(make_tiny_vit: MakeModel) -> None:
-    model = make_tiny_vit()
-    model.neck = torch.nn.Fold((2, 2), 1)
-    with pytest.raises(
-        ValueError, match=r"^this model cannot be made into an ONNX graph: .*'torch'"
-    ):
-        export_onnx(model)
-
-
-def test_without_onnx(make_tiny_vit: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'tinyvit\[openvino\]' or 'tinyvit\["):
-        export_onnx(make_tiny_vit())
-
-
-def test_a_frozen_copy(make_tiny_vit: MakeModel) -> None:
-    model = make_tiny_vit().half().train()
-    twin = frozen_copy(model)
-    assert not twin.training and model.training
-    assert {p.dtype for p in twin.parameters()} == {torch.float32}
-    assert not any(p.requires_grad for p in twin.parameters())
-
-
-def change_a_weight(model: TinyViT) -> None:
-    model.neck[0].weight.data.view(-1)[7] += 1
-
-
-def change_an_eps(model: TinyViT) -> None:
-    model.neck[1].eps = 1e-3
-
-
-def change_a_buffer(model: TinyViT) -> None:
-    model.patch_embed.seq[0].bn.running_mean.add_(1)
-
-
-@pytest.mark.parametrize("change", [change_a_weight, change_an_eps, change_a_buffer])
-def test_the_fingerprint_tells_models_apart(
-    change: Callable[[TinyViT], None], make_tiny_vit: MakeModel
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 17, 33), (2, 75, 58), (1, 64, 64)])
+def test_any_size_and_batch(
+    shape: tuple[int, int, int], graph: OpenVINOGraph, model: TinyViT, image: MakeImage
 ) -> None:
-    model = make_tiny_vit()
-    before = fingerprint(model)
-    assert before is not None and fingerprint(copy.deepcopy(model)) == before
-    change(model)
-    assert fingerprint(model) not in (before, None)
+    x = image(*shape)
+    out = graph(x.numpy())
+    assert_right(out, model, x)
+    out[...] = 0  # it is the caller's own
+    assert_right(graph(x.numpy()), model, x)
+    assert_right(graph(x.contiguous(memory_format=torch.channels_last).numpy()), model, x)
 
 
-def test_the_fingerprint_knows_what_shapes_do_not_tell(
-    make_tiny_vit: MakeModel, monkeypatch: pytest.MonkeyPatch
+def test_a_shape_that_comes_again_gets_a_form_of_its_own(
+    file: Path, model: TinyViT, image: MakeImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = {fingerprint(make_tiny_vit(strides=strides)) for strides in ((2, 2, 1), (2, 2, 2))}
-    assert len(keys) == 2
-    monkeypatch.setattr(graphs, "_FORM", 0)
-    assert fingerprint(make_tiny_vit()) not in keys
+    monkeypatch.setattr("tinyvit.inference.graphs._OWN_FORMS", 1)
+    monkeypatch.setattr("tinyvit.inference.graphs._SHAPES_COUNTED", 3)
+    graph = OpenVINOGraph(file, threads=1)
+    compiled: list[object] = []
+    really = graph._compile
+    monkeypatch.setattr(graph, "_compile", lambda *a: compiled.append(a) or really(*a))
+    first, second = image(1, 33, 17), image(2, 48, 64)
+    for calls, x in ((2, first), (2, second), (2, first), (3, second), (1, second)):
+        for _ in range(calls):
+            assert_right(graph(x.numpy()), model, x)
+    assert [tuple(shape) for shape in graph._own] == [(2, 3, 48, 64)]
+    assert len(compiled) == 2
+    for size in range(20, 30):  # shapes that never come again are forgotten
+        graph(image(1, size, size).numpy())
+    assert len(compiled) == 2
+    assert len(graph._counts) <= 3
 
 
-def test_a_model_with_hooks_has_no_fingerprint(make_tiny_vit: MakeModel, cache: Path) -> None:
-    model = make_tiny_vit()
-    model.layers[1].register_forward_hook(lambda module, args, out: out * 2)
-    assert fingerprint(model) is None
-    assert isinstance(cached_graph(model), bytes)
-    assert not cache.exists()
-
-
-def test_a_graph_is_made_once(
-    make_tiny_vit: MakeModel, cache: Path, monkeypatch: pytest.MonkeyPatch
+@needs_bf16
+def test_bf16_is_bf16_and_fp32_is_fp32_whatever_is_kept(
+    file: Path, model: TinyViT, image: MakeImage
 ) -> None:
-    model = make_tiny_vit()
-    path = cached_graph(model)
-    assert isinstance(path, Path)
-    assert path == cache / "graphs" / f"{fingerprint(model)}.onnx"
-    onnx.checker.check_model(onnx.load(path))
-    monkeypatch.setattr(graphs, "export_onnx", lambda model: pytest.fail("made again"))
-    assert cached_graph(model) == path
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    x = image(1, 75, 58)
+    for precision in ("fp32", "bf16", "fp32", "bf16"):  # twice: compiled, and kept beside the file
+        graph = OpenVINOGraph(file, precision=precision, threads=1)  # type: ignore[arg-type]
+        out = graph(x.numpy())
+        assert_right(out, model, x, precision)
+        with torch.inference_mode():
+            is_exact = torch.allclose(torch.from_numpy(out), model(x), atol=1e-4)
+        assert is_exact == (precision == "fp32")
+    assert len(list(file.with_suffix(".compiled").glob("*/*.blob"))) == 2
 
 
-def test_a_folder_that_cannot_be_written(
-    make_tiny_vit: MakeModel, cache: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_file_with_other_weights_is_compiled_anew(
+    make_tiny_vit: MakeModel, image: MakeImage, tmp_path: Path
 ) -> None:
-    cache.write_text("a file where the folder should be")
-    monkeypatch.setattr(graphs, "export_onnx", lambda model: b"graph")
-    assert cached_graph(make_tiny_vit()) == b"graph"
+    x, path, cache = image(1, 32, 32), tmp_path / "graph.onnx", tmp_path / "kept"
+    for seed in (1, 2):
+        model = make_tiny_vit(seed)
+        path.write_bytes(export_onnx(model))
+        assert_right(OpenVINOGraph(path, cache_dir=cache)(x.numpy()), model, x)
+    assert len(list(cache.iterdir())) == 2
+    out = OpenVINOGraph(export_onnx(model), threads=2)(x.numpy())
+    assert_right(out, model, x)
+
+
+def test_threads_give_what_one_gives(graph: OpenVINOGraph, image: MakeImage) -> None:
+    inputs = [image(1, 32, 32 + 16 * i).numpy() for i in range(3)]
+    wanted = [graph(x) for x in inputs]
+    wrong: list[int] = []
+
+    def work(offset: int) -> None:
+        for step in range(6):
+            i = (step + offset) % 3
+            if not np.allclose(graph(inputs[i]), wanted[i], atol=1e-5):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+START = """
+import sys
+import numpy as np
+from tinyvit.inference import OpenVINOGraph
+
+out = OpenVINOGraph(sys.argv[1], threads=1)(np.zeros((1, 3, 40, 56), np.float32))
+print(out.shape, "torch" in sys.modules, "onnx" in sys.modules)
+"""
+
+
+def test_it_starts_without_torch(file: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", START, str(file)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "(1, 16, 3, 4) False False\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (
+            np.zeros((3, 8, 8), np.float32),
+            r"wants images \[batch, 3, height, width\] .*\[3, 8, 8",
+        ),
+        (np.zeros((1, 4, 8, 8), np.float32), r"got \[1, 4, 8, 8\]"),
+        (np.zeros((0, 3, 8, 8), np.float32), r"got \[0, 3, 8, 8\]"),
+        (np.zeros((1, 3, 8, 8), np.uint8), "wants images in float32, got uint8"),
+    ],
+)
+def test_arrays_of_another_form(array: Any, words: str, graph: OpenVINOGraph) -> None:
+    with pytest.raises(ValueError, match=words):
+        graph(array)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"source": "nothing.onnx"}, "there is no graph nothing.onnx"),
+        ({"source": b"nothing"}, "OpenVINO cannot read these bytes as a graph: "),
+        ({"precision": "fp16"}, r"precision must be one of \('fp32', 'bf16'\), got 'fp16'"),
+        ({"threads": 0}, "threads must be at least 1, or None for the default, got 0"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], words: str, file: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        OpenVINOGraph(**{"source": file, **arguments})
+
+
+def test_a_damaged_file(tmp_path: Path) -> None:
+    path = tmp_path / "graph.onnx"
+    path.write_bytes(b"\x08" * 100)
+    with pytest.raises(ValueError, match=r"OpenVINO cannot read .*graph\.onnx as a graph: "):
+        OpenVINOGraph(path)
+
+
+def test_a_precision_that_this_machine_lacks(
+    graph: OpenVINOGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "precision", "bf16")  # the settings still say f32
+    with pytest.raises(ValueError, match="computes f32 on this machine where bf16 was asked for"):
+        graph._compile(graph._model, {})
+
+
+def test_a_closed_graph(file: Path) -> None:
+    graph = OpenVINOGraph(file, threads=1)
+    graph.close()
+    with pytest.raises(RuntimeError, match="was closed"):
+        graph(np.zeros((1, 3, 8, 8), np.float32))
+
+
+def test_without_openvino(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'tinyvit\[openvino\]'$"):
+        OpenVINOGraph(file)

@@ -1,7 +1,4 @@
-"""Models, backends and precisions against each other, and against the machine's matrix products.
-
-Tables are others' affair. ``runners.py`` has what runs, ``workers.py`` how it is timed.
-"""
+"""Models, backends and precisions against each other, and against the machine's matrix products."""
 
 from __future__ import annotations
 
@@ -163,7 +160,7 @@ def _start(
 
 
 def _kind(worker: Worker) -> tuple[object, ...]:
-    """What a matrix product must share with a contestant to stand for its machine."""
+    """What a matrix product must share with a contestant."""
     return tuple(worker.facts[name] for name in _KIND)
 
 
@@ -181,19 +178,19 @@ def _result(
     faults = [turn.page_faults for turn in turns if turn.page_faults is not None]
     return Result(
         contestant=contestant,
-        chose=str(facts["chose"]),
-        backend=str(facts["backend"]),
-        precision=str(facts["precision"]),
+        chose=facts["chose"],
+        backend=facts["backend"],
+        precision=facts["precision"],
         size=(facts["size"][0], facts["size"][1]),
-        threads=int(facts["threads"]),
-        gflop=float(facts["gflop"]),
+        threads=facts["threads"],
+        gflop=facts["gflop"],
         seconds=seconds,
         rounds=rounds,
         images_per_s=contestant.batch / seconds.median,
         gflops=work / seconds.median,
         matmul_gflops=statistics.median(matmul_rates),
         share=statistics.median(
-            work / own / rate for own, rate in zip(rounds, matmul_rates, strict=True)
+            work / s / rate for s, rate in zip(rounds, matmul_rates, strict=True)
         ),
         page_faults=statistics.median(faults) if faults else None,
         peak_memory=turns[-1].peak_memory,

@@ -1,4 +1,4 @@
-"""The middle of some numbers and how far they lie apart."""
+"""Facts of the machine and of this process; the median and the spread of numbers."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ class Spread:
         return (self.upper - self.lower) / self.median if self.median else 0.0
 
 
+_CPUINFO = Path("/proc/cpuinfo")
 _SHOWN_SETS = (
     *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_bf16", "amx_int8", "asimd", "asimddp", "bf16", "sve"),
@@ -62,11 +63,14 @@ def machine_facts(*packages: str) -> dict[str, str | int | None]:
         cpu, cores (that this process may use), instruction_sets, memory (in bytes), os, python, one
         entry for each installed package, and date (UTC).
     """
+    flags = (_line_of(_CPUINFO, "flags") or _line_of(_CPUINFO, "Features") or "").split()
+    memory = _line_of(Path("/proc/meminfo"), "MemTotal")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     facts: dict[str, str | int | None] = {
         "cpu": _cpu(),
-        "cores": _cores(),
-        "instruction_sets": " ".join(_instruction_sets()),
-        "memory": _memory(),
+        "cores": cores,
+        "instruction_sets": " ".join(name for name in _SHOWN_SETS if name in flags),
+        "memory": None if memory is None else int(memory.split()[0]) * 1024,
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
     }
@@ -107,27 +111,15 @@ def peak_memory() -> int | None:
 
 
 def _cpu() -> str:
-    name = _line_of(Path("/proc/cpuinfo"), "model name")
+    name = _line_of(_CPUINFO, "model name")
     if name is None and platform.system() == "Darwin":
-        name = _output_of("sysctl", "-n", "machdep.cpu.brand_string")
+        command = ("sysctl", "-n", "machdep.cpu.brand_string")
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+            name = done.stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            name = None
     return name or platform.processor() or platform.machine()
-
-
-def _cores() -> int | None:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
-def _instruction_sets() -> list[str]:
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = (_line_of(cpuinfo, "flags") or _line_of(cpuinfo, "Features") or "").split()
-    return [name for name in _SHOWN_SETS if name in flags]
-
-
-def _memory() -> int | None:
-    line = _line_of(Path("/proc/meminfo"), "MemTotal")
-    return None if line is None else int(line.split()[0]) * 1024
 
 
 def _line_of(path: Path, name: str) -> str | None:
@@ -141,11 +133,3 @@ def _line_of(path: Path, name: str) -> str | None:
         if colon and key.strip() == name:
             return value.strip()
     return None
-
-
-def _output_of(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None

@@ -1,7 +1,7 @@
-"""What runs in a worker: a TinyViT by an engine, or a matrix product that stands for the machine.
+"""Processes that are timed in turn, and what runs in them: a TinyViT, or a matrix product.
 
-Nothing here is timed; see ``workers.py``. Work is counted as useful multiply-accumulates, two
-operations each: padding that a window needs is no work.
+Work is counted as useful multiply-accumulates, two operations each: padding that a window needs is
+no work.
 """
 
 from __future__ import annotations
@@ -31,29 +31,35 @@ if TYPE_CHECKING:
     from tinyvit.modules import TinyViT
 
 
+Call = Callable[[], object]
+Progress = Callable[[int, "int | None"], None]
+
+_SETTLE_S = 0.1  # threads of the one before spin on for a while after its last call
+_EXPECTED = (errors.TinyViTError, ValueError, TypeError, OSError)
+LONG = 5.0
+"""Seconds from which on a call counts without one before it: the cold start does not matter."""
+
+
 def make(spec: Mapping[str, object]) -> tuple[Callable[[], Tensor], dict[str, object]]:
-    """From a spec to a call and facts about it.
+    """From a spec (the fields of a ``Contestant``, or of a matrix product) to a call and its facts.
 
-    Args:
-        spec: {"matmul": side, "precision", "device", "threads"}, or the fields of a ``Contestant``.
-
-    Returns:
-        (call, facts: precision, device, threads and, for a TinyViT, chose, backend, size,
-        gflop, invented_s).
+    A matrix product has {"matmul": side, "precision", "device", "threads"}. Facts are precision,
+    device, threads and, for a TinyViT, chose, backend, size, gflop, invented_s.
     """
-    _limit_threads(cast("int | None", spec["threads"]))
+    threads = cast("int | None", spec["threads"])
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        import torch
+
+        torch.set_num_threads(threads)  # other backends are told by the engine
     if "matmul" in spec:
         return _make_matmul(cast(Any, spec["matmul"]), str(spec["precision"]), str(spec["device"]))
     return _make_tiny_vit(spec)
 
 
 def fill_randomly(model: TinyViT, seed: int = 0) -> None:
-    """Make every tensor of a model random, its batch statistics too; nothing is at a neutral start.
-
-    Args:
-        model: Changed in place; stays finite and of order one.
-        seed: Of torch's generator.
-    """
+    """Make every tensor of a model random, its batch statistics too; values stay of order one."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -73,12 +79,9 @@ def fill_randomly(model: TinyViT, seed: int = 0) -> None:
 
 
 def count_gflop(model: TinyViT, size: tuple[int, int], name: str | None = None) -> float:
-    """Useful operations for one image, in 1e9.
+    """Useful operations for one image of this (height, width), in 1e9.
 
-    Args:
-        model: The model.
-        size: Height and width of the image.
-        name: Its variant, whose count is scaled by the pixels; None counts the model's own.
+    Those of the variant ``name`` are scaled by the pixels; None counts the model's own.
     """
     if name is not None:
         row = get_variant(name)
@@ -104,7 +107,9 @@ def _make_tiny_vit(spec: Mapping[str, object]) -> tuple[Callable[[], Tensor], di
         fill_randomly(model)
     elif checkpoint in list_checkpoints() and model_name is None:
         model_name = get_checkpoint(checkpoint).variant
-    size = _size_of(model)
+    if model.image_spec is None:
+        raise ValueError("this model does not say how its images are prepared; give --size")
+    size = model.image_spec.size
     gflop = count_gflop(model, size, model_name)
     batch = torch.randn(int(cast(Any, spec["batch"])), model.in_chans, *size)
     invented = time.perf_counter() - start
@@ -118,7 +123,7 @@ def _make_tiny_vit(spec: Mapping[str, object]) -> tuple[Callable[[], Tensor], di
     facts = {
         "chose": engine.explain(),
         "backend": engine.backend.name,
-        "precision": str(getattr(engine.backend, "precision", spec["precision"])),
+        "precision": engine.precision,
         "device": engine.backend.device,
         "size": size,
         "threads": torch.get_num_threads(),
@@ -126,13 +131,6 @@ def _make_tiny_vit(spec: Mapping[str, object]) -> tuple[Callable[[], Tensor], di
         "invented_s": invented,
     }
     return lambda: engine.backend(batch), facts
-
-
-def _size_of(model: TinyViT) -> tuple[int, int]:
-    """Height and width of the images that the model is given."""
-    if model.image_spec is not None:
-        return model.image_spec.size
-    raise ValueError("this model does not say how its images are prepared; give --size")
 
 
 def _make_matmul(
@@ -177,32 +175,6 @@ def _make_matmul(
     return call, {"precision": precision, "device": device, "threads": torch.get_num_threads()}
 
 
-def _limit_threads(threads: int | None) -> None:
-    """Let torch compute with so many threads; other backends are told by the engine.
-
-    Raises:
-        ValueError: Less than one.
-    """
-    if threads is None:
-        return
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
-    import torch
-
-    torch.set_num_threads(threads)
-
-
-Call = Callable[[], object]
-Progress = Callable[[int, "int | None"], None]
-
-_SETTLE_S = 0.1  # threads of the one before spin on for a while after its last call
-_EXPECTED = (errors.TinyViTError, ValueError, TypeError, OSError)
-
-
-LONG = 5.0
-"""Seconds from which on a call counts without one before it: what was cold weighs nothing."""
-
-
 @dataclass(frozen=True)
 class Turn:
     """One turn of a contestant.
@@ -243,13 +215,13 @@ class Worker:
         spec: Mapping[str, object],
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self._talk = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         start = time.perf_counter()
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._talk,
+            stderr=self._stderr,
             text=True,
             env={**os.environ, **(environment or {})},
         )
@@ -281,7 +253,7 @@ class Worker:
             self._process.wait()
         if stdout is not None:
             stdout.close()
-        self._talk.close()
+        self._stderr.close()
 
     def __enter__(self) -> Self:
         return self
@@ -297,18 +269,20 @@ class Worker:
                 self._process.stdin.flush()
                 line = self._process.stdout.readline()
             except BrokenPipeError:
-                pass  # it has ended; its last words say why
+                pass  # it has ended; stderr says why
         if not line:
-            raise ChildProcessError(self._last_words())
+            raise ChildProcessError(self._last_line())
         reply = cast("dict[str, object]", json.loads(line))
         if "error" in reply:
             raise _as_error(str(reply["error"]), str(reply["message"]))
         return reply
 
-    def _last_words(self) -> str:
+    def _last_line(self) -> str:
         code = self._process.wait()
-        self._talk.seek(0)
-        lines = self._talk.read().strip().splitlines() or ["no words, as where memory is short"]
+        self._stderr.seek(0)
+        lines = self._stderr.read().strip().splitlines() or [
+            "nothing on stderr, as where memory is short"
+        ]
         return f"a contestant's process ended with exit code {code}: {lines[-1]}"
 
 
