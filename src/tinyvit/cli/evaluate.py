@@ -6,13 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT, get_checkpoint, list_checkpoints
 from tinyvit.cli import console
 from tinyvit.folders.images import list_images
+from tinyvit.inference.backend import BackendName
 
 from .arguments import (
     Device,
@@ -29,11 +30,10 @@ from .settings_options import one_of
 
 if TYPE_CHECKING:
     from tinyvit.evaluate.classify import ClassifyReport, LabelledImages
-    from tinyvit.inference.backend import BackendName
     from tinyvit.sam import Sam, SamPredictor
     from tinyvit.train.data.masks import MaskSet
 
-BACKENDS = ("auto", "torch", "openvino", "onnx")
+BACKENDS = get_args(BackendName)
 
 parse_backend = one_of(BACKENDS)
 
