@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
 from tiny import write_mask_folder, write_tiny_sam
-from tinyvit.cli.evaluate import _drawn
+from tinyvit.cli.evaluate import BACKENDS, _drawn, parse_backend
 
 FAST = ("--clicks", "1,2", "--most-clicks", 2, "--no-floors", "--size", 64)
 
@@ -49,7 +50,7 @@ def test_classify_as_a_table(run, images, classifier, tmp_path):
     assert lines[0].split() == ["images", "20", "in", "5", "classes"]
     assert any(line.startswith("top-1 ") for line in lines)
     assert any(line.startswith("class  images  found  taken for") for line in lines)
-    assert result.err.splitlines()[-1] == f"contact sheet: {sheet}"
+    assert result.err.splitlines()[-1] == f"gallery: {sheet}"
     assert width_of(sheet) > 200
 
 
@@ -68,7 +69,7 @@ def test_a_broken_image_is_named(run, images, classifier):
     result = run("evaluate", "classify", images, *classifier)
     assert result.code == 1
     assert result.out.splitlines()[0].split()[1] == "19"
-    assert result.err.splitlines()[-1].startswith("left out: a/0.png: ")
+    assert result.err.splitlines()[-1].startswith("skipped: a/0.png: ")
 
 
 def test_the_model_must_know_the_classes(run, images, checkpoints):
@@ -81,7 +82,7 @@ def test_the_model_must_know_the_classes(run, images, checkpoints):
     assert "has no classification head" in none.err
 
 
-def test_held_out_wants_the_classes_that_were_learnt(run, images, classifier, monkeypatch):
+def test_held_out_wants_the_classes_of_the_checkpoint(run, images, classifier, monkeypatch):
     from tinyvit.train.tasks import classify as classifiers
 
     load = classifiers.load_classifier
@@ -112,7 +113,7 @@ def test_segment(run, cells, sams, tmp_path):
     assert lines[0] == f"{sams[0]} on {cells}: 3 images, 3 masks"
     assert lines[1].split()[0] == "metric"
     assert any(line.startswith("mean IoU, 2 clicks ") for line in lines)
-    assert result.err.splitlines()[-1] == f"contact sheet: {sheet}"
+    assert result.err.splitlines()[-1] == f"gallery: {sheet}"
     assert width_of(sheet) > 400
     found = run(*words, "--json", "--limit", 2).json
     assert (found["pictures"], found["masks"], found["floors"]["box"]) == (2, 2, {})
@@ -125,7 +126,7 @@ def test_what_is_wrong_with_masks_is_named(run, cells, sams):
     result = run(*words)
     assert result.code == 1
     assert "2 images, 2 masks" in result.out
-    assert sum(line.startswith("left out: ") for line in result.err.splitlines()) == 1
+    assert sum(line.startswith("skipped: ") for line in result.err.splitlines()) == 1
     (cells / "images" / "2.png").unlink()
     (cells / "masks" / "2.png").unlink()
     alone = run(*words, "--held-out")
@@ -153,7 +154,7 @@ def test_agreement_names_broken_images(run, cells, sams):
     words = ("evaluate", "agreement", *sams, cells / "images", "--size", 64, "--grid", 1)
     result = run(*words)
     assert result.code == 1
-    assert result.err.splitlines()[-1].startswith("left out: ")
+    assert result.err.splitlines()[-1].startswith("skipped: ")
     assert "0.png" in result.err
 
 
@@ -195,3 +196,9 @@ def test_a_limit_draws_by_its_seed():
     drawn = _drawn(100, 10, 1)
     assert drawn == sorted(set(drawn)) == _drawn(100, 10, 1) != _drawn(100, 10, 2)
     assert len(drawn) == 10
+
+
+def test_backends_are_parsed():
+    assert [parse_backend(name) for name in BACKENDS] == list(BACKENDS)
+    with pytest.raises(typer.BadParameter, match=r"^'tpu' is not one of 'auto', 'torch'"):
+        parse_backend("tpu")

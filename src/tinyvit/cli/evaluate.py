@@ -1,4 +1,4 @@
-"""Options of ``tinyvit evaluate``: what they take, and what they say about it."""
+"""``tinyvit evaluate``: how good a classifier or a SAM is, and whether two SAMs agree."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast, get_args
 
 import typer
 
@@ -22,6 +22,8 @@ from .arguments import (
     Precision,
     PrecisionName,
     Size,
+    announce,
+    checkpoint_option,
     matching_checkpoints,
     parse_precision,
 )
@@ -38,37 +40,41 @@ BACKENDS = get_args(BackendName)
 parse_backend = one_of(BACKENDS)
 
 SAM_HELP = "A name of 'tinyvit models', or a file with a whole SAM."
+_LABELLED = "A folder with one subfolder for each class, a CSV file, or tar files."
+_MASKS = (
+    "Images with masks: COCO's JSON, a CSV of images and masks, labelme's JSON files, or a folder "
+    "with images and masks in it."
+)
+_CLASSIFIER = "A name of 'tinyvit models', or a file of weights with a classification head."
+_HELD_OUT = (
+    "Evaluate only what 'tinyvit train' holds out of DATA with the same --val-part and "
+    "--split-seed."
+)
 
-LabelledData = Annotated[
-    str,
-    typer.Argument(
-        metavar="DATA",
-        show_default=False,
-        help="A folder with one subfolder for each class, a CSV file, or tar files.",
-    ),
-]
-MaskData = Annotated[
-    str,
-    typer.Argument(
-        metavar="DATA",
-        show_default=False,
-        help="Images with masks: COCO's JSON, a CSV of images and masks, labelme's JSON "
-        "files, or a folder with images and masks in it.",
-    ),
-]
-SamA = Annotated[str, typer.Argument(metavar="A", show_default=False, help=SAM_HELP)]
-SamB = Annotated[
-    str, typer.Argument(metavar="B", show_default=False, help="Another, or the same again.")
-]
-ClassifierWeights = Annotated[
-    str,
-    typer.Option(
-        "--checkpoint",
-        metavar="NAME_OR_FILE",
-        autocompletion=matching_checkpoints,
-        help="A name of 'tinyvit models', or a file of weights with a classification head.",
-    ),
-]
+
+def _data(name: str, text: str) -> Any:
+    return typer.Argument(metavar=name, show_default=False, help=text)
+
+
+def _backend(side: str) -> Any:
+    words = f"[{'|'.join(BACKENDS)}]"
+    flag = f"--backend-{side.lower()}"
+    return typer.Option(
+        flag, metavar=words, parser=parse_backend, help=f"What runs {side}'s encoder."
+    )
+
+
+def _precision(side: str) -> Any:
+    flag = f"--precision-{side.lower()}"
+    text = f"What {side}'s encoder computes in."
+    return typer.Option(flag, metavar="[fp32|bf16|auto]", parser=parse_precision, help=text)
+
+
+LabelledData = Annotated[str, _data("DATA", _LABELLED)]
+MaskData = Annotated[str, _data("DATA", _MASKS)]
+SamA = Annotated[str, _data("A", SAM_HELP)]
+SamB = Annotated[str, _data("B", "Another, or the same again.")]
+ClassifierWeights = Annotated[str, checkpoint_option(_CLASSIFIER)]
 SamWeights = Annotated[
     str,
     typer.Option(
@@ -83,24 +89,15 @@ Images = Annotated[
     Path | None,
     typer.Option("--images", metavar="FOLDER", help="The images, where DATA does not say."),
 ]
-HeldOut = Annotated[
-    bool,
-    typer.Option(
-        "--held-out",
-        help="Measure only what 'tinyvit train' holds out of DATA with the same --val-part and "
-        "--split-seed.",
-    ),
-]
+HeldOut = Annotated[bool, typer.Option("--held-out", help=_HELD_OUT)]
 ValPart = Annotated[float, typer.Option("--val-part", help="With --held-out: how much it is.")]
 SplitSeed = Annotated[int, typer.Option("--split-seed", help="With --held-out: which it is.")]
 Limit = Annotated[
-    int | None,
-    typer.Option("--limit", min=1, help="Measure so many images only, drawn by --seed."),
+    int | None, typer.Option("--limit", min=1, help="Evaluate so many images, drawn by --seed.")
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="What --limit draws with.")]
 Sheet = Annotated[
-    Path | None,
-    typer.Option("--sheet", metavar="FILE.png", help="Write a contact sheet to look at."),
+    Path | None, typer.Option("--sheet", metavar="FILE.png", help="Write a gallery to look at.")
 ]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", min=1, help="Images computed together, at most.")
@@ -113,49 +110,13 @@ TargetIou = Annotated[
 ]
 MostClicks = Annotated[int, typer.Option("--most-clicks", help="Where counting stops.")]
 NoFloors = Annotated[
-    bool, typer.Option("--no-floors", help="Leave out the floors, which is faster.")
+    bool, typer.Option("--no-floors", help="Skip the baselines without a network; faster.")
 ]
 Grid = Annotated[int, typer.Option("--grid", min=1, help="Clicks along each side of an image.")]
-BackendOfA = Annotated[
-    str,
-    typer.Option(
-        "--backend-a",
-        metavar=f"[{'|'.join(BACKENDS)}]",
-        parser=parse_backend,
-        help="What runs A's encoder.",
-    ),
-]
-BackendOfB = Annotated[
-    str,
-    typer.Option(
-        "--backend-b",
-        metavar=f"[{'|'.join(BACKENDS)}]",
-        parser=parse_backend,
-        help="What runs B's encoder.",
-    ),
-]
-PrecisionOfA = Annotated[
-    PrecisionName,
-    typer.Option(
-        "--precision-a",
-        metavar="[fp32|bf16|auto]",
-        parser=parse_precision,
-        help="What A's encoder computes in.",
-    ),
-]
-PrecisionOfB = Annotated[
-    PrecisionName,
-    typer.Option(
-        "--precision-b",
-        metavar="[fp32|bf16|auto]",
-        parser=parse_precision,
-        help="What B's encoder computes in.",
-    ),
-]
-
-
-pass
-
+BackendOfA = Annotated[str, _backend("A")]
+BackendOfB = Annotated[str, _backend("B")]
+PrecisionOfA = Annotated[PrecisionName, _precision("A")]
+PrecisionOfB = Annotated[PrecisionName, _precision("B")]
 
 EXAMPLES = {
     "classify": (
@@ -173,6 +134,16 @@ EXAMPLES = {
 }
 
 
+class _Part(NamedTuple):
+    """Which part of a data set: the held-out one or all, and so many drawn images of it."""
+
+    held_out: bool
+    val_part: float
+    split_seed: int
+    limit: int | None
+    seed: int
+
+
 def classify(
     ctx: typer.Context,
     data: LabelledData,
@@ -188,11 +159,11 @@ def classify(
     precision: Precision = PrecisionName.fp32,
     as_json: Json = False,
 ) -> None:
-    """Measure a classifier on labelled images.
+    """Evaluate a classifier on labelled images.
 
     Top-1 and top-5 with 95 percent intervals, cross entropy, calibration, the classes that are
-    confused most, time and memory. Measure on images that were not learnt from. A broken image
-    is left out and named, and the exit code is 1.
+    confused most, time and memory. Take images that were not trained on. An unreadable image is
+    skipped and named, and the exit code is 1.
     """
     own = console.of(ctx)
 
@@ -202,16 +173,15 @@ def classify(
 
     _announce(own, checkpoint)
     model, classes = load_classifier(checkpoint)
-    images = _labelled(data, classes, held_out, val_part, split_seed, limit, seed)
+    images = _labelled(data, classes, _Part(held_out, val_part, split_seed, limit, seed))
     with Engine(model, device=device, precision=precision.value, batch_size=batch_size) as engine:
         own.say(f"{checkpoint}: {engine.explain()}")
-        with own.progress("measuring") as update:
+        with own.progress("evaluating") as update:
             report = evaluate_classifier(engine, images, progress=update)
     if sheet is not None:
         _write_gallery(own, sheet, report, images)
     if as_json:
-        found = {"checkpoint": checkpoint, "data": data, **report.to_json()}
-        console.write_json(found)
+        console.write_json({"checkpoint": checkpoint, "data": data, **report.to_json()})
     else:
         console.write(console.fields(report.rows()))
         if report.confusions:
@@ -239,27 +209,26 @@ def segment(
     precision: Precision = PrecisionName.fp32,
     as_json: Json = False,
 ) -> None:
-    """Measure how well a SAM segments by clicks and boxes.
+    """Evaluate how well a SAM segments by clicks and boxes.
 
-    Mean IoU at some clicks and with a box, boundary F, clicks until an IoU, and what the model
-    thinks of its own masks, with 95 percent intervals over images; beside them floors that need
-    no network, time and memory. What is broken is left out and named, and the exit code is 1.
+    Mean IoU at some clicks and with a box, boundary F, clicks until an IoU, and the model's own
+    estimate of its masks, with 95 percent intervals over images; beside them baselines without a
+    network, time and memory. What is unreadable is skipped and named, and the exit code is 1.
     """
     own = console.of(ctx)
 
-    from tinyvit.evaluate.segment import COLUMNS as COLUMNS
-    from tinyvit.evaluate.segment import EvaluateSettings, Gallery, evaluate_segment
+    from tinyvit.evaluate.segment import COLUMNS, EvaluateSettings, Gallery, evaluate_segment
     from tinyvit.sam import SamPredictor
 
     settings = EvaluateSettings(
         _numbers(clicks), target_iou, most_clicks, with_baselines=not no_floors
     )
-    masks = _masks(data, images, held_out, val_part, split_seed, limit, seed)
+    masks = _masks(data, images, _Part(held_out, val_part, split_seed, limit, seed))
     sam = _sam(own, checkpoint, size)
     predictor = SamPredictor(sam, device=device, precision=precision.value)
     own.say(f"{checkpoint}: {masks.describe().partition(';')[0]}")
-    drawn = None if sheet is None else Gallery()
-    with own.progress("measuring") as update:
+    gallery = None if sheet is None else Gallery()
+    with own.progress("evaluating") as update:
         report = evaluate_segment(
             predictor,
             masks,
@@ -267,17 +236,17 @@ def segment(
             name=checkpoint,
             data=data,
             faults=masks.faults,
-            watch=drawn,
+            watch=gallery,
             progress=update,
         )
-    if drawn is not None and sheet is not None:
-        drawn.save(sheet, f"{checkpoint}: one click")
-        own.say(f"contact sheet: {sheet}")
+    if gallery is not None and sheet is not None:
+        gallery.save(sheet, f"{checkpoint}: one click")
+        own.say(f"gallery: {sheet}")
     if as_json:
         console.write_json(json.loads(report.to_json()))
     else:
-        measured = f"{counted(report.images, 'image')}, {counted(report.masks, 'mask')}"
-        console.write(f"{checkpoint} on {data}: {measured}")
+        evaluated = f"{counted(report.images, 'image')}, {counted(report.masks, 'mask')}"
+        console.write(f"{checkpoint} on {data}: {evaluated}")
         console.write(console.table(COLUMNS, report.rows()))
     _end(report.skipped)
 
@@ -298,11 +267,11 @@ def agreement(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Compare what two SAMs, or one on two backends, see in images.
+    """Compare two SAMs, or one on two backends, on the same images.
 
-    Embeddings by the cosine of each cell, masks by the IoU of the answers to a grid of clicks, and
-    the time of each. There is no truth here: two models may agree and both be wrong. A broken
-    image is left out and named, and the exit code is 1.
+    Embeddings by the cosine of each grid cell, masks by the IoU of the predictions for a grid of
+    clicks, and the time of each. There is no ground truth here: two models may agree and both be
+    wrong. An unreadable image is skipped and named, and the exit code is 1.
     """
     own = console.of(ctx)
     paths = [image.path for image in list_images(images)]
@@ -310,15 +279,12 @@ def agreement(
 
     from tinyvit.evaluate.agreement import compare
 
-    one = _predictor(own, first, size, backend_a, precision_a, device)
-    other = _predictor(own, second, size, backend_b, precision_b, device)
-    names = tuple(
+    sides = ((first, backend_a, precision_a), (second, backend_b, precision_b))
+    one, other = (_predictor(own, *side, size, device) for side in sides)
+    names = [
         f"{name} ({backend}, {precision.value})" if first == second else name
-        for name, backend, precision in (
-            (first, backend_a, precision_a),
-            (second, backend_b, precision_b),
-        )
-    )
+        for name, backend, precision in sides
+    ]
     own.say(f"comparing on {counted(len(chosen), 'image')}")
     found = compare(one, other, chosen, names=(names[0], names[1]), grid=grid)
     if as_json:
@@ -329,66 +295,43 @@ def agreement(
     _end(found.skipped)
 
 
-def _labelled(
-    data: str,
-    classes: Sequence[str] | None,
-    held_out: bool,
-    val_part: float,
-    split_seed: int,
-    limit: int | None,
-    seed: int,
-) -> LabelledImages:
-    """The images to measure on.
-
-    Raises:
-        ValueError: The data cannot be read, or its classes are others than the model's.
-    """
+def _labelled(data: str, classes: Sequence[str] | None, part: _Part) -> LabelledImages:
+    """The images to evaluate on; an error if their classes are others than the model's."""
     import numpy as np
 
     from tinyvit.train.data.images import Subset, open_data_set, open_part
 
-    if held_out:
-        parts = open_data_set(data, val_part=val_part, split_seed=split_seed)
+    if part.held_out:
+        parts = open_data_set(data, val_part=part.val_part, split_seed=part.split_seed)
         if classes is not None and parts.classes != tuple(classes):
             raise ValueError(
                 f"{data!r} has the classes {', '.join(parts.classes[:5])}, ..., and the checkpoint "
-                f"{', '.join(classes[:5])}, ...; measure it on the data it was trained with, or "
+                f"{', '.join(classes[:5])}, ...; evaluate it on the data it was trained with, or "
                 "leave --held-out away"
             )
         images = parts.val
     else:
         images = open_part(data, classes)
-    if limit is None or limit >= len(images):
+    if part.limit is None or part.limit >= len(images):
         return images
-    return Subset(images, np.array(_drawn(len(images), limit, seed), dtype=np.int64))
+    chosen = _drawn(len(images), part.limit, part.seed)
+    return Subset(images, np.array(chosen, dtype=np.int64))
 
 
-def _masks(
-    data: str,
-    images: Path | None,
-    held_out: bool,
-    val_part: float,
-    split_seed: int,
-    limit: int | None,
-    seed: int,
-) -> MaskSet:
-    """The images with masks to measure on.
-
-    Raises:
-        ValueError: There is no such set, nothing in it is good, or nothing can be held out.
-    """
-    from tinyvit.train.data.masks import open_mask_set
+def _masks(data: str, images: Path | None, part: _Part) -> MaskSet:
+    """The images with masks to evaluate on; an error if nothing can be held out."""
+    from tinyvit.train import open_mask_set
 
     masks = open_mask_set(data, images)
-    if held_out:
+    if part.held_out:
         if len(masks) < 2:
             raise ValueError(
                 f"{data} has only one image, of which none is held out; leave --held-out away"
             )
-        faults = masks.faults
-        masks = replace(masks.split(val_part, split_seed)[1], faults=faults)
-    scenes = tuple(masks.scenes[index] for index in _drawn(len(masks), limit, seed))
-    return replace(masks, scenes=scenes)
+        held = masks.split(part.val_part, part.split_seed)[1]
+        masks = replace(held, faults=masks.faults)
+    chosen = _drawn(len(masks), part.limit, part.seed)
+    return replace(masks, scenes=tuple(masks.scenes[index] for index in chosen))
 
 
 def _drawn(count: int, limit: int | None, seed: int) -> list[int]:
@@ -401,11 +344,7 @@ def _drawn(count: int, limit: int | None, seed: int) -> list[int]:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """Whole numbers between commas.
-
-    Raises:
-        typer.BadParameter: It is something else.
-    """
+    """Whole numbers between commas."""
     try:
         return tuple(int(word) for word in text.split(","))
     except ValueError as err:
@@ -415,8 +354,6 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _announce(own: Console, checkpoint: str) -> None:
-    from .arguments import announce
-
     if checkpoint in list_checkpoints():
         announce(own, get_checkpoint(checkpoint))
 
@@ -432,9 +369,9 @@ def _sam(own: Console, checkpoint: str, size: int | None) -> Sam:
 def _predictor(
     own: Console,
     checkpoint: str,
-    size: int | None,
     backend: str,
     precision: PrecisionName,
+    size: int | None,
     device: str,
 ) -> SamPredictor:
     from tinyvit.sam import SamPredictor
@@ -455,12 +392,11 @@ def _write_gallery(
         own.say(f"{sheet} was not written: no image was taken for another class")
         return
     save_png(sheet, draw_error_gallery(report, images))
-    own.say(f"contact sheet: {sheet}")
+    own.say(f"gallery: {sheet}")
 
 
 def _confused(report: ClassifyReport) -> str:
     """The classes that are found least, as a table."""
-    heads = ("class", "images", "found", "taken for")
     rows = [
         (
             one.name,
@@ -470,16 +406,12 @@ def _confused(report: ClassifyReport) -> str:
         )
         for one in report.confusions
     ]
-    return console.table(heads, rows, right=(1, 2))
+    return console.table(("class", "images", "found", "taken for"), rows, right=(1, 2))
 
 
-def _end(left_out: Sequence[str]) -> None:
-    """Name what was not measured.
-
-    Raises:
-        typer.Exit: There is something.
-    """
-    for words in left_out:
-        console.complain(f"left out: {words}")
-    if left_out:
+def _end(skipped: Sequence[str]) -> None:
+    """Name what was not evaluated; then the exit code is 1."""
+    for words in skipped:
+        console.complain(f"skipped: {words}")
+    if skipped:
         raise typer.Exit(1)

@@ -27,45 +27,28 @@ from .metrics import Mask, as_json, iou
 
 @dataclass(frozen=True)
 class ImageAgreement:
-    """One image.
+    """One image."""
 
-    Attributes:
-        image: What it is called.
-        cosines: (mean, least) cosine over the embedding's cells that show the image; None where
-            the two embeddings have different shapes.
-        ious: IoU of the two masks for each click.
-    """
-
-    image: str
+    image: str  # what it is called
+    # (mean, least) cosine over the embedding's cells that show the image; None where the two
+    # embeddings have different shapes
     cosines: tuple[float, float] | None
-    ious: tuple[float, ...]
+    ious: tuple[float, ...]  # IoU of the two masks for each click
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two models agree.
+    """How far two models agree."""
 
-    Attributes:
-        names: What was compared.
-        images: Each image.
-        skipped: Images that could not be read, and why.
-        mean_cosine: Mean over the images; None where embeddings have different shapes.
-        least_cosine: The least of all cells of all images.
-        mean_iou: Mean over all clicks.
-        least_iou: The least of all clicks.
-        encode_seconds: Median time of each to encode an image.
-        prompt_seconds: Median time of each to predict for a click.
-    """
-
-    names: tuple[str, str]
-    images: tuple[ImageAgreement, ...]
-    skipped: tuple[str, ...]
-    mean_cosine: float | None
-    least_cosine: float | None
-    mean_iou: float
-    least_iou: float
-    encode_seconds: tuple[float, float]
-    prompt_seconds: tuple[float, float]
+    names: tuple[str, str]  # what was compared
+    images: tuple[ImageAgreement, ...]  # each image
+    skipped: tuple[str, ...]  # images that could not be read, and why
+    mean_cosine: float | None  # mean over the images; None where embeddings have different shapes
+    least_cosine: float | None  # the least of all cells of all images
+    mean_iou: float  # mean over all clicks
+    least_iou: float  # the least of all clicks
+    encode_seconds: tuple[float, float]  # median time of each to encode an image
+    prompt_seconds: tuple[float, float]  # median time of each to predict for a click
 
     def to_json(self) -> str:
         """Everything, as JSON."""

@@ -34,19 +34,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ClassConfusion:
-    """A class that is taken for others.
+    """A class that is taken for others."""
 
-    Attributes:
-        name: The class.
-        images: How many images it has.
-        accuracy: Part of them that is found.
-        taken_for: (other class, how often), the most frequent first.
-    """
-
-    name: str
-    images: int
-    accuracy: float
-    taken_for: tuple[tuple[str, int], ...]
+    name: str  # the class
+    images: int  # how many images it has
+    accuracy: float  # part of them that is found
+    taken_for: tuple[tuple[str, int], ...]  # (other class, how often), the most frequent first
 
 
 def hits_in_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -146,21 +139,13 @@ class LabelledImages(Protocol):
 
 @dataclass(frozen=True)
 class WrongImage:
-    """An image that is taken for another class, for a person to look at.
+    """An image that is taken for another class, for a person to look at."""
 
-    Attributes:
-        index: Its place in the list.
-        name: Its name.
-        label: Its class.
-        predicted: The class it was taken for.
-        probability: How sure the model was of that.
-    """
-
-    index: int
-    name: str
-    label: str
-    predicted: str
-    probability: float
+    index: int  # its place in the list
+    name: str  # its name
+    label: str  # its class
+    predicted: str  # the class it was taken for
+    probability: float  # how sure the model was of that
 
 
 @dataclass(frozen=True)

@@ -149,19 +149,12 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean and its 95 % interval.
+    """A mean and its 95 % interval."""
 
-    Attributes:
-        value: The mean; nan without any number.
-        low: Lower end of the interval.
-        high: Upper end.
-        count: Numbers that went into it.
-    """
-
-    value: float
-    low: float
-    high: float
-    count: int
+    value: float  # the mean; nan without any number
+    low: float  # lower end of the interval
+    high: float  # upper end
+    count: int  # numbers that went into it
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -195,38 +188,23 @@ def bootstrap(
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Masks whose predicted IoU lies in one range.
+    """Masks whose predicted IoU lies in one range."""
 
-    Attributes:
-        low: Start of the range; the first one holds everything below, too.
-        high: End of the range; the last one holds everything above, too.
-        count: Masks in it.
-        predicted: Their mean predicted IoU; nan without any.
-        true: Their mean true IoU; nan without any.
-    """
-
-    low: float
-    high: float
-    count: int
-    predicted: float
-    true: float
+    low: float  # start of the range; the first one holds everything below, too
+    high: float  # end of the range; the last one holds everything above, too
+    count: int  # masks in it
+    predicted: float  # their mean predicted IoU; nan without any
+    true: float  # their mean true IoU; nan without any
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How a model's own estimate of its masks' IoU agrees with the true IoU.
+    """How a model's own estimate of its masks' IoU agrees with the true IoU."""
 
-    Attributes:
-        correlation: Pearson's; nan where one of the two does not vary.
-        mean_error: Mean of predicted minus true: above 0 the model is overconfident.
-        mean_absolute_error: Mean of their distance.
-        bins: By predicted IoU.
-    """
-
-    correlation: float
-    mean_error: float
-    mean_absolute_error: float
-    bins: tuple[CalibrationBin, ...]
+    correlation: float  # Pearson's; nan where one of the two does not vary
+    mean_error: float  # mean of predicted minus true: above 0 the model is overconfident
+    mean_absolute_error: float  # mean of their distance
+    bins: tuple[CalibrationBin, ...]  # by predicted IoU
 
 
 def calibrate(predicted: Sequence[float], true: Sequence[float], bins: int = 10) -> Calibration:

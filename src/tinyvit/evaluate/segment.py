@@ -88,17 +88,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Cost:
-    """Time and memory.
+    """Time and memory."""
 
-    Attributes:
-        encode_seconds: Median time to encode an image.
-        prompt_seconds: Median time of one prompt on an encoded image.
-        peak_bytes: Most memory that the process has held so far, everything in it included; on a
-            GPU the most that torch has held there. None where the system does not say.
-    """
-
-    encode_seconds: float
-    prompt_seconds: float
+    encode_seconds: float  # median time to encode an image
+    prompt_seconds: float  # median time of one prompt on an encoded image
+    # most memory that the process has held so far, everything in it included; on a GPU the most
+    # that torch has held there. None where the system does not say.
     peak_bytes: int | None
 
 
@@ -148,34 +143,23 @@ class SegmentReport:
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Lines of a table under ``COLUMNS``."""
-        rows = [
-            (f"mean IoU, {prompt}", *_shown(figure), self._baselines_of(prompt))
-            for prompt, figure in self.ious.items()
-        ]
-        rows += [
-            (f"boundary F, {prompt}", *_shown(figure), _DASH)
-            for prompt, figure in self.boundary_fs.items()
-        ]
         clicks = self.clicks_to_target
-        rows.append(
-            (
-                f"clicks to IoU {self.target_iou:g} (at most {self.most_clicks})",
-                f"{clicks.value:.2f}",
-                f"{clicks.low:.2f} to {clicks.high:.2f}",
-                _DASH,
-            )
-        )
-        rows.append(("never reached it", f"{100 * self.missed_target:.0f} %", _DASH, _DASH))
+        target = f"clicks to IoU {self.target_iou:g} (at most {self.most_clicks})"
+        rows = [
+            *((f"mean IoU, {k}", *_shown(v), self._baselines_of(k)) for k, v in self.ious.items()),
+            *((f"boundary F, {k}", *_shown(v), _DASH) for k, v in self.boundary_fs.items()),
+            (target, f"{clicks.value:.2f}", f"{clicks.low:.2f} to {clicks.high:.2f}", _DASH),
+        ]
+        single = [("never reached it", f"{100 * self.missed_target:.0f} %")]
         for prompt, found in self.calibrations.items():
-            rows += [
-                (f"predicted IoU, {prompt}: correlation", f"{found.correlation:.2f}", _DASH, _DASH),
-                (f"predicted IoU, {prompt}: mean error", f"{found.mean_error:+.3f}", _DASH, _DASH),
-            ]
-        rows.append(("encode an image", _time(self.cost.encode_seconds), _DASH, _DASH))
-        rows.append(("predict for a prompt", _time(self.cost.prompt_seconds), _DASH, _DASH))
+            what = f"predicted IoU, {prompt}"
+            single.append((f"{what}: correlation", f"{found.correlation:.2f}"))
+            single.append((f"{what}: mean error", f"{found.mean_error:+.3f}"))
+        single.append(("encode an image", f"{1000 * self.cost.encode_seconds:.1f} ms"))
+        single.append(("predict for a prompt", f"{1000 * self.cost.prompt_seconds:.1f} ms"))
         if self.cost.peak_bytes is not None:
-            rows.append(("peak memory", f"{self.cost.peak_bytes / 2**20:.0f} MiB", _DASH, _DASH))
-        return rows
+            single.append(("peak memory", f"{self.cost.peak_bytes / 2**20:.0f} MiB"))
+        return rows + [(name, value, _DASH, _DASH) for name, value in single]
 
     def _baselines_of(self, prompt: str) -> str:
         baselines = self.baselines.get(prompt, {})
@@ -244,10 +228,6 @@ def _clicks(number: int) -> str:
 
 def _shown(figure: Figure) -> tuple[str, str]:
     return f"{figure.value:.3f}", f"{figure.low:.3f} to {figure.high:.3f}"
-
-
-def _time(seconds: float) -> str:
-    return f"{1000 * seconds:.1f} ms"
 
 
 class LabelledImage(Protocol):
@@ -329,21 +309,13 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The prediction for one click, for whoever wants to draw it.
+    """The prediction for one click, for whoever wants to draw it."""
 
-    Attributes:
-        case: Its metrics.
-        image: RGB [H, W, 3] uint8.
-        target: [H, W] bool.
-        predicted: [H, W] bool, after one click.
-        point: (x, y) of the click.
-    """
-
-    case: Case
-    image: RGB
-    target: Mask
-    predicted: Mask
-    point: Point
+    case: Case  # its metrics
+    image: RGB  # RGB [H, W, 3] uint8
+    target: Mask  # [H, W] bool
+    predicted: Mask  # [H, W] bool, after one click
+    point: Point  # (x, y) of the click
 
 
 def evaluate_segment(

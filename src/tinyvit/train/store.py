@@ -42,19 +42,13 @@ class StoreMismatchError(CheckpointError):
 
 @dataclass(frozen=True)
 class Row:
-    """One row to be stored.
+    """One row to be stored."""
 
-    Attributes:
-        name: What it is about.
-        arrays: By key, of equal shapes and types in all rows; none where there is a ``reason``.
-        info: Plain data to keep beside it.
-        reason: Why it could not be computed, or "".
-    """
-
-    name: str
+    name: str  # what it is about
+    # by key, of equal shapes and types in all rows; none where there is a ``reason``
     arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    info: Mapping[str, object] = field(default_factory=dict)
-    reason: str = ""
+    info: Mapping[str, object] = field(default_factory=dict)  # plain data to keep beside it
+    reason: str = ""  # why it could not be computed, or ""
 
 
 class Entry(NamedTuple):

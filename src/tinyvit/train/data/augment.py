@@ -112,15 +112,10 @@ def augmentation(strength: Strength, flip: bool = True) -> Augmentation:
 
 @dataclass(frozen=True)
 class View:
-    """Makes inputs to train on.
+    """Makes inputs to train on."""
 
-    Args:
-        augmentation: How much an image is changed.
-        spec: The model's own preparation; gives size, filter, mean and standard deviation.
-    """
-
-    augmentation: Augmentation
-    spec: ImageSpec
+    augmentation: Augmentation  # how much an image is changed
+    spec: ImageSpec  # the model's own preparation; gives size, filter, mean and standard deviation
 
     def __call__(self, image: RGB, rng: np.random.Generator) -> NDArray[np.float32]:
         """RGB, [H, W, 3] uint8 -> one input [3, h, w] float32, normalised; ``rng`` draws it."""
@@ -263,15 +258,10 @@ _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
 @dataclass(frozen=True)
 class FittedSample:
-    """An image in the model input, with its masks.
+    """An image in the model input, with its masks."""
 
-    Attributes:
-        pixels: RGB [h, w, 3] uint8, at most as large as the input.
-        masks: [N, h, w] bool; some may be empty now.
-    """
-
-    pixels: RGB
-    masks: Masks
+    pixels: RGB  # RGB [h, w, 3] uint8, at most as large as the input
+    masks: Masks  # [N, h, w] bool; some may be empty now
 
 
 @dataclass(frozen=True)

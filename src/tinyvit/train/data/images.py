@@ -114,15 +114,10 @@ def split(labels: Labels, part: float, seed: int) -> tuple[Labels, Labels]:
 
 @dataclass(frozen=True)
 class Subset:
-    """Some images of a list.
+    """Some images of a list."""
 
-    Attributes:
-        whole: The list.
-        indices: [N] int64, which of it.
-    """
-
-    whole: LabelledImages
-    indices: Labels
+    whole: LabelledImages  # the list
+    indices: Labels  # [N] int64, which of it
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -27,19 +27,12 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class FileList:
-    """Labelled images that are files.
+    """Labelled images that are files."""
 
-    Attributes:
-        root: The folder that ``names`` are relative to.
-        names: Path of each image, with slashes.
-        labels: [N] int64, number of each image's class.
-        classes: Names of the classes, in the order of their numbers.
-    """
-
-    root: Path
-    names: tuple[str, ...]
-    labels: Labels
-    classes: tuple[str, ...]
+    root: Path  # the folder that ``names`` are relative to
+    names: tuple[str, ...]  # path of each image, with slashes
+    labels: Labels  # [N] int64, number of each image's class
+    classes: tuple[str, ...]  # names of the classes, in the order of their numbers
 
     def __len__(self) -> int:
         return len(self.names)

@@ -51,12 +51,9 @@ class Annotation(Protocol):
 
 @dataclass(frozen=True)
 class Polygons:
-    """An object as polygons.
+    """An object as polygons."""
 
-    Attributes:
-        rings: Each at least three points, [P, 2] (x, y) in pixels of the image.
-    """
-
+    # each at least three points, [P, 2] (x, y) in pixels of the image
     rings: tuple[NDArray[np.float64], ...]
 
     @classmethod
@@ -96,15 +93,10 @@ class Polygons:
 
 @dataclass(frozen=True)
 class RunLengths:
-    """An object as COCO's run lengths, compressed or not.
+    """An object as COCO's run lengths, compressed or not."""
 
-    Attributes:
-        counts: As COCO has them: text, or numbers.
-        size: (H, W) they are for.
-    """
-
-    counts: str | tuple[int, ...]
-    size: Size
+    counts: str | tuple[int, ...]  # as COCO has them: text, or numbers
+    size: Size  # (H, W) they are for
 
     @classmethod
     def read(cls, record: Mapping[str, object]) -> RunLengths:
@@ -131,15 +123,10 @@ class RunLengths:
 
 @dataclass(frozen=True)
 class MaskFile:
-    """An object in a file of pixels.
+    """An object in a file of pixels."""
 
-    Attributes:
-        path: The file.
-        value: The object's id in it; None: the file shows one object.
-    """
-
-    path: Path
-    value: int | None = None
+    path: Path  # the file
+    value: int | None = None  # the object's id in it; None: the file shows one object
 
     def mask(self, size: Size) -> Mask:
         """The mask, if its size is right."""
@@ -243,16 +230,12 @@ _LOSSY = (".jfif", ".jpe", ".jpeg", ".jpg")  # no masks
 
 @dataclass
 class RawSample:
-    """One image and its annotations as a data set names them; nothing is checked yet.
+    """One image and its annotations as a data set names them; nothing is checked yet."""
 
-    Attributes:
-        image: Its file.
-        objects: (annotation, label) of each object.
-        size: (H, W) that the data set says the image has; None if it says nothing.
-    """
-
-    image: Path
+    image: Path  # its file
+    # (annotation, label) of each object
     objects: list[tuple[Annotation, str]] = field(default_factory=list)
+    # (H, W) that the data set says the image has; None if it says nothing
     size: tuple[int, int] | None = None
 
 

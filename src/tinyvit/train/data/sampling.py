@@ -34,24 +34,16 @@ Sample = TypeVar("Sample")
 class Order:
     """The order of the samples of a run.
 
-    Attributes:
-        samples: Samples in the data.
-        batch_size: Samples of a step, over all processes.
-        accumulate: Parts of a step in each process.
-        ranks: Processes.
-        seed: Of the order.
-        drop_last: Leave out an epoch's last, smaller step.
-
     Raises:
         ValueError: There are no samples, or too few for a step.
     """
 
-    samples: int
-    batch_size: int
-    accumulate: int = 1
-    ranks: int = 1
-    seed: int = 0
-    drop_last: bool = False
+    samples: int  # samples in the data
+    batch_size: int  # samples of a step, over all processes
+    accumulate: int = 1  # parts of a step in each process
+    ranks: int = 1  # processes
+    seed: int = 0  # of the order
+    drop_last: bool = False  # leave out an epoch's last, smaller step
 
     def __post_init__(self) -> None:
         if self.samples < 1:

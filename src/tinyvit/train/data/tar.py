@@ -40,25 +40,15 @@ logger = logging.getLogger("tinyvit")
 
 @dataclass(frozen=True)
 class TarShards:
-    """Labelled images in tar files.
+    """Labelled images in tar files."""
 
-    Attributes:
-        shards: The tar files.
-        names: Name of each image, ``shard/member``.
-        shard: [N] int64, number of the tar file.
-        offset: [N] int64, byte at which the image begins.
-        size: [N] int64, its bytes.
-        labels: [N] int64, number of its class.
-        classes: Names of the classes, in the order of their numbers.
-    """
-
-    shards: tuple[Path, ...]
-    names: tuple[str, ...]
-    shard: NDArray[np.int64]
-    offset: NDArray[np.int64]
-    size: NDArray[np.int64]
-    labels: Labels
-    classes: tuple[str, ...]
+    shards: tuple[Path, ...]  # the tar files
+    names: tuple[str, ...]  # name of each image, ``shard/member``
+    shard: NDArray[np.int64]  # [N] int64, number of the tar file
+    offset: NDArray[np.int64]  # [N] int64, byte at which the image begins
+    size: NDArray[np.int64]  # [N] int64, its bytes
+    labels: Labels  # [N] int64, number of its class
+    classes: tuple[str, ...]  # names of the classes, in the order of their numbers
 
     def __len__(self) -> int:
         return len(self.names)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT, get_variant
 from tinyvit.checkpoints.files import classes_in, header_for, image_spec_in, write_state_dict
-from tinyvit.checkpoints.open import open_checkpoint
+from tinyvit.checkpoints.open import OpenedCheckpoint, open_checkpoint
 from tinyvit.errors import CheckpointError, ImageError
 from tinyvit.evaluate.classify import LabelledImages, hits_in_top
 from tinyvit.factory import create_model
@@ -43,20 +43,14 @@ _TOP = 5
 class Mixing:
     """How much is mixed.
 
-    Args:
-        mixup: The parameter of the Beta distribution for mixup; 0 for none.
-        cutmix: The same for cutmix; 0 for none.
-        probability: Part of the batches that are mixed.
-        switch: Part of the mixed batches that get cutmix, where both are on.
-
     Raises:
         ValueError: A value is out of its range.
     """
 
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    probability: float = 1.0
-    switch: float = 0.5
+    mixup: float = 0.0  # the parameter of the Beta distribution for mixup; 0 for none
+    cutmix: float = 0.0  # the same for cutmix; 0 for none
+    probability: float = 1.0  # part of the batches that are mixed
+    switch: float = 0.5  # part of the mixed batches that get cutmix, where both are on
 
     def __post_init__(self) -> None:
         if self.mixup < 0 or self.cutmix < 0:
@@ -165,37 +159,42 @@ def build_classifier(
         CheckpointError: The checkpoint cannot be read or does not fit.
         DownloadError: The checkpoint cannot be fetched.
     """
-    if checkpoint is None:
-        if model is None:
-            raise ValueError(
-                "wanted a model or a checkpoint to train, for example checkpoint='tinyvit_starter' "
-                "or model='tiny_vit_5m_224'"
-            )
-        return _from_random(classes, get_variant(model).task == "sam", model, img_size,
-                            window_sizes, seed)  # fmt: skip
-    opened = open_checkpoint(_file_of(checkpoint))
-    natural = image_spec_in(opened.metadata, opened.path)
-    if opened.found.has_neck:
-        natural = None
-        size: int | None = img_size or _USUAL_SIZE
+    source: OpenedCheckpoint | None = None
+    natural: ImageSpec | None = None
+    size = img_size
+    if checkpoint is not None:
+        source = open_checkpoint(_file_of(checkpoint))
+        is_sam = source.found.has_neck
+        if not is_sam:
+            natural = image_spec_in(source.metadata, source.path)
+            size = size or (None if natural is None else natural.size[0])
+        is_usual = img_size is None or (natural is not None and natural.size[0] == img_size)
+    elif model is not None:
+        is_sam = get_variant(model).task == "sam"
+        is_usual = size in (None, get_variant(model).img_size)
     else:
-        size = img_size or (None if natural is None else natural.size[0])
-    if window_sizes is None and (img_size is not None or opened.found.has_neck):
-        is_same = natural is not None and natural.size[0] == img_size
-        window_sizes = None if is_same else windows_for(size or _USUAL_SIZE)
+        raise ValueError(
+            "wanted a model or a checkpoint to train, for example checkpoint='tinyvit_starter' "
+            "or model='tiny_vit_5m_224'"
+        )
+    if is_sam:
+        size = size or _USUAL_SIZE
+        is_usual = source is None and size == get_variant(model or "").img_size
+    if window_sizes is None and not is_usual:
+        window_sizes = windows_for(size or _USUAL_SIZE)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         built = create_model(
             model,
-            opened,
+            source,
             num_classes=len(classes),
             img_size=size,
             window_sizes=window_sizes,
-            strides=(2, 2, 2) if opened.found.has_neck else None,
+            strides=(2, 2, 2) if is_sam else None,
             head=True,
         )
-        known = classes_in(opened.metadata, opened.path)
-        if opened.found.has_neck or (known is not None and known != tuple(classes)):
+        known = None if source is None else classes_in(source.metadata, source.path)
+        if source is not None and (is_sam or known not in (None, tuple(classes))):
             built.reset_classifier(len(classes))
     return _finished(built, natural, size)
 
@@ -234,45 +233,19 @@ def load_classifier(
     return create_model(checkpoint=opened), classes_in(opened.metadata, opened.path)
 
 
-def _from_random(
-    classes: Sequence[str],
-    is_sam: bool,
-    name: str,
-    img_size: int | None,
-    window_sizes: Sequence[int] | None,
-    seed: int,
-) -> TinyViT:
-    size = img_size if img_size is not None or not is_sam else _USUAL_SIZE
-    if size is not None and window_sizes is None and size != get_variant(name).img_size:
-        window_sizes = windows_for(size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        built = create_model(
-            name,
-            num_classes=len(classes),
-            img_size=size,
-            window_sizes=window_sizes,
-            strides=(2, 2, 2) if is_sam else None,
-            head=True,
-        )
-    return _finished(built, None, size)
-
-
 def _finished(built: TinyViT, natural: ImageSpec | None, size: int | None) -> TinyViT:
     """Take the neck off, and say how images are prepared."""
     if built.neck is not None:
         built.neck = built.neck_dim = None
         built.image_spec = ImageSpec.timm(size or _USUAL_SIZE)
     elif natural is not None:
-        built.image_spec = natural if size in (None, natural.size[0]) else _resized(natural, size)
+        built.image_spec = natural
+        if size not in (None, natural.size[0]):
+            shorter = natural.shorter_side
+            if shorter is not None:
+                shorter = max(shorter * size // natural.size[0], size)
+            built.image_spec = replace(natural, size=(size, size), shorter_side=shorter)
     return built
-
-
-def _resized(spec: ImageSpec, size: int) -> ImageSpec:
-    shorter = spec.shorter_side
-    if shorter is not None:
-        shorter = max(shorter * size // spec.size[0], size)
-    return replace(spec, size=(size, size), shorter_side=shorter)
 
 
 def _file_of(checkpoint: str | os.PathLike[str]) -> str | os.PathLike[str]:
@@ -283,41 +256,25 @@ def _file_of(checkpoint: str | os.PathLike[str]) -> str | os.PathLike[str]:
 
 @dataclass(frozen=True)
 class ClassifySample:
-    """One image to train on.
+    """One image to train on."""
 
-    Attributes:
-        pixels: [3, h, w] float32, normalised.
-        label: Number of its class.
-        broken: Reason by name of each unreadable image met on the way.
-    """
-
-    pixels: NDArray[np.float32]
-    label: int
-    broken: dict[str, str]
+    pixels: NDArray[np.float32]  # [3, h, w] float32, normalised
+    label: int  # number of its class
+    broken: dict[str, str]  # reason by name of each unreadable image met on the way
 
 
 @dataclass
 class Classify:
-    """Learns classes; a ``Task``.
+    """Learns classes; a ``Task``."""
 
-    Attributes:
-        model: The classifier, trained in place; its ``forward`` gives logits.
-        data: What is trained and validated on.
-        view: Makes an input of an image, with augmentation.
-        mixing: How images of a batch are mixed.
-        smoothing: Part of a label that is spread over all classes.
-        on_broken: What an unreadable image does.
-        val_batch_size: Images validated together.
-        broken: Reason by name of each unreadable image met so far, in this process.
-    """
-
-    model: nn.Module
-    data: DataSet
-    view: View
-    mixing: Mixing = field(default_factory=Mixing)
-    smoothing: float = 0.0
-    on_broken: OnBroken = "skip"
-    val_batch_size: int = 64
+    model: nn.Module  # the classifier, trained in place; its ``forward`` gives logits
+    data: DataSet  # what is trained and validated on
+    view: View  # makes an input of an image, with augmentation
+    mixing: Mixing = field(default_factory=Mixing)  # how images of a batch are mixed
+    smoothing: float = 0.0  # part of a label that is spread over all classes
+    on_broken: OnBroken = "skip"  # what an unreadable image does
+    val_batch_size: int = 64  # images validated together
+    # reason by name of each unreadable image met so far, in this process
     broken: dict[str, str] = field(default_factory=dict)
     name: str = "classify"
     goal: Goal = ("top1", "max")

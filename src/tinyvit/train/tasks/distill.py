@@ -115,16 +115,11 @@ class MaskAgreement:
 
 @dataclass(frozen=True)
 class FeatureSample:
-    """One image to train on.
+    """One image to train on."""
 
-    Attributes:
-        pixels: [3, H, W] float32, normalised.
-        features: [C, teacher h, teacher w] float16.
-        placed: (height, width) of the image within the model input, as parts of it, 0..1.
-    """
-
-    pixels: Tensor
-    features: Tensor
+    pixels: Tensor  # [3, H, W] float32, normalised
+    features: Tensor  # [C, teacher h, teacher w] float16
+    # (height, width) of the image within the model input, as parts of it, 0..1
     placed: tuple[float, float]
 
 
@@ -382,41 +377,28 @@ def _check_current(store: Store, root: Path) -> None:
 
 @dataclass(frozen=True)
 class DistillSample:
-    """One view to train on.
+    """One view to train on."""
 
-    Attributes:
-        pixels: [3, h, w] float32, normalised for the student.
-        probabilities: [k] float32, the teacher's.
-        classes: [k] int64, whose they are.
-        label: Number of the image's own class.
-        broken: Reason by name of each unreadable image met on the way.
-    """
-
-    pixels: NDArray[np.float32]
-    probabilities: NDArray[np.float32]
-    classes: NDArray[np.int64]
-    label: int
-    broken: dict[str, str]
+    pixels: NDArray[np.float32]  # [3, h, w] float32, normalised for the student
+    probabilities: NDArray[np.float32]  # [k] float32, the teacher's
+    classes: NDArray[np.int64]  # [k] int64, whose they are
+    label: int  # number of the image's own class
+    broken: dict[str, str]  # reason by name of each unreadable image met on the way
 
 
 @dataclass
 class DistillLogits:
     """Learns a teacher's stored logits; a ``Task``.
 
-    Attributes:
-        student: The same network as it learns from labels; it validates and saves.
-        store: The logits.
-        model: The network that is trained, in place.
-
     Raises:
         StoreMismatchError: The logits belong to other images, classes or views.
     """
 
-    student: Classify
-    store: Store
+    student: Classify  # the same network as it learns from labels; it validates and saves
+    store: Store  # the logits
     name: str = "distill-logits"
     goal: Goal = ("top1", "max")
-    model: nn.Module = field(init=False)
+    model: nn.Module = field(init=False)  # the network that is trained, in place
 
     def __post_init__(self) -> None:
         data = self.student.data

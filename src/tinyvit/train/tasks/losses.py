@@ -81,39 +81,26 @@ def mask_ious(logits: Tensor, targets: Tensor, weights: Tensor | None = None) ->
 
 @dataclass(frozen=True)
 class MaskLoss:
-    """The loss of some prompts.
+    """The loss of some prompts."""
 
-    Attributes:
-        total: [N], with gradient.
-        iou: [N], of the mask that the model itself thinks best.
-        focal: [N], of the mask that learns, before weighting.
-        dice: [N], of the mask that learns, before weighting.
-        iou_error: [N], squared error of the predicted IoU, mean over the K masks.
-    """
-
-    total: Tensor
-    iou: Tensor
-    focal: Tensor
-    dice: Tensor
-    iou_error: Tensor
+    total: Tensor  # [N], with gradient
+    iou: Tensor  # [N], of the mask that the model itself thinks best
+    focal: Tensor  # [N], of the mask that learns, before weighting
+    dice: Tensor  # [N], of the mask that learns, before weighting
+    iou_error: Tensor  # [N], squared error of the predicted IoU, mean over the K masks
 
 
 @dataclass(frozen=True)
 class MaskLosses:
     """How the three losses are weighted.
 
-    Args:
-        focal: Weight of the focal loss.
-        dice: Weight of the dice loss.
-        iou: Weight of the predicted IoU's squared error.
-
     Raises:
         ValueError: A weight is negative, or those of focal and dice are both 0.
     """
 
-    focal: float = 10.0
-    dice: float = 1.0
-    iou: float = 1.0
+    focal: float = 10.0  # weight of the focal loss
+    dice: float = 1.0  # weight of the dice loss
+    iou: float = 1.0  # weight of the predicted IoU's squared error
 
     def __post_init__(self) -> None:
         if min(self.focal, self.dice, self.iou) < 0 or self.focal + self.dice == 0:

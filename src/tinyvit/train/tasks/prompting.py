@@ -109,18 +109,14 @@ _SINGLE, _MULTIPLE = slice(0, 1), slice(1, None)  # of the decoder's masks
 class Prompting:
     """How objects are prompted.
 
-    Args:
-        box_share: How many objects are prompted by a box first, 0 to 1; the others by a click.
-        corrective_share: In how many steps clicks correct earlier predictions, 0 to 1.
-        most_corrections: The most clicks that correct one object; at least 1.
-
     Raises:
         ValueError: A number is out of its range.
     """
 
+    # how many objects are prompted by a box first, 0 to 1; the others by a click
     box_share: float = 0.4
-    corrective_share: float = 1 / 3
-    most_corrections: int = 3
+    corrective_share: float = 1 / 3  # in how many steps clicks correct earlier predictions, 0 to 1
+    most_corrections: int = 3  # the most clicks that correct one object; at least 1
 
     def __post_init__(self) -> None:
         for name in ("box_share", "corrective_share"):
@@ -132,21 +128,13 @@ class Prompting:
 
 @dataclass(frozen=True)
 class Objects:
-    """Objects of several images, and the first prompts of each.
+    """Objects of several images, and the first prompts of each."""
 
-    Attributes:
-        rows: [N] int64, which image's embedding.
-        targets: [N, h4, w4] in 0..1, the covered share of each low-res pixel.
-        weights: [N, h4, w4], 1 where the image is and 0 in the padding.
-        points: [N, 2] (x, y) of the first click, in pixels of the model input.
-        boxes: [N, 4] xyxy, the same.
-    """
-
-    rows: Tensor
-    targets: Tensor
-    weights: Tensor
-    points: Tensor
-    boxes: Tensor
+    rows: Tensor  # [N] int64, which image's embedding
+    targets: Tensor  # [N, h4, w4] in 0..1, the covered share of each low-res pixel
+    weights: Tensor  # [N, h4, w4], 1 where the image is and 0 in the padding
+    points: Tensor  # [N, 2] (x, y) of the first click, in pixels of the model input
+    boxes: Tensor  # [N, 4] xyxy, the same
 
     @classmethod
     def of(

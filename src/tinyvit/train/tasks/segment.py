@@ -55,50 +55,35 @@ class MaskSamples(Protocol):
 
 @dataclass(frozen=True)
 class PromptedSample:
-    """One image to train on.
+    """One image to train on."""
 
-    Attributes:
-        index: Which image.
-        image: [3, H, W] float32, normalised and padded.
-        size: (height, width) of the image in the model input, without padding.
-        masks: [K, H, W] bool in the model input.
-        points: [K, 2] float32, a first click for each object.
-        boxes: [K, 4] float32, a box for each object.
-        broken: Reason by name of each unreadable image met on the way.
-    """
-
-    index: int
-    image: Tensor
-    size: tuple[int, int]
-    masks: NDArray[np.bool_]
-    points: NDArray[np.float32]
-    boxes: NDArray[np.float32]
-    broken: dict[str, str]
+    index: int  # which image
+    image: Tensor  # [3, H, W] float32, normalised and padded
+    size: tuple[int, int]  # (height, width) of the image in the model input, without padding
+    masks: NDArray[np.bool_]  # [K, H, W] bool in the model input
+    points: NDArray[np.float32]  # [K, 2] float32, a first click for each object
+    boxes: NDArray[np.float32]  # [K, 4] float32, a box for each object
+    broken: dict[str, str]  # reason by name of each unreadable image met on the way
 
 
 @dataclass(frozen=True)
 class MaskSampler:
     """Makes training samples of images with masks.
 
-    Args:
-        data: The images.
-        spec: How images are prepared; fitted by their longest side.
-        augment: Changes images at random; None does not.
-        objects: Objects of an image that are prompted; those of an image with fewer come again,
-            with other prompts.
-        least_pixels: Objects with fewer pixels in the model input are not trained on, unless
-            there is no larger one.
-        on_broken: What an unreadable image does: "skip" takes another one and gives the reason.
-
     Raises:
         ValueError: ``objects`` is below 1, or images are prepared otherwise.
     """
 
-    data: MaskSamples
-    spec: ImageSpec
+    data: MaskSamples  # the images
+    spec: ImageSpec  # how images are prepared; fitted by their longest side
+    # changes images at random; None does not
     augment: MaskAugment | None = field(default_factory=MaskAugment)
+    # objects of an image that are prompted; those of an image with fewer come again, with other
+    # prompts
     objects: int = 4
+    # objects with fewer pixels in the model input are not trained on, unless there is no larger one
     least_pixels: int = 64
+    # what an unreadable image does: "skip" takes another one and gives the reason
     on_broken: OnBroken = "skip"
 
     def __post_init__(self) -> None:
@@ -172,27 +157,18 @@ class MaskSampler:
 class Segment:
     """Learns to segment by prompts; a ``Task``.
 
-    Attributes:
-        model: The network, trained in place.
-        sampler: Makes samples of what is trained on.
-        val: What is validated on.
-        prompting: How objects are prompted.
-        losses: Weights of the losses.
-        cached_features: Images whose embeddings are kept.
-        val_masks: The most masks to validate on.
-        broken: Reason by name of each unreadable image met so far, in this process.
-
     Raises:
         ValueError: Embeddings are to be kept of images that change.
     """
 
-    model: nn.Module
-    sampler: MaskSampler
-    val: Iterable[LabelledImage]
-    prompting: Prompting = field(default_factory=Prompting)
-    losses: MaskLosses = field(default_factory=MaskLosses)
-    cached_features: int = 0
-    val_masks: int = 200
+    model: nn.Module  # the network, trained in place
+    sampler: MaskSampler  # makes samples of what is trained on
+    val: Iterable[LabelledImage]  # what is validated on
+    prompting: Prompting = field(default_factory=Prompting)  # how objects are prompted
+    losses: MaskLosses = field(default_factory=MaskLosses)  # weights of the losses
+    cached_features: int = 0  # images whose embeddings are kept
+    val_masks: int = 200  # the most masks to validate on
+    # reason by name of each unreadable image met so far, in this process
     broken: dict[str, str] = field(default_factory=dict)
     name: str = "segment"
     goal: Goal = ("mean_iou", "max")
