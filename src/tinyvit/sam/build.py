@@ -1,9 +1,8 @@
 """From a variant or a checkpoint to a whole ``Sam``.
 
-The file is read once, by ``tinyvit.factory``, which knows the encoder's part of it; here the prompt
-encoder and the mask decoder are built to the encoder's width, grid and strides, and filled.
-
-The numbers of the heads are Segment Anything's (Kirillov et al., 2023), as in MobileSAM.
+The file is read once; prompt encoder and mask decoder are built to the encoder's width, grid and
+strides, and filled. The heads' numbers are Segment Anything's (Kirillov et al., 2023), as in
+MobileSAM.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def build_sam(
             that holds a whole SAM. None gives an untrained model, as segment-anything does.
         variant: A SAM variant of ``tinyvit.list_models()``. None takes the checkpoint's sizes, or
             without one those of MobileSAM.
-        img_size: Side of the model's frame in pixels, or its (height, width); None takes the
+        img_size: Side of the model's input in pixels, or its (height, width); None takes the
             checkpoint's or variant's. The weights fit every size.
         is_hq: Give an untrained model Light HQ-SAM's mask decoder; a checkpoint shows it.
         sha256: Hash that a downloaded file must have.
@@ -131,8 +130,8 @@ def _assemble(encoder: TinyViT, is_hq: bool) -> Sam:
     encoder.image_spec = spec = replace(spec, size=size)
     stride = encoder.patch_embed.reduction * math.prod(encoder.strides)
     grid = (-(-size[0] // stride), -(-size[1] // stride))
-    # Whole cells: a side that the stride does not divide leaves a part of the last cell empty.
-    frame = (grid[0] * stride, grid[1] * stride)
+    # Whole strides: where the stride does not divide a side, a part of the last token is empty.
+    covered = (grid[0] * stride, grid[1] * stride)
     transformer = TwoWayTransformer(
         _TRANSFORMER_DEPTH, width, _TRANSFORMER_HEADS, _TRANSFORMER_MLP_DIM
     )
@@ -148,7 +147,7 @@ def _assemble(encoder: TinyViT, is_hq: bool) -> Sam:
         decoder = MaskDecoder(
             transformer_dim=width, transformer=transformer, iou_head_hidden_dim=width
         )
-    prompt_encoder = PromptEncoder(width, grid, frame, _MASK_IN_CHANS)
+    prompt_encoder = PromptEncoder(width, grid, covered, _MASK_IN_CHANS)
     return Sam(encoder, prompt_encoder, decoder, spec.mean, spec.std)
 
 

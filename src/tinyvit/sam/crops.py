@@ -1,7 +1,7 @@
-"""Where to prompt and where to look closer: grids of points, overlapping crops, cut-off masks.
+"""Grids of points, overlapping crops of an image, and which masks a crop cuts off.
 
-Numbers only: no pixels, no model. Names, arguments and results are segment-anything's: layer 0 is
-the whole image, layer i has 2^i crops a side.
+Names, arguments and results are segment-anything's: layer 0 is the whole image, layer i has 2^i
+crops a side.
 
 Shapes: P points of a grid, N boxes. Points are (x, y), boxes xyxy in pixels.
 """
@@ -23,16 +23,7 @@ EDGE = 20.0
 
 
 def build_point_grid(n_per_side: int) -> NDArray[np.float64]:
-    """Points in the middles of equal squares.
-
-    Args:
-        n_per_side: Points along each side.
-
-    Returns:
-        [n_per_side ** 2, 2] float64 in 0..1, row by row.
-
-    Raises:
-        ValueError: Less than one point.
+    """Points in the middles of equal squares: [n_per_side ** 2, 2] float64 in 0..1, row by row.
 
     Example:
         >>> build_point_grid(2).tolist()
@@ -49,18 +40,9 @@ def build_point_grid(n_per_side: int) -> NDArray[np.float64]:
 def build_all_layer_point_grids(
     n_per_side: int, n_layers: int, scale_per_layer: int
 ) -> list[NDArray[np.float64]]:
-    """The grid of each layer of crops.
+    """The grid [P, 2] in 0..1 of the image and of each of ``n_layers`` layers of crops.
 
-    Args:
-        n_per_side: Points along each side of the whole image.
-        n_layers: Layers of crops beyond the whole image.
-        scale_per_layer: The points a side of layer i are divided by this to the power i.
-
-    Returns:
-        n_layers + 1 grids [P, 2] in 0..1.
-
-    Raises:
-        ValueError: A value is below 1 (``n_layers``: below 0), or a layer is left without points.
+    The points a side of layer i are divided by ``scale_per_layer`` to the power i.
     """
     if n_per_side < 1:
         raise ValueError(f"points_per_side must be at least 1, came {n_per_side}")
@@ -81,18 +63,7 @@ def build_all_layer_point_grids(
 
 
 def check_point_grids(point_grids: Sequence[ArrayLike], n_layers: int) -> list[NDArray[np.float64]]:
-    """A caller's grids, checked.
-
-    Args:
-        point_grids: For each layer points [P, 2] in 0..1.
-        n_layers: Layers of crops beyond the whole image.
-
-    Returns:
-        The grids as arrays, [P, 2] float64.
-
-    Raises:
-        ValueError: Too few grids, or one of another shape or range.
-    """
+    """A caller's grids, for each layer points [P, 2] in 0..1, as checked arrays of float64."""
     if len(point_grids) < n_layers + 1:
         raise ValueError(
             f"point_grids must hold a grid for the image and for each of {n_layers} layers of "
@@ -115,17 +86,10 @@ def check_point_grids(point_grids: Sequence[ArrayLike], n_layers: int) -> list[N
 def generate_crop_boxes(
     im_size: tuple[int, int], n_layers: int, overlap_ratio: float
 ) -> tuple[list[CropBox], list[int]]:
-    """Crops of an image: the whole, then layer by layer, column by column.
+    """Crops of an image of (height, width), layer by layer, column by column; the layer of each.
 
-    Args:
-        im_size: (height, width) of the image.
-        n_layers: Layers beyond the whole image.
-        overlap_ratio: How far crops of layer 1 overlap, as a share of the shorter side; later
-            layers overlap by as much less as their crops are smaller.
-
-    Returns:
-        (crops, the layer of each). An image of few pixels has fewer crops: empty ones are left
-        out.
+    Crops of layer 1 overlap by ``overlap_ratio`` of the shorter side; later layers by as much less
+    as their crops are smaller. An image of few pixels has fewer crops: empty ones are left out.
 
     Example:
         >>> boxes, layers = generate_crop_boxes((100, 200), 1, 0.2)
@@ -153,16 +117,9 @@ def generate_crop_boxes(
 def is_box_near_crop_edge(
     boxes: ArrayLike, crop_box: Sequence[float], orig_box: Sequence[float], atol: float = EDGE
 ) -> NDArray[np.bool_]:
-    """Which masks a crop may have cut off: their box ends at its edge, and not at the image's.
+    """Which masks a crop may have cut off, [N] bool: their box ends at its edge, not the image's.
 
-    Args:
-        boxes: [N, 4] in pixels of the crop.
-        crop_box: The crop in the image.
-        orig_box: The image, [0, 0, width, height].
-        atol: Distance in pixels that counts as near.
-
-    Returns:
-        [N] bool.
+    ``boxes`` [N, 4] are in pixels of the crop, ``orig_box`` is the image, [0, 0, width, height].
     """
     x0, y0 = crop_box[:2]
     placed = np.asarray(boxes, np.float64).reshape(-1, 4) + np.array([x0, y0, x0, y0])

@@ -1,10 +1,9 @@
 """``Sam``: image encoder, prompt encoder and mask decoder as one module.
 
-Names, arguments and results are those of segment-anything. Reads no files: ``build`` makes one
-from a checkpoint.
+Names, arguments and results are those of segment-anything; ``build`` makes one from a checkpoint.
 
 Shapes: B prompts of one image, C masks of a prompt, H W the image, h w its size in the model's
-frame without padding. Sizes are (height, width).
+input without padding. Sizes are (height, width).
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ class SamInput(TypedDict):
     """One image and its prompts, as ``Sam.forward`` takes them.
 
     Attributes:
-        image: [3, h, w] RGB in 0..255, resized to the model's frame, not padded.
+        image: [3, h, w] RGB in 0..255, resized to the model's input size, not padded.
         original_size: (H, W) of the image before resizing.
-        point_coords: [B, P, 2], (x, y) in pixels of the model's frame.
+        point_coords: [B, P, 2], (x, y) in pixels of the model's input.
         point_labels: [B, P]: 1 the object, 0 not the object, -1 no point at all.
-        boxes: [B, 4], (x0, y0, x1, y1) in pixels of the model's frame.
+        boxes: [B, 4], (x0, y0, x1, y1) in pixels of the model's input.
         mask_inputs: [B, 1, mask h, mask w] low-res logits of an earlier prediction.
     """
 
@@ -154,7 +153,7 @@ class Sam(nn.Module):
         return outputs
 
     def preprocess(self, x: Tensor) -> Tensor:
-        """Normalise pixels, and pad with zeros at the bottom and right to the model's frame.
+        """Normalise pixels, and pad with zeros at the bottom and right to the model's input size.
 
         An encoder whose ``image_spec`` says ``pad=False`` takes images of any size unpadded.
 
@@ -165,7 +164,7 @@ class Sam(nn.Module):
             The same rank, in the model's floating-point type: [..., 3, H, W].
 
         Raises:
-            ValueError: The image is larger than the model's frame, or has no three channels.
+            ValueError: The image is larger than the model's input, or has no three channels.
         """
         spec = self.image_encoder.image_spec
         x = x.to(self.pixel_mean.dtype)
@@ -180,7 +179,7 @@ class Sam(nn.Module):
         x = (x - self.pixel_mean) / self.pixel_std
         if spec is not None and not spec.pad:
             return x
-        height, width = self._frame()
+        height, width = self._padded_size()
         h, w = x.shape[-2:]
         if h > height or w > width:
             raise ValueError(
@@ -197,7 +196,7 @@ class Sam(nn.Module):
 
         Args:
             masks: [B, C, mask h, mask w] logits.
-            input_size: (h, w) of the image in the model's frame, without padding.
+            input_size: (h, w) of the image in the model's input, without padding.
             original_size: (H, W) of the original image.
 
         Returns:
@@ -205,18 +204,18 @@ class Sam(nn.Module):
         """
         if masks.shape[0] == 0:
             return masks.new_zeros((0, masks.shape[1], *original_size))
-        nominal = self.prompt_encoder.mask_input_size
-        frame = [  # what these masks cover: less than the whole frame for an unpadded image
-            round(side * pixels / cells)
-            for side, pixels, cells in zip(
-                masks.shape[-2:], self.prompt_encoder.input_image_size, nominal, strict=True
+        prompts = self.prompt_encoder
+        covered = [  # by these masks: less than the whole input for an image without padding
+            round(side * pixels / logits)
+            for side, pixels, logits in zip(
+                masks.shape[-2:], prompts.input_image_size, prompts.mask_input_size, strict=True
             )
         ]
-        masks = F.interpolate(masks, frame, mode="bilinear", align_corners=False)
+        masks = F.interpolate(masks, covered, mode="bilinear", align_corners=False)
         masks = masks[..., : input_size[0], : input_size[1]]
         return F.interpolate(masks, list(original_size), mode="bilinear", align_corners=False)
 
-    def _frame(self) -> Size:
+    def _padded_size(self) -> Size:
         """(height, width) to which images are padded."""
         spec, declared = self.image_encoder.image_spec, self.image_encoder.img_size
         if spec is not None:
