@@ -99,7 +99,7 @@ def create_model(
             the checkpoint's gives a fresh head.
         img_size: Side of the images in pixels; None takes the variant's.
         in_chans: Input channels; None takes the checkpoint's number, or 3.
-        drop_rate: Dropout in the perceptrons.
+        drop_rate: Dropout in the MLPs.
         drop_path_rate: Stochastic depth in training; None takes the variant's.
         use_checkpoint: Gradient checkpointing.
         layer_lr_decay: Layer-wise learning rate decay.

@@ -31,12 +31,12 @@ from tinyvit.checkpoints.files import (
     read_header,
     read_state_dict,
     thresholds_in,
-    wanted_imports,
     weights_sha256,
     write_bytes,
     write_state_dict,
     write_text,
 )
+from tinyvit.checkpoints.unwrap import wanted_imports
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
 

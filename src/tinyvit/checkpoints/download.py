@@ -1,4 +1,4 @@
-"""Where downloaded files live, what the environment asks for, and one process at a time.
+"""From a row of the catalog to a checked file: cache, resumed download, hash, one at a time.
 
 Environment variables, read when needed and never kept:
 
@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TypeAlias
+from typing import TypeAlias
 
 from tinyvit.catalog import Checkpoint, get_checkpoint
 from tinyvit.errors import DownloadError
@@ -36,14 +36,7 @@ _POLL_SECONDS = 0.1
 
 
 def cache_folder(chosen: str | os.PathLike[str] | None = None) -> Path:
-    """Return the folder of downloaded files; it need not exist yet.
-
-    Args:
-        chosen: A folder the caller wants, or None for the environment's.
-
-    Returns:
-        The folder.
-    """
+    """The folder of downloaded files, ``chosen`` or the environment's; it need not exist yet."""
     if chosen is not None:
         return Path(chosen).expanduser()
     own = os.environ.get("TINYVIT_CACHE")
@@ -54,7 +47,7 @@ def cache_folder(chosen: str | os.PathLike[str] | None = None) -> Path:
 
 
 def cached_path(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Return where a checkpoint's file is or will be: in the cache, or inside the package.
+    """Where a checkpoint's file is or will be: in the cache, or inside the package.
 
     Args:
         checkpoint: A row of the catalog.
@@ -69,29 +62,17 @@ def cached_path(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None
 
 
 def is_offline() -> bool:
-    """Tell whether the environment forbids the network.
-
-    Returns:
-        True if ``TINYVIT_OFFLINE`` or ``HF_HUB_OFFLINE`` is switched on.
-    """
+    """Whether the environment forbids the network."""
     return _is_on("TINYVIT_OFFLINE") or _is_on("HF_HUB_OFFLINE")
 
 
 def is_strict() -> bool:
-    """Tell whether files without a stated hash are refused.
-
-    Returns:
-        True if ``TINYVIT_REQUIRE_SHA256`` is switched on.
-    """
+    """Whether the environment refuses files without a stated hash."""
     return _is_on("TINYVIT_REQUIRE_SHA256")
 
 
 def mirror() -> str | None:
-    """Return the base URL to fetch every file from.
-
-    Returns:
-        The URL without a slash at its end, or None to use the publishers' own.
-    """
+    """The base URL to fetch every file from, or None to use the publishers' own."""
     return os.environ.get("TINYVIT_MIRROR", "").rstrip("/") or None
 
 
@@ -101,15 +82,8 @@ def locked(path: Path, patience: float) -> Iterator[None]:
 
     The operating system frees the lock when a process dies; the empty file may stay.
 
-    Args:
-        path: The lock file.
-        patience: Seconds to wait for another process.
-
-    Yields:
-        Nothing; the lock is held inside the block.
-
     Raises:
-        DownloadError: If another process holds the lock for longer.
+        DownloadError: Another process holds the lock for longer than ``patience`` seconds.
     """
     deadline = time.monotonic() + patience
     with path.open("ab") as file:
@@ -124,31 +98,23 @@ def locked(path: Path, patience: float) -> Iterator[None]:
 
 
 def _is_on(name: str) -> bool:
-    """Whether a switch in the environment is on."""
     return os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
 
 
-if sys.platform == "win32":
-    import msvcrt
+def _try_lock(descriptor: int) -> bool:
+    """Take the lock if it is free."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
 
-    def _try_lock(descriptor: int) -> bool:
-        """Take the lock if it is free."""
-        try:
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
+        else:
+            import fcntl
 
-else:
-    import fcntl
-
-    def _try_lock(descriptor: int) -> bool:
-        """Take the lock if it is free."""
-        try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+    except OSError:
+        return False
+    return True
 
 
 Progress: TypeAlias = Callable[[int, int | None], None]
@@ -193,17 +159,13 @@ def transfer(
     progress: Progress | None = None,
     patience: Patience | None = None,
 ) -> None:
-    """Bring a URL into a file.
+    """Bring an http or https address into a file.
 
-    Args:
-        url: An http or https address.
-        part: The file; what it holds already is continued if the server can, else replaced. After
-            a broken transfer it stays, so that the next call continues.
-        progress: Told how many bytes are there.
-        patience: How long to try; the default is four tries.
+    What ``part`` holds already is continued if the server can, else replaced; after a broken
+    transfer it stays, so that the next call continues.
 
     Raises:
-        DownloadError: If the file cannot be brought; the text says why.
+        DownloadError: The file cannot be brought; the text says why.
     """
     patience = patience if patience is not None else Patience()
     if not url.startswith(("https://", "http://")):
@@ -262,11 +224,17 @@ def _receive(
             f"{url} gave a web page instead of a file (a login or error page?); open it in a "
             "browser to see why"
         )
+    done, chunk = start, first
     try:
         with part.open("r+b" if start else "wb") as file:
             file.seek(start)
             file.truncate()
-            done = _copy(first, response, file, start, total, progress)
+            while chunk:
+                file.write(chunk)
+                done += len(chunk)
+                if progress is not None:
+                    progress(done, total)
+                chunk = response.read(_CHUNK)
             file.flush()
             os.fsync(file.fileno())
     except OSError as err:
@@ -286,25 +254,6 @@ def _receive(
         raise _BrokenError(f"the connection broke after {done} of {total} bytes")
 
 
-def _copy(
-    first: bytes,
-    response: http.client.HTTPResponse,
-    file: IO[bytes],
-    start: int,
-    total: int | None,
-    progress: Progress | None,
-) -> int:
-    """Copy the body; return how many bytes of the whole file are there now."""
-    done, chunk = start, first
-    while chunk:
-        file.write(chunk)
-        done += len(chunk)
-        if progress is not None:
-            progress(done, total)
-        chunk = response.read(_CHUNK)
-    return done
-
-
 def _extent(response: http.client.HTTPResponse, have: int) -> tuple[int, int | None]:
     """Where the body starts in the file, and the file's length if the server says it."""
     length = response.headers.get("Content-Length", "")
@@ -320,10 +269,6 @@ def _extent(response: http.client.HTTPResponse, have: int) -> tuple[int, int | N
 def _size(path: Path) -> int:
     """Bytes in a file, 0 if there is none."""
     return path.stat().st_size if path.exists() else 0
-
-
-pass
-pass
 
 
 def fetch(
@@ -349,10 +294,10 @@ def fetch(
         The file, whose hash has been checked.
 
     Raises:
-        CheckpointError: If there is no checkpoint of that name.
-        DownloadError: If the file cannot be fetched (offline, no address, network, space) or does
+        CheckpointError: There is no checkpoint of that name.
+        DownloadError: The file cannot be fetched (offline, no address, network, space) or does
             not have the hash it must have.
-        ValueError: If ``sha256`` is not 64 hexadecimal digits.
+        ValueError: ``sha256`` is not 64 hexadecimal digits.
     """
     row = get_checkpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint
     wanted = _checked_digits(sha256) if sha256 is not None else row.sha256

@@ -1,7 +1,7 @@
-"""What a file of weights says of itself in its header, beside the tensors: classes, preparation.
+"""Files of weights: which container, reading without running code, writing whole or not at all.
 
-Entries are JSON text in a safetensors header. Files of other projects have none of them, and need
-none. Family and strides are read where they are used, in ``detection.py``.
+Besides tensors a safetensors header can hold JSON texts of ours: preparation, classes, thresholds.
+Files of other projects have none of them, and need none.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ import json
 import math
 import os
 import pickle
-import pickletools
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -27,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
 
-from .unwrap import unwrap, wrap
+from .unwrap import first_line, refusal, unwrap, wanted_imports, wrap
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -158,32 +156,19 @@ _FOREIGN = (
     (b"\x1f\x8b", "a gzip archive; unpack it first"),
     (b"7z\xbc\xaf", "a 7-zip archive; unpack it first"),
     (b"Rar!", "a RAR archive; unpack it first"),
-    (b"\x08\x03\x12", "an ONNX model"),
-    (b"\x08\x04\x12", "an ONNX model"),
-    (b"\x08\x06\x12", "an ONNX model"),
-    (b"\x08\x07\x12", "an ONNX model"),
-    (b"\x08\x08\x12", "an ONNX model"),
+    *((bytes([8, version, 18]), "an ONNX model") for version in (3, 4, 6, 7, 8)),
     (b"\x89PNG", "a PNG image"),
     (b"\xff\xd8\xff", "a JPEG image"),
     (b"%PDF", "a PDF document"),
 )
 
-# What torch.save itself writes for tensors; everything else is worth naming.
-_HARMLESS = ("torch._utils._rebuild", "torch.Size", "collections.OrderedDict", "torch._tensor.")
-
 
 def kind_of(path: Path) -> Kind:
-    """Return which container a file is.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its container.
+    """Which container a file is.
 
     Raises:
-        CheckpointError: If there is no such file, it is a folder, empty, cut off, or something
-            else than a checkpoint (a web page, a git-LFS pointer, a TorchScript archive, …).
+        CheckpointError: There is no such file, it is a folder, empty, cut off, or something else
+            than a checkpoint (a web page, a git-LFS pointer, a TorchScript archive, …).
     """
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; name the file of weights inside it")
@@ -207,49 +192,13 @@ def kind_of(path: Path) -> Kind:
 
 
 def looks_like_web_page(head: bytes) -> bool:
-    """Tell whether a file's first bytes are those of a web page.
-
-    Args:
-        head: The first bytes of the file.
-
-    Returns:
-        True for HTML or XML.
-    """
-    return (
-        head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<?xml"))
-    )
-
-
-def wanted_imports(path: Path, kind: Kind) -> list[str]:
-    """List what the pickle in a file would import, without unpickling it.
-
-    Args:
-        path: The file.
-        kind: Its container.
-
-    Returns:
-        Sorted dotted names, without those that every saved tensor needs.
-    """
-    names: set[str] = set()
-    if kind == "torch zip":
-        with zipfile.ZipFile(path) as archive:
-            member = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-            with archive.open(member) as file:
-                names.update(_imports(file))
-    else:
-        with path.open("rb") as file:
-            for _ in range(4):  # legacy files: magic, protocol, machine facts, the object
-                names.update(_imports(file))
-    return sorted(
-        name
-        for name in names
-        if not name.startswith(_HARMLESS)
-        and not (name.startswith("torch.") and name.endswith("Storage"))
-    )
+    """Whether a file's first bytes are HTML or XML."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return text.startswith((b"<!doctype", b"<html", b"<?xml"))
 
 
 def _kind_of_zip(path: Path) -> Kind:
-    """Tell torch's zip files from others; the folder of a cut-off one is missing."""
+    """Torch's zip files from others; the folder of a cut-off one is missing."""
     if not zipfile.is_zipfile(path):
         raise CheckpointError(
             f"{path} is cut off: it begins like a torch file of {path.stat().st_size} bytes but "
@@ -275,10 +224,7 @@ def _kind_of_zip(path: Path) -> Kind:
 
 
 def _check_safetensors(path: Path, head: bytes, size: int) -> bool:
-    """Tell whether this is safetensors, and refuse it if it is cut off.
-
-    The format: 8 bytes of header length, a JSON header, then the data the header describes.
-    """
+    """Whether this is safetensors (8 bytes of header length, JSON, data); refused if cut off."""
     length = int.from_bytes(head[:8], "little")
     if len(head) < 9 or head[8:9] != b"{" or not 2 <= length <= _MAX_SAFETENSORS_HEADER:
         return False
@@ -307,7 +253,7 @@ def _check_safetensors(path: Path, head: bytes, size: int) -> bool:
 
 
 def _describe(path: Path, head: bytes) -> str:
-    """Say what a file that is no checkpoint looks like, and what to do: completes "it …"."""
+    """What a file that is no checkpoint looks like, and what to do: completes "it …"."""
     if looks_like_web_page(head):
         return (
             "looks like a web page saved under a checkpoint's name; download the file itself "
@@ -330,46 +276,14 @@ def _describe(path: Path, head: bytes) -> str:
         )
     if head.lstrip()[:1] in (b"{", b"["):
         return "is JSON text, perhaps an error message of a server; fetch the file again"
-    what = "is a text file" if _is_text(head) else f"begins with the bytes {head[:8].hex(' ')}"
-    return f"{what}, which is neither safetensors nor a file of torch.save"
-
-
-def _is_text(head: bytes) -> bool:
-    """Whether the first bytes are UTF-8 text; a last character may be cut."""
-    try:
+    what = f"begins with the bytes {head[:8].hex(' ')}"
+    try:  # a last character may be cut
         text = codecs.getincrementaldecoder("utf-8")().decode(head)
+        if all(character.isprintable() or character in "\t\r\n" for character in text):
+            what = "is a text file"
     except UnicodeDecodeError:
-        return False
-    return all(character.isprintable() or character in "\t\r\n" for character in text)
-
-
-def _imports(file: IO[bytes]) -> Iterator[str]:
-    """Yield the dotted names that one pickle's opcodes import; stops at damage.
-
-    A name is an argument of its own (GLOBAL), or the two texts on top of the stack (STACK_GLOBAL),
-    which may come from the memo.
-    """
-    texts: list[str] = []
-    memo: dict[int, str] = {}
-    try:
-        for opcode, argument, _ in pickletools.genops(file):
-            if opcode.name in ("GLOBAL", "INST"):
-                yield str(argument).replace(" ", ".")
-            elif opcode.name == "STACK_GLOBAL":
-                yield ".".join(texts[-2:])
-            elif opcode.name == "MEMOIZE":
-                memo[len(memo)] = texts[-1] if texts else ""
-            elif opcode.name in ("BINPUT", "LONG_BINPUT", "PUT"):
-                memo[int(argument or 0)] = texts[-1] if texts else ""
-            elif opcode.name in ("BINGET", "LONG_BINGET", "GET"):
-                texts.append(memo.get(int(argument or 0), ""))
-            elif "UNICODE" in opcode.name:
-                texts.append(str(argument))
-    except (ValueError, IndexError, OverflowError):
-        return  # a damaged pickle: what was read so far is all there is to name
-
-
-pass
+        pass
+    return f"{what}, which is neither safetensors nor a file of torch.save"
 
 
 _CHUNK = 1 << 20
@@ -407,7 +321,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateFile:
         The tensors and what was found around them.
 
     Raises:
-        CheckpointError: If the file is missing, damaged, no checkpoint, would have to run code to
+        CheckpointError: The file is missing, damaged, no checkpoint, would have to run code to
             be read, or holds no named tensors.
     """
     path = Path(path)
@@ -485,9 +399,9 @@ def write_state_dict(
         The path.
 
     Raises:
-        ValueError: If the container contradicts the suffix, or an argument of the other container
+        ValueError: The container contradicts the suffix, or an argument of the other container
             is given.
-        CheckpointError: If the file cannot be written (no such folder, no space, no right).
+        CheckpointError: The file cannot be written (no such folder, no space, no right).
     """
     path = Path(path)
     if container == "torch" and path.suffix == ".safetensors":
@@ -500,46 +414,49 @@ def write_state_dict(
     if metadata is not None and container == "torch":
         raise ValueError("metadata is for safetensors; a torch file has no header to put it in")
     own = _own_memory(tensors)
-    if container == "safetensors":
-        header = {"format": "pt", **(metadata or {})}
-        replacing(path, lambda temporary: _save_safetensors(own, temporary, header))
-    else:
-        replacing(path, lambda temporary: _save_torch(wrap(own, wrapper), temporary))
+
+    def write(temporary: Path) -> None:
+        import torch
+
+        if container == "safetensors":
+            _save_safetensors(own, temporary, {"format": "pt", **(metadata or {})})
+        else:
+            with temporary.open("wb") as file:  # a path would be written into the file
+                torch.save(wrap(own, wrapper), file)
+
+    replacing(path, write)
     return path
 
 
-def replacing(path: Path, write: Callable[[Path], None]) -> None:
-    """Let a function write a temporary file in the same folder, then rename it.
-
-    Args:
-        path: Where the file ends up.
-        write: Called with the temporary path; may fail, then nothing is left behind.
+def replacing(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a temporary file in the same folder, then rename it; nothing else stays.
 
     Raises:
-        CheckpointError: If the operating system or safetensors refuses to write.
+        CheckpointError: The operating system or safetensors refuses to write.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with _removed_on_failure(temporary):
-            temporary.touch()
-            mode = temporary.stat().st_mode  # the user's umask; safetensors would make it private
-            write(temporary)
-            temporary.chmod(mode)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the user's umask; safetensors would make it private
+        write(temporary)
+        temporary.chmod(mode)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     except FileNotFoundError as err:
         raise CheckpointError(f"no folder {path.parent} to write {path.name} in; make it") from err
     except (OSError, SafetensorError, RuntimeError) as err:
         raise CheckpointError(
-            f"{path} could not be written: {_first_line(err)}; free space or choose another "
+            f"{path} could not be written: {first_line(err)}; free space or choose another "
             "folder. Nothing was changed"
         ) from err
+    finally:  # it is there after a failure only, Ctrl-C too
+        temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write a file, whole or not at all; errors as ``replacing``'s."""
-    replacing(path, lambda temporary: _write(temporary, data))
+    replacing(path, lambda temporary: temporary.write_bytes(data))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -547,21 +464,12 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def _write(path: Path, data: bytes | memoryview) -> None:
-    path.write_bytes(data)
-
-
 def check_format(found: object, supported: int, writer: object, what: str) -> int:
-    """The number of a file's format, which must be one that this version reads.
-
-    Args:
-        found: What the file states; None, as in files of the first versions, is 0.
-        supported: The newest format that is read.
-        writer: The version of tinyvit that wrote the file, if it says so.
-        what: The file, for the words of an error.
+    """The number of a file's format; None, as in files of the first versions, is 0.
 
     Raises:
-        CheckpointError: The format is newer, or no number.
+        CheckpointError: It is newer than ``supported``, or no number; ``writer`` (the version of
+            tinyvit that the file names) and ``what`` (the file) are named.
     """
     if found is None:
         return 0
@@ -579,22 +487,17 @@ def weights_sha256(tensors: Mapping[str, NDArray[Any] | Tensor], older: bool = F
     """The one hash of weights: SHA-256 over the name, dtype, shape and bytes of every tensor.
 
     Floating-point tensors count as float32, so the same weights have the same hash in every
-    container and precision they are exactly held in.
-
-    Args:
-        tensors: Canonical key -> tensor of torch (any device) or array of numpy.
-        older: The form in teachers' folders and LoRA files of the first versions: each tensor in
-            its own dtype; tensors of torch only.
-
-    Returns:
-        64 hexadecimal digits.
+    container and precision they are exactly held in. ``older`` is the form of the first versions
+    in LoRA files: each tensor of torch in its own dtype.
     """
     digest = hashlib.sha256()
     for key in sorted(tensors):
         tensor: Any = tensors[key]
         if older:
+            import torch
+
             digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            array = _bytes_of(tensor)
+            array = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         else:
             array = _as_float32(tensor)
             digest.update(f"{key} torch.{array.dtype} {tuple(array.shape)}\n".encode())
@@ -611,21 +514,17 @@ def _as_float32(tensor: Any) -> NDArray[Any]:
     return array.astype(np.float32, copy=False) if array.dtype.kind == "f" else array
 
 
-def _bytes_of(tensor: Tensor) -> NDArray[Any]:
-    import torch
-
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return np.asarray(raw)
-
-
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file.
+    """The SHA-256 of a file.
 
     Args:
         path: The file.
 
     Returns:
         64 hexadecimal digits.
+
+    Raises:
+        OSError: It cannot be read.
     """
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -634,20 +533,10 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _removed_on_failure(temporary: Path) -> Iterator[None]:
-    """Remove the temporary file however the block fails, also by Ctrl-C."""
-    try:
-        yield
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _save_safetensors(
     tensors: dict[str, Tensor], temporary: Path, metadata: dict[str, str]
 ) -> None:
-    """``save_file`` with the metadata in a fixed order, so that equal content is equal bytes."""
+    """``save_file`` with the metadata in a fixed order: equal content is equal bytes."""
     from safetensors.torch import save_file
 
     save_file(tensors, temporary, metadata=metadata)
@@ -659,14 +548,6 @@ def _save_safetensors(
         if len(text) <= length:
             file.seek(8)
             file.write(text.ljust(length))  # the format pads with spaces
-
-
-def _save_torch(content: dict[str, object], temporary: Path) -> None:
-    """``torch.save`` into an open file, so that the temporary name is not written into it."""
-    import torch
-
-    with temporary.open("wb") as file:
-        torch.save(content, file)
 
 
 def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -693,7 +574,7 @@ def _read_safetensors(path: Path, size: int) -> StateFile:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as err:
         raise CheckpointError(
-            f"{path} looks like safetensors but is damaged ({_first_line(err)}); fetch it again"
+            f"{path} looks like safetensors but is damaged ({first_line(err)}); fetch it again"
         ) from err
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors; it is no file of weights")
@@ -709,32 +590,9 @@ def _load_torch(path: Path, kind: Kind) -> object:
     except PermissionError:
         raise
     except pickle.UnpicklingError as err:
-        raise CheckpointError(_refusal(path, kind, err)) from err
+        raise CheckpointError(refusal(path, wanted_imports(path, kind), err)) from err
     except Exception as err:  # a damaged file can fail anywhere in the reader
         raise CheckpointError(
             f"{path} is damaged or cut off: torch could not read it "
-            f"({type(err).__name__}: {_first_line(err)}); fetch it again"
+            f"({type(err).__name__}: {first_line(err)}); fetch it again"
         ) from err
-
-
-def _refusal(path: Path, kind: Kind, err: Exception) -> str:
-    """Say why a torch file is refused: what it wanted to import, or that it is damaged."""
-    names = wanted_imports(path, kind)
-    if not names:
-        return f"{path} is damaged: its pickle cannot be read ({_first_line(err)}); fetch it again"
-    if any(".nn." in name or "quant" in name.lower() for name in names):
-        what = "it holds a whole pickled model (an nn.Module), not a state dict"
-    else:
-        what = "it holds more than tensors"
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return (
-        f"{path} was refused and nothing in it was run: {what}, and reading it would import "
-        f"{shown}. tinyvit reads tensors only; where you trust the file, load it with its own "
-        "project's code and save torch.save(model.state_dict(), …)"
-    )
-
-
-def _first_line(err: BaseException) -> str:
-    """An error's first line with words in it."""
-    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(err).__name__

@@ -3,7 +3,7 @@
 A table holds one bias per head and per offset (|dy|, |dx|) of two tokens in a window:
 [heads, side * side], row-major. For another window it is resized like an image, bicubically.
 Two habits exist and both are offered: Cream without, timm with antialiasing (they differ only
-when a table shrinks). Tensors in, tensors out; no files, no key names but ``attention_biases``.
+when a table shrinks).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def resize_bias_table(
         in float32, or in float64 for a float64 table.
 
     Raises:
-        ValueError: If the window is smaller than 1.
-        CheckpointError: If the table is not [heads, side * side] of floating point.
+        ValueError: The window is smaller than 1.
+        CheckpointError: The table is not [heads, side * side] of floating point.
 
     Example:
         >>> resize_bias_table(torch.zeros(2, 49), 14).shape
@@ -76,8 +76,8 @@ def resize_bias_tables(
         A new dict (tensors that fit are the same objects) and the keys that were resized.
 
     Raises:
-        ValueError: If a table belongs to a stage that ``window_sizes`` does not name.
-        CheckpointError: If a table is not square.
+        ValueError: A table belongs to a stage that ``window_sizes`` does not name.
+        CheckpointError: A table is not square.
     """
     fitted = dict(state)
     resized: list[str] = []

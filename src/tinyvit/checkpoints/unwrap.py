@@ -2,14 +2,17 @@
 
 Training scripts wrap a state dict in ``{'model': …}``, ``{'state_dict': …}`` and so on, sometimes
 twice, and DistributedDataParallel and ``torch.compile`` put a prefix before each key. Both are
-undone here and told. Nested dicts in, flat dict of tensors out; no files, no shapes.
+undone here and told. What a refused pickle would import is found without unpickling it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import pickletools
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -50,17 +53,10 @@ class Unwrapped:
 
 
 def unwrap(loaded: object, origin: str) -> Unwrapped:
-    """Find the state dict in a loaded object.
-
-    Args:
-        loaded: What ``torch.load(..., weights_only=True)`` gave.
-        origin: The file's name, for messages.
-
-    Returns:
-        The flat state dict.
+    """Find the state dict in what ``torch.load(..., weights_only=True)`` gave.
 
     Raises:
-        CheckpointError: If there are no named tensors inside.
+        CheckpointError: There are no named tensors inside; ``origin`` is named.
     """
     if not isinstance(loaded, Mapping):
         what = "one tensor without a name" if _is_tensor(loaded) else type(loaded).__name__
@@ -100,9 +96,6 @@ def wrap(tensors: Mapping[str, Tensor], wrapper: str | None) -> dict[str, object
         tensors: Key -> tensor.
         wrapper: None for a plain dict, ``"PromtEncoder"`` for MobileSAMv2's decoder file, else
             the name the dict gets.
-
-    Returns:
-        What to give to ``torch.save``.
     """
     if wrapper is None:
         return dict(tensors)
@@ -163,3 +156,80 @@ def _in_words(key: object, value: object) -> str:
     if isinstance(value, str | int | float | bool | None):
         return f"{key} = {value!r:.40}"
     return f"{key} ({type(value).__name__})"
+
+
+# What torch.save itself writes for tensors; everything else is worth naming.
+_HARMLESS = ("torch._utils._rebuild", "torch.Size", "collections.OrderedDict", "torch._tensor.")
+
+
+def wanted_imports(path: Path, kind: str) -> list[str]:
+    """Dotted names that the pickle in a file would import, without those every tensor needs.
+
+    Args:
+        path: The file.
+        kind: Its container, "torch zip" or "torch legacy".
+    """
+    names: set[str] = set()
+    if kind == "torch zip":
+        with zipfile.ZipFile(path) as archive:
+            member = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            with archive.open(member) as file:
+                names.update(_imports(file))
+    else:
+        with path.open("rb") as file:
+            for _ in range(4):  # legacy files: magic, protocol, machine facts, the object
+                names.update(_imports(file))
+    return sorted(
+        name
+        for name in names
+        if not name.startswith(_HARMLESS)
+        and not (name.startswith("torch.") and name.endswith("Storage"))
+    )
+
+
+def _imports(file: IO[bytes]) -> Iterator[str]:
+    """Yield the dotted names that one pickle's opcodes import; stops at damage.
+
+    A name is an argument of its own (GLOBAL), or the two texts on top of the stack (STACK_GLOBAL),
+    which may come from the memo.
+    """
+    texts: list[str] = []
+    memo: dict[int, str] = {}
+    try:
+        for opcode, argument, _ in pickletools.genops(file):
+            if opcode.name in ("GLOBAL", "INST"):
+                yield str(argument).replace(" ", ".")
+            elif opcode.name == "STACK_GLOBAL":
+                yield ".".join(texts[-2:])
+            elif opcode.name == "MEMOIZE":
+                memo[len(memo)] = texts[-1] if texts else ""
+            elif opcode.name in ("BINPUT", "LONG_BINPUT", "PUT"):
+                memo[int(argument or 0)] = texts[-1] if texts else ""
+            elif opcode.name in ("BINGET", "LONG_BINGET", "GET"):
+                texts.append(memo.get(int(argument or 0), ""))
+            elif "UNICODE" in opcode.name:
+                texts.append(str(argument))
+    except (ValueError, IndexError, OverflowError):
+        return  # a damaged pickle: what was read so far is all there is to name
+
+
+def refusal(path: Path, names: Sequence[str], err: Exception) -> str:
+    """Why a torch file is refused: the names it wanted to import, or that it is damaged."""
+    if not names:
+        return f"{path} is damaged: its pickle cannot be read ({first_line(err)}); fetch it again"
+    if any(".nn." in name or "quant" in name.lower() for name in names):
+        what = "it holds a whole pickled model (an nn.Module), not a state dict"
+    else:
+        what = "it holds more than tensors"
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return (
+        f"{path} was refused and nothing in it was run: {what}, and reading it would import "
+        f"{shown}. tinyvit reads tensors only; where you trust the file, load it with its own "
+        "project's code and save torch.save(model.state_dict(), …)"
+    )
+
+
+def first_line(err: BaseException) -> str:
+    """An error's first line with words in it."""
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(err).__name__

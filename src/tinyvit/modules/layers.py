@@ -463,11 +463,11 @@ class TinyViTBlock(nn.Module):
             without a size.
         num_heads: Heads; each is ``dim // num_heads`` wide.
         window_size: S.
-        mlp_ratio: Hidden width of the perceptron over ``dim``.
-        drop: Dropout probability in the perceptron.
+        mlp_ratio: Hidden width of the MLP over ``dim``.
+        drop: Dropout probability in the MLP.
         drop_path: Probability of leaving out a residual branch in training.
         local_conv_size: Odd kernel side of the depthwise convolution.
-        activation: Makes the perceptron's activation.
+        activation: Makes the MLP's activation.
 
     Raises:
         ValueError: ``num_heads`` does not divide ``dim``, the window is not positive, or

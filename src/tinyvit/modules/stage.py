@@ -152,8 +152,8 @@ class BasicLayer(Stage):
         depth: Number of blocks.
         num_heads: Heads of each block.
         window_size: Window side of each block.
-        mlp_ratio: Hidden width of the perceptrons over ``dim``.
-        drop: Dropout probability in the perceptrons.
+        mlp_ratio: Hidden width of the MLPs over ``dim``.
+        drop: Dropout probability in the MLPs.
         drop_path: One rate, or one for each block.
         downsample: Class of the module at the end, or None.
         use_checkpoint: Recompute the blocks in the backward pass instead of keeping their

@@ -1,13 +1,8 @@
-"""Layer-wise learning rates and the parameters that take no weight decay.
-
-The rate of block i of n, in depth order, is scaled by decay ** (n - 1 - i). The stem goes with the
-first block, a stage's downsample with its last block, heads and neck have scale 1 (TinyViT's
-training recipe, Wu et al., ECCV 2022).
-"""
+"""TinyViT (Wu et al., ECCV 2022): stem, stages, neck and head; feature maps; learning rates."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -36,40 +31,25 @@ class ParamGroup(TypedDict):
 
 
 def set_lr_scales(model: TinyViT, decay: float) -> None:
-    """Give every parameter its ``lr_scale`` attribute."""
+    """Give every parameter its ``lr_scale`` attribute.
+
+    The rate of block i of n, in depth order, is scaled by decay ** (n - 1 - i). The stem goes with
+    the first block, a stage's downsample with its last block; heads and neck have scale 1.
+    """
     for parameter in model.parameters():
         parameter.lr_scale = 1.0  # type: ignore[attr-defined]
-    for module, scale in _depth_order(model, decay):
-        for parameter in module.parameters():
-            parameter.lr_scale = scale  # type: ignore[attr-defined]
-
-
-def build_param_groups(model: TinyViT, lr: float, weight_decay: float) -> list[ParamGroup]:
-    """The trainable parameters, grouped by learning rate and weight decay."""
-    groups: dict[tuple[float, float], ParamGroup] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        scale: float = getattr(parameter, "lr_scale", 1.0)
-        decay = 0.0 if parameter.ndim <= 1 or name.endswith(NO_DECAY) else weight_decay
-        group = groups.setdefault(
-            (scale, decay),
-            {"params": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": decay},
-        )
-        group["params"].append(parameter)
-    return list(groups.values())
-
-
-def _depth_order(model: TinyViT, decay: float) -> Iterator[tuple[nn.Module, float]]:
     last = sum(model.depths) - 1
+    scaled: list[tuple[nn.Module, float]] = [(model.patch_embed, decay**last)]
     i = 0
-    yield model.patch_embed, decay**last
     for stage in model.stages():
         for block in stage.blocks:
-            yield block, decay ** (last - i)
+            scaled.append((block, decay ** (last - i)))
             i += 1
         if stage.downsample is not None:
-            yield stage.downsample, decay ** (last - i + 1)
+            scaled.append((stage.downsample, decay ** (last - i + 1)))
+    for module, scale in scaled:
+        for parameter in module.parameters():
+            parameter.lr_scale = scale  # type: ignore[attr-defined]
 
 
 class StageInfo(TypedDict):
@@ -130,24 +110,8 @@ class FeatureMaps(nn.Module):
         return maps if isinstance(maps, list) else maps[1]
 
 
-def describe_stages(
-    stem_reduction: int, embed_dims: Sequence[int], strides: Sequence[int]
-) -> FeatureInfo:
-    """Channels and reduction of each stage's map: a merge's stride counts for the next stage."""
-    info = FeatureInfo()
-    reduction = stem_reduction
-    for i, (width, stride) in enumerate(zip(embed_dims, (*strides, 1), strict=True)):
-        info.append({"num_chs": width, "reduction": reduction, "module": f"layers.{i}.blocks"})
-        reduction *= stride
-    return info
-
-
 def select_stages(indices: int | Sequence[int] | None, num_stages: int) -> tuple[int, ...]:
-    """Stage numbers in depth order, each once; an int n means the last n, None means all.
-
-    Raises:
-        ValueError: A stage that does not exist, or none at all.
-    """
+    """Stage numbers in depth order, each once; an int n means the last n, None means all."""
     if indices is None:
         return tuple(range(num_stages))
     if isinstance(indices, int):
@@ -164,11 +128,7 @@ def select_stages(indices: int | Sequence[int] | None, num_stages: int) -> tuple
 
 
 def check_strides(strides: Sequence[int] | None, num_stages: int) -> tuple[int, ...]:
-    """One stride for each merge between two stages; None means SAM's: 2, but 1 for the third.
-
-    Raises:
-        ValueError: No stage, another number of strides, or a stride that is neither 1 nor 2.
-    """
+    """One stride for each merge between two stages; None means SAM's: 2, but 1 for the third."""
     if num_stages < 1:
         raise ValueError("depths must name at least one stage, got none")
     if strides is None:
@@ -182,11 +142,7 @@ def check_strides(strides: Sequence[int] | None, num_stages: int) -> tuple[int, 
 
 
 def check_stages(num_stages: int, **numbers: Sequence[int]) -> None:
-    """Each argument must name every stage once, by a positive number.
-
-    Raises:
-        ValueError: It does not.
-    """
+    """Each argument must name every stage once, by a positive number."""
     for name, values in numbers.items():
         if len(values) != num_stages:
             raise ValueError(
@@ -272,8 +228,8 @@ class TinyViT(nn.Module):
         depths: Blocks of the stages.
         num_heads: Attention heads of the stages (the first stage has no attention).
         window_sizes: Window sides of the stages.
-        mlp_ratio: Hidden width of the perceptrons over their channels.
-        drop_rate: Dropout probability in the perceptrons.
+        mlp_ratio: Hidden width of the MLPs over their channels.
+        drop_rate: Dropout probability in the MLPs.
         drop_path_rate: Stochastic depth of the last block; the rates rise linearly from 0.
         use_checkpoint: Gradient checkpointing: slower training with far less memory.
         mbconv_expand_ratio: Expansion of the first stage's blocks.
@@ -521,7 +477,12 @@ class TinyViT(nn.Module):
     @property
     def feature_info(self) -> FeatureInfo:
         """Channels and reduction of each stage's map, as timm describes them."""
-        return describe_stages(self.patch_embed.reduction, self.embed_dims, self.strides)
+        info = FeatureInfo()
+        reduction = self.patch_embed.reduction
+        for i, (width, stride) in enumerate(zip(self.embed_dims, (*self.strides, 1), strict=True)):
+            info.append({"num_chs": width, "reduction": reduction, "module": f"layers.{i}.blocks"})
+            reduction *= stride  # a merge's stride counts for the next stage
+        return info
 
     # -- settings ------------------------------------------------------------------------------
 
@@ -576,7 +537,18 @@ class TinyViT(nn.Module):
             >>> model = tinyvit.TinyViT(layer_lr_decay=0.8)
             >>> optimizer = torch.optim.AdamW(model.param_groups(lr=1e-3, weight_decay=0.05))
         """
-        return build_param_groups(self, lr, weight_decay)
+        groups: dict[tuple[float, float], ParamGroup] = {}
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            scale: float = getattr(parameter, "lr_scale", 1.0)
+            decay = 0.0 if parameter.ndim <= 1 or name.endswith(NO_DECAY) else weight_decay
+            group = groups.setdefault(
+                (scale, decay),
+                {"params": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": decay},
+            )
+            group["params"].append(parameter)
+        return list(groups.values())
 
     def no_weight_decay_keywords(self) -> set[str]:
         """Parts of the names of parameters that take no weight decay."""
