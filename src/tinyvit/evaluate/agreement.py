@@ -63,7 +63,7 @@ class Agreement:
         rows.append(("", *self.names))
         for words, (first, second) in (
             ("encode an image", self.encode_seconds),
-            ("answer a click", self.prompt_seconds),
+            ("predict for a click", self.prompt_seconds),
         ):
             rows.append((words, f"{1000 * first:.1f} ms", f"{1000 * second:.1f} ms"))
         return rows

@@ -68,17 +68,24 @@ def to_input(image: NDArray[np.uint8], spec: ImageSpec) -> PreparedImage:
     _check_image(image)
     placement = spec.place(*image.shape[:2])
     pixels = _resized(image, spec, placement)  # [h, w, 3]
+    return normalise(pixels, spec, placement.model_size), placement
+
+
+def normalise(
+    pixels: NDArray[np.uint8], spec: ImageSpec, size: tuple[int, int]
+) -> NDArray[np.float32]:
+    """RGB [h, w, 3] uint8 -> [3, *size] float32 as ``spec`` says; zeros beyond the image."""
     shift, scale = spec.mean, spec.std
     if spec.normalise == "min_max":
         low, high = float(pixels.min()), float(pixels.max())
         shift, scale = (low, low, low), (max(high - low, LEAST_RANGE),) * 3
-    out = np.zeros((3, *placement.model_size), np.float32)
+    out = np.zeros((3, *size), np.float32)
     for channel in range(3):
         plane = out[channel, : pixels.shape[0], : pixels.shape[1]]
         plane[...] = pixels[:, :, channel]
         plane -= np.float32(shift[channel])
         plane /= np.float32(scale[channel])
-    return out, placement
+    return out
 
 
 def normalise_and_pad(pixels: torch.Tensor, spec: ImageSpec) -> torch.Tensor:

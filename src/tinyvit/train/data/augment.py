@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
 from tinyvit.image_spec import ImageSpec
+from tinyvit.images.preprocess import normalise
 from tinyvit.train.settings import Strength
 
 RGB = NDArray[np.uint8]
@@ -132,7 +133,7 @@ class View:
             resized = _moved(resized, settings, rng)
         for _ in range(settings.operations):
             resized = _changed(resized, settings, rng)
-        pixels = _normalised(np.asarray(resized), spec)
+        pixels = normalise(np.asarray(resized), spec, spec.size)
         if rng.random() < settings.erase:
             _erase(pixels, rng)
         return pixels
@@ -191,18 +192,6 @@ def _changed(image: Image.Image, settings: Augmentation, rng: np.random.Generato
     level = float(np.clip(rng.normal(settings.magnitude, settings.spread), 0, _MOST)) / _MOST
     sign = 1.0 if rng.random() < 0.5 else -1.0
     return _OPERATIONS[name](image, level, sign)
-
-
-def _normalised(pixels: RGB, spec: ImageSpec) -> NDArray[np.float32]:
-    """[h, w, 3] uint8 -> [3, h, w] float32 as the spec says."""
-    values = pixels.transpose(2, 0, 1).astype(np.float32)
-    if spec.normalise == "min_max":
-        low, high = float(values.min()), float(values.max())
-        scaled: NDArray[np.float32] = (values - np.float32(low)) / np.float32(max(high - low, 1e-8))
-        return scaled
-    mean, std = (np.array(v, dtype=np.float32)[:, None, None] for v in (spec.mean, spec.std))
-    out: NDArray[np.float32] = np.ascontiguousarray((values - mean) / std)
-    return out
 
 
 def _erase(pixels: NDArray[np.float32], rng: np.random.Generator) -> None:
