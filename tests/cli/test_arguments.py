@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 import typer
 
-from tinyvit.catalog import get_checkpoint, list_checkpoints, list_models
+from tinyvit.catalog import list_checkpoints, list_models
 from tinyvit.checkpoints.download import cache_folder
 from tinyvit.cli.arguments import (
     PrecisionName,
@@ -105,12 +105,12 @@ def test_other_sizes_are_no_variant(make_tiny_vit):
 
 def test_only_a_download_is_announced(capsys):
     for name in list_checkpoints():
-        announce(Console(), get_checkpoint(name))
+        announce(Console(), name)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(list_checkpoints()) - 1
     assert lines[0].startswith("fetching mobile_sam (Apache-2.0), published at https://")
     (cache_folder() / "mobile_sam.pt").touch()
-    announce(Console(), get_checkpoint("mobile_sam"))
+    announce(Console(), "mobile_sam")
     assert capsys.readouterr().err == ""
 
 

@@ -10,14 +10,14 @@ from tinyvit.cli import segment
 from tinyvit.cli.segment import parse_box, parse_point
 from tinyvit.images.decode import decode
 
-LOAD = segment._load
+LOAD = segment.load_sam
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch, make_tiny_sam):
     """A tiny model in the place of every checkpoint."""
     sam = make_tiny_sam()
-    monkeypatch.setattr("tinyvit.cli.segment._load", lambda own, checkpoint, size: sam)
+    monkeypatch.setattr("tinyvit.cli.segment.load_sam", lambda own, checkpoint, size: sam)
     return sam
 
 
@@ -295,7 +295,7 @@ def test_boxes():
 @pytest.fixture
 def real(monkeypatch, tiny):
     """The checkpoint's own model after all."""
-    monkeypatch.setattr("tinyvit.cli.segment._load", LOAD)
+    monkeypatch.setattr("tinyvit.cli.segment.load_sam", LOAD)
 
 
 @pytest.mark.parametrize(

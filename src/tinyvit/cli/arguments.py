@@ -14,7 +14,6 @@ from tinyvit.catalog import (
     CHECKPOINTS,
     DEFAULT_CHECKPOINT,
     VARIANTS,
-    Checkpoint,
     Task,
     get_checkpoint,
     get_variant,
@@ -27,6 +26,7 @@ from .console import Console
 
 if TYPE_CHECKING:
     from tinyvit.modules import TinyViT
+    from tinyvit.sam import Sam
 
 
 class PrecisionName(str, Enum):
@@ -152,6 +152,21 @@ def file_of(text: str) -> Path:
     return there
 
 
+def load_sam(own: Console, checkpoint: str | None, size: int | None) -> Sam:
+    """A whole SAM of a name or a file; None is the embedded one."""
+    from tinyvit.sam import build_sam
+
+    name = checkpoint or DEFAULT_CHECKPOINT
+    if name not in list_checkpoints() and Path(name).is_dir():
+        raise CheckpointError(
+            f"{name!r} is a folder, and folders of save_pretrained hold an encoder alone; give a "
+            "file or a name with a whole SAM"
+        )
+    announce(own, name)
+    with own.progress("downloading", counts_bytes=True) as update:
+        return build_sam(name, img_size=size, progress=update)
+
+
 def load_encoder(
     own: Console, checkpoint: str | None, model: str | None, size: int | None
 ) -> TinyViT:
@@ -201,10 +216,13 @@ def load_classifier(
     return built
 
 
-def announce(own: Console, row: Checkpoint, cache_dir: Path | None = None) -> None:
+def announce(own: Console, checkpoint: str, cache_dir: Path | None = None) -> None:
     """Say what is about to be fetched, from where and under which licence."""
     from tinyvit.checkpoints import cached_path
 
+    if checkpoint not in list_checkpoints():
+        return
+    row = get_checkpoint(checkpoint)
     if not row.embedded and not cached_path(row, cache_dir).is_file():
         own.say(f"fetching {row.name} ({row.licence}), published at {row.source}")
 
@@ -230,8 +248,7 @@ def _load(own: Console, checkpoint: str, model: str | None, size: int | None) ->
                 "are prepared; leave --model and --size out"
             )
         return from_pretrained(path)
-    if checkpoint in list_checkpoints():
-        announce(own, get_checkpoint(checkpoint))
+    announce(own, checkpoint)
     with own.progress("downloading", counts_bytes=True) as update:
         return create_model(model, checkpoint, img_size=size, progress=update)
 

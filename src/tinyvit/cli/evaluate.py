@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast, get_args
 
 import typer
 
-from tinyvit.catalog import DEFAULT_CHECKPOINT, get_checkpoint, list_checkpoints
+from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.cli import console
 from tinyvit.folders.images import list_images
 from tinyvit.inference.backend import BackendName
@@ -24,6 +24,7 @@ from .arguments import (
     Size,
     announce,
     checkpoint_option,
+    load_sam,
     matching_checkpoints,
     parse_precision,
 )
@@ -32,7 +33,7 @@ from .settings_options import one_of
 
 if TYPE_CHECKING:
     from tinyvit.evaluate.classify import ClassifyReport, LabelledImages
-    from tinyvit.sam import Sam, SamPredictor
+    from tinyvit.sam import SamPredictor
     from tinyvit.train.data.masks import MaskSet
 
 BACKENDS = get_args(BackendName)
@@ -171,7 +172,7 @@ def classify(
     from tinyvit.inference import Engine
     from tinyvit.train.tasks.classify import load_classifier
 
-    _announce(own, checkpoint)
+    announce(own, checkpoint)
     model, classes = load_classifier(checkpoint)
     images = _labelled(data, classes, _Part(held_out, val_part, split_seed, limit, seed))
     with Engine(model, device=device, precision=precision.value, batch_size=batch_size) as engine:
@@ -224,7 +225,7 @@ def segment(
         _numbers(clicks), target_iou, most_clicks, with_baselines=not no_floors
     )
     masks = _masks(data, images, _Part(held_out, val_part, split_seed, limit, seed))
-    sam = _sam(own, checkpoint, size)
+    sam = load_sam(own, checkpoint, size)
     predictor = SamPredictor(sam, device=device, precision=precision.value)
     own.say(f"{checkpoint}: {masks.describe().partition(';')[0]}")
     gallery = None if sheet is None else Gallery()
@@ -353,19 +354,6 @@ def _numbers(text: str) -> tuple[int, ...]:
         ) from err
 
 
-def _announce(own: Console, checkpoint: str) -> None:
-    if checkpoint in list_checkpoints():
-        announce(own, get_checkpoint(checkpoint))
-
-
-def _sam(own: Console, checkpoint: str, size: int | None) -> Sam:
-    from tinyvit.sam import build_sam
-
-    _announce(own, checkpoint)
-    with own.progress("downloading", counts_bytes=True) as update:
-        return build_sam(checkpoint, img_size=size, progress=update)
-
-
 def _predictor(
     own: Console,
     checkpoint: str,
@@ -376,7 +364,7 @@ def _predictor(
 ) -> SamPredictor:
     from tinyvit.sam import SamPredictor
 
-    sam = _sam(own, checkpoint, size)
+    sam = load_sam(own, checkpoint, size)
     runner = cast("BackendName", backend)  # the option takes no other word
     return SamPredictor(sam, backend=runner, precision=precision.value, device=device)
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, NewType
 import typer
 from typer.models import OptionInfo
 
-from tinyvit.catalog import DEFAULT_CHECKPOINT, get_checkpoint, list_checkpoints
+from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.cli import console
-from tinyvit.errors import CheckpointError
 from tinyvit.folders.images import ImageFile, list_images
 
 from . import outcomes
@@ -27,13 +26,13 @@ from .arguments import (
     PrecisionName,
     Size,
     checkpoint_option,
+    load_sam,
 )
 from .console import Console, counted
 
 if TYPE_CHECKING:
     from tinyvit.folders.runner import Item, Outcome
     from tinyvit.folders.segment import SegmentFolder
-    from tinyvit.sam import Sam
 
 Point = NewType("Point", tuple[float, float, int])  # x, y, label; typer takes no list of tuples
 Box = NewType("Box", tuple[float, float, float, float])  # x0, y0, x1, y1
@@ -229,7 +228,7 @@ def segment(
 
     items, missing = _items(listed, prompts, same)
     segmenter = Segmenter(
-        _load(own, checkpoint, size),
+        load_sam(own, checkpoint, size),
         device=device,
         precision=precision.value,
         batch_size=batch_size,
@@ -324,24 +323,6 @@ def _check(
     if arguments and not everything:
         option = f"--{next(iter(arguments)).replace('_', '-')}"
         raise ValueError(f"{option} is for --everything; give that too, or leave it out")
-
-
-def _load(own: Console, checkpoint: str | None, size: int | None) -> Sam:
-    """The model, with progress of a download."""
-    from tinyvit.sam import build_sam
-
-    from .arguments import announce
-
-    name = checkpoint or DEFAULT_CHECKPOINT
-    if name in list_checkpoints():
-        announce(own, get_checkpoint(name))
-    elif Path(name).is_dir():
-        raise CheckpointError(
-            f"{name!r} is a folder, and folders of save_pretrained hold an encoder alone; give a "
-            "file or a name with a whole SAM"
-        )
-    with own.progress("downloading", counts_bytes=True) as update:
-        return build_sam(name, img_size=size, progress=update)
 
 
 def _summary(written: Sequence[Outcome], seconds: float) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tinyvit.catalog import DEFAULT_CHECKPOINT, get_checkpoint, list_checkpoints
+from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.cli import console
 from tinyvit.train.settings import (
     ChangedSettingsError,
@@ -341,8 +341,8 @@ def _train(own: Console, verb: TaskVerb, choices: Choices) -> tuple[Task[Any], R
         tune_allocator()  # large tensors come and go in every step
     for name in ("checkpoint", "sam"):
         weights = getattr(choices.task, name, None)
-        if weights in list_checkpoints():
-            announce(own, get_checkpoint(weights))
+        if weights is not None:
+            announce(own, weights)
     task = verb.make(choices.task)
     folder = Path(choices.loop.folder)
     own.say(f"{verb.name}: {len(task)} samples to train on, in {folder}")

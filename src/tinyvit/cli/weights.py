@@ -244,7 +244,7 @@ def download(
 
     own = console.of(ctx)
     row = get_checkpoint(name)
-    announce(own, row, cache_dir)
+    announce(own, row.name, cache_dir)
     with own.progress("downloading", counts_bytes=True) as update:
         path = fetch(row, cache_dir, sha256, update)
     if not as_json:
