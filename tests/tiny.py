@@ -88,6 +88,12 @@ def write_tiny_sam(path, seed=0, **changes):
     return write_state_dict(path, sam.state_dict(), metadata=header)
 
 
+def noise(height, width, seed=0):
+    """RGB noise [H, W, 3] uint8 that depends on size and seed alone."""
+    generator = np.random.default_rng([height, width, seed])
+    return generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
 def write_image(path, height=24, width=40, seed=0):
     """An image of noise; gives its path."""
     path = Path(path)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from tiny import noise
 from tinyvit.catalog import get_checkpoint
 from tinyvit.checkpoints import cached_path
 from tinyvit.errors import CheckpointError, ImageError
@@ -52,11 +53,6 @@ class Mean:
 
     def close(self) -> None:
         self.is_closed = True
-
-
-def photo(height: int, width: int, seed: int = 0) -> RGB:
-    generator = np.random.default_rng([height, width, seed])
-    return generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def as_batch(image: RGB, spec: ImageSpec) -> Tensor:
@@ -110,7 +106,7 @@ KINDS: dict[str, Callable[[RGB, Path], Any]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_image_gives_the_same(kind: str, model: TinyViT, tmp_path: Path) -> None:
-    image = photo(40, 56)
+    image = noise(40, 56)
     path = tmp_path / "picture.png"
     path.write_bytes(encoded_bytes(image))
     given = KINDS[kind](image, path)
@@ -146,7 +142,7 @@ def test_greys_and_mixed_kinds(tmp_path: Path) -> None:
 
 
 def test_prepare_is_decode_and_to_input(model: TinyViT) -> None:
-    image = Image.fromarray(photo(30, 20)).convert("RGBA")
+    image = Image.fromarray(noise(30, 20)).convert("RGBA")
     pixels, placement = Engine(model).prepare(image)
     wanted, place = to_input(decode(image), SPEC)
     assert pixels.dtype == np.float32
@@ -206,7 +202,7 @@ def test_stream_of_nothing() -> None:
 
 
 def test_alone_and_in_a_batch(model: TinyViT) -> None:
-    images = [photo(48, 64, seed) for seed in range(5)]
+    images = [noise(48, 64, seed) for seed in range(5)]
     together = Engine(model, batch_size=5).embed(images)
     alone = Engine(model, batch_size=1).embed(images)
     torch.testing.assert_close(together, alone, **CLOSE)  # products of other sizes
@@ -215,7 +211,7 @@ def test_alone_and_in_a_batch(model: TinyViT) -> None:
 
 def test_sizes_without_padding(model: TinyViT) -> None:
     engine = Engine(model, image_spec=LOOSE)
-    images = [photo(64, 64), photo(64, 32), photo(16, 64)]
+    images = [noise(64, 64), noise(64, 32), noise(16, 64)]
     shapes = [tuple(encoded.features.shape) for encoded in engine.stream(images)]
     assert shapes == [(16, 4, 4), (16, 4, 2), (16, 1, 4)]
     for encoded, image in zip(engine.stream(images), images, strict=True):
@@ -225,7 +221,7 @@ def test_sizes_without_padding(model: TinyViT) -> None:
 
 
 def test_streams_give_arrays_that_are_the_caller_s_own(model: TinyViT) -> None:
-    first, second = Engine(model, batch_size=2).stream([photo(40, 56)] * 2, stages=True)
+    first, second = Engine(model, batch_size=2).stream([noise(40, 56)] * 2, stages=True)
     assert first.stages is not None
     for array in (first.features, *first.stages):
         assert isinstance(array, np.ndarray)
@@ -236,13 +232,13 @@ def test_streams_give_arrays_that_are_the_caller_s_own(model: TinyViT) -> None:
 
 
 def test_stages_can_be_trained_on(model: TinyViT) -> None:
-    features = Engine(model).stages(photo(40, 56))[0][-1]
+    features = Engine(model).stages(noise(40, 56))[0][-1]
     torch.nn.Conv2d(features.shape[0], 2, 1)(features[None]).sum().backward()
     features.mul_(2)
 
 
 def test_embeddings_can_be_trained_on(model: TinyViT) -> None:
-    features = Engine(model).embed(photo(40, 56))
+    features = Engine(model).embed(noise(40, 56))
     torch.nn.Conv2d(16, 2, 1)(features).sum().backward()
     features.mul_(2)
     assert not features.requires_grad
@@ -262,7 +258,7 @@ def test_embed_and_classify_want_an_image(nothing: Any, model: TinyViT) -> None:
 
 def test_embed_cannot_stack_different_shapes(model: TinyViT) -> None:
     with pytest.raises(ValueError) as caught:
-        Engine(model, image_spec=LOOSE).embed([photo(64, 64), photo(64, 32), photo(64, 64)])
+        Engine(model, image_spec=LOOSE).embed([noise(64, 64), noise(64, 32), noise(64, 64)])
     assert str(caught.value) == (
         "the features have 2 different shapes, (16, 4, 2) to (16, 4, 4), and cannot be stacked; "
         "take them one by one with engine.stream(images)"
@@ -272,13 +268,13 @@ def test_embed_cannot_stack_different_shapes(model: TinyViT) -> None:
 def test_broken_images_say_which(model: TinyViT, tmp_path: Path) -> None:
     engine = Engine(model, batch_size=1)
     missing, broken = tmp_path / "none.png", tmp_path / "broken.png"
-    broken.write_bytes(encoded_bytes(photo(40, 40))[:60])
+    broken.write_bytes(encoded_bytes(noise(40, 40))[:60])
     for path, words in ((missing, "there is no file"), (broken, "cut short")):
         for call in (engine.embed, engine.classify, engine.stages, engine.prepare):
             with pytest.raises(ImageError, match=words) as caught:
                 call(path)
             assert path.name in str(caught.value)
-    stream = engine.stream([photo(8, 8), photo(8, 8), missing])
+    stream = engine.stream([noise(8, 8), noise(8, 8), missing])
     assert [next(stream).features.shape for _ in range(2)] == [(16, 4, 4)] * 2
     with pytest.raises(ImageError, match="there is no file"):
         next(stream)
@@ -290,7 +286,7 @@ def test_broken_images_say_which(model: TinyViT, tmp_path: Path) -> None:
 
 
 def test_classify(model: TinyViT) -> None:
-    images = [photo(40, 56), photo(64, 64), photo(8, 8)]
+    images = [noise(40, 56), noise(64, 64), noise(8, 8)]
     logits = Engine(model).classify(iter(images))
     assert (logits.shape, logits.dtype) == ((3, 5), torch.float32)
     with torch.inference_mode():
@@ -302,13 +298,13 @@ def test_classify(model: TinyViT) -> None:
 def test_a_classifier_embeds_its_logits(make_tiny_vit: MakeModel) -> None:
     classifier = make_tiny_vit(neck_dim=None, strides=(2, 2, 2))
     engine = Engine(classifier, image_spec=ImageSpec.timm(64))
-    logits = engine.embed(photo(50, 70))
+    logits = engine.embed(noise(50, 70))
     assert logits.shape == (1, 5)
-    assert torch.equal(logits, engine.classify(photo(50, 70)))
+    assert torch.equal(logits, engine.classify(noise(50, 70)))
 
 
 def test_stages(model: TinyViT) -> None:
-    image = photo(40, 56)
+    image = noise(40, 56)
     stages, placement = Engine(model, image_spec=LOOSE).stages(image)
     assert placement == LOOSE.place(40, 56)
     assert [tuple(s.shape) for s in stages] == [(8, 12, 16), (12, 6, 8), (16, 3, 4), (24, 3, 4)]
@@ -320,12 +316,12 @@ def test_stages(model: TinyViT) -> None:
 def test_models_and_backends_that_cannot(make_tiny_vit: MakeModel) -> None:
     engine = Engine(make_tiny_vit(head=False), image_spec=SPEC)
     with pytest.raises(ValueError, match="built without a classification head"):
-        engine.classify(photo(8, 8))
+        engine.classify(noise(8, 8))
     engine = Engine(backend=Mean(), image_spec=PLAIN)
     with pytest.raises(ValueError, match=r"^the backend 'mean' gives no logits; use 'torch'$"):
-        engine.classify(photo(8, 8))
+        engine.classify(noise(8, 8))
     with pytest.raises(ValueError, match=r"^the backend 'mean' gives no stages; use 'torch'$"):
-        engine.stages(photo(8, 8))
+        engine.stages(noise(8, 8))
 
 
 # --- what the engine chooses ----------------------------------------------------------------------
@@ -352,7 +348,7 @@ def test_precision_reaches_the_backend(model: TinyViT, monkeypatch: pytest.Monke
     rough = Engine(model, device="cpu", precision="bf16")
     assert isinstance(exact.backend, TorchBackend)
     assert (exact.backend.precision, rough.backend.precision) == ("fp32", "bf16")
-    image = photo(40, 56)
+    image = noise(40, 56)
     # bf16 keeps 8 bits: each of some dozen layers errs by 2**-9 of values near 1 to 4
     torch.testing.assert_close(rough.embed(image), exact.embed(image), rtol=0.05, atol=0.15)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
@@ -370,7 +366,7 @@ def test_image_spec_overrides_the_models(model: TinyViT) -> None:
     other = ImageSpec.sam(32)
     engine = Engine(model, image_spec=other)
     assert engine.image_spec == other
-    assert engine.embed(photo(40, 56)).shape == (1, 16, 2, 2)
+    assert engine.embed(noise(40, 56)).shape == (1, 16, 2, 2)
     assert model.image_spec == SPEC
     fake = Engine(model, backend=Mean())
     assert fake.image_spec == SPEC
@@ -380,12 +376,12 @@ def test_the_model_stays_as_it_is(model: TinyViT) -> None:
     model.train()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     engine = Engine(model, precision="bf16")
-    first = engine.embed(photo(40, 56))
+    first = engine.embed(noise(40, 56))
     assert all(module.training for module in model.modules())
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
     with torch.no_grad():
         model.neck[0].weight.neg_()
-    assert not torch.equal(engine.embed(photo(40, 56)), first)
+    assert not torch.equal(engine.embed(noise(40, 56)), first)
 
 
 @pytest.mark.parametrize(
@@ -449,8 +445,8 @@ def test_a_model_built_by_hand_needs_an_image_spec(make_tiny_vit: MakeModel) -> 
 
 def test_names_files_and_folders_are_models(model: TinyViT, tmp_path: Path) -> None:
     folder = save_pretrained(model, tmp_path / "model")
-    wanted = Engine(model).embed(photo(40, 56))
-    assert torch.equal(Engine(folder).embed(photo(40, 56)), wanted)
+    wanted = Engine(model).embed(noise(40, 56))
+    assert torch.equal(Engine(folder).embed(noise(40, 56)), wanted)
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         Engine(tmp_path)
     starter = Engine("tinyvit_starter")
@@ -468,7 +464,7 @@ def test_names_files_and_folders_are_models(model: TinyViT, tmp_path: Path) -> N
 @pytest.mark.parametrize("first", ["outside", "inside"])
 def test_autocast_changes_nothing(first: str, dtype: torch.dtype, model: TinyViT) -> None:
     """It gave bf16's error of 0.04 while saying fp32."""
-    image, wanted = photo(40, 56), Engine(model).embed(photo(40, 56))
+    image, wanted = noise(40, 56), Engine(model).embed(noise(40, 56))
     engine = Engine(model)
     if first == "outside":
         engine.embed(image)
@@ -483,7 +479,7 @@ def test_autocast_changes_nothing(first: str, dtype: torch.dtype, model: TinyViT
 def test_copies_and_pickles_work(
     is_used: bool, copied: Callable[[Engine], Engine], model: TinyViT
 ) -> None:
-    engine, image = Engine(model), photo(40, 56)
+    engine, image = Engine(model), noise(40, 56)
     if is_used:
         engine.embed(image)
     twin = copied(engine)
@@ -510,7 +506,7 @@ def test_the_context_manager_closes(model: TinyViT) -> None:
         raise KeyError("passes through")
     assert backend.is_closed
     with Engine(model, precision="bf16") as engine:
-        assert engine.embed(photo(8, 8)).shape == (1, 16, 4, 4)
+        assert engine.embed(noise(8, 8)).shape == (1, 16, 4, 4)
 
 
 # --- which weights --------------------------------------------------------------------------------
@@ -559,7 +555,7 @@ def test_weights_sha256_wants_a_model() -> None:
         Engine(backend=Mean(), image_spec=PLAIN).weights_sha256()
 
 
-SPEC = ImageSpec.sam(16, pad=False)
+UNPADDED = ImageSpec.sam(16, pad=False)
 IMAGE = np.arange(6 * 9 * 3, dtype=np.uint8).reshape(6, 9, 3)
 
 
@@ -580,11 +576,11 @@ def test_files_are_read_when_the_work_is_done_and_the_rest_when_it_is_taken(tmp_
     buffer = IMAGE.copy()
     tensor = torch.from_numpy(IMAGE.copy()).permute(2, 0, 1)
     given = [path, str(path), path.read_bytes(), Image.open(path), path.open("rb"), buffer, tensor]
-    work = list(preparations(given, SPEC))
+    work = list(preparations(given, UNPADDED))
     given[4].close()  # type: ignore[union-attr]
     buffer[:], tensor[:] = 0, 0
-    wanted, placement = prepare(IMAGE, SPEC)
-    np.testing.assert_array_equal(wanted, to_input(decode(IMAGE), SPEC)[0])
+    wanted, placement = prepare(IMAGE, UNPADDED)
+    np.testing.assert_array_equal(wanted, to_input(decode(IMAGE), UNPADDED)[0])
     for job in work:
         np.testing.assert_array_equal(job()[0], wanted)
         assert job()[1] == placement
@@ -593,10 +589,10 @@ def test_files_are_read_when_the_work_is_done_and_the_rest_when_it_is_taken(tmp_
 
 
 def test_errors_come_when_the_image_is_read(tmp_path: Path) -> None:
-    [job] = preparations([tmp_path / "none.png"], SPEC)
+    [job] = preparations([tmp_path / "none.png"], UNPADDED)
     with pytest.raises(ImageError, match="there is no file"):
         job()
     with pytest.raises(ImageError, match="has no pixels"):
-        next(preparations([np.zeros((0, 4, 3), np.uint8)], SPEC))
+        next(preparations([np.zeros((0, 4, 3), np.uint8)], UNPADDED))
     with pytest.raises(TypeError, match="wanted a path, bytes"):
-        next(preparations([3], SPEC))  # type: ignore[list-item]
+        next(preparations([3], UNPADDED))  # type: ignore[list-item]

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
+from tiny import noise
 from tinyvit.image_spec import ImageSpec
 from tinyvit.inference import Engine
 from tinyvit.inference.backend import BackendName
@@ -26,11 +26,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINYVIT_CACHE", str(tmp_path / "cache"))
 
 
-def photo(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
-    noise = np.random.default_rng(seed)
-    return noise.integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
 @pytest.mark.parametrize("backend", ["torch", "openvino", "onnx"])
 def test_two_engines_in_two_threads(backend: BackendName, make_tiny_vit: MakeModel) -> None:
     engines = []
@@ -39,7 +34,7 @@ def test_two_engines_in_two_threads(backend: BackendName, make_tiny_vit: MakeMod
         model.image_spec = ImageSpec.sam(64)
         threads = None if backend == "torch" else 1
         engines.append(Engine(model, backend=backend, device="cpu", threads=threads))
-    images = [photo(40, 56, seed) for seed in range(3)]
+    images = [noise(40, 56, seed) for seed in range(3)]
     alone = [engine.embed(images) for engine in engines]
     assert not torch.allclose(*alone, atol=0.1)
     with ThreadPoolExecutor(4) as workers:
@@ -63,7 +58,7 @@ def test_memory_does_not_grow(
     paths = []
     for i in range(25):
         paths.append(tmp_path / f"{i}.jpg")
-        Image.fromarray(photo(300 + 8 * i, 500 - 4 * i, i)).save(paths[-1])
+        Image.fromarray(noise(300 + 8 * i, 500 - 4 * i, i)).save(paths[-1])
     spec = ImageSpec.sam(256, pad=backend == "openvino")  # which compiles for minutes for 25 shapes
     engine = Engine(
         make_tiny_vit(), backend=backend, device="cpu", image_spec=spec, batch_size=4, workers=2

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 from torch import Tensor
 
+from tiny import noise
 from tinyvit.errors import ImageError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.preprocess import PreparedImage, to_input
@@ -48,11 +49,6 @@ class Mean:
         pass
 
 
-def photo(height: int, width: int, seed: int = 0) -> RGB:
-    generator = np.random.default_rng([height, width, seed])
-    return generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
 @pytest.fixture
 def model(make_tiny_vit: MakeModel) -> TinyViT:
     model = make_tiny_vit()
@@ -65,7 +61,7 @@ def files(tmp_path: Path) -> list[Path]:
     """Nine JPEG files of three shapes."""
     paths = [tmp_path / f"{i}.jpg" for i in range(9)]
     for i, path in enumerate(paths):
-        Image.fromarray(photo(*((48, 64), (64, 48), (64, 64))[i % 3], i)).save(path)
+        Image.fromarray(noise(*((48, 64), (64, 48), (64, 64))[i % 3], i)).save(path)
     return paths
 
 
@@ -84,7 +80,7 @@ def no_thread_is_left() -> Iterator[None]:
 def test_threads_change_nothing(
     pad: bool, batch_size: int, model: TinyViT, files: list[Path]
 ) -> None:
-    images = [*files, files[0].read_bytes(), photo(40, 50), Image.open(files[1])]
+    images = [*files, files[0].read_bytes(), noise(40, 50), Image.open(files[1])]
     alone = list(Engine(model, pad=pad, batch_size=batch_size, workers=0).stream(iter(images)))
     ahead = list(Engine(model, pad=pad, batch_size=batch_size, workers=3).stream(iter(images)))
     assert len(alone) == len(ahead) == 12
@@ -201,11 +197,11 @@ def test_large_images_go_alone_on_a_cpu() -> None:
     for side, wanted in sizes.items():
         backend = Mean()
         engine = Engine(backend=backend, image_spec=ImageSpec.sam(side), batch_size=8, workers=0)
-        engine.embed([photo(4, 4)] * 3)
+        engine.embed([noise(4, 4)] * 3)
         assert [batch[0] for batch in backend.batches] == wanted
     backend = Mean()
     backend.device = "cuda"
-    Engine(backend=backend, image_spec=ImageSpec.sam(1024), workers=0).embed([photo(4, 4)] * 3)
+    Engine(backend=backend, image_spec=ImageSpec.sam(1024), workers=0).embed([noise(4, 4)] * 3)
     assert [batch[0] for batch in backend.batches] == [3]
 
 
@@ -217,7 +213,7 @@ def test_without_padding_a_map_is_as_large_as_its_image(model: TinyViT) -> None:
     assert engine.image_spec == ImageSpec.sam(64, pad=False)
     assert "; images longest_side to 64x64, not padded; runs " in engine.explain()
     for height, width in ((64, 64), (64, 43), (43, 64), (200, 133), (1, 64), (33, 64)):
-        image = photo(height, width)
+        image = noise(height, width)
         pixels, placement = to_input(image, engine.image_spec)
         encoded = next(engine.stream(image, stages=True))
         rows, columns = placement.resized_size
@@ -252,7 +248,7 @@ def test_stages_come_with_the_features(folded: bool, make_tiny_vit: MakeModel) -
     if not folded:
         model.layers[1].register_forward_hook(hook)
     engine = Engine(model, image_spec=ImageSpec.sam(64, pad=False), batch_size=3)
-    images = [photo(64, 40, 0), photo(64, 40, 1), photo(40, 64), photo(64, 40, 2)]
+    images = [noise(64, 40, 0), noise(64, 40, 1), noise(40, 64), noise(64, 40, 2)]
     out = list(engine.stream(images, stages=True))
     assert len(out) == 4
     for encoded, image in zip(out, images, strict=True):
@@ -269,25 +265,25 @@ def test_stages_come_with_a_classifier_s_logits(folded: bool, make_tiny_vit: Mak
     if not folded:
         classifier.layers[1].register_forward_hook(hook)
     engine = Engine(classifier, image_spec=ImageSpec.timm(64))
-    encoded = next(engine.stream(photo(50, 70), stages=True))
-    np.testing.assert_allclose(encoded.features, engine.classify(photo(50, 70))[0], **CLOSE)
+    encoded = next(engine.stream(noise(50, 70), stages=True))
+    np.testing.assert_allclose(encoded.features, engine.classify(noise(50, 70))[0], **CLOSE)
     assert encoded.stages is not None
     assert [tuple(s.shape)[1:] for s in encoded.stages] == [(16, 16), (8, 8), (4, 4), (2, 2)]
 
 
 def test_without_a_head_or_stages(make_tiny_vit: MakeModel) -> None:
     engine = Engine(make_tiny_vit(head=False, neck_dim=None), image_spec=ImageSpec.sam(64))
-    encoded = next(engine.stream(photo(64, 64), stages=True))
+    encoded = next(engine.stream(noise(64, 64), stages=True))
     assert encoded.stages is not None
     np.testing.assert_array_equal(encoded.features, encoded.stages[-1])
     engine = Engine(backend=Mean(), image_spec=PLAIN)
     with pytest.raises(ValueError, match=r"^the backend 'mean' gives no stages; use 'torch'$"):
-        next(engine.stream(photo(8, 8), stages=True))
+        next(engine.stream(noise(8, 8), stages=True))
 
 
 def test_prepared_images(model: TinyViT) -> None:
     engine = Engine(model)
-    images = [photo(40, 56), photo(64, 30)]
+    images = [noise(40, 56), noise(64, 30)]
     out = list(engine.encode(engine.prepare(image) for image in images))
     np.testing.assert_allclose([e.features for e in out], engine.embed(images), **CLOSE)
     assert [e.placement.original_size for e in out] == [(40, 56), (64, 30)]
