@@ -57,22 +57,13 @@ THRESHOLDS: Mapping[str, float] = {
 
 @dataclass(frozen=True)
 class PackedMask:
-    """A mask within an image.
+    """A mask within an image: the pixels of its box, packed and deflated."""
 
-    Attributes:
-        size: (H, W) of the image.
-        top: Row of the image where the mask's box begins.
-        left: Column of the image where it begins.
-        shape: (hh, ww) of the box; (0, 0) for an empty mask.
-        area: Pixels of the mask.
-        data: Its pixels in the box, packed and deflated.
-    """
-
-    size: tuple[int, int]
-    top: int
+    size: tuple[int, int]  # (H, W) of the image
+    top: int  # where the box begins in the image
     left: int
-    shape: tuple[int, int]
-    area: int
+    shape: tuple[int, int]  # (hh, ww) of the box; (0, 0) for an empty mask
+    area: int  # pixels of the mask
     data: bytes
 
     @classmethod
@@ -109,21 +100,13 @@ class PackedMask:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One mask and what is known of it.
-
-    Attributes:
-        mask: In the whole image.
-        predicted_iou: The network's own estimate.
-        stability: IoU of the masks at a higher and a lower threshold; nan for no pixels.
-        point: (x, y) that was prompted, in pixels of the image.
-        crop_box: The crop in which it was found, xyxy in pixels of the image.
-    """
+    """One mask and what is known of it."""
 
     mask: PackedMask
     predicted_iou: float
-    stability: float
-    point: tuple[float, float]
-    crop_box: tuple[int, int, int, int]
+    stability: float  # IoU of the masks at a higher and a lower threshold; nan for no pixels
+    point: tuple[float, float]  # (x, y) that was prompted, in pixels of the image
+    crop_box: tuple[int, int, int, int]  # where it was found, xyxy in pixels of the image
 
     @classmethod
     def found(

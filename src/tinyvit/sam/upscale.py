@@ -33,16 +33,9 @@ def upscale(
     logit_stride: float = LOGIT_STRIDE,
     threshold: float | None = None,
 ) -> Floats | NDArray[np.bool_]:
-    """Enlarge logits to the original image, as segment-anything's ``postprocess_masks``.
+    """Logits [..., h4, w4] in the original image, as by segment-anything's ``postprocess_masks``.
 
-    Args:
-        low_res_logits: [..., h4, w4] float32.
-        placement: Where the image lies in the model's input.
-        logit_stride: Input pixels per logit.
-        threshold: Logits above it are mask; None gives the logits.
-
-    Returns:
-        [..., H, W]: float32 logits, or bool.
+    Gives [..., H, W]: float32, or with a ``threshold`` bool, true where logits are above it.
 
     Raises:
         ValueError: Fewer than two dimensions, or fewer logits than the image covers.
@@ -71,21 +64,13 @@ def upscale(
 
 @dataclass(frozen=True)
 class Region:
-    """The part of an image that a mask can lie in.
+    """The part of an image that a mask can lie in; outside of it the mask is empty."""
 
-    Attributes:
-        mask: [hh, ww] bool; outside of it the mask is empty. Has no pixels where nothing is.
-        top: Row of the image that the first row of ``mask`` is.
-        left: Column of the image that the first column of ``mask`` is.
-        inner: Pixels whose logit exceeds threshold + offset.
-        outer: Pixels whose logit exceeds threshold - offset.
-    """
-
-    mask: NDArray[np.bool_]
-    top: int
+    mask: NDArray[np.bool_]  # [hh, ww], without pixels where nothing is
+    top: int  # where the part begins in the image
     left: int
-    inner: int
-    outer: int
+    inner: int  # pixels whose logit exceeds threshold + offset
+    outer: int  # pixels whose logit exceeds threshold - offset
 
     @property
     def stability(self) -> float:
