@@ -1,10 +1,8 @@
 """The C library's memory allocator: have it keep the memory that large tensors give back.
 
-glibc asks the system anew for every block above 32 MB and returns it at once, so that each tensor
+glibc asks the system afresh for every block above 32 MB and returns it at once, so that each tensor
 of that size costs thousands of page faults. ``tune_allocator`` turns that off, for the whole
 process and only when called; importing tinyvit never does. Facts: mallopt(3) and glibc's malloc.c.
-
-Knows the C library; it knows no tensors and imports no torch.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ import copy
 import io
 import logging
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -596,3 +598,13 @@ def test_errors_come_when_the_image_is_read(tmp_path: Path) -> None:
         next(preparations([np.zeros((0, 4, 3), np.uint8)], UNPADDED))
     with pytest.raises(TypeError, match="wanted a path, bytes"):
         next(preparations([3], UNPADDED))  # type: ignore[list-item]
+
+
+def test_without_torch_it_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from tinyvit.inference.engine import Engine\n"
+        "Engine('tinyvit_starter')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "no engine is installed here; pip install 'tinyvit[torch]'" in done.stderr

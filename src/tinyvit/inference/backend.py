@@ -241,10 +241,6 @@ def choose_backend(
         return backend, f"{backend.name} on {backend.device}: given"
     if backend not in get_args(BackendName):
         raise ValueError(f"backend must be one of {get_args(BackendName)}, got {backend!r}")
-    if find_spec("torch") is None:
-        raise MissingExtraError(
-            "no engine is installed here; pip install 'tinyvit[torch]' (everything)"
-        )
     if not is_tiny_vit(model):
         raise TypeError(
             f"Engine wants a TinyViT, as tinyvit.create_model gives it, or the name, file or "
@@ -271,6 +267,18 @@ def choose_backend(
     if backend == "auto" and place == "cpu":
         words += "; auto is torch: measured level with openvino"
     return TorchBackend(model, place, chosen), words
+
+
+def check_installed() -> None:
+    """Refuse to open a checkpoint where nothing can run it.
+
+    Raises:
+        MissingExtraError: Neither torch nor another engine is installed.
+    """
+    if find_spec("torch") is None:
+        raise MissingExtraError(
+            "no engine is installed here; pip install 'tinyvit[torch]' (everything)"
+        )
 
 
 def is_tiny_vit(model: object) -> TypeGuard[TinyViT]:

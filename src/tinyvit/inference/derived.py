@@ -22,8 +22,8 @@ _SAMPLE = 16
 class Derived(Generic[T]):
     """A value made from modules; made again when one of them has changed or was replaced.
 
-    May be used by several threads. A copy (``copy.deepcopy``, ``pickle``) makes its value anew from
-    the copied modules, if the two functions are bound methods or partials of what is copied.
+    May be used by several threads. A copy (``copy.deepcopy``, ``pickle``) makes its value again
+    from the copied modules, if the two functions are bound methods or partials of what is copied.
 
     Args:
         modules: The modules that the value depends on, as they are now; asked at every ``get``.

@@ -23,7 +23,15 @@ from tinyvit.image_spec import ImageSpec, Placement
 from tinyvit.images.decode import decode
 from tinyvit.images.preprocess import PreparedImage, to_input
 
-from .backend import Backend, BackendName, Encoded, LogitsBackend, StageBackend, choose_backend
+from .backend import (
+    Backend,
+    BackendName,
+    Encoded,
+    LogitsBackend,
+    StageBackend,
+    check_installed,
+    choose_backend,
+)
 from .read_ahead import choose_workers, read_ahead
 
 if TYPE_CHECKING:
@@ -316,6 +324,7 @@ class Engine:
 
 def _open_model(source: str | os.PathLike[str]) -> TinyViT:
     """The model of a checkpoint's name, a file of weights, or a folder of ``save_pretrained``."""
+    check_installed()
     from tinyvit.factory import CONFIG, WEIGHTS, create_model, load_folder
 
     folder = Path(source)
