@@ -175,8 +175,8 @@ class SegmentSettings(Settings):
         val_images: Folder of the images to validate on, where that data do not say.
         val_part: Part of the images that is held out.
         split_seed: Seed of the choice of what is held out.
-        checkpoint: A name of ``tinyvit.list_checkpoints()`` or a file with a whole SAM; None for
-            new weights. On the command line tinyvit_starter, unless a model is named.
+        checkpoint: A name of ``tinyvit.list_checkpoints()`` or a file with a whole SAM. The weights
+            are new where it is None, or on the command line where only a model is named.
         model: A SAM variant of ``tinyvit.list_models()``. By default the checkpoint's.
         img_size: Side of the model's input in pixels. By default the checkpoint's or variant's.
         objects: Objects of an image that are prompted in a step.
