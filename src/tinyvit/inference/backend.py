@@ -21,16 +21,15 @@ from typing import (
     runtime_checkable,
 )
 
-import numpy as np
-from numpy.typing import NDArray
-
 from tinyvit.errors import MissingExtraError
 from tinyvit.image_spec import ImageSpec, Placement
-from tinyvit.images.preprocess import PreparedImage
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
+    from tinyvit.images.preprocess import PreparedImage
     from tinyvit.modules import TinyViT
 
 BackendName = Literal["auto", "torch", "openvino", "onnx"]
