@@ -6,14 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
 import typer
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.cli import console
 from tinyvit.folders.images import list_images
-from tinyvit.inference.backend import BackendName
 
 from .arguments import (
     Device,
@@ -33,10 +32,11 @@ from .settings_options import one_of
 
 if TYPE_CHECKING:
     from tinyvit.evaluate.classify import ClassifyReport, LabelledImages
+    from tinyvit.inference.backend import BackendName
     from tinyvit.sam import SamPredictor
     from tinyvit.train.data.masks import MaskSet
 
-BACKENDS = get_args(BackendName)
+BACKENDS = ("auto", "torch", "openvino", "onnx")  # BackendName, whose module loads numpy
 
 parse_backend = one_of(BACKENDS)
 
