@@ -78,6 +78,7 @@ WITHOUT_TORCH = (
     "inference.graphs",
     "inference.read_ahead",
     "sam.automatic",
+    "sam.contours",
     "sam.crops",
     "sam.embedding",
     "sam.mask_ops",

@@ -15,6 +15,7 @@ from tinyvit.sam import decoder, upscale
 from tinyvit.sam import mask_ops as rle
 from tinyvit.sam.automatic import Candidate, PackedMask, SamAutomaticMaskGenerator
 from tinyvit.sam.crops import build_all_layer_point_grids, generate_crop_boxes
+from tinyvit.sam.segmenter import Segmenter
 from tinyvit.sam.upscale import Region
 
 LENIENT = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
@@ -249,6 +250,21 @@ def test_every_kind_of_image(make_tiny_sam, photo):
             assert np.array_equal(record["segmentation"], wanted["segmentation"])
 
 
+def test_an_embedding_will_do(make_tiny_sam, photo):
+    sam, image = make_tiny_sam(), photo(40, 64)
+    generator = SamAutomaticMaskGenerator(sam, 3, **LENIENT)
+    (embedding,) = Segmenter(sam).embed(image)
+    wanted = generator.generate(image)
+    assert len(wanted) > 0
+    for found, same in zip(generator.generate(embedding), wanted, strict=True):
+        assert found.pop("segmentation").tolist() == same.pop("segmentation").tolist()
+        assert found == same
+    with pytest.raises(ValueError, match="an embedding has no pixels"):
+        SamAutomaticMaskGenerator(sam, 3, crop_n_layers=1).generate(embedding)
+    with pytest.raises(ValueError, match="made by an encoder with weights"):
+        SamAutomaticMaskGenerator(make_tiny_sam(seed=4), 3).generate(embedding)
+
+
 def test_nothing_passes(make_tiny_sam, photo):
     image = photo(40, 64)
     for bounds in ({"pred_iou_thresh": 1e6}, {"pred_iou_thresh": -1, "stability_score_thresh": 2}):
@@ -285,7 +301,7 @@ def test_small_regions_go(make_tiny_sam, photo, monkeypatch):
     island[38, 38] = True
     close[20:32, 20:32] = True  # what holed becomes
 
-    def found(self, image, progress):
+    def found(self, *arguments):
         made = []
         for score, mask in ((0.9, holed), (0.8, tidy), (0.7, island), (0.6, close)):
             region = upscale.Region(mask, 0, 0, 1, 1)

@@ -143,6 +143,27 @@ def test_embeddings_are_segmented_elsewhere(make_tiny_sam, photo, tmp_path):
         list(Segmenter(make_tiny_sam(seed=4)).segment(segmenter.embed(images), prompts))
 
 
+def test_alternating_images_are_prepared_once(make_tiny_sam, photo):
+    segmenter = Segmenter(make_tiny_sam())
+    embeddings = list(segmenter.embed([photo(HEIGHT, WIDTH), photo(20, 30)]))
+    prompts = [Prompt([[10, 10]]), {"box": [0, 0, 9, 9]}]
+    wanted = list(segmenter.segment(embeddings, [prompts, prompts]))
+    prepared = [segmenter.prepare(embedding) for embedding in embeddings]
+    assert all(one.nbytes > embeddings[0].features.nbytes for one in prepared)
+    for i in (0, 1, 0):
+        found = segmenter.predict(embeddings[i], prompts, prepared=prepared[i])
+        once = segmenter.predict(embeddings[i], prompts)
+        for mine, same, other in zip(
+            found.low_res_logits, once.low_res_logits, wanted[i].low_res_logits, strict=True
+        ):
+            np.testing.assert_array_equal(mine, other)
+            np.testing.assert_array_equal(same, other)
+    other = Segmenter(make_tiny_sam(seed=4))
+    for call in (other.prepare, lambda embedding: other.predict(embedding, prompts)):
+        with pytest.raises(ValueError, match="made by an encoder with weights"):
+            call(embeddings[0])
+
+
 def test_new_weights_are_used(make_tiny_sam, photo):
     sam, image = make_tiny_sam(), photo(HEIGHT, WIDTH)
     segmenter, prompts = Segmenter(sam), [[Prompt([[10, 10]])]]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, get_args
 
@@ -280,12 +280,15 @@ class SamAutomaticMaskGenerator:
         )
         self._decoder = TorchDecoder(self.model, place)
 
-    def generate(self, image: ImageSource, progress: Progress | None = None) -> list[MaskRecord]:
+    def generate(
+        self, image: ImageSource | ImageEmbedding, progress: Progress | None = None
+    ) -> list[MaskRecord]:
         """Find the masks of everything in an image.
 
         Args:
             image: [H, W, 3] uint8 RGB, 0..255. Also anything that ``tinyvit.images.decode`` reads:
-                a path, bytes, a PIL image, arrays in grey or with transparency.
+                a path, bytes, a PIL image, arrays in grey or with transparency; or the embedding of
+                an image, where there are no crops.
             progress: Called with (points decoded, points in all) after each batch of points.
 
         Returns:
@@ -297,20 +300,34 @@ class SamAutomaticMaskGenerator:
         Raises:
             ImageError: The image cannot be read, or the array is no image.
             TypeError: It is nothing that could be an image.
+            ValueError: An embedding with ``crop_n_layers``, or one of another encoder.
         """
-        candidates = self._candidates(decode(image), progress)
+        if isinstance(image, ImageEmbedding):
+            if self.crop_n_layers:
+                raise ValueError("crops want the image itself; an embedding has no pixels")
+            self._encoder.check(image)
+            candidates = self._candidates(image.original_size, [image], progress)
+        else:
+            rgb = decode(image)
+            size = int(rgb.shape[0]), int(rgb.shape[1])
+            boxes, _ = generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
+            crops = (rgb[y0:y1, x0:x1] for x0, y0, x1, y1 in boxes)
+            candidates = self._candidates(size, self._encoder.encode(crops), progress)
         if self.min_mask_region_area > 0:
             candidates = self._without_small_regions(candidates)
         return [self._record(candidate) for candidate in candidates]
 
-    def _candidates(self, image: NDArray[np.uint8], progress: Progress | None) -> list[Candidate]:
+    def _candidates(
+        self,
+        size: tuple[int, int],
+        embeddings: Iterable[ImageEmbedding],
+        progress: Progress | None,
+    ) -> list[Candidate]:
         """What is found in all crops, without duplicates."""
-        size = int(image.shape[0]), int(image.shape[1])
         boxes, layers = generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
         count = _Count(sum(len(self.point_grids[layer]) for layer in layers), progress)
-        crops = (image[y0:y1, x0:x1] for x0, y0, x1, y1 in boxes)
         found: list[Candidate] = []
-        for box, layer, embedding in zip(boxes, layers, self._encoder.encode(crops), strict=True):
+        for box, layer, embedding in zip(boxes, layers, embeddings, strict=True):
             here = list(self._in_crop(embedding, self.point_grids[layer], box, size, count))
             found += _distinct(here, [one.predicted_iou for one in here], self.box_nms_thresh)
         if len(boxes) == 1:

@@ -328,6 +328,45 @@ class Segmenter:
             self._encoder.check(item)
             yield item
 
+    def prepare(self, embedding: ImageEmbedding) -> PreparedEmbedding:
+        """What all prompts on one image share, for ``predict``; who alternates images keeps it.
+
+        Args:
+            embedding: Of the image, made by this model.
+
+        Returns:
+            An opaque value; ``nbytes`` says how much memory it holds.
+
+        Raises:
+            ValueError: The embedding was made by another encoder.
+        """
+        self._encoder.check(embedding)
+        return self._decoder.prepare(embedding)
+
+    def predict(
+        self,
+        embedding: ImageEmbedding,
+        prompts: Sequence[PromptLike],
+        multimask: Multimask = "auto",
+        *,
+        prepared: PreparedEmbedding | None = None,
+    ) -> Masks:
+        """The masks of prompts on one image that is encoded.
+
+        Args:
+            embedding: Of the image.
+            prompts: Each a ``Prompt`` or a dictionary of its arguments.
+            multimask: As for ``segment``.
+            prepared: What ``prepare`` gave for this embedding; None prepares it here.
+
+        Raises:
+            ValueError: A prompt is wrong, or the embedding was made by another encoder.
+            TypeError: The list of prompts holds something else.
+        """
+        if prepared is None:
+            prepared = self.prepare(embedding)
+        return self._predict(embedding, _checked(prompts, 0, embedding), multimask, prepared)
+
     def _prepared(self, embedding: ImageEmbedding) -> PreparedEmbedding:
         """What the decoder prepared of an embedding; kept of the last one."""
         last = self._last
@@ -336,7 +375,11 @@ class Segmenter:
         return last[1]
 
     def _predict(
-        self, embedding: ImageEmbedding, prompts: tuple[Prompt, ...], multimask: Multimask
+        self,
+        embedding: ImageEmbedding,
+        prompts: tuple[Prompt, ...],
+        multimask: Multimask,
+        prepared: PreparedEmbedding | None = None,
     ) -> Masks:
         """The masks of all prompts on one image."""
         decoder, placement = self._decoder, embedding.placement
@@ -351,7 +394,8 @@ class Segmenter:
             )
             is_ambiguous = kind == (1, False, False)
             many = is_ambiguous if multimask == "auto" else multimask
-            low_res, scores = decoder.decode(self._prepared(embedding), batch, many)
+            shared = prepared or self._prepared(embedding)
+            low_res, scores = decoder.decode(shared, batch, many)
             logits.update(zip(members, low_res, strict=True))
             ious.update(zip(members, scores, strict=True))
         return Masks(
