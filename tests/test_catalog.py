@@ -43,6 +43,7 @@ def parameters(table: str, without: tuple[str, ...] = ()) -> int:
         ("tiny_vit_11m_sam", "encoder_11m"),
         ("tiny_vit_21m_sam", "encoder_21m"),
         ("tiny_vit_5m_litemedsam", "encoder_litemedsam"),
+        ("tiny_vit_5m_sam3", "efficientsam3_5m"),
     ],
 )
 def test_parameters_are_those_of_the_key_tables(variant: str, table: str) -> None:
@@ -69,8 +70,9 @@ def test_every_variant_is_consistent() -> None:
         assert len(row.strides) == 3
         assert all(d % h == 0 for d, h in zip(row.embed_dims, row.num_heads, strict=True))
         assert (row.task == "sam") == (row.strides == (2, 2, 1)) == (row.neck_dim == 256)
+        assert (row.task == "sam3") == (row.neck_size == 72) == (row.neck_dim == 1024)
         assert row.image_spec.size == (row.img_size, row.img_size)
-        assert row.task == "sam" or row.head
+        assert row.task != "classification" or row.head
 
 
 def test_arguments_are_the_constructors() -> None:
@@ -86,6 +88,7 @@ def test_arguments_are_the_constructors() -> None:
         "strides": (2, 2, 1),
         "stem": "pointwise",
         "neck_dim": 256,
+        "neck_size": None,
         "head": False,
     }
     arguments["img_size"] = 1

@@ -145,6 +145,7 @@ def test_what_the_files_hold(make_tiny_vit: MakeModel, tmp_path: Path) -> None:
             "strides": [2, 2, 1],
             "stem": "conv",
             "neck_dim": 16,
+            "neck_size": None,
             "head": True,
         },
         "image_spec": ImageSpec.timm(64).to_dict(),

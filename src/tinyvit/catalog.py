@@ -21,8 +21,9 @@ from typing import Literal, TypeAlias
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
 
-Task: TypeAlias = Literal["classification", "sam"]
-"""What a network is for; it decides the last merge's stride (2 for classification, 1 for SAM)."""
+Task: TypeAlias = Literal["classification", "sam", "sam3"]
+"""What a network is for: classes, the image encoder of SAM, or that of SAM 3 (EfficientSAM3). The
+last merge's stride is 1 for SAM, else 2."""
 
 Family: TypeAlias = Literal[
     "cream",
@@ -61,7 +62,8 @@ class Variant:
         num_classes: Outputs of the classification head.
         drop_path_rate: Stochastic depth used in training.
         stem: ``"conv"`` (two 3x3 convolutions of stride 2) or ``"pointwise"`` (two 1x1, stride 1).
-        neck_dim: Output channels of the SAM neck, or None without a neck.
+        neck_dim: Output channels of the neck, or None without a neck.
+        neck_size: Side of the map of EfficientSAM3's neck, or None for SAM's neck or none.
         head: Whether ``norm_head`` and ``head`` exist.
     """
 
@@ -80,6 +82,7 @@ class Variant:
     drop_path_rate: float = 0.0
     stem: Literal["conv", "pointwise"] = "conv"
     neck_dim: int | None = None
+    neck_size: int | None = None
     head: bool = True
 
     def arguments(self) -> dict[str, object]:
@@ -103,6 +106,7 @@ class Variant:
             "strides": self.strides,
             "stem": self.stem,
             "neck_dim": self.neck_dim,
+            "neck_size": self.neck_size,
             "head": self.head,
         }
 
@@ -160,6 +164,17 @@ _WINDOWS = (7, 7, 14, 7)
 _WINDOWS_384, _WINDOWS_512 = (12, 12, 24, 12), (16, 16, 32, 16)
 _TO_32, _TO_16 = (2, 2, 2), (2, 2, 1)
 
+
+def _student(
+    name: str, embed_dims: tuple[int, ...], num_heads: tuple[int, ...], params: int, gmacs: float
+) -> Variant:
+    """A student of EfficientSAM3: the trunk of a classifier of 224 pixels, and its own neck."""
+    return Variant(
+        name, embed_dims, _DEPTHS, num_heads, _WINDOWS, _TO_32, 1008, "sam3",
+        ImageSpec.sam3(), params, gmacs, neck_dim=1024, neck_size=72, head=False,
+    )  # fmt: skip
+
+
 VARIANTS: tuple[Variant, ...] = (
     Variant(
         "tiny_vit_5m_224", _DIMS_5M, _DEPTHS, _HEADS_5M, _WINDOWS, _TO_32, 224,
@@ -202,6 +217,9 @@ VARIANTS: tuple[Variant, ...] = (
         "sam", ImageSpec.litemedsam(256), 5_726_740, 37.47,
         stem="pointwise", neck_dim=256, head=False,
     ),
+    _student("tiny_vit_5m_sam3", _DIMS_5M, _HEADS_5M, 14_839_060, 36.59),
+    _student("tiny_vit_11m_sam3", _DIMS_11M, _HEADS_11M, 20_446_084, 53.48),
+    _student("tiny_vit_21m_sam3", _DIMS_21M, _HEADS_21M, 30_650_496, 101.28),
 )  # fmt: skip
 """All sizes, classification first."""
 

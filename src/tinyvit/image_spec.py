@@ -195,6 +195,11 @@ class ImageSpec:
         return cls(_size_of(size), "longest_side", pad=True, normalise="min_max")
 
     @classmethod
+    def sam3(cls, size: int = 1008) -> ImageSpec:
+        """SAM 3 and EfficientSAM3: the image squashed to a square, its values from -1 to 1."""
+        return cls(_size_of(size), "squash", mean=(127.5,) * 3, std=(127.5,) * 3)
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> ImageSpec:
         """Make a spec from what ``to_dict`` gave.
 

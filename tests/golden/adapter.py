@@ -4,12 +4,14 @@ import pathlib
 import sys
 
 import torch
+from torch import nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import verify
 
 import tinyvit.modules
+from tinyvit.catalog import get_variant
 from tinyvit.modules import TinyViT
 
 
@@ -26,6 +28,20 @@ class HQEncoder(TinyViT):
 
     def forward(self, x):
         return self.forward_hq(x)
+
+
+class Student(nn.Module):
+    """EfficientSAM3's student under the names of its own files."""
+
+    def __init__(self, variant, img_size, embed_size):
+        super().__init__()
+        row = get_variant(variant.replace("_224", "_sam3"))
+        encoder = TinyViT(**{**row.arguments(), "img_size": img_size, "neck_size": embed_size})
+        self.head, encoder.neck = encoder.neck, None
+        self.backbone = nn.ModuleDict({"model": encoder})
+
+    def forward(self, x):
+        return self.head(self.backbone["model"](x))
 
 
 class Adapter(verify.Adapter):
@@ -50,7 +66,7 @@ class Adapter(verify.Adapter):
         return TinyViT(**ctor, stem="pointwise", head=False)
 
     def efficientsam3(self, variant, img_size, embed_size):
-        return None  # a family that is not read yet
+        return Student(variant, img_size, embed_size)
 
     def sam(self):
         from tinyvit.sam import build_sam

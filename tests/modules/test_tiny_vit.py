@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tinyvit.modules
-from tinyvit.modules import TinyViT
+from tinyvit.modules import SAM3Neck, TinyViT
 
 KEYS = Path(__file__).parents[1] / "data" / "keys"
 
@@ -41,7 +41,7 @@ class TestContract:
     def test_the_public_names(self):
         ten = "Conv2d_BN PatchEmbed MBConv PatchMerging ConvLayer Mlp Attention TinyViTBlock"
         ten = {*ten.split(), "BasicLayer", "TinyViT"}
-        ours = {"MLP", "DropPath", "LayerNorm2d", "FeatureInfo", "FeatureMaps"}
+        ours = {"MLP", "DropPath", "LayerNorm2d", "FeatureInfo", "FeatureMaps", "SAM3Neck"}
         assert set(tinyvit.modules.__all__) == ten | ours | {"freeze_batch_stats"}
         assert all(hasattr(tinyvit.modules, name) for name in tinyvit.modules.__all__)
 
@@ -51,7 +51,7 @@ class TestContract:
             "depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window_sizes=(7, 7, 14, 7), "
             "mlp_ratio=4.0, drop_rate=0.0, drop_path_rate=0.1, use_checkpoint=False, "
             "mbconv_expand_ratio=4.0, local_conv_size=3, layer_lr_decay=1.0",
-            "strides=None, stem='conv', neck_dim=256, head=True",
+            "strides=None, stem='conv', neck_dim=256, neck_size=None, head=True",
         )
 
     def test_children(self, make_tiny_vit):
@@ -462,7 +462,7 @@ class TestCopies:
         listed = ", ".join(describe_arguments(TinyViT))
         for name in make_tiny_vit().arguments():
             assert f"{name}=" in listed
-        assert len(make_tiny_vit().arguments()) == 18
+        assert len(make_tiny_vit().arguments()) == 19
 
     def test_arguments_after_another_head(self, make_tiny_vit):
         model = make_tiny_vit(head=False)
@@ -538,3 +538,22 @@ def test_gradients_are_right(make_tiny_vit, image):
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
     small = image(1, 8, 8, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: model(x).sin(), (small,))
+
+
+def test_a_student_of_sam_3_gives_a_map_of_one_size() -> None:
+    sizes = {"embed_dims": (16, 32, 64, 96), "num_heads": (1, 1, 2, 3), "strides": (2, 2, 2)}
+    model = TinyViT(**sizes, neck_dim=24, neck_size=9, head=False).eval()
+    assert isinstance(model.neck, SAM3Neck)
+    for side in (64, 33):
+        assert model(torch.zeros(2, 3, side, side)).shape == (2, 24, 9, 9)
+    assert model.arguments()["neck_size"] == 9
+    names = [key for key in model.state_dict() if key.startswith("neck.")]
+    assert {key.rpartition(".")[0] for key in names} == {"neck.0", "neck.1", "neck.3"}
+    assert "neck.0.bias" not in names and "neck.3.bias" in names
+
+
+def test_a_side_without_a_neck_is_refused() -> None:
+    with pytest.raises(ValueError, match="neck_size=72 wants a neck, but neck_dim=None"):
+        TinyViT(neck_dim=None, neck_size=72)
+    with pytest.raises(ValueError, match="positive"):
+        TinyViT(neck_size=0)

@@ -13,7 +13,7 @@ from .arguments import Json
 
 EXAMPLES = ("tinyvit models", "tinyvit models --json | jq -r '.checkpoints[].name'")
 
-_TASKS = {"classification": "classify", "sam": "sam"}
+_TASKS = {"classification": "classify", "sam": "sam", "sam3": "sam 3"}
 
 
 def models(ctx: typer.Context, as_json: Json = False) -> None:

@@ -17,7 +17,7 @@ from .layers import (
     TinyViTBlock,
     freeze_batch_stats,
 )
-from .stage import BasicLayer, ConvLayer
+from .stage import BasicLayer, ConvLayer, SAM3Neck
 from .tiny_vit import FeatureInfo, FeatureMaps, TinyViT
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Mlp",
     "PatchEmbed",
     "PatchMerging",
+    "SAM3Neck",
     "TinyViT",
     "TinyViTBlock",
     "freeze_batch_stats",

@@ -1,4 +1,4 @@
-"""The stages: ConvLayer (the first) and BasicLayer (the others); blocks, then a downsample.
+"""The stages, ConvLayer (the first) and BasicLayer (the others), and the necks behind the last.
 
 Shapes: B batch, C channels, H W height and width, L = H*W tokens in row-major order.
 """
@@ -11,12 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from .functional import Size, is_tracing
-from .layers import Activation, MBConv, TinyViTBlock, to_pair
+from .layers import Activation, LayerNorm2d, MBConv, TinyViTBlock, to_pair
 
 Downsample = Callable[..., nn.Module]
 """Called with (input_resolution, dim=, out_dim=, activation=), e.g. ``PatchMerging``."""
@@ -258,3 +259,51 @@ def pause_batch_stats(module: nn.Module) -> Iterator[None]:
         for norm, buffers in zip(norms, kept, strict=True):
             for name, buffer in buffers.items():
                 setattr(norm, name, buffer)
+
+
+def make_neck(in_chans: int, neck_dim: int | None, neck_size: int | None) -> nn.Sequential | None:
+    """SAM's neck (Kirillov et al., ICCV 2023), or EfficientSAM3's where its side is given."""
+    if neck_dim is None:
+        if neck_size is not None:
+            raise ValueError(f"neck_size={neck_size} wants a neck, but neck_dim=None leaves it out")
+        return None
+    if neck_size is not None:
+        return SAM3Neck(in_chans, neck_dim, neck_size)
+    return nn.Sequential(
+        nn.Conv2d(in_chans, neck_dim, kernel_size=1, bias=False),
+        LayerNorm2d(neck_dim),
+        nn.Conv2d(neck_dim, neck_dim, kernel_size=3, padding=1, bias=False),
+        LayerNorm2d(neck_dim),
+    )
+
+
+class SAM3Neck(nn.Sequential):
+    """The head of EfficientSAM3's students: from TinyViT's map to one like SAM 3's image encoder's.
+
+    1x1 convolution, batch norm, GELU, 3x3 convolution with bias, bilinear resize.
+
+    Args:
+        in_chans: Channels of the last stage.
+        neck_dim: Channels of the embedding; SAM 3's are 1024.
+        size: Side of the embedding; SAM 3's is 72.
+
+    Raises:
+        ValueError: A number is not positive.
+    """
+
+    def __init__(self, in_chans: int, neck_dim: int = 1024, size: int = 72) -> None:
+        if min(in_chans, neck_dim, size) < 1:
+            raise ValueError(f"a neck wants positive numbers, got {in_chans}, {neck_dim}, {size}")
+        super().__init__(
+            nn.Conv2d(in_chans, neck_dim, kernel_size=1, bias=False),
+            nn.BatchNorm2d(neck_dim),
+            nn.GELU(),
+            nn.Conv2d(neck_dim, neck_dim, kernel_size=3, padding=1),
+        )
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_chans, h, w] -> [B, neck_dim, size, size]."""
+        for layer in self:
+            x = layer(x)
+        return F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)

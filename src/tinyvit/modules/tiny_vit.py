@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .functional import Size, is_tracing, to_map
-from .layers import LayerNorm2d, PatchEmbed, PatchMerging, Stem, freeze_batch_stats, to_pair
-from .stage import BasicLayer, ConvLayer, Stage
+from .layers import PatchEmbed, PatchMerging, Stem, freeze_batch_stats, to_pair
+from .stage import BasicLayer, ConvLayer, Stage, make_neck
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -193,16 +193,6 @@ def make_stages(model: TinyViT, use_checkpoint: bool) -> nn.ModuleList:
     return stages
 
 
-def make_neck(in_chans: int, neck_dim: int) -> nn.Sequential:
-    """The neck of SAM's image encoders (Kirillov et al., ICCV 2023)."""
-    return nn.Sequential(
-        nn.Conv2d(in_chans, neck_dim, kernel_size=1, bias=False),
-        LayerNorm2d(neck_dim),
-        nn.Conv2d(neck_dim, neck_dim, kernel_size=3, padding=1, bias=False),
-        LayerNorm2d(neck_dim),
-    )
-
-
 def init_weights(module: nn.Module) -> None:
     """Linear layers start from a normal of std 0.02, their biases from 0."""
     if isinstance(module, nn.Linear):
@@ -240,6 +230,8 @@ class TinyViT(nn.Module):
             and 1 for the third merge.
         stem: "conv", or "pointwise" (LiteMedSAM).
         neck_dim: Channels of the neck's output; None leaves the neck out.
+        neck_size: None builds SAM's neck. A number builds the neck of EfficientSAM3's students
+            (``SAM3Neck``), whose map has this side whatever the image; theirs is 72.
         head: Build ``norm_head`` and ``head``. SAM checkpoints carry them unused.
 
     Attributes:
@@ -275,6 +267,7 @@ class TinyViT(nn.Module):
         strides: Sequence[int] | None = None,
         stem: Stem = "conv",
         neck_dim: int | None = 256,
+        neck_size: int | None = None,
         head: bool = True,
     ) -> None:
         super().__init__()
@@ -301,6 +294,7 @@ class TinyViT(nn.Module):
         self.local_conv_size = local_conv_size
         self.stem: Stem = stem
         self.neck_dim = neck_dim
+        self.neck_size = neck_size
         size = to_pair(img_size, "img_size")
         self.patch_embed = PatchEmbed(in_chans, self.embed_dims[0], size, nn.GELU, stem)
         self.layers = make_stages(self, use_checkpoint)
@@ -309,7 +303,7 @@ class TinyViT(nn.Module):
         self.head: nn.Module | None = None
         if head:
             self.reset_classifier(num_classes)
-        self.neck = None if neck_dim is None else make_neck(self.embed_dims[-1], neck_dim)
+        self.neck = make_neck(self.embed_dims[-1], neck_dim, neck_size)
         self.set_imgsz(img_size)
         self.set_layer_lr_decay(layer_lr_decay)
         self.register_load_state_dict_post_hook(_restore_lr_scales)  # type: ignore[no-untyped-call]
@@ -327,7 +321,7 @@ class TinyViT(nn.Module):
             x: [B, in_chans, H, W], floating point, normalised.
 
         Returns:
-            [B, neck_dim, h, w] with h = ceil(H / 16) for SAM's strides; without a neck
+            [B, neck_dim, h, w], h = neck_size or, for SAM's strides, ceil(H / 16); without a neck
             [B, num_classes], or the last stage's map where there is no head either.
 
         Raises:
@@ -578,6 +572,7 @@ class TinyViT(nn.Module):
             "strides": list(self.strides),
             "stem": self.stem,
             "neck_dim": self.neck_dim,
+            "neck_size": self.neck_size,
             "head": self.head is not None,
         }
 
