@@ -406,9 +406,9 @@ def test_a_loss_must_be_a_scalar():
 def test_the_first_asks_to_stop(number):
     before = signal.getsignal(number)
     with stop_on_signal() as stop:
-        assert not stop.is_set
+        assert not stop.is_set()
         interrupt(number)
-        assert stop.is_set
+        assert stop.is_set()
         assert signal.getsignal(number) is before
     assert signal.getsignal(number) is before
 
@@ -425,7 +425,7 @@ def test_in_another_thread_nothing_is_changed():
 
     def look():
         with stop_on_signal() as stop:
-            found.append((signal.getsignal(signal.SIGINT), stop.is_set))
+            found.append((signal.getsignal(signal.SIGINT), stop.is_set()))
 
     thread = threading.Thread(target=look)
     thread.start()

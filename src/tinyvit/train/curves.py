@@ -1,7 +1,6 @@
-"""The curves of a run as one image: loss, rate and the figures of validation, a panel for each.
+"""The curves of a run as one image: loss, rate and the metrics of validation, a panel for each.
 
-Drawn with Pillow alone, at twice the size and then halved, so that lines are smooth. What the
-figures mean is not known here.
+Drawn with Pillow alone, at twice the size and then halved, so that lines are smooth.
 """
 
 from __future__ import annotations
@@ -26,15 +25,9 @@ HIDDEN = {"kind", "step", "epoch", "images_per_second"}
 
 
 def draw_curves(lines: Iterable[Mapping[str, object]]) -> RGB:
-    """Draw the figures of a log against the step.
+    """Draw the metrics of a log's lines that are finite numbers against the step, [H, W, 3].
 
-    Args:
-        lines: Each with ``kind``, ``step`` and figures; those that are no finite numbers are left
-            out.
-
-    Returns:
-        [H, W, 3] uint8: up to twelve panels, training before validation; an empty panel where
-        there is nothing to draw.
+    Up to twelve panels, training before validation; an empty one where there is nothing to draw.
     """
     curves: dict[tuple[str, str], list[Point]] = {}
     for line in lines:

@@ -46,10 +46,8 @@ class Processes:
         """
         if self.count == 1:
             return module
-        return DistributedDataParallel(
-            module,
-            find_unused_parameters=True,  # a prompt that is not there leaves its weights out
-        )
+        # a prompt that is not there leaves its weights out
+        return DistributedDataParallel(module, find_unused_parameters=True)
 
     def gradient_sync(self, module: nn.Module, is_last: bool) -> AbstractContextManager[None]:
         """Add up gradients over the processes in the last of a step's parts only."""
@@ -74,11 +72,7 @@ class Processes:
 def join_processes(device: str = "auto") -> Iterator[Processes]:
     """Join the processes that ``torchrun`` started with this one, and leave them at the end.
 
-    Args:
-        device: What to compute on; "auto" and "cuda" give each process a GPU of its own.
-
-    Raises:
-        ValueError: The device is not there, or there are more processes than GPUs.
+    "auto" and "cuda" give each process a GPU of its own; ValueError where there are too few.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -130,27 +130,32 @@ def train(
             try:
                 run.go(stop)
             finally:
-                run.end()
-            return run.result()
+                task.model.eval()
+                if run.log is not None:
+                    run.log.close()
+            counters = run.counters
+            return Result(
+                folder=run.folder,
+                steps=counters.step,
+                metrics=dict(counters.metrics),
+                best=counters.best,
+                best_step=counters.best_step,
+                last_weights=run.folder / LAST,
+                best_weights=run.folder / BEST if counters.best is not None else None,
+                seconds=time.perf_counter() - run.began,
+            )
 
 
 # -- stopping and counting -----------------------------------------------------------------------
 
 
-@dataclass
-class StopRequest:
-    """Whether a signal asked the run to stop."""
-
-    is_set: bool = False
-
-
 @contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
+def stop_on_signal() -> Iterator[threading.Event]:
     """Catch the first Ctrl-C or SIGTERM; handlers are those of before after it and at the end.
 
     Only the main thread can; elsewhere nothing is changed.
     """
-    request = StopRequest()
+    request = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
@@ -161,7 +166,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
     def catch(number: int, frame: FrameType | None) -> None:
-        request.is_set = True
+        request.set()
         restore()
 
     for number in _SIGNALS:
@@ -174,21 +179,13 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 @dataclass
 class Counters:
-    """The counters of a run.
+    """The counters of a run."""
 
-    Attributes:
-        step: Steps done.
-        best: The best value of the task's goal.
-        best_step: The step it was validated after.
-        metrics: Of the last validation.
-        sums: Sums of the steps' metrics since the last line of the log.
-        counts: Steps in each of these sums.
-    """
-
-    step: int = 0
-    best: float | None = None
-    best_step: int | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
+    step: int = 0  # steps done
+    best: float | None = None  # value of the task's goal
+    best_step: int | None = None  # the step it was validated after
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last validation
+    # of the steps' metrics since the last line of the log, and how many steps are in each
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -217,14 +214,7 @@ class Counters:
         return means
 
     def validated(self, metrics: Mapping[str, float], goal: Goal) -> bool:
-        """Take the metrics of a validation, none where nothing was held out.
-
-        Returns:
-            Whether the goal is better than ever; NaN never is.
-
-        Raises:
-            ValueError: There are metrics, and the goal is not among them.
-        """
+        """Take the metrics of a validation, if any; gives whether the goal is better than ever."""
         self.metrics = dict(metrics)
         name, way = goal
         if not metrics:
@@ -236,7 +226,7 @@ class Counters:
         value = metrics[name]
         if self.best is None:
             is_better = not math.isnan(value)
-        else:
+        else:  # NaN never is
             is_better = value > self.best if way == "max" else value < self.best
         if is_better:
             self.best, self.best_step = value, self.step
@@ -267,20 +257,12 @@ class TaskLoss(nn.Module):
         return loss, metrics
 
 
-@dataclass(frozen=True)
-class Gradient:
-    """What came with a step's gradient.
+class Gradient(NamedTuple):
+    """What came with a step's gradient."""
 
-    Attributes:
-        loss: Mean over this process's samples, times its part of all samples of the step; the sum
-            over the processes is the step's loss.
-        metrics: Means over this process's samples.
-        parts: (keys, batch on the CPU) of each part.
-    """
-
-    loss: float
-    metrics: dict[str, float]
-    parts: list[tuple[list[Key], Batch]]
+    loss: float  # mean over this process's samples, times its part of all samples of the step
+    metrics: dict[str, float]  # means over this process's samples
+    parts: list[tuple[list[Key], Batch]]  # keys, batch on the CPU
 
 
 def accumulate_gradient(
@@ -320,16 +302,15 @@ def accumulate_gradient(
 
 def _on(batch: Batch, device: torch.device, channels_last: bool) -> Batch:
     """A batch on the device, its images in channels-last memory."""
-    moved = dict(batch)
-    values: Mapping[str, object] = batch  # what the task alone reads is no tensor
-    for name, value in values.items():
-        if not isinstance(value, Tensor):
-            continue
+
+    def move(value: object) -> object:
+        if not isinstance(value, Tensor):  # what the task alone reads
+            return value
         there = value.to(device, non_blocking=True)
-        if channels_last and there.ndim == 4 and there.is_floating_point():
-            there = there.contiguous(memory_format=torch.channels_last)
-        moved[name] = there
-    return moved
+        is_map = channels_last and there.ndim == 4 and there.is_floating_point()
+        return there.contiguous(memory_format=torch.channels_last) if is_map else there
+
+    return cast(Batch, {name: move(value) for name, value in batch.items()})
 
 
 # -- the loop --------------------------------------------------------------------------------------
@@ -348,19 +329,17 @@ class _Run(Generic[Sample]):
         self.task, self.settings, self.processes = task, settings, processes
         self.report = report if processes.is_first else None
         self.folder = Path(settings.folder)
+        one = settings
         self.order = Order(
-            len(task),
-            settings.batch_size,
-            settings.accumulate,
-            processes.count,
-            settings.seed,
-            settings.drop_last,
+            len(task), one.batch_size, one.accumulate, processes.count, one.seed, one.drop_last
         )
-        per_epoch = self.order.steps_per_epoch
-        self.steps = settings.epochs * per_epoch if settings.steps is None else settings.steps
-        self.schedule = Schedule(
-            settings.learning_rate, self.steps, settings.warmup_steps, settings.final_rate
-        )
+        self.steps = one.steps or one.epochs * self.order.steps_per_epoch
+        self.schedule = Schedule(one.learning_rate, self.steps, one.warmup_steps, one.final_rate)
+        self.facts_of_task: Facts = {
+            "task": task.name,
+            "number of samples": len(task),
+            "number of steps in an epoch": self.order.steps_per_epoch,  # of processes, too
+        }
         self.counters = Counters()
         self.loss: float | None = None
         self.first = self.samples_done = 0  # the step this call began with; samples since then
@@ -373,18 +352,17 @@ class _Run(Generic[Sample]):
         state = self._find_state(resume)
         processes.wait()  # nobody writes before all have read
         model = self.task.model
-        self.batch_stats: BatchStats = (
-            choose_batch_stats(model, settings.batch_stats, processes)
-            if state is None
-            else cast(BatchStats, state.facts["batch_stats"])
-        )
+        if state is None:
+            self.batch_stats = choose_batch_stats(model, settings.batch_stats, processes)
+        else:
+            self.batch_stats = cast(BatchStats, state.facts["batch_stats"])
         torch.manual_seed(settings.seed)  # for what is added to the network
         prepare(model, settings, processes, self.batch_stats)
         self.optimiser = make_optimiser(model, settings)
         self.ema = Ema(model, settings.ema_decay) if settings.ema_decay else None
+        self.average = None if self.ema is None else self.ema.model
         if state is not None:
-            average = None if self.ema is None else self.ema.model
-            unpack(state.tensors, model, average, self.optimiser)
+            unpack(state.tensors, model, self.average, self.optimiser)
             self.counters = Counters.from_facts(state.facts["tally"])
             self.first = self.counters.step
         self.task_loss = processes.share(TaskLoss(self.task, settings.precision, processes.device))
@@ -411,21 +389,13 @@ class _Run(Generic[Sample]):
             )
         saved = cast("dict[str, object]", state.facts["settings"])
         changes = self.settings.changes(TrainSettings.from_mapping(saved, str(state.path)))
-        for name, now in self._facts_of_task().items():
-            if state.facts[name] != now:
-                changes.append((f"the {name}", state.facts[name], now))
+        facts = [(k, state.facts[k], now) for k, now in self.facts_of_task.items()]
+        changes += [(f"the {name}", was, now) for name, was, now in facts if was != now]
         if changes:
             raise ChangedSettingsError(str(state.path), changes)
         return state
 
-    def _facts_of_task(self) -> Facts:
-        return {
-            "task": self.task.name,
-            "number of samples": len(self.task),
-            "number of steps in an epoch": self.order.steps_per_epoch,  # of processes, too
-        }
-
-    def go(self, stop: StopRequest) -> None:
+    def go(self, stop: threading.Event) -> None:
         """All steps that are left; raises KeyboardInterrupt where a signal asked to stop."""
         batches = load_batches(
             self.task,
@@ -448,7 +418,7 @@ class _Run(Generic[Sample]):
                     f"{self.folder}; resume it with resume=True"
                 )
 
-    def _step(self, batches: Iterator[Batch], stop: StopRequest) -> bool:
+    def _step(self, batches: Iterator[Batch], stop: threading.Event) -> bool:
         """One step of the optimiser; gives whether some process was asked to stop."""
         step = self.counters.step
         learning_rate = self.schedule(step)
@@ -459,7 +429,7 @@ class _Run(Generic[Sample]):
         )
         norm = float(clip_gradients(self.optimiser, self.settings.clip_norm))
         shared = torch.tensor(
-            [gradient.loss, norm / self.processes.count, stop.is_set],
+            [gradient.loss, norm / self.processes.count, stop.is_set()],
             dtype=torch.float64,
             device=self.processes.device if self.processes.device.type != "mps" else "cpu",
         )
@@ -477,10 +447,8 @@ class _Run(Generic[Sample]):
             self.ema.update(self.task.model, step)
         self.counters.step = step + 1
         self.samples_done += len(self.order.group(step))
-        loss = {"loss": self.loss}
-        self.counters.add(
-            {**loss, **gradient.metrics, "rate": learning_rate, "gradient_norm": norm}
-        )
+        metrics = {"loss": self.loss, **gradient.metrics}
+        self.counters.add({**metrics, "rate": learning_rate, "gradient_norm": norm})
         return bool(asked)
 
     def _after_step(self, should_stop: bool) -> None:
@@ -507,8 +475,7 @@ class _Run(Generic[Sample]):
         """Validate in the first process, and keep the weights if they are the best so far."""
         self._tell("validate")
         if self.log is not None:
-            model = self.task.model if self.ema is None else self.ema.model
-            model.eval()
+            model = (self.average or self.task.model).eval()
             with torch.no_grad():
                 metrics = {name: float(x) for name, x in self.task.validate(model).items()}
             if metrics:
@@ -522,17 +489,16 @@ class _Run(Generic[Sample]):
         """Write the state and the newest weights, in the first process."""
         if self.log is not None:
             model = self.task.model
-            average = None if self.ema is None else self.ema.model
             facts: Facts = {
                 "tally": self.counters.facts(),
                 "settings": {k: v for k, v in self.settings.to_dict().items() if v is not None},
                 "batch_stats": self.batch_stats,
-                **self._facts_of_task(),
+                **self.facts_of_task,
             }
             self.log.sync()
-            write_state(self.folder, pack(model, average, self.optimiser), facts)
-            weights = model if average is None else average
-            self.task.save(merged(weights, self.settings.trainable), self.folder / LAST)
+            write_state(self.folder, pack(model, self.average, self.optimiser), facts)
+            weights = merged(self.average or model, self.settings.trainable)
+            self.task.save(weights, self.folder / LAST)
         self.processes.wait()
 
     def _images_per_second(self) -> float:
@@ -549,36 +515,18 @@ class _Run(Generic[Sample]):
         step = self.counters.step
         here = step - self.first
         seconds = time.perf_counter() - self.began
-        progress = Progress(
-            phase=phase,
-            step=step,
-            steps=self.steps,
-            epoch=self._epoch(),
-            epochs=-(-self.steps // self.order.steps_per_epoch),
-            loss=self.loss,
-            learning_rate=self.schedule(max(0, step - 1)),
-            images_per_second=self._images_per_second(),
-            seconds_left=seconds / here * (self.steps - step) if here else None,
-            metrics=dict(self.counters.metrics),
-            words=words,
-        )
-        self.report(progress)
-
-    def end(self) -> None:
-        """Close the log and leave the network in eval mode."""
-        self.task.model.eval()
-        if self.log is not None:
-            self.log.close()
-
-    def result(self) -> Result:
-        """What was reached."""
-        return Result(
-            folder=self.folder,
-            steps=self.counters.step,
-            metrics=dict(self.counters.metrics),
-            best=self.counters.best,
-            best_step=self.counters.best_step,
-            last_weights=self.folder / LAST,
-            best_weights=self.folder / BEST if self.counters.best is not None else None,
-            seconds=time.perf_counter() - self.began,
+        self.report(
+            Progress(
+                phase=phase,
+                step=step,
+                steps=self.steps,
+                epoch=self._epoch(),
+                epochs=-(-self.steps // self.order.steps_per_epoch),
+                loss=self.loss,
+                learning_rate=self.schedule(max(0, step - 1)),
+                images_per_second=self._images_per_second(),
+                seconds_left=seconds / here * (self.steps - step) if here else None,
+                metrics=dict(self.counters.metrics),
+                words=words,
+            )
         )

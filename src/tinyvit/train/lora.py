@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -39,14 +39,7 @@ _HEADER = "tinyvit.lora"
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer with a low-rank addition; it shares the parameters of the layer it replaces.
-
-    Args:
-        base: The layer; its ``weight`` and ``bias`` become this one's.
-        rank: Width of the addition.
-        alpha: The addition is multiplied by ``alpha / rank``.
-        dropout: Probability with which the addition's inputs are zeroed in training.
-    """
+    """A linear layer with a low-rank addition; it has the parameters of the layer it replaces."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0) -> None:
         if rank < 1:
@@ -101,18 +94,10 @@ def add_lora(
 ) -> list[str]:
     """Give layers low-rank additions, in place; afterwards only these require gradients.
 
+    ``targets`` are out of ``ENCODER_TARGETS`` and ``DECODER_TARGETS``; ``alpha`` is the additions'
+    factor times the rank, None for a factor of 1; ``dropout`` zeroes their inputs in training.
     Called again with the same choices it changes nothing but ``requires_grad``; with others it
-    raises ValueError, as for unknown or missing layers.
-
-    Args:
-        model: A TinyViT, a Sam, or a module that holds one.
-        rank: Width of the additions.
-        alpha: Their factor times the rank; None makes it ``rank``, a factor of 1.
-        targets: Names of layers, out of ``ENCODER_TARGETS`` and ``DECODER_TARGETS``.
-        dropout: Probability with which the additions' inputs are zeroed in training.
-
-    Returns:
-        Names of the layers that have additions now.
+    raises ValueError, as for unknown or missing layers. Gives the names of the layers.
 
     Example:
         >>> import tinyvit
@@ -134,10 +119,16 @@ def add_lora(
             f"this {type(model).__name__} has no layer called {', '.join(targets)} in an attention "
             "or MLP of tinyvit; choose other targets"
         )
-    there = lora_layers(model)
-    wanted = [name for _, _, name in found]
+    there, wanted = lora_layers(model), [name for _, _, name in found]
     if there:
-        _check_same(there, wanted, (rank, alpha, float(dropout)))
+        first = next(iter(there.values()))
+        before, choices = (first.rank, first.alpha, first.dropout), (rank, alpha, float(dropout))
+        if set(there) != set(wanted) or before != choices:
+            raise ValueError(
+                f"this model has low-rank additions on {len(there)} layers with (rank, alpha, "
+                f"dropout) {before}; wanted {len(wanted)} layers with {choices}. Call merge_lora "
+                "first"
+            )
     model.requires_grad_(False)
     for parent, attribute, name in found:
         if name not in there:
@@ -165,22 +156,16 @@ def merge_lora(model: nn.Module) -> list[str]:
 
 
 def base_sha256(model: nn.Module) -> str:
-    """Hash of everything in a model but its additions: names, types, shapes and bytes.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """Hash of everything in a model but its additions: names, types, shapes and bytes."""
     state = model.state_dict()
     own = {k: v for k, v in state.items() if k.rpartition(".")[2] not in _OWN}
     return weights_sha256(own, older=True)  # as in the files of the first versions
 
 
 def save_lora(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    """Write the additions alone, with what is needed to put them back onto the same base.
+    """Write the additions alone to a ``.safetensors`` file, with the hash of their base.
 
-    Args:
-        model: A model with additions, else ValueError.
-        path: A ``.safetensors`` file; written whole or not at all.
+    ValueError where there are none; the file is written whole or not at all.
     """
     layers = lora_layers(model)
     if not layers:
@@ -200,15 +185,10 @@ def save_lora(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 
 def load_lora(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
-    """Put additions from a file onto the base that they were trained on, in place.
+    """Put additions from a file onto the base that they were trained on; gives the layers' names.
 
-    Returns:
-        Names of the layers that have additions now.
-
-    Raises:
-        ValueError: The model has additions already.
-        CheckpointError: The file cannot be read or holds no additions, or the model is another
-            base; both hashes are named.
+    ValueError where the model has additions already; CheckpointError where the file cannot be read
+    or holds none, or the model is another base.
     """
     if lora_layers(model):
         raise ValueError("this model has low-rank additions already; call merge_lora first")
@@ -230,7 +210,19 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
             f"{came[:16]}…; load the checkpoint it was trained from first"
         )
     names = [name for _, _, name in _find(model, targets)]
-    _check_tensors(model, names, rank, file.tensors, path)
+    wanted_shapes: dict[str, list[int]] = {}
+    for name in names:
+        outputs, inputs = model.get_parameter(f"{name}.weight").shape
+        wanted_shapes[f"{name}.lora_down"] = [rank, inputs]
+        wanted_shapes[f"{name}.lora_up"] = [outputs, rank]
+    shapes = {key: list(tensor.shape) for key, tensor in file.tensors.items()}
+    problems = [
+        f"{key}: wanted {wanted_shapes.get(key, 'nothing')}, came {shapes.get(key, 'nothing')}"
+        for key in sorted({*shapes, *wanted_shapes})
+        if shapes.get(key) != wanted_shapes.get(key)
+    ]
+    if problems:
+        raise CheckpointError(f"{path} does not fit this model: {'; '.join(problems)}")
     add_lora(model, rank, alpha, targets, dropout)
     with torch.no_grad():
         for name, layer in lora_layers(model).items():
@@ -247,40 +239,3 @@ def _find(model: nn.Module, targets: Sequence[str]) -> Iterator[tuple[nn.Module,
                 for attribute in attributes:
                     if attribute in targets:
                         yield module, attribute, f"{name}.{attribute}" if name else attribute
-
-
-def _check_same(
-    there: Mapping[str, LoraLinear], wanted: Sequence[str], choices: tuple[int, float, float]
-) -> None:
-    """Refuse to mix additions of two kinds in one model."""
-    first = next(iter(there.values()))
-    before = (first.rank, first.alpha, first.dropout)
-    if set(there) != set(wanted) or before != choices:
-        raise ValueError(
-            f"this model has low-rank additions on {len(there)} layers with (rank, alpha, dropout) "
-            f"{before}; wanted {len(wanted)} layers with {choices}. Call merge_lora first"
-        )
-
-
-def _check_tensors(
-    model: nn.Module,
-    names: Sequence[str],
-    rank: int,
-    tensors: Mapping[str, Tensor],
-    path: str | os.PathLike[str],
-) -> None:
-    """All of the file and all of the model, or an error that names everything."""
-    shapes: dict[str, list[int]] = {}
-    for name in names:
-        outputs, inputs = model.get_parameter(f"{name}.weight").shape
-        shapes[f"{name}.lora_down"] = [rank, inputs]
-        shapes[f"{name}.lora_up"] = [outputs, rank]
-    problems = [f"{key} is missing" for key in shapes if key not in tensors]
-    problems += [f"{key} is unexpected" for key in tensors if key not in shapes]
-    problems += [
-        f"{key} has shape {list(tensor.shape)} instead of {shapes[key]}"
-        for key, tensor in tensors.items()
-        if key in shapes and list(tensor.shape) != shapes[key]
-    ]
-    if problems:
-        raise CheckpointError(f"{path} does not fit this model: {'; '.join(problems)}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -23,27 +22,17 @@ from .distributed import Processes
 from .lora import add_lora, merge_lora
 from .settings import BatchStats, SettingError, Trainable, TrainSettings
 
-_PARTS = {
-    "decoder": ("mask_decoder",),
-    "neck": ("neck",),
-    "head": ("norm_head", "head"),
-}
-"""Names of the parts in ``Sam`` and ``TinyViT``."""
+# names of the parts in ``Sam`` and ``TinyViT``
+_PARTS = {"decoder": ("mask_decoder",), "neck": ("neck",), "head": ("norm_head", "head")}
 
 
 # -- what is trainable -----------------------------------------------------------------------------
 
 
 def set_trainable(model: nn.Module, trainable: Trainable, lora_rank: int = 8) -> None:
-    """Set ``requires_grad`` of every parameter.
+    """Set ``requires_grad`` of every parameter; SettingError where there is no such part.
 
-    Args:
-        model: A Sam or a TinyViT; "full" and "lora" take others too.
-        trainable: What is trained.
-        lora_rank: Rank of the additions that "lora" makes.
-
-    Raises:
-        ValueError: The model has no such part.
+    "full" and "lora" take other models than Sam and TinyViT too.
     """
     model.requires_grad_(trainable == "full")
     if trainable == "full":
@@ -72,9 +61,7 @@ def _parameters_of(model: nn.Module, part: str) -> list[nn.Parameter]:
 def train_mode(model: nn.Module, freeze_batch_stats: bool) -> None:
     """Put what is trained into train mode and all else into eval mode.
 
-    Args:
-        model: The network.
-        freeze_batch_stats: Keep every batch norm on its running statistics, trained or not.
+    ``freeze_batch_stats`` keeps every batch norm on its running statistics, trained or not.
     """
     model.train()
     for module in model.modules():
@@ -99,17 +86,7 @@ def merged(model: nn.Module, trainable: Trainable) -> nn.Module:
 def prepare(
     model: nn.Module, settings: TrainSettings, processes: Processes, batch_stats: BatchStats
 ) -> None:
-    """Get a network ready for training, in place.
-
-    Args:
-        model: The network.
-        settings: What to do.
-        processes: On which device, and with how many others.
-        batch_stats: What ``choose_batch_stats`` gave.
-
-    Raises:
-        ValueError: A setting asks for what the network does not have.
-    """
+    """Get a network ready for training, in place; SettingError for what it does not have."""
     set_trainable(model, settings.trainable, settings.lora_rank)
     model.to(processes.device)
     if settings.channels_last:
@@ -140,10 +117,7 @@ def choose_batch_stats(model: nn.Module, wanted: BatchStats, processes: Processe
     "auto" keeps statistics that were trained before, as fine-tuning should: a few batches of other
     images would spoil them. Untouched ones (mean 0 and variance 1) must be updated; together with
     the other processes on GPUs, else each on its own, and then those of the first process count.
-
-    Raises:
-        ValueError: "synchronised" was asked for in several processes without GPUs, where torch
-            cannot do it.
+    Without GPUs torch cannot synchronise them: SettingError.
     """
     on_gpu = processes.device.type == "cuda"
     if wanted == "synchronised" and processes.count > 1 and not on_gpu:
@@ -164,14 +138,10 @@ def _is_untouched(norm: _BatchNorm) -> bool:
 
 
 class Ema:
-    """An exponential moving average of a network.
+    """An exponential moving average of a network, in a copy; ``decay`` is what stays in each step.
 
     Early on the decay is smaller, (1 + step) / (10 + step), so that the first, random weights are
     soon forgotten.
-
-    Args:
-        model: The trained network; a copy is made.
-        decay: The part of the average that stays in each step, from 0 to below 1.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -186,8 +156,7 @@ class Ema:
     def update(self, model: nn.Module, step: int) -> None:
         """Take the weights after a step, counted from 0, into the average."""
         weight = 1.0 - self.decay_at(step)
-        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
-        for mean, parameter in pairs:
+        for mean, parameter in zip(self.model.parameters(), model.parameters(), strict=True):
             if parameter.requires_grad:
                 mean.lerp_(parameter, weight)
             else:
@@ -201,19 +170,12 @@ class Ema:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A straight rise of the learning rate, then half a cosine down to the last step.
+    """A straight rise of the learning rate, then half a cosine down to the last step."""
 
-    Attributes:
-        learning_rate: The highest.
-        steps: Steps in all.
-        warmup_steps: Steps of the rise; the last of them has the highest rate.
-        final_rate: The last step's learning rate as a part of the highest.
-    """
-
-    learning_rate: float
+    learning_rate: float  # the highest
     steps: int
-    warmup_steps: int = 0
-    final_rate: float = 0.0
+    warmup_steps: int = 0  # of the rise; the last of them has the highest rate
+    final_rate: float = 0.0  # of the last step, as a part of the highest
 
     def __post_init__(self) -> None:
         if self.warmup_steps > self.steps:
@@ -244,17 +206,9 @@ def parameter_groups(
 ) -> list[NamedGroup]:
     """Every parameter that requires gradients, once, by its learning rate and decay.
 
-    Args:
-        model: A network; the layer-wise learning rates of each TinyViT in it are set.
-        weight_decay: For matrices and kernels. What has one dimension (norms, biases), attention
-            biases and embeddings have none.
-        layer_decay: Factor on the learning rate from each block to the one before it.
-
-    Returns:
-        Groups with ``lr`` 0; ``set_learning_rates`` sets it.
-
-    Raises:
-        ValueError: Nothing requires gradients.
+    Only matrices and kernels decay: not what has one dimension (norms, biases), attention biases
+    and embeddings. ``layer_decay`` is the factor on the learning rate from each block to the one
+    before it. ``set_learning_rates`` sets ``lr``.
     """
     embeddings: set[int] = set()
     for module in model.modules():
@@ -268,13 +222,7 @@ def parameter_groups(
             continue
         is_bare = parameter.ndim <= 1 or name.endswith(NO_DECAY) or id(parameter) in embeddings
         scale, decay = float(getattr(parameter, "lr_scale", 1.0)), 0.0 if is_bare else weight_decay
-        empty: NamedGroup = {
-            "params": [],
-            "names": [],
-            "lr": 0.0,
-            "lr_scale": scale,
-            "weight_decay": decay,
-        }
+        empty = NamedGroup(params=[], names=[], lr=0.0, lr_scale=scale, weight_decay=decay)
         group = groups.setdefault((scale, decay), empty)
         group["params"].append(parameter)
         group["names"].append(name)
@@ -284,13 +232,7 @@ def parameter_groups(
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for the matrices of linear layers, AdamW for everything else, as one optimiser.
-
-    Args:
-        matrices: Groups of parameters of two dimensions.
-        others: All other groups; may be empty.
-        betas: AdamW's.
-    """
+    """Muon for the matrices of linear layers, AdamW for everything else, as one optimiser."""
 
     def __init__(
         self, matrices: list[NamedGroup], others: list[NamedGroup], betas: tuple[float, float]
@@ -298,15 +240,10 @@ class MuonAndAdamW(torch.optim.Optimizer):
         if not hasattr(torch.optim, "Muon"):
             wanted = f"adamw with torch {torch.__version__} (Muon is in 2.9 and later)"
             raise SettingError("optimiser", wanted, "muon")
-        self._parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(
-                [dict(group) for group in matrices], lr=0.0, adjust_lr_fn="match_rms_adamw"
-            )
-        ]
+        muon = torch.optim.Muon(list(map(dict, matrices)), lr=0.0, adjust_lr_fn="match_rms_adamw")
+        self._parts: list[torch.optim.Optimizer] = [muon]
         if others:
-            self._parts.append(
-                torch.optim.AdamW([dict(group) for group in others], lr=0.0, betas=betas)
-            )
+            self._parts.append(torch.optim.AdamW(list(map(dict, others)), lr=0.0, betas=betas))
         super().__init__([group for part in self._parts for group in part.param_groups], {})
         for part in self._parts:
             part.state = self.state
@@ -320,32 +257,28 @@ class MuonAndAdamW(torch.optim.Optimizer):
 def make_optimiser(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
     """The chosen optimiser over what is trainable.
 
-    Raises:
-        ValueError: Nothing is trainable; or Muon was chosen, and no matrix of a linear layer is,
-            or this torch has none.
+    ValueError where nothing is; or Muon was chosen, and no matrix of a linear layer is trainable,
+    or this torch has none.
     """
     groups = parameter_groups(model, settings.weight_decay, settings.layer_decay)
     betas = settings.beta1, settings.beta2
     if settings.optimiser == "adamw":
-        return torch.optim.AdamW([dict(group) for group in groups], lr=0.0, betas=betas)
+        return torch.optim.AdamW(list(map(dict, groups)), lr=0.0, betas=betas)
     linear = {id(one.weight) for one in model.modules() if isinstance(one, nn.Linear)}
-    matrices = _those(groups, lambda parameter: id(parameter) in linear)
+    matrices, others = (
+        [part for group in groups if (part := _part_of(group, linear, is_in))["params"]]
+        for is_in in (True, False)
+    )
     if not matrices:
         raise SettingError("optimiser", "adamw where no linear layer is trained", "muon")
-    others = _those(groups, lambda parameter: id(parameter) not in linear)
     return MuonAndAdamW(matrices, others, betas)
 
 
-def _those(groups: list[NamedGroup], is_one: Callable[[nn.Parameter], bool]) -> list[NamedGroup]:
-    """The groups with those parameters alone; without the groups that become empty."""
-    found: list[NamedGroup] = []
-    for group in groups:
-        pairs = [
-            pair for pair in zip(group["params"], group["names"], strict=True) if is_one(pair[0])
-        ]
-        if pairs:
-            found.append({**group, "params": [p for p, _ in pairs], "names": [n for _, n in pairs]})
-    return found
+def _part_of(group: NamedGroup, ids: set[int], is_in: bool) -> NamedGroup:
+    """The group with only those of its parameters that are among ``ids``, or are not."""
+    pairs = zip(group["params"], group["names"], strict=True)
+    kept = [(parameter, name) for parameter, name in pairs if (id(parameter) in ids) == is_in]
+    return {**group, "params": [p for p, _ in kept], "names": [name for _, name in kept]}
 
 
 def set_learning_rates(optimiser: torch.optim.Optimizer, learning_rate: float) -> None:
@@ -355,10 +288,6 @@ def set_learning_rates(optimiser: torch.optim.Optimizer, learning_rate: float) -
 
 
 def clip_gradients(optimiser: torch.optim.Optimizer, most: float) -> Tensor:
-    """Scale the whole gradient down to a norm; 0 leaves it as it is.
-
-    Returns:
-        The norm before that, a float scalar; not finite where some gradient is not.
-    """
+    """Scale the whole gradient down to a norm, if it is not 0; gives the norm before that."""
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     return nn.utils.clip_grad_norm_(parameters, most if most > 0 else math.inf)

@@ -12,9 +12,10 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +36,8 @@ Facts: TypeAlias = dict[str, object]
 
 FORMAT = 1  # of a state; 0 had no number, and called the setting trainable "moving"
 LOG, CURVES, TENSORBOARD = "log.jsonl", "curves.png", "tensorboard"
-NEXT, CURRENT, PREVIOUS = (
-    "state.next.safetensors",
-    "state.safetensors",
-    "state.previous.safetensors",
-)
+CURRENT, PREVIOUS = "state.safetensors", "state.previous.safetensors"
+NEXT = "state.next.safetensors"
 _HEADER = "run"
 
 
@@ -98,19 +96,10 @@ DivergedError = NonFiniteLossError
 def keep_batch(
     folder: Path, step: int, rank: int, parts: Sequence[tuple[Sequence[Key], Batch]]
 ) -> str:
-    """Write the batch of a step to ``diverged_step_N_rank_R.safetensors``.
+    """Write a process's (keys, batch) of a step, from 1; gives in words where, or why it cannot.
 
-    Tensors are written as ``part/name``; the samples' (epoch, index) and whatever is no tensor
-    stand as text in the file's header.
-
-    Args:
-        folder: The run's folder.
-        step: The step, counted from 1.
-        rank: The process; each writes what it had.
-        parts: (keys, batch) of each part.
-
-    Returns:
-        In words, where the batch is, or why it could not be kept.
+    Tensors are called ``part/name``; the samples' keys and what is no tensor stand as text in the
+    header.
     """
     path = folder / f"diverged_step_{step}_rank_{rank}.safetensors"
     tensors: dict[str, Tensor] = {}
@@ -133,39 +122,23 @@ def keep_batch(
 # -- the log -------------------------------------------------------------------------------------
 
 
-class SummaryWriter(Protocol):
-    """What is used of TensorBoard's writer."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
-        """Write a value."""
-        ...
-
-    def close(self) -> None:
-        """Finish the file."""
-        ...
-
-
 class RunLog:
     """Writes the log of a run; every method raises TinyViTError where the disk refuses.
 
-    Args:
-        folder: The run's folder.
-        step: Steps already done; later lines of an earlier attempt are taken away.
-        tensorboard: Write TensorBoard's files too, if it is installed.
-
-    Attributes:
-        lines: All lines of the run.
+    ``step`` are the steps already done; later ``lines`` of an earlier attempt are taken away.
     """
 
     def __init__(self, folder: Path, step: int = 0, tensorboard: bool = False) -> None:
         self.folder = folder
         self.lines = _read_until(folder / LOG, step)
         write_text(folder / LOG, "".join(map(_as_text, self.lines)))
-        self._tensorboard = _open_tensorboard(folder / TENSORBOARD, step) if tensorboard else None
-        try:
+        self._tensorboard: Any = None
+        if tensorboard and importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(folder / TENSORBOARD, purge_step=step + 1)
+        with _writing(folder / LOG):
             self._file = (folder / LOG).open("a", encoding="utf-8")
-        except OSError as err:
-            raise _refused(folder / LOG, err) from err
 
     def write(self, kind: Kind, step: int, metrics: Mapping[str, float]) -> None:
         """Write a line; what is not finite is written as null."""
@@ -174,32 +147,37 @@ class RunLog:
             line[name] = value if math.isfinite(value) else None
             if self._tensorboard is not None:
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
-        try:
+        with _writing(self.folder / LOG):
             self._file.write(_as_text(line))
             self._file.flush()
-        except OSError as err:
-            raise _refused(self.folder / LOG, err) from err
         self.lines.append(line)
 
     def sync(self) -> None:
         """Bring all lines to the disk itself."""
-        try:
+        with _writing(self.folder / LOG):
             os.fsync(self._file.fileno())
-        except OSError as err:
-            raise _refused(self.folder / LOG, err) from err
 
     def draw(self) -> None:
         """Draw the curves again."""
-        try:
+        with _writing(self.folder / CURVES):
             save_png(self.folder / CURVES, draw_curves(self.lines))
-        except OSError as err:
-            raise _refused(self.folder / CURVES, err) from err
 
     def close(self) -> None:
         """Close the files."""
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as err:
+        raise TinyViTError(
+            f"{path} could not be written: {err.strerror or err}; free space, then resume the run: "
+            "the last saved state is whole"
+        ) from err
 
 
 def _read_until(path: Path, step: int) -> list[Line]:
@@ -222,56 +200,23 @@ def _as_text(line: Line) -> str:
     return json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _open_tensorboard(folder: Path, step: int) -> SummaryWriter | None:
-    """TensorBoard's writer, or None where it is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter as Writer
-
-    return cast(SummaryWriter, Writer(folder, purge_step=step + 1))
-
-
-def _refused(path: Path, err: OSError) -> TinyViTError:
-    reason = err.strerror or str(err)
-    return TinyViTError(
-        f"{path} could not be written: {reason}; free space, then resume the run: the last saved "
-        "state is whole"
-    )
-
-
 # -- the state -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What was read.
-
-    Attributes:
-        path: The file.
-        tensors: As ``pack`` gives them.
-        facts: As they were written.
-        unreadable: Newer files that could not be read, in words.
-    """
+    """What was read of ``path``: ``tensors`` as ``pack`` gives them, and the facts."""
 
     path: Path
     tensors: dict[str, Tensor]
     facts: Facts
-    unreadable: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()  # newer files that could not be read, in words
 
 
 def write_state(folder: Path, tensors: Mapping[str, Tensor], facts: Facts) -> Path:
-    """Write a state; the one before it stays beside it.
+    """Write what ``pack`` gives, and the facts; the state before stays beside it.
 
-    Args:
-        folder: The run's folder.
-        tensors: As ``pack`` gives them.
-        facts: JSON-able; the number of the format and the version are added.
-
-    Returns:
-        The file.
-
-    Raises:
-        CheckpointError: It could not be written; then the files are as they were.
+    Where that fails (CheckpointError), the files are as they were.
     """
     current, fresh = folder / CURRENT, folder / NEXT
     header = json.dumps({"format": FORMAT, "version": __version__, **facts})
@@ -297,8 +242,7 @@ def write_state(folder: Path, tensors: Mapping[str, Tensor], facts: Facts) -> Pa
 def read_state(folder: Path) -> RunState | None:
     """Read the newest whole state of a folder; None where none was ever written.
 
-    Raises:
-        CheckpointError: There are states, and none can be read; or it is of a newer format.
+    CheckpointError where there are states and none can be read, or one is of a newer format.
     """
     unreadable: list[str] = []
     for name in (NEXT, CURRENT, PREVIOUS):  # NEXT is there only if a kill came between renames
@@ -346,11 +290,7 @@ def unpack(
     average: nn.Module | None,
     optimiser: torch.optim.Optimizer,
 ) -> None:
-    """Put a run's tensors back where ``pack`` took them from.
-
-    Raises:
-        CheckpointError: They are of another network.
-    """
+    """Put tensors back where ``pack`` took them from; CheckpointError for another network."""
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimiser": {}}
     for key, value in tensors.items():
         part, _, rest = key.partition("/")
@@ -374,14 +314,14 @@ def unpack(
     for name, parameter in _named(optimiser):
         if name in found:
             optimiser.state[parameter] = {
-                what: value.clone() if what == "step" else _like(value, parameter)
+                what: value.clone()
+                if what == "step"
+                # in memory as the parameter is: channels last or not
+                else torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(
+                    value
+                )
                 for what, value in found[name].items()
             }
-
-
-def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A tensor of the optimiser's own, in memory as the parameter is: channels last or not."""
-    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def _named(optimiser: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:

@@ -20,13 +20,14 @@ import os
 import re
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Annotated,
+    Any,
     ClassVar,
     Literal,
     TypeAlias,
@@ -67,56 +68,44 @@ _KINDS: dict[type, str] = {
 
 
 class SettingsError(ValueError, TypeError):
-    """Settings are wrong; ``said`` lets a command line name its options instead of the fields."""
+    """Settings are wrong: ``before``, then (name, words) of each setting, then ``after``."""
+
+    def __init__(self, before: str, settings: Sequence[tuple[str, str]], after: str = "") -> None:
+        super().__init__(before, settings, after)
 
     def said(self, name_of: Callable[[str], str]) -> str:
-        """The message, with each setting called as ``name_of`` its field gives."""
-        raise NotImplementedError
+        """The message, with each setting called as ``name_of`` its field gives: as an option."""
+        before, settings, after = self.args
+        words = "; ".join(f"{name_of(name)} {words}" for name, words in settings)
+        return f"{before}{words}{after}"
 
     def __str__(self) -> str:
-        return self.said(lambda name: name)
+        return self.said(str)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return SettingsError, self.args  # the subclasses take other arguments
 
 
 class SettingError(SettingsError):
     """A setting is wrong: ``wanted`` stands after "must be", ``source`` is its file, if any."""
 
     def __init__(self, field: str, wanted: str, got: object, source: str = "") -> None:
-        super().__init__(field, wanted, got, source)
-        self.field, self.wanted, self.got, self.source = field, wanted, got, source
-
-    def said(self, name_of: Callable[[str], str]) -> str:
-        """The message."""
-        source = f"{self.source}: " if self.source else ""
-        return f"{source}{name_of(self.field)} must be {self.wanted}, got {self.got!r}"
-
-
-class MissingSettingError(SettingsError):
-    """A setting without a default is missing; ``meaning`` says what it is."""
-
-    def __init__(self, field: str, meaning: str, source: str = "") -> None:
-        super().__init__(field, meaning, source)
-        self.field, self.meaning, self.source = field, meaning, source
-
-    def said(self, name_of: Callable[[str], str]) -> str:
-        """The message."""
-        source = f"{self.source}: " if self.source else ""
-        return f"{source}{name_of(self.field)} is missing: {self.meaning}"
+        super().__init__(_place(source), [(field, f"must be {wanted}, got {got!r}")])
 
 
 class ChangedSettingsError(SettingsError):
     """A run cannot be resumed: ``changes`` has (name, value before, value now) of settings."""
 
-    def __init__(self, where: str, changes: list[tuple[str, object, object]]) -> None:
-        super().__init__(where, changes)
-        self.where, self.changes = where, changes
-
-    def said(self, name_of: Callable[[str], str]) -> str:
-        """The message."""
-        words = "; ".join(f"{name_of(n)} was {a!r} and is {b!r}" for n, a, b in self.changes)
-        return (
-            f"{self.where} is of a run with other settings, and resuming would not give its "
-            f"numbers: {words}. Set them as they were, or start in another folder"
+    def __init__(self, where: str, changes: Sequence[tuple[str, object, object]]) -> None:
+        super().__init__(
+            f"{where} is of a run with other settings, and resuming would not give its numbers: ",
+            [(name, f"was {before!r} and is {now!r}") for name, before, now in changes],
+            ". Set them as they were, or start in another folder",
         )
+
+
+def _place(source: str) -> str:
+    return f"{source}: " if source else ""
 
 
 # -- what stands in ``Annotated`` ----------------------------------------------------------------
@@ -147,16 +136,11 @@ class Group:
     title: str
 
 
-@dataclass(frozen=True, init=False)
 class Flag:
     """How a command line takes a setting, where that does not follow from its name.
 
     ``metavar`` stands for the value in the help; "hidden" is no option at all.
     """
-
-    flags: tuple[str, ...]
-    metavar: str | None
-    kind: Literal["option", "argument", "hidden"]
 
     def __init__(
         self,
@@ -164,8 +148,7 @@ class Flag:
         metavar: str | None = None,
         kind: Literal["option", "argument", "hidden"] = "option",
     ) -> None:
-        for name, value in (("flags", flags), ("metavar", metavar), ("kind", kind)):
-            object.__setattr__(self, name, value)
+        self.flags, self.metavar, self.kind = flags, metavar, kind
 
 
 FREE: Literal["free"] = "free"
@@ -180,47 +163,38 @@ PLACE: Literal["place"] = "place"
 
 @dataclass(frozen=True)
 class Setting:
-    """One field of a settings class, as its annotation and its docstring describe it.
-
-    ``kinds`` are the types of its value, where ``tuple`` stands for whole numbers; ``choices`` the
-    only texts it takes, empty for any; ``default`` is ``dataclasses.MISSING`` where it must be
-    given; ``help`` is its line of the docstring.
-    """
+    """One field of a settings class, as its annotation and its docstring describe it."""
 
     name: str
-    kinds: tuple[type, ...]
-    choices: tuple[str, ...]
+    kinds: tuple[type, ...]  # of its value; ``tuple`` is of whole numbers
+    choices: tuple[str, ...]  # the only texts it takes; empty for any
     is_optional: bool
     bounds: Range | None
     is_free: bool
     is_place: bool
     flag: Flag
     group: str | None
-    default: object
-    help: str
+    default: object  # ``dataclasses.MISSING`` where it must be given
+    help: str  # its line of the docstring
 
     def checked(self, value: object, source: str = "") -> object:
-        """The value; lists become tuples.
-
-        Raises:
-            SettingError: It is of another type, none of the choices, or out of bounds.
-        """
+        """The value, lists as tuples; SettingError for another type, choice or size."""
         if value is None and self.is_optional:
             return value
         if isinstance(value, list | tuple) and all(type(item) is int for item in value):
             value = tuple(value)
         is_whole_for_fraction = type(value) is int and float in self.kinds
         if type(value) not in self.kinds and not is_whole_for_fraction:
-            kinds = " or ".join(_KINDS[kind] for kind in self.kinds)
-            raise SettingError(self.name, kinds, value, source)
-        if self.choices and value not in self.choices:
-            raise SettingError(self.name, f"one of {', '.join(self.choices)}", value, source)
-        if isinstance(value, int | float):
-            if not math.isfinite(value):
-                raise SettingError(self.name, "a finite number", value, source)
-            if self.bounds is not None and value not in self.bounds:
-                raise SettingError(self.name, str(self.bounds), value, source)
-        return value
+            wanted = " or ".join(_KINDS[kind] for kind in self.kinds)
+        elif self.choices and value not in self.choices:
+            wanted = f"one of {', '.join(self.choices)}"
+        elif isinstance(value, int | float) and not math.isfinite(value):
+            wanted = "a finite number"
+        elif isinstance(value, int | float) and self.bounds and value not in self.bounds:
+            wanted = str(self.bounds)
+        else:
+            return value
+        raise SettingError(self.name, wanted, value, source)
 
 
 def settings_of(cls: type[Settings]) -> dict[str, Setting]:
@@ -228,16 +202,10 @@ def settings_of(cls: type[Settings]) -> dict[str, Setting]:
     hints, lines = get_type_hints(cls, include_extras=True), _attribute_lines(cls)
     found: dict[str, Setting] = {}
     for one in dataclasses.fields(cls):
-        kind, *marks = (
-            get_args(hints[one.name])
-            if get_origin(hints[one.name]) is Annotated
-            else (hints[one.name],)
-        )
-        is_union = get_origin(kind) in (Union, types.UnionType)
-        members = get_args(kind) if is_union else (kind,)
-        choices = tuple(
-            word for member in members if get_origin(member) is Literal for word in get_args(member)
-        )
+        hint = hints[one.name]
+        kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+        literals = [get_args(member) for member in members if get_origin(member) is Literal]
         kinds = [
             str if get_origin(member) is Literal else get_origin(member) or member
             for member in members
@@ -246,7 +214,7 @@ def settings_of(cls: type[Settings]) -> dict[str, Setting]:
         found[one.name] = Setting(
             name=one.name,
             kinds=tuple(kinds),
-            choices=choices,
+            choices=tuple(word for words in literals for word in words),
             is_optional=type(None) in members,
             bounds=_first(Range, marks),
             is_free=FREE in marks or PLACE in marks,
@@ -287,11 +255,6 @@ class Settings:
     """Names in files of earlier versions, with those of today."""
 
     def __post_init__(self) -> None:
-        """Check every value.
-
-        Raises:
-            SettingError: A value is of another type or out of its range.
-        """
         for name, setting in settings_of(type(self)).items():
             object.__setattr__(self, name, setting.checked(getattr(self, name)))
 
@@ -306,19 +269,12 @@ class Settings:
         Raises:
             ValueError: A name is unknown or missing, or a value is wrong.
         """
-        values = {cls.former_names.get(name, name): value for name, value in values.items()}
         known = settings_of(cls)
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            where = f"{source}: " if source else ""
-            raise ValueError(
-                f"{where}unknown settings {', '.join(unknown)}; known are "
-                f"{', '.join(sorted(known))}"
-            )
+        values = checked_settings(known, values, source, cls.former_names)
         for name, setting in known.items():
             if name not in values and setting.default is dataclasses.MISSING:
-                raise MissingSettingError(name, setting.help, source)
-        return cls(**{name: known[name].checked(value, source) for name, value in values.items()})
+                raise SettingsError(_place(source), [(name, f"is missing: {setting.help}")])
+        return cls(**values)
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str], **changes: object) -> Self:
@@ -336,7 +292,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Value]:
         """Names and values, fit for JSON."""
-        return {name: getattr(self, name) for name in settings_of(type(self))}
+        return {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
 
     def to_toml(self) -> str:
         """The text of a TOML file that ``from_toml`` reads back; what is None is left out."""
@@ -348,25 +304,35 @@ class Settings:
 
     def changes(self, other: Self) -> list[tuple[str, object, object]]:
         """(name, its value, this value) of all that differ and that a run's numbers depend on."""
-        pairs = [
+        return [
             (name, getattr(other, name), getattr(self, name))
             for name, setting in settings_of(type(self)).items()
-            if not setting.is_free
+            if not setting.is_free and getattr(other, name) != getattr(self, name)
         ]
-        return [(name, before, now) for name, before, now in pairs if before != now]
 
     def differences(self, other: Self) -> list[str]:
         """Why a run with settings ``other`` cannot be resumed with these; empty if it can."""
         return [f"{name} was {a!r} and is {b!r}" for name, a, b in self.changes(other)]
 
 
-def read_toml(path: str | os.PathLike[str]) -> dict[str, object]:
-    """The names and values of a TOML file.
+def checked_settings(
+    known: Mapping[str, Setting],
+    values: Mapping[str, object],
+    source: str,
+    former_names: Mapping[str, str],
+) -> dict[str, Any]:
+    """The values under today's names; ValueError where a name is unknown or a value wrong."""
+    values = {former_names.get(name, name): value for name, value in values.items()}
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(
+            f"{_place(source)}unknown settings {', '.join(unknown)}; known are "
+            f"{', '.join(sorted(known))}"
+        )
+    return {name: known[name].checked(value, source) for name, value in values.items()}
 
-    Raises:
-        ValueError: It is no TOML.
-        OSError: It cannot be read.
-    """
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, object]:
+    """The names and values of a TOML file; ValueError where it is none."""
     try:
         return dict(tomllib.loads(Path(path).read_text(encoding="utf-8-sig")))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
@@ -482,12 +448,6 @@ class TrainSettings(Settings):
     tensorboard: Annotated[bool, _LOG, FREE] = True
 
     def __post_init__(self) -> None:
-        """Check every value, and those that go together.
-
-        Raises:
-            SettingError: A value is of another type or out of its range, or two contradict each
-                other.
-        """
         super().__post_init__()
         if not self.folder:
             raise SettingError("folder", "the name of a folder", self.folder)
