@@ -17,12 +17,19 @@ import typer
 
 from tiny import write_mask_folder, write_tiny_sam
 from tinyvit.cli.console import Console
-from tinyvit.cli.train import TaskVerb, TrainScreen, gather, metrics_text, task_toml, time_text
+from tinyvit.cli.train import (
+    CLASSIFY,
+    SEGMENT,
+    TrainScreen,
+    gather,
+    metrics_text,
+    task_toml,
+    time_text,
+)
 from tinyvit.train import Progress, TrainSettings
-from tinyvit.train.tasks.settings import ClassifySettings, SegmentSettings
+from tinyvit.train.tasks.settings import ClassifySettings
 
 QUICK = ("--epochs", 1, "--batch-size", 4)
-CLASSIFY = TaskVerb("classify", ClassifySettings, lambda settings: None)
 
 
 @pytest.fixture(autouse=True)
@@ -87,8 +94,8 @@ def test_options_go_before_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("epoch = 3\n", "choices.toml: unknown names epoch; known are accumulate, augment,"),
-        ("bf16 = true\n", "unknown names bf16"),
+        ("epoch = 3\n", "choices.toml: unknown settings epoch; known are accumulate, augment,"),
+        ("bf16 = true\n", "unknown settings bf16"),
         ('mixup = "much"\n', "choices.toml: mixup must be a number, got 'much'"),
         ("epochs 3\n", "choices.toml is no TOML file: "),
     ],
@@ -129,10 +136,7 @@ def test_other_settings_of_the_task_are_refused(begun):
         choose(folder=str(begun), resume=True, augment="full")  # against the default
     assert choose(folder=str(begun), resume=True, mixup=0.8, augment="light", on_broken="error")
     with pytest.raises(ValueError, match="holds a run of 'tinyvit train classify', not of segment"):
-        gather(
-            TaskVerb("segment", SegmentSettings, lambda settings: None),
-            {"folder": str(begun), "resume": True},
-        )
+        gather(SEGMENT, {"folder": str(begun), "resume": True})
 
 
 def test_a_run_folder_of_version_0_1(begun):

@@ -7,26 +7,28 @@ resumed. ``task.toml`` in a run's folder holds the task's settings, beside the l
 
 from __future__ import annotations
 
+import importlib
 import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from inspect import Parameter
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.cli import console
 from tinyvit.train.settings import (
     ChangedSettingsError,
     Settings,
     SettingsError,
     TrainSettings,
+    checked_settings,
     read_toml,
     settings_of,
 )
@@ -79,26 +81,21 @@ _CONFIG = (
     "Read settings from a file of 'name = value' lines; options go before it. The names are those "
     "of the options with _ for -, as in settings.toml and task.toml of a run."
 )
+_JSON = "Print one JSON object on stdout at the end."
+
+
+def _switch(name: str, flags: str, words: str, group: str | None = None) -> Parameter:
+    shown = typer.Option(flags, show_default=False, rich_help_panel=group, help=words)
+    return option(name, bool, shown)
+
+
 _CONTROL = [  # what is no setting: how the command itself behaves
-    option("resume", bool, typer.Option("--resume/--no-resume", show_default=False, help=_RESUME)),
+    _switch("resume", "--resume/--no-resume", _RESUME),
     option("config", str, typer.Option(metavar="FILE.toml", show_default=False, help=_CONFIG)),
-    option(
-        "as_json",
-        bool,
-        typer.Option(
-            "--json/--text", show_default=False, help="Print one JSON object on stdout at the end."
-        ),
-    ),
+    _switch("as_json", "--json/--text", _JSON),
 ]
-_BF16 = option(  # another way to say --precision
-    "bf16",
-    bool,
-    typer.Option(
-        "--bf16/--fp32",
-        rich_help_panel="What it runs on",
-        show_default=False,
-        help="Short for --precision bf16, and for fp32.",
-    ),
+_BF16 = _switch(  # another way to say --precision
+    "bf16", "--bf16/--fp32", "Short for --precision bf16, and for fp32.", "What it runs on"
 )
 
 
@@ -107,25 +104,25 @@ _BF16 = option(  # another way to say --precision
 
 @dataclass(frozen=True)
 class TaskVerb:
-    """A verb that trains.
+    """A verb that trains; its task is made by ``module`` of ``tinyvit.train.tasks``."""
 
-    Attributes:
-        name: After ``tinyvit train``.
-        settings: The class of the task's settings.
-        make: Makes the library's task of them.
-    """
-
-    name: str
+    name: str  # after ``tinyvit train``
     settings: type[Settings]
-    make: Callable[[Any], Task[Any]]
+    module: str
 
 
-def _parameters(settings: type[Settings]) -> list[Any]:
+CLASSIFY = TaskVerb("classify", ClassifySettings, "classify")
+SEGMENT = TaskVerb("segment", SegmentSettings, "segment")
+DISTILL_LOGITS = TaskVerb("distill-logits", DistillLogitsSettings, "distill")
+DISTILL_FEATURES = TaskVerb("distill-features", DistillFeaturesRun, "distill")
+
+
+def _parameters(verb: TaskVerb) -> list[Any]:
     folder, *loop = options_of(TrainSettings)
-    return [folder, *_CONTROL, *options_of(settings), *loop, _BF16]
+    return [folder, *_CONTROL, *options_of(verb.settings), *loop, _BF16]
 
 
-@with_options(_parameters(ClassifySettings))
+@with_options(_parameters(CLASSIFY))
 def classify(ctx: typer.Context, **values: object) -> None:
     """Train a classifier on images of named classes.
 
@@ -133,10 +130,10 @@ def classify(ctx: typer.Context, **values: object) -> None:
     log.jsonl, curves.png, the settings, and the state from which a stopped run is resumed. Ctrl-C
     ends the step, saves the state and says how to go on.
     """
-    run_training(console.of(ctx), TaskVerb("classify", ClassifySettings, _classify), values)
+    run_training(console.of(ctx), CLASSIFY, values)
 
 
-@with_options(_parameters(DistillLogitsSettings))
+@with_options(_parameters(DISTILL_LOGITS))
 def distill_logits(ctx: typer.Context, **values: object) -> None:
     """Train a classifier with a teacher's predictions.
 
@@ -144,11 +141,10 @@ def distill_logits(ctx: typer.Context, **values: object) -> None:
     split and these random changes: --val, --val-part, --split-seed, --augment and --flip must be
     the same. The run's folder is as with 'tinyvit train classify'.
     """
-    verb = TaskVerb("distill-logits", DistillLogitsSettings, _distill_logits)
-    run_training(console.of(ctx), verb, values)
+    run_training(console.of(ctx), DISTILL_LOGITS, values)
 
 
-@with_options(_parameters(DistillFeaturesRun))
+@with_options(_parameters(DISTILL_FEATURES))
 def distill_features(ctx: typer.Context, **values: object) -> None:
     """Train an encoder to give a teacher's features.
 
@@ -156,53 +152,17 @@ def distill_features(ctx: typer.Context, **values: object) -> None:
     the teacher does, perhaps at another size. The run's folder is as with 'tinyvit train classify';
     its weights are an encoder, or with --sam a whole SAM.
     """
-    verb = TaskVerb("distill-features", DistillFeaturesRun, _distill_features)
-    run_training(console.of(ctx), verb, values)
+    run_training(console.of(ctx), DISTILL_FEATURES, values)
 
 
-@with_options(_parameters(SegmentSettings))
+@with_options(_parameters(SEGMENT))
 def segment(ctx: typer.Context, **values: object) -> None:
     """Train a SAM to segment by clicks and boxes.
 
     A learning rate of 5e-4 suits new weights, a tenth of it trained ones. The run's folder is as
     with 'tinyvit train classify'; its weights are a whole SAM, which 'tinyvit segment' loads.
     """
-    run_training(console.of(ctx), TaskVerb("segment", SegmentSettings, _segment), values)
-
-
-def _classify(settings: ClassifySettings) -> Task[Any]:
-    from tinyvit.train.tasks.classify import make_task
-
-    return make_task(settings)
-
-
-def _distill_logits(settings: DistillLogitsSettings) -> Task[Any]:
-    from tinyvit.train.tasks.distill import make_logits_task
-
-    values = settings.to_dict()
-    store = str(values.pop("logits"))
-    return make_logits_task(ClassifySettings.from_mapping(values), store)
-
-
-def _distill_features(settings: DistillFeaturesRun) -> Task[Any]:
-    import torch
-
-    from tinyvit.factory import create_model
-    from tinyvit.sam import build_sam
-    from tinyvit.train.tasks.distill import make_features_task
-
-    start = settings.checkpoint or (None if settings.model else DEFAULT_CHECKPOINT)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        student = create_model(settings.model, start, img_size=settings.img_size)
-    sam = None if settings.sam is None else build_sam(settings.sam)
-    return make_features_task(student, settings.features, settings.data, settings, sam)
-
-
-def _segment(settings: SegmentSettings) -> Task[Any]:
-    from tinyvit.train.tasks.segment import make_task
-
-    return make_task(settings)
+    run_training(console.of(ctx), SEGMENT, values)
 
 
 # -- which settings ----------------------------------------------------------------------------
@@ -272,16 +232,10 @@ def _part(values: Mapping[str, object], settings: type[Settings]) -> dict[str, o
 
 def _read(path: Path, verb: TaskVerb) -> dict[str, object]:
     """The settings in a TOML file, of the loop and the task, checked."""
-    former = TrainSettings.former_names
-    values = {former.get(name, name): value for name, value in read_toml(path).items()}
+    values = read_toml(path)
     values.pop(_TASK, None)
     known = {**settings_of(verb.settings), **settings_of(TrainSettings)}
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ValueError(
-            f"{path}: unknown names {', '.join(unknown)}; known are {', '.join(sorted(known))}"
-        )
-    return {name: known[name].checked(value, str(path)) for name, value in values.items()}
+    return checked_settings(known, values, str(path), TrainSettings.former_names)
 
 
 def _read_run(folder: Path, verb: TaskVerb) -> dict[str, object]:
@@ -343,7 +297,8 @@ def _train(own: Console, verb: TaskVerb, choices: Choices) -> tuple[Task[Any], R
         weights = getattr(choices.task, name, None)
         if weights is not None:
             announce(own, weights)
-    task = verb.make(choices.task)
+    tasks = importlib.import_module(f"tinyvit.train.tasks.{verb.module}")
+    task: Task[Any] = tasks.make_task(choices.task)
     folder = Path(choices.loop.folder)
     own.say(f"{verb.name}: {len(task)} samples to train on, in {folder}")
     is_written: list[bool] = []

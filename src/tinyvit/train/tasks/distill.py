@@ -17,18 +17,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.checkpoints.files import header_for, write_state_dict
+from tinyvit.factory import create_model
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.decode import decode
 from tinyvit.images.preprocess import to_input
 from tinyvit.modules import TinyViT
 from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
+from tinyvit.sam.build import build_sam
 from tinyvit.sam.model import Sam
 from tinyvit.train.data.images import fingerprint, hold_out, read_one
 from tinyvit.train.settings import SettingError
 from tinyvit.train.store import Store
-from tinyvit.train.task import Batch, Goal
+from tinyvit.train.task import Batch, Goal, Task
 
 from . import classify
 from .classify import Classify
@@ -41,7 +44,12 @@ from .losses import (
     mask_loss,
     sparse_cross_entropy,
 )
-from .settings import ClassifySettings, DistillFeaturesSettings
+from .settings import (
+    ClassifySettings,
+    DistillFeaturesRun,
+    DistillFeaturesSettings,
+    DistillLogitsSettings,
+)
 
 _MEAN_MAP_IMAGES = 512
 _SHOWN = 5
@@ -513,3 +521,21 @@ def make_logits_task(settings: ClassifySettings, store: str | os.PathLike[str]) 
         )
     opened = Store(store)
     return DistillLogits(classify.make_task(replace(settings, smoothing=0.0)), opened)
+
+
+def make_task(settings: DistillFeaturesRun | DistillLogitsSettings) -> Task[Any]:
+    """The task of a whole run, as a command line has it: images, what is stored, and the student.
+
+    The student's new weights come from ``settings.seed``. Errors are those of ``create_model``,
+    ``build_sam``, ``make_features_task`` and ``make_logits_task``.
+    """
+    if isinstance(settings, DistillLogitsSettings):
+        values = settings.to_dict()
+        store = str(values.pop("logits"))
+        return make_logits_task(ClassifySettings.from_mapping(values), store)
+    start = settings.checkpoint or (None if settings.model else DEFAULT_CHECKPOINT)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        student = create_model(settings.model, start, img_size=settings.img_size)
+    sam = None if settings.sam is None else build_sam(settings.sam)
+    return make_features_task(student, settings.features, settings.data, settings, sam)
