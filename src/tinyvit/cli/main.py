@@ -20,6 +20,7 @@ from tinyvit.cli import (
     evaluate,
     models,
     segment,
+    serve,
     teachers,
     train,
     weights,
@@ -111,6 +112,7 @@ _add(app, weights.download, weights.DOWNLOAD_EXAMPLES)
 _add(app, encode.encode, encode.EXAMPLES)
 _add(app, classify.classify, classify.EXAMPLES)
 _add(app, segment.segment, segment.EXAMPLES)
+_add(app, serve.serve, serve.EXAMPLES)
 _add(app, bench.bench, bench.EXAMPLES)
 for _group, (_summary, _verbs) in GROUPS.items():
     _typer = typer.Typer(

@@ -1,0 +1,140 @@
+"""Embeddings of images by the SHA-256 of their bytes, within a bound of memory.
+
+No pixels are kept. What the prompts on one image share (``Decoder.prepare``) is kept beside its
+embedding, and is the first to go.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tinyvit.errors import CheckpointError
+from tinyvit.sam.embedding import ImageEmbedding
+
+logger = logging.getLogger("tinyvit.serve")
+
+PREPARED_SHARE = 0.25  # of the bound, for what prompts share
+
+
+class Cache:
+    """The embeddings that a server has at hand.
+
+    May be used by several threads.
+
+    Args:
+        most_bytes: Of embeddings and what their prompts share.
+        keep: Folder in which embeddings are kept, too; shared by the workers of one model.
+        check: Raises ValueError for an embedding of another model.
+    """
+
+    def __init__(
+        self, most_bytes: int, keep: Path | None, check: Callable[[ImageEmbedding], None]
+    ) -> None:
+        self.most_bytes, self.keep, self._check = most_bytes, keep, check
+        self.on_event: Callable[[str], None] = lambda event: None
+        self._lock = threading.Lock()
+        self._embeddings: OrderedDict[str, ImageEmbedding] = OrderedDict()
+        self._prepared: OrderedDict[str, Any] = OrderedDict()
+        self._bytes = {"embeddings": 0, "prepared": 0}
+
+    def __len__(self) -> int:
+        return len(self._embeddings)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(self._bytes.values())
+
+    def get(self, image_id: str) -> ImageEmbedding | None:
+        """An image's embedding, from memory or from the folder; None for an unknown one."""
+        with self._lock:
+            found = self._embeddings.get(image_id)
+            if found is not None:
+                self._embeddings.move_to_end(image_id)
+        if found is None and (found := self._read(image_id)) is not None:
+            self.put(image_id, found, is_new=False)
+        self.on_event("miss" if found is None else "hit")
+        return found
+
+    def put(self, image_id: str, embedding: ImageEmbedding, *, is_new: bool = True) -> None:
+        """Keep an embedding; the ones used longest ago go."""
+        with self._lock:
+            if image_id not in self._embeddings:
+                self._embeddings[image_id] = embedding
+                self._bytes["embeddings"] += size_of(embedding)
+            self._embeddings.move_to_end(image_id)
+            self._shrink()
+        if is_new and self.keep is not None:
+            self._write(image_id, embedding)
+
+    def prepared(self, image_id: str, make: Callable[[], Any]) -> Any:
+        """What the prompts on an image share; made where it is not kept."""
+        with self._lock:
+            found = self._prepared.get(image_id)
+            if found is not None:
+                self._prepared.move_to_end(image_id)
+                return found
+        made = make()
+        with self._lock:
+            if image_id in self._embeddings and image_id not in self._prepared:
+                self._prepared[image_id] = made
+                self._bytes["prepared"] += made.nbytes
+                self._shrink()
+        return made
+
+    def forget(self, image_id: str) -> None:
+        """Drop an image here and in the folder."""
+        with self._lock:
+            self._drop(image_id)
+        if self.keep is not None:
+            self._path(self.keep, image_id).unlink(missing_ok=True)
+
+    def _shrink(self) -> None:
+        share = PREPARED_SHARE * self.most_bytes
+        while len(self._prepared) > 1 and self._bytes["prepared"] > share:
+            self._bytes["prepared"] -= self._prepared.popitem(last=False)[1].nbytes
+        while len(self._embeddings) > 1 and self.nbytes > self.most_bytes:
+            self._drop(next(iter(self._embeddings)))
+            self.on_event("evicted")
+
+    def _drop(self, image_id: str) -> None:
+        embedding = self._embeddings.pop(image_id, None)
+        if embedding is not None:
+            self._bytes["embeddings"] -= size_of(embedding)
+        prepared = self._prepared.pop(image_id, None)
+        if prepared is not None:
+            self._bytes["prepared"] -= prepared.nbytes
+
+    @staticmethod
+    def _path(folder: Path, image_id: str) -> Path:
+        return folder / image_id[:2] / f"{image_id}.safetensors"
+
+    def _read(self, image_id: str) -> ImageEmbedding | None:
+        if self.keep is None or not (path := self._path(self.keep, image_id)).is_file():
+            return None
+        try:
+            embedding = ImageEmbedding.load(path)
+            self._check(embedding)
+        except (CheckpointError, ValueError, OSError) as err:
+            logger.warning("a kept embedding is not used: %s", str(err)[:200])
+            return None
+        return embedding
+
+    def _write(self, image_id: str, embedding: ImageEmbedding) -> None:
+        path = self._path(self.keep, image_id)  # type: ignore[arg-type]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            embedding.save(path, dtype="fp16")
+        except (CheckpointError, OSError) as err:
+            logger.warning("an embedding could not be kept: %s", str(err)[:200])
+
+
+def size_of(embedding: ImageEmbedding) -> int:
+    """Bytes of an embedding's arrays."""
+    early = embedding.interm_features
+    return int(embedding.features.nbytes) + (0 if early is None else int(early.nbytes))

@@ -1,0 +1,191 @@
+"""The first thing that every request meets: host, origin, token, headers, one line in the log.
+
+Pure ASGI. A page in another tab must not reach a server on this machine: not by a form (content
+types, Origin), not by DNS rebinding (Host), not by guessing (the token, in constant time).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import re
+import secrets
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+from urllib.parse import urlsplit
+
+from .access import AccessLog
+from .problems import MEDIA_TYPE, Problem
+from .settings import ServeSettings
+
+Scope = dict[str, Any]
+Receive = Callable[[], Any]
+Send = Callable[[dict[str, Any]], Any]
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"content-security-policy", POLICY.encode()),
+)
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
+_OPEN = ("/healthz", "/readyz")
+"""Paths that need no token: what a supervisor asks."""
+
+
+class Guard:
+    """Wraps the application.
+
+    Args:
+        app: The application.
+        settings: Of the server.
+        log: Where a line for each request goes.
+        observe: Called with (route, status, seconds) after each request, for metrics.
+    """
+
+    def __init__(
+        self,
+        app: Callable[..., Any],
+        settings: ServeSettings,
+        log: AccessLog,
+        observe: Callable[[str, int, float], None],
+    ) -> None:
+        self.app, self.settings, self.log, self.observe = app, settings, log, observe
+        own = {settings.host, "localhost", "127.0.0.1", "::1", *settings.allow_hosts}
+        self._hosts = {name.strip("[]").lower() for name in own}
+        self._origins = set(settings.allow_origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = _headers(scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.match(given) else secrets.token_hex(8)
+        state = scope.setdefault("state", {})
+        state.update(request_id=request_id, client=self._client(scope, headers), facts={})
+        start, status, sent = perf_counter(), 499, 0
+        extra = [*HEADERS, (b"x-request-id", request_id.encode()), *self._cors(headers)]
+
+        async def sending(message: dict[str, Any]) -> None:
+            nonlocal status, sent
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                own = {name for name, _ in extra}
+                kept = [pair for pair in message.get("headers", ()) if pair[0] not in own]
+                message = {**message, "headers": [*kept, *extra]}
+            else:
+                sent += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            try:
+                self._check(scope, headers)
+                if self._is_preflight(scope, headers):
+                    await _answer(sending, 204, {}, b"")
+                else:
+                    await self.app(scope, receive, sending)
+            except Problem as problem:
+                state["facts"]["problem"] = problem.name
+                await answer_problem(sending, problem, request_id)
+        finally:
+            seconds = perf_counter() - start
+            route = getattr(scope.get("route"), "path", "-")
+            self.observe(route, status, seconds)
+            self.log.write(scope, route, status, sent, seconds)
+
+    def _client(self, scope: Scope, headers: dict[str, str]) -> str:
+        peer = (scope.get("client") or ("", 0))[0]
+        if self.settings.trust_proxy is not None and peer == self.settings.trust_proxy:
+            return headers.get("x-forwarded-for", peer).rsplit(",", 1)[-1].strip()[:64] or peer
+        return peer
+
+    def _check(self, scope: Scope, headers: dict[str, str]) -> None:
+        host = headers.get("host")
+        if not host:
+            raise Problem("bad-request", "the request has no Host")
+        try:
+            name = (urlsplit(f"//{host}").hostname or "").lower()
+        except ValueError:
+            name = ""
+        if name not in self._hosts:
+            raise Problem(
+                "wrong-host",
+                "this server answers to its own address and to names given by --allow-host",
+            )
+        path, method = scope["path"], scope["method"]
+        origin = headers.get("origin")
+        if origin is not None and origin not in self._origins:
+            parts = urlsplit(origin) if origin.startswith(("http://", "https://")) else None
+            if parts is None or parts.netloc.lower() != host.lower():
+                raise Problem("wrong-origin", "only pages of this server may call it")
+        is_page = method in ("GET", "HEAD") and not path.startswith(("/v1", "/metrics"))
+        if headers.get("sec-fetch-site") == "cross-site" and not is_page and origin is None:
+            raise Problem("wrong-origin", "only pages of this server may call it")
+        if self._is_preflight(scope, headers) or path in _OPEN or is_page:
+            return
+        self._check_token(headers)
+
+    def _check_token(self, headers: dict[str, str]) -> None:
+        wanted = self.settings.token
+        if wanted is None:
+            return
+        given = headers.get("token", "")  # X-AnyLabeling's header
+        kind, _, value = headers.get("authorization", "").partition(" ")
+        if kind.lower() == "bearer":
+            given = value.strip()
+        elif kind.lower() == "basic":
+            try:
+                given = base64.b64decode(value, validate=True).decode("utf-8").partition(":")[2]
+            except (binascii.Error, UnicodeDecodeError):
+                given = ""
+        if not hmac.compare_digest(given.encode("utf-8", "replace"), wanted.encode()):
+            raise Problem("token-wanted", "send the header 'Authorization: Bearer <token>'")
+
+    def _is_preflight(self, scope: Scope, headers: dict[str, str]) -> bool:
+        return (
+            scope["method"] == "OPTIONS"
+            and headers.get("origin") in self._origins
+            and "access-control-request-method" in headers
+        )
+
+    def _cors(self, headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
+        origin = headers.get("origin")
+        if origin is None or origin not in self._origins:
+            return []
+        return [
+            (b"access-control-allow-origin", origin.encode()),
+            (b"vary", b"Origin"),
+            (b"access-control-allow-methods", b"GET, HEAD, POST, PUT, DELETE"),
+            (b"access-control-allow-headers", b"Authorization, Content-Type, X-Request-Id"),
+            (b"access-control-expose-headers", b"Retry-After, X-Request-Id, X-Tinyvit-Score"),
+            (b"access-control-max-age", b"600"),
+            (b"cross-origin-resource-policy", b"cross-origin"),
+        ]
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    """Header -> value, the last of equal ones; latin-1 as HTTP has it."""
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+async def answer_problem(send: Send, problem: Problem, request_id: str) -> None:
+    """Answer with a problem."""
+    body = problem.body(request_id)
+    await _answer(send, problem.status, {"Content-Type": MEDIA_TYPE} | problem.all_headers(), body)
+
+
+async def _answer(send: Send, status: int, headers: dict[str, str], body: bytes) -> None:
+    pairs = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
+    if status != 204:
+        pairs.append((b"content-length", str(len(body)).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": pairs})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,136 @@
+// Draw the image, the masks and the prompts on one canvas of the size that is seen.
+import { enlarge, sampleExact } from "./masks.js";
+
+// Okabe and Ito's palette: distinct also for the colour blind; a stripe pattern each besides.
+export const COLOURS = [
+  [86, 180, 233], [230, 159, 0], [0, 158, 115], [204, 121, 167], [240, 228, 66], [0, 114, 178], [213, 94, 0],
+];
+export const colourOf = (id) => COLOURS[(id - 1) % COLOURS.length];
+
+export class Overlay {
+  constructor(canvas) {
+    this.canvas = canvas;
+    this.context = canvas.getContext("2d", { willReadFrequently: false });
+    this.layer = document.createElement("canvas");
+    this.cache = new Map();
+    this.opacity = 0.45;
+    this.isHidden = false;
+  }
+  resize(view) {
+    const ratio = window.devicePixelRatio || 1;
+    const [width, height] = [Math.round(view.boxWidth * ratio), Math.round(view.boxHeight * ratio)];
+    if (this.canvas.width !== width || this.canvas.height !== height) {
+      this.canvas.width = this.layer.width = width;
+      this.canvas.height = this.layer.height = height;
+    }
+    return ratio;
+  }
+  // masks: [{id, entry, isCurrent, dashed}], entry: {logits | exact, version}
+  draw({ view, picture, masks, points, box, draft, cross, image }) {
+    const ratio = this.resize(view);
+    const own = this.context;
+    own.setTransform(1, 0, 0, 1, 0, 0);
+    own.clearRect(0, 0, this.canvas.width, this.canvas.height);
+    if (!picture) return;
+    own.imageSmoothingEnabled = view.scale < 2;
+    own.drawImage(
+      picture, view.x * ratio, view.y * ratio, view.width * view.scale * ratio, view.height * view.scale * ratio,
+    );
+    if (!this.isHidden && masks.length) this.drawMasks(view, ratio, masks, image);
+    own.setTransform(ratio, 0, 0, ratio, 0, 0);
+    if (box) this.drawBox(view, box, false);
+    if (draft) this.drawBox(view, draft, true);
+    for (const point of points) this.drawPoint(view.toScreen(point.x, point.y), point.label);
+    if (cross) this.drawCross(view.toScreen(cross.x, cross.y));
+  }
+  windowOf(view, ratio) {
+    const step = 1 / (view.scale * ratio);
+    return { x: -view.x / view.scale, y: -view.y / view.scale, step, width: this.canvas.width, height: this.canvas.height };
+  }
+  drawMasks(view, ratio, masks, image) {
+    const window_ = this.windowOf(view, ratio);
+    const key = [window_.x, window_.y, window_.step, window_.width, window_.height].join();
+    const pixels = new ImageData(window_.width, window_.height);
+    const words = new Uint32Array(pixels.data.buffer);
+    const seen = new Set();
+    for (const { id, entry, isCurrent, dashed } of masks) {
+      const name = `${id}:${entry.version}:${key}`;
+      seen.add(name);
+      let mask = this.cache.get(name);
+      if (!mask) {
+        mask = entry.exact ? sampleExact(entry.exact, window_) : enlarge(entry.logits, image, window_);
+        this.cache.set(name, mask);
+      }
+      paint(words, mask, window_.width, window_.height, colourOf(id), id, isCurrent, dashed, this.opacity, ratio);
+    }
+    for (const name of this.cache.keys()) if (!seen.has(name)) this.cache.delete(name);
+    this.layer.getContext("2d").putImageData(pixels, 0, 0);
+    this.context.drawImage(this.layer, 0, 0);
+  }
+  drawPoint({ x, y }, label) {
+    const own = this.context;
+    own.beginPath();
+    own.arc(x, y, 7, 0, 2 * Math.PI);
+    own.fillStyle = label ? "#0a7d3c" : "#c3282d";
+    own.fill();
+    own.lineWidth = 2;
+    own.strokeStyle = "#fff";
+    own.stroke();
+    own.beginPath();
+    own.moveTo(x - 3.5, y);
+    own.lineTo(x + 3.5, y);
+    if (label) {
+      own.moveTo(x, y - 3.5);
+      own.lineTo(x, y + 3.5);
+    }
+    own.stroke();
+  }
+  drawBox(view, box, isDraft) {
+    const a = view.toScreen(box[0], box[1]), b = view.toScreen(box[2], box[3]);
+    const own = this.context;
+    for (const [colour, width] of [["#000", 4], ["#fff", 2]]) {
+      own.setLineDash(isDraft && width === 2 ? [6, 4] : []);
+      own.strokeStyle = colour;
+      own.lineWidth = width;
+      own.strokeRect(a.x, a.y, b.x - a.x, b.y - a.y);
+    }
+    own.setLineDash([]);
+  }
+  drawCross({ x, y }) {
+    const own = this.context;
+    for (const [colour, width] of [["#000", 3], ["#fff", 1]]) {
+      own.strokeStyle = colour;
+      own.lineWidth = width;
+      own.beginPath();
+      own.moveTo(x - 14, y); own.lineTo(x + 14, y);
+      own.moveTo(x, y - 14); own.lineTo(x, y + 14);
+      own.stroke();
+    }
+  }
+}
+
+// Striped fill and two-tone outline, straight into 32-bit pixels (little endian: ABGR).
+function paint(words, mask, width, height, [r, g, b], id, isCurrent, dashed, opacity, ratio) {
+  const colour = (b << 16) | (g << 8) | r;
+  const weak = (Math.round(255 * opacity) << 24) | colour;
+  const strong = (Math.round(255 * Math.min(1, opacity + 0.2)) << 24) | colour;
+  const white = (255 << 24) | 0xffffff, black = (255 << 24) | 0x101010;
+  const period = Math.round(10 * ratio), thick = Math.max(1, Math.round(ratio));
+  const [sx, sy] = [[1, 1], [1, -1], [1, 0], [0, 1], [2, 1]][id % 5];
+  for (let y = 0; y < height; y++) {
+    for (let x = 0; x < width; x++) {
+      const i = y * width + x;
+      const left = x >= thick ? mask[i - thick] : 0, up = y >= thick ? mask[i - thick * width] : 0;
+      const right = x < width - thick ? mask[i + thick] : 0, down = y < height - thick ? mask[i + thick * width] : 0;
+      if (mask[i]) {
+        if (!(left && right && up && down)) {
+          if (!dashed || ((x + y) / period) & 1) words[i] = white;
+        } else if (!dashed) {
+          words[i] = ((((x * sx + y * sy) % period) + period) % period) * 2 < period ? strong : weak;
+        }
+      } else if ((left || right || up || down) && (!dashed || ((x + y) / period) & 1)) {
+        words[i] = isCurrent || dashed ? black : (255 << 24) | colour;
+      }
+    }
+  }
+}

@@ -1,0 +1,33 @@
+// Every text of the page in one table, so that it can be translated.
+export const TEXT = {
+  empty: "Drop an image here, paste one, or choose a file. It stays on this machine's server.",
+  uploading: (mb) => `Sending ${mb} MB …`,
+  waiting: (s) => `The server is busy; trying again in ${s} s`,
+  encoding: "Reading the image …",
+  ready: "Click on something.",
+  answering: "…",
+  offline: (s) => `The server does not answer; your work is kept. Trying again in ${s} s`,
+  lost: "The server has restarted; sending the image again …",
+  token: "This server wants a token",
+  leave: "There are objects that were not saved.",
+  notAnImage: "This is no image file.",
+  mask: (name, points, area, score) =>
+    `${name}, ${points}, ${area === null ? "" : `${area.toLocaleString("en")} pixels, `}score ${score.toFixed(2)}`,
+  points: (n) => (n === 1 ? "1 point" : `${n} points`),
+  box: "box",
+  at: (x, y, inside) => `x ${x} y ${y}${inside ? `, inside ${inside}` : ""}`,
+  object: (n) => `object ${n}`,
+  finished: (name) => `${name} finished`,
+  removed: (name) => `${name} deleted`,
+  undone: "undone",
+  redone: "done again",
+  candidate: (n, score) => `candidate ${n}, score ${score.toFixed(2)}`,
+  everything: (n) => `${n} masks found; click one to keep it`,
+  progress: (done, total) => `${done} of ${total} points`,
+  previewOff: "Preview is off: the server is slow or busy",
+  copied: "Copied",
+  nothing: "There is nothing to save yet",
+  saved: (name) => `${name} saved`,
+  boxStart: "Box: move to the opposite corner, then Enter",
+};
+export const WORDS = { add: "Add", minus: "Take away", box: "Box", move: "Move" };

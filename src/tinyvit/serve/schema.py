@@ -1,0 +1,226 @@
+"""Requests and answers of API v1, as strict models: what they say is the OpenAPI document, too."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from tinyvit.sam import mask_ops
+from tinyvit.sam.prompts import Prompt
+
+from .problems import Problem
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Point = Annotated[list[Finite], Field(min_length=2, max_length=2)]
+Include = Literal["rle", "counts", "polygons", "png", "low_res"]
+LowResType = Literal["int8-root", "float16"]
+
+_ROOT = 32.0
+
+
+class Strict(BaseModel):
+    """No conversions, no unknown keys."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class RunLengths(Strict):
+    """A mask as COCO's run lengths, compressed (text) or not (numbers), column by column."""
+
+    size: Annotated[list[int], Field(min_length=2, max_length=2)]
+    counts: str | list[int]
+
+
+class LowRes(Strict):
+    """Low-resolution logits of a mask, row by row.
+
+    ``int8-root``: one signed byte each, sign(l) * clip(rint(32 * sqrt(|l|)), 1, 127).
+    """
+
+    size: Annotated[list[int], Field(min_length=2, max_length=2)]
+    dtype: LowResType
+    input_size: Annotated[list[int], Field(min_length=2, max_length=2)] = Field(
+        description="(height, width) of the model's input that the image covers"
+    )
+    logit_stride: Finite = Field(description="pixels of the model's input for one logit")
+    data: str = Field(description="base64")
+
+
+class PromptModel(Strict):
+    """What to segment: points, a box, a mask, or any of them together, about one object."""
+
+    points: Annotated[list[Point], Field(min_length=1, max_length=1_000)] | None = None
+    labels: Annotated[list[Literal[0, 1]], Field(max_length=1_000)] | None = None
+    box: Annotated[list[Finite], Field(min_length=4, max_length=4)] | None = None
+    mask: RunLengths | LowRes | None = None
+    name: Annotated[str, Field(max_length=200)] | None = None
+
+    def to_prompt(self, image_size: tuple[int, int]) -> Prompt:
+        """As the library has it.
+
+        Raises:
+            ValueError: It is no valid prompt.
+        """
+        mask: NDArray[Any] | None = None
+        if isinstance(self.mask, LowRes):
+            mask = unpack_logits(self.mask)
+        elif self.mask is not None:
+            if tuple(self.mask.size) != image_size:
+                raise ValueError(
+                    f"a mask must have the size of the image, {list(image_size)}; "
+                    f"came {self.mask.size}"
+                )
+            mask = mask_ops.decode(self.mask.model_dump())
+        return Prompt(self.points, self.labels, self.box, mask, self.name)
+
+
+class SegmentRequest(Strict):
+    """Prompts on one image, each about one object."""
+
+    prompts: Annotated[list[PromptModel], Field(min_length=1, max_length=256)]
+    multimask: Literal["auto"] | bool = "auto"
+    which: Literal["best", "all"] = "best"
+    include: list[Include] = ["rle"]
+    low_res_dtype: LowResType = "int8-root"
+    tolerance: Annotated[float, Field(ge=0, le=1_000, allow_inf_nan=False)] = 0.0
+    preview: bool = False
+
+
+class EverythingRequest(Strict):
+    """Masks of everything: the numbers of ``SamAutomaticMaskGenerator``, each within a bound."""
+
+    points_per_side: Annotated[int, Field(ge=1, le=64)] = 16
+    pred_iou_thresh: Annotated[float, Field(ge=0, le=1)] | None = None
+    stability_score_thresh: Annotated[float, Field(ge=0, le=1)] | None = None
+    box_nms_thresh: Annotated[float, Field(ge=0, le=1)] = 0.7
+    min_mask_region_area: Annotated[int, Field(ge=0, le=10**9)] = 0
+
+
+class Model(Strict):
+    """The model of a server."""
+
+    name: str
+    sha256: str | None
+    precision: str
+
+
+class Image(Strict):
+    """An image that the server knows."""
+
+    id: str
+    width: int
+    height: int
+    cached: bool
+    model: Model
+    timing: dict[str, float]
+    view: str | None = None
+
+
+class MaskModel(Strict):
+    """One mask."""
+
+    index: int
+    score: float
+    area: int | None = None
+    box: list[float] | None = None
+    rle: RunLengths | None = None
+    counts: RunLengths | None = None
+    polygons: list[list[Point]] | None = None
+    png: str | None = None
+    low_res: LowRes | None = None
+
+
+class Object(Strict):
+    """The masks of one prompt."""
+
+    name: str | None = None
+    best: int
+    masks: list[MaskModel]
+
+
+class Segmented(Strict):
+    """The answer to a ``SegmentRequest``."""
+
+    image: dict[str, Any]
+    model: Model
+    objects: list[Object]
+    timing: dict[str, float]
+
+
+class Found(Strict):
+    """One mask of everything."""
+
+    score: float
+    stability: float
+    area: int
+    box: list[float]
+    point: list[float]
+    rle: RunLengths
+
+
+class Everything(Strict):
+    """The answer to an ``EverythingRequest``."""
+
+    image: dict[str, Any]
+    model: Model
+    masks: list[Found]
+    timing: dict[str, float]
+
+
+def pack_logits(
+    logits: NDArray[np.float32], input_size: tuple[int, int], stride: float, dtype: LowResType
+) -> LowRes:
+    """Low-res logits [h4, w4] as a page wants them: the root keeps what is near 0."""
+    if dtype == "float16":
+        raw = np.clip(logits, -65504, 65504).astype("<f2").tobytes()
+    else:
+        size = np.clip(np.rint(_ROOT * np.sqrt(np.abs(logits))), 1, 127)
+        raw = np.where(logits < 0, -size, size).astype(np.int8).tobytes()
+    return LowRes(
+        size=list(logits.shape),
+        dtype=dtype,
+        input_size=list(input_size),
+        logit_stride=stride,
+        data=base64.b64encode(raw).decode(),
+    )
+
+
+def unpack_logits(value: LowRes) -> NDArray[np.float32]:
+    """What ``pack_logits`` has packed, [h4, w4] float32.
+
+    Raises:
+        ValueError: The bytes are not base64, or too many or too few.
+    """
+    try:
+        raw = base64.b64decode(value.data, validate=True)
+    except binascii.Error as err:
+        raise ValueError("low_res.data must be base64") from err
+    kind = np.dtype("<f2" if value.dtype == "float16" else np.int8)
+    height, width = value.size
+    if min(height, width) < 1 or len(raw) != height * width * kind.itemsize:
+        raise ValueError(f"low_res.data must be {height} x {width} of {value.dtype}")
+    values = np.frombuffer(raw, kind).astype(np.float32).reshape(height, width)
+    return values if value.dtype == "float16" else np.sign(values) * (values / _ROOT) ** 2
+
+
+def validate(kind: type[Strict], value: Any, name: str = "bad-parameters") -> Any:
+    """A model from JSON, or a problem that says where and what, and repeats no input.
+
+    Raises:
+        Problem: ``bad-prompt`` below ``/prompts``, else ``name``.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return kind.model_validate(value)
+    except ValidationError as err:
+        first = err.errors(include_input=False, include_context=False, include_url=False)[0]
+        where = "/" + "/".join(str(part)[:40] for part in first["loc"])
+        is_prompt = where.startswith("/prompts")
+        where = where.encode("ascii", "replace").decode()
+        raise Problem("bad-prompt" if is_prompt else name, first["msg"], where=where) from err

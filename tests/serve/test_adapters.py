@@ -1,0 +1,135 @@
+"""The adapters, asked as their clients ask (requests written from the protocols' descriptions)."""
+
+import base64
+
+import numpy as np
+import pytest
+
+from tinyvit.serve.adapters import brush_rle
+from tinyvit.serve.adapters.label_studio import Fetcher
+from tinyvit.serve.problems import Problem
+
+CONFIG = """<View><Image name="img" value="$image"/>
+<{tag} name="tag" toName="img"><Label value="Cat"/></{tag}>
+<KeyPointLabels name="kp" toName="img" smart="true"><Label value="Cat"/></KeyPointLabels></View>"""
+
+
+def context(kind="keypointlabels", **value):
+    value = {"x": 38.1, "y": 39.3, "width": 0.4, kind: ["Cat"], **value}
+    return {
+        "result": [
+            {
+                "original_width": 451,
+                "original_height": 300,
+                "image_rotation": 0,
+                "value": value,
+                "is_positive": True,
+                "id": "a",
+                "from_name": "kp",
+                "to_name": "img",
+                "type": kind,
+                "origin": "manual",
+            }
+        ]
+    }
+
+
+@pytest.fixture(scope="module")
+def url(images):
+    return (
+        "data:image/png;base64," + base64.b64encode((images / "chelsea.png").read_bytes()).decode()
+    )
+
+
+def predict(server, url, tag, given):
+    asked = {
+        "tasks": [{"id": 1, "data": {"image": url}}],
+        "project": "1.1", "label_config": CONFIG.format(tag=tag), "params": {"context": given},
+    }  # fmt: skip
+    return server("POST", "/label-studio/predict", asked)
+
+
+def test_label_studio_s_small_talk(server):
+    assert server("GET", "/label-studio/health").json["status"] == "UP"
+    assert server("GET", "/label-studio/").status == 200
+    assert server("POST", "/label-studio/setup", {"project": "1"}).json["model_version"]
+    assert server("POST", "/label-studio/webhook", {"action": "X"}).status == 200
+
+
+def test_a_smart_key_point_becomes_a_brush(server, segmenter, images, url):
+    answer = predict(server, url, "BrushLabels", context())
+    assert answer.status == 200, answer.body
+    (result,) = answer.json["results"][0]["result"]
+    assert (result["from_name"], result["to_name"], result["type"]) == ("tag", "img", "brushlabels")
+    assert (result["value"]["brushlabels"], result["value"]["format"]) == (["Cat"], "rle")
+    mask = brush_rle.decode(result["value"]["rle"], (300, 451))
+    point = [[38.1 * 451 / 100, 39.3 * 300 / 100]]
+    (masks,) = segmenter.segment([images / "chelsea.png"], [[{"points": point}]])
+    assert (mask == masks.mask(0)).all()
+
+
+def test_polygons_and_rectangles(server, url):
+    (first, *_) = predict(server, url, "PolygonLabels", context()).json["results"][0]["result"]
+    points = np.array(first["value"]["points"])
+    assert points.min() >= 0 and points.max() <= 100
+    box = context("rectanglelabels", x=10, y=10, width=50, height=60)
+    (result,) = predict(server, url, "RectangleLabels", box).json["results"][0]["result"]
+    assert 0 <= result["value"]["x"] <= 100
+
+
+def test_label_studio_s_odd_requests(server, url):
+    assert predict(server, url, "BrushLabels", {}).json["results"] == []
+    assert predict(server, url, "Choices", context()).status == 400
+    assert predict(server, 5, "BrushLabels", context()).status == 400
+    assert predict(server, "http://127.0.0.1/x.png", "BrushLabels", context()).status == 422
+    assert server("POST", "/label-studio/predict", {"tasks": 1}).status == 400
+    assert server("POST", "/label-studio/predict", {"tasks": [], "params": 5}).status < 500
+    evil = '<!DOCTYPE x [<!ENTITY a "b">]><View/>'
+    asked = {
+        "tasks": [{"data": {"image": url}}],
+        "label_config": evil,
+        "params": {"context": context()},
+    }
+    assert server("POST", "/label-studio/predict", asked).status == 400
+
+
+def test_images_of_other_hosts_are_not_fetched():
+    fetcher = Fetcher("http://127.0.0.1:9", 1000)
+    for url in (
+        "http://169.254.169.254/latest",
+        "http://127.0.0.1:10/x",
+        "file:///etc/passwd",
+        "ftp://x/y",
+    ):
+        with pytest.raises(Problem):
+            fetcher.fetch(url)
+    with pytest.raises(Problem, match="label-studio-url"):
+        Fetcher(None, 1000).fetch("/data/x.png")
+
+
+def test_x_anylabeling(server, images):
+    assert server("GET", "/x-anylabeling/health").status == 200
+    models = server("GET", "/x-anylabeling/v1/models").json
+    assert models["data"]["tinyvit"]["widgets"]
+    image = (
+        "data:image/png;base64," + base64.b64encode((images / "chelsea.png").read_bytes()).decode()
+    )
+    marks = [
+        {"type": "point", "data": [172, 118], "label": 1},
+        {"type": "rectangle", "data": [210, 150, 130, 80]},
+    ]
+    asked = {
+        "model": "tinyvit",
+        "image": image,
+        "params": {"marks": marks, "epsilon_factor": 0.001},
+    }
+    answer = server("POST", "/x-anylabeling/v1/predict", asked)
+    assert answer.status == 200, answer.body
+    shape = answer.json["data"]["shapes"][0]
+    assert (shape["label"], shape["shape_type"]) == ("AUTOLABEL_OBJECT", "polygon")
+    assert shape["points"][0] == shape["points"][-1]
+    empty = server("POST", "/x-anylabeling/v1/predict", {**asked, "params": {}})
+    assert empty.json["data"]["shapes"] == []
+    wrong_params = ({"marks": [{"type": "circle"}]}, {"marks": 3}, {"epsilon_factor": "1"})
+    for wrong in ({"image": "?"}, *({"params": params} for params in wrong_params)):
+        assert 400 <= server("POST", "/x-anylabeling/v1/predict", {**asked, **wrong}).status < 500
