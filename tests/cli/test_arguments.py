@@ -8,13 +8,16 @@ import typer
 from tinyvit.catalog import list_checkpoints, list_models
 from tinyvit.checkpoints.download import cache_folder
 from tinyvit.cli.arguments import (
-    PrecisionName,
+    BACKENDS,
+    MAX_PIXELS,
+    PRECISIONS,
     announce,
     file_of,
     load_classifier,
     load_encoder,
     matching_checkpoints,
     matching_models,
+    one_of,
     parse_precision,
     variant_of,
 )
@@ -23,7 +26,8 @@ from tinyvit.errors import CheckpointError
 from tinyvit.factory import create_model
 from tinyvit.hub import save_pretrained
 from tinyvit.image_spec import ImageSpec
-from tinyvit.inference.backend import Precision
+from tinyvit.images import decode
+from tinyvit.inference.backend import BackendName, Precision
 
 QUIET = Console(is_quiet=True)
 
@@ -114,12 +118,21 @@ def test_only_a_download_is_announced(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_the_precisions_are_the_engine_s():
-    assert {name.value for name in PrecisionName} == set(get_args(Precision))
+def test_words_and_limits_are_the_library_s():
+    assert set(PRECISIONS) == set(get_args(Precision))
+    assert set(BACKENDS) == set(get_args(BackendName))
+    assert MAX_PIXELS == decode.MAX_PIXELS
+
+
+def test_backends_are_parsed():
+    parse = one_of(*BACKENDS)
+    assert [parse(name) for name in BACKENDS] == list(BACKENDS)
+    with pytest.raises(typer.BadParameter, match=r"^'tpu' is not one of 'auto', 'torch'"):
+        parse("tpu")
 
 
 def test_precisions_are_parsed():
-    assert all(parse_precision(name.value) is name for name in PrecisionName)
+    assert [parse_precision(name) for name in PRECISIONS] == list(PRECISIONS)
     with pytest.raises(
         typer.BadParameter, match=r"^'half' is not one of 'fp32', 'bf16', 'auto'\.$"
     ):

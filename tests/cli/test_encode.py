@@ -274,7 +274,7 @@ def test_no_pad(run, tmp_path, photo, tiny):
     assert run("encode", tmp_path / "in", "-o", out, *tiny).code == 0
     padded = run("encode", tmp_path / "in", "-o", out, "--json", *tiny).json
     assert padded["image_spec"]["pad"] is True
-    result = run("encode", tmp_path / "in", "-o", out, "--no-pad", "--json", *tiny)
+    result = run("encode", tmp_path / "in", "-o", out, "--no-pad", "--json", "--debug", *tiny)
     assert ", not padded" in result.err
     assert "made with another preparation of images" in result.err
     assert result.json["image_spec"] == {**padded["image_spec"], "pad": False}

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import typer
 from PIL import Image
 
 from tiny import write_mask_folder, write_tiny_sam
-from tinyvit.cli.evaluate import BACKENDS, _drawn, parse_backend
+from tinyvit.cli.evaluate import _drawn
 
 FAST = ("--clicks", "1,2", "--most-clicks", 2, "--no-floors", "--size", 64)
 
@@ -196,9 +195,3 @@ def test_a_limit_draws_by_its_seed():
     drawn = _drawn(100, 10, 1)
     assert drawn == sorted(set(drawn)) == _drawn(100, 10, 1) != _drawn(100, 10, 2)
     assert len(drawn) == 10
-
-
-def test_backends_are_parsed():
-    assert [parse_backend(name) for name in BACKENDS] == list(BACKENDS)
-    with pytest.raises(typer.BadParameter, match=r"^'tpu' is not one of 'auto', 'torch'"):
-        parse_backend("tpu")

@@ -225,7 +225,7 @@ def test_a_stop_in_the_middle_says_how_far_it_came(run, folder, tmp_path, monkey
         (["--prompts", "p.json", "--everything"], "does not go together with --prompts"),
         (["--everything", "--multimask"], "does not go together with --multimask"),
         (["--point", "1,1", "--points-per-side", "3"], "--points-per-side is for --everything"),
-        (["--prompts", "none.json"], "none.json: No such file or directory"),
+        (["--prompts", "none.json"], "there is no file 'none.json'; check the path of --prompts"),
         (["--prompts", "p.json"], "p.json is no JSON"),
         (["--mask", "none.png"], "there is no file 'none.png'"),
         (["--point", "1,1", "--device", "toaster"], "device must be"),

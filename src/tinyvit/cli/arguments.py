@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from enum import Enum
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.models import OptionInfo
@@ -25,38 +25,46 @@ from tinyvit.errors import CheckpointError
 from .console import Console
 
 if TYPE_CHECKING:
+    from tinyvit.inference import Engine
     from tinyvit.modules import TinyViT
     from tinyvit.sam import Sam
 
-
-class PrecisionName(str, Enum):
-    """What ``--precision`` takes."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    auto = "auto"
+PRECISIONS = ("fp32", "bf16", "auto")  # inference's Precision, whose module loads numpy
+BACKENDS = ("auto", "torch", "openvino", "onnx")  # likewise BackendName
+MAX_PIXELS = 178_956_970  # likewise images.decode's
 
 
-def parse_precision(word: str) -> PrecisionName:
-    """The precision of a word; for fp16 an error that says why not."""
-    names = [name.value for name in PrecisionName]
-    if word in names:
-        return PrecisionName(word)
-    if word == "fp16":
+def one_of(*choices: str) -> Callable[[str], str]:
+    """Takes one of these texts from the command line; another one is wrong usage."""
+
+    def parse(text: str) -> str:
+        if text in choices:
+            return text
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(map(repr, choices))}.")
+
+    return parse
+
+
+def parse_precision(text: str) -> str:
+    """A precision; for fp16 an error that says why not."""
+    if text == "fp16":
         from tinyvit.inference.backend import FP16_REFUSED
 
         raise typer.BadParameter(f"{FP16_REFUSED}.")
-    raise typer.BadParameter(f"{word!r} is not one of {', '.join(map(repr, names))}.")
+    return one_of(*PRECISIONS)(text)
 
 
-def matching_checkpoints(incomplete: str) -> list[str]:
-    """Names for the shell to complete."""
-    return [name for name in list_checkpoints() if name.startswith(incomplete)]
+def matching(names: Sequence[str]) -> Callable[[str], list[str]]:
+    """For the shell: those of the names that begin as what has been typed."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    return complete
 
 
-def matching_models(incomplete: str) -> list[str]:
-    """Names for the shell to complete."""
-    return [name for name in list_models() if name.startswith(incomplete)]
+matching_checkpoints = matching(list_checkpoints())
+matching_models = matching(list_models())
 
 
 def checkpoint_option(text: str) -> OptionInfo:
@@ -101,12 +109,42 @@ Device = Annotated[
     ),
 ]
 Precision = Annotated[
-    PrecisionName,
+    str,
     typer.Option(
         "--precision",
-        metavar="[fp32|bf16|auto]",
+        metavar=f"[{'|'.join(PRECISIONS)}]",
         parser=parse_precision,
         help="What to compute in; auto is bf16 where the hardware has it built in.",
+    ),
+]
+Backend = Annotated[
+    str,
+    typer.Option(
+        "--backend",
+        metavar=f"[{'|'.join(BACKENDS)}]",
+        parser=one_of(*BACKENDS),
+        help="What runs the encoder; auto is torch.",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="Threads that compute. By default the library chooses."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=0,
+        help="Threads that read and write images meanwhile; 0: none. By default as many as there "
+        "are cores, at most 4.",
+    ),
+]
+MaxPixels = Annotated[
+    int,
+    typer.Option(
+        "--max-pixels",
+        min=1,
+        help="Refuse images with more pixels than this; their memory grows with it.",
     ),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write to.")]
@@ -125,14 +163,11 @@ NoPad = Annotated[
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _GOOD_CLASSIFIER = "tiny_vit_5m_224.dist_in22k_ft_in1k"
+_SIZES = ("embed_dims", "depths", "num_heads", "window_sizes", "strides", "stem", "neck_dim")
 
 
 def file_of(text: str) -> Path:
-    """The file of a path, a folder or the name of a checkpoint; fetches nothing.
-
-    Raises:
-        CheckpointError: An unknown name, or a checkpoint that is not on this machine.
-    """
+    """The file of a path, a folder or the name of a checkpoint; fetches nothing."""
     from tinyvit.checkpoints import cached_path, fetch
 
     path = Path(text)
@@ -170,10 +205,7 @@ def load_sam(own: Console, checkpoint: str | None, size: int | None) -> Sam:
 def load_encoder(
     own: Console, checkpoint: str | None, model: str | None, size: int | None
 ) -> TinyViT:
-    """A model whose ``forward`` gives a map: the neck's, or the last stage's where there is none.
-
-    The checkpoint is a name, a file or a folder; None is the embedded one.
-    """
+    """A model whose ``forward`` gives a map: the neck's, or the last stage's without one."""
     default = get_checkpoint(DEFAULT_CHECKPOINT).variant
     if checkpoint is None and model is not None and get_variant(model).name != default:
         raise ValueError(
@@ -189,12 +221,7 @@ def load_encoder(
 def load_classifier(
     own: Console, checkpoint: str | None, model: str | None, size: int | None
 ) -> TinyViT:
-    """A model with a classification head; warns where it is a SAM encoder's.
-
-    Raises:
-        ValueError: ``checkpoint`` is None, or ``model`` is unknown.
-        CheckpointError: The checkpoint cannot be loaded or has no trained head.
-    """
+    """A model with a classification head; warns where it is a SAM encoder's."""
     hint = f"choose another with --checkpoint, {_suggestion(model, 'classification')}"
     if checkpoint is None:
         raise ValueError(f"the embedded {DEFAULT_CHECKPOINT} has no classification head; {hint}")
@@ -216,6 +243,33 @@ def load_classifier(
     return built
 
 
+def engine_arguments(ctx: typer.Context) -> dict[str, Any]:
+    """What the options of a verb mean for ``Engine``; torch's threads are set here."""
+    given = ctx.params
+    names = ("device", "precision", "backend", "batch_size", "workers")
+    found = {name: given[name] for name in names if given.get(name) is not None}
+    if given.get("no_pad"):
+        found["pad"] = False
+    threads = given.get("threads")
+    if threads is not None and given["backend"] in ("auto", "torch"):
+        import torch
+
+        torch.set_num_threads(threads)  # one number for the whole process
+    elif threads is not None:
+        found["threads"] = threads
+    return found
+
+
+def announce_engine(own: Console, checkpoint: str, engine: Engine) -> None:
+    """Say what computes: in short, and with ``--debug`` all that is known and why."""
+    if own.is_debug:
+        own.say(f"{checkpoint}: {engine.explain()}")
+    else:
+        backend, (height, width) = engine.backend, engine.image_spec.size
+        own.say(f"{checkpoint}: {backend.name} on {backend.device}, {engine.precision}, "
+                f"input {width}x{height}")  # fmt: skip
+
+
 def announce(own: Console, checkpoint: str, cache_dir: Path | None = None) -> None:
     """Say what is about to be fetched, from where and under which licence."""
     from tinyvit.checkpoints import cached_path
@@ -229,9 +283,8 @@ def announce(own: Console, checkpoint: str, cache_dir: Path | None = None) -> No
 
 def variant_of(model: TinyViT) -> str | None:
     """The name of the catalog's variant with this model's sizes, or None."""
-    sizes = ("embed_dims", "depths", "num_heads", "window_sizes", "strides", "stem", "neck_dim")
     for row in VARIANTS:
-        if all(getattr(row, name) == getattr(model, name) for name in sizes):
+        if all(getattr(row, name) == getattr(model, name) for name in _SIZES):
             return row.name
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,26 +14,28 @@ from tinyvit.folders.images import list_images
 from tinyvit.labels import labels_for, read_labels
 
 from .arguments import (
+    MAX_PIXELS,
+    Backend,
     Device,
     ImagePaths,
     Json,
+    MaxPixels,
     Model,
     Precision,
-    PrecisionName,
     Size,
+    Threads,
+    announce_engine,
     checkpoint_option,
+    engine_arguments,
     file_of,
+    load_classifier,
+    variant_of,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 EXAMPLES = (
     "tinyvit classify cat.jpg --checkpoint tiny_vit_5m_224.dist_in22k_ft_in1k",
     "tinyvit classify photos --checkpoint mine.safetensors --labels names.txt --top-k 1",
 )
-
 
 Weights = Annotated[
     str | None,
@@ -63,7 +65,10 @@ def classify(
     top_k: TopK = 5,
     labels: Labels = None,
     device: Device = "auto",
-    precision: Precision = PrecisionName.fp32,
+    precision: Precision = "fp32",
+    backend: Backend = "auto",
+    threads: Threads = None,
+    max_pixels: MaxPixels = MAX_PIXELS,
     as_json: Json = False,
 ) -> None:
     """Name the likeliest classes of images.
@@ -80,22 +85,24 @@ def classify(
     from tinyvit.images.decode import decode
     from tinyvit.inference import Engine
 
-    from .arguments import load_classifier, variant_of
-
     built = load_classifier(own, checkpoint, model, size)
     names = _names(built.num_classes, labels, checkpoint)
     found: list[dict[str, object]] = []
     failed: list[dict[str, object]] = []
-    with Engine(built, device=device, precision=precision.value) as engine:
-        own.say(f"{checkpoint}: {engine.explain()}")
+    with Engine(built, **engine_arguments(ctx)) as engine:
+        announce_engine(own, str(checkpoint), engine)
         for image in listed:
             try:
-                logits = engine.classify(decode(image.path))[0]  # [classes]
+                logits = engine.classify(decode(image.path, max_pixels=max_pixels))[0]  # [classes]
             except ImageError as err:
                 failed.append({"picture": str(image.path), "error": str(err)})
                 console.complain(f"failed: {err}")
                 continue
-            rows = _top(logits, top_k, names)
+            best = logits.softmax(dim=0).topk(min(top_k, len(logits)))
+            rows: list[dict[str, object]] = [
+                {"class": n, "label": None if names is None else names[n], "probability": share}
+                for share, n in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            ]
             found.append({"picture": str(image.path), "top": rows})
             if not as_json:
                 console.write(_for_people(str(image.path), rows))
@@ -118,16 +125,6 @@ def _names(classes: int, labels: Path | None, checkpoint: str | None) -> Sequenc
         if own is not None and len(own) == classes:
             return own
     return labels_for(classes, labels)
-
-
-def _top(logits: Tensor, top_k: int, names: Sequence[str] | None) -> list[dict[str, object]]:
-    """The likeliest classes, most likely first; logits [classes]."""
-    best = logits.softmax(dim=0).topk(min(top_k, len(logits)))
-    pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    return [
-        {"class": n, "label": None if names is None else names[n], "probability": probability}
-        for probability, n in pairs
-    ]
 
 
 def _for_people(image: str, rows: Sequence[dict[str, object]]) -> str:

@@ -19,11 +19,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ParamSpec, TextIO
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
 
 from tinyvit.errors import TinyViTError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
 
 Arguments = ParamSpec("Arguments")
 Update = Callable[[int, "int | None"], None]
@@ -43,12 +46,7 @@ WORDS = {  # what the library tells a programmer -> what it means at the command
 
 @dataclass(frozen=True)
 class Console:
-    """What the options for all verbs ask for.
-
-    Attributes:
-        is_quiet: Say nothing but warnings and errors.
-        is_debug: Show the traceback of an error, and its whole text.
-    """
+    """What the options for all verbs ask for: no remarks, or tracebacks and whole messages."""
 
     is_quiet: bool = False
     is_debug: bool = False
@@ -62,36 +60,22 @@ class Console:
     def progress(
         self, words: str, *, counts_bytes: bool = False, things: str = "images"
     ) -> Iterator[Update]:
-        """A progress bar on stderr, if that is a terminal.
+        """A progress bar on stderr, if that is a terminal or a notebook.
 
-        Args:
-            words: What is going on.
-            counts_bytes: Whether bytes are counted.
-            things: What is counted otherwise.
-
-        Yields:
-            A function to call with (done, in all or None); the bar appears at its first call.
+        Gives a function to call with (done, in all or None), in ``things`` or bytes; the bar
+        appears at its first call.
         """
-        if self.is_quiet or not sys.stderr.isatty():
+        if not self.shows_bars:
             yield lambda done, total: None
             return
         from rich import progress
-        from rich.console import Console as RichConsole
 
         counts: list[progress.ProgressColumn] = (
             [progress.DownloadColumn(), progress.TransferSpeedColumn()]
             if counts_bytes
             else [progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[speed]}")]
         )
-        with progress.Progress(
-            progress.TextColumn("{task.description}", markup=False),
-            progress.BarColumn(bar_width=20),
-            *counts,
-            progress.TimeRemainingColumn(),
-            console=RichConsole(stderr=True),
-            transient=True,
-            redirect_stdout=False,
-        ) as bar:
+        with bar_of(*counts, progress.TimeRemainingColumn()) as bar:
 
             def update(done: int, total: int | None) -> None:
                 if not bar.tasks:  # a download that is resumed begins with what is there
@@ -101,6 +85,26 @@ class Console:
                 bar.update(task.id, completed=done, total=total, speed=speed)
 
             yield update
+
+    @property
+    def shows_bars(self) -> bool:
+        """Whether somebody sees a progress bar."""
+        return not self.is_quiet and sys.stderr.isatty()
+
+
+def bar_of(*counts: ProgressColumn) -> Progress:
+    """A progress bar on stderr with what it does, and these columns behind the bar."""
+    from rich import progress
+    from rich.console import Console as RichConsole
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(bar_width=20),
+        *counts,
+        console=RichConsole(stderr=True),
+        transient=True,
+        redirect_stdout=False,
+    )
 
 
 def of(ctx: object) -> Console:
@@ -152,7 +156,8 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[i
             for i, (cell, width) in enumerate(zip(row, widths, strict=False))
         ]
         lines.append(_GAP.join(cells if len(row) == len(heads) else row).rstrip())
-    lines[0] = _bold(lines[0])
+    if sys.stdout.isatty():
+        lines[0] = typer.style(lines[0], bold=True)
     return "\n".join(lines)
 
 
@@ -177,10 +182,6 @@ def megabytes(size: int) -> str:
 def counted(number: int, thing: str) -> str:
     """``1 image``, ``2 images``."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
-def _bold(text: str) -> str:
-    return typer.style(text, bold=True) if sys.stdout.isatty() else text
 
 
 # -- errors -------------------------------------------------------------------------------------
@@ -243,14 +244,7 @@ def translated(text: str) -> str:
 def _warnings_as_lines() -> Iterator[None]:
     """Show warnings as one line each, and not as Python shows them."""
 
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
+    def show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
         complain(f"warning: {one_line(translated(str(message)))}")
 
     with warnings.catch_warnings():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,21 +11,29 @@ import typer
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.cli import console
-from tinyvit.folders.images import ImageFile, list_images
+from tinyvit.folders.images import ImageFile
 
 from . import outcomes
 from .arguments import (
+    MAX_PIXELS,
+    Backend,
     Device,
     ImagePaths,
     Json,
+    MaxPixels,
     Model,
     NoPad,
     Output,
     Overwrite,
     Precision,
-    PrecisionName,
     Size,
+    Threads,
+    Workers,
+    announce_engine,
     checkpoint_option,
+    engine_arguments,
+    load_encoder,
+    variant_of,
 )
 from .console import counted
 
@@ -37,7 +44,6 @@ EXAMPLES = (
     "tinyvit encode cat.jpg -o features",
     "tinyvit encode photos -o features --checkpoint mobile_sam --no-pictures",
 )
-
 
 Weights = Annotated[
     str | None,
@@ -62,8 +68,12 @@ def encode(
     model: Model = None,
     size: Size = None,
     device: Device = "auto",
-    precision: Precision = PrecisionName.fp32,
+    precision: Precision = "fp32",
+    backend: Backend = "auto",
+    threads: Threads = None,
+    workers: Workers = None,
     batch_size: BatchSize = 8,
+    max_pixels: MaxPixels = MAX_PIXELS,
     no_images: NoImages = False,
     no_pad: NoPad = False,
     overwrite: Overwrite = False,
@@ -80,8 +90,7 @@ def encode(
     and the exit code is 1. After an interruption, the same command goes on where it stopped.
     """
     own = console.of(ctx)
-    listed = list_images(images, output)
-    outcomes.check_output(output)
+    listed = outcomes.list_and_check(images, output)
     if not no_images:
         _check_drawings(output, listed)
 
@@ -89,40 +98,21 @@ def encode(
     from tinyvit.folders.outputs import facts_of_engine
     from tinyvit.inference import Engine
 
-    from .arguments import load_encoder, variant_of
-
     built = load_encoder(own, checkpoint, model, size)
-    with Engine(
-        built,
-        device=device,
-        precision=precision.value,
-        batch_size=batch_size,
-        pad=False if no_pad else None,
-    ) as engine:
+    with Engine(built, **engine_arguments(ctx)) as engine:
         name = checkpoint or DEFAULT_CHECKPOINT
         sizes = {"variant": variant_of(built), "strides": built.strides}
         facts = facts_of_engine(engine, name, **sizes, weights_sha256=engine.weights_sha256())
-        own.say(f"{name}: {engine.explain()}")
-        work = EncodeFolder(engine, output, facts, not no_images, overwrite)
-        start = time.monotonic()
-        done = outcomes.follow(own, work.run(listed), len(listed), "encoding")
-        seconds = time.monotonic() - start
+        announce_engine(own, name, engine)
+        work = EncodeFolder(engine, output, facts, not no_images, overwrite, max_pixels)
+        done, seconds = outcomes.follow(own, work.run(listed), len(listed), "encoding")
     own.say(_summary(outcomes.written(done), output, seconds))
     outcomes.say_replaced_and_kept(own, done)
-    has_failed = outcomes.complain_of_failed(done)
-    if as_json:
-        end = {"output": str(output), "seconds": round(seconds, 3)}
-        console.write_json({**facts, **outcomes.as_json(done), **end})
-    if has_failed:
-        raise typer.Exit(1)
+    outcomes.finish(done, facts, output, seconds, as_json)
 
 
 def _check_drawings(output: Path, images: Sequence[ImageFile]) -> None:
-    """Refuse before any work a drawing that would replace an image.
-
-    Raises:
-        ValueError: There is one.
-    """
+    """Refuse before any work a drawing that would replace an image."""
     inputs = {os.path.realpath(image.path) for image in images}
     for image in images:
         target = output / f"{image.stem}.png"

@@ -15,30 +15,26 @@ from tinyvit.cli import console
 from tinyvit.folders.images import list_images
 
 from .arguments import (
+    BACKENDS,
     Device,
     ImagePaths,
     Json,
     Precision,
-    PrecisionName,
     Size,
     announce,
     checkpoint_option,
     load_sam,
     matching_checkpoints,
+    one_of,
     parse_precision,
 )
 from .console import Console, counted
-from .settings_options import one_of
 
 if TYPE_CHECKING:
     from tinyvit.evaluate.classify import ClassifyReport, LabelledImages
     from tinyvit.inference.backend import BackendName
     from tinyvit.sam import SamPredictor
     from tinyvit.train.data.masks import MaskSet
-
-BACKENDS = ("auto", "torch", "openvino", "onnx")  # BackendName, whose module loads numpy
-
-parse_backend = one_of(BACKENDS)
 
 SAM_HELP = "A name of 'tinyvit models', or a file with a whole SAM."
 _LABELLED = "A folder with one subfolder for each class, a CSV file, or tar files."
@@ -61,7 +57,7 @@ def _backend(side: str) -> Any:
     words = f"[{'|'.join(BACKENDS)}]"
     flag = f"--backend-{side.lower()}"
     return typer.Option(
-        flag, metavar=words, parser=parse_backend, help=f"What runs {side}'s encoder."
+        flag, metavar=words, parser=one_of(*BACKENDS), help=f"What runs {side}'s encoder."
     )
 
 
@@ -116,8 +112,8 @@ NoFloors = Annotated[
 Grid = Annotated[int, typer.Option("--grid", min=1, help="Clicks along each side of an image.")]
 BackendOfA = Annotated[str, _backend("A")]
 BackendOfB = Annotated[str, _backend("B")]
-PrecisionOfA = Annotated[PrecisionName, _precision("A")]
-PrecisionOfB = Annotated[PrecisionName, _precision("B")]
+PrecisionOfA = Annotated[str, _precision("A")]
+PrecisionOfB = Annotated[str, _precision("B")]
 
 EXAMPLES = {
     "classify": (
@@ -157,7 +153,7 @@ def classify(
     sheet: Sheet = None,
     batch_size: BatchSize = 8,
     device: Device = "auto",
-    precision: Precision = PrecisionName.fp32,
+    precision: Precision = "fp32",
     as_json: Json = False,
 ) -> None:
     """Evaluate a classifier on labelled images.
@@ -175,7 +171,7 @@ def classify(
     announce(own, checkpoint)
     model, classes = load_classifier(checkpoint)
     images = _labelled(data, classes, _Part(held_out, val_part, split_seed, limit, seed))
-    with Engine(model, device=device, precision=precision.value, batch_size=batch_size) as engine:
+    with Engine(model, device=device, precision=precision, batch_size=batch_size) as engine:
         own.say(f"{checkpoint}: {engine.explain()}")
         with own.progress("evaluating") as update:
             report = evaluate_classifier(engine, images, progress=update)
@@ -207,7 +203,7 @@ def segment(
     no_floors: NoFloors = False,
     sheet: Sheet = None,
     device: Device = "auto",
-    precision: Precision = PrecisionName.fp32,
+    precision: Precision = "fp32",
     as_json: Json = False,
 ) -> None:
     """Evaluate how well a SAM segments by clicks and boxes.
@@ -226,7 +222,7 @@ def segment(
     )
     masks = _masks(data, images, _Part(held_out, val_part, split_seed, limit, seed))
     sam = load_sam(own, checkpoint, size)
-    predictor = SamPredictor(sam, device=device, precision=precision.value)
+    predictor = SamPredictor(sam, device=device, precision=precision)
     own.say(f"{checkpoint}: {masks.describe().partition(';')[0]}")
     gallery = None if sheet is None else Gallery()
     with own.progress("evaluating") as update:
@@ -263,8 +259,8 @@ def agreement(
     size: Size = None,
     backend_a: BackendOfA = "auto",
     backend_b: BackendOfB = "auto",
-    precision_a: PrecisionOfA = PrecisionName.fp32,
-    precision_b: PrecisionOfB = PrecisionName.fp32,
+    precision_a: PrecisionOfA = "fp32",
+    precision_b: PrecisionOfB = "fp32",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -283,7 +279,7 @@ def agreement(
     sides = ((first, backend_a, precision_a), (second, backend_b, precision_b))
     one, other = (_predictor(own, *side, size, device) for side in sides)
     names = [
-        f"{name} ({backend}, {precision.value})" if first == second else name
+        f"{name} ({backend}, {precision})" if first == second else name
         for name, backend, precision in sides
     ]
     own.say(f"comparing on {counted(len(chosen), 'image')}")
@@ -358,7 +354,7 @@ def _predictor(
     own: Console,
     checkpoint: str,
     backend: str,
-    precision: PrecisionName,
+    precision: str,
     size: int | None,
     device: str,
 ) -> SamPredictor:
@@ -366,7 +362,7 @@ def _predictor(
 
     sam = load_sam(own, checkpoint, size)
     runner = cast("BackendName", backend)  # the option takes no other word
-    return SamPredictor(sam, backend=runner, precision=precision.value, device=device)
+    return SamPredictor(sam, backend=runner, precision=precision, device=device)
 
 
 def _write_gallery(

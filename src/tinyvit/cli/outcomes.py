@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from tinyvit.cli import console
 from tinyvit.errors import CheckpointError
+from tinyvit.folders.images import ImageFile, list_images
 
 from .console import Console, counted
 
@@ -18,26 +23,33 @@ if TYPE_CHECKING:
     from tinyvit.folders.runner import Outcome
 
 
-def check_output(output: Path) -> None:
-    """Refuse an output folder that is a file.
-
-    Raises:
-        ValueError: It is one.
-    """
+def list_and_check(images: Sequence[Path], output: Path) -> list[ImageFile]:
+    """The images; refuses an output folder that is a file, or cannot be made or written to."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"{str(output)!r} is a file; give a folder to write to")
+    missing = [place for place in (output, *output.parents) if not place.exists()]
+    try:
+        if missing:  # if the outermost can be made, the others can
+            missing[-1].mkdir()
+            missing[-1].rmdir()
+        elif not os.access(output, os.W_OK):
+            raise PermissionError(errno.EACCES, "Permission denied")
+    except OSError as err:
+        raise ValueError(
+            f"the folder {str(output)!r} cannot be written: {err.strerror}; name another with -o"
+        ) from err
+    return list_images(images, output)
 
 
-def follow(own: Console, outcomes: Iterator[Outcome], total: int, words: str) -> list[Outcome]:
-    """Do the work, show how it goes, and name what failed.
+def follow(
+    own: Console, outcomes: Iterator[Outcome], total: int, words: str
+) -> tuple[list[Outcome], float]:
+    """Do the work, show how it goes (``words``; empty for no progress bar), and name what failed.
 
-    Args:
-        own: Where it is shown.
-        outcomes: From the work, one for each image.
-        total: How many there will be.
-        words: What is going on; empty for no progress bar.
+    Gives the outcomes, one for each of the images, ``total`` in all, and the seconds it took.
     """
     done: list[Outcome] = []
+    start = time.monotonic()
     try:
         with own.progress(words) if words else nullcontext(None) as update:
             for outcome in outcomes:
@@ -51,7 +63,7 @@ def follow(own: Console, outcomes: Iterator[Outcome], total: int, words: str) ->
             stopped = f"stopped after {len(done)} of {counted(total, 'image')}"
             own.say(f"{stopped}; the same command goes on from there")
         raise
-    return done
+    return done, time.monotonic() - start
 
 
 def written(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -69,17 +81,21 @@ def say_replaced_and_kept(own: Console, outcomes: Sequence[Outcome]) -> None:
         own.say(f"kept {kept} made before (--overwrite writes them again)")
 
 
-def complain_of_failed(outcomes: Sequence[Outcome], missing: int = 0) -> bool:
-    """Say how many images failed, ``missing`` others among them; whether there are any."""
-    failed = missing + sum(outcome.state == "failed" for outcome in outcomes)
-    if failed:
-        console.complain(f"failed {failed} of {len(outcomes) + missing}, named above")
-    return failed > 0
+def finish(
+    outcomes: Sequence[Outcome],
+    facts: Mapping[str, object],
+    output: Path,
+    seconds: float,
+    as_json: bool,
+    missing: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Say how many failed, ``missing`` (name, message) among them, and all as JSON if asked.
 
-
-def as_json(outcomes: Sequence[Outcome]) -> dict[str, list[dict[str, Any]]]:
-    """The outcomes by state, as plain data."""
+    Raises:
+        typer.Exit: With 1, if one failed.
+    """
     lists: dict[str, list[dict[str, Any]]] = {"written": [], "skipped": [], "failed": []}
+    lists["failed"] += [{"picture": name, "path": None, "error": text} for name, text in missing]
     for outcome in outcomes:
         image = outcome.item.image
         row: dict[str, Any] = {"picture": image.name, "path": os.fspath(image.path)}
@@ -89,4 +105,11 @@ def as_json(outcomes: Sequence[Outcome]) -> dict[str, list[dict[str, Any]]]:
         if outcome.state == "written":
             row["instead_of"] = outcome.reason or None
         lists[outcome.state].append(row)
-    return lists
+    failed = len(lists["failed"])
+    if failed:
+        console.complain(f"failed {failed} of {len(outcomes) + len(missing)}, named above")
+    if as_json:
+        end = {"output": str(output), "seconds": round(seconds, 3)}
+        console.write_json({**facts, **lists, **end})
+    if failed:
+        raise typer.Exit(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NewType
@@ -12,27 +11,32 @@ from typer.models import OptionInfo
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.cli import console
-from tinyvit.folders.images import ImageFile, list_images
+from tinyvit.folders.images import ImageFile
 
 from . import outcomes
 from .arguments import (
+    MAX_PIXELS,
+    Backend,
     Device,
     ImagePaths,
     Json,
+    MaxPixels,
     NoPad,
     Output,
     Overwrite,
     Precision,
-    PrecisionName,
     Size,
+    Threads,
+    Workers,
+    announce_engine,
     checkpoint_option,
+    engine_arguments,
     load_sam,
 )
 from .console import Console, counted
 
 if TYPE_CHECKING:
     from tinyvit.folders.runner import Item, Outcome
-    from tinyvit.folders.segment import SegmentFolder
 
 Point = NewType("Point", tuple[float, float, int])  # x, y, label; typer takes no list of tuples
 Box = NewType("Box", tuple[float, float, float, float])  # x0, y0, x1, y1
@@ -40,25 +44,26 @@ Box = NewType("Box", tuple[float, float, float, float])  # x0, y0, x1, y1
 
 def parse_point(text: str) -> Point:
     """A point of ``X,Y`` or ``X,Y,LABEL``."""
-    numbers = _numbers(text)
-    if len(numbers) not in (2, 3):
-        raise typer.BadParameter(f"{text!r} is not X,Y or X,Y,LABEL; for example 320,240 or 5,8,0.")
-    if len(numbers) == 3 and numbers[2] not in (0, 1):
-        raise typer.BadParameter(
-            f"the label of {text!r} must be 1 (the object) or 0 (not the object)."
-        )
-    return Point((numbers[0], numbers[1], int(numbers[2]) if len(numbers) == 3 else 1))
+    match _numbers(text):
+        case [x, y]:
+            return Point((x, y, 1))
+        case [x, y, (0 | 1) as label]:
+            return Point((x, y, int(label)))
+        case [_, _, _]:
+            raise typer.BadParameter(
+                f"the label of {text!r} must be 1 (the object) or 0 (not the object)."
+            )
+    raise typer.BadParameter(f"{text!r} is not X,Y or X,Y,LABEL; for example 320,240 or 5,8,0.")
 
 
 def parse_box(text: str) -> Box:
     """A box of ``X0,Y0,X1,Y1``."""
-    numbers = _numbers(text)
-    if len(numbers) != 4:
-        raise typer.BadParameter(
-            f"{text!r} is not X0,Y0,X1,Y1 (left, top, right, bottom); for example 10,20,200,180."
-        )
-    x0, y0, x1, y1 = numbers
-    return Box((x0, y0, x1, y1))
+    match _numbers(text):
+        case [x0, y0, x1, y1]:
+            return Box((x0, y0, x1, y1))
+    raise typer.BadParameter(
+        f"{text!r} is not X0,Y0,X1,Y1 (left, top, right, bottom); for example 10,20,200,180."
+    )
 
 
 def _numbers(text: str) -> list[float]:
@@ -69,9 +74,12 @@ def _numbers(text: str) -> list[float]:
         return []
 
 
-def _everything(flag: str, text: str, minimum: int | None = None) -> OptionInfo:
+def _everything(
+    flag: str, text: str, *, least: int | None = None, most: int | None = None
+) -> OptionInfo:
     """An option for ``--everything`` alone."""
-    option: OptionInfo = typer.Option(flag, min=minimum, help=f"With --everything: {text}")
+    words = f"With --everything: {text}"
+    option: OptionInfo = typer.Option(flag, min=least, max=most, help=words)
     return option
 
 
@@ -142,20 +150,27 @@ BatchSize = Annotated[
         help="Images encoded together, at most. More may be faster on a GPU; memory grows with it.",
     ),
 ]
-PointsPerSide = Annotated[int | None, _everything("--points-per-side", "points a side. [32]", 1)]
+PointsPerSide = Annotated[
+    int | None, _everything("--points-per-side", "points a side. [32]", least=1)
+]
+_OWN = "[the checkpoint's own, else"
 PredIouThresh = Annotated[
-    float | None, _everything("--pred-iou-thresh", "keep masks with a higher score. [0.88]")
+    float | None,
+    _everything("--pred-iou-thresh", f"keep masks of a higher predicted IoU. {_OWN} 0.88]", most=1),
 ]
 StabilityScoreThresh = Annotated[
-    float | None, _everything("--stability-score-thresh", "keep masks at least this stable. [0.95]")
+    float | None,
+    _everything(
+        "--stability-score-thresh", f"keep masks at least this stable. {_OWN} 0.95]", most=1
+    ),
 ]
 CropNLayers = Annotated[
     int | None,
-    _everything("--crop-n-layers", "layers of crops too; layer i has 2^i a side. [0]", 0),
+    _everything("--crop-n-layers", "layers of crops too; layer i has 2^i a side. [0]", least=0),
 ]
 MinMaskRegionArea = Annotated[
     int | None,
-    _everything("--min-mask-region-area", "remove holes and islands of fewer pixels. [0]", 0),
+    _everything("--min-mask-region-area", "remove smaller holes and islands. [0 pixels]", least=0),
 ]
 
 EXAMPLES = (
@@ -166,12 +181,10 @@ EXAMPLES = (
     "tinyvit segment cat.jpg --everything --points-per-side 16 -o masks",
 )
 
-
-OF_EVERYTHING = (
+OF_EVERYTHING = (  # parameters that are arguments of SamAutomaticMaskGenerator
     *("points_per_side", "pred_iou_thresh", "stability_score_thresh"),
     *("crop_n_layers", "min_mask_region_area"),
 )
-"""Parameters that are arguments of ``SamAutomaticMaskGenerator``."""
 
 
 def segment(
@@ -189,8 +202,12 @@ def segment(
     checkpoint: Weights = None,
     size: Size = None,
     device: Device = "auto",
-    precision: Precision = PrecisionName.fp32,
+    precision: Precision = "fp32",
+    backend: Backend = "auto",
+    threads: Threads = None,
+    workers: Workers = None,
     batch_size: BatchSize = 1,
+    max_pixels: MaxPixels = MAX_PIXELS,
     no_pad: NoPad = False,
     points_per_side: PointsPerSide = None,
     pred_iou_thresh: PredIouThresh = None,
@@ -218,22 +235,16 @@ def segment(
     """
     own = console.of(ctx)
     given = {name: ctx.params[name] for name in OF_EVERYTHING if ctx.params[name] is not None}
-    outcomes.check_output(output)
+    listed = outcomes.list_and_check(images, output)
+    _check_options(ctx, given)
+
     same = None if everything else (point or (), box or (), mask, each)
-    _check(bool(point or box or mask or each), prompts, everything, multimask or logits, given)
-    listed = list_images(images, output)
+    items, missing, without = _items(listed, prompts, same)
 
     from tinyvit.folders.segment import SegmentFolder
     from tinyvit.sam import Segmenter
 
-    items, missing = _items(listed, prompts, same)
-    segmenter = Segmenter(
-        load_sam(own, checkpoint, size),
-        device=device,
-        precision=precision.value,
-        batch_size=batch_size,
-        pad=False if no_pad else None,
-    )
+    segmenter = Segmenter(load_sam(own, checkpoint, size), **engine_arguments(ctx))
     with segmenter.encoder.engine as engine:
         work = SegmentFolder(
             segmenter,
@@ -244,104 +255,85 @@ def segment(
             everything=given if everything else None,
             progress=lambda name: own.progress(name, things="points"),
             overwrite=overwrite,
+            max_pixels=max_pixels,
         )
-        own.say(f"{work.facts['checkpoint']}: {engine.explain()}")
-        _run(own, work, items, listed, missing, as_json)
+        announce_engine(own, checkpoint or DEFAULT_CHECKPOINT, engine)
+        words = "" if everything else "segmenting"  # the generator has its own bar
+        done, seconds = outcomes.follow(own, work.run(items), len(items), words)
+    _report(own, done, seconds, without)
+    facts = {**work.facts, "without_prompts": without}
+    outcomes.finish(done, facts, output, seconds, as_json, missing)
 
 
 def _items(
     listed: Sequence[ImageFile],
     prompts: Path | None,
     same: tuple[Sequence[Point], Sequence[Box], Path | None, bool] | None,
-) -> tuple[list[Item], list[tuple[str, str]]]:
-    """Images with their prompts, and (name, message) of prompts for images that are not there.
+) -> tuple[list[Item], list[tuple[str, str]], list[str]]:
+    """Images with prompts of a file, the same ones, or none; what fits no image; images left out.
 
-    Prompts are those of a file, or points, boxes, mask and ``--each`` for all images, or none.
+    What fits no image is (name, message) of prompts for an image that is not there.
     """
     from tinyvit.folders.prompt_files import prompts_of, read_prompts, share_out
     from tinyvit.folders.runner import Item
 
-    if prompts is not None:
-        return share_out(listed, read_prompts(prompts), prompts)
-    one = () if same is None else prompts_of(*same)
-    return [Item(image, one) for image in listed], []
-
-
-def _run(
-    own: Console,
-    work: SegmentFolder,
-    items: Sequence[Item],
-    listed: Sequence[ImageFile],
-    missing: Sequence[tuple[str, str]],
-    as_json: bool,
-) -> None:
-    """Do the work and sum it up; ``items`` are those of the images ``listed`` with prompts."""
+    if prompts is None:
+        one = () if same is None else prompts_of(*same)
+        return [Item(image, one) for image in listed], [], []
+    items, missing = share_out(listed, read_prompts(prompts), prompts)
     for _, words in missing:
         console.complain(f"failed: {words}")
-    words = "" if work.generator is not None else "segmenting"  # the generator has its own bar
-    start = time.monotonic()
-    done = outcomes.follow(own, work.run(items), len(items), words)
-    seconds = time.monotonic() - start
-    written = outcomes.written(done)
-    own.say(_summary(written, seconds))
-    if written:
-        own.say(f"seconds an image: {_seconds_of(written)}")
-    outcomes.say_replaced_and_kept(own, done)
     prompted = {item.image for item in items}
-    without = [image.name for image in listed if image not in prompted]
-    if without:
-        more = ", ..." if len(without) > 5 else ""
-        names = f"{', '.join(without[:5])}{more}"
-        own.say(f"left out {counted(len(without), 'image')} without prompts: {names}")
-    has_failed = outcomes.complain_of_failed(done, len(missing))
-    if as_json:
-        rows = outcomes.as_json(done)
-        rows["failed"][:0] = [
-            {"picture": name, "path": None, "error": text} for name, text in missing
-        ]
-        end = {"output": str(work.folder), "seconds": round(seconds, 3)}
-        console.write_json({**work.facts, **rows, "without_prompts": without, **end})
-    if has_failed:
-        raise typer.Exit(1)
+    return items, missing, [image.name for image in listed if image not in prompted]
 
 
-def _check(
-    is_prompted: bool,
-    prompts: Path | None,
-    everything: bool,
-    wants_more: bool,
-    arguments: Mapping[str, object],
-) -> None:
-    """Refuse options that do not go together."""
-    if is_prompted and (everything or prompts is not None):
-        other = "--everything" if everything else "--prompts"
-        raise ValueError(f"{other} does not go together with --point, --box, --mask and --each")
-    if everything and prompts is not None:
+def _check_options(ctx: typer.Context, of_everything: Mapping[str, object]) -> None:
+    """Refuse options that do not go together, and a call without prompts."""
+    given = ctx.params
+    prompted = [f"--{name}" for name in ("point", "box", "mask", "each") if given[name]]
+    modes = [f"--{name}" for name in ("everything", "prompts") if given[name]]
+    if len(modes) > 1:
         raise ValueError("--everything does not go together with --prompts; give one of them")
-    if everything and wants_more:
+    if prompted and modes:
+        raise ValueError(
+            f"{modes[0]} does not go together with --point, --box, --mask and --each; came "
+            f"{', '.join(prompted)}"
+        )
+    if given["everything"] and (given["multimask"] or given["logits"]):
         raise ValueError("--everything does not go together with --multimask and --logits")
-    if arguments and not everything:
-        option = f"--{next(iter(arguments)).replace('_', '-')}"
+    if of_everything and not given["everything"]:
+        option = f"--{next(iter(of_everything)).replace('_', '-')}"
         raise ValueError(f"{option} is for --everything; give that too, or leave it out")
+    if not modes and prompted in ([], ["--each"]):
+        raise ValueError(
+            "nothing is prompted; give --point X,Y or --box X0,Y0,X1,Y1, --mask FILE, --prompts "
+            "FILE for many images, or --everything"
+        )
+    for name in ("mask", "prompts"):
+        if given[name] is not None and not given[name].exists():
+            raise ValueError(f"there is no file {str(given[name])!r}; check the path of --{name}")
 
 
-def _summary(written: Sequence[Outcome], seconds: float) -> str:
-    """What was written, how long it took, and where it is."""
+def _report(own: Console, done: Sequence[Outcome], seconds: float, without: Sequence[str]) -> None:
+    """Say what was written, where it is, how long it and each step took, and what was left."""
+    written = outcomes.written(done)
     if not written:
-        return "segmented nothing new"
-    first = written[0].facts
-    masks = counted(sum(outcome.facts["count"] for outcome in written), "mask")
-    line = f"segmented {counted(len(written), 'image')} in {seconds:.1f} s: {masks}"
-    if len(written) > 1:
-        return f"{line} in {Path(first['document']).parent}"
-    if 0 < len(first["masks"]) <= 3:
-        scores = ", ".join(f"{mask['score']:.2f}" for mask in first["masks"])
-        line += f" (predicted IoU {scores})"
-    return f"{line}, seen in {first['overlay']}"
-
-
-def _seconds_of(written: Sequence[Outcome]) -> str:
-    """The mean of each step."""
-    steps = [outcome.facts["seconds"] for outcome in written]
-    means = {step: sum(one[step] for one in steps) / len(steps) for step in steps[0]}
-    return ", ".join(f"{step} {mean:.3f}" for step, mean in means.items())
+        own.say("segmented nothing new")
+    else:
+        first = written[0].facts
+        masks = counted(sum(outcome.facts["count"] for outcome in written), "mask")
+        line = f"segmented {counted(len(written), 'image')} in {seconds:.1f} s: {masks}"
+        scores = [mask["score"] for mask in first["masks"]]
+        if len(written) > 1:
+            line += f" in {Path(first['document']).parent}"
+        elif 0 < len(scores) <= 3:
+            line += f" (predicted IoU {', '.join(f'{score:.2f}' for score in scores)})"
+        own.say(line if len(written) > 1 else f"{line}, seen in {first['overlay']}")
+        steps = [outcome.facts["seconds"] for outcome in written]
+        means = {step: sum(one[step] for one in steps) / len(steps) for step in steps[0]}
+        times = ", ".join(f"{step} {mean:.3f}" for step, mean in means.items())
+        own.say(f"seconds an image: {times}")
+    outcomes.say_replaced_and_kept(own, done)
+    if without:
+        names = f"{', '.join(without[:5])}{', ...' if len(without) > 5 else ''}"
+        own.say(f"left out {counted(len(without), 'image')} without prompts: {names}")

@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 
 from tinyvit.train.settings import Setting, Settings, settings_of
 
-from .arguments import matching_checkpoints, matching_models
+from .arguments import matching_checkpoints, matching_models, one_of
 from .console import translated
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
@@ -92,7 +92,7 @@ def _option(setting: Setting) -> inspect.Parameter:
     kind: Any = setting.kinds[0]
     parser: Callable[[str], object] | None = None
     if setting.choices:
-        parser = one_of(setting.choices)
+        parser = one_of(*setting.choices)
     elif kind is tuple:
         kind, parser = str, _whole_numbers
     elif len(setting.kinds) > 1:
@@ -108,18 +108,6 @@ def _option(setting: Setting) -> inspect.Parameter:
         help=help_text,
     )
     return option(setting.name, kind, info)
-
-
-def one_of(choices: Sequence[str]) -> Callable[[str], str]:
-    """Takes one of these texts from the command line; another one is wrong usage."""
-
-    def parse(text: str) -> str:
-        if text not in choices:
-            names = ", ".join(map(repr, choices))
-            raise typer.BadParameter(f"{text!r} is not one of {names}.")
-        return text
-
-    return parse
 
 
 def _whole_numbers(text: str) -> list[int]:

@@ -16,9 +16,8 @@ import typer
 from tinyvit.cli import console
 from tinyvit.train.settings import Strength
 
-from .arguments import Device, Json, matching_checkpoints
+from .arguments import Device, Json, matching_checkpoints, one_of
 from .console import Console, Update, counted
-from .settings_options import one_of
 
 LOGITS_EXAMPLES = (
     "tinyvit train write-logits photos --teacher teacher.safetensors -o answers",
@@ -62,7 +61,7 @@ Augment = Annotated[
     typer.Option(
         "--augment",
         metavar="[none|light|full]",
-        parser=one_of(get_args(Strength)),
+        parser=one_of(*get_args(Strength)),
         help="Random changes that make the views, as in 'tinyvit train classify'.",
     ),
 ]

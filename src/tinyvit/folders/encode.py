@@ -16,7 +16,7 @@ import numpy as np
 
 from tinyvit.checkpoints import write_state_dict
 from tinyvit.images import draw
-from tinyvit.images.decode import decode
+from tinyvit.images.decode import MAX_PIXELS, decode
 from tinyvit.images.preprocess import to_input
 
 from .images import ImageFile
@@ -50,6 +50,7 @@ class EncodeFolder:
     facts: Mapping[str, object]
     with_drawings: bool = True
     overwrite: bool = False
+    max_pixels: int | None = MAX_PIXELS
 
     def run(self, images: Sequence[ImageFile]) -> Iterator[Outcome]:
         """Encode images as ``runner.run`` does; facts of an outcome: features, drawing, shape."""
@@ -75,7 +76,7 @@ class EncodeFolder:
         return Job(item, facts, found, told)
 
     def _read(self, job: Job) -> None:
-        rgb = decode(job.item.image.path)
+        rgb = decode(job.item.image.path, max_pixels=self.max_pixels)
         job.image = draw.panel(rgb) if self.with_drawings else None
         job.prepared = to_input(rgb, self.engine.image_spec)
 

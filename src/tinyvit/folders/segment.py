@@ -25,7 +25,7 @@ import numpy as np
 
 from tinyvit.checkpoints.files import weights_sha256, write_bytes, write_text
 from tinyvit.images import draw
-from tinyvit.images.decode import decode
+from tinyvit.images.decode import MAX_PIXELS, decode
 from tinyvit.images.preprocess import to_input
 from tinyvit.sam import mask_ops
 
@@ -77,12 +77,14 @@ class SegmentFolder:
         everything: Mapping[str, int | float] | None = None,
         progress: Callable[[str], AbstractContextManager[Progress]] | None = None,
         overwrite: bool = False,
+        max_pixels: int | None = MAX_PIXELS,
     ) -> None:
         self.segmenter, self.folder = segmenter, folder
         sha256 = weights_sha256(segmenter.model.state_dict())
         known = {"made_by": "tinyvit segment", "model_sha256": sha256}
         self.facts = facts_of_engine(segmenter.encoder.engine, checkpoint, **known)
         self.multimask, self.with_logits, self.overwrite = multimask, with_logits, overwrite
+        self.max_pixels = max_pixels
         self.progress, self.everything = progress, everything
         self.generator = None if everything is None else _generator(segmenter, everything)
         self._candidates = _candidates_of(segmenter) if multimask else 1
@@ -135,7 +137,7 @@ class SegmentFolder:
 
     def _read(self, job: Job) -> None:
         start = perf_counter()
-        job.image = decode(job.item.image.path)
+        job.image = decode(job.item.image.path, max_pixels=self.max_pixels)
         if self.generator is None:
             job.prepared = to_input(job.image, self.segmenter.encoder.image_spec)
         job.seconds["read"] = perf_counter() - start
