@@ -16,7 +16,7 @@ from typer.models import OptionInfo
 from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.cli import console
 
-from .arguments import Device, NoPad, Precision, PrecisionName, checkpoint_option
+from .arguments import Device, NoPad, Precision, checkpoint_option
 
 if TYPE_CHECKING:
     from tinyvit.serve import ServeSettings
@@ -88,7 +88,7 @@ def serve(
     ctx: typer.Context,
     checkpoint: Checkpoint = None,
     device: Device = "auto",
-    precision: Precision = PrecisionName.fp32,
+    precision: Precision = "fp32",
     backend: Engine = "auto",
     no_pad: NoPad = False,
     host: Host = "127.0.0.1",
@@ -135,7 +135,7 @@ def serve(
             console.write(json.dumps(facts))
         else:
             count = counted_threads(threads)
-            facts_ = f"{count}, {precision.value}, {cache_mb} MB of embeddings"
+            facts_ = f"{count}, {precision}, {cache_mb} MB of embeddings"
             console.write(f"serving {checkpoint or DEFAULT_CHECKPOINT} on {url} ({facts_})")
         sys.stdout.flush()
         if open_page:
@@ -163,7 +163,6 @@ def _settings(given: dict[str, Any]) -> ServeSettings:
     file = values.pop("token_file")
     token = os.environ.get("TINYVIT_TOKEN")
     values["token"] = file.read_text(encoding="utf-8").strip() if file is not None else token
-    values["precision"] = values["precision"].value
     values["log"] = values["log"] or ("text" if sys.stderr.isatty() else "json")
     try:
         return ServeSettings(**values)
