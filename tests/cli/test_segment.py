@@ -109,7 +109,7 @@ def test_multimask_and_logits_to_refine(run, image, tmp_path):
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools
 def test_everything_is_a_file_that_cocos_own_tools_read(run, image, tmp_path, capsys):
     out = tmp_path / "out"
-    words = ("--pred-iou-thresh", "-9", "--stability-score-thresh", "-1", "--points-per-side", "4")
+    words = ("--pred-iou-thresh", "0", "--stability-score-thresh", "0", "--points-per-side", "4")
     result = run("segment", image, "--everything", *words, "-o", out, "--json")
     assert result.code == 0
     assert names(out) == ["böse Katze.json", "böse Katze.overlay.png"]
@@ -122,8 +122,8 @@ def test_everything_is_a_file_that_cocos_own_tools_read(run, image, tmp_path, ca
     assert info(out / "böse Katze.json")["task"] == {
         "mode": "everything",
         "points_per_side": 4,
-        "pred_iou_thresh": -9.0,
-        "stability_score_thresh": -1.0,
+        "pred_iou_thresh": 0.0,
+        "stability_score_thresh": 0.0,
     }
     assert "generate" in result.json["written"][0]["seconds"]
 

@@ -169,7 +169,7 @@ def test_everything_is_the_generator_s(make_work, folder, tmp_path):
     def progress(name):
         yield lambda done, total: told.append((name, done, total))
 
-    arguments = {"points_per_side": 4, "pred_iou_thresh": -9.0, "stability_score_thresh": -1.0}
+    arguments = {"points_per_side": 4, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
     first, *_ = make_work(sam, everything=arguments, progress=progress).run(items_of(folder))
     generator = SamAutomaticMaskGenerator(sam, output_mode="coco_rle", **arguments)
     wanted = generator.generate(decode(folder / "0.png"))

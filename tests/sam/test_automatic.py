@@ -5,15 +5,12 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from tinyvit.images.preprocess import to_input
 from tinyvit.sam import automatic as candidates
-from tinyvit.sam import decoder, upscale
+from tinyvit.sam import decoder
 from tinyvit.sam import mask_ops as rle
-from tinyvit.sam.automatic import Candidate, PackedMask, SamAutomaticMaskGenerator
+from tinyvit.sam.automatic import SamAutomaticMaskGenerator
 from tinyvit.sam.crops import build_all_layer_point_grids, generate_crop_boxes
 from tinyvit.sam.segmenter import Segmenter
 from tinyvit.sam.upscale import Region
@@ -137,6 +134,8 @@ def make_sparse_sam(make_tiny_sam, photo):
     def make(**settings):
         sam = make_tiny_sam(**settings)
         sam.mask_threshold = 0.5  # one logit in twenty is higher
+        with torch.no_grad():
+            sam.mask_decoder.iou_prediction_head.layers[-1].bias += 0.5  # within 0..1
         return sam
 
     return make
@@ -265,14 +264,29 @@ def test_an_embedding_will_do(make_tiny_sam, photo):
         SamAutomaticMaskGenerator(make_tiny_sam(seed=4), 3).generate(embedding)
 
 
-def test_nothing_passes(make_tiny_sam, photo):
-    image = photo(40, 64)
-    for bounds in ({"pred_iou_thresh": 1e6}, {"pred_iou_thresh": -1, "stability_score_thresh": 2}):
-        for layers in (0, 1):
-            generator = SamAutomaticMaskGenerator(
-                make_tiny_sam(), 2, crop_n_layers=layers, min_mask_region_area=9, **bounds
-            )
-            assert generator.generate(image) == []
+@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize(
+    "bounds, words",
+    [
+        ({"pred_iou_thresh": 1}, r"0 of {n} points passed pred_iou_thresh 1 \(best .*\); try"),
+        (
+            {"pred_iou_thresh": 0, "stability_score_thresh": 1, "stability_score_offset": 99},
+            r"0 of {m} masks passed stability_score_thresh 1 \(best 0\.\d\d\); try",
+        ),
+    ],
+)
+def test_a_warning_says_which_threshold_rejected_everything(
+    make_tiny_sam, photo, layers, bounds, words
+):
+    sam, image = make_tiny_sam(), photo(40, 64)
+    with torch.no_grad():
+        sam.mask_decoder.iou_prediction_head.layers[-1].weight.mul_(0.01)
+    generator = SamAutomaticMaskGenerator(
+        sam, 2, crop_n_layers=layers, min_mask_region_area=9, **bounds
+    )
+    points = 4 * (1 + 4 * layers)
+    with pytest.warns(UserWarning, match=words.format(n=points, m=3 * points)):
+        assert generator.generate(image) == []
 
 
 def test_a_mask_is_enlarged_only_where_it_can_be(make_tiny_sam, photo, monkeypatch):
@@ -282,7 +296,7 @@ def test_a_mask_is_enlarged_only_where_it_can_be(make_tiny_sam, photo, monkeypat
         raise AssertionError("a whole mask was made")
 
     monkeypatch.setattr(decoder, "upscale", refuse)
-    monkeypatch.setattr(candidates.PackedMask, "whole", refuse)
+    monkeypatch.setattr(candidates, "fill", refuse)
     generator = SamAutomaticMaskGenerator(make_tiny_sam(), 4, output_mode="coco_rle", **LENIENT)
     assert generator.generate(photo(50, 70))
 
@@ -304,8 +318,9 @@ def test_small_regions_go(make_tiny_sam, photo, monkeypatch):
     def found(self, *arguments):
         made = []
         for score, mask in ((0.9, holed), (0.8, tidy), (0.7, island), (0.6, close)):
-            region = upscale.Region(mask, 0, 0, 1, 1)
-            made.append(candidates.Candidate.found(region, score, (1, 1), (0, 0, 40, 40), size))
+            crop = [0, 0, 40, 40]
+            counts, box = candidates._runs_and_box(mask, 0, 0, size, crop)
+            made.append(candidates.Candidate(counts, box, score, 1.0, (1.0, 1.0), crop))
         return made
 
     monkeypatch.setattr(SamAutomaticMaskGenerator, "_candidates", found)
@@ -325,7 +340,10 @@ def test_small_regions_go(make_tiny_sam, photo, monkeypatch):
 def test_progress_counts_points(make_tiny_sam, photo):
     seen = []
     generator = SamAutomaticMaskGenerator(
-        make_tiny_sam(), 4, points_per_batch=10, crop_n_layers=1, crop_n_points_downscale_factor=2
+        make_tiny_sam(),
+        *(4, 10, *LENIENT.values()),
+        crop_n_layers=1,
+        crop_n_points_downscale_factor=2,
     )
     generator.generate(photo(60, 60), progress=lambda done, total: seen.append((done, total)))
     assert seen == [(10, 32), (16, 32), (20, 32), (24, 32), (28, 32), (32, 32)]
@@ -359,7 +377,10 @@ def test_arguments_are_those_of_segment_anything():
         ({"points_per_side": 0}, "points_per_side must be at least 1, came 0"),
         ({"points_per_batch": 0}, "points_per_batch must be at least 1, came 0"),
         ({"stability_score_offset": -1}, "stability_score_offset must be at least 0, came -1"),
-        ({"pred_iou_thresh": float("nan")}, "pred_iou_thresh must be a finite number, came nan"),
+        ({"pred_iou_thresh": float("nan")}, "pred_iou_thresh must be from 0 to 1, came nan"),
+        ({"pred_iou_thresh": 7}, "pred_iou_thresh must be from 0 to 1, came 7"),
+        ({"stability_score_thresh": -0.1}, "stability_score_thresh must be from 0 to 1, came -0"),
+        ({"box_nms_thresh": 1.1}, "box_nms_thresh must be from 0 to 1, came 1.1"),
         ({"crop_n_layers": -1}, "crop_n_layers must be at least 0, came -1"),
         ({"crop_overlap_ratio": 1.0}, "crop_overlap_ratio must be at least 0 and below 1, came 1"),
         ({"min_mask_region_area": -3}, "min_mask_region_area must be at least 0, came -3"),
@@ -378,58 +399,35 @@ def test_it_wants_a_sam(make_tiny_vit):
         SamAutomaticMaskGenerator(make_tiny_vit(0))
 
 
-@given(
-    hnp.arrays(bool, st.tuples(st.integers(0, 9), st.integers(0, 9))),
-    st.integers(0, 5),
-    st.integers(0, 5),
-)
-def test_a_mask_comes_back(part, top, left):
-    size = part.shape[0] + top + 2, part.shape[1] + left + 3
-    whole = np.zeros(size, bool)
-    whole[top : top + part.shape[0], left : left + part.shape[1]] = part
-    packed = PackedMask.of(part, top, left, size)
-    assert np.array_equal(packed.whole(), whole)
-    assert packed.whole().dtype == np.bool_
-    assert packed.area == whole.sum()
-    assert packed.part().shape == packed.shape
-    if packed.area:
-        rows, columns = np.nonzero(whole)
-        assert packed.box == (columns.min(), rows.min(), columns.max(), rows.max())
-        assert packed.part()[0].any() and packed.part()[:, -1].any()
-    else:
-        assert packed.shape == (0, 0)
-
-
-def test_it_is_small():
-    """A disc in 12 megapixels: its box, eight pixels to a byte, and deflated."""
-    y, x = np.ogrid[:1000, :1000]
-    disc = (y - 500) ** 2 + (x - 500) ** 2 < 400**2
-    packed = PackedMask.of(disc, 2000, 1000, (3000, 4000))
-    assert packed.shape == (799, 799)
-    assert len(packed.data) < disc.size / 50
-    assert packed.area == disc.sum()
-
-
 def a_region(mask, inner=3, outer=4):
     return Region(np.array(mask, bool), 1, 2, inner, outer)
 
 
 def test_a_mask_of_a_crop_is_placed_in_the_image():
-    region = a_region([[0, 1, 1], [0, 0, 1]])
-    one = Candidate.found(region, 0.75, np.array([4.5, 2.5]), [10, 20, 40, 40], (60, 80))
-    assert one.mask.box == (10 + 2 + 1, 20 + 1, 10 + 2 + 2, 20 + 2)
-    assert one.mask.area == 3
-    assert one.mask.size == (60, 80)
-    assert one.point == (14.5, 22.5)
-    assert one.crop_box == (10, 20, 40, 40)
-    assert (one.predicted_iou, one.stability) == (0.75, 0.75)
+    mask, crop = np.array([[0, 1, 1], [0, 0, 1]], bool), [10, 20, 40, 40]
+    counts, box = candidates._runs_and_box(mask, 21, 12, (60, 80), crop)
+    assert box == (10 + 2 + 1, 20 + 1, 10 + 2 + 2, 20 + 2)
+    whole = np.zeros((60, 80), bool)
+    whole[21:23, 12:15] = mask
+    assert np.array_equal(rle.fill((60, 80), counts), whole)
+    assert box == (*np.argwhere(whole).min(0)[::-1], *np.argwhere(whole).max(0)[::-1])
 
 
 def test_an_empty_mask_is_a_point_in_its_crop():
     """segment-anything gives it the box 0, 0, 0, 0 of the crop."""
-    one = Candidate.found(a_region(np.zeros((2, 2))), 0.5, [0, 0], [10, 20, 40, 40], (60, 80))
-    assert one.mask.box == (10, 20, 10, 20)
-    assert not one.mask.whole().any()
+    empty, crop = np.zeros((2, 2), bool), [10, 20, 40, 40]
+    counts, box = candidates._runs_and_box(empty, 21, 12, (60, 80), crop)
+    assert box == (10, 20, 10, 20)
+    assert not rle.fill((60, 80), counts).any()
+
+
+def test_a_candidate_is_small():
+    """A disc in 12 megapixels: two numbers for each of its columns."""
+    y, x = np.ogrid[:1000, :1000]
+    disc = (y - 500) ** 2 + (x - 500) ** 2 < 400**2
+    counts, _ = candidates._runs_and_box(disc, 2000, 1000, (3000, 4000), [0, 0, 4000, 3000])
+    assert counts.nbytes < disc.size / 50
+    assert counts[1::2].sum() == disc.sum()
 
 
 def test_stability_is_compared_in_single_precision():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tinyvit.image_spec import ImageSpec
+from tinyvit.modules.sam.transformer import TwoWayTransformer
 from tinyvit.sam.decoder import CHUNK, TorchDecoder
 from tinyvit.sam.embedding import ImageEmbedding
 from tinyvit.sam.fast_decoder import FastMaskDecoder
@@ -202,3 +203,16 @@ def test_fp64_is_exact(make_tiny_sam, is_hq):
 def test_other_precisions_are_refused(make_tiny_sam):
     with pytest.raises(ValueError, match=r"one of \('fp32', 'fp64'\), came 'fp16'"):
         TorchDecoder(make_tiny_sam(), precision="fp16")
+
+
+@pytest.mark.parametrize("part", ["activation", "transformer"])
+def test_parts_that_the_fast_form_does_not_know_run_as_they_are(make_tiny_sam, part):
+    sam, batch = make_tiny_sam(), prompts(3)
+    if part == "activation":
+        sam.mask_decoder.output_upscaling[2] = torch.nn.ReLU()
+    else:
+        sam.mask_decoder.transformer = type("Own", (TwoWayTransformer,), {})(2, 32, 2, 48)
+    logits, scores = decode(TorchDecoder(sam), embedding(), batch)
+    wanted, wanted_scores = by_hand(sam, embedding(), batch)
+    np.testing.assert_allclose(logits, wanted, **CLOSE)
+    np.testing.assert_allclose(scores, wanted_scores, **CLOSE)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
+from tinyvit.modules.sam.mask_decoder import MaskDecoder
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
 from tinyvit.modules.sam.transformer import Attention, TwoWayTransformer
 from tinyvit.sam import fast_decoder
@@ -139,24 +139,11 @@ def test_training_mode_stays_as_it_is(heads):
     assert all(p.requires_grad for p in heads[1].parameters())
 
 
-@pytest.mark.parametrize("shape", [(2, WIDTH, 6, 9), (WIDTH, 6, 9)])
-def test_wants_one_image(heads, shape):
-    with pytest.raises(ValueError, match=r"wanted the features of one image, \[1, C, h, w\]"):
-        FastMaskDecoder(*heads).prepare(torch.randn(shape))
-
-
 def test_masks_and_prompts_must_be_as_many(heads):
     fast = FastMaskDecoder(*heads)
     shared = fast.prepare(torch.randn(1, WIDTH, 6, 9), torch.randn(2, 1, 24, 36))
     with pytest.raises(ValueError, match="3 prompts do not go with 2 masks"):
         fast.decode(shared, make_points(3))
-
-
-def test_other_decoders_are_refused(heads):
-    transformer = TwoWayTransformer(depth=2, embedding_dim=WIDTH, num_heads=4, mlp_dim=48)
-    decoder = HQMaskDecoder(transformer_dim=WIDTH, transformer=transformer, vit_dim=8)
-    with pytest.raises(TypeError, match="came HQMaskDecoder; call it as it is"):
-        FastMaskDecoder(heads[0], decoder)
 
 
 def test_float64_is_exact(heads):

@@ -106,24 +106,25 @@ class TestRegion:
     @given(masks, st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.integers(0, 3))
     def test_as_the_whole_image(self, part, above, below, before, after):
         whole = np.pad(part, ((above, below), (before, after)))
+        counts = rle.runs(part, above, before, whole.shape)
+        assert np.array_equal(rle.fill(whole.shape, counts), whole)
         for compressed in (True, False):
-            made = rle.encode_region(part, above, before, *whole.shape, compressed)
-            assert made == rle.encode(whole, compressed)
+            assert rle.to_rle(whole.shape, counts, compressed) == rle.encode(whole, compressed)
 
     @pytest.mark.parametrize("shape", [(0, 0), (0, 4), (4, 0)])
     def test_a_part_of_no_pixels_is_an_empty_mask(self, shape):
-        made = rle.encode_region(np.zeros(shape, bool), 2, 3, 10, 20)
-        assert made == rle.encode(np.zeros((10, 20), bool))
+        assert rle.runs(np.zeros(shape, bool), 2, 3, (10, 20)).tolist() == [200]
 
     def test_the_image_is_never_made(self):
         side = 10**6  # an image of this size would not fit
-        made = rle.encode_region(np.eye(3, dtype=bool), side - 3, 5, side, side)
+        size = side, side
+        made = rle.to_rle(size, rle.runs(np.eye(3, dtype=bool), side - 3, 5, size), True)
         assert (rle.area(made), rle.to_box(made)) == (3, (5, side - 3, 3, 3))
 
     @pytest.mark.parametrize("top, left", [(-1, 0), (0, -1), (8, 0), (0, 17)])
     def test_outside(self, top, left):
         with pytest.raises(ValueError, match=r"part of 3 x 4 pixels at row .* 10 x 20"):
-            rle.encode_region(np.ones((3, 4), bool), top, left, 10, 20)
+            rle.runs(np.ones((3, 4), bool), top, left, (10, 20))
 
 
 def test_ready_for_json():

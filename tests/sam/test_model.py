@@ -171,9 +171,9 @@ def test_preprocess_of_a_min_max_model(make_sam):
 @pytest.mark.parametrize(
     "shape, words",
     [
-        ((3, 65, 64), r"65 x 64 .* 64 x 64; resize it first, .*ResizeLongestSide\(64\)"),
-        ((1, 64, 64), r"\[3, h, w\] or \[N, 3, h, w\], got \[1, 64, 64\]"),
-        ((64, 64), r"got \[64, 64\]"),
+        ((3, 65, 64), r"65 x 64 .* 64 x 64; resize it first"),
+        ((1, 64, 64), r"\[3, h, w\] or \[N, 3, h, w\]; came \[1, 64, 64\]"),
+        ((64, 64), r"came \[64, 64\]"),
     ],
 )
 def test_images_that_do_not_fit(make_sam, shape, words):

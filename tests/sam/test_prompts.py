@@ -15,7 +15,6 @@ from tinyvit.sam.prompts import (
     SURE,
     Prompt,
     PromptBatch,
-    group_prompts,
     mask_to_logits,
     stack_prompts,
     to_prompt,
@@ -177,23 +176,6 @@ def test_what_is_not_prompted_is_none(prompt, given):
     assert len(tensors) == 1
 
 
-def test_groups_are_of_one_number_of_points_with_or_without_box_and_mask():
-    one, two = Prompt([[1, 2]]), Prompt([[1, 2], [3, 4]])
-    box, both = Prompt(box=[0, 0, 1, 1]), Prompt([[1, 2]], box=[0, 0, 1, 1])
-    mask = Prompt([[1, 2]], mask=np.zeros(LOW_RES))
-    groups = group_prompts([one, box, two, one, both, mask, box])
-    assert groups == {
-        (1, False, False): [0, 3],
-        (0, True, False): [1, 6],
-        (2, False, False): [2],
-        (1, True, False): [4],
-        (1, False, True): [5],
-    }
-    assert group_prompts([]) == {}
-    with pytest.raises(ValueError, match="only prompts of one kind can be stacked"):
-        stack_prompts([one, two], PLACEMENT, LOW_RES, STRIDE)
-
-
 def test_a_part_has_some_of_the_prompts():
     labels = np.array([[1, 0], [1, 1], [0, -1]])
     tensors = PromptBatch((POINTS, labels), np.arange(12.0).reshape(3, 4), None)
@@ -208,13 +190,6 @@ def test_a_part_has_some_of_the_prompts():
     "arguments, words",
     [
         ({}, "nothing is prompted; give points, boxes or masks"),
-        ({"points": (np.zeros((2, 2)), np.ones(2))}, r"point_coords .* \[B, N, 2\]; came"),
-        ({"points": (POINTS, np.ones(3))}, r"point_labels .* \[3, 2\]; came \[3\]"),
-        ({"points": (POINTS, np.full((3, 2), 2))}, r"1, 0, or -1 .*; came \[2\]"),
-        ({"points": (POINTS + np.nan, np.ones((3, 2)))}, "point_coords must be finite"),
-        ({"boxes": np.zeros(4)}, r"boxes must have the shape \[B, 4\]; came \[4\]"),
-        ({"masks": np.zeros((1, 4, 4))}, r"mask_input .* \[B, 1, h4, w4\]; came \[1, 4, 4\]"),
-        ({"masks": np.zeros((1, 2, 4, 4))}, r"mask_input .*; came \[1, 2, 4, 4\]"),
         (
             {"points": (POINTS, np.ones((3, 2))), "boxes": np.zeros((2, 4))},
             "the same objects; came 3 in point_coords, 2 in boxes",

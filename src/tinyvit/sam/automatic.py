@@ -1,16 +1,13 @@
 """``SamAutomaticMaskGenerator``: the masks of everything in an image, from a grid of points.
 
-Until it is known which masks stay, a candidate holds its pixels packed, eight to a byte and
-deflated, within its own box: hundreds of masks of a large photograph take a few megabytes, where
-whole ones would take gigabytes.
-
-Shapes: P points, H W the image, hh ww a mask's box.
+Until it is known which masks stay they are kept as run lengths: hundreds of masks of a large
+photograph take a few megabytes, where whole ones would take gigabytes.
 """
 
 from __future__ import annotations
 
 import os
-import zlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, get_args
@@ -19,7 +16,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tinyvit.images.decode import ImageSource, decode
-from tinyvit.inference.backend import choose_device
 
 from .crops import (
     CropBox,
@@ -32,12 +28,14 @@ from .embedding import ImageEmbedding, ImageEncoder
 from .mask_ops import (
     RLE,
     box_around,
-    encode_region,
+    fill,
     non_maximum_suppression,
     remove_small_regions,
+    runs,
+    to_rle,
 )
-from .prompts import PromptBatch
-from .upscale import Region, RegionUpscaler
+from .prompts import PromptBatch, Size
+from .upscale import RegionUpscaler
 
 if TYPE_CHECKING:
     import torch
@@ -54,92 +52,43 @@ THRESHOLDS: Mapping[str, float] = {
 }
 """Segment-anything's, for checkpoints that have none of their own."""
 
+OutputMode = Literal["binary_mask", "uncompressed_rle", "coco_rle"]
+Progress: TypeAlias = "Callable[[int, int], None]"
 
-@dataclass(frozen=True)
-class PackedMask:
-    """A mask within an image: the pixels of its box, packed and deflated."""
-
-    size: tuple[int, int]  # (H, W) of the image
-    top: int  # where the box begins in the image
-    left: int
-    shape: tuple[int, int]  # (hh, ww) of the box; (0, 0) for an empty mask
-    area: int  # pixels of the mask
-    data: bytes
-
-    @classmethod
-    def of(cls, mask: NDArray[np.bool_], top: int, left: int, size: tuple[int, int]) -> PackedMask:
-        """Pack a part of a mask, which is empty outside; the part begins at (top, left)."""
-        x0, y0, x1, y1 = box_around(mask)
-        tight = mask[y0:y1, x0:x1]
-        if not tight.size:
-            return cls(size, top, left, (0, 0), 0, b"")
-        data = zlib.compress(np.packbits(tight).tobytes(), 1)
-        area = int(np.count_nonzero(tight))
-        return cls(size, top + y0, left + x0, (y1 - y0, x1 - x0), area, data)
-
-    @property
-    def box(self) -> tuple[int, int, int, int]:
-        """First and last pixels, xyxy, as segment-anything has it; a point for an empty mask."""
-        height, width = self.shape
-        bottom, right = self.top + max(height - 1, 0), self.left + max(width - 1, 0)
-        return self.left, self.top, right, bottom
-
-    def part(self) -> NDArray[np.bool_]:
-        """The pixels in the mask's box, [hh, ww] bool."""
-        height, width = self.shape
-        packed = np.frombuffer(zlib.decompress(self.data) if self.data else b"", np.uint8)
-        return np.unpackbits(packed, count=height * width).view(np.bool_).reshape(height, width)
-
-    def whole(self) -> NDArray[np.bool_]:
-        """The mask in the whole image, [H, W] bool."""
-        mask = np.zeros(self.size, np.bool_)
-        height, width = self.shape
-        mask[self.top : self.top + height, self.left : self.left + width] = self.part()
-        return mask
+_RANGES: Mapping[str, tuple[float, float, str]] = {  # argument: (least, most, in words)
+    "points_per_batch": (1, np.inf, "at least 1"),
+    "pred_iou_thresh": (0, 1, "from 0 to 1"),
+    "stability_score_thresh": (0, 1, "from 0 to 1"),
+    "stability_score_offset": (0, np.inf, "at least 0"),
+    "box_nms_thresh": (0, 1, "from 0 to 1"),
+    "crop_n_layers": (0, np.inf, "at least 0"),
+    "crop_nms_thresh": (0, 1, "from 0 to 1"),
+    "crop_overlap_ratio": (0, np.nextafter(1, 0), "at least 0 and below 1"),
+    "min_mask_region_area": (0, np.inf, "at least 0"),
+}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One mask and what is known of it."""
+    """One mask in the image, and what is known of it."""
 
-    mask: PackedMask
+    counts: NDArray[np.int64]  # run lengths of the mask, see ``mask_ops.runs``
+    box: tuple[int, int, int, int]  # first and last pixels, xyxy, as segment-anything has it
     predicted_iou: float
     stability: float  # IoU of the masks at a higher and a lower threshold; nan for no pixels
     point: tuple[float, float]  # (x, y) that was prompted, in pixels of the image
-    crop_box: tuple[int, int, int, int]  # where it was found, xyxy in pixels of the image
-
-    @classmethod
-    def found(
-        cls,
-        region: Region,
-        predicted_iou: float,
-        point: Sequence[float],
-        crop_box: Sequence[int],
-        size: tuple[int, int],
-    ) -> Candidate:
-        """A mask of a crop, placed in the image; ``point`` is in pixels of the crop."""
-        x0, y0, x1, y1 = crop_box
-        mask = PackedMask.of(region.mask, region.top + y0, region.left + x0, size)
-        if not mask.area:
-            mask = replace(mask, top=y0, left=x0)
-        placed = float(point[0]) + x0, float(point[1]) + y0
-        return cls(mask, predicted_iou, region.stability, placed, (x0, y0, x1, y1))
+    crop_box: CropBox
 
 
-OutputMode = Literal["binary_mask", "uncompressed_rle", "coco_rle"]
-Progress: TypeAlias = "Callable[[int, int], None]"
-
-_RANGES: Mapping[str, tuple[float | None, float | None]] = {  # argument: (at least, below)
-    "points_per_batch": (1, None),
-    "pred_iou_thresh": (None, None),
-    "stability_score_thresh": (None, None),
-    "stability_score_offset": (0, None),
-    "box_nms_thresh": (None, None),
-    "crop_n_layers": (0, None),
-    "crop_nms_thresh": (None, None),
-    "crop_overlap_ratio": (0, 1),
-    "min_mask_region_area": (0, None),
-}
+def _runs_and_box(
+    mask: NDArray[np.bool_], top: int, left: int, size: Size, crop_box: CropBox
+) -> tuple[NDArray[np.int64], tuple[int, int, int, int]]:
+    """``counts`` and ``box`` of the mask that is this part of an image, and empty outside of it."""
+    x0, y0, x1, y1 = box_around(mask)
+    counts = runs(mask[y0:y1, x0:x1], top + y0, left + x0, size)
+    if not x1:  # without pixels: a point at the crop's corner
+        return counts, (crop_box[0], crop_box[1], crop_box[0], crop_box[1])
+    return counts, (left + x0, top + y0, left + x1 - 1, top + y1 - 1)
 
 
 class MaskRecord(TypedDict):
@@ -170,10 +119,8 @@ class SamAutomaticMaskGenerator:
     """Finds the masks of everything in an image.
 
     May be used by several threads; it can be copied and pickled. A model with Light HQ-SAM's
-    decoder works too, without the fast form of the decoder.
-
-    The three thresholds that are None by default are the checkpoint's own where its file has some,
-    else segment-anything's: 0.88, 0.95 and 1.0.
+    decoder works too, without the fast form of the decoder. The three thresholds that are None by
+    default are those of the checkpoint where it has some, else segment-anything's: 0.88, 0.95, 1.0.
 
     Args:
         model: The model, which is never changed; or the name of a checkpoint, or the path of a file
@@ -182,9 +129,8 @@ class SamAutomaticMaskGenerator:
         points_per_side: Points along each side of the image; None where ``point_grids`` are
             given.
         points_per_batch: Points decoded between two filterings: more take more memory.
-        pred_iou_thresh: Masks are kept whose predicted IoU is above it; 0 or less keeps all.
-        stability_score_thresh: Masks are kept whose stability is at least this; 0 or less keeps
-            all.
+        pred_iou_thresh: Masks are kept whose predicted IoU is above it, 0..1; 0 keeps all.
+        stability_score_thresh: Masks are kept whose stability is at least this, 0..1; 0 keeps all.
         stability_score_offset: Stability compares the masks this much above and below the
             threshold.
         box_nms_thresh: Of two masks of one crop whose boxes have a higher IoU, the one with the
@@ -213,10 +159,9 @@ class SamAutomaticMaskGenerator:
         >>> import numpy as np
         >>> from tinyvit.sam import SamAutomaticMaskGenerator, build_sam
         >>> generator = SamAutomaticMaskGenerator(
-        ...     build_sam("tinyvit_starter"), points_per_side=2, pred_iou_thresh=0.99
+        ...     build_sam("tinyvit_starter"), 2, pred_iou_thresh=0, stability_score_thresh=0
         ... )
-        >>> generator.generate(np.zeros((48, 64, 3), np.uint8))
-        []
+        >>> records = generator.generate(np.zeros((48, 64, 3), np.uint8))
     """
 
     def __init__(
@@ -241,6 +186,7 @@ class SamAutomaticMaskGenerator:
         precision: str = "fp32",
         device: str | torch.device | None = None,
         pad: bool | None = None,
+        workers: int | None = None,
     ) -> None:
         from .build import as_sam
         from .decoder import TorchDecoder
@@ -267,18 +213,12 @@ class SamAutomaticMaskGenerator:
         self.crop_n_points_downscale_factor = crop_n_points_downscale_factor
         self.min_mask_region_area = min_mask_region_area
         self.output_mode = output_mode
-        for name, (least, below) in _RANGES.items():
-            _check_range(name, getattr(self, name), least, below)
-        place = choose_device(str(self.model.device if device is None else device))
-        self._encoder = ImageEncoder(
-            self.model,
-            engine=engine,
-            backend=backend,
-            precision=precision,
-            device=place if isinstance(backend, str) else "auto",
-            pad=pad,
-        )
-        self._decoder = TorchDecoder(self.model, place)
+        for name, (least, most, wanted) in _RANGES.items():
+            value = getattr(self, name)
+            if not np.isfinite(value) or not least <= value <= most:
+                raise ValueError(f"{name} must be {wanted}, came {value}")
+        self._encoder = ImageEncoder(self.model, engine, backend, precision, device, pad, workers)
+        self._decoder = TorchDecoder(self.model, self._encoder.device)
 
     def generate(
         self, image: ImageSource | ImageEmbedding, progress: Progress | None = None
@@ -306,30 +246,29 @@ class SamAutomaticMaskGenerator:
             if self.crop_n_layers:
                 raise ValueError("crops want the image itself; an embedding has no pixels")
             self._encoder.check(image)
-            candidates = self._candidates(image.original_size, [image], progress)
+            size, embeddings = image.original_size, iter([image])
         else:
             rgb = decode(image)
             size = int(rgb.shape[0]), int(rgb.shape[1])
             boxes, _ = generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
-            crops = (rgb[y0:y1, x0:x1] for x0, y0, x1, y1 in boxes)
-            candidates = self._candidates(size, self._encoder.encode(crops), progress)
+            embeddings = self._encoder.encode(rgb[y0:y1, x0:x1] for x0, y0, x1, y1 in boxes)
+        candidates = self._candidates(size, embeddings, progress)
         if self.min_mask_region_area > 0:
-            candidates = self._without_small_regions(candidates)
-        return [self._record(candidate) for candidate in candidates]
+            candidates = self._without_small_regions(candidates, size)
+        return [self._record(candidate, size) for candidate in candidates]
 
     def _candidates(
-        self,
-        size: tuple[int, int],
-        embeddings: Iterable[ImageEmbedding],
-        progress: Progress | None,
+        self, size: Size, embeddings: Iterable[ImageEmbedding], progress: Progress | None
     ) -> list[Candidate]:
         """What is found in all crops, without duplicates."""
         boxes, layers = generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
-        count = _Count(sum(len(self.point_grids[layer]) for layer in layers), progress)
+        rejected = _Rejected(sum(len(self.point_grids[layer]) for layer in layers), progress)
         found: list[Candidate] = []
         for box, layer, embedding in zip(boxes, layers, embeddings, strict=True):
-            here = list(self._in_crop(embedding, self.point_grids[layer], box, size, count))
+            here = list(self._in_crop(embedding, self.point_grids[layer], box, size, rejected))
             found += _distinct(here, [one.predicted_iou for one in here], self.box_nms_thresh)
+        if not found:
+            rejected.warn(self.pred_iou_thresh, self.stability_score_thresh)
         if len(boxes) == 1:
             return found
         areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (one.crop_box for one in found)]
@@ -340,56 +279,66 @@ class SamAutomaticMaskGenerator:
         embedding: ImageEmbedding,
         grid: NDArray[np.float64],
         box: CropBox,
-        size: tuple[int, int],
-        count: _Count,
+        size: Size,
+        rejected: _Rejected,
     ) -> Iterator[Candidate]:
         """The masks of one crop that pass the filters."""
         height, width = embedding.placement.original_size
         points = grid * np.array([width, height])
         in_model = embedding.placement.points_to_model(points).astype(np.float32)
+        in_image = points + np.array(box[:2])
         decoder, prepared = self._decoder, self._decoder.prepare(embedding)
         enlarge = RegionUpscaler(embedding.low_res_size, embedding.placement, decoder.logit_stride)
         threshold, offset = self.model.mask_threshold, self.stability_score_offset
         min_iou = self.pred_iou_thresh if self.pred_iou_thresh > 0 else -np.inf
+        min_stability = float(np.float32(self.stability_score_thresh))
+        orig_box = [0, 0, size[1], size[0]]
         for start in range(0, len(points), self.points_per_batch):
             few = in_model[start : start + self.points_per_batch, None]  # [n, 1, 2]
             batch = PromptBatch((few, np.ones((len(few), 1), np.int64)))
             masks, scores = decoder.decode(prepared, batch, min_iou=min_iou)
             for logits, (number, token) in zip(masks, np.argwhere(scores > min_iou), strict=True):
                 region = enlarge(logits, threshold, offset)
-                if self._is_unstable(region.stability):
+                rejected.stabilities.append(region.stability)
+                if min_stability > 0 and not region.stability >= min_stability:  # nan is unstable
                     continue
+                top, left = region.top + box[1], region.left + box[0]
+                counts, around = _runs_and_box(region.mask, top, left, size, box)
+                in_crop = np.array(around) - np.array([*box[:2], *box[:2]])
+                if is_box_near_crop_edge(in_crop, box, orig_box)[0]:
+                    continue
+                x, y = in_image[start + number].tolist()
                 score = float(scores[number, token])
-                one = Candidate.found(region, score, points[start + number], box, size)
-                if not _is_cut_off(one, size):
-                    yield one
-            count.add(len(few))
+                yield Candidate(counts, around, score, region.stability, (x, y), box)
+            rejected.add(scores)
 
-    def _is_unstable(self, stability: float) -> bool:
-        """Stability of no pixels is nan, and fails every bound."""
-        bound = self.stability_score_thresh
-        return bound > 0 and not stability >= float(np.float32(bound))
-
-    def _without_small_regions(self, candidates: list[Candidate]) -> list[Candidate]:
+    def _without_small_regions(self, candidates: list[Candidate], size: Size) -> list[Candidate]:
         """Fill small holes, remove small islands, and then duplicates; changed masks yield."""
         tidied: list[Candidate] = []
         scores: list[float] = []
         for one in candidates:
-            whole = one.mask.whole()
+            whole = fill(size, one.counts)
             filled, has_filled = remove_small_regions(whole, self.min_mask_region_area, "holes")
             left, has_removed = remove_small_regions(filled, self.min_mask_region_area, "islands")
-            if has_filled or has_removed:
-                one = replace(one, mask=PackedMask.of(left, 0, 0, one.mask.size))
+            is_changed = has_filled or has_removed
+            if is_changed:
+                counts, around = _runs_and_box(left, 0, 0, size, one.crop_box)
+                one = replace(one, counts=counts, box=around)
             tidied.append(one)
-            scores.append(0.0 if has_filled or has_removed else 1.0)
+            scores.append(0.0 if is_changed else 1.0)
         return _distinct(tidied, scores, max(self.box_nms_thresh, self.crop_nms_thresh))
 
-    def _record(self, one: Candidate) -> MaskRecord:
-        x0, y0, x1, y1 = one.mask.box
+    def _record(self, one: Candidate, size: Size) -> MaskRecord:
+        x0, y0, x1, y1 = one.box
         left, top, right, bottom = one.crop_box
+        mask: NDArray[np.bool_] | RLE
+        if self.output_mode == "binary_mask":
+            mask = fill(size, one.counts)
+        else:
+            mask = to_rle(size, one.counts, compressed=self.output_mode == "coco_rle")
         return {
-            "segmentation": self._segmentation(one.mask),
-            "area": one.mask.area,
+            "segmentation": mask,
+            "area": int(one.counts[1::2].sum()),
             "bbox": [x0, y0, x1 - x0, y1 - y0],
             "predicted_iou": one.predicted_iou,
             "point_coords": [list(one.point)],
@@ -397,43 +346,52 @@ class SamAutomaticMaskGenerator:
             "crop_box": [left, top, right - left, bottom - top],
         }
 
-    def _segmentation(self, mask: PackedMask) -> NDArray[np.bool_] | RLE:
-        if self.output_mode == "binary_mask":
-            return mask.whole()
-        return encode_region(
-            mask.part(),
-            mask.top,
-            mask.left,
-            *mask.size,
-            compressed=self.output_mode == "coco_rle",
+    def __repr__(self) -> str:
+        return (
+            f"SamAutomaticMaskGenerator({sum(map(len, self.point_grids[:1]))} points, "
+            f"{self.crop_n_layers} layers of crops, pred_iou_thresh={self.pred_iou_thresh:g}, "
+            f"stability_score_thresh={self.stability_score_thresh:g})"
         )
 
 
-class _Count:
-    """Counts points and tells a caller."""
+class _Rejected:
+    """Counts points, tells a caller, and says why nothing has passed."""
 
-    def __init__(self, total: int, tell: Progress | None) -> None:
-        self._done, self._total, self._tell = 0, total, tell
+    def __init__(self, points: int, tell: Progress | None) -> None:
+        self._done, self._points, self._tell = 0, points, tell
+        self._best_iou = -np.inf
+        self.stabilities: list[float] = []  # of the masks whose predicted IoU was good enough
 
-    def add(self, number: int) -> None:
-        self._done += number
+    def add(self, scores: NDArray[np.float32]) -> None:
+        """The predicted IoU [n, K] of a batch of points."""
+        self._best_iou = max(self._best_iou, float(scores.max(initial=-np.inf)))
+        self._done += len(scores)
         if self._tell is not None:
-            self._tell(self._done, self._total)
+            self._tell(self._done, self._points)
+
+    def warn(self, pred_iou_thresh: float, stability_score_thresh: float) -> None:
+        """Which threshold rejected how many, and what would have passed."""
+        count, name, bound = self._points, "pred_iou_thresh", pred_iou_thresh
+        what, best = "points", self._best_iou
+        if self.stabilities:
+            count, name, bound = (
+                len(self.stabilities),
+                "stability_score_thresh",
+                stability_score_thresh,
+            )
+            what, best = "masks", float(np.nanmax([0.0, *self.stabilities]))
+        words = f"0 of {count} {what} passed {name} {bound:g} (best {best:.2f}); try {name} "
+        words += f"{max(0.0, np.floor(best * 9) / 10):g}"
+        if self.stabilities and best >= bound:
+            words = f"all of {count} masks were cut off at the edge of a crop"
+        warnings.warn(f"no masks: {words}", stacklevel=4)
 
 
 def _distinct(candidates: list[Candidate], scores: list[float], bound: float) -> list[Candidate]:
     """Without those whose box is nearly that of a better one; the best first."""
-    boxes = np.array([one.mask.box for one in candidates], np.float64).reshape(-1, 4)
+    boxes = np.array([one.box for one in candidates], np.float64).reshape(-1, 4)
     kept = non_maximum_suppression(boxes, np.array(scores, np.float64), bound)
     return [candidates[i] for i in kept]
-
-
-def _is_cut_off(one: Candidate, size: tuple[int, int]) -> bool:
-    """Whether a mask ends at the edge of its crop and not of the image."""
-    height, width = size
-    x0, y0 = one.crop_box[:2]
-    in_crop = np.array(one.mask.box) - np.array([x0, y0, x0, y0])
-    return bool(is_box_near_crop_edge(in_crop, one.crop_box, [0, 0, width, height])[0])
 
 
 def _grids(
@@ -452,13 +410,3 @@ def _grids(
         f"exactly one of points_per_side and point_grids must be given, came {given}; to give "
         "point_grids, set points_per_side=None"
     )
-
-
-def _check_range(name: str, value: float, least: float | None, below: float | None) -> None:
-    """Refuse what is no number, or out of its range."""
-    is_low = least is not None and value < least
-    is_high = below is not None and value >= below
-    if not np.isfinite(value) or is_low or is_high:
-        wanted = "a finite number" if least is None else f"at least {least:g}"
-        wanted += "" if below is None else f" and below {below:g}"
-        raise ValueError(f"{name} must be {wanted}, came {value}")

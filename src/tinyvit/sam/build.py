@@ -33,9 +33,7 @@ Size = tuple[int, int]
 
 _UNTRAINED = "tiny_vit_5m_sam"
 _MASK_IN_CHANS = 16
-_TRANSFORMER_DEPTH = 2
-_TRANSFORMER_HEADS = 8
-_TRANSFORMER_MLP_DIM = 2048
+_DEPTH, _HEADS, _MLP_DIM = 2, 8, 2048  # of the transformer
 
 
 def build_sam(
@@ -132,21 +130,9 @@ def _assemble(encoder: TinyViT, is_hq: bool) -> Sam:
     grid = (-(-size[0] // stride), -(-size[1] // stride))
     # Whole strides: where the stride does not divide a side, a part of the last token is empty.
     covered = (grid[0] * stride, grid[1] * stride)
-    transformer = TwoWayTransformer(
-        _TRANSFORMER_DEPTH, width, _TRANSFORMER_HEADS, _TRANSFORMER_MLP_DIM
-    )
-    decoder: MaskDecoder
-    if is_hq:
-        decoder = HQMaskDecoder(
-            transformer_dim=width,
-            transformer=transformer,
-            iou_head_hidden_dim=width,
-            vit_dim=encoder.embed_dims[2],
-        )
-    else:
-        decoder = MaskDecoder(
-            transformer_dim=width, transformer=transformer, iou_head_hidden_dim=width
-        )
+    kind = partial(HQMaskDecoder, vit_dim=encoder.embed_dims[2]) if is_hq else MaskDecoder
+    transformer = TwoWayTransformer(_DEPTH, width, _HEADS, _MLP_DIM)
+    decoder = kind(transformer_dim=width, transformer=transformer, iou_head_hidden_dim=width)
     prompt_encoder = PromptEncoder(width, grid, covered, _MASK_IN_CHANS)
     return Sam(encoder, prompt_encoder, decoder, spec.mean, spec.std)
 
@@ -157,15 +143,13 @@ def _fill_heads(sam: Sam, opened: OpenedCheckpoint) -> None:
     own = heads.state_dict()
     prefixes = tuple(f"{name}." for name in heads)
     state = {key: value for key, value in opened.tensors.items() if key.startswith(prefixes)}
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    wrong = {
-        key: (own[key].shape, value.shape)
-        for key, value in state.items()
-        if key in own and value.shape != own[key].shape
-    }
-    if missing or unexpected or wrong:
-        problems = misfits(missing, unexpected, wrong)
+    shapes = {k: (own[k].shape, value.shape) for k, value in state.items() if k in own}
+    problems = misfits(
+        [key for key in own if key not in state],
+        [key for key in state if key not in own],
+        {key: pair for key, pair in shapes.items() if pair[0] != pair[1]},
+    )
+    if problems:
         raise CheckpointError(
             f"{opened.path} ({opened.found.family}) does not fit the heads of a SAM of width "
             f"{sam.prompt_encoder.embed_dim}: {'; '.join(problems)}"

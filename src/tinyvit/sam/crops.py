@@ -2,8 +2,6 @@
 
 Names, arguments and results are segment-anything's: layer 0 is the whole image, layer i has 2^i
 crops a side.
-
-Shapes: P points of a grid, N boxes. Points are (x, y), boxes xyxy in pixels.
 """
 
 from __future__ import annotations

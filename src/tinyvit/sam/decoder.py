@@ -1,11 +1,9 @@
 """One decoder for all callers, by torch: prompts on an embedding -> low-res logits, scores, masks.
 
 The fast form (``FastMaskDecoder``) is made from the weights that the model has now, and again when
-they change. Light HQ-SAM's decoder runs as frozen copies of its modules, and ``fast=False`` runs
-the modules themselves, as training wants it. Numpy at the surface, see ``inference.backend``.
-
-Shapes: N prompts, K masks of a prompt, C channels, h w the embedding's grid, h4 w4 the low-res
-logits, H W the image.
+they change. Light HQ-SAM's decoder, and one of parts that the fast form does not know, run as
+frozen copies of their modules; ``fast=False`` runs the modules themselves, as training wants it.
+Numpy at the surface, see ``inference.backend``.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from tinyvit.image_spec import Placement
 from tinyvit.inference.derived import Derived
 from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
+from tinyvit.modules.sam.transformer import TwoWayTransformer
 
 from .embedding import ImageEmbedding
 from .fast_decoder import FastMaskDecoder, SharedImage, frozen
@@ -38,10 +37,7 @@ Heads: TypeAlias = "FastMaskDecoder | tuple[PromptEncoder, MaskDecoder]"
 
 
 class PreparedEmbedding:
-    """What ``TorchDecoder.prepare`` computed of an embedding; the caller holds it.
-
-    When the decoder's weights change, the decoder computes it again in here.
-    """
+    """What ``TorchDecoder.prepare`` made of an embedding; held by the caller, kept up to date."""
 
     def __init__(self, features: Tensor, early: Tensor | None) -> None:
         self.features = features  # [1, C, h, w]
@@ -53,20 +49,15 @@ class PreparedEmbedding:
     def nbytes(self) -> int:
         """How much memory it holds."""
         early = 0 if self.early is None else self.early.nbytes
-        return self.features.nbytes + early + sum(image.nbytes for image in self.shared)
+        shared = sum(x.nbytes for image in self.shared for x in image[1:])
+        return self.features.nbytes + early + shared
 
 
 class TorchDecoder:
     """Decodes prompts with the weights that a model has now; may be used by several threads.
 
-    Args:
-        model: The model; never changed.
-        device: A torch device to compute on; ``fast=False`` computes where the model is.
-        precision: "fp32"; or "fp64", three times slower, for numbers exact to float32's last digit.
-        fast: False runs the model's own modules, in their own precision, as they are.
-
-    Raises:
-        ValueError: Another precision, or "fp64" with ``fast=False``.
+    The model is never changed. ``precision`` "fp64" is three times slower, for numbers exact to
+    float32's last digit. ``fast=False`` runs the model's own modules where and as they are.
     """
 
     def __init__(
@@ -122,10 +113,6 @@ class TorchDecoder:
         ``hq_token_only`` Light HQ-SAM's high-quality mask alone. With ``min_iou`` only those masks
         are computed whose predicted IoU exceeds it, and the logits are [M, h4, w4] in the order of
         ``np.argwhere(scores > min_iou)``.
-
-        Raises:
-            ValueError: Shapes do not go together; the decoder's early map is missing;
-                ``hq_token_only`` for a decoder that has no such token.
         """
         logits, scores = self.decode_tensors(
             prepared, prompts, multimask_output, min_iou=min_iou, hq_token_only=hq_token_only
@@ -206,7 +193,8 @@ class TorchDecoder:
 
     def _make_heads(self) -> Heads:
         prompts, masks = self._model.prompt_encoder, self._model.mask_decoder
-        if type(masks) is MaskDecoder:
+        is_known = type(masks) is MaskDecoder and type(masks.transformer) is TwoWayTransformer
+        if is_known and isinstance(masks.output_upscaling[2], nn.GELU):
             return FastMaskDecoder(prompts, masks, self._device, self._dtype)
         return tuple(frozen(head, self._device, self._dtype) for head in (prompts, masks))  # type: ignore[return-value]
 

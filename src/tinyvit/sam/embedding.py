@@ -3,8 +3,6 @@
 The file is safetensors: ``features`` [C, h, w], for Light HQ-SAM also ``interm_features``, and in
 the header, each text JSON, what made them and where the image lies in the model's input. These
 are the conventions of ``tinyvit encode``, whose files can be loaded here.
-
-Shapes: C channels, h w the embedding's grid, D channels of the early map.
 """
 
 from __future__ import annotations
@@ -28,11 +26,13 @@ from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec, Placement
 from tinyvit.images.decode import ImageSource, decode
 from tinyvit.images.preprocess import PreparedImage, normalise_and_pad, to_input
+from tinyvit.inference.backend import choose_device
 from tinyvit.inference.derived import Derived
 
 from .prompts import Size
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from tinyvit.inference.backend import Backend, BackendName, Encoded
@@ -72,16 +72,14 @@ class ImageEmbedding:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", _as_map("features", "[C, h, w]", self.features))
-        early = self.interm_features
-        if early is None:
+        if self.interm_features is None:
             return
-        early = _as_map("interm_features", "[h, w, D]", early)
+        early = _as_map("interm_features", "[h, w, D]", self.interm_features)
         object.__setattr__(self, "interm_features", early)
-        grid = self.features.shape[1:]
-        if early.shape[:2] != grid:
+        if early.shape[:2] != self.features.shape[1:]:
             raise ValueError(
-                f"interm_features must have the grid of the features, {list(grid)}; "
-                f"came {list(early.shape)}"
+                f"interm_features must have the grid of the features, "
+                f"{list(self.features.shape[1:])}; came {list(early.shape)}"
             )
 
     @property
@@ -189,7 +187,8 @@ class ImageEmbedding:
         """As ``load``, from what ``to_bytes`` gives; ``name`` is for the words of an error."""
         try:
             arrays = safetensors.numpy.load(data)
-            texts = _metadata(data)
+            length = int.from_bytes(data[:8], "little")  # of the header, which is JSON
+            texts = json.loads(data[8 : 8 + length]).get("__metadata__", {})
         except (SafetensorError, ValueError, KeyError, TypeError) as err:
             raise CheckpointError(
                 f"{name} is no safetensors file, or damaged: {err}; encode the image again"
@@ -209,8 +208,6 @@ class ImageEmbedding:
                 arrays.get("interm_features"),
                 header["precision"],
             )
-        except CheckpointError:
-            raise
         except (KeyError, TypeError, ValueError) as err:
             raise CheckpointError(
                 f"{name} is no embedding of one image, or its header is damaged: {err!s}; "
@@ -236,13 +233,6 @@ def _header(texts: dict[str, str], name: str) -> dict[str, Any]:
     facts = {key: json.loads(texts[key]) for key in wanted}
     precision = json.loads(texts.get("precision", "null"))
     return {**facts, "precision": precision if isinstance(precision, str) else None}
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    """The texts in the header: 8 bytes of its length, then JSON."""
-    length = int.from_bytes(data[:8], "little")
-    texts: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    return texts
 
 
 def _size(pair: Sequence[int]) -> Size:
@@ -304,13 +294,11 @@ def prepare_resized(pixels: Tensor, original_size: Size, spec: ImageSpec) -> Pre
 
 
 class ImageEncoder:
-    """Encodes images for the decoder of one ``Sam``; may be used by several threads.
+    """Encodes images for the decoder of one ``Sam``, which is never changed; threads may share it.
 
-    Args:
-        model: The model; never changed.
-        engine: Runs ``model.image_encoder``; None makes one from the arguments that follow, which
-            are those of ``Engine``.
-        fast: False runs the encoder itself, as training wants it, instead of a backend.
+    An ``engine`` runs ``model.image_encoder``; None makes one from the arguments that follow, which
+    are those of ``Engine``. ``device`` None is where the model is now. ``fast=False`` runs the
+    encoder itself, as training wants it, instead of a backend.
 
     Raises:
         ValueError: An engine and arguments for one, or values that ``Engine`` refuses.
@@ -320,13 +308,13 @@ class ImageEncoder:
     def __init__(
         self,
         model: Sam,
-        *,
         engine: Engine | None = None,
         backend: BackendName | Backend = "auto",
         precision: str = "fp32",
-        device: str = "auto",
-        batch_size: int = 8,
+        device: str | torch.device | None = "auto",
         pad: bool | None = None,
+        workers: int | None = None,
+        batch_size: int = 8,
         fast: bool = True,
     ) -> None:
         from tinyvit.inference.engine import Engine
@@ -342,14 +330,16 @@ class ImageEncoder:
             )
         self._model = model
         self._encoder = model.image_encoder
+        self.device = choose_device(str(model.device if device is None else device))
         self.engine = engine or Engine(
             model.image_encoder,
             backend=backend if fast else _PlainEncoder(model),
-            device=device if fast else "auto",
+            device=self.device if fast and isinstance(backend, str) else "auto",
             precision=precision,
             batch_size=batch_size,
             image_spec=spec_of(model),
             pad=pad,
+            workers=workers,
         )
         self._derived = Derived(self._modules, self._derive)
 
@@ -359,13 +349,7 @@ class ImageEncoder:
         return self.engine.image_spec
 
     def encode(self, images: Picture | Iterable[Picture]) -> Iterator[ImageEmbedding]:
-        """Encode images one by one, in order, in bounded memory; see ``Engine.stream``.
-
-        Raises:
-            ImageError: An image cannot be read.
-            ValueError: The decoder wants an early map, and the backend gives none.
-            RuntimeError: The model has another image encoder by now.
-        """
+        """Encode images one by one, in order, in bounded memory; see ``Engine.stream``."""
         yield from self._embeddings(self.engine.stream(images, stages=self._wants_early))
 
     def encode_prepared(self, inputs: Iterable[PreparedImage]) -> Iterator[ImageEmbedding]:
@@ -377,12 +361,7 @@ class ImageEncoder:
         return self._derived.get()[0]
 
     def check(self, embedding: ImageEmbedding) -> None:
-        """Check that the model can decode an embedding.
-
-        Raises:
-            ValueError: It was made with other weights or of an image prepared otherwise; the
-                decoder wants an early map that it does not have.
-        """
+        """Check that the model can decode an embedding; ``ValueError`` says why it cannot."""
         embedding.check(self.weights_sha256(), self.image_spec)
         if self._wants_early and embedding.interm_features is None:
             raise ValueError(
@@ -403,13 +382,9 @@ class ImageEncoder:
             early = None
             if encoded.stages is not None and merge is not None:
                 early = _merged(encoded.stages[1], merge)
+            features, placement = encoded.features, encoded.placement
             yield ImageEmbedding(
-                encoded.features,
-                encoded.placement,
-                self.image_spec,
-                weights_sha256,
-                early,
-                precision,
+                features, placement, self.image_spec, weights_sha256, early, precision
             )
 
     def _modules(self) -> tuple[nn.Module]:
@@ -474,11 +449,7 @@ class _PlainEncoder:
 
 
 def spec_of(model: Sam) -> ImageSpec:
-    """How a ``Sam``'s images are prepared: as its encoder says, with the ``Sam``'s own pixels.
-
-    The encoder's ``image_spec``, or segment-anything's rule where it has none; ``mean`` and ``std``
-    are those of the ``Sam`` where they differ.
-    """
+    """How a ``Sam``'s images are prepared: as its encoder says, with the ``Sam``'s own pixels."""
     encoder = model.image_encoder
     spec = encoder.image_spec or ImageSpec.sam(encoder.img_size)
     mean, std = (v.flatten().tolist() for v in (model.pixel_mean, model.pixel_std))

@@ -5,8 +5,7 @@ the few: a head's score q . (W k) equals (W^T q) . k, and sum(p W v) equals W su
 ever projected for every image token of every prompt. In the first layer all prompts have the same
 image tokens, which are projected once instead. The bias of the keys moves all scores of a row
 alike; softmax does not see it, and it is left out. Masks that nobody wants are not computed.
-
-Tensors in, tensors out; without gradients, in the precision of the weights, autocast or not.
+All of it runs without gradients, in the precision of the weights, autocast or not.
 
 Shapes: n prompts, T tokens of a prompt, L image tokens, C channels, H heads, d a head's width,
 K masks of a prompt.
@@ -16,14 +15,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyvit.modules import LayerNorm2d
 from tinyvit.modules.sam.mask_decoder import MLP, MaskDecoder
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
 from tinyvit.modules.sam.transformer import Attention, TwoWayAttentionBlock, TwoWayTransformer
@@ -44,10 +41,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def without_autocast(function: _Function) -> _Function:
-    """A method that computes without gradients, and in its tensors' own precision.
-
-    ``self.device`` says where.
-    """
+    """A method that computes on ``self.device`` without gradients, in its tensors' precision."""
 
     def run(self: Any, *arguments: Any, **named: Any) -> Any:
         kind = torch.device(self.device).type
@@ -69,8 +63,7 @@ class _Heads:
     def __init__(self, attention: Attention) -> None:
         self.heads = attention.num_heads
         self.attention = attention
-        width = attention.q_proj.out_features // self.heads
-        self.scale = width**-0.5
+        self.scale = (attention.q_proj.out_features // self.heads) ** -0.5
 
     def _by_head(self, weight: Tensor) -> Tensor:
         """[H*d, C] -> [H, d, C]."""
@@ -83,6 +76,11 @@ class _Heads:
     def _columns(self, x: Tensor) -> Tensor:
         """[L, H*d] -> [H, d, L]."""
         return torch.unflatten(x, 1, (self.heads, -1)).permute(1, 2, 0).contiguous()
+
+    def _own_scores(self, row: Tensor, query: Tensor, image: Tensor, positions: Tensor) -> Tensor:
+        """A prompt's scores [H, T, L] with image tokens [L, C] and positions [H, d, L]."""
+        scores = torch.unflatten(row @ image.T, 0, (self.heads, -1))
+        return scores.baddbmm_(query, positions)
 
 
 class TokenToImage(_Heads):
@@ -125,9 +123,8 @@ class TokenToImage(_Heads):
         rows = (queries @ self.to_key).flatten(1, 2)  # [n, H*T, C]
         sums = []
         for row, query, image in zip(rows, queries, images, strict=True):
-            scores = torch.unflatten(row @ image.T, 0, (self.heads, -1))  # [H, T, L]
-            scores = softmax(scores.baddbmm_(query, positions), dim=2)
-            sums.append(scores.flatten(0, 1) @ image)  # [H*T, C]
+            weights = softmax(self._own_scores(row, query, image, positions), dim=2)
+            sums.append(weights.flatten(0, 1) @ image)  # [H*T, C]
         by_head = torch.unflatten(torch.stack(sums), 1, (self.heads, -1))  # [n, H, T, C]
         out = (by_head @ self.to_value.transpose(1, 2)).transpose(1, 2).flatten(2)
         projected: Tensor = self.attention.out_proj(out + self.value_bias)
@@ -174,31 +171,27 @@ class ImageToToken(_Heads):
         keys, values = self._keys_and_values(placed, tokens)
         rows = (keys @ self.to_query).flatten(1, 2)  # [n, H*T, C]
         for key, row, value, image in zip(keys, rows, values, images, strict=True):
-            scores = torch.unflatten(row @ image.T, 0, (self.heads, -1))  # [H, T, L]
-            scores = softmax(scores.baddbmm_(key, positions), dim=1)
-            yield scores.flatten(0, 1), value
+            scores = self._own_scores(row, key, image, positions)
+            yield softmax(scores, dim=1).flatten(0, 1), value
 
 
-@dataclass(frozen=True)
-class SharedImage:
-    """What all prompts on one image share; ``FastMaskDecoder.prepare`` makes it.
+class SharedImage(NamedTuple):
+    """What all prompts on one image share."""
 
-    Attributes:
-        size: (h, w) of the embedding.
-        tokens: [L, C]: embedding and dense prompt.
-        keys: [H, d, L], values: [H, L, d], queries: [H, d, L]: projections of the first layer.
-    """
-
-    size: tuple[int, int]
-    tokens: Tensor
-    keys: Tensor
+    size: tuple[int, int]  # (h, w) of the embedding
+    tokens: Tensor  # [L, C]: embedding and dense prompt
+    keys: Tensor  # [H, d, L], values [H, L, d], queries [H, d, L]: of the first layer
     values: Tensor
     queries: Tensor
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the tensors."""
-        return sum(x.nbytes for x in (self.tokens, self.keys, self.values, self.queries))
+
+class _Positions(NamedTuple):
+    """Position encoding of a grid, [L, C], and what it adds to keys and queries, [H, d, L] each."""
+
+    tokens: Tensor
+    keys: list[Tensor]
+    queries: list[Tensor]
+    last: Tensor
 
 
 class FastMaskDecoder:
@@ -206,9 +199,6 @@ class FastMaskDecoder:
 
     Copies the modules; when they change, make a new one. ``dtype`` float64 is three times slower,
     and exact to the last digit of the float32 numbers that come back.
-
-    Raises:
-        TypeError: ``mask_decoder`` is of a kind that is not known here (Light HQ-SAM's).
     """
 
     def __init__(
@@ -218,18 +208,12 @@ class FastMaskDecoder:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if type(mask_decoder) is not MaskDecoder:
-            kind = type(mask_decoder).__name__
-            raise TypeError(f"only a MaskDecoder has a fast form; came {kind}; call it as it is")
         self.device = device
         self.dtype = dtype
         self._prompts = frozen(prompt_encoder, device, dtype)
         decoder = frozen(mask_decoder, device, dtype)
-        transformer = decoder.transformer
-        if not isinstance(transformer, TwoWayTransformer):
-            raise TypeError(f"wanted a TwoWayTransformer; came {type(transformer).__name__}")
-        blocks = [b for b in transformer.layers if isinstance(b, TwoWayAttentionBlock)]
-        self._layers = [_Layer(block) for block in blocks]
+        transformer = cast("TwoWayTransformer", decoder.transformer)
+        self._layers = [_Layer(cast("TwoWayAttentionBlock", b)) for b in transformer.layers]
         self._last = TokenToImage(transformer.final_attn_token_to_image)
         self._last_norm = transformer.norm_final_attn
         self._output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
@@ -245,10 +229,6 @@ class FastMaskDecoder:
 
         One for all prompts; with mask prompts, low-res logits [N, 1, 4h, 4w], one for each.
         """
-        if features.ndim != 4 or features.shape[0] != 1:
-            raise ValueError(
-                f"wanted the features of one image, [1, C, h, w]; came {list(features.shape)}"
-            )
         x = features.to(self.device, self.dtype)
         size = int(x.shape[2]), int(x.shape[3])
         if masks is not None:
@@ -276,35 +256,28 @@ class FastMaskDecoder:
         """Decode N prompts of one kind on what ``prepare`` gave.
 
         ``points`` are ([N, P, 2], labels [N, P]), ``boxes`` [N, 4], in pixels of the model's input.
-
-        Returns:
-            (low-res logits [M, 4h, 4w], predicted IoU [N, K]), float32: of all masks, or of those
-            whose predicted IoU exceeds ``min_iou`` alone, in the order of (prompt, mask).
+        Gives low-res logits [M, 4h, 4w] and predicted IoU [N, K], float32: of all masks, or of
+        those whose predicted IoU exceeds ``min_iou`` alone, in the order of (prompt, mask).
         """
-        sparse = self._sparse(shared[0].size, points, boxes)
-        prompts = sparse.shape[0] if points is not None or boxes is not None else len(shared)
-        sparse = sparse.expand(prompts, -1, -1)
-        if len(shared) not in (1, prompts):
-            raise ValueError(f"{prompts} prompts do not go with {len(shared)} masks")
-        step = max(CHUNK_TOKENS // len(shared[0].tokens), 1) if len(shared) == 1 else 1
-        logits, scores = [], []
-        for start in range(0, prompts, step):
-            image = shared[0] if len(shared) == 1 else shared[start]
-            few = sparse[start : start + step]
-            masks, iou = self._decode_chunk(image, few, multimask_output, min_iou)
-            logits.append(masks)
-            scores.append(iou)
-        return torch.cat(logits), torch.cat(scores)
-
-    def _sparse(self, size: tuple[int, int], points: Points | None, boxes: Tensor | None) -> Tensor:
-        """Sparse prompt embeddings [N, P, C]."""
         if points is not None:
             points = points[0].to(self.device, self.dtype), points[1].to(self.device)
         if boxes is not None:
             boxes = boxes.to(self.device, self.dtype)
-        given = self._prompts(points=points, boxes=boxes, masks=None, embedding_size=size)
-        sparse: Tensor = given[0]
-        return sparse
+        sparse = self._prompts(
+            points=points, boxes=boxes, masks=None, embedding_size=shared[0].size
+        )[0]
+        if points is None and boxes is None:  # [1, 0, C]
+            sparse = sparse.expand(len(shared), -1, -1)
+        if len(shared) not in (1, len(sparse)):
+            raise ValueError(f"{len(sparse)} prompts do not go with {len(shared)} masks")
+        step = max(CHUNK_TOKENS // len(shared[0].tokens), 1) if len(shared) == 1 else 1
+        found = []
+        for start in range(0, len(sparse), step):
+            image = shared[0] if len(shared) == 1 else shared[start]
+            few = sparse[start : start + step]
+            found.append(self._decode_chunk(image, few, multimask_output, min_iou))
+        logits, scores = zip(*found, strict=True)
+        return torch.cat(logits), torch.cat(scores)
 
     def _positions_of(self, size: tuple[int, int]) -> _Positions:
         """The position encoding of a grid and its projections; kept for the last few grids."""
@@ -321,7 +294,7 @@ class FastMaskDecoder:
     def _decode_chunk(
         self, image: SharedImage, sparse: Tensor, multimask_output: bool, min_iou: float | None
     ) -> tuple[Tensor, Tensor]:
-        """``decode`` for a few prompts."""
+        """``decode`` for a few prompts, embedded."""
         own = self._output_tokens[None].expand(len(sparse), -1, -1)
         tokens, images = self._transformer(image, torch.cat([own, sparse], dim=1))
         which = slice(1, None) if multimask_output else slice(0, 1)
@@ -358,16 +331,6 @@ class FastMaskDecoder:
                 images[i] = layer.norm_image(images[i].addmm_(weights.T, values))
         out = self._last.attend(tokens + prompt, images, positions.last)
         return self._last_norm(tokens + out), images
-
-
-@dataclass(frozen=True)
-class _Positions:
-    """Position encoding of a grid, [L, C], and what it adds to keys and queries, [H, d, L] each."""
-
-    tokens: Tensor
-    keys: list[Tensor]
-    queries: list[Tensor]
-    last: Tensor
 
 
 class _Layer(_Heads):
@@ -421,10 +384,7 @@ class _Upscale:
     """Two transposed convolutions with norm and GELU, then a mask for each filter."""
 
     def __init__(self, upscaling: nn.Sequential) -> None:
-        first, norm, _, second, _ = upscaling
-        if not isinstance(norm, LayerNorm2d):
-            raise TypeError(f"wanted a LayerNorm2d between the upscalings; came {norm}")
-        self._norm = norm
+        first, self._norm, _, second, _ = cast("Any", upscaling)
         self._first, self._second = _as_linear(first), _as_linear(second)
 
     def __call__(self, image: Tensor, filters: Tensor, masks: Tensor) -> None:
@@ -444,11 +404,10 @@ class _Upscale:
         places.copy_(parts.permute(0, 1, 3, 5, 2, 4, 6))
 
 
-def _as_linear(conv: nn.Module) -> tuple[Tensor, Tensor]:
+def _as_linear(conv: nn.ConvTranspose2d) -> tuple[Tensor, Tensor]:
     """A 2x2 transposed convolution of stride 2 as weight [in, 4 * out] and bias [4 * out]."""
-    if not isinstance(conv, nn.ConvTranspose2d) or conv.bias is None:
-        raise TypeError(f"wanted a transposed convolution with bias; came {type(conv).__name__}")
-    return conv.weight.permute(0, 2, 3, 1).flatten(1).contiguous(), conv.bias.repeat(4)
+    bias = cast("Tensor", conv.bias)
+    return conv.weight.permute(0, 2, 3, 1).flatten(1).contiguous(), bias.repeat(4)
 
 
 def frozen(module: _Module, device: str, dtype: torch.dtype) -> _Module:

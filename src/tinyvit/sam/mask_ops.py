@@ -4,8 +4,6 @@ Suppression gives what torchvision's gives. It compares a block of boxes with al
 that thousands take milliseconds and memory stays bounded. Run lengths are those of pycocotools:
 column by column, beginning with what is not mask; compressed, a count is written in characters of
 five bits, from the third on as the difference from the one before the last.
-
-Shapes: N boxes, H W the image, hh ww a part of it.
 """
 
 from __future__ import annotations
@@ -114,7 +112,7 @@ def components(mask: Mask) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
             "pip install 'tinyvit[torch]'"
         ) from err
 
-    _check_mask(mask)
+    check_mask(mask)
     labels = np.zeros(mask.shape, np.int32)
     x0, y0, x1, y1 = box_around(mask)  # labelling costs time for each pixel
     window = labels[y0:y1, x0:x1]
@@ -170,20 +168,23 @@ def encode(mask: Mask, compressed: bool = True) -> RLE:
         >>> encode(np.array([[False, True], [True, True]]), compressed=False)
         {'size': [2, 2], 'counts': [1, 3]}
     """
-    _check_mask(mask)
-    return encode_region(mask, 0, 0, mask.shape[0], mask.shape[1], compressed)
+    check_mask(mask)
+    height, width = mask.shape
+    return to_rle((height, width), runs(mask, 0, 0, (height, width)), compressed)
 
 
-def encode_region(
-    mask: Mask, top: int, left: int, height: int, width: int, compressed: bool = True
-) -> RLE:
-    """Run lengths of the mask of an image of ``height`` x ``width`` pixels from a part of it.
+def to_rle(size: tuple[int, int], counts: Integers, compressed: bool) -> RLE:
+    """Counts of ``runs`` as COCO has them."""
+    return {"size": list(size), "counts": compress(counts) if compressed else counts.tolist()}
 
-    The mask is empty outside of the part [hh, ww] bool, whose first pixel is at row ``top`` and
-    column ``left``. A mask of the whole image is never made.
+
+def runs(mask: Mask, top: int, left: int, size: tuple[int, int]) -> Integers:
+    """Counts of the mask of an image of ``size`` (H, W) from a part [hh, ww] bool of it.
+
+    The mask is empty outside of the part, which begins at row ``top`` and column ``left``. A mask
+    of the whole image is never made.
     """
-    _check_mask(mask)
-    hh, ww = mask.shape
+    (hh, ww), (height, width) = mask.shape, size
     if height < 1 or width < 1:
         raise ValueError(f"an image has at least one pixel; came {height} x {width}")
     if not (0 <= top <= height - hh and 0 <= left <= width - ww):
@@ -192,12 +193,7 @@ def encode_region(
             f"image of {height} x {width}"
         )
     counts = np.diff(_changes(mask, top, left, height), prepend=0, append=height * width)
-    if len(counts) > 1 and counts[-1] == 0:
-        counts = counts[:-1]
-    return {
-        "size": [int(height), int(width)],
-        "counts": compress(counts) if compressed else counts.tolist(),
-    }
+    return counts[:-1] if len(counts) > 1 and counts[-1] == 0 else counts
 
 
 def decode(rle: Mapping[str, object]) -> Mask:
@@ -208,9 +204,19 @@ def decode(rle: Mapping[str, object]) -> Mask:
             or the counts do not sum to H * W.
     """
     height, width, counts = _read(rle)
-    part, top, left = _part(height, counts)
-    mask = np.zeros((height, width), np.bool_)
-    mask[top : top + part.shape[0], left : left + part.shape[1]] = part
+    return fill((height, width), counts)
+
+
+def fill(size: tuple[int, int], counts: Integers) -> Mask:
+    """The mask of ``size`` (H, W) of counts that fit it; only columns of the mask are unrolled."""
+    height = size[0]
+    mask = np.zeros(size, np.bool_)
+    left, _, columns, rows = _box(height, counts)
+    if rows:
+        ends = np.clip(np.cumsum(counts), left * height, (left + columns) * height)
+        inside = np.diff(ends, prepend=left * height)  # runs cut to the columns of the mask
+        flat = np.repeat(np.arange(len(counts)) % 2 == 1, inside)
+        mask[:, left : left + columns] = flat.reshape(columns, height).T
     return mask
 
 
@@ -250,7 +256,8 @@ def compress(counts: Sequence[int] | Integers) -> str:
     return table[table > 0].tobytes().decode("ascii")
 
 
-def _check_mask(mask: Mask) -> None:
+def check_mask(mask: Mask) -> None:
+    """Refuse what is no mask [H, W] bool."""
     is_array = isinstance(mask, np.ndarray)
     if not is_array or mask.ndim != 2 or mask.dtype != np.bool_:
         came = f"{list(mask.shape)} {mask.dtype}" if is_array else type(mask).__name__
@@ -291,18 +298,6 @@ def _box(height: int, counts: Integers) -> tuple[int, int, int, int]:
         return left, 0, columns, height
     top, bottom = int((first % height).min()), int((last % height).max())
     return left, top, columns, bottom - top + 1
-
-
-def _part(height: int, counts: Integers) -> tuple[Mask, int, int]:
-    """The part that holds the mask, and its first row and column."""
-    left, top, columns, rows = _box(height, counts)
-    if not rows:
-        return np.zeros((0, 0), np.bool_), 0, 0
-    ends = np.clip(np.cumsum(counts), left * height, (left + columns) * height)
-    inside = np.diff(ends, prepend=left * height)  # runs cut to the columns of the part
-    flat = np.repeat(np.arange(len(counts)) % 2 == 1, inside)
-    tall = flat.reshape(columns, height)
-    return np.ascontiguousarray(tall[:, top : top + rows].T), top, left
 
 
 def _read(rle: Mapping[str, object]) -> tuple[int, int, Integers]:

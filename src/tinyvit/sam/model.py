@@ -1,14 +1,12 @@
 """``Sam``: image encoder, prompt encoder and mask decoder as one module.
 
 Names, arguments and results are those of segment-anything; ``build`` makes one from a checkpoint.
-
-Shapes: B prompts of one image, C masks of a prompt, H W the image, h w its size in the model's
-input without padding. Sizes are (height, width).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
@@ -23,11 +21,11 @@ from tinyvit.modules.sam.mask_decoder import MaskDecoder as MaskDecoder
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder as PromptEncoder
 from tinyvit.modules.sam.transformer import TwoWayTransformer as TwoWayTransformer
 
+from .embedding import spec_of
+from .prompts import Size
+
 if TYPE_CHECKING:
     from typing_extensions import NotRequired
-
-
-Size = tuple[int, int]
 
 
 class SamInput(TypedDict):
@@ -138,18 +136,11 @@ class Sam(nn.Module):
         encoded = self._encode([self.preprocess(record["image"]) for record in batched_input])
         outputs: list[SamOutput] = []
         for record, (embedding, early) in zip(batched_input, encoded, strict=True):
-            low_res, iou = self._decode(
-                record, embedding, early, multimask_output, hq_token_only=hq_token_only
-            )
-            height, width = record["image"].shape[-2:]
-            masks = self.postprocess_masks(low_res, (height, width), record["original_size"])
-            outputs.append(
-                {
-                    "masks": masks > self.mask_threshold,
-                    "iou_predictions": iou,
-                    "low_res_logits": low_res,
-                }
-            )
+            low_res, iou = self._decode(record, embedding, early, multimask_output, hq_token_only)
+            size = record["image"].shape[-2:]
+            masks = self.postprocess_masks(low_res, size, record["original_size"])
+            masks = masks > self.mask_threshold
+            outputs.append({"masks": masks, "iou_predictions": iou, "low_res_logits": low_res})
         return outputs
 
     def preprocess(self, x: Tensor) -> Tensor:
@@ -166,28 +157,11 @@ class Sam(nn.Module):
         Raises:
             ValueError: The image is larger than the model's input, or has no three channels.
         """
-        spec = self.image_encoder.image_spec
-        x = x.to(self.pixel_mean.dtype)
-        if spec is not None and spec.normalise == "min_max":
-            normalised = normalise_and_pad(x, spec)
-            return normalised if x.ndim == 4 else normalised[0]
-        if x.ndim not in (3, 4) or x.shape[-3] != len(self.pixel_mean):
-            channels = len(self.pixel_mean)
-            raise ValueError(
-                f"wanted pixels [{channels}, h, w] or [N, {channels}, h, w], got {list(x.shape)}"
-            )
-        x = (x - self.pixel_mean) / self.pixel_std
-        if spec is not None and not spec.pad:
-            return x
-        height, width = self._padded_size()
-        h, w = x.shape[-2:]
-        if h > height or w > width:
-            raise ValueError(
-                f"the image is {h} x {w} (height x width), which does not fit the model's "
-                f"{height} x {width}; resize it first, for example with "
-                f"ResizeLongestSide({min(height, width)})"
-            )
-        return F.pad(x, (0, width - w, 0, height - h))
+        spec = spec_of(self)
+        if not spec.pad and x.ndim > 1:
+            spec = replace(spec, size=(int(x.shape[-2]), int(x.shape[-1])))
+        normalised = normalise_and_pad(x.to(self.pixel_mean.dtype), spec)
+        return normalised if x.ndim == 4 else normalised[0]
 
     def postprocess_masks(
         self, masks: Tensor, input_size: Sequence[int], original_size: Sequence[int]
@@ -214,13 +188,6 @@ class Sam(nn.Module):
         masks = F.interpolate(masks, covered, mode="bilinear", align_corners=False)
         masks = masks[..., : input_size[0], : input_size[1]]
         return F.interpolate(masks, list(original_size), mode="bilinear", align_corners=False)
-
-    def _padded_size(self) -> Size:
-        """(height, width) to which images are padded."""
-        spec, declared = self.image_encoder.image_spec, self.image_encoder.img_size
-        if spec is not None:
-            return spec.size
-        return (declared, declared) if isinstance(declared, int) else declared
 
     def _encode(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
         """Each [3, H, W] -> (embedding [1, C, h, w], early map for an HQ decoder)."""
@@ -249,29 +216,26 @@ class Sam(nn.Module):
         hq_token_only: bool,
     ) -> tuple[Tensor, Tensor]:
         """(low-res logits, predicted IoU) of one image's prompts."""
+        coords, labels = record.get("point_coords"), record.get("point_labels")
+        if (coords is None) != (labels is None):
+            raise ValueError(
+                "point_coords [B, P, 2] and point_labels [B, P] go together as tensors, got "
+                f"{type(coords).__name__} and {type(labels).__name__}"
+            )
         grid = (embedding.shape[2], embedding.shape[3])
         sparse, dense = self.prompt_encoder(
-            points=_points(record),
+            points=None if coords is None else (coords, labels),
             boxes=record.get("boxes"),
             masks=record.get("mask_inputs"),
             embedding_size=grid,
         )
-        arguments = (embedding, self.prompt_encoder.get_dense_pe(grid), sparse, dense)
-        if isinstance(self.mask_decoder, HQMaskDecoder):
-            low_res, iou = self.mask_decoder(*arguments, multimask_output, hq_token_only, early)
-        else:
-            low_res, iou = self.mask_decoder(*arguments, multimask_output)
-        return low_res, iou
-
-
-def _points(record: Mapping[str, object]) -> tuple[Tensor, Tensor] | None:
-    """Coordinates and labels of an image's points, if it has any."""
-    coords, labels = record.get("point_coords"), record.get("point_labels")
-    if coords is None and labels is None:
-        return None
-    if not isinstance(coords, Tensor) or not isinstance(labels, Tensor):
-        raise ValueError(
-            "point_coords [B, P, 2] and point_labels [B, P] go together as tensors, got "
-            f"{type(coords).__name__} and {type(labels).__name__}"
+        is_hq = isinstance(self.mask_decoder, HQMaskDecoder)
+        low_res, iou = self.mask_decoder(
+            embedding,
+            self.prompt_encoder.get_dense_pe(grid),
+            sparse,
+            dense,
+            multimask_output,
+            *((hq_token_only, early) if is_hq else ()),
         )
-    return coords, labels
+        return low_res, iou

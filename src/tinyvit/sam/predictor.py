@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from tinyvit.image_spec import Placement
 from tinyvit.images.decode import ImageSource
 from tinyvit.images.preprocess import PreparedImage, ResizeLongestSide
-from tinyvit.inference.backend import choose_device
 from tinyvit.inference.derived import version_of
 
 from .embedding import ImageEmbedding, ImageEncoder, prepare_image, prepare_resized
@@ -96,18 +95,9 @@ class SamPredictor:
         from .decoder import TorchDecoder
 
         self.model = as_sam(sam_model, "SamPredictor")
-        place = choose_device(str(self.model.device if device is None else device))
-        self._encoder = ImageEncoder(
-            self.model,
-            engine=engine,
-            backend=backend,
-            precision=precision,
-            device=place if isinstance(backend, str) else "auto",
-            pad=pad,
-            fast=fast,
-        )
+        self._encoder = ImageEncoder(self.model, engine, backend, precision, device, pad, fast=fast)
         self.transform = ResizeLongestSide(max(self._encoder.image_spec.size))
-        self._decoder = TorchDecoder(self.model, place, decoder_precision, fast)
+        self._decoder = TorchDecoder(self.model, self._encoder.device, decoder_precision, fast)
         self.reset_image()
 
     @classmethod
@@ -333,16 +323,22 @@ class SamPredictor:
         import torch
 
         embedding = self._current()
-        points = None
-        if point_coords is not None and point_labels is not None:
-            coords = _array("point_coords", point_coords, np.float32)
-            points = coords, _array("point_labels", point_labels, np.int64)
-        elif point_coords is not None or point_labels is not None:
+        if (point_coords is None) != (point_labels is None):
             raise ValueError("point_coords and point_labels go together; came only one of them")
+        points = None
+        if point_coords is not None:
+            coords = _array("point_coords", point_coords, ("B", "N", 2))
+            labels = _array("point_labels", point_labels, coords.shape[:2]).astype(np.int64)
+            unknown = sorted(set(labels.ravel().tolist()) - {-1, 0, 1})
+            if unknown:
+                raise ValueError(
+                    f"labels of points must be 1, 0, or -1 for no point at all; came {unknown}"
+                )
+            points = coords, labels
         batch = PromptBatch(
             points,
-            None if boxes is None else _array("boxes", boxes, np.float32),
-            None if mask_input is None else _array("mask_input", mask_input, np.float32),
+            None if boxes is None else _array("boxes", boxes, ("B", 4)),
+            None if mask_input is None else _array("mask_input", mask_input, ("B", 1, "h4", "w4")),
         )
         low_res, scores = self._decoder.decode_tensors(
             self._prepare(embedding), batch, multimask_output, hq_token_only=hq_token_only
@@ -402,9 +398,18 @@ class SamPredictor:
         return Placement(self.original_size, (height, width), (0, 0), model_size)
 
 
-def _array(name: str, tensor: Tensor, dtype: type[np.generic]) -> NDArray[Any]:
-    """A caller's tensor as an array; numpy has no bfloat16, and float16 is as good in float32."""
+def _array(name: str, tensor: Tensor | None, shape: tuple[int | str, ...]) -> NDArray[np.float32]:
+    """A caller's tensor as an array of finite numbers of a shape, in which letters stand for any.
+
+    numpy has no bfloat16, and float16 is as good in float32.
+    """
     if not hasattr(tensor, "detach"):
         raise ValueError(f"{name} must be a tensor, came {type(tensor).__name__}")
-    here = tensor.detach().cpu()
-    return np.array((here.float() if here.is_floating_point() else here).numpy(), dtype)
+    array = np.array(cast("Tensor", tensor).detach().cpu().float().numpy())
+    wanted = ", ".join(map(str, shape))
+    sides = zip(shape, array.shape, strict=False)
+    if len(shape) != array.ndim or any(isinstance(x, int) and x != side for x, side in sides):
+        raise ValueError(f"{name} must have the shape [{wanted}]; came {list(array.shape)}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite numbers; came some that are NaN or infinite")
+    return array

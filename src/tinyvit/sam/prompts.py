@@ -4,8 +4,6 @@
 ``PromptBatch``: prompts of one kind, stacked, in pixels of the model's input. Prompts are never
 padded to the same number of points, since a padding point is a token that others attend to; they
 are grouped instead.
-
-Shapes: N prompts, P points, H W the image, h4 w4 the low-res logits.
 """
 
 from __future__ import annotations
@@ -123,16 +121,11 @@ class Prompt:
         Returns:
             Keys among ``points``, ``labels``, ``box``, ``mask`` and ``name``.
         """
-        found: dict[str, object] = {}
-        for key in ("points", "labels", "box"):
-            value = getattr(self, key)
-            if value is not None:
-                found[key] = value.tolist()
+        arrays = {"points": self.points, "labels": self.labels, "box": self.box}
+        found: dict[str, object] = {k: v.tolist() for k, v in arrays.items() if v is not None}
         if self.mask is not None:
             found["mask"] = True
-        if self.name is not None:
-            found["name"] = self.name
-        return found
+        return found if self.name is None else {**found, "name": self.name}
 
 
 PromptLike: TypeAlias = "Prompt | Mapping[str, Any]"
@@ -140,12 +133,7 @@ PromptLike: TypeAlias = "Prompt | Mapping[str, Any]"
 
 
 def to_prompt(value: PromptLike) -> Prompt:
-    """A ``Prompt`` from itself or from a dictionary of its arguments.
-
-    Raises:
-        TypeError: It is neither.
-        ValueError: The dictionary has unknown keys, or is no valid prompt.
-    """
+    """A ``Prompt`` from itself or from a dictionary of its arguments."""
     if isinstance(value, Prompt):
         return value
     if not isinstance(value, Mapping):
@@ -254,53 +242,31 @@ pixels of the decoder's own masks have it (sigmoid(6) = 0.998); much larger valu
 anything that the prompt encoder saw in training."""
 
 
-@dataclass(frozen=True, eq=False)
 class PromptBatch:
     """Prompts of one kind as a decoder takes them, in pixels of the model's input.
 
-    Attributes:
-        points: (coordinates [N, P, 2] float32 as (x, y), labels [N, P]: 1, 0, or -1 for no point
-            at all), or None.
-        boxes: [N, 4] float32 xyxy, or None.
-        masks: [N, 1, h4, w4] float32 logits, or None.
-
-    Raises:
-        ValueError: Nothing is prompted, a shape is wrong, a coordinate is not finite, a label is
-            unknown, or the numbers of prompts differ.
+    ``points`` are (coordinates [N, P, 2] float32 as (x, y), labels [N, P]: 1, 0, or -1 for no point
+    at all), ``boxes`` [N, 4] float32 xyxy, ``masks`` [N, 1, h4, w4] float32 logits; each or None.
     """
 
-    points: tuple[NDArray[np.float32], NDArray[np.int64]] | None = None
-    boxes: NDArray[np.float32] | None = None
-    masks: NDArray[np.float32] | None = None
-
-    def __post_init__(self) -> None:
-        counts = {}
-        if self.points is not None:
-            coords, labels = self.points
-            _check_array("point_coords", coords, ("B", "N", 2))
-            _check_array("point_labels", labels, tuple(coords.shape[:2]))
-            unknown = sorted(set(labels.ravel().tolist()) - {-1, 0, 1})
-            if unknown:
-                raise ValueError(
-                    f"labels of points must be 1, 0, or -1 for no point at all; came {unknown}"
-                )
-            counts["point_coords"] = len(coords)
-        for name, array, shape in (
-            ("boxes", self.boxes, ("B", 4)),
-            ("mask_input", self.masks, ("B", 1, "h4", "w4")),
-        ):
-            if array is not None:
-                _check_array(name, array, cast("tuple[int | str, ...]", shape))
-                counts[name] = len(array)
+    def __init__(
+        self,
+        points: tuple[NDArray[np.float32], NDArray[np.int64]] | None = None,
+        boxes: NDArray[np.float32] | None = None,
+        masks: NDArray[np.float32] | None = None,
+    ) -> None:
+        self.points, self.boxes, self.masks = points, boxes, masks
+        given = {"point_coords": points and points[0], "boxes": boxes, "mask_input": masks}
+        counts = {name: len(array) for name, array in given.items() if array is not None}
         if not counts:
             raise ValueError("nothing is prompted; give points, boxes or masks")
         if len(set(counts.values())) > 1:
             shown = ", ".join(f"{count} in {name}" for name, count in counts.items())
             raise ValueError(f"every kind of prompt must be about the same objects; came {shown}")
+        self._count = next(iter(counts.values()))
 
     def __len__(self) -> int:
-        given = self.points[0] if self.points is not None else self.boxes
-        return len(cast(Any, self.masks if given is None else given))
+        return self._count
 
     def part(self, start: int, stop: int) -> PromptBatch:
         """The prompts from ``start`` up to ``stop``."""
@@ -312,23 +278,10 @@ class PromptBatch:
         )
 
 
-def group_prompts(prompts: Sequence[Prompt]) -> dict[Kind, list[int]]:
-    """Positions of the prompts of each kind; each kind can be decoded together."""
-    groups: dict[Kind, list[int]] = {}
-    for position, prompt in enumerate(prompts):
-        groups.setdefault(prompt.kind, []).append(position)
-    return groups
-
-
 def stack_prompts(
     prompts: Sequence[Prompt], placement: Placement, low_res_size: Size, logit_stride: float
 ) -> PromptBatch:
-    """Prompts of one kind, mapped to the model's input and stacked.
-
-    ``logit_stride`` is the number of input pixels per low-res logit.
-    """
-    if len({prompt.kind for prompt in prompts}) > 1:
-        raise ValueError("only prompts of one kind can be stacked; see group_prompts")
+    """Prompts of one kind, mapped to the model's input and stacked."""
     points = boxes = masks = None
     count, has_box, has_mask = prompts[0].kind
     if count:
@@ -339,11 +292,8 @@ def stack_prompts(
         corners = np.stack([cast(Any, prompt.box) for prompt in prompts])
         boxes = placement.boxes_to_model(corners).astype(np.float32)
     if has_mask:
-        logits = [
-            mask_to_logits(prompt.mask, placement, low_res_size, logit_stride)
-            for prompt in prompts
-            if prompt.mask is not None
-        ]
+        given = [cast(Any, prompt.mask) for prompt in prompts]
+        logits = [mask_to_logits(m, placement, low_res_size, logit_stride) for m in given]
         masks = np.stack(logits)[:, None]
     return PromptBatch(points, boxes, masks)
 
@@ -381,16 +331,3 @@ def _averages(pixels: int, low_res: int, covered: int) -> NDArray[np.float32]:
         part = slice(i * covered // low_res, -(-(i + 1) * covered // low_res))
         matrix[i, part] = 1 / (part.stop - part.start)
     return matrix[:, :pixels]
-
-
-def _check_array(name: str, array: NDArray[Any], shape: tuple[int | str, ...]) -> None:
-    """Check an array's shape, in which a letter stands for any number, and that it is finite."""
-    fits = len(shape) == array.ndim and all(
-        isinstance(wanted, str) or wanted == side
-        for wanted, side in zip(shape, array.shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(f"{name} must have the shape [{wanted}]; came {list(array.shape)}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite numbers; came some that are NaN or infinite")

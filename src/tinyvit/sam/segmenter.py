@@ -20,11 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyvit.image_spec import Placement
-from tinyvit.inference.backend import choose_device
 
 from .embedding import ImageEmbedding, ImageEncoder
 from .mask_ops import box_around, encode
-from .prompts import Prompt, PromptLike, group_prompts, stack_prompts, to_prompt
+from .prompts import Kind, Prompt, PromptLike, stack_prompts, to_prompt
 from .upscale import upscale
 
 if TYPE_CHECKING:
@@ -212,21 +211,16 @@ class Segmenter:
         device: str = "auto",
         batch_size: int = 8,
         pad: bool | None = None,
+        workers: int | None = None,
     ) -> None:
         from .build import as_sam
         from .decoder import TorchDecoder
 
-        place = choose_device(device)
         self.model = as_sam(sam, "Segmenter")
         self._encoder = ImageEncoder(
-            self.model,
-            backend=backend,
-            precision=precision,
-            device=place if isinstance(backend, str) else "auto",
-            batch_size=batch_size,
-            pad=pad,
+            self.model, None, backend, precision, device, pad, workers, batch_size
         )
-        self._decoder = TorchDecoder(self.model, place)
+        self._decoder = TorchDecoder(self.model, self._encoder.device)
         self._last: tuple[ImageEmbedding, PreparedEmbedding] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -385,7 +379,10 @@ class Segmenter:
         decoder, placement = self._decoder, embedding.placement
         logits: dict[int, Floats] = {}
         ious: dict[int, Floats] = {}
-        for kind, members in group_prompts(prompts).items():
+        groups: dict[Kind, list[int]] = {}
+        for position, prompt in enumerate(prompts):
+            groups.setdefault(prompt.kind, []).append(position)
+        for kind, members in groups.items():
             batch = stack_prompts(
                 [prompts[i] for i in members],
                 placement,

@@ -5,8 +5,6 @@ that holds the image, and from there to the image. Both are linear along each ax
 they are one matrix an axis, in which each pixel sees at most four logits: a block of rows costs a
 product with a few rows of logits. An interpolated value never exceeds its neighbours, so where no
 low-res logit near by exceeds a threshold, no pixel does.
-
-Shapes: h4 w4 low-res logits, H W the original image. Sizes are (height, width).
 """
 
 from __future__ import annotations
@@ -36,9 +34,6 @@ def upscale(
     """Logits [..., h4, w4] in the original image, as by segment-anything's ``postprocess_masks``.
 
     Gives [..., H, W]: float32, or with a ``threshold`` bool, true where logits are above it.
-
-    Raises:
-        ValueError: Fewer than two dimensions, or fewer logits than the image covers.
     """
     if low_res_logits.ndim < 2:
         raise ValueError(f"wanted logits [..., h4, w4]; came {list(low_res_logits.shape)}")
@@ -79,11 +74,7 @@ class Region:
 
 
 class RegionUpscaler:
-    """Enlarges masks one by one, each only where it can be; for many masks of one image.
-
-    Raises:
-        ValueError: Fewer logits than the image covers.
-    """
+    """Enlarges masks one by one, each only where it can be; for many masks of one image."""
 
     def __init__(
         self, size: tuple[int, int], placement: Placement, logit_stride: float = LOGIT_STRIDE
@@ -122,18 +113,19 @@ def axes(size: tuple[int, ...], placement: Placement, logit_stride: float) -> tu
     return rows, _axis(width, covered[1], resized[1], original[1])
 
 
-@dataclass(frozen=True, eq=False)
 class _Axis:
-    """Both enlargements along one axis.
+    """Both enlargements along one axis: logits -> ``covered`` pixels -> ``original`` pixels."""
 
-    Attributes:
-        matrix: [pixels, logits] float32.
-        first, last: [pixels]: the first and last logit that a pixel sees; both rise with it.
-    """
-
-    matrix: Floats
-    first: NDArray[np.int64]
-    last: NDArray[np.int64]
+    def __init__(self, logits: int, covered: int, resized: int, original: int) -> None:
+        middle, shares = _bilinear(np.arange(original), resized, original)
+        seen, parts = _bilinear(middle, logits, covered)  # [2, 2, original]
+        weights = shares * parts
+        self.matrix = np.zeros((original, logits), np.float32)  # [pixels, logits]
+        pixels = np.broadcast_to(np.arange(original), seen.shape)
+        np.add.at(self.matrix, (pixels.ravel(), seen.ravel()), weights.ravel())
+        counts = weights != 0
+        self.first = np.where(counts, seen, logits).min((0, 1))  # logit that a pixel sees; rises
+        self.last = np.where(counts, seen, -1).max((0, 1))
 
     def seen_by(self, pixels: slice) -> slice:
         """The logits that some pixels see."""
@@ -148,19 +140,7 @@ class _Axis:
         return pixels, slice(0, 0) if start == stop else self.seen_by(pixels)
 
 
-@lru_cache(maxsize=16)  # 2 MB each for a large photograph
-def _axis(logits: int, covered: int, resized: int, original: int) -> _Axis:
-    """Enlarging to ``covered`` pixels, and the first ``resized`` of those to ``original``."""
-    middle, shares = _bilinear(np.arange(original), resized, original)
-    seen, parts = _bilinear(middle, logits, covered)  # [2, 2, original]
-    weights = shares * parts
-    matrix = np.zeros((original, logits), np.float32)
-    pixels = np.broadcast_to(np.arange(original), seen.shape)
-    np.add.at(matrix, (pixels.ravel(), seen.ravel()), weights.ravel())
-    counts = weights != 0
-    first = np.where(counts, seen, logits).min((0, 1))
-    last = np.where(counts, seen, -1).max((0, 1))
-    return _Axis(matrix, first, last)
+_axis = lru_cache(maxsize=16)(_Axis)  # 2 MB each for a large photograph
 
 
 def _bilinear(
