@@ -55,7 +55,7 @@ def test_csv_by_its_column_or_by_chance(tmp_path):
     "parts, words",
     [
         (("train", "train", "train"), "has 3 and 0 images; wanted 'train' and 'val'"),
-        (("train", "dev", "val"), r"has the values \['dev'\]"),
+        (("train", "some", "val"), r"has the values \['some'\]"),
         (("train", "val", "val"), "no image in 'train': 'cat'"),
     ],
 )

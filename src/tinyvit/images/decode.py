@@ -190,7 +190,7 @@ def read_size(source: ImageFile) -> tuple[int, int]:
         width, height = image.size
         if image.format == "TIFF":  # whether .size is already turned depends on Pillow's version
             width, height = (getattr(image, "tag_v2")[tag] for tag in (256, 257))  # noqa: B009
-        return (width, height) if _orientation(image) >= 5 else (height, width)
+        return (width, height) if orientation_of(image) >= 5 else (height, width)
 
 
 class _TruncatedFileError(OSError):
@@ -308,7 +308,7 @@ def _check_size(image: Image.Image, name: str, max_pixels: int | None) -> None:
         )
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """Give the EXIF orientation 1..8; 1 where there is none or it cannot be read."""
     if image.format == "PNG" and not {"exif", "Raw profile type exif", "xmp"} & set(image.info):
         return 1  # asking Pillow would decode the whole image to look behind it
@@ -321,7 +321,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _pixels(image: Image.Image, name: str) -> RGB:
     """Decode an opened image: RGB uint8 [H, W, 3], upright."""
-    orientation = _orientation(image)
+    orientation = orientation_of(image)
     if image.format == "TIFF":
         orientation = 1  # Pillow turns these while it loads them
         if getattr(image, "_im", image) is None:  # with its memory there, Pillow asks no limit

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +22,20 @@ from tinyvit.evaluate.classify import LabelledImages
 from tinyvit.images.decode import decode
 from tinyvit.train.settings import OnBroken
 
-from .lists import FileList, Labels, read_csv, read_folder
-from .tar import find_shards, read_shards
+from .lists import (
+    PART_NAMES,
+    TRAIN_NAMES,
+    VAL_NAMES,
+    FileList,
+    Labels,
+    read_csv,
+    read_folder,
+    visible_folders,
+)
+from .sources import identity, some
+from .tar import TarShards, find_shards, read_shards
 
-TRAIN_NAMES, VAL_NAMES = ("train", "training"), ("val", "valid", "validation", "test")
-_TRIES = 20
+TRIES = 20  # unreadable images in a row that end the training
 
 
 def hold_out(names: Sequence[str], part: float | str, seed: int = 0) -> tuple[list[str], list[str]]:
@@ -79,12 +89,14 @@ def _drawn(names: Sequence[str], part: float, seed: int) -> set[str]:
     return held
 
 
-def split(labels: Labels, part: float, seed: int) -> tuple[Labels, Labels]:
+def split(
+    labels: Labels, part: float, seed: int, groups: Labels | None = None
+) -> tuple[Labels, Labels]:
     """Choose images to hold out, the same part of each class.
 
     A class of two or more images gives at least one and keeps at least one; a class of one keeps
-    it for training. The same seed gives the same split. Gives the indices to train on and to hold
-    out, each sorted.
+    it for training. What has one number in ``groups`` stays together and counts once. The same
+    seed gives the same split. Gives the indices to train on and to hold out, each sorted.
 
     Raises:
         ValueError: ``part`` is out of its range, or nothing can be held out.
@@ -95,6 +107,10 @@ def split(labels: Labels, part: float, seed: int) -> tuple[Labels, Labels]:
     """
     if not 0 < part < 1:
         raise ValueError(f"the part to hold out must be above 0 and below 1, got {part}")
+    if groups is not None:
+        _, first, place = np.unique(groups, return_index=True, return_inverse=True)
+        is_held = np.isin(place, split(labels[first], part, seed)[1])
+        return np.flatnonzero(~is_held), np.flatnonzero(is_held)
     held: list[Labels] = []
     rng = np.random.default_rng(seed)
     for number in np.unique(labels):
@@ -168,12 +184,15 @@ def open_data_set(
     val_part: float = 0.1,
     split_seed: int = 0,
 ) -> DataSet:
-    """Open labelled images and split them into two parts.
+    """Open labelled images and split them into two parts that share no image.
+
+    An image that is named several times (in a CSV, or by links) stays in one part.
 
     Args:
         data: A folder with one subfolder for each class; a folder with such folders ``train`` and
-            ``val`` (or with tar files in them); a CSV file, perhaps with a column ``split``; a tar
-            file, a folder of tar files, or a pattern such as ``train-*.tar``.
+            ``val`` (or ``Test``, ``dev``, ...; or with tar files in them); a CSV file, perhaps with
+            a column ``split``; a tar file, a folder of tar files, or a pattern such as
+            ``train-*.tar``.
         val: The part to validate on, of any of these kinds; None takes the one that ``data`` names
             itself, or holds out ``val_part`` of each class.
         val_part: Part of each class to hold out where neither names one, above 0
@@ -188,27 +207,59 @@ def open_data_set(
             be held out.
 
     Warns:
-        UserWarning: A class has no image to validate on.
+        UserWarning: A class has no image to validate on, or images stand in both parts; these are
+            validated on and not trained on.
     """
     path = Path(data)
-    if val is not None:
-        train = open_part(_inner(path, TRAIN_NAMES) or path)
-        held = open_part(val, train.classes)
-        return DataSet(train, held, f"{path} and {val}")
-    inner_train, inner_val = _inner(path, TRAIN_NAMES), _inner(path, VAL_NAMES)
-    if inner_train is not None and inner_val is not None:
-        train = open_part(inner_train)
-        return DataSet(train, open_part(inner_val, train.classes), f"{inner_train}, {inner_val}")
+    inner, inner_val = _inner(path, TRAIN_NAMES), _inner(path, VAL_NAMES)
+    held = val or (inner and inner_val)
+    if held is not None:
+        train = open_part(inner or path)
+        return _disjoint(train, open_part(held, train.classes), f"{inner or path} and {held}")
     if path.suffix.lower() in (".csv", ".tsv"):
         listed, parts = read_csv(path)
         if parts is not None:
             return _by_column(listed, parts, path)
         whole: LabelledImages = listed
     else:
-        whole = open_part(path)
-    kept, out = split(whole.labels, val_part, split_seed)
+        siblings = visible_folders(path) if inner is not None else []
+        is_alone = all(name.lower() in PART_NAMES for name in siblings)
+        whole = open_part(inner if inner is not None and is_alone else path)
+    first: dict[Hashable, int] = {}  # place of each image where it is named first
+    groups = [first.setdefault(one, place) for place, one in enumerate(identities(whole))]
+    kept, out = split(whole.labels, val_part, split_seed, np.array(groups, np.int64))
     words = f"{path}, {val_part:.0%} of each class held out with seed {split_seed}"
     return DataSet(Subset(whole, kept), Subset(whole, out), words)
+
+
+def identities(images: LabelledImages) -> list[Hashable]:
+    """What tells each image of a list from all others, whatever names or links lead to it."""
+    if isinstance(images, Subset):
+        whole = identities(images.whole)
+        return [whole[index] for index in images.indices]
+    if isinstance(images, TarShards):
+        shards = [identity(path) for path in images.shards]
+        places = zip(images.shard.tolist(), images.offset.tolist(), strict=True)
+        return [(shards[number], offset) for number, offset in places]
+    sources = [images.source(index) for index in range(len(images))]
+    return [identity(one) if isinstance(one, Path) else one for one in sources]
+
+
+def _disjoint(train: LabelledImages, held: LabelledImages, origin: str) -> DataSet:
+    """Two parts; an image of both is validated on and not trained on."""
+    there = set(identities(held))
+    kept = np.array([one not in there for one in identities(train)], np.bool_)
+    if kept.all():
+        return DataSet(train, held, origin)
+    shared = [train.name(int(index)) for index in np.flatnonzero(~kept)]
+    if not kept.any():
+        raise ValueError(f"all {len(train)} images to train on are validated on too: {origin}")
+    warnings.warn(
+        f"{len(shared)} images stand in both parts of {origin} and are not trained on: "
+        f"{some(shared)}",
+        stacklevel=3,
+    )
+    return DataSet(Subset(train, np.flatnonzero(kept)), held, origin)
 
 
 def open_part(data: str | os.PathLike[str], classes: Sequence[str] | None = None) -> LabelledImages:
@@ -249,7 +300,7 @@ def read_one(
         ImageError: An image is unreadable and ``on_broken`` is "error", or many in a row are.
     """
     broken: dict[str, str] = {}
-    for _ in range(_TRIES):
+    for _ in range(TRIES):
         try:
             return index, decode(images.source(index)), broken
         except ImageError as err:
@@ -259,7 +310,7 @@ def read_one(
             index = int(rng.integers(len(images)))
     name, reason = next(iter(broken.items()))
     raise ImageError(
-        f"{_TRIES} images drawn in a row are unreadable, the first is {name!r} ({reason}); most of "
+        f"{TRIES} images drawn in a row are unreadable, the first is {name!r} ({reason}); most of "
         "the data cannot be read"
     )
 
@@ -274,7 +325,11 @@ def fingerprint(images: LabelledImages) -> str:
 
 
 def _inner(path: Path, names: tuple[str, ...]) -> Path | None:
-    return next((path / name for name in names if (path / name).is_dir()), None)
+    """The folder of a part, called so in any case, that has folders or tar files in it."""
+    folders = visible_folders(path) if path.is_dir() else []
+    there = {name.lower(): path / name for name in folders}
+    found = (there[name] for name in names if name in there)
+    return next((one for one in found if visible_folders(one) or find_shards(one)), None)
 
 
 def _by_column(listed: FileList, parts: tuple[str, ...], path: Path) -> DataSet:
@@ -293,4 +348,5 @@ def _by_column(listed: FileList, parts: tuple[str, ...], path: Path) -> DataSet:
     if lacking:
         names = ", ".join(repr(listed.classes[number]) for number in sorted(lacking))
         raise ValueError(f"classes of {str(path)!r} with no image in 'train': {names}")
-    return DataSet(Subset(listed, train), Subset(listed, val), f"{path}, by its column 'split'")
+    words = f"{path}, by its column 'split'"
+    return _disjoint(Subset(listed, train), Subset(listed, val), words)

@@ -6,7 +6,6 @@ are listed here and never opened: what is wrong with one shows when it is read.
 
 from __future__ import annotations
 
-import csv
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,11 +17,16 @@ from numpy.typing import NDArray
 
 from tinyvit.folders.images import IMAGE_SUFFIXES
 
+from .sources import find_column, find_file, read_table, some
+
 Labels = NDArray[np.int64]
 
-_PATHS = {"path", "file", "filename", "file_name", "image", "image_path", "picture"}
-_LABELS = {"label", "class", "class_name", "target", "category"}
-_SHOWN = 5
+TRAIN_NAMES = ("train", "training")
+VAL_NAMES = ("val", "valid", "validation", "validate", "dev", "eval", "test", "testing")
+PART_NAMES = (*TRAIN_NAMES, *VAL_NAMES, "unlabeled", "unlabelled", "extra")
+
+_PATHS = ("path", "file", "filename", "file_name", "image", "image_path", "picture")
+_LABELS = ("label", "class", "class_name", "target", "category")
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class FileList:
     """Labelled images that are files."""
 
     root: Path  # the folder that ``names`` are relative to
-    names: tuple[str, ...]  # path of each image, with slashes
+    names: tuple[str, ...]  # path of each image
     labels: Labels  # [N] int64, number of each image's class
     classes: tuple[str, ...]  # names of the classes, in the order of their numbers
 
@@ -54,16 +58,20 @@ def read_folder(folder: str | os.PathLike[str], classes: Sequence[str] | None = 
     the folder, sorted by name.
 
     Raises:
-        ValueError: No such folder, no class folders, a class without images, or a class that is
-            not in ``classes``.
-
-    Warns:
-        UserWarning: ``classes`` are given and some have no image here.
+        ValueError: No such folder, no class folders, a class without images or called like a part
+            of a data set and with folders in it, or a class that is not in ``classes``.
     """
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"there is no folder {str(root)!r}; check the path")
-    there = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    there = visible_folders(root)
+    parts = [name for name in there if name.lower() in PART_NAMES and visible_folders(root / name)]
+    if parts:
+        raise ValueError(
+            f"{some(parts)} in {str(root)!r} are called like parts of a data set and hold folders, "
+            "so they are no classes; give one of them, and another one to validate on (--val), or "
+            "rename them"
+        )
     found = {name: sorted(_images(root, name)) for name in there}
     if not any(found.values()):
         raise ValueError(
@@ -82,6 +90,11 @@ def read_folder(folder: str | os.PathLike[str], classes: Sequence[str] | None = 
     return FileList(root, tuple(names), labels, known)
 
 
+def visible_folders(root: Path) -> list[str]:
+    """Names of the folders in a folder, sorted, without hidden ones."""
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
 def _images(root: Path, name: str) -> Iterator[str]:
     """The images of one class, relative to the root."""
     for place, folders, files in os.walk(root / name):
@@ -98,64 +111,45 @@ def read_csv(
 
     A first line that names its columns (``path``, ``label`` and, if wanted, ``split``; a few usual
     other names are understood) is a header; without one the first two columns are the path and the
-    label. Paths are relative to the file. Comma, semicolon and tab separate. ``classes`` number a
-    part that belongs to another one; by default those of the file, as ``number_classes`` sorts.
+    label. Paths are relative to the file. ``classes`` number a part that belongs to another one; by
+    default those of the file, as ``number_classes`` sorts.
 
     Raises:
         ValueError: The file cannot be read, has no rows, a row is too short, a label is empty or
             not in ``classes``, or images are not there.
-
-    Warns:
-        UserWarning: ``classes`` are given and some have no image here.
     """
     path = Path(path)
-    rows = _rows(path)
-    header = [cell.strip().lower() for cell in rows[0][1]]
-    found = (_column(header, _PATHS), _column(header, _LABELS))
-    part = _column(header, {"split"})
-    if found[0] is not None and found[1] is not None:
-        where, what = found[0], found[1]
+    rows = read_table(path)
+    header = rows[0][1]
+    where, what = find_column(header, _PATHS), find_column(header, _LABELS)
+    part = find_column(header, ("split",))
+    if where is not None and what is not None:
         rows = rows[1:]
     else:
         where, what, part = 0, 1, None
     wanted = max(where, what, -1 if part is None else part) + 1
     for line, cells in rows:
-        if len(cells) < wanted or not cells[where].strip() or not cells[what].strip():
+        if len(cells) < wanted or not cells[where] or not cells[what]:
             raise ValueError(
                 f"line {line} of {str(path)!r} is {','.join(cells)!r}; wanted a path and a label"
             )
-    names = tuple(cells[where].strip() for _, cells in rows)
-    if not names:
+    if not rows:
         raise ValueError(f"{str(path)!r} has a header and no rows; wanted a path and a label each")
-    lost = [name for name in names if not (path.parent / name).is_file()]
+    files = [find_file(cells[where], [path.parent]) for _, cells in rows]
+    lost = [cells[where] for (_, cells), file in zip(rows, files, strict=True) if file is None]
     if lost:
         raise ValueError(
-            f"{len(lost)} of {len(names)} images of {str(path)!r} are not there: "
-            f"{_some(lost)}; paths are relative to {str(path.parent)!r}"
+            f"{len(lost)} of {len(rows)} images of {str(path)!r} are not there: "
+            f"{some(lost)}; paths are relative to {str(path.parent)!r}"
         )
-    labels, known = number_classes([cells[what].strip() for _, cells in rows], classes, str(path))
-    parts = None if part is None else tuple(cells[part].strip() for _, cells in rows)
+    names = tuple(
+        cells[where] if file == path.parent / cells[where] else os.path.relpath(file, path.parent)
+        for (_, cells), file in zip(rows, files, strict=True)
+        if file is not None
+    )
+    labels, known = number_classes([cells[what] for _, cells in rows], classes, str(path))
+    parts = None if part is None else tuple(cells[part] for _, cells in rows)
     return FileList(path.parent, names, labels, known), parts
-
-
-def _rows(path: Path) -> list[tuple[int, list[str]]]:
-    """(number of the line, cells) of each line that is not empty."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            mark = max(",;\t", key=first.count)
-            reader = csv.reader(file, delimiter=mark)
-            rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    except (OSError, UnicodeDecodeError, csv.Error) as err:
-        raise ValueError(f"the list {str(path)!r} cannot be read as CSV text: {err}") from err
-    if not rows:
-        raise ValueError(f"the list {str(path)!r} is empty; wanted a path and a label in each line")
-    return rows
-
-
-def _column(header: Sequence[str], names: set[str]) -> int | None:
-    return next((number for number, cell in enumerate(header) if cell in names), None)
 
 
 def number_classes(
@@ -186,7 +180,7 @@ def number_classes(
         if unknown:
             raise ValueError(
                 f"{origin} has {len(unknown)} classes that the other part does not have: "
-                f"{_some(unknown)}; both parts must have the same classes"
+                f"{some(unknown)}; both parts must have the same classes"
             )
         lacking = [name for name in known if name not in distinct]
         if lacking:
@@ -197,10 +191,5 @@ def number_classes(
     return np.array([numbers[text] for text in texts], dtype=np.int64), known
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(repr(name) for name in names[:_SHOWN]) + more
-
-
 def _these(noun: str, names: Sequence[str], plural: str) -> str:
-    return f"{len(names)} {noun}{plural if len(names) > 1 else ''} ({_some(names)})"
+    return f"{len(names)} {noun}{plural if len(names) > 1 else ''} ({some(names)})"

@@ -1,14 +1,13 @@
 """Images with the masks of their objects, in any of the usual formats; checked when opened.
 
-``open_mask_set`` recognises COCO's JSON, labelme's JSON, folders of mask PNGs and CSV files.
-Whatever does not fit (a missing or unreadable image, a mask of another size, an empty mask) is
-skipped, counted and named in ``faults``, or is an error by choice.
+What ``open_mask_set`` finds unfit (a missing or unreadable image, a mask of another size, an empty
+mask) is skipped, counted and named in ``faults``, or is an error by choice.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, overload
@@ -19,9 +18,9 @@ from numpy.typing import NDArray
 from tinyvit.errors import ImageError
 from tinyvit.images.decode import decode, read_size
 
-from .mask_formats import Annotation, MaskFile, RawSample, read_mask_file, read_samples
-
-_SHOWN = 5  # of what was skipped, in an error
+from .annotations import Annotation, MaskFile, read_mask_file
+from .mask_formats import RawSample, image_source, read_samples
+from .sources import SHOWN, identity
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class MaskSample:
     """One image and the annotations of its objects.
 
     Attributes:
-        image: Its file.
+        image: Its file, or a JSON of labelme that holds it.
         annotations: One for each object.
         labels: What each object is called; empty text where nothing is known.
     """
@@ -56,7 +55,7 @@ class MaskSample:
             ImageError: The image or a mask's file cannot be read.
             ValueError: A mask has become one of another size since the set was opened.
         """
-        image = decode(self.image)
+        image = decode(image_source(self.image))
         size = image.shape[0], image.shape[1]
         masks = np.zeros((len(self), *size), np.bool_)
         read: dict[Path, NDArray[np.int64]] = {}
@@ -139,6 +138,11 @@ class MaskSet(Sequence[MaskSample]):
         ]
         return replace(self, scenes=parts[0]), replace(self, scenes=parts[1], faults=())
 
+    def without(self, other: MaskSet) -> MaskSet:
+        """The samples whose images are not in another set, by whatever names or links."""
+        there = {identity(sample.image) for sample in other}
+        return replace(self, scenes=tuple(one for one in self if identity(one.image) not in there))
+
 
 def open_mask_set(
     path: str | os.PathLike[str],
@@ -149,10 +153,12 @@ def open_mask_set(
 ) -> MaskSet:
     """Open images with masks, and check that they fit each other.
 
+    An image that the data name several times (by other ids, links or JSON files) is one sample.
+
     Args:
-        path: A JSON of COCO; a CSV with the columns ``image`` (or ``picture``) and ``mask``; or a
-            folder: with one of these in it, with labelme's JSON files, or with ``images/`` and
-            ``masks/``.
+        path: A JSON of COCO, SA-1B or labelme; a CSV with the columns ``image`` (or ``picture``)
+            and ``mask``; or a folder: with some of these in it or in ``annotations/``, or with
+            ``images/`` and ``masks/``.
         images: Folder of the images, where it is not the one that ``path`` implies.
         on_fault: What does not fit is skipped and named ("skip"), or an error.
         check_pixels: Decode every image now, not only its header: an unreadable one is found here
@@ -164,33 +170,46 @@ def open_mask_set(
     Raises:
         ValueError: There is no such set, its format is not known, nothing in it is good, or,
             with ``on_fault="error"``, anything in it is not.
+
+    Warns:
+        UserWarning: A mask file has several pages, of which the first is taken.
     """
     if on_fault not in ("skip", "error"):
         raise ValueError(f"on_fault must be 'skip' or 'error', but is {on_fault!r}")
     found, faults = read_samples(Path(path), None if images is None else Path(images))
-    samples = []
+    samples: dict[Hashable, MaskSample] = {}
     for raw in found:
         sample, wrong = _checked(raw, check_pixels)
         faults += wrong
         if sample is not None:
-            samples.append(sample)
+            known = samples.setdefault(identity(raw.image), sample)
+            if known is not sample:
+                samples[identity(raw.image)] = MaskSample(
+                    known.image,
+                    known.annotations + sample.annotations,
+                    known.labels + sample.labels,
+                )
     if faults and (on_fault == "error" or not samples):
-        shown = "; ".join(faults[:_SHOWN])
-        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        advice = "; repair them, or skip them with on_fault='skip'" if samples else ""
+        shown = "; ".join(faults[:SHOWN])
+        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        advice = "; repair them, or skip them with on_fault='skip'"
+        if not samples:
+            is_lost = images is None and "there is no file" in shown
+            advice = "; say with images=... (--images) where the images are" if is_lost else ""
         what = "has faults" if samples else "has no image with a good mask"
         raise ValueError(f"{path} {what}: {shown}{more}{advice}")
     if not samples:
         raise ValueError(f"{path} holds no images with masks")
-    return MaskSet(str(path), tuple(samples), tuple(faults))
+    return MaskSet(str(path), tuple(samples.values()), tuple(faults))
 
 
 def _checked(raw: RawSample, check_pixels: bool) -> tuple[MaskSample | None, list[str]]:
     """The good part of a sample, if any, and what is wrong with the rest."""
     try:
-        size = read_size(raw.image)
+        source = image_source(raw.image)
+        size = read_size(source)
         if check_pixels:
-            decode(raw.image)
+            decode(source)
     except ImageError as err:
         return None, [str(err)]
     if raw.size is not None and raw.size != size:
@@ -201,11 +220,11 @@ def _checked(raw: RawSample, check_pixels: bool) -> tuple[MaskSample | None, lis
         ]
     faults: list[str] = []
     good: list[tuple[Annotation, str]] = []
-    for number, (annotation, label) in enumerate(raw.objects):
+    for annotation, label, origin in raw.objects:
         try:
             annotation.check(size)
         except (ImageError, ValueError) as err:
-            faults.append(f"{raw.image}, object {number}: {err}")
+            faults.append(f"{raw.image}, {origin}: {err}")
         else:
             good.append((annotation, label))
     if not good:

@@ -43,6 +43,7 @@ from .prompting import Objects, Prompting, check_trainable, first_click, noisy_b
 from .settings import SegmentSettings
 
 _TRIES = 20
+_SAME = "is trained and validated on, so the metrics say nothing about others"
 
 
 class MaskSamples(Protocol):
@@ -330,17 +331,24 @@ def _open(settings: SegmentSettings) -> tuple[MaskSet, MaskSet]:
     """What to train on and what to validate on."""
     whole = open_mask_set(settings.data, settings.images, on_fault=settings.on_broken)
     if settings.val is not None:
-        parts = whole, open_mask_set(settings.val, settings.val_images, on_fault=settings.on_broken)
+        val = open_mask_set(settings.val, settings.val_images, on_fault=settings.on_broken)
+        parts = whole.without(val), val
+        if shared := len(whole) - len(parts[0]):
+            _warn(
+                f"{shared} of {len(whole)} images of {settings.data} are in {settings.val} too; "
+                + ("they are not trained on" if len(parts[0]) else f"the same {_SAME}")
+            )
+        parts = parts if len(parts[0]) else (whole, val)
     elif len(whole) == 1:
-        warnings.warn(
-            f"{settings.data} has only one image: it is trained and validated on, so the metrics "
-            "say nothing about others; name images to validate on with val=...",
-            stacklevel=3,
-        )
+        _warn(f"{settings.data} has only one image: it {_SAME}; name images to validate on (--val)")
         parts = whole, replace(whole, faults=())
     else:
         parts = whole.split(settings.val_part, settings.split_seed)
     for part in parts:
         if part.faults:
-            warnings.warn(part.describe(), stacklevel=3)
+            _warn(part.describe())
     return parts
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
