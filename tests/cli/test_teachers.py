@@ -67,7 +67,6 @@ def test_stopping_says_how_to_go_on(run, images, checkpoints, tmp_path, monkeypa
     ("words", "code", "said"),
     [
         (("write-logits", "none", "--teacher", "x", "-o", "y"), 1, "there is no file or folder"),
-        (("store-features", "none", "--teacher", "nothing", "-o", "y"), 1, "nothing"),
         (("write-logits", "a", "-o", "y"), 2, "Missing option '--teacher'"),
         (("write-logits", "a", "--teacher", "x", "-o", "y", "--augment", "a"), 2, "'a' is not one"),
         (("store-features", "a", "--teacher", "x"), 2, "Missing option '--output'"),

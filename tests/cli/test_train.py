@@ -220,10 +220,64 @@ def test_wrong_settings_are_one_line(run, words, tmp_path, more, said):
     assert said in result.err.splitlines()[-1]
 
 
-def test_paths_in_errors_stay_as_they_are(run, tmp_path):
+def test_errors_leave_names_as_they_are(run, tmp_path):
+    """A folder was once called 'my --seed 3.dir', and settings of a file as options."""
     result = run("train", "classify", "my  seed=3 .dir", "-o", tmp_path / "run")
-    assert result.code == 1
-    assert "'my  seed=3 .dir'" in result.err
+    assert (result.code, "'my  seed=3 .dir'" in result.err) == (1, True)
+    empty = tmp_path / "lr=1  images=... .d"
+    empty.mkdir()
+    result = run("train", "classify", empty, "-o", tmp_path / "run")
+    assert f"error: {str(empty)!r} has no subfolders with images; wanted" in result.err
+    assert " .bmp .gif " in result.err
+    file = tmp_path / "choices.toml"
+    for text, said in (
+        ("epochz = 3", "unknown settings epochz; known are accumulate, augment, batch_size, "),
+        ("batch_size = 0", "batch_size must be at least 1, got 0"),
+    ):
+        file.write_text(text)
+        result = run("train", "classify", tmp_path, "-o", tmp_path / "run", "--config", file)
+        assert result.err.startswith(f"error: {file}: {said}")
+
+
+MISSING = (
+    (("classify", "nowhere"), "there is no file or folder 'nowhere' for DATA; check the path"),
+    (("classify", "x-*.tar"), "there is no file or folder 'x-*.tar' for DATA; check the path"),
+    (("classify", ".", "--val", "no"), "there is no file or folder 'no' for --val; check the path"),
+    (("classify", ".", "--checkpoint", "a.pt"), "there is no file 'a.pt' for --checkpoint; check"),
+    (("classify", ".", "--checkpoint", "tinyvit_startr"), "did you mean 'tinyvit_starter'?"),
+    (("classify", ".", "--config", "no.toml"), "no.toml: No such file or directory"),
+    (("segment", ".", "--images", "no"), "there is no file or folder 'no' for --images; check"),
+    (("distill-logits", ".", "--logits", "no"), "no file or folder 'no' for --logits"),
+    (("distill-features", ".", "--features", ".", "--sam", "a.pt"), "no file 'a.pt' for --sam"),
+    (("write-logits", "nowhere", "--teacher", "tinyvit_starter"), "'nowhere' for DATA"),
+    (("store-features", ".", "--teacher", "no.onnx"), "no file 'no.onnx' for --teacher"),
+)
+
+
+def test_what_is_missing_is_found_before_torch_is_loaded(tmp_path):
+    """It took 41 seconds to say that a folder is not there; here torch cannot be imported."""
+    code = (
+        "import json, sys\n"
+        "sys.modules['torch'] = None\n"
+        "from typer.testing import CliRunner\n"
+        "from tinyvit.cli.main import app\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    result = CliRunner().invoke(app, ['train', *words, '-o', 'run'])\n"
+        "    print(json.dumps([result.exit_code, result.stderr]))\n"
+    )
+    words = [words for words, _ in MISSING]
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(words)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    for line, (_, said) in zip(done.stdout.splitlines(), MISSING, strict=True):
+        status, err = json.loads(line)
+        assert (status, err.count("\n")) == (1, 1)
+        assert said in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_processes_are_silent(run, words, tmp_path, monkeypatch):
@@ -254,7 +308,9 @@ def test_segment_with_new_weights(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr("tinyvit.train.tasks.segment.make_task", stop)
     for words in (("--model", "tiny_vit_2m_sam"), ()):
-        assert run("train", "segment", "x", "-o", tmp_path / "run", *words, "--seed", 3).code == 1
+        assert (
+            run("train", "segment", tmp_path, "-o", tmp_path / "run", *words, "--seed", 3).code == 1
+        )
     assert [(one.checkpoint, one.model, one.seed) for one in seen] == [
         (None, "tiny_vit_2m_sam", 3),
         ("tinyvit_starter", None, 3),

@@ -170,7 +170,8 @@ def test_settings_of_tasks(tmp_path):
 
 def test_errors_can_name_options_and_pickle():
     for error, words in (
-        (SettingError("epochs", "at least 1", 0, "a.toml"), "a.toml: --epochs must be at least 1"),
+        (SettingError("epochs", "at least 1", 0), "--epochs must be at least 1, got 0"),
+        (SettingError("epochs", "at least 1", 0, "a.toml"), "a.toml: epochs must be at least 1"),
         (ChangedSettingsError("r", [("epochs", 1, 2)]), "--epochs was 1 and is 2. Set them"),
     ):
         again = pickle.loads(pickle.dumps(error))

@@ -8,15 +8,19 @@ library's default is shown in the help.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import inspect
 import operator
+import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Annotated, Any, Protocol, TypeVar, cast
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast
 
 import typer
 from typer.core import TyperCommand
 
+from tinyvit.catalog import get_checkpoint, list_checkpoints
+from tinyvit.errors import CheckpointError
 from tinyvit.train.settings import Setting, Settings, settings_of
 
 from .arguments import matching_checkpoints, matching_models, one_of
@@ -25,7 +29,9 @@ from .console import translated
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
 _FIRST_GROUP = "Options"
-_COMPLETE = {"NAME_OR_FILE": matching_checkpoints, "VARIANT": matching_models}
+_WEIGHTS = "NAME_OR_FILE"  # the metavar
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".onnx")
+_COMPLETE = {_WEIGHTS: matching_checkpoints, "VARIANT": matching_models}
 
 
 def options_of(cls: type[Settings]) -> list[inspect.Parameter]:
@@ -34,13 +40,7 @@ def options_of(cls: type[Settings]) -> list[inspect.Parameter]:
 
 
 def option(name: str, kind: Any, info: Any) -> inspect.Parameter:
-    """A parameter that typer reads, None where it is not given.
-
-    Args:
-        name: Of the parameter.
-        kind: Its type.
-        info: What ``typer.Option`` or ``typer.Argument`` gave.
-    """
+    """A parameter of a type that typer reads from its ``info``, None where it is not given."""
     annotation = operator.getitem(cast(Any, Annotated), (kind | None, info))
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, keyword, default=None, annotation=annotation)
@@ -110,6 +110,31 @@ def _option(setting: Setting) -> inspect.Parameter:
     return option(setting.name, kind, info)
 
 
+def check_places(settings: Settings) -> None:
+    """Find out which data or weights are not there before torch is loaded, which takes seconds."""
+    for name, setting in settings_of(type(settings)).items():
+        place = getattr(settings, name)
+        if setting.is_place and isinstance(place, str):
+            is_weights = setting.flag.metavar == _WEIGHTS
+            (check_weights if is_weights else check_data)(place, flag_of(setting))
+
+
+def check_data(place: str, flag: str) -> None:
+    """ValueError where there is no such file or folder, and no file of such a pattern."""
+    if not os.path.exists(place) and not glob.glob(place):
+        raise ValueError(f"there is no file or folder {place!r} for {flag}; check the path")
+
+
+def check_weights(weights: str, flag: str) -> None:
+    """CheckpointError where this is neither a name nor a file of weights."""
+    path = Path(weights)
+    if weights.startswith(("timm:", "hf:")) or weights in list_checkpoints() or path.exists():
+        return
+    if path.name != weights or path.suffix.lower() in _SUFFIXES:
+        raise CheckpointError(f"there is no file {weights!r} for {flag}; check the path")
+    get_checkpoint(weights)  # raises, and says the nearest name
+
+
 def _whole_numbers(text: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",")]
@@ -126,18 +151,6 @@ def _number_or_text(text: str) -> float | str:
         return text
 
 
-class _Formatter(Protocol):
-    """What is used of click's formatter of help texts."""
-
-    def section(self, name: str) -> AbstractContextManager[None]:
-        """A heading, and what is written under it."""
-        ...
-
-    def write_dl(self, rows: Sequence[tuple[str, str]]) -> None:
-        """Names and what they mean."""
-        ...
-
-
 class GroupedCommand(TyperCommand):
     """A verb whose help shows its options under headings."""
 
@@ -152,7 +165,7 @@ class GroupedCommand(TyperCommand):
             if parameter.param_type_name == "argument":
                 heading = "Arguments"
             groups.setdefault(heading, []).append(record)
-        writer = cast(_Formatter, formatter)
+        writer = cast(Any, formatter)  # click's, of which typer may have a copy
         for heading, records in groups.items():
             if records:
                 with writer.section(heading):

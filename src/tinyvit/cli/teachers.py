@@ -18,6 +18,7 @@ from tinyvit.train.settings import Strength
 
 from .arguments import Device, Json, matching_checkpoints, one_of
 from .console import Console, Update, counted
+from .settings_options import check_data, check_weights
 
 LOGITS_EXAMPLES = (
     "tinyvit train write-logits photos --teacher teacher.safetensors -o answers",
@@ -111,6 +112,8 @@ def write_logits(
     is named, and the exit code is 1.
     """
     own = console.of(ctx)
+    check_data(data, "DATA")
+    check_weights(teacher, "--teacher")
 
     from tinyvit.image_spec import ImageSpec
     from tinyvit.train.data.augment import augmentation
@@ -156,6 +159,8 @@ def store_features(
     An image that cannot be read is named, and the exit code is 1.
     """
     own = console.of(ctx)
+    check_data(str(images), "IMAGES")
+    check_weights(teacher, "--teacher")
 
     from tinyvit.image_spec import ImageSpec
     from tinyvit.train.tasks.teachers import open_teacher

@@ -18,7 +18,7 @@ from datetime import timedelta
 from inspect import Parameter
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
@@ -40,12 +40,11 @@ from tinyvit.train.tasks.settings import (
 )
 
 from .arguments import announce
-from .console import INTERRUPTED, Console
-from .settings_options import flag_of, option, options_of, with_options
+from .console import INTERRUPTED, Console, bar_of
+from .settings_options import check_places, flag_of, option, options_of, with_options
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
-    from rich.progress import TaskID
     from typing_extensions import Self
 
     from tinyvit.train import Progress, Result, Task
@@ -168,8 +167,7 @@ def segment(ctx: typer.Context, **values: object) -> None:
 # -- which settings ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Choices:
+class Choices(NamedTuple):
     """The settings of a run, whether it is resumed, and whether its result is JSON."""
 
     loop: TrainSettings
@@ -179,12 +177,7 @@ class Choices:
 
 
 def gather(verb: TaskVerb, given: Mapping[str, object]) -> Choices:
-    """Put the settings together; ``given`` has None where the command line has nothing.
-
-    Raises:
-        typer.BadParameter: The folder or the data is missing, or there are several data.
-        ValueError: A value or a file is wrong, or the folder holds another run.
-    """
+    """Put the settings together; ``given`` has None where the command line has nothing."""
     flags = {name: value for name, value in given.items() if value is not None}
     resume, as_json = bool(flags.pop("resume", False)), bool(flags.pop("as_json", False))
     config = flags.pop("config", None)
@@ -211,8 +204,7 @@ def gather(verb: TaskVerb, given: Mapping[str, object]) -> Choices:
     task = verb.settings.from_mapping(_part(values, verb.settings))
     if "data" in before:
         begun = verb.settings.from_mapping(_part(before, verb.settings), str(folder / TASK_FILE))
-        changes = task.changes(begun)
-        if changes:
+        if changes := task.changes(begun):
             raise ChangedSettingsError(str(folder), changes)
     return Choices(TrainSettings.from_mapping(_part(values, TrainSettings)), task, resume, as_json)
 
@@ -272,6 +264,7 @@ def run_training(own: Console, verb: TaskVerb, given: Mapping[str, object]) -> N
             warnings.simplefilter("ignore")
         try:
             choices = gather(verb, given)
+            check_places(choices.task)
             task, result = _train(own, verb, choices)
         except SettingsError as err:
             said = err.said(lambda name: flag_of(names[name]) if name in names else name)
@@ -344,10 +337,8 @@ def _summarise(
     if len(unreadable) > _NAMED:
         console.complain(f"skipped {len(unreadable) - _NAMED} more (--json names all)")
     if as_json:
-        plain = {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in asdict(result).items()
-        }
+        values = asdict(result).items()
+        plain = {name: str(one) if isinstance(one, Path) else one for name, one in values}
         plain["figures"] = plain.pop("metrics")
         facts = {"task": verb.name, "goal": list(task.goal), **plain, "broken": dict(unreadable)}
         console.write_json(facts)
@@ -360,28 +351,16 @@ class TrainScreen:
     """Shows a run: a bar on a terminal, a line a minute elsewhere; a ``report`` callback."""
 
     def __init__(self, own: Console) -> None:
-        self._own = own
-        self._is_validating = False
-        self._said = monotonic()
+        self._own, self._is_validating, self._said = own, False, monotonic()
         self._bar: Bar | None = None
-        self._row: TaskID | None = None
 
     def __enter__(self) -> Self:
-        if not self._own.is_quiet and sys.stderr.isatty():
-            from rich.console import Console as RichConsole
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-            from rich.progress import Progress as Bar
+        if self._own.shows_bars:
+            from rich.progress import MofNCompleteColumn, TextColumn
 
-            self._bar = Bar(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(separator=" of "),
-                TextColumn("{task.fields[words]}", markup=False),
-                console=RichConsole(stderr=True),
-                transient=True,
-                redirect_stdout=False,
-            )
-            self._row = self._bar.add_task("", total=None, visible=False, words="")
+            words = TextColumn("{task.fields[words]}", markup=False)
+            self._bar = bar_of(MofNCompleteColumn(separator=" of "), words)
+            self._bar.add_task("", total=None, visible=False, words="")
             self._bar.start()
         return self
 
@@ -394,9 +373,9 @@ class TrainScreen:
         if progress.words:
             self._own.say(progress.words)
         is_validating = progress.phase == "validate"
-        if self._bar is not None and self._row is not None:
+        if self._bar is not None:
             self._bar.update(
-                self._row,
+                self._bar.task_ids[0],
                 description="validating" if is_validating else "training",
                 completed=progress.step,
                 total=progress.steps,

@@ -87,10 +87,10 @@ class SettingsError(ValueError, TypeError):
 
 
 class SettingError(SettingsError):
-    """A setting is wrong: ``wanted`` stands after "must be", ``source`` is its file, if any."""
+    """A setting is wrong; ``wanted`` stands after "must be"."""
 
     def __init__(self, field: str, wanted: str, got: object, source: str = "") -> None:
-        super().__init__(_place(source), [(field, f"must be {wanted}, got {got!r}")])
+        super().__init__(*_words(source, field, f"must be {wanted}, got {got!r}"))
 
 
 class ChangedSettingsError(SettingsError):
@@ -104,8 +104,9 @@ class ChangedSettingsError(SettingsError):
         )
 
 
-def _place(source: str) -> str:
-    return f"{source}: " if source else ""
+def _words(source: str, field: str, words: str) -> tuple[str, list[tuple[str, str]]]:
+    """What ``SettingsError`` takes; in a file settings are called as fields, never as options."""
+    return (f"{source}: {field} {words}", []) if source else ("", [(field, words)])
 
 
 # -- what stands in ``Annotated`` ----------------------------------------------------------------
@@ -273,7 +274,7 @@ class Settings:
         values = checked_settings(known, values, source, cls.former_names)
         for name, setting in known.items():
             if name not in values and setting.default is dataclasses.MISSING:
-                raise SettingsError(_place(source), [(name, f"is missing: {setting.help}")])
+                raise SettingsError(*_words(source, name, f"is missing: {setting.help}"))
         return cls(**values)
 
     @classmethod
@@ -324,9 +325,9 @@ def checked_settings(
     """The values under today's names; ValueError where a name is unknown or a value wrong."""
     values = {former_names.get(name, name): value for name, value in values.items()}
     if unknown := sorted(set(values) - set(known)):
+        where = f"{source}: " if source else ""
         raise ValueError(
-            f"{_place(source)}unknown settings {', '.join(unknown)}; known are "
-            f"{', '.join(sorted(known))}"
+            f"{where}unknown settings {', '.join(unknown)}; known are {', '.join(sorted(known))}"
         )
     return {name: known[name].checked(value, source) for name, value in values.items()}
 
