@@ -1,5 +1,5 @@
 # Sourced by the other scripts: creates .venv and installs the package into it, once.
-# Usage: . scripts/env.sh EXTRAS   (EXTRAS is "" or e.g. "[dev]")
+# Usage: . scripts/env.sh EXTRAS   (EXTRAS is "" or e.g. "[dev]"; "none" installs nothing)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=${1-}
 python=${PYTHON:-python3}
@@ -13,11 +13,13 @@ pip_install() {
     awk '/^(Collecting|Obtaining) / { print "  " $2; fflush() }
       /^Installing collected/ { print "  unpacking them"; fflush() }' >&2
 }
-stamp=.venv/.installed$extras
-if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ constraints.txt -nt "$stamp" ]; then
-  echo "installing tinyvit$extras into .venv (some minutes the first time):" >&2
-  [ -x .venv/bin/python ] || "$python" -m venv .venv
-  pip_install .venv/bin/python --constraint constraints.txt --editable ".$extras"
-  touch "$stamp"
+if [ "$extras" != none ]; then
+  stamp=.venv/.installed$extras
+  if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ constraints.txt -nt "$stamp" ]; then
+    echo "installing tinyvit$extras into .venv (some minutes the first time):" >&2
+    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    pip_install .venv/bin/python --constraint constraints.txt --editable ".$extras"
+    touch "$stamp"
+  fi
+  export PATH="$PWD/.venv/bin:$PATH"
 fi
-export PATH="$PWD/.venv/bin:$PATH"

@@ -69,8 +69,8 @@ import json, locale, logging, os, random, signal, sys, threading, warnings
 import numpy, PIL.Image, PIL.ImageFile, huggingface_hub, safetensors.torch, torch
 import torch.utils.checkpoint
 from PIL import (
-    BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, PpmImagePlugin,
-    TiffImagePlugin, WebPImagePlugin,
+    AvifImagePlugin, BmpImagePlugin, GifImagePlugin, Jpeg2KImagePlugin, JpegImagePlugin,
+    PngImagePlugin, PpmImagePlugin, TiffImagePlugin, WebPImagePlugin,
 )
 
 def look():

@@ -4,27 +4,37 @@ The rules for pixels, the same for files, PIL images, arrays and tensors:
 
 * Transparency is laid over white. The colour stored under transparent pixels is arbitrary (often
   black, or what was cut away); white is what a viewer shows there. Opaque pixels stay exact.
-* 16 bits become 8 by dropping the lower byte, as Pillow does for 16-bit colour; true and false
-  become 255 and 0; floating-point pixels must lie in 0..1, are scaled by 255 and rounded.
+* 16 bits become 8 by dropping the lower byte, as Pillow does for 16-bit colour files. Cameras,
+  microscopes and satellites write 8, 10, 12 or 14 bits into 16: where the largest value of an image
+  is below 16384, the fewest of these bits that hold it are its range, and the lowest bits beyond 8
+  are dropped. The log says so once for each depth. An image that is meant to be that dark is scaled
+  to 8 bits by the caller.
+* True and false become 255 and 0; floating-point pixels must lie in 0..1, are scaled by 255 and
+  rounded.
 * Grey is repeated to three channels; CMYK, YCbCr, HSV and LAB are converted. Colour profiles that
   a file carries are not applied: the models were trained without.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 from PIL import (  # noqa: F401  (importing a plugin registers it in Image.OPEN)
     BmpImagePlugin,
     GifImagePlugin,
     Image,
+    Jpeg2KImagePlugin,
     JpegImagePlugin,
     PngImagePlugin,
     PpmImagePlugin,
@@ -41,8 +51,28 @@ RGB: TypeAlias = NDArray[np.uint8]
 ImageFile: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO"
 ImageSource: TypeAlias = "ImageFile | Image.Image | NDArray[np.generic] | torch.Tensor"
 
+with suppress(ImportError):  # before Pillow 11.3
+    importlib.import_module("PIL.AvifImagePlugin")
+
 MAX_PIXELS = 178_956_970  # half a gigabyte of RGB; where Pillow, too, stops by default
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "HEIF")
+"""AVIF needs a Pillow that reads it, HEIF (HEIC) the package pillow-heif."""
+
+_DEPTHS = (8, 10, 12, 14)
+_FOREIGN = (  # what else comes under the name of an image
+    (b"%PDF", "a PDF"),
+    (b"PK\3\4", "a ZIP archive"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"8BPS", "a Photoshop file"),
+    (b"\xff\x0a", "a JPEG XL image"),
+    (b"\0\0\0\x0cJXL ", "a JPEG XL image"),
+    (b"version https://git-lfs", "a pointer of Git LFS, whose file was not fetched"),
+    (b"<", "XML, SVG or HTML"),
+    (b"\x93NUMPY", "a numpy array (load it and pass the array)"),
+    (b"\x89HDF", "an HDF5 file"),
+)
+
+logger = logging.getLogger("tinyvit")
 
 ORIENTATION_TAG = 0x0112
 UPRIGHT: dict[int, Callable[[RGB], RGB]] = {  # EXIF orientation -> how to undo it
@@ -97,14 +127,17 @@ def _to_uint8(values: NDArray[Any], name: str) -> RGB:
     if kind == "u" and width == 1:
         return values.astype(np.uint8, copy=False)
     if kind == "u" and width == 2:
-        return cast("RGB", (values >> 8).astype(np.uint8))
+        return cast("RGB", (values >> _depth(int(values.max())) - 8).astype(np.uint8))
     if kind != "f":
         raise ImageError(
             f"{name} has pixels of type {values.dtype}; wanted uint8, uint16, bool or floats in "
             "0..1; convert it first, for example with .astype(numpy.uint8)"
         )
     if not np.isfinite(values).all():
-        raise ImageError(f"{name} has pixels that are NaN or infinite; replace them first")
+        raise ImageError(
+            f"{name} has pixels that are NaN or infinite; replace them first, for example with "
+            "numpy.nan_to_num"
+        )
     low, high = float(values.min()), float(values.max())
     if low < -1e-4 or high > 1 + 1e-4:  # allows for rounding in earlier arithmetic only
         raise ImageError(
@@ -112,6 +145,24 @@ def _to_uint8(values: NDArray[Any], name: str) -> RGB:
             "divide by the largest possible value, or convert 0..255 to uint8"
         )
     return cast("RGB", np.rint(np.clip(values, 0, 1) * 255.0).astype(np.uint8))
+
+
+def _depth(most: int) -> int:
+    """The bits that 16-bit pixels up to ``most`` use."""
+    depth = next((bits for bits in _DEPTHS if most < 1 << bits), 16)
+    if depth < 16 and most:
+        _tell_depth(depth)
+    return depth
+
+
+@functools.cache
+def _tell_depth(depth: int) -> None:
+    logger.warning(
+        "a 16-bit image has no pixel above %d: taken for one of %d bits; scale such images to "
+        "8 bits yourself if they are meant to be dark",
+        (1 << depth) - 1,
+        depth,
+    )
 
 
 def from_array(array: NDArray[np.generic]) -> RGB:
@@ -154,8 +205,9 @@ def decode(source: ImageSource, *, max_pixels: int | None = MAX_PIXELS) -> RGB:
     Args:
         source: A path; the bytes of a file; a binary file object (read from its start); a PIL
             image; an array [H, W] or [H, W, 1 | 3 | 4] of uint8, uint16, bool or floats in 0..1;
-            or a tensor [1 | 3, H, W] of the same types. JPEG, PNG, WebP, TIFF, BMP, GIF (first
-            frame) and PPM files are read.
+            or a tensor [1 | 3, H, W] of the same types. JPEG, PNG, WebP, TIFF and GIF (first
+            frame), BMP, PPM and JPEG 2000 files are read; AVIF by Pillow 11.3 or newer; HEIC with
+            the extra ``heif``.
         max_pixels: Most pixels a file or a PIL image may have. None: no limit.
 
     Returns:
@@ -179,7 +231,7 @@ def decode(source: ImageSource, *, max_pixels: int | None = MAX_PIXELS) -> RGB:
         return from_tensor(source)
     with _opened(cast("ImageFile", source)) as (image, stream, name):
         _check_size(image, name, max_pixels)
-        stream.is_decoding = True
+        stream.is_decoding = image.format != "JPEG2000"  # its decoder reads to the end and asks
         return _pixels(image, name)
 
 
@@ -260,28 +312,52 @@ def _seekable(source: BinaryIO, name: str) -> BinaryIO:
 def _open_image(raw: BinaryIO, name: str) -> tuple[Image.Image, _Stream]:
     stream = _Stream(raw)
     try:
-        prefix = stream.read(16)
+        prefix = stream.read(64)
     except OSError as err:
         raise ImageError(f"{name} cannot be read: {err}") from err
     if not prefix:
         raise ImageError(f"{name} is empty (0 bytes); copy or download it again")
     if prefix[:4] == b"RIFF" and raw.seek(0, 2) < 8 + int.from_bytes(prefix[4:8], "little"):
         raise _damaged(name, _TruncatedFileError())
+    factory = _factory(prefix, name)
+    stream.seek(0)
+    stream.was_short = False
+    try:
+        return factory(cast("BinaryIO", stream), ""), stream
+    except MemoryError:
+        raise
+    except Exception as err:  # plugins raise nearly everything on damaged headers
+        raise _damaged(name, _TruncatedFileError() if stream.was_short else err) from err
+
+
+def _factory(prefix: bytes, name: str) -> Callable[[BinaryIO, str], Image.Image]:
+    """What opens a file that starts with these bytes."""
+    if prefix[4:8] == b"ftyp":
+        brands = prefix[8 : int.from_bytes(prefix[:4], "big")]
+        if b"avi" in brands:
+            if "AVIF" not in Image.OPEN or Image.OPEN["AVIF"][1](prefix[:16]) is not True:  # type: ignore[misc]
+                raise ImageError(
+                    f"{name} is an AVIF image, which this Pillow ({PIL.__version__}) does not "
+                    "read; upgrade it: pip install -U 'pillow>=11.3'"
+                )
+            return Image.OPEN["AVIF"][0]
+        if b"hei" in brands or b"hev" in brands or b"mif1" in brands:
+            try:
+                opener = importlib.import_module("pillow_heif").HeifImageFile
+            except ImportError as err:
+                raise ImageError(
+                    f"{name} is a HEIC image, which the package pillow-heif reads; "
+                    "pip install 'tinyvit[heif]'"
+                ) from err
+            return cast("Callable[[BinaryIO, str], Image.Image]", opener)
     for form in FORMATS:
-        factory, accept = Image.OPEN[form]
-        if accept is None or accept(prefix.ljust(16, b"\0")) is not True:
-            continue
-        stream.seek(0)
-        stream.was_short = False
-        try:
-            return factory(cast("BinaryIO", stream), ""), stream
-        except MemoryError:
-            raise
-        except Exception as err:  # plugins raise nearly everything on damaged headers
-            raise _damaged(name, _TruncatedFileError() if stream.was_short else err) from err
+        factory, accept = Image.OPEN.get(form, (None, None))
+        if factory and accept and accept(prefix[:16].ljust(16, b"\0")) is True:
+            return factory
+    foreign = next((words for start, words in _FOREIGN if prefix.startswith(start)), None)
+    came = foreign or ("text" if prefix.isascii() and b"\0" not in prefix else "no known format")
     raise ImageError(
-        f"{name} is not an image that can be read: it starts with {prefix!r}; "
-        f"wanted one of {', '.join(FORMATS)}"
+        f"{name} is not an image that can be read: it is {came}; wanted one of {', '.join(FORMATS)}"
     )
 
 
@@ -294,6 +370,11 @@ def _damaged(name: str, err: Exception) -> ImageError:
     if isinstance(err, Image.DecompressionBombError):  # WebP and growing GIF only
         return ImageError(f"{name} is above Pillow's own limit, PIL.Image.MAX_IMAGE_PIXELS: {err}")
     reason = str(err) or type(err).__name__
+    if "unknown pixel mode" in reason:
+        return ImageError(
+            f"{name} has bands or pixels that are neither grey nor RGB; choose one band or three "
+            "and save them as grey or RGB, or pass an array [H, W, 3]"
+        )
     return ImageError(f"{name} is damaged or of a kind that cannot be decoded: {reason}")
 
 

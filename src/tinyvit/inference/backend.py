@@ -26,6 +26,7 @@ from tinyvit.image_spec import ImageSpec, Placement
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 BackendName = Literal["auto", "torch", "openvino", "onnx"]
 Precision = Literal["fp32", "bf16", "auto"]
+
+_DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
 FP16_REFUSED = (
     "precision 'fp16' is refused: it ends at 65504, and sums of squares in the neck's LayerNorm "
@@ -218,7 +221,7 @@ def choose_backend(
     model: TinyViT | None,
     backend: BackendName | Backend = "auto",
     device: str = "auto",
-    precision: str = "fp32",
+    precision: str | torch.dtype = "fp32",
     threads: int | None = None,
 ) -> tuple[Backend, str]:
     """The backend to run a model with, and what was chosen and why in words.
@@ -226,6 +229,7 @@ def choose_backend(
     "auto" is torch; OpenVINO and ONNX Runtime are taken only by name. Arguments and errors are
     those of ``Engine``.
     """
+    precision = _DTYPES.get(str(precision), str(precision))
     if not isinstance(backend, str):
         if not isinstance(backend, Backend):
             raise TypeError(

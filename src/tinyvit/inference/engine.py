@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +37,7 @@ from .read_ahead import choose_workers, read_ahead
 if TYPE_CHECKING:
     from types import TracebackType
 
+    import torch
     from PIL.Image import Image
     from torch import Tensor
     from typing_extensions import Self
@@ -70,8 +71,8 @@ class Engine:
         backend: "auto", which is "torch"; "openvino" or "onnx" (ONNX Runtime), each with the extra
             of that name; or any object that is a ``Backend``.
         device: "auto", or a torch device such as "cpu" or "cuda".
-        precision: "fp32", "bf16", or "auto" (bf16 where the device computes it natively). Nothing
-            changes precision unless asked.
+        precision: "fp32", "bf16", or "auto" (bf16 where the device computes it natively); also
+            torch.float32 or torch.bfloat16. Nothing changes it unless asked, no autocast either.
         batch_size: Images computed together, at most; only images of one shape are, and on a
             CPU no more large ones than pay.
         image_spec: How images are prepared; None takes the model's.
@@ -103,7 +104,7 @@ class Engine:
         *,
         backend: BackendName | Backend = "auto",
         device: str = "auto",
-        precision: str = "fp32",
+        precision: str | torch.dtype = "fp32",
         batch_size: int = 8,
         image_spec: ImageSpec | None = None,
         pad: bool | None = None,
@@ -249,6 +250,10 @@ class Engine:
         """What the model gets for one image: [3, H, W] float32, and where it lies in it."""
         return prepare(image, self.image_spec)
 
+    def summary(self) -> str:
+        """Backend, device and precision in a few words, e.g. "torch, cpu, fp32"."""
+        return f"{self.backend.name}, {self.backend.device}, {self.precision}"
+
     def explain(self) -> str:
         """What the engine chose, and why; with torch also what it made of the model."""
         if self.backend.name != "torch" or not hasattr(self.backend, "explain"):
@@ -336,6 +341,11 @@ def _open_model(source: str | os.PathLike[str]) -> TinyViT:
 def _choose_spec(
     model: TinyViT | None, image_spec: ImageSpec | None, pad: bool | None
 ) -> ImageSpec:
+    if image_spec is not None and not isinstance(image_spec, ImageSpec):
+        raise TypeError(
+            f"image_spec must be an ImageSpec, e.g. ImageSpec.sam(1024), got "
+            f"{type(image_spec).__name__}"
+        )
     spec = image_spec or getattr(model, "image_spec", None)
     if spec is None:
         raise ValueError(
@@ -368,6 +378,8 @@ def each(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
         return many if many.ndim == 4 else [many]
     if isinstance(images, (str, bytes, bytearray, memoryview, Path)) or hasattr(images, "read"):
         return [cast(Picture, images)]
+    if isinstance(images, Mapping):
+        raise TypeError("wanted an image or an iterable of images; came a mapping; pass .values()")
     return images if isinstance(images, Iterable) else [images]
 
 
