@@ -82,11 +82,6 @@ class Store:
         entries: Everything met so far, by name; also what has no arrays.
         shapes: Shape of a row's array by key; empty before the first row.
         damaged: Names of shards that cannot be used; their rows count as missing.
-
-    Raises:
-        StoreMismatchError: The store there belongs to something else; it is left as it is.
-        CheckpointError: There is no store, it is damaged, of a newer format or, with ``facts``, of
-            an older one, or the folder cannot be written.
     """
 
     def __init__(
@@ -131,12 +126,7 @@ class Store:
         return [name for name in names if not self._is_current(name, root)]
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Write a shard; rows of names that are there replace them.
-
-        Raises:
-            ValueError: The arrays have other keys or shapes than those before.
-            CheckpointError: The shard cannot be written; what was there before is whole.
-        """
+        """Write a shard; rows of names that are there replace them."""
         rows = sorted(rows, key=lambda row: bool(row.reason))  # those with arrays come first
         good = [row for row in rows if not row.reason]
         for row in good:
@@ -155,13 +145,7 @@ class Store:
         self._take_up(path)
 
     def read(self, name: str, key: str) -> NDArray[Any]:
-        """An array of a row.
-
-        Raises:
-            KeyError: There is no such row, or it has no arrays.
-            ValueError: The rows have no such array.
-            CheckpointError: The shard is gone or damaged.
-        """
+        """An array of a row."""
         entry = self.entries[name]
         if entry.row < 0:
             raise KeyError(f"{name} could not be read when it was stored: {entry.reason}")
@@ -186,9 +170,6 @@ class Store:
 
         Args:
             wanted: Facts and the values they must have.
-
-        Raises:
-            StoreMismatchError: Some have others; the message names each.
         """
         differences = [
             f"{key} is {_short(self.facts.get(key))} there and {_short(value)} here"

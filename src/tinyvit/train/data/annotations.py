@@ -173,9 +173,6 @@ def read_mask_file(path: Path, *, is_one_object: bool) -> NDArray[np.int64]:
     (there 255 is nobody's), or a colour of its own for each object, and 0 or black for none. One
     soft or hard mask all the same is what has 8 bits and the value 255, what is a JPEG, and what
     has many levels, all of them in thin rims. Colour of equal channels is grey, transparent is 0.
-
-    Raises:
-        ImageError: The file is missing, damaged, or of a mode that has no rule.
     """
     try:
         with Image.open(path) as image:

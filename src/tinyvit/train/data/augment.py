@@ -48,9 +48,6 @@ class Augmentation:
         rotate: Largest turn in degrees, and ``shift`` largest move in parts of a side, of a small
             change of place that every image gets; 0 for none.
         shift: See ``rotate``.
-
-    Raises:
-        ValueError: A value is out of its range.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -263,9 +260,6 @@ class MaskAugment:
         flip: How often the image is mirrored, 0 to 1.
         colour: How far brightness, contrast and saturation go, as a share; 0 leaves them.
         grey: How often the image loses its colours, 0 to 1.
-
-    Raises:
-        ValueError: A number is out of its range.
     """
 
     smallest_crop: float = 0.5

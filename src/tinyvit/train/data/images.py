@@ -47,10 +47,6 @@ def hold_out(names: Sequence[str], part: float | str, seed: int = 0) -> tuple[li
             the folder whose names are.
         seed: Which names.
 
-    Raises:
-        ValueError: Fewer than two names, ``part`` is out of its range, or the folder leaves nothing
-            on one side.
-
     Example:
         >>> train, held = hold_out([f"{n}.jpg" for n in range(100)], 0.2)
         >>> len(train), len(held)
@@ -97,9 +93,6 @@ def split(
     A class of two or more images gives at least one and keeps at least one; a class of one keeps
     it for training. What has one number in ``groups`` stays together and counts once. The same
     seed gives the same split. Gives the indices to train on and to hold out, each sorted.
-
-    Raises:
-        ValueError: ``part`` is out of its range, or nothing can be held out.
 
     Example:
         >>> split(np.array([0, 0, 0, 0, 1, 1]), 0.25, seed=0)[1].size
@@ -263,14 +256,7 @@ def _disjoint(train: LabelledImages, held: LabelledImages, origin: str) -> DataS
 
 
 def open_part(data: str | os.PathLike[str], classes: Sequence[str] | None = None) -> LabelledImages:
-    """Open labelled images as they are; ``classes`` number a part that belongs to another one.
-
-    Raises:
-        ValueError: The data cannot be read or does not fit ``classes``.
-
-    Warns:
-        UserWarning: ``classes`` are given and some have no image here.
-    """
+    """Open labelled images as they are; ``classes`` number a part that belongs to another one."""
     path = Path(data)
     if path.suffix.lower() in (".csv", ".tsv"):
         return read_csv(path, classes)[0]
@@ -295,9 +281,6 @@ def read_one(
 
     Gives the index of the image that was read, RGB [H, W, 3] uint8, and the reason by name of each
     unreadable one.
-
-    Raises:
-        ImageError: An image is unreadable and ``on_broken`` is "error", or many in a row are.
     """
     broken: dict[str, str] = {}
     for _ in range(TRIES):

@@ -56,10 +56,6 @@ def read_folder(folder: str | os.PathLike[str], classes: Sequence[str] | None = 
     The name of a subfolder is the class; images may lie at any depth in it. Hidden files and
     folders do not count. ``classes`` number a part that belongs to another one; by default those of
     the folder, sorted by name.
-
-    Raises:
-        ValueError: No such folder, no class folders, a class without images or called like a part
-            of a data set and with folders in it, or a class that is not in ``classes``.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -113,10 +109,6 @@ def read_csv(
     other names are understood) is a header; without one the first two columns are the path and the
     label. Paths are relative to the file. ``classes`` number a part that belongs to another one; by
     default those of the file, as ``number_classes`` sorts.
-
-    Raises:
-        ValueError: The file cannot be read, has no rows, a row is too short, a label is empty or
-            not in ``classes``, or images are not there.
     """
     path = Path(path)
     rows = read_table(path)
@@ -159,12 +151,6 @@ def number_classes(
 
     The order is that of ``classes``, or else sorted (as numbers, if all are whole numbers).
     ``origin`` is what to call the data in messages.
-
-    Raises:
-        ValueError: A text is not in ``classes``.
-
-    Warns:
-        UserWarning: ``classes`` are given and some are not in ``texts``.
 
     Example:
         >>> number_classes(["cat", "ant", "cat"], None, "mine")

@@ -59,9 +59,6 @@ def read_samples(path: Path, images: Path | None) -> tuple[list[RawSample], list
 
     ``images`` is the folder of the images; None for the one that ``path`` implies. The samples are
     in the order of the data set; beside them what was skipped and why.
-
-    Raises:
-        ValueError: There is nothing at ``path``, or nothing that is known.
     """
     if not path.exists():
         raise ValueError(f"there is nothing at {path}; give a JSON, a CSV or a folder of masks")

@@ -50,10 +50,6 @@ class MaskSample:
 
         Returns:
             (RGB [H, W, 3] uint8, masks [N, H, W] bool).
-
-        Raises:
-            ImageError: The image or a mask's file cannot be read.
-            ValueError: A mask has become one of another size since the set was opened.
         """
         image = decode(image_source(self.image))
         size = image.shape[0], image.shape[1]
@@ -123,9 +119,6 @@ class MaskSet(Sequence[MaskSample]):
 
         Returns:
             (the rest, the share), each in the order of the set; the first keeps the faults.
-
-        Raises:
-            ValueError: The share is out of its range.
         """
         if not 0 < share < 1:
             raise ValueError(f"share must lie between 0 and 1, but is {share}")

@@ -32,11 +32,7 @@ Sample = TypeVar("Sample")
 
 @dataclass(frozen=True)
 class Order:
-    """The order of the samples of a run.
-
-    Raises:
-        ValueError: There are no samples, or too few for a step.
-    """
+    """The order of the samples of a run."""
 
     samples: int  # samples in the data
     batch_size: int  # samples of a step, over all processes

@@ -93,13 +93,6 @@ def read_shards(
     ``.json``) beside the tar files, or else from the labels themselves; labels that are numbers
     count positions in the first two. With ``keep_index`` the index is kept beside the first tar
     file if that place can be written, and one that fits is used.
-
-    Raises:
-        ValueError: A tar file is cut short, damaged or compressed; an image has no label or a
-            label no image; or the labels do not fit ``classes``.
-
-    Warns:
-        UserWarning: ``classes`` are given and some have no image here.
     """
     if not shards:
         raise ValueError("wanted at least one tar file, got none")

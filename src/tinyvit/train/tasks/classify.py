@@ -41,11 +41,7 @@ _TOP = 5
 
 @dataclass(frozen=True)
 class Mixing:
-    """How much is mixed.
-
-    Raises:
-        ValueError: A value is out of its range.
-    """
+    """How much is mixed."""
 
     mixup: float = 0.0  # the parameter of the Beta distribution for mixup; 0 for none
     cutmix: float = 0.0  # the same for cutmix; 0 for none
@@ -153,11 +149,6 @@ def build_classifier(
     Returns:
         The model, whose ``forward`` gives logits [B, K]. Its head is new unless the checkpoint's
         classes are these (or unnamed and as many).
-
-    Raises:
-        ValueError: Neither model nor checkpoint, or an unknown model.
-        CheckpointError: The checkpoint cannot be read or does not fit.
-        DownloadError: The checkpoint cannot be fetched.
     """
     source: OpenedCheckpoint | None = None
     natural: ImageSpec | None = None
@@ -200,12 +191,7 @@ def build_classifier(
 
 
 def save_classifier(model: TinyViT, path: str | os.PathLike[str], classes: Sequence[str]) -> Path:
-    """Write a classifier with the names of its classes as ``.safetensors``; every command loads it.
-
-    Raises:
-        ValueError: There are more or fewer names than classes.
-        CheckpointError: The file cannot be written.
-    """
+    """Write a classifier with the names of its classes as ``.safetensors``; every command loads it."""
     if len(classes) != model.num_classes:
         raise ValueError(
             f"the model has {model.num_classes} classes, but {len(classes)} names came"
@@ -221,12 +207,7 @@ def save_classifier(model: TinyViT, path: str | os.PathLike[str], classes: Seque
 def load_classifier(
     path: str | os.PathLike[str],
 ) -> tuple[TinyViT, tuple[str, ...] | None]:
-    """Load a classifier's checkpoint: the model in eval mode, and its classes' names if it has any.
-
-    Raises:
-        CheckpointError: The file cannot be read or holds no classifier.
-        DownloadError: A published checkpoint cannot be fetched.
-    """
+    """Load a classifier's checkpoint: the model in eval mode, and its classes' names if it has any."""
     opened = open_checkpoint(_file_of(path))
     if not opened.found.has_head:
         raise CheckpointError(f"{opened.path} has no classification head; train one first")
@@ -284,11 +265,7 @@ class Classify:
         return len(self.data.train)
 
     def sample(self, index: int, rng: np.random.Generator) -> ClassifySample:
-        """One image, as ``view`` makes it; another one that ``rng`` draws where it is unreadable.
-
-        Raises:
-            ImageError: It is unreadable and ``on_broken`` is "error", or many in a row are.
-        """
+        """One image, as ``view`` makes it; another one that ``rng`` draws where it is unreadable."""
         index, image, broken = read_one(self.data.train, index, rng, self.on_broken)
         return ClassifySample(self.view(image, rng), int(self.data.train.labels[index]), broken)
 
@@ -314,11 +291,7 @@ class Classify:
         return soft_cross_entropy(logits, targets), {"train_top1": hits.float().mean()}
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """``top1``, ``loss`` and, with more than five classes, ``top5`` on the held-out part.
-
-        Raises:
-            ValueError: No image of it can be read.
-        """
+        """``top1``, ``loss`` and, with more than five classes, ``top5`` on the held-out part."""
         metrics, broken = validate_classifier(
             model, self.data.val, self.view.spec, self.val_batch_size
         )
@@ -336,16 +309,7 @@ class Classify:
 
 
 def make_task(settings: ClassifySettings) -> Classify:
-    """Open the data, build the classifier, and put both together.
-
-    Raises:
-        ValueError: The data or a choice is wrong.
-        CheckpointError: The checkpoint cannot be read or does not fit.
-        DownloadError: The checkpoint cannot be fetched.
-
-    Warns:
-        UserWarning: A class has no image to validate on.
-    """
+    """Open the data, build the classifier, and put both together."""
     data = open_data_set(
         settings.data,
         settings.val,
@@ -378,11 +342,7 @@ def make_task(settings: ClassifySettings) -> Classify:
 
 
 def spec_of(model: TinyViT) -> ImageSpec:
-    """How images are prepared for a model.
-
-    Raises:
-        ValueError: The model does not say.
-    """
+    """How images are prepared for a model."""
     if model.image_spec is None:
         raise ValueError(
             "this model does not say how its images are prepared; set model.image_spec, for "
@@ -399,9 +359,6 @@ def validate_classifier(
     Returns:
         ``top1``, ``loss`` and, with more than five classes, ``top5``; and the reason by name of
         each unreadable image.
-
-    Raises:
-        ValueError: No image can be read.
     """
     place = next(model.parameters())
     broken: dict[str, str] = {}

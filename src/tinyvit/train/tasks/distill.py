@@ -76,9 +76,6 @@ class MaskAgreement:
 
     Args:
         sam: Gives its prompt encoder and mask decoder, which are set to eval mode and frozen.
-
-    Raises:
-        ValueError: Its decoder is Light HQ-SAM's, which wants more than an embedding.
     """
 
     prompt_encoder: PromptEncoder
@@ -163,11 +160,6 @@ class DistillFeatures:
         settings: The choices.
         sam: A SAM with the teacher's prompt encoder and mask decoder: for the masks' loss, for
             validating masks, and to save a whole SAM with the student as its encoder.
-
-    Raises:
-        ValueError: Images have changed since their features were stored, fewer than two are
-            there, the student prepares images otherwise than the teacher, or ``sam`` is wanted
-            and missing or does not fit.
     """
 
     name: str = "distill-features"
@@ -336,12 +328,7 @@ def make_features_task(
     settings: DistillFeaturesSettings | None = None,
     sam: Sam | None = None,
 ) -> DistillFeatures:
-    """Put a student, stored features and their images together; see ``DistillFeatures``.
-
-    Raises:
-        CheckpointError: There is no store.
-        ValueError: As ``DistillFeatures``.
-    """
+    """Put a student, stored features and their images together; see ``DistillFeatures``."""
     opened = store if isinstance(store, Store) else Store(store)
     return DistillFeatures(student, opened, root, settings, sam)
 
@@ -396,11 +383,7 @@ class DistillSample:
 
 @dataclass
 class DistillLogits:
-    """Learns a teacher's stored logits; a ``Task``.
-
-    Raises:
-        StoreMismatchError: The logits belong to other images, classes or views.
-    """
+    """Learns a teacher's stored logits; a ``Task``."""
 
     student: Classify  # the same network as it learns from labels; it validates and saves
     store: Store  # the logits
@@ -431,10 +414,6 @@ class DistillLogits:
         """One of the views of an image with the teacher's logits; ``rng`` draws which.
 
         The view's own randomness is that of its stored seed.
-
-        Raises:
-            ImageError: The image is unreadable and ``on_broken`` is "error", or many in a row are.
-            ValueError: Many images in a row have no logits: the store is not finished.
         """
         images = self.student.data.train
         broken: dict[str, str] = {}
@@ -507,12 +486,6 @@ def make_logits_task(settings: ClassifySettings, store: str | os.PathLike[str]) 
         settings: As for classification; the augmentation must be the store's, and there is no
             mixing and no smoothing.
         store: The folder of ``write_logits``.
-
-    Raises:
-        ValueError: The data or a choice is wrong.
-        StoreMismatchError: The logits belong to something else.
-        CheckpointError: The store or the checkpoint cannot be read or does not fit.
-        DownloadError: The checkpoint cannot be fetched.
     """
     if settings.mixup or settings.cutmix:
         raise ValueError(

@@ -92,11 +92,7 @@ class MaskLoss:
 
 @dataclass(frozen=True)
 class MaskLosses:
-    """How the three losses are weighted.
-
-    Raises:
-        ValueError: A weight is negative, or those of focal and dice are both 0.
-    """
+    """How the three losses are weighted."""
 
     focal: float = 10.0  # weight of the focal loss
     dice: float = 1.0  # weight of the dice loss
@@ -160,9 +156,6 @@ def feature_loss(student: Tensor, teacher: Tensor, kind: FeatureLoss = "mse") ->
         teacher: [N, C, h, w].
         kind: "mse", the mean square over all numbers; "huber", the same but linear beyond 1;
             "cosine", 1 minus the cosine of the channel vectors, mean over the cells.
-
-    Raises:
-        ValueError: The shapes differ, or ``kind`` is unknown.
     """
     if student.shape != teacher.shape:
         raise ValueError(
@@ -215,9 +208,6 @@ def mask_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def one_hot(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
     """Distributions [B, K] float32 of labels [B], ``smoothing`` spread evenly over all classes.
-
-    Raises:
-        ValueError: ``smoothing`` is not at least 0 and below 1.
 
     Example:
         >>> one_hot(torch.tensor([1]), 4, smoothing=0.2)

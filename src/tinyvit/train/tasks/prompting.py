@@ -37,11 +37,7 @@ _LARGEST_SHARE = 0.8  # how often the largest error is corrected; else any, by i
 
 
 def first_click(mask: Mask, rng: np.random.Generator) -> Point:
-    """A click in an object [H, W]: at its most interior point, or anywhere in it.
-
-    Raises:
-        ValueError: The mask is empty.
-    """
+    """A click in an object [H, W]: at its most interior point, or anywhere in it."""
     if rng.random() < _INTERIOR_SHARE:
         return most_interior_point(mask)
     places = np.flatnonzero(mask)
@@ -55,9 +51,6 @@ def noisy_box(mask: Mask, rng: np.random.Generator) -> tuple[float, float, float
     """The box (x0, y0, x1, y1) around an object [H, W] as a person would draw it.
 
     It lies inside the model input and is at least one pixel wide and high.
-
-    Raises:
-        ValueError: The mask is empty.
     """
     if not mask.any():
         raise ValueError("an empty mask has no box; skip it")
@@ -107,11 +100,7 @@ _SINGLE, _MULTIPLE = slice(0, 1), slice(1, None)  # of the decoder's masks
 
 @dataclass(frozen=True)
 class Prompting:
-    """How objects are prompted.
-
-    Raises:
-        ValueError: A number is out of its range.
-    """
+    """How objects are prompted."""
 
     # how many objects are prompted by a box first, 0 to 1; the others by a click
     box_share: float = 0.4

@@ -69,11 +69,7 @@ class PromptedSample:
 
 @dataclass(frozen=True)
 class MaskSampler:
-    """Makes training samples of images with masks.
-
-    Raises:
-        ValueError: ``objects`` is below 1, or images are prepared otherwise.
-    """
+    """Makes training samples of images with masks."""
 
     data: MaskSamples  # the images
     spec: ImageSpec  # how images are prepared; fitted by their longest side
@@ -96,11 +92,7 @@ class MaskSampler:
             )
 
     def sample(self, index: int, rng: np.random.Generator) -> PromptedSample:
-        """One image and some of its objects; another one that ``rng`` draws if it is unreadable.
-
-        Raises:
-            ImageError: It is unreadable and ``on_broken`` is "error", or many in a row are.
-        """
+        """One image and some of its objects; another one that ``rng`` draws if it is unreadable."""
         broken: dict[str, str] = {}
         for _ in range(_TRIES):
             try:
@@ -156,11 +148,7 @@ class MaskSampler:
 
 @dataclass
 class Segment:
-    """Learns to segment by prompts; a ``Task``.
-
-    Raises:
-        ValueError: Embeddings are to be kept of images that change.
-    """
+    """Learns to segment by prompts; a ``Task``."""
 
     model: nn.Module  # the network, trained in place
     sampler: MaskSampler  # makes samples of what is trained on
@@ -210,9 +198,6 @@ class Segment:
 
         Returns:
             The mean loss, and metrics: ``train_iou``, ``focal``, ``dice``, ``iou_error``.
-
-        Raises:
-            ValueError: Embeddings are to be kept, but the encoder learns.
         """
         self.broken.update(cast("dict[str, str]", batch.get("broken", {})))
         sam = cast(Sam, model)
@@ -259,9 +244,6 @@ class Segment:
         Returns:
             ``iou_1_click``, ``iou_3_clicks``, ``iou_box``, their mean ``mean_iou``, and
             ``predicted_iou_error``, the mean distance of predicted and true IoU at one click.
-
-        Raises:
-            ValueError: It has no good mask.
         """
         settings = EvaluateSettings(
             (1, 3), most_clicks=3, with_baselines=False, most_masks=self.val_masks
@@ -297,16 +279,7 @@ def save_sam(model: Sam, path: str | os.PathLike[str]) -> Path:
 
 
 def make_task(settings: SegmentSettings) -> Segment:
-    """Open the data, build the model, and put both together.
-
-    Raises:
-        ValueError: The data or a choice is wrong.
-        CheckpointError: The checkpoint cannot be read, holds no whole SAM, or does not fit.
-        DownloadError: The checkpoint cannot be fetched.
-
-    Warns:
-        UserWarning: Masks were skipped, or there is only one image.
-    """
+    """Open the data, build the model, and put both together."""
     data, val = _open(settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)

@@ -83,11 +83,6 @@ def open_teacher(
             transformers do not state it in one way, so there it must be given.
         device: Where it runs; ONNX files always on the CPU.
         gives: What is wanted of it.
-
-    Raises:
-        ValueError: ``image_spec`` is wanted, or the model cannot teach.
-        CheckpointError: The file cannot be read, or has no classification head for logits.
-        MissingExtraError: The package is not installed.
     """
     place = choose_device(device)
     if isinstance(source, TinyViT):
@@ -113,11 +108,7 @@ def open_teacher(
 def tiny_vit_teacher(
     model: TinyViT, name: str, device: str, gives: Literal["features", "logits"] = "features"
 ) -> Teacher:
-    """A TinyViT's neck output, or its logits.
-
-    Raises:
-        ValueError: It has no neck for features, or does not say how images are prepared.
-    """
+    """A TinyViT's neck output, or its logits."""
     sha256 = weights_sha256(model.state_dict())
     if gives == "logits":
         frozen = model.eval().requires_grad_(False).to(device)
@@ -192,10 +183,6 @@ def store_features(
 
     Returns:
         The store. ``unreadable`` of it names the images that could not be read.
-
-    Raises:
-        ValueError: There are no images, or the teacher's maps differ in shape.
-        CheckpointError: The store is of another teacher, or cannot be written.
     """
     root = Path(root)
     if teacher.image_spec.resize == "longest_side" and not teacher.image_spec.pad:
@@ -294,11 +281,6 @@ def write_logits(
 
     Returns:
         The store, and the reason by name of each unreadable image; those have no row.
-
-    Raises:
-        StoreMismatchError: The folder holds logits that belong to something else.
-        ValueError: A number is out of its range, or the teacher has another number of classes.
-        CheckpointError: The folder cannot be written; what was written stays good.
     """
     if len(images) < 1 or views < 1:
         raise ValueError(f"a store wants images and views, got {len(images)} and {views}")
