@@ -68,10 +68,10 @@ def test_a_sample_is_a_pure_function_of_index_and_generator(task):
     first = one.sample(3, np.random.default_rng(7))
     one.sample(5, np.random.default_rng(8))
     again = task().sample(3, np.random.default_rng(7))
-    np.testing.assert_array_equal(first.pixels, again.pixels)
-    assert first.label == again.label == task().data.train.labels[3]
+    np.testing.assert_array_equal(first["images"], again["images"])
+    assert first["labels"] == again["labels"] == task().data.train.labels[3]
     other = task().sample(3, np.random.default_rng(9))
-    assert not np.array_equal(first.pixels, other.pixels)
+    assert not np.array_equal(first["images"], other["images"])
 
 
 def test_a_batch_and_its_loss(task):

@@ -105,8 +105,11 @@ def test_figures_are_means_over_covered_cells_of_held_out_images(images):
     with torch.no_grad():
         for name in task.val_names:
             one = task._read(name, flip=False)
-            found, wanted = student(one.pixels[None])[0], one.features.float()
-            height, width = one.placed
+            found, wanted = (
+                student(torch.from_numpy(one["images"])[None])[0],
+                torch.from_numpy(one["features"]).float(),
+            )
+            height, width = one["placed"]
             for y in range(2):
                 for x in range(2):
                     if (y + 0.5) / 2 < height and (x + 0.5) / 2 < width:
@@ -195,20 +198,26 @@ def test_mirrored_images_go_with_mirrored_images_features(images):
         one = task.sample(0, rng(seed))
         with torch.no_grad():
             # stored in fp16
-            assert torch.allclose(teacher(one.pixels[None])[0], one.features.float(), atol=5e-3)
-        seen.add(round(float(one.pixels.sum() + one.pixels[0, 0, 0]), 3))
+            assert torch.allclose(
+                teacher(torch.from_numpy(one["images"])[None])[0],
+                torch.from_numpy(one["features"]).float(),
+                atol=5e-3,
+            )
+        seen.add(round(float(one["images"].sum() + one["images"][0, 0, 0]), 3))
     assert len(seen) == 2
     plain = make_task(tiny(), store_features(open_teacher(teacher, device="cpu"), images,
                       images / "plain"), images)  # fmt: skip
-    first, second = (plain.sample(0, rng(seed)).pixels for seed in (0, 1))
-    assert torch.equal(first, second)
+    first, second = (plain.sample(0, rng(seed))["images"] for seed in (0, 1))
+    np.testing.assert_array_equal(first, second)
 
 
 def test_workers_get_the_task_by_pickle(images):
     task = make_task(tiny(), stored(images), images)
     task.sample(0, rng())  # opens a file
     other = pickle.loads(pickle.dumps(task))
-    assert torch.equal(other.sample(1, rng()).features, task.sample(1, rng()).features)
+    np.testing.assert_array_equal(
+        other.sample(1, rng())["features"], task.sample(1, rng())["features"]
+    )
 
 
 def test_images_that_changed_are_refused(images):
@@ -282,7 +291,6 @@ def test_every_grid_will_do():
     points = torch.tensor([[[0.3, 0.6]]])
     fine = agreement.masks(flat.expand(1, 16, 8, 8), points)
     assert fine.shape == (4, 32, 32)
-    assert agreement.channels == 16
 
 
 def test_the_high_quality_decoder_is_refused():
@@ -325,19 +333,19 @@ def test_a_sample_is_a_stored_view_with_its_answer(logits_task, teacher):
     for index in range(4):
         made = one.sample(index, np.random.default_rng(index))
         again = one.sample(index, np.random.default_rng(index))
-        np.testing.assert_array_equal(made.pixels, again.pixels)
+        np.testing.assert_array_equal(made["images"], again["images"])
         # teacher and student see the very same pixels, so asking again gives the stored answer
         with torch.inference_mode():
-            chances = teacher(torch.from_numpy(made.pixels)[None]).softmax(1)[0]
+            chances = teacher(torch.from_numpy(made["images"])[None]).softmax(1)[0]
         best = chances.topk(2)
-        assert made.classes.tolist() == best.indices.tolist()
+        assert made["classes"].tolist() == best.indices.tolist()
         # half precision
-        np.testing.assert_allclose(made.probabilities, best.values.numpy(), rtol=2e-3, atol=1e-6)
+        np.testing.assert_allclose(made["probabilities"], best.values.numpy(), rtol=2e-3, atol=1e-6)
 
 
 def test_each_image_is_seen_in_all_its_views(logits_task):
     one = logits_task()
-    views = {one.sample(2, np.random.default_rng(seed)).pixels.tobytes() for seed in range(40)}
+    views = {one.sample(2, np.random.default_rng(seed))["images"].tobytes() for seed in range(40)}
     assert len(views) == 3
 
 
@@ -364,7 +372,7 @@ def test_the_teacher_itself_has_little_left_to_learn(logits_task, teacher):
 
 def test_a_student_of_another_size_sees_the_same_view(logits_task):
     one = logits_task(size=32)
-    assert one.sample(0, np.random.default_rng(0)).pixels.shape == (3, 32, 32)
+    assert one.sample(0, np.random.default_rng(0))["images"].shape == (3, 32, 32)
 
 
 def test_measuring_and_saving_are_the_classifiers(logits_task, tmp_path):
@@ -390,7 +398,7 @@ def test_images_without_logits_are_named_and_replaced(logits_task, data):
     del one.store.entries["4"]
     batch = one.collate([one.sample(4, np.random.default_rng(0))])
     one.loss(one.model, batch, torch.Generator())
-    assert "no logits" in one.broken[data.train.name(4)]
+    assert "without logits" in one.broken[data.train.name(4)]
     one.student.on_broken = "error"
     with pytest.raises(ValueError, match=r"without logits in .* call write_logits again"):
         one.sample(4, np.random.default_rng(0))

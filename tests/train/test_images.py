@@ -4,9 +4,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyvit.errors import ImageError
-from tinyvit.train.data.images import fingerprint, hold_out, open_data_set, open_part, read_one
+from tinyvit.images.decode import decode
+from tinyvit.train.data.images import fingerprint, hold_out, open_data_set, open_part, read_good
 
 from .tiny_images import write_folder, write_shards
+
+
+def read_one(images, index, rng, on_broken="skip"):
+    return read_good(lambda i: decode(images.source(i)), index, images, rng, on_broken)
 
 
 def names(images):

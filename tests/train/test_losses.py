@@ -145,11 +145,11 @@ def test_a_finer_grid_is_averaged_and_the_same_one_is_left_alone():
 
 
 def test_covered_cells_leave_padding_out():
-    cells = covered_cells(torch.tensor([[64, 32], [1, 64], [40, 64]]), (64, 64), (4, 4))
+    cells = covered_cells(torch.tensor([[64, 32], [1, 64], [40, 64]]) / 64, (4, 4))
     assert cells[0].tolist() == [[True, True, False, False]] * 4
     assert cells[1].sum() == 4 and cells[1, 0].all()
     assert cells[2].sum() == 8  # the third row's middle is at 40, outside
-    parts = covered_cells(torch.tensor([[1.0, 0.5]]), (1, 1), (4, 4))
+    parts = covered_cells(torch.tensor([[1.0, 0.5]]), (4, 4))
     assert torch.equal(parts[0], cells[0])
 
 

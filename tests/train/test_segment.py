@@ -48,15 +48,15 @@ def tiny_task(make_tiny_sam, data):
 
 def test_a_sample_depends_on_its_chance_alone(tiny_task):
     one, two = (tiny_task.sample(1, np.random.default_rng(3)) for _ in range(2))
-    torch.testing.assert_close(one.image, two.image, rtol=0, atol=0)
-    np.testing.assert_array_equal(one.points, two.points)
+    torch.testing.assert_close(one["images"], two["images"], rtol=0, atol=0)
+    np.testing.assert_array_equal(one["points"], two["points"])
     other = tiny_task.sample(1, np.random.default_rng(4))
-    assert not np.array_equal(one.boxes, other.boxes)
+    assert not np.array_equal(one["boxes"], other["boxes"])
 
 
 def test_clicks_lie_in_their_objects(tiny_task):
     sample = tiny_task.sample(0, np.random.default_rng(0))
-    for mask, (x, y) in zip(sample.masks, sample.points, strict=True):
+    for mask, (x, y) in zip(sample["masks"], sample["points"], strict=True):
         assert mask[int(y), int(x)]
 
 
@@ -64,7 +64,7 @@ def test_the_sampler_can_go_to_other_processes(tiny_task):
     task = pickle.loads(pickle.dumps(tiny_task.sampler))
     sample = task.sample(0, np.random.default_rng(0))
     np.testing.assert_array_equal(
-        sample.points, tiny_task.sample(0, np.random.default_rng(0)).points
+        sample["points"], tiny_task.sample(0, np.random.default_rng(0))["points"]
     )
 
 
@@ -212,11 +212,11 @@ def mask_set(tmp_path):
 def test_few_objects_come_again_with_other_prompts(mask_set):
     sampler = MaskSampler(mask_set, ImageSpec.sam(64), None, objects=5, least_pixels=4)
     sample = sampler.sample(0, np.random.default_rng(0))
-    assert sample.masks.shape == (5, 64, 64)
-    assert sample.size == (48, 64)
-    assert not sample.masks[:, 48:].any()
-    assert len(np.unique(sample.masks.reshape(5, -1), axis=0)) == 2
-    assert len(np.unique(sample.boxes, axis=0)) == 5
+    assert sample["masks"].shape == (5, 64, 64)
+    assert sample["sizes"] == (48, 64)
+    assert not sample["masks"][:, 48:].any()
+    assert len(np.unique(sample["masks"].reshape(5, -1), axis=0)) == 2
+    assert len(np.unique(sample["boxes"], axis=0)) == 5
 
 
 def test_small_objects_are_skipped_where_larger_ones_are(mask_set):
@@ -224,9 +224,9 @@ def test_small_objects_are_skipped_where_larger_ones_are(mask_set):
     between = int(areas.mean())
     sampler = MaskSampler(mask_set, ImageSpec.sam(64), None, objects=4, least_pixels=between)
     sample = sampler.sample(0, np.random.default_rng(0))
-    assert set(sample.masks.sum((1, 2))) == {areas.max()}
+    assert set(sample["masks"].sum((1, 2))) == {areas.max()}
     none = MaskSampler(mask_set, ImageSpec.sam(64), None, objects=4, least_pixels=10**6)
-    assert none.sample(0, np.random.default_rng(0)).masks.any((1, 2)).all()
+    assert none.sample(0, np.random.default_rng(0))["masks"].any((1, 2)).all()
 
 
 def test_a_batch_has_the_images_first(mask_set):

@@ -72,13 +72,11 @@ def image_state(path: Path) -> dict[str, int]:
 class Store:
     """Rows of arrays by name; opens what is there, and takes more.
 
-    Args:
-        folder: The store's folder; made if ``facts`` are given.
-        facts: What all rows have in common, as plain data; must agree with those of a store that
-            exists, the teacher's name apart. None opens a store that exists.
+    ``facts`` are what all rows have in common, as plain data; given, they must agree with those of
+    a store that exists, the teacher's name apart, and make one that does not. Without them a store
+    that exists is opened. A ``StoreMismatchError`` leaves what is there as it is.
 
     Attributes:
-        facts: Those of the store.
         entries: Everything met so far, by name; also what has no arrays.
         shapes: Shape of a row's array by key; empty before the first row.
         damaged: Names of shards that cannot be used; their rows count as missing.
@@ -117,13 +115,13 @@ class Store:
         return {name: entry.reason for name, entry in self.entries.items() if entry.row < 0}
 
     def missing(self, names: Iterable[str], root: Path | None = None) -> list[str]:
-        """The names of which nothing is stored.
-
-        Args:
-            names: The names in question.
-            root: Where they are files; those that have changed since they were stored are missing.
-        """
-        return [name for name in names if not self._is_current(name, root)]
+        """The names of which nothing is stored; with ``root``, also of files changed since."""
+        return [
+            name
+            for name in names
+            if (entry := self.entries.get(name)) is None
+            or (root is not None and not image_state(root / name).items() <= entry.info.items())
+        ]
 
     def add(self, rows: Sequence[Row]) -> None:
         """Write a shard; rows of names that are there replace them."""
@@ -166,11 +164,7 @@ class Store:
         return value
 
     def check(self, **wanted: object) -> None:
-        """Refuse a store of something else.
-
-        Args:
-            wanted: Facts and the values they must have.
-        """
+        """Refuse a store whose facts have other values; the message names each."""
         differences = [
             f"{key} is {_short(self.facts.get(key))} there and {_short(value)} here"
             for key, value in wanted.items()
@@ -213,12 +207,6 @@ class Store:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.safetensors"
-
-    def _is_current(self, name: str, root: Path | None) -> bool:
-        entry = self.entries.get(name)
-        return entry is not None and (
-            root is None or image_state(root / name).items() <= entry.info.items()
-        )
 
     def _take_up(self, path: Path) -> None:
         """Take up what a shard holds; a damaged one is named and its rows count as missing."""

@@ -10,16 +10,15 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tinyvit.errors import ImageError
 from tinyvit.evaluate.classify import LabelledImages
-from tinyvit.images.decode import decode
 from tinyvit.train.settings import OnBroken
 
 from .lists import (
@@ -35,7 +34,20 @@ from .lists import (
 from .sources import identity, some
 from .tar import TarShards, find_shards, read_shards
 
-TRIES = 20  # unreadable images in a row that end the training
+_TRIES = 20  # unreadable images in a row that end the training
+
+
+Loaded = TypeVar("Loaded")
+
+
+class Named(Protocol):
+    """Samples that have names."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int, /) -> str:
+        """What to call a sample in messages."""
+        ...
 
 
 def hold_out(names: Sequence[str], part: float | str, seed: int = 0) -> tuple[list[str], list[str]]:
@@ -271,29 +283,30 @@ def open_part(data: str | os.PathLike[str], classes: Sequence[str] | None = None
     return read_folder(path, classes)
 
 
-def read_one(
-    images: LabelledImages,
+def read_good(
+    load: Callable[[int], Loaded],
     index: int,
+    images: Named,
     rng: np.random.Generator,
     on_broken: OnBroken = "skip",
-) -> tuple[int, NDArray[np.uint8], dict[str, str]]:
-    """Read an image to train on; where it is unreadable, another one that ``rng`` draws.
+) -> tuple[int, Loaded, dict[str, str]]:
+    """Load a sample to train on; where it is unreadable, another one that ``rng`` draws.
 
-    Gives the index of the image that was read, RGB [H, W, 3] uint8, and the reason by name of each
-    unreadable one.
+    Gives the index of what was loaded, it, and the reason by name of each unreadable one; an
+    ``ImageError`` if ``on_broken`` is "error", or many in a row are unreadable.
     """
     broken: dict[str, str] = {}
-    for _ in range(TRIES):
+    for _ in range(_TRIES):
         try:
-            return index, decode(images.source(index)), broken
-        except ImageError as err:
+            return index, load(index), broken
+        except (ImageError, ValueError) as err:
             if on_broken == "error":
                 raise ImageError(f"{images.name(index)}: {err}") from err
             broken[images.name(index)] = str(err)
             index = int(rng.integers(len(images)))
     name, reason = next(iter(broken.items()))
     raise ImageError(
-        f"{TRIES} images drawn in a row are unreadable, the first is {name!r} ({reason}); most of "
+        f"{_TRIES} images drawn in a row are unreadable, the first is {name!r} ({reason}); most of "
         "the data cannot be read"
     )
 

@@ -14,12 +14,12 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tinyvit.train.task import Batch, Task
@@ -117,6 +117,20 @@ def load_batches(
         pin_memory=is_pinned,
     )
     return iter(loader)
+
+
+def stack_samples(samples: list[dict[str, Any]]) -> Batch:
+    """Values of samples by name, stacked; reasons by name under ``broken`` are put together."""
+    batch: dict[str, Any] = {}
+    for key, first in samples[0].items():
+        values = [one[key] for one in samples]
+        if isinstance(first, dict):
+            batch[key] = {name: text for held in values for name, text in held.items()}
+        elif isinstance(first, Tensor):
+            batch[key] = torch.stack(values)
+        else:
+            batch[key] = torch.from_numpy(np.stack(values))
+    return batch
 
 
 class _Once:

@@ -10,12 +10,12 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT, get_variant
@@ -25,11 +25,13 @@ from tinyvit.errors import CheckpointError, ImageError
 from tinyvit.evaluate.classify import LabelledImages, hits_in_top
 from tinyvit.factory import create_model
 from tinyvit.image_spec import ImageSpec
+from tinyvit.images.decode import decode
 from tinyvit.inference.engine import prepare
 from tinyvit.inference.read_ahead import choose_workers, read_ahead
 from tinyvit.modules import TinyViT
 from tinyvit.train.data.augment import View, augmentation
-from tinyvit.train.data.images import DataSet, open_data_set, read_one
+from tinyvit.train.data.images import DataSet, open_data_set, read_good
+from tinyvit.train.data.sampling import stack_samples
 from tinyvit.train.settings import OnBroken
 from tinyvit.train.task import Batch, Goal
 
@@ -107,8 +109,7 @@ def windows_for(img_size: int) -> tuple[int, ...]:
     """Window sides in tokens of a four-stage classifier, one a stage, for a side of images.
 
     The published rows follow this rule: 7, 7, 14, 7 at 224; 12, 12, 24, 12 at 384; 16, 16, 32, 16
-    at 512. The maps are cut into whole windows where that is possible, and a window is never
-    larger than its map.
+    at 512. The maps are cut into whole windows where possible; none is larger than its map.
 
     Example:
         >>> windows_for(384), windows_for(32)
@@ -119,8 +120,7 @@ def windows_for(img_size: int) -> tuple[int, ...]:
     windows = []
     for reduction, least in zip(_REDUCTIONS, _LEAST_WINDOWS, strict=True):
         side = -(-img_size // reduction)
-        usual = max(least, round(img_size * least / _USUAL_SIZE))
-        count = max(1, round(side / usual))
+        count = max(1, round(side / max(least, round(img_size * least / _USUAL_SIZE))))
         windows.append(-(-side // count))
     return (windows[1], *windows[1:])  # the first stage has no attention and no windows
 
@@ -134,21 +134,11 @@ def build_classifier(
     window_sizes: Sequence[int] | None = None,
     seed: int = 0,
 ) -> TinyViT:
-    """Build a classifier to train.
+    """A classifier to train, whose ``forward`` gives logits [B, K].
 
-    Args:
-        classes: Names of the classes.
-        model: A variant of ``tinyvit.list_models()``; None takes the checkpoint's.
-        checkpoint: A name, a file or a folder of ``save_pretrained``; None starts from random
-            weights. Of a SAM the encoder is taken, without the neck and with classifiers' strides.
-        img_size: Side of the images in pixels; None takes the checkpoint's or variant's, and 224
-            for a SAM encoder.
-        window_sizes: Window sides; None chooses by ``windows_for`` where the size is another one.
-        seed: Of the weights that are new.
-
-    Returns:
-        The model, whose ``forward`` gives logits [B, K]. Its head is new unless the checkpoint's
-        classes are these (or unnamed and as many).
+    Of a SAM's checkpoint the encoder is taken, without the neck and with classifiers' strides, at
+    224 pixels by default. The head is new unless the checkpoint's classes are these (or unnamed
+    and as many). Window sides are those of ``windows_for`` where the size is another one.
     """
     source: OpenedCheckpoint | None = None
     natural: ImageSpec | None = None
@@ -191,7 +181,7 @@ def build_classifier(
 
 
 def save_classifier(model: TinyViT, path: str | os.PathLike[str], classes: Sequence[str]) -> Path:
-    """Write a classifier with the names of its classes as ``.safetensors``; every command loads it."""
+    """Write a classifier with the names of its classes as ``.safetensors``."""
     if len(classes) != model.num_classes:
         raise ValueError(
             f"the model has {model.num_classes} classes, but {len(classes)} names came"
@@ -207,7 +197,7 @@ def save_classifier(model: TinyViT, path: str | os.PathLike[str], classes: Seque
 def load_classifier(
     path: str | os.PathLike[str],
 ) -> tuple[TinyViT, tuple[str, ...] | None]:
-    """Load a classifier's checkpoint: the model in eval mode, and its classes' names if it has any."""
+    """Load a classifier's checkpoint: the model in eval mode, its classes' names if any."""
     opened = open_checkpoint(_file_of(path))
     if not opened.found.has_head:
         raise CheckpointError(f"{opened.path} has no classification head; train one first")
@@ -219,13 +209,13 @@ def _finished(built: TinyViT, natural: ImageSpec | None, size: int | None) -> Ti
     if built.neck is not None:
         built.neck = built.neck_dim = None
         built.image_spec = ImageSpec.timm(size or _USUAL_SIZE)
+    elif natural is not None and size not in (None, natural.size[0]):
+        shorter = natural.shorter_side
+        if shorter is not None:
+            shorter = max(shorter * size // natural.size[0], size)
+        built.image_spec = replace(natural, size=(size, size), shorter_side=shorter)
     elif natural is not None:
         built.image_spec = natural
-        if size not in (None, natural.size[0]):
-            shorter = natural.shorter_side
-            if shorter is not None:
-                shorter = max(shorter * size // natural.size[0], size)
-            built.image_spec = replace(natural, size=(size, size), shorter_side=shorter)
     return built
 
 
@@ -233,15 +223,6 @@ def _file_of(checkpoint: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """The file of weights in a folder of ``save_pretrained``; anything else as it is."""
     inner = Path(checkpoint) / "model.safetensors"
     return inner if inner.is_file() else checkpoint
-
-
-@dataclass(frozen=True)
-class ClassifySample:
-    """One image to train on."""
-
-    pixels: NDArray[np.float32]  # [3, h, w] float32, normalised
-    label: int  # number of its class
-    broken: dict[str, str]  # reason by name of each unreadable image met on the way
 
 
 @dataclass
@@ -264,20 +245,15 @@ class Classify:
         """Training images in an epoch."""
         return len(self.data.train)
 
-    def sample(self, index: int, rng: np.random.Generator) -> ClassifySample:
-        """One image, as ``view`` makes it; another one that ``rng`` draws where it is unreadable."""
-        index, image, broken = read_one(self.data.train, index, rng, self.on_broken)
-        return ClassifySample(self.view(image, rng), int(self.data.train.labels[index]), broken)
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """``images`` [3, h, w] as ``view`` makes it, ``labels`` and ``broken``: reasons by name."""
+        images = self.data.train
+        index, image, broken = read_good(
+            lambda i: decode(images.source(i)), index, images, rng, self.on_broken
+        )
+        return {"images": self.view(image, rng), "labels": images.labels[index], "broken": broken}
 
-    def collate(self, samples: list[ClassifySample]) -> Batch:
-        """``images`` [B, 3, h, w], ``labels`` [B], and ``broken``: reasons by name."""
-        broken = {name: text for one in samples for name, text in one.broken.items()}
-        batch: dict[str, Any] = {
-            "images": torch.from_numpy(np.stack([one.pixels for one in samples])),
-            "labels": torch.tensor([one.label for one in samples]),
-            "broken": broken,
-        }
-        return batch
+    collate = staticmethod(stack_samples)
 
     def loss(
         self, model: nn.Module, batch: Batch, generator: torch.Generator
@@ -356,9 +332,8 @@ def validate_classifier(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Accuracy and loss of a model in eval mode as it is, without an engine around it.
 
-    Returns:
-        ``top1``, ``loss`` and, with more than five classes, ``top5``; and the reason by name of
-        each unreadable image.
+    Gives ``top1``, ``loss`` and, with more than five classes, ``top5``; and the reason by name of
+    each unreadable image.
     """
     place = next(model.parameters())
     broken: dict[str, str] = {}
@@ -385,24 +360,19 @@ def _batches(
     images: LabelledImages, spec: ImageSpec, batch_size: int, broken: dict[str, str]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Prepared images [B, 3, h, w] and their labels [B], read ahead in threads."""
-    labels = images.labels
-    jobs = (partial(_prepared, images, index, spec) for index in range(len(images)))
-    good: list[tuple[Tensor, int]] = []
+
+    def prepared(index: int) -> Tensor | None:
+        try:
+            return torch.from_numpy(prepare(images.source(index), spec)[0])
+        except ImageError as err:
+            broken[images.name(index)] = str(err)
+            return None
+
     workers = choose_workers()
-    for index, made in enumerate(read_ahead(jobs, workers=workers, ahead=batch_size + workers)):
-        if isinstance(made, ImageError):
-            broken[images.name(index)] = str(made)
-        else:
-            good.append((made, int(labels[index])))
-        if len(good) == batch_size:
-            yield torch.stack([tensor for tensor, _ in good]), torch.tensor([n for _, n in good])
-            good = []
-    if good:
-        yield torch.stack([tensor for tensor, _ in good]), torch.tensor([n for _, n in good])
-
-
-def _prepared(images: LabelledImages, index: int, spec: ImageSpec) -> Tensor | ImageError:
-    try:
-        return torch.from_numpy(prepare(images.source(index), spec)[0])
-    except ImageError as err:
-        return err
+    jobs = (partial(prepared, index) for index in range(len(images)))
+    made = zip(
+        read_ahead(jobs, workers=workers, ahead=batch_size + workers), images.labels, strict=True
+    )
+    good = ((one, int(label)) for one, label in made if one is not None)
+    while batch := list(islice(good, batch_size)):
+        yield torch.stack([one for one, _ in batch]), torch.tensor([label for _, label in batch])

@@ -28,7 +28,9 @@ from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
 from tinyvit.sam.build import build_sam
 from tinyvit.sam.model import Sam
-from tinyvit.train.data.images import fingerprint, hold_out, read_one
+from tinyvit.train.data.images import fingerprint, hold_out, read_good
+from tinyvit.train.data.sampling import stack_samples
+from tinyvit.train.data.sources import identity
 from tinyvit.train.settings import SettingError
 from tinyvit.train.store import Store
 from tinyvit.train.task import Batch, Goal, Task
@@ -53,30 +55,20 @@ from .settings import (
 
 _MEAN_MAP_IMAGES = 512
 _SHOWN = 5
-_TRIES = 20
 
 
 def random_points(placed: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Points drawn uniformly over the images, not over their padding.
+    """Points (x, y) drawn uniformly over the images, not over their padding: [N, count, 2].
 
-    Args:
-        placed: [N, 2] (height, width) of the images within the model input, as parts of it, 0..1.
-        count: P.
-        generator: On the CPU.
-
-    Returns:
-        [N, P, 2], (x, y) as parts of the model input, 0..1, on the device of ``placed``.
+    ``placed`` [N, 2] is (height, width) of the images within the model input; both are parts of
+    it, 0..1. The generator is on the CPU.
     """
     drawn = torch.rand(placed.shape[0], count, 2, generator=generator).to(placed.device)
     return drawn * placed.flip(1)[:, None]  # (height, width) -> (x, y)
 
 
 class MaskAgreement:
-    """The frozen heads of a SAM, which turn embeddings and points into masks.
-
-    Args:
-        sam: Gives its prompt encoder and mask decoder, which are set to eval mode and frozen.
-    """
+    """The frozen prompt encoder and mask decoder of a SAM: embeddings and points into masks."""
 
     prompt_encoder: PromptEncoder
     mask_decoder: MaskDecoder
@@ -90,20 +82,11 @@ class MaskAgreement:
         self.prompt_encoder = sam.prompt_encoder.eval().requires_grad_(False)
         self.mask_decoder = sam.mask_decoder.eval().requires_grad_(False)
 
-    @property
-    def channels(self) -> int:
-        """C of the embeddings that the heads want."""
-        return self.prompt_encoder.embed_dim
-
     def masks(self, embeddings: Tensor, points: Tensor) -> Tensor:
         """All masks of single points: the one for clear prompts, and those for ambiguous ones.
 
-        Args:
-            embeddings: [N, C, h, w]; any grid that covers the whole model input.
-            points: [N, P, 2], (x, y) as parts of the model input, 0..1.
-
-        Returns:
-            Logits [N * P * M, 4h, 4w] of M masks a point.
+        ``embeddings`` [N, C, h, w] are of any grid that covers the whole model input, ``points``
+        [N, P, 2] parts of it, (x, y). Gives logits [N * P * M, 4h, 4w] of M masks a point.
         """
         prompt_encoder = self.prompt_encoder.to(embeddings.device)
         decoder = self.mask_decoder.to(embeddings.device)
@@ -118,23 +101,8 @@ class MaskAgreement:
         return masks.flatten(0, 1)
 
 
-@dataclass(frozen=True)
-class FeatureSample:
-    """One image to train on."""
-
-    pixels: Tensor  # [3, H, W] float32, normalised
-    features: Tensor  # [C, teacher h, teacher w] float16
-    # (height, width) of the image within the model input, as parts of it, 0..1
-    placed: tuple[float, float]
-
-
 class Student(nn.Module):
-    """An encoder whose channels are brought to the teacher's by a 1x1 convolution.
-
-    Args:
-        image_encoder: What is trained and kept.
-        channels: C of the teacher.
-    """
+    """An encoder whose channels are brought to the teacher's by a 1x1 convolution."""
 
     image_encoder: TinyViT
 
@@ -151,15 +119,10 @@ class Student(nn.Module):
 
 
 class DistillFeatures:
-    """Learns a teacher's features; a ``Task``.
+    """Learns a teacher's features of the images below ``root``; a ``Task``.
 
-    Args:
-        student: The encoder, trained in place.
-        store: The teacher's features.
-        root: The images' folder.
-        settings: The choices.
-        sam: A SAM with the teacher's prompt encoder and mask decoder: for the masks' loss, for
-            validating masks, and to save a whole SAM with the student as its encoder.
+    A SAM with the teacher's prompt encoder and mask decoder is for the masks' loss, for validating
+    masks, and to save a whole SAM with the student as its encoder.
     """
 
     name: str = "distill-features"
@@ -180,9 +143,11 @@ class DistillFeatures:
         self.store, self.root = store, Path(root)
         self.spec = _spec_of(student, ImageSpec.from_dict(store.facts["image_spec"]))
         _check_current(store, self.root)
-        self.train_names, self.val_names = hold_out(
-            store.good, settings.held_out, settings.split_seed
-        )
+        names, self.val_names = hold_out(store.good, settings.held_out, settings.split_seed)
+        there = {identity(self.root / name) for name in self.val_names}
+        self.train_names = [name for name in names if identity(self.root / name) not in there]
+        if not self.train_names:
+            raise ValueError(f"all images below {root} are links to those to validate on")
         channels = store.shapes["features"][0]
         own = student.neck_dim or student.embed_dims[-1]
         self.model = student if own == channels else Student(student, channels)
@@ -190,10 +155,11 @@ class DistillFeatures:
         if self.heads is None and settings.mask_weight > 0:
             wanted = "0 without a SAM, whose heads predict the masks (give one with sam)"
             raise SettingError("mask_weight", wanted, settings.mask_weight)
-        if self.heads is not None and self.heads.channels != channels:
+        wants = channels if self.heads is None else self.heads.prompt_encoder.embed_dim
+        if wants != channels:
             raise ValueError(
-                f"the heads want embeddings of {self.heads.channels} channels, but the teacher's "
-                f"have {channels}; give the teacher's own SAM"
+                f"the heads want embeddings of {wants} channels, but the teacher's have {channels}"
+                "; give the teacher's own SAM"
             )
         self._mean_map: Tensor | None = None
 
@@ -201,27 +167,17 @@ class DistillFeatures:
         """Training images, each once an epoch."""
         return len(self.train_names)
 
-    def sample(self, index: int, rng: np.random.Generator) -> FeatureSample:
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """One image and its features; mirrored half of the time where those are stored."""
         flip = bool(self.store.facts["flips"]) and bool(rng.integers(2))
         return self._read(self.train_names[index], flip)
 
-    def collate(self, samples: list[FeatureSample]) -> Batch:
-        """``images`` [N, 3, H, W], ``features`` [N, C, h, w] fp16, ``placed`` [N, 2]."""
-        return {
-            "images": torch.stack([one.pixels for one in samples]),
-            "features": torch.stack([one.features for one in samples]),
-            "placed": torch.tensor([one.placed for one in samples]),
-        }
+    collate = staticmethod(stack_samples)
 
     def loss(
         self, model: nn.Module, batch: Batch, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Distance of the maps, plus that of the masks at random points if it is weighted.
-
-        Returns:
-            The mean loss, and metrics: ``train_cosine`` and the parts of the loss.
-        """
+        """Distance of the maps, plus that of the masks at random points if it is weighted."""
         found = model(batch["images"])
         teacher = batch["features"].float()
         target = fit_grid(teacher, _size(found))
@@ -241,12 +197,11 @@ class DistillFeatures:
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Metrics on images never trained on, over the grid cells that they cover.
 
-        Returns:
-            ``cosine``, the mean over all cells of the cosine of the two channel vectors, nothing
-            subtracted; ``cosine_floor``, the same for a student that always gives the teacher's
-            mean map of the training images; ``cosine_centred``, the cosine after that mean map
-            has been subtracted from both; ``mse``; with heads ``mask_iou``, mean IoU of the masks
-            for clear and ambiguous prompts at random points.
+        ``cosine`` is the mean over all cells of the cosine of the two channel vectors, nothing
+        subtracted; ``cosine_floor`` the same for a student that always gives the teacher's mean map
+        of the training images; ``cosine_centred`` that after the mean map has been subtracted from
+        both; ``mask_iou``, with heads, the mean IoU of the masks for clear and ambiguous prompts at
+        random points.
         """
         sums: dict[str, float] = {}
         count = {"cells": 0.0, "masks": 0.0}
@@ -262,7 +217,7 @@ class DistillFeatures:
             found = model(images).float()
             target = fit_grid(teacher.float(), _size(found))
             mean = fit_grid(self._mean().to(device), _size(found))
-            cells = covered_cells(placed, (1, 1), _size(found))
+            cells = covered_cells(placed, _size(found))
             maps = {
                 "cosine": cosine_per_cell(found, target),
                 "cosine_floor": cosine_per_cell(mean, target),
@@ -302,15 +257,18 @@ class DistillFeatures:
                 state.update({f"{name}.{key}": value for key, value in own.items()})
         write_state_dict(path, state, metadata=header)
 
-    def _read(self, name: str, flip: bool) -> FeatureSample:
+    def _read(self, name: str, flip: bool) -> dict[str, Any]:
+        """``images`` [3, H, W] normalised, ``features`` [C, h, w] fp16, ``placed``.
+
+        The last is (height, width) of the image within the model input, as parts of it.
+        """
         image = decode(self.root / name)
         if flip:
             image = np.ascontiguousarray(image[:, ::-1])
         pixels, placement = to_input(image, self.spec)
-        sizes = zip(placement.resized_size, placement.model_size, strict=True)
-        height, width = (min(1.0, resized / whole) for resized, whole in sizes)
+        parts = np.divide(placement.resized_size, placement.model_size).clip(max=1)
         features = self.store.read(name, "flipped" if flip else "features")
-        return FeatureSample(torch.from_numpy(pixels), torch.from_numpy(features), (height, width))
+        return {"images": pixels, "features": features, "placed": parts.astype(np.float32)}
 
     def _mean(self) -> Tensor:
         """The teacher's mean map of (at most 512) training images, [1, C, h, w]."""
@@ -370,17 +328,6 @@ def _check_current(store: Store, root: Path) -> None:
         )
 
 
-@dataclass(frozen=True)
-class DistillSample:
-    """One view to train on."""
-
-    pixels: NDArray[np.float32]  # [3, h, w] float32, normalised for the student
-    probabilities: NDArray[np.float32]  # [k] float32, the teacher's
-    classes: NDArray[np.int64]  # [k] int64, whose they are
-    label: int  # number of the image's own class
-    broken: dict[str, str]  # reason by name of each unreadable image met on the way
-
-
 @dataclass
 class DistillLogits:
     """Learns a teacher's stored logits; a ``Task``."""
@@ -410,56 +357,41 @@ class DistillLogits:
         """Training images in an epoch."""
         return len(self.student)
 
-    def sample(self, index: int, rng: np.random.Generator) -> DistillSample:
-        """One of the views of an image with the teacher's logits; ``rng`` draws which.
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """One of the views of an image, which ``rng`` draws, with the teacher's k classes.
 
         The view's own randomness is that of its stored seed.
         """
         images = self.student.data.train
-        broken: dict[str, str] = {}
-        for _ in range(_TRIES):
-            index, image, found = read_one(images, index, rng, self.student.on_broken)
-            broken.update(found)
-            if str(index) in self.store.entries:
-                seed, probabilities, classes = (
-                    self.store.read(str(index), key) for key in ("seed", "probabilities", "classes")
-                )  # [V], [V, k], [V, k]
-                view = int(rng.integers(len(seed)))
-                pixels = self.student.view(image, np.random.default_rng(int(seed[view])))
-                return DistillSample(
-                    pixels,
-                    probabilities[view].astype(np.float32),
-                    classes[view].astype(np.int64),
-                    int(images.labels[index]),
-                    broken,
-                )
-            broken[images.name(index)] = "no logits in the store"
-            if self.student.on_broken == "error":
-                break
-            index = int(rng.integers(len(images)))
-        raise ValueError(
-            f"images without logits in {self.store.folder}, for example "
-            f"{next(reversed(broken))!r}; call write_logits again, which writes what is missing"
-        )
-
-    def collate(self, samples: list[DistillSample]) -> Batch:
-        """``images`` [B, 3, h, w], ``probabilities`` and ``classes`` [B, k], ``labels`` [B]."""
-        batch: dict[str, Any] = {
-            "images": torch.from_numpy(np.stack([one.pixels for one in samples])),
-            "probabilities": torch.from_numpy(np.stack([one.probabilities for one in samples])),
-            "classes": torch.from_numpy(np.stack([one.classes for one in samples])),
-            "labels": torch.tensor([one.label for one in samples]),
-            "broken": {name: text for one in samples for name, text in one.broken.items()},
+        index, image, broken = read_good(self._image, index, images, rng, self.student.on_broken)
+        seed, probabilities, classes = (
+            self.store.read(str(index), key) for key in ("seed", "probabilities", "classes")
+        )  # [V], [V, k], [V, k]
+        view = int(rng.integers(len(seed)))
+        return {
+            "images": self.student.view(image, np.random.default_rng(int(seed[view]))),
+            "probabilities": probabilities[view].astype(np.float32),
+            "classes": classes[view].astype(np.int64),
+            "labels": images.labels[index],
+            "broken": broken,
         }
-        return batch
+
+    def _image(self, index: int) -> NDArray[np.uint8]:
+        if str(index) not in self.store.entries:
+            raise ValueError(
+                f"it is without logits in {self.store.folder}; call write_logits again, which "
+                "writes what is missing"
+            )
+        return decode(self.student.data.train.source(index))
+
+    collate = staticmethod(stack_samples)
 
     def loss(
         self, model: nn.Module, batch: Batch, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross entropy with the teacher's distribution; labels are only counted.
 
-        Returns:
-            The mean loss; ``train_top1``, and ``as_teacher``: how often both choose one class.
+        ``as_teacher`` is how often both choose one class.
         """
         self.broken.update(cast("dict[str, str]", batch.get("broken", {})))
         logits = model(batch["images"])
@@ -480,13 +412,7 @@ class DistillLogits:
 
 
 def make_logits_task(settings: ClassifySettings, store: str | os.PathLike[str]) -> DistillLogits:
-    """Open data and logits, and build the student.
-
-    Args:
-        settings: As for classification; the augmentation must be the store's, and there is no
-            mixing and no smoothing.
-        store: The folder of ``write_logits``.
-    """
+    """Open data and stored logits, and build the student; there is no mixing and no smoothing."""
     if settings.mixup or settings.cutmix:
         raise ValueError(
             f"mixup={settings.mixup} and cutmix={settings.cutmix} cannot be used here: logits are "

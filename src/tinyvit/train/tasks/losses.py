@@ -29,15 +29,9 @@ def shrink_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def focal_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Focal loss, averaged over pixels.
+    """Focal loss of logits [..., h, w], averaged over pixels: [...].
 
-    Args:
-        logits: [..., h, w].
-        targets: [..., h, w] in 0..1.
-        weights: [..., h, w], 0 where a pixel does not count; None: all count alike.
-
-    Returns:
-        [...].
+    ``targets`` are in 0..1; ``weights`` are 0 where a pixel does not count.
     """
     entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     found = logits.sigmoid()
@@ -114,14 +108,8 @@ class MaskLosses:
     ) -> MaskLoss:
         """The loss of each prompt: that of its best mask, and of all its predicted IoUs.
 
-        Args:
-            logits: [N, K, h, w].
-            predicted_ious: [N, K].
-            targets: [N, h, w] in 0..1.
-            weights: [N, h, w], 0 where a pixel does not count; None: all count alike.
-
-        Returns:
-            The loss.
+        ``logits`` are [N, K, h, w], ``predicted_ious`` [N, K], ``targets`` [N, h, w] in 0..1 and
+        ``weights`` [N, h, w], 0 where a pixel does not count.
         """
         wanted = targets[:, None].expand_as(logits)
         counted = None if weights is None else weights[:, None].expand_as(logits)
@@ -151,11 +139,8 @@ def fit_grid(features: Tensor, grid: tuple[int, int]) -> Tensor:
 def feature_loss(student: Tensor, teacher: Tensor, kind: FeatureLoss = "mse") -> Tensor:
     """Mean distance of two maps [N, C, h, w], a scalar in float32.
 
-    Args:
-        student: [N, C, h, w].
-        teacher: [N, C, h, w].
-        kind: "mse", the mean square over all numbers; "huber", the same but linear beyond 1;
-            "cosine", 1 minus the cosine of the channel vectors, mean over the cells.
+    "mse" is the mean square over all numbers, "huber" the same but linear beyond 1, "cosine" 1
+    minus the cosine of the channel vectors, mean over the cells.
     """
     if student.shape != teacher.shape:
         raise ValueError(
@@ -177,23 +162,15 @@ def cosine_per_cell(a: Tensor, b: Tensor) -> Tensor:
     return F.cosine_similarity(a.float(), b.float(), dim=1)
 
 
-def covered_cells(
-    resized_sizes: Tensor, model_size: tuple[int, int], grid: tuple[int, int]
-) -> Tensor:
-    """The cells whose middle lies in the image and not in the padding.
+def covered_cells(placed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The cells of a map (h, w) whose middle lies in the image: [N, h, w] bool; always the first.
 
-    Args:
-        resized_sizes: [N, 2] (height, width) of the images in the model input, in pixels.
-        model_size: (height, width) of the model input in pixels.
-        grid: (h, w) of the map.
-
-    Returns:
-        [N, h, w] bool; the first cell always counts.
+    ``placed`` [N, 2] is (height, width) of the images as parts of the model input.
     """
     sides = []
     for axis in (0, 1):
-        middles = (torch.arange(grid[axis], device=resized_sizes.device) + 0.5) / grid[axis]
-        inside = middles * model_size[axis] < resized_sizes[:, axis : axis + 1]
+        middles = (torch.arange(grid[axis], device=placed.device) + 0.5) / grid[axis]
+        inside = middles < placed[:, axis : axis + 1]
         inside[:, 0] = True
         sides.append(inside)
     return sides[0][:, :, None] & sides[1][:, None, :]
@@ -228,14 +205,10 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def sparse_cross_entropy(logits: Tensor, indices: Tensor, probabilities: Tensor) -> Tensor:
-    """Mean cross entropy of logits with a teacher's sparse distributions.
+    """Mean cross entropy of logits [B, K] with a teacher's sparse distributions.
 
-    Equal to ``soft_cross_entropy`` with the dense distribution, without building it.
-
-    Args:
-        logits: [B, K] of the student.
-        indices: [B, k] int64, the classes that were kept, distinct in a row.
-        probabilities: [B, k], their probabilities.
+    ``indices`` [B, k] are the classes that were kept, ``probabilities`` [B, k] theirs. Equal to
+    ``soft_cross_entropy`` with the dense distribution, without building it.
     """
     logs = F.log_softmax(_wide(logits), dim=1)  # [B, K]
     kept = probabilities.to(logs.dtype)

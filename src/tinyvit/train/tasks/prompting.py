@@ -130,15 +130,10 @@ class Objects:
         cls, sam: Sam, grid: tuple[int, int], masks: Tensor, sizes: Tensor, points: Tensor,
         boxes: Tensor,
     ) -> Objects:  # fmt: skip
-        """Objects of a batch.
+        """Objects of a batch, whose embeddings have this grid.
 
-        Args:
-            sam: The model, for its input size.
-            grid: (h, w) of the embeddings.
-            masks: [B, K, H, W] bool in the model input, K objects of each image.
-            sizes: [B, 2] (height, width) of each image in it, without padding.
-            points: [B, K, 2].
-            boxes: [B, K, 4].
+        ``masks`` are [B, K, H, W] in the model input, ``sizes`` [B, 2] (height, width) of each
+        image in it without padding, ``points`` [B, K, 2] and ``boxes`` [B, K, 4].
         """
         batch, count, height, width = masks.shape
         stride = logit_stride(sam)

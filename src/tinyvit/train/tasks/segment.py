@@ -16,7 +16,6 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tinyvit.checkpoints import write_state_dict
@@ -34,7 +33,9 @@ from tinyvit.sam.embedding import spec_of
 from tinyvit.sam.model import Sam
 from tinyvit.sam.predictor import SamPredictor
 from tinyvit.train.data.augment import FittedSample, MaskAugment, fit_sample
+from tinyvit.train.data.images import read_good
 from tinyvit.train.data.masks import MaskSet, open_mask_set
+from tinyvit.train.data.sampling import stack_samples
 from tinyvit.train.settings import OnBroken, SettingError
 from tinyvit.train.task import Batch, Goal
 
@@ -42,7 +43,6 @@ from .losses import MaskLosses
 from .prompting import Objects, Prompting, check_trainable, first_click, noisy_box, prompt_and_learn
 from .settings import SegmentSettings
 
-_TRIES = 20
 _SAME = "is trained and validated on, so the metrics say nothing about others"
 
 
@@ -52,19 +52,6 @@ class MaskSamples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> LabelledImage: ...
-
-
-@dataclass(frozen=True)
-class PromptedSample:
-    """One image to train on."""
-
-    index: int  # which image
-    image: Tensor  # [3, H, W] float32, normalised and padded
-    size: tuple[int, int]  # (height, width) of the image in the model input, without padding
-    masks: NDArray[np.bool_]  # [K, H, W] bool in the model input
-    points: NDArray[np.float32]  # [K, 2] float32, a first click for each object
-    boxes: NDArray[np.float32]  # [K, 4] float32, a box for each object
-    broken: dict[str, str]  # reason by name of each unreadable image met on the way
 
 
 @dataclass(frozen=True)
@@ -91,25 +78,24 @@ class MaskSampler:
                 f"a SAM's images are fitted by their longest side, not {self.spec.resize!r}"
             )
 
-    def sample(self, index: int, rng: np.random.Generator) -> PromptedSample:
-        """One image and some of its objects; another one that ``rng`` draws if it is unreadable."""
-        broken: dict[str, str] = {}
-        for _ in range(_TRIES):
-            try:
-                fitted = self._fitted(index, rng)
-            except (ImageError, ValueError) as err:
-                name = self.data[index].name
-                if self.on_broken == "error":
-                    raise ImageError(f"{name}: {err}") from err
-                broken[name] = str(err)
-                index = int(rng.integers(len(self.data)))
-            else:
-                return self._prompted(index, fitted, rng, broken)
-        name, reason = next(iter(broken.items()))
-        raise ImageError(
-            f"{_TRIES} images drawn in a row are unreadable, the first is {name!r} ({reason}); "
-            "most of the data cannot be read"
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def name(self, index: int) -> str:
+        """What to call an image in messages."""
+        return self.data[index].name
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """One image and some of its objects.
+
+        ``images`` [3, H, W] normalised and padded, ``sizes`` (height, width) of the image in it,
+        ``masks`` [K, H, W] bool, ``points`` [K, 2] a first click for each object, ``boxes`` [K, 4],
+        ``index`` which image, ``broken`` reasons by name.
+        """
+        index, fitted, broken = read_good(
+            lambda i: self._fitted(i, rng), index, self, rng, self.on_broken
         )
+        return {"index": index, "broken": broken, **self._prompted(fitted, rng)}
 
     def _fitted(self, index: int, rng: np.random.Generator) -> FittedSample:
         """An image in the model input with at least one object that is large enough."""
@@ -124,26 +110,22 @@ class MaskSampler:
             raise ValueError(f"all its objects vanish at {width} x {height} pixels")
         return fitted
 
-    def _prompted(
-        self, index: int, fitted: FittedSample, rng: np.random.Generator, broken: dict[str, str]
-    ) -> PromptedSample:
+    def _prompted(self, fitted: FittedSample, rng: np.random.Generator) -> dict[str, Any]:
         areas = fitted.masks.sum((1, 2))
         good = np.flatnonzero(areas >= min(self.least_pixels, int(areas.max())))
         order = rng.permutation(good)
         chosen = fitted.masks[np.resize(order, self.objects)]  # again from the start if too few
-        size = fitted.pixels.shape[0], fitted.pixels.shape[1]
+        height, width = fitted.pixels.shape[:2]
         padded = np.zeros((self.objects, *self.spec.size), np.bool_)
-        padded[:, : size[0], : size[1]] = chosen
+        padded[:, :height, :width] = chosen
         pixels = torch.from_numpy(fitted.pixels).permute(2, 0, 1)
-        return PromptedSample(
-            index,
-            normalise_and_pad(pixels, replace(self.spec, pad=True))[0],
-            size,
-            padded,
-            np.array([first_click(mask, rng) for mask in chosen], np.float32),
-            np.array([noisy_box(mask, rng) for mask in chosen], np.float32),
-            broken,
-        )
+        return {
+            "images": normalise_and_pad(pixels, replace(self.spec, pad=True))[0],
+            "sizes": (height, width),
+            "masks": padded,
+            "points": np.array([first_click(mask, rng) for mask in chosen], np.float32),
+            "boxes": np.array([noisy_box(mask, rng) for mask in chosen], np.float32),
+        }
 
 
 @dataclass
@@ -174,31 +156,16 @@ class Segment:
         """Training images in an epoch."""
         return len(self.sampler.data)
 
-    def sample(self, index: int, rng: np.random.Generator) -> PromptedSample:
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """One image and some of its objects, see ``MaskSampler``."""
         return self.sampler.sample(index, rng)
 
-    def collate(self, samples: list[PromptedSample]) -> Batch:
-        """The samples' arrays, stacked by name, and ``broken``: reasons by name."""
-        batch: dict[str, Any] = {
-            "index": torch.tensor([one.index for one in samples]),
-            "images": torch.stack([one.image for one in samples]),
-            "sizes": torch.tensor([one.size for one in samples]),
-            "masks": torch.from_numpy(np.stack([one.masks for one in samples])),
-            "points": torch.from_numpy(np.stack([one.points for one in samples])),
-            "boxes": torch.from_numpy(np.stack([one.boxes for one in samples])),
-            "broken": {name: text for one in samples for name, text in one.broken.items()},
-        }
-        return batch
+    collate = staticmethod(stack_samples)
 
     def loss(
         self, model: nn.Module, batch: Batch, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Focal, dice and IoU loss of every object's last prediction.
-
-        Returns:
-            The mean loss, and metrics: ``train_iou``, ``focal``, ``dice``, ``iou_error``.
-        """
+        """Focal, dice and IoU loss of every object's last prediction."""
         self.broken.update(cast("dict[str, str]", batch.get("broken", {})))
         sam = cast(Sam, model)
         features = self._features(sam, batch)
@@ -241,9 +208,7 @@ class Segment:
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Mean IoU on the held-out part, by the model as it is.
 
-        Returns:
-            ``iou_1_click``, ``iou_3_clicks``, ``iou_box``, their mean ``mean_iou``, and
-            ``predicted_iou_error``, the mean distance of predicted and true IoU at one click.
+        ``predicted_iou_error`` is the mean distance of predicted and true IoU at one click.
         """
         settings = EvaluateSettings(
             (1, 3), most_clicks=3, with_baselines=False, most_masks=self.val_masks

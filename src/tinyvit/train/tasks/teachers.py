@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -48,19 +48,13 @@ _LARGEST_FP16 = 65504.0
 
 @dataclass(frozen=True)
 class Teacher:
-    """Makes feature maps or logits; call it with [N, 3, H, W] float32, normalised.
+    """Makes feature maps or logits; call it with [N, 3, H, W] float32, normalised."""
 
-    Args:
-        compute: From images on the CPU to feature maps [N, C, h, w] or logits [N, K], any device.
-        image_spec: How images are prepared for it; all inputs have one size.
-        name: For people.
-        sha256: Hash of its weights: tells it from other teachers.
-    """
-
+    # from images on the CPU to feature maps [N, C, h, w] or logits [N, K], on any device
     compute: Callable[[Tensor], Tensor]
-    image_spec: ImageSpec
-    name: str
-    sha256: str
+    image_spec: ImageSpec  # how images are prepared for it; all inputs have one size
+    name: str  # for people
+    sha256: str  # of its weights: tells it from other teachers
 
     def __call__(self, images: Tensor) -> Tensor:
         """[N, C, h, w] or [N, K], float32 on the CPU."""
@@ -74,15 +68,11 @@ def open_teacher(
     device: str = "auto",
     gives: Literal["features", "logits"] = "features",
 ) -> Teacher:
-    """Make a teacher of whatever names one.
+    """A teacher of a TinyViT, a checkpoint, a ``.onnx`` file (on the CPU), or a published model.
 
-    Args:
-        source: A TinyViT; a checkpoint's name, file or folder; a ``.onnx`` file; for features also
-            "timm:NAME" and "hf:NAME", a model of transformers (of a SAM its vision encoder).
-        image_spec: How images are prepared. None takes the model's own; ONNX files and
-            transformers do not state it in one way, so there it must be given.
-        device: Where it runs; ONNX files always on the CPU.
-        gives: What is wanted of it.
+    These are, for features, "timm:NAME" and "hf:NAME", a model of transformers (of a SAM its vision
+    encoder). ``image_spec`` says how images are prepared; None takes the model's own, which ONNX
+    files and transformers do not state in one way, so there it must be given.
     """
     place = choose_device(device)
     if isinstance(source, TinyViT):
@@ -132,12 +122,8 @@ def module_teacher(
 ) -> Teacher:
     """Any module whose output is a map, tokens, or an object with ``last_hidden_state``.
 
-    Args:
-        module: Called with [N, 3, H, W]; used in eval mode and without gradients.
-        image_spec: How images are prepared for it.
-        name: For people.
-        device: Where it runs.
-        channels_last: Whether a map comes as [N, h, w, C].
+    It is called with [N, 3, H, W] in eval mode; ``channels_last`` says that maps come as
+    [N, h, w, C].
     """
     name = name or type(module).__name__
     sha256 = weights_sha256(module.state_dict())
@@ -180,9 +166,6 @@ def store_features(
         batch_size: Images that the teacher gets together.
         shard_size: Images in a file; what a stop can cost.
         progress: Called with (images done, images in all).
-
-    Returns:
-        The store. ``unreadable`` of it names the images that could not be read.
     """
     root = Path(root)
     if teacher.image_spec.resize == "longest_side" and not teacher.image_spec.pad:
@@ -229,10 +212,15 @@ def _feature_rows(teacher: Teacher, root: Path, names: Sequence[str], flips: boo
             read.append((Row(name, info=info), rgb))
     if not read:
         return rows
-    images = [rgb for _, rgb in read]
-    maps = {"features": _features(teacher, images)}
+
+    def features(images: Iterable[NDArray[np.uint8]]) -> Tensor:
+        spec = teacher.image_spec
+        inputs = [to_input(np.ascontiguousarray(rgb), spec)[0] for rgb in images]
+        return teacher(torch.from_numpy(np.stack(inputs)))
+
+    maps = {"features": features(rgb for _, rgb in read)}
     if flips:
-        maps["flipped"] = _features(teacher, [rgb[:, ::-1] for rgb in images])
+        maps["flipped"] = features(rgb[:, ::-1] for _, rgb in read)
     for number, (row, _) in enumerate(read):
         arrays = {key: found[number] for key, found in maps.items()}
         if all(float(x.abs().max()) <= _LARGEST_FP16 for x in arrays.values()):  # NaN fails too
@@ -242,12 +230,6 @@ def _feature_rows(teacher: Teacher, root: Path, names: Sequence[str], flips: boo
             reason = f"{teacher.name} gave features that are not finite in fp16"
             rows.append(replace(row, reason=reason))
     return rows
-
-
-def _features(teacher: Teacher, images: Sequence[NDArray[np.uint8]]) -> Tensor:
-    spec = teacher.image_spec
-    batch = np.stack([to_input(np.ascontiguousarray(rgb), spec)[0] for rgb in images])
-    return teacher(torch.from_numpy(batch))
 
 
 def write_logits(
@@ -264,23 +246,12 @@ def write_logits(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Store, dict[str, str]]:
-    """Keep the largest of a teacher's probabilities for views of images; goes on when stopped.
+    """Keep the ``k`` largest of a teacher's probabilities for ``views`` of each image.
 
-    Args:
-        folder: The store; made, or gone on with if it belongs to the same.
-        images: What is shown.
-        teacher: Gives logits.
-        augment: How views are made; None: "light".
-        views: Views of each image.
-        k: Classes to keep; at most all.
-        seed: Source of the views' seeds.
-        batch_size: Views that the teacher gets together.
-        shard_size: Images in a file; what a stop can cost.
-        workers: Threads that make views; None chooses.
-        progress: Called with (views done, views in all).
-
-    Returns:
-        The store, and the reason by name of each unreadable image; those have no row.
+    Goes on in a folder that belongs to the same, where it was stopped; a stop costs ``shard_size``
+    images at most. Views are made by ``augment`` ("light" by default), with seeds from ``seed``;
+    the teacher gets ``batch_size`` views together. Gives the store, and the reason by name of each
+    unreadable image; those have no row.
     """
     if len(images) < 1 or views < 1:
         raise ValueError(f"a store wants images and views, got {len(images)} and {views}")
@@ -360,10 +331,8 @@ def _logit_rows(
 
 
 def _view_seeds(seed: int, views: int, index: int) -> list[int]:
-    return [
-        int(np.random.SeedSequence((seed, view, index)).generate_state(1, np.uint64)[0])
-        for view in range(views)
-    ]
+    sequences = (np.random.SeedSequence((seed, view, index)) for view in range(views))
+    return [int(one.generate_state(1, np.uint64)[0]) for one in sequences]
 
 
 def _make_views(
@@ -378,7 +347,7 @@ def _make_views(
 
 
 def _readable(
-    made: Iterator[tuple[int, list[NDArray[np.float32]] | ImageError]],
+    made: Iterable[tuple[int, list[NDArray[np.float32]] | ImageError]],
     images: LabelledImages,
     unreadable: dict[str, str],
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
