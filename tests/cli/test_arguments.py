@@ -12,6 +12,7 @@ from tinyvit.cli.arguments import (
     MAX_PIXELS,
     PRECISIONS,
     announce,
+    check_checkpoint,
     file_of,
     load_classifier,
     load_encoder,
@@ -39,11 +40,25 @@ def test_a_name_a_file_or_a_folder_is_a_file(tmp_path, make_tiny_vit, monkeypatc
     assert file_of("tinyvit_starter").name == "starter.safetensors"
     assert file_of("mobile_sam") == cached
     assert file_of(str(tmp_path / "saved")) == tmp_path / "saved" / "model.safetensors"
-    assert str(file_of("none.pt")) == "none.pt"
-    assert str(file_of("a/none")) == "a/none"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bare").touch()
     assert str(file_of("bare")) == "bare"
+
+
+def test_what_is_neither_a_name_nor_there_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bare").touch()
+    for good in (None, "mobile_sam", "bare", str(tmp_path)):
+        check_checkpoint(good)
+    for wrong, words in (
+        ("", "the name of the checkpoint is empty"),
+        ("none.pt", "no such file: none.pt"),
+        ("a/none", "no such file: a/none"),
+        ("nofile", "unknown checkpoint 'nofile', and there is no file 'nofile'. List"),
+        ("mobilesam", "did you mean 'mobile_sam'"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            check_checkpoint(wrong)
 
 
 def test_an_unknown_or_absent_name_is_an_error():
@@ -152,6 +167,6 @@ def test_names_are_completed():
     assert matching_checkpoints("mob") == ["mobile_sam"]
     assert matching_models("tiny_vit_2") == [
         *("tiny_vit_21m_224", "tiny_vit_21m_384", "tiny_vit_21m_512"),
-        *("tiny_vit_2m_sam", "tiny_vit_21m_sam"),
+        *("tiny_vit_2m_sam", "tiny_vit_21m_sam", "tiny_vit_21m_sam3"),
     ]
     assert matching_models("x") == []

@@ -16,7 +16,6 @@ import typer
 import tinyvit
 from tinyvit.cli import console
 from tinyvit.cli.console import (
-    WORDS,
     Console,
     counted,
     fields,
@@ -25,6 +24,7 @@ from tinyvit.cli.console import (
     of,
     one_line,
     table,
+    translated,
 )
 from tinyvit.errors import CheckpointError, MissingExtraError
 
@@ -251,8 +251,33 @@ def test_a_stdout_that_takes_no_more_is_left_alone(monkeypatch, tmp_path, capsys
     assert capsys.readouterr().err == "error: first\n"
 
 
-@pytest.mark.parametrize("words", WORDS)
-def test_the_words_that_are_translated_are_the_library_s(words):
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("see tinyvit.list_models() and tinyvit.list_checkpoints()", "see 'tinyvit models'"),
+        ("List them with tinyvit.list_models()", "List them with 'tinyvit models'"),
+        ("remove it, or convert with overwrite=True", "remove it, or convert with --overwrite"),
+        ("raise the limit with max_pixels=240000", "raise the limit with --max-pixels 240000"),
+        ("say with images=... where the images", "say with --images FOLDER where the images"),
+        ("images='a b' is no folder; wanted", "--images 'a b' is no folder; wanted"),
+        ("images to validate on with val=...", "images to validate on with --val DATA"),
+        ("or skip them with on_fault='skip'", "or skip them with --on-broken skip"),
+        ("call write_logits again, which", "run 'tinyvit train write-logits' again, which"),
+        ("0 of 9 points passed pred_iou_thresh 0.88 (best 0.66); try pred_iou_thresh 0.5",
+         "0 of 9 points passed --pred-iou-thresh 0.88 (best 0.66); try --pred-iou-thresh 0.5"),
+        ("'my  seed=3 .dir' and images.bmp.gif", "'my  seed=3 .dir' and images.bmp.gif"),  # a path
+    ],
+)  # fmt: skip
+def test_hints_are_in_the_words_of_the_command_line(said, shown):
+    assert translated(said) == shown
+
+
+def test_every_phrase_that_is_translated_is_in_the_library():
     root = Path(inspect.getfile(tinyvit)).parent
-    sources = [path.read_text() for path in root.rglob("*.py") if "cli" not in path.parts]
-    assert any(words in source for source in sources)
+    sources = "".join(path.read_text() for path in root.rglob("*.py") if "cli" not in path.parts)
+    for phrase in (
+        *("convert with overwrite=True", "give it as sha256=…", "raise the limit with max_pixels="),
+        *("images=... where the images", "with val=...", "skip them with on_fault='skip'"),
+        *("call write_logits again, which", 'f"tinyvit.from_pretrained('),
+    ):
+        assert phrase in sources

@@ -61,7 +61,7 @@ def test_an_image_becomes_features_that_say_how_they_came_about(run, tmp_path, p
     }
     assert decode(tmp_path / "out" / "böse Katze [1].png").shape[1] > 3 * 320
     lines = result.err.splitlines()
-    assert lines[0].startswith("tinyvit_starter: torch ")
+    assert lines[0].startswith("tinyvit_starter: torch, cpu, fp32")
     assert lines[1].startswith("encoded 1 image in ")
     assert f"features [256, 16, 16] in {tmp_path}/out/böse Katze [1].safetensors" in lines[1]
     assert lines[1].endswith(f"seen in {tmp_path}/out/böse Katze [1].png")
@@ -196,9 +196,11 @@ def test_an_image_is_never_replaced_by_the_image_of_its_features(run, tmp_path, 
         (["none.jpg", "-o", "out"], "there is no file or folder"),
         (["empty", "-o", "out"], "there are no images in 'empty'"),
         (["in", "-o", "in"], "is read and written to"),
+        (["in", "-o", "/proc/nope/x"], "the folder '/proc/nope/x' cannot be written: "),
         (["in", "-o", "file"], "'file' is a file; give a folder to write to"),
         (["in", "-o", "out", "--checkpoint", "nothing"], "unknown checkpoint 'nothing'"),
         (["in", "-o", "out", "--checkpoint", "none.pt"], "no such file"),
+        (["in", "-o", "out", "--checkpoint", ""], "the name of the checkpoint is empty"),
         (["in", "-o", "out", "--checkpoint", "in/a.png"], "PNG image"),
         (["in", "-o", "out", "--checkpoint", "mobile_sam"], "TINYVIT_OFFLINE"),
         (["in", "-o", "out", "--model", "tiny_vit_5m_sam"], "needs a --checkpoint"),
@@ -262,10 +264,25 @@ def test_a_stop_in_the_middle_says_how_far_it_came(run, tmp_path, photo, tiny, m
     monkeypatch.setattr(draw, "save_png", save)
     result = run("encode", tmp_path / "in", "-o", tmp_path / "out", "--json", *tiny)
     assert (result.code, result.out) == (130, "")
+    stems = [path.stem for path in (tmp_path / "out").iterdir()]
+    count = sum(stems.count(stem) == 2 for stem in set(stems))  # features and drawing
     assert result.err.splitlines()[1:] == [
-        "stopped after 2 of 4 images; the same command goes on from there",
+        f"stopped after {count} of 4 images; the same command goes on from there",
         "interrupted",
     ]
+
+
+def test_threads_workers_backend_and_a_limit_of_pixels(run, tmp_path, photo, tiny, monkeypatch):
+    photo(tmp_path / "in" / "small.png", 20, 30)
+    photo(tmp_path / "in" / "large.png", 20, 40)
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    words = ("encode", tmp_path / "in", "-o", tmp_path / "out", "--workers", 0, "--threads", 2)
+    result = run(*words, "--backend", "torch", "--max-pixels", 600, *tiny)
+    assert (result.code, threads) == (1, [2])
+    assert "large.png" in result.err
+    assert "raise the limit with --max-pixels 800" in result.err
+    assert names(tmp_path / "out") == ["small.png", "small.safetensors"]
 
 
 def test_no_pad(run, tmp_path, photo, tiny):

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import typer
 from pycocotools.coco import COCO
 
 from tinyvit.cli import segment
+from tinyvit.cli.console import Console
 from tinyvit.cli.segment import parse_box, parse_point
+from tinyvit.folders.images import ImageFile
+from tinyvit.folders.runner import Item, Outcome
 from tinyvit.images.decode import decode
 
 LOAD = segment.load_sam
@@ -56,14 +60,17 @@ def test_a_click(run, image, tmp_path):
     (found,) = annotations(out / "böse Katze.json")
     assert found["prompt"] == {"points": [[20, 10]], "labels": [1]}
     facts = info(out / "böse Katze.json")
-    assert set(facts["seconds"]) == {"read", "encode", "decode"}
+    assert set(facts["seconds"]) == {"read", "encode", "decode", "write"}
     assert len(facts["model_sha256"]) == 64
     lines = result.err.splitlines()
-    assert lines[0].startswith("tinyvit_starter: torch ")
+    assert lines[0].startswith("tinyvit_starter: torch, cpu, fp32")
     assert lines[1].startswith("segmented 1 image in ")
     assert "1 mask (predicted IoU " in lines[1]
     assert lines[1].endswith(f"seen in {out}/böse Katze.overlay.png")
     assert lines[2].startswith("seconds an image: read 0.")
+    assert (
+        "weak" not in result.err or "below 0.5 is low: the embedded weights are weak" in result.err
+    )
     quiet = run("segment", image, "--point", "9,9", "-o", out, "-q")
     assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
 
@@ -101,6 +108,18 @@ def test_multimask_and_logits_to_refine(run, image, tmp_path):
         result = run("segment", image, "--point", "9,9", "--mask", mask, "-o", again)
         assert result.code == 0
         assert annotations(again / "böse Katze.json")[0]["prompt"]["mask"] is True
+
+
+def test_a_low_estimate_is_told_with_the_embedded_weights_only(capsys):
+    def said(score, is_starter):
+        facts = {"count": 1, "masks": [{"score": score}], "seconds": {"read": 0}, "overlay": "o"}
+        outcome = Outcome(Item(ImageFile(Path("a"), "a", "a")), "written", facts=facts)
+        segment._report(Console(), [outcome], 1.0, [], is_starter)
+        return "predicted IoU below 0.5 is low: the embedded weights" in capsys.readouterr().err
+
+    assert said(0.49, True)
+    assert not said(0.5, True)
+    assert not said(0.1, False)
 
 
 # --- everything -----------------------------------------------------------------------------------
@@ -204,8 +223,10 @@ def test_a_stop_in_the_middle_says_how_far_it_came(run, folder, tmp_path, monkey
     monkeypatch.setattr(draw, "save_png", save)
     result = run("segment", folder, "--point", "9,9", "-o", tmp_path / "out", "--json")
     assert (result.code, result.out) == (130, "")
+    documents = (tmp_path / "out").rglob("*.json")
+    count = sum(info(path)["is_complete"] for path in documents)
     assert result.err.splitlines()[1:] == [
-        "stopped after 2 of 3 images; the same command goes on from there",
+        f"stopped after {count} of 3 images; the same command goes on from there",
         "interrupted",
     ]
 

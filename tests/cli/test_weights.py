@@ -167,6 +167,10 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(run, tmp_path, checkpoint
     assert "it has no head" in result.err
     assert result.err.count("\n") == 1
     assert run("convert", tmp_path / "none.pt", target, "--to", "cream").code == 1
+    odd = run("convert", checkpoints / "encoder.safetensors", tmp_path / "b.xyz", "--to", "tinyvit")
+    assert odd.code == 1
+    assert "b.xyz' has no suffix that says what to write; name it with one of .safeten" in odd.err
+    assert "the name of the checkpoint is empty" in run("inspect", "").err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from tinyvit.checkpoints import write_state_dict
 from tinyvit.errors import CheckpointError, ImageError
@@ -246,11 +246,24 @@ def test_names_are_relative_to_the_folder_or_as_given():
 
 
 def test_what_is_not_there_is_told_with_the_nearest_name():
-    _, missing = share_out(IMAGES, {"a.jpg": ONE, "b.jpg": ONE, "zz": ONE}, Path("p.json"))
-    assert [name for name, _ in missing] == ["b.jpg", "zz"]
-    words = missing[0][1]
-    assert words.startswith("p.json has prompts for 'b.jpg', which is not among the images; did")
-    assert "did you mean" not in missing[1][1]
+    images = [*IMAGES, ImageFile(Path("coffee.png"), "coffee.png", "coffee")]
+    prompts = {"a.jpg": ONE, "cofee.jpg": ONE, "nope.png": ONE}  # the last: .png alone is alike
+    _, missing = share_out(images, prompts, Path("p.json"))
+    assert missing == [
+        (name, f"p.json has prompts for {name!r}, which is not among the images{hint}")
+        for name, hint in (("cofee.jpg", "; did you mean 'coffee.png'?"), ("nope.png", ""))
+    ]
+
+
+def test_a_photograph_is_no_mask(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "photo.png")
+    with pytest.warns(UserWarning, match=r"photo\.png' looks like a photograph and not"):
+        read_mask(tmp_path / "photo.png")
+    soft = np.zeros((40, 40), np.uint8)
+    soft[10:30, 10:30] = 255
+    Image.fromarray(soft).filter(ImageFilter.GaussianBlur(1)).save(tmp_path / "soft.jpg")
+    read_mask(tmp_path / "soft.jpg")  # a warning would be an error
 
 
 def test_an_empty_list_is_no_prompts():

@@ -38,8 +38,8 @@ class Work:
         self.done.append(job.item.image.stem)
         return {"length": length}
 
-    def run(self, items, overwrite=False, workers=1, ahead=2):
-        ways = {"overwrite": overwrite, "workers": workers, "ahead": ahead}
+    def run(self, items, overwrite=False, workers=1, ahead=2, tell=bool):
+        ways = {"overwrite": overwrite, "workers": workers, "ahead": ahead, "tell": tell}
         return run(items, self.plan, self.read, self.compute, self.write, **ways)
 
 
@@ -68,6 +68,24 @@ def test_outcomes_come_in_order_with_facts(items, workers):
     assert outcomes[0].facts == {"path": "a", "length": 1}
     assert outcomes[1].reason.endswith("bad.png: of no use")
     assert outcomes[3].reason == "broken.png is broken"
+
+
+def test_an_interruption_has_told_all_that_is_done(items):
+    """Found by Ctrl-C in a folder: "stopped after 1 of 40 images" with 3 complete ones on disk."""
+    work, told = Work(b="current"), []
+    compute = work.compute
+
+    def stopped(jobs):
+        for number, result in enumerate(compute(jobs)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield result
+
+    work.compute = stopped
+    with pytest.raises(KeyboardInterrupt):
+        list(work.run(items("a", "b", "c", "d", "e"), workers=2, tell=told.append))
+    assert sorted(one.item.image.stem for one in told if one.state == "written") == work.done
+    assert states(told) == {"b": "skipped", **dict.fromkeys(work.done, "written")}
 
 
 def test_what_is_there_is_told_first(items):

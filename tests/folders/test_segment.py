@@ -69,7 +69,7 @@ def test_masks_are_the_predictor_s(make_work, folder, tmp_path):
     of_box, _, _ = predictor.predict(box=np.array([5, 5, 30, 20]), multimask_output=False)
     second = np.asarray(Image.open(tmp_path / "out" / "0.mask-2.png"))
     np.testing.assert_array_equal(second > 0, of_box[0])
-    assert list(first.facts["seconds"]) == ["read", "encode", "decode"]
+    assert list(first.facts["seconds"]) == ["read", "encode", "decode", "write"]
     assert all(value > 0 for value in first.facts["seconds"].values())
 
 
@@ -180,7 +180,7 @@ def test_everything_is_the_generator_s(make_work, folder, tmp_path):
     ]
     assert document(first)["info"]["task"] == {"mode": "everything", **arguments}
     assert ("0.png", 16, 16) in told
-    assert list(first.facts["seconds"]) == ["read", "generate"]
+    assert list(first.facts["seconds"]) == ["read", "generate", "write"]
     assert (first.facts["count"], first.facts["masks"]) == (len(wanted), [])
     assert [n for n in names(tmp_path / "out") if n.startswith("0")] == ["0.json", "0.overlay.png"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -161,7 +162,7 @@ NoPad = Annotated[
 ]
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _GOOD_CLASSIFIER = "tiny_vit_5m_224.dist_in22k_ft_in1k"
 _SIZES = ("embed_dims", "depths", "num_heads", "window_sizes", "strides", "stem", "neck_dim")
 
@@ -170,11 +171,12 @@ def file_of(text: str) -> Path:
     """The file of a path, a folder or the name of a checkpoint; fetches nothing."""
     from tinyvit.checkpoints import cached_path, fetch
 
+    check_checkpoint(text)
     path = Path(text)
     if text not in list_checkpoints():
         if (path / _WEIGHTS).is_file():
             return path / _WEIGHTS
-        if path.exists() or path.suffix.lower() in _SUFFIXES or path.name != text:
+        if path.exists() or path.suffix.lower() in SUFFIXES or path.name != text:
             return path
     row = get_checkpoint(text)  # raises for an unknown name, and says the nearest one
     if row.embedded:
@@ -185,6 +187,21 @@ def file_of(text: str) -> Path:
             f"{text} is not on this machine yet; fetch it with: tinyvit download {text}"
         )
     return there
+
+
+def check_checkpoint(text: str | None) -> None:
+    """Refuse at once what is neither a name nor there; for None there is nothing to check."""
+    if text is None or text in list_checkpoints() or (text and Path(text).exists()):
+        return
+    if not text:
+        raise CheckpointError("the name of the checkpoint is empty; give a name or a file")
+    if Path(text).suffix.lower() in SUFFIXES or Path(text).name != text:
+        raise CheckpointError(
+            f"no such file: {text}; check the path, or name a checkpoint of 'tinyvit models'"
+        )
+    near = get_close_matches(text, list_checkpoints(), 1, cutoff=0.7)
+    hint = f"; did you mean {near[0]!r}?" if near else f", and there is no file {text!r}."
+    raise CheckpointError(f"unknown checkpoint {text!r}{hint} List them with 'tinyvit models'")
 
 
 def load_sam(own: Console, checkpoint: str | None, size: int | None) -> Sam:
@@ -266,8 +283,8 @@ def announce_engine(own: Console, checkpoint: str, engine: Engine) -> None:
         own.say(f"{checkpoint}: {engine.explain()}")
     else:
         backend, (height, width) = engine.backend, engine.image_spec.size
-        own.say(f"{checkpoint}: {backend.name} on {backend.device}, {engine.precision}, "
-                f"input {width}x{height}")  # fmt: skip
+        words = f"{backend.name}, {backend.device}, {engine.precision}"
+        own.say(f"{checkpoint}: {words}, input {width}x{height}")
 
 
 def announce(own: Console, checkpoint: str, cache_dir: Path | None = None) -> None:

@@ -36,12 +36,24 @@ EXPECTED = (TinyViTError, ValueError, TypeError, OSError)
 _LONGEST_LINE = 700  # of an error; a checkpoint that does not fit names hundreds of keys
 _GAP = "  "
 
-WORDS = {  # what the library tells a programmer -> what it means at the command line
-    "tinyvit.list_models()": "'tinyvit models'",
-    "tinyvit.list_checkpoints()": "'tinyvit models'",
-    "convert with overwrite=True": "convert with --overwrite",
-    "give it as sha256=…": "give it as --sha256 HASH",
-}
+TRANSLATIONS = tuple(  # what the library tells a programmer -> what to type; whole phrases, so
+    (re.compile(words), meaning)  # that names of files stay as they are
+    for words, meaning in (
+        (r"tinyvit\.list_(?:models|checkpoints)\(\)( and tinyvit\.list_checkpoints\(\))?",
+         "'tinyvit models'"),
+        (r"convert with overwrite=True", "convert with --overwrite"),
+        (r"give it as sha256=…", "give it as --sha256 HASH"),
+        (r"raise the limit with max_pixels=(\d+)", r"raise the limit with --max-pixels \1"),
+        (r"say with images=\.\.\. where", "say with --images FOLDER where"),
+        (r"\bimages=('.*?' is no folder)", r"--images \1"),
+        (r"validate on with val=\.\.\.", "validate on with --val DATA"),
+        (r"skip them with on_fault='skip'", "skip them with --on-broken skip"),
+        (r"call write_logits again, which", "run 'tinyvit train write-logits' again, which"),
+        (r"; load it with tinyvit\.from_pretrained\('.*?'\)", "; an encoder alone is no SAM"),
+        (r"(passed|try) (pred_iou_thresh|stability_score_thresh)(?= [\d.]+)",
+         lambda found: f"{found[1]} --{found[2].replace('_', '-')}"),
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,8 +137,8 @@ def write_json(content: object) -> None:
 
 
 def complain(text: str) -> None:
-    """A line on stderr, quiet or not."""
-    typer.echo(printable(text), err=True)
+    """A line on stderr, quiet or not, in the words of the command line."""
+    typer.echo(printable(translated(text)), err=True)
 
 
 def printable(text: str) -> str:
@@ -224,7 +236,6 @@ def _failed(err: Exception, own: Console) -> typer.Exit:
     text = str(err) or type(err).__name__
     if isinstance(err, OSError) and err.strerror:
         text = f"{err.filename}: {err.strerror}" if err.filename else err.strerror
-    text = translated(text)
     complain(f"error: {one_line(text, is_whole=own.is_debug)}")
     try:
         sys.stdout.flush()
@@ -235,8 +246,8 @@ def _failed(err: Exception, own: Console) -> typer.Exit:
 
 def translated(text: str) -> str:
     """The text with what it tells a programmer put as the command line has it."""
-    for words, meaning in WORDS.items():
-        text = text.replace(words, meaning)
+    for words, meaning in TRANSLATIONS:
+        text = words.sub(meaning, text)
     return text
 
 
@@ -245,7 +256,7 @@ def _warnings_as_lines() -> Iterator[None]:
     """Show warnings as one line each, and not as Python shows them."""
 
     def show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-        complain(f"warning: {one_line(translated(str(message)))}")
+        complain(f"warning: {one_line(str(message))}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)

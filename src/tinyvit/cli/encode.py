@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -90,7 +91,7 @@ def encode(
     and the exit code is 1. After an interruption, the same command goes on where it stopped.
     """
     own = console.of(ctx)
-    listed = outcomes.list_and_check(images, output)
+    listed = outcomes.list_and_check(images, output, checkpoint)
     if not no_images:
         _check_drawings(output, listed)
 
@@ -105,7 +106,8 @@ def encode(
         facts = facts_of_engine(engine, name, **sizes, weights_sha256=engine.weights_sha256())
         announce_engine(own, name, engine)
         work = EncodeFolder(engine, output, facts, not no_images, overwrite, max_pixels)
-        done, seconds = outcomes.follow(own, work.run(listed), len(listed), "encoding")
+        run = partial(work.run, listed)
+        done, seconds = outcomes.follow(own, run, len(listed), "encoding")
     own.say(_summary(outcomes.written(done), output, seconds))
     outcomes.say_replaced_and_kept(own, done)
     outcomes.finish(done, facts, output, seconds, as_json)

@@ -6,7 +6,7 @@ import errno
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +17,16 @@ from tinyvit.cli import console
 from tinyvit.errors import CheckpointError
 from tinyvit.folders.images import ImageFile, list_images
 
+from .arguments import check_checkpoint
 from .console import Console, counted
 
 if TYPE_CHECKING:
     from tinyvit.folders.runner import Outcome
 
 
-def list_and_check(images: Sequence[Path], output: Path) -> list[ImageFile]:
-    """The images; refuses an output folder that is a file, or cannot be made or written to."""
+def list_and_check(images: Sequence[Path], output: Path, checkpoint: str | None) -> list[ImageFile]:
+    """The images; refuses at once an output folder that cannot be written, or no checkpoint."""
+    check_checkpoint(checkpoint)
     if output.exists() and not output.is_dir():
         raise ValueError(f"{str(output)!r} is a file; give a folder to write to")
     missing = [place for place in (output, *output.parents) if not place.exists()]
@@ -42,25 +44,30 @@ def list_and_check(images: Sequence[Path], output: Path) -> list[ImageFile]:
 
 
 def follow(
-    own: Console, outcomes: Iterator[Outcome], total: int, words: str
+    own: Console,
+    run: Callable[[Callable[[Outcome], object]], Iterator[Outcome]],
+    total: int,
+    words: str,
 ) -> tuple[list[Outcome], float]:
     """Do the work, show how it goes (``words``; empty for no progress bar), and name what failed.
 
-    Gives the outcomes, one for each of the images, ``total`` in all, and the seconds it took.
+    ``run`` begins the work and is told where to tell what is done. Gives the outcomes, one for each
+    of the images, ``total`` in all, and the seconds it took.
     """
     done: list[Outcome] = []
+    complete: list[Outcome] = []  # files are written ahead of the outcomes that are yielded
     start = time.monotonic()
     try:
         with own.progress(words) if words else nullcontext(None) as update:
-            for outcome in outcomes:
+            for outcome in run(complete.append):
                 done.append(outcome)
                 if update is not None:
                     update(len(done), total)
                 if outcome.state == "failed":
                     console.complain(f"failed: {outcome.reason}")
     except (KeyboardInterrupt, CheckpointError, OSError) as err:
-        if done or isinstance(err, KeyboardInterrupt):  # files are written ahead of outcomes
-            stopped = f"stopped after {len(done)} of {counted(total, 'image')}"
+        if complete or isinstance(err, KeyboardInterrupt):
+            stopped = f"stopped after {len(complete)} of {counted(total, 'image')}"
             own.say(f"{stopped}; the same command goes on from there")
         raise
     return done, time.monotonic() - start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NewType
 
@@ -181,6 +182,7 @@ EXAMPLES = (
     "tinyvit segment cat.jpg --everything --points-per-side 16 -o masks",
 )
 
+LOW = 0.5  # a predicted IoU below which a mask is most often wrong
 OF_EVERYTHING = (  # parameters that are arguments of SamAutomaticMaskGenerator
     *("points_per_side", "pred_iou_thresh", "stability_score_thresh"),
     *("crop_n_layers", "min_mask_region_area"),
@@ -235,7 +237,7 @@ def segment(
     """
     own = console.of(ctx)
     given = {name: ctx.params[name] for name in OF_EVERYTHING if ctx.params[name] is not None}
-    listed = outcomes.list_and_check(images, output)
+    listed = outcomes.list_and_check(images, output, checkpoint)
     _check_options(ctx, given)
 
     same = None if everything else (point or (), box or (), mask, each)
@@ -259,8 +261,8 @@ def segment(
         )
         announce_engine(own, checkpoint or DEFAULT_CHECKPOINT, engine)
         words = "" if everything else "segmenting"  # the generator has its own bar
-        done, seconds = outcomes.follow(own, work.run(items), len(items), words)
-    _report(own, done, seconds, without)
+        done, seconds = outcomes.follow(own, partial(work.run, items), len(items), words)
+    _report(own, done, seconds, without, checkpoint in (None, DEFAULT_CHECKPOINT))
     facts = {**work.facts, "without_prompts": without}
     outcomes.finish(done, facts, output, seconds, as_json, missing)
 
@@ -314,7 +316,13 @@ def _check_options(ctx: typer.Context, of_everything: Mapping[str, object]) -> N
             raise ValueError(f"there is no file {str(given[name])!r}; check the path of --{name}")
 
 
-def _report(own: Console, done: Sequence[Outcome], seconds: float, without: Sequence[str]) -> None:
+def _report(
+    own: Console,
+    done: Sequence[Outcome],
+    seconds: float,
+    without: Sequence[str],
+    is_starter: bool,
+) -> None:
     """Say what was written, where it is, how long it and each step took, and what was left."""
     written = outcomes.written(done)
     if not written:
@@ -329,6 +337,12 @@ def _report(own: Console, done: Sequence[Outcome], seconds: float, without: Sequ
         elif 0 < len(scores) <= 3:
             line += f" (predicted IoU {', '.join(f'{score:.2f}' for score in scores)})"
         own.say(line if len(written) > 1 else f"{line}, seen in {first['overlay']}")
+        scores = [mask["score"] for outcome in written for mask in outcome.facts["masks"]]
+        if min(scores, default=1) < LOW and is_starter:
+            own.say(
+                f"predicted IoU below {LOW} is low: the embedded weights are weak; add a click or "
+                "a box, or take other weights with --checkpoint"
+            )
         steps = [outcome.facts["seconds"] for outcome in written]
         means = {step: sum(one[step] for one in steps) / len(steps) for step in steps[0]}
         times = ", ".join(f"{step} {mean:.3f}" for step, mean in means.items())

@@ -179,9 +179,14 @@ def convert(
     """
     from tinyvit.checkpoints import convert as convert_file
 
-    from .arguments import file_of
+    from .arguments import SUFFIXES, file_of
 
     own = console.of(ctx)
+    if target.suffix.lower() not in SUFFIXES:
+        raise ValueError(
+            f"{str(target)!r} has no suffix that says what to write; name it with one of "
+            f"{', '.join(SUFFIXES)}"
+        )
     report = convert_file(file_of(source), target, to, overwrite)
     if as_json:
         console.write_json(report.to_dict())

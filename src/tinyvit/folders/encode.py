@@ -7,7 +7,7 @@ about. ``STEM.png`` shows the map of each stage and the features beside the phot
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import tee
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,9 @@ class EncodeFolder:
     overwrite: bool = False
     max_pixels: int | None = MAX_PIXELS
 
-    def run(self, images: Sequence[ImageFile]) -> Iterator[Outcome]:
+    def run(
+        self, images: Sequence[ImageFile], tell: Callable[[Outcome], object] = bool
+    ) -> Iterator[Outcome]:
         """Encode images as ``runner.run`` does; facts of an outcome: features, drawing, shape."""
         return run(
             [Item(image) for image in images],
@@ -63,6 +65,7 @@ class EncodeFolder:
             overwrite=self.overwrite,
             workers=self.engine.workers,
             ahead=self.engine.ahead,
+            tell=tell,
         )
 
     def _plan(self, item: Item) -> Job:

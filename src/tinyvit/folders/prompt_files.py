@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -25,6 +26,7 @@ from .runner import Item
 
 COLUMNS = ("picture", "x", "y", "label", "x0", "y0", "x1", "y1", "object")
 INSIDE = 128  # brightness from which a pixel of a mask's image is mask
+GREY_AT_MOST = 0.1  # of the pixels of a mask; soft edges and JPEG leave fewer
 BACKGROUND_ALONE = "points with the label 0 alone say only what the object is not"
 
 Prompts: TypeAlias = "tuple[Prompt, ...]"
@@ -98,6 +100,13 @@ def read_mask(path: Path) -> NDArray[np.float32] | NDArray[np.bool_]:
         raise ValueError(
             f"nothing in the mask {str(path)!r} is white: its brightest pixel is "
             f"{brightness.max():.0f} of 255, and pixels from {INSIDE} on are mask"
+        )
+    grey = np.mean((brightness > 32) & (brightness < 224))
+    if grey > GREY_AT_MOST:
+        warnings.warn(
+            f"{str(path)!r} looks like a photograph and not like a mask: {grey:.0%} of its pixels "
+            f"are neither black nor white; pixels from {INSIDE} on are taken for mask",
+            stacklevel=2,
         )
     return mask
 
@@ -251,8 +260,9 @@ def share_out(
     for name, wanted in prompts.items():
         image = of_name.get(name) or of_name.get(Path(name).as_posix())
         if image is None:
-            near = get_close_matches(name, [one.name for one in images], 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            stems = {one.stem: one.name for one in images}  # the same suffix makes nothing alike
+            near = get_close_matches(str(Path(name).with_suffix("")), stems, 1, cutoff=0.7)
+            hint = f"; did you mean {stems[near[0]]!r}?" if near else ""
             words = f"{source} has prompts for {name!r}, which is not among the images{hint}"
             missing.append((name, words))
         elif image in found:

@@ -93,6 +93,7 @@ def run(
     overwrite: bool,
     workers: int,
     ahead: int,
+    tell: Callable[[Outcome], object] = bool,
 ) -> Iterator[Outcome]:
     """Do the work: first the items are told with which nothing is to be done, then the others.
 
@@ -106,6 +107,8 @@ def run(
         overwrite: Whether to do again what is current, and to replace files that are not ours.
         workers: Threads that read, and as many that write.
         ahead: Images read ahead, at most.
+        tell: Called with each outcome as soon as it is there, in whatever thread that is; outcomes
+            are yielded later, in order. After an interruption it has been told all that is done.
 
     Yields:
         One outcome for each item.
@@ -118,17 +121,22 @@ def run(
     def look(item: Item) -> Job | Outcome:
         return _planned(item, plan, overwrite)
 
+    def finish(job: Job | Outcome, result: Any = None) -> Outcome:
+        outcome = job if isinstance(job, Outcome) else _write(job, result, write)
+        tell(outcome)
+        return outcome
+
     wanted: list[Item] = []
     for item in items:
         found = look(item)
         if isinstance(found, Outcome):
-            yield found
+            yield finish(found)
         else:
             wanted.append(item)
     readings = (partial(_read, item, look, read) for item in wanted)
     with (
         closing(read_ahead(readings, workers=workers, ahead=ahead)) as jobs,
-        closing(_writings(jobs, compute, write)) as writings,
+        closing(_writings(jobs, compute, finish)) as writings,
     ):
         yield from read_ahead(writings, workers=workers, ahead=workers + 1)
 
@@ -172,7 +180,7 @@ def _read(
 def _writings(
     jobs: Generator[Job | Outcome, None, None],
     compute: Callable[[Iterator[Job]], Generator[Result | Outcome, None, None]],
-    write: Callable[[Job, Result], Mapping[str, object]],
+    finish: Callable[..., Outcome],
 ) -> Generator[Callable[[], Outcome], None, None]:
     """What is left to do for each image once it has been computed, in order."""
     order: deque[Job | Outcome] = deque()
@@ -186,15 +194,12 @@ def _writings(
     with closing(good()) as readable, closing(compute(readable)) as results:
         for result in results:
             while isinstance(job := order.popleft(), Outcome):
-                yield partial(_same, job)
-            if isinstance(result, Outcome):
-                yield partial(_same, result)
-            else:
-                yield partial(_write, job, result, write)
+                yield partial(finish, job)
+            yield partial(finish, *([result] if isinstance(result, Outcome) else [job, result]))
             del job, result  # or an image would live on until the next one
     for outcome in order:
         if isinstance(outcome, Outcome):
-            yield partial(_same, outcome)
+            yield partial(finish, outcome)
 
 
 def _write(
@@ -209,7 +214,3 @@ def _write(
         return job.failed(f"its outputs have too long a name: {err}")
     reason = job.existing.reason if job.existing.state == "outdated" else ""
     return Outcome(job.item, "written", reason, {**job.told, **facts})
-
-
-def _same(outcome: Outcome) -> Outcome:
-    return outcome

@@ -90,7 +90,9 @@ class SegmentFolder:
         self._candidates = _candidates_of(segmenter) if multimask else 1
         self._inputs: set[str] = set()
 
-    def run(self, items: Sequence[Item]) -> Iterator[Outcome]:
+    def run(
+        self, items: Sequence[Item], tell: Callable[[Outcome], object] = bool
+    ) -> Iterator[Outcome]:
         """Segment images as ``runner.run`` does.
 
         Facts of an outcome are ``document`` and ``overlay``, the names of these files, and if they
@@ -100,7 +102,8 @@ class SegmentFolder:
         self._inputs = {os.path.realpath(item.image.path) for item in items}
         engine = self.segmenter.encoder.engine
         self.segmenter.encoder.weights_sha256()  # now, and not while the first image is timed
-        start = partial(run, overwrite=self.overwrite, workers=engine.workers, ahead=engine.ahead)
+        workers, ahead = engine.workers, engine.ahead
+        start = partial(run, overwrite=self.overwrite, workers=workers, ahead=ahead, tell=tell)
         if self.generator is not None:
             return start(items, self._plan, self._read, self._everything, self._write)
         return start(items, self._plan, self._read, self._by_prompts, self._write)
@@ -186,6 +189,7 @@ class SegmentFolder:
         item, own, pixels = job.item, job.existing.own, cast("NDArray[np.uint8]", job.image)
         overlay, masks, logits = self._beside(item)
         document, beside = self._path(item, "json"), [overlay, *masks, *logits]
+        start, decoded = perf_counter(), job.seconds.get("decode", 0.0)
         document.parent.mkdir(parents=True, exist_ok=True)
         names = sorted({path.name for path in (*beside, *own)})
         _write_json(document, {"info": {**job.facts, "files": names, "is_complete": False}})
@@ -193,6 +197,8 @@ class SegmentFolder:
         draw.save_png(overlay, _overlay(pixels, item.prompts, annotations))
         for path in set(own) - set(beside):
             path.unlink(missing_ok=True)
+        spent = job.seconds.get("decode", 0.0) - decoded  # on masks in the image's size
+        job.seconds["write"] = perf_counter() - start - spent
         seconds = {step: round(value, 4) for step, value in job.seconds.items()}
         info = {**job.facts, "seconds": seconds, "files": sorted(path.name for path in beside)}
         height, width = pixels.shape[:2]

@@ -56,9 +56,6 @@ def colour(index: int) -> Colour:
     """The colour of a mask or box by its number, from 0: always the same, its neighbours far off.
 
     Hues go around by the golden angle, in a space where equal steps look equally far.
-
-    Raises:
-        ValueError: ``index`` is negative.
     """
     if index < 0:
         raise ValueError(f"a colour's index must be 0 or more, but is {index}")
@@ -90,22 +87,13 @@ def draw_masks(
     alpha: float = 0.5,
     outlines: bool = True,
 ) -> RGB:
-    """Lay masks over an image [H, W, 3] uint8, each in a colour of its own.
+    """Lay masks, each [H, W] bool, over an image [H, W, 3] uint8, each in a colour of its own.
 
     Where masks overlap the last one drawn is seen, over the image and not over the others. Of a
     list, tuple or array [N, H, W] the large ones are drawn first, so that a small one within a
     large one stays visible. Of a generator each is drawn as it comes, and one at a time is held:
-    let it give the large ones first. Colours follow the order in which masks are given.
-
-    Args:
-        image: It is not changed.
-        masks: Each [H, W] bool; empty masks and none at all are fine.
-        colours: (red, green, blue) of 0 to 255, at least one a mask. None: ``colour(0)``, ...
-        alpha: Strength of the colours, 0 (image only) to 1 (colours only).
-        outlines: Whether each mask gets a line along its edge, whatever ``alpha`` is.
-
-    Raises:
-        ValueError: A shape, type or ``alpha`` is wrong, or colours are too few or none at all.
+    let it give the large ones first. Colours, (red, green, blue) of 0 to 255, follow the order in
+    which masks are given; None: ``colour(0)``, ... ``alpha`` is their strength, 0 to 1.
     """
     check_rgb("image", image)
     if not 0 <= alpha <= 1:
@@ -126,16 +114,7 @@ def draw_masks(
 
 
 def draw_points(image: RGB, points: ArrayLike, labels: ArrayLike) -> RGB:
-    """Draw clicks: a green dot where the object is, a red one where it is not, ringed in white.
-
-    Args:
-        image: [H, W, 3] uint8; it is not changed.
-        points: [N, 2] (x, y) in pixels of the image; what lies outside is not seen.
-        labels: [N]: 1 (object) or 0 (not the object).
-
-    Raises:
-        ValueError: A shape or type is wrong, a point is not finite, or a label is neither 0 nor 1.
-    """
+    """Draw clicks [N, 2] (x, y) in pixels: green on the object (label 1), red elsewhere (0)."""
     check_rgb("image", image)
     positions = _numbers("points", points, 2)
     marks = np.asarray(labels, np.float64)
@@ -158,17 +137,7 @@ def draw_points(image: RGB, points: ArrayLike, labels: ArrayLike) -> RGB:
 
 
 def draw_boxes(image: RGB, boxes: ArrayLike, colours: Sequence[Colour] | None = None) -> RGB:
-    """Draw the outlines of boxes, later ones over earlier ones.
-
-    Args:
-        image: [H, W, 3] uint8; it is not changed.
-        boxes: [N, 4] (x0, y0, x1, y1) in pixels of the image; what lies outside is not seen.
-        colours: (red, green, blue) of 0 to 255, at least one a box. None: ``colour(0)``, ...
-
-    Raises:
-        ValueError: A shape or type is wrong, a box is not finite or ends before it begins, or
-            colours are too few or none at all.
-    """
+    """Draw the outlines of boxes [N, 4] (x0, y0, x1, y1) in pixels, later over earlier ones."""
     check_rgb("image", image)
     edges = _numbers("boxes", boxes, 4)
     if (edges[:, 2:] < edges[:, :2]).any():
@@ -188,12 +157,7 @@ def draw_boxes(image: RGB, boxes: ArrayLike, colours: Sequence[Colour] | None = 
 
 
 def save_mask(path: str | os.PathLike[str], mask: Bools) -> None:
-    """Write a mask [H, W] bool as a grey PNG, 0 outside and 255 inside, whole or not at all.
-
-    Raises:
-        ValueError: ``mask`` has another shape or type.
-        OSError: The folder is missing or cannot be written to.
-    """
+    """Write a mask [H, W] bool as a grey PNG, 0 outside and 255 inside, whole or not at all."""
     is_mask = isinstance(mask, np.ndarray) and mask.ndim == 2 and mask.dtype == np.bool_
     if not is_mask or not mask.size:
         raise ValueError(f"wanted a mask [H, W] of bool; came {_described(mask)}")
@@ -201,18 +165,12 @@ def save_mask(path: str | os.PathLike[str], mask: Bools) -> None:
 
 
 def feature_rgb(features: Features, visible: tuple[int, int] | None = None) -> RGB:
-    """Colour a feature map by its first three principal components; grey where it does not vary.
+    """Colour a feature map [C, h, w] by its first three principal components.
 
-    The same map always gives the same colours: each component's largest weight is made positive.
-
-    Args:
-        features: [C, h, w] of any real type: an array, or a tensor on any device. Positions with a
-            value that is not finite are left out and drawn black.
-        visible: (rows, columns) at the top left that hold the image; components and scale are
-            fitted to these alone, so that padding does not spend the colours. None: all.
-
-    Raises:
-        ValueError: The shape is another one, or ``visible`` does not lie within the map.
+    It is grey where it does not vary, and black where a value is not finite. The same map always
+    gives the same colours: each component's largest weight is made positive. ``visible`` (rows,
+    columns) at the top left hold the image; components and scale are fitted to these alone, so that
+    padding does not spend the colours.
     """
     if hasattr(features, "detach"):
         features = features.detach().cpu().double()
@@ -248,18 +206,10 @@ def overlay(
     alpha: float = 0.6,
     interpolation: Literal["nearest", "bilinear"] = "bilinear",
 ) -> RGB:
-    """Lay a coloured map [h, w, 3] uint8 of the model's whole input over its image.
+    """Lay a coloured map [h, w, 3] uint8 of the model's whole input over its image [H, W, 3].
 
-    Args:
-        image: [H, W, 3] uint8; it is not changed. What the model did not see of it (outside a
-            centre crop) is left uncoloured.
-        colours: The map.
-        placement: Where the image lies in the model's input.
-        alpha: Strength of the colours, 0 (image only) to 1 (colours only).
-        interpolation: How the map is enlarged; ``"nearest"`` shows its positions as squares.
-
-    Raises:
-        ValueError: A shape, type or ``alpha`` is wrong, or the placement is another image's.
+    What the model did not see of it (outside a centre crop) is left uncoloured; ``alpha`` is the
+    strength of the colours, 0 to 1; ``"nearest"`` shows the map's positions as squares.
     """
     check_rgb("image", image)
     check_rgb("colours", colours)
@@ -290,20 +240,10 @@ def stage_grid(
     captions: Sequence[str] | None = None,
     columns: int | None = None,
 ) -> RGB:
-    """Draw an image and the feature maps of a model's stages side by side, with captions.
+    """Draw an image and maps [C, h, w] of a model's stages side by side, on white paper.
 
-    Args:
-        image: [H, W, 3] uint8.
-        stages: Feature maps, each [C, h, w]; each is coloured for itself.
-        placement: Where the image lies in the model's input.
-        captions: One for the image and one a stage. None: the number and shape of each stage.
-        columns: Panels in a row; None for one row.
-
-    Returns:
-        Panels on white paper; a panel's longer side is 320 pixels.
-
-    Raises:
-        ValueError: The number of captions is wrong; else as ``feature_rgb`` and ``overlay``.
+    Each map is coloured for itself; a panel's longer side is 320 pixels. ``captions`` are one for
+    the image and one a stage, None for their numbers and shapes; ``columns`` None is one row.
     """
     if captions is None:
         captions = ["photograph"]
@@ -338,12 +278,7 @@ def panel(image: RGB) -> RGB:
 
 
 def save_png(path: str | os.PathLike[str], pixels: RGB) -> None:
-    """Write an image [H, W, 3] uint8 as a PNG file, whole or not at all.
-
-    Raises:
-        ValueError: ``pixels`` has another shape or type.
-        OSError: The folder is missing or cannot be written to.
-    """
+    """Write an image [H, W, 3] uint8 as a PNG file, whole or not at all."""
     check_rgb("pixels", pixels)
     write_png(path, Image.fromarray(pixels))
 
