@@ -258,9 +258,8 @@ def test_a_stdout_that_takes_no_more_is_left_alone(monkeypatch, tmp_path, capsys
         ("List them with tinyvit.list_models()", "List them with 'tinyvit models'"),
         ("remove it, or convert with overwrite=True", "remove it, or convert with --overwrite"),
         ("raise the limit with max_pixels=240000", "raise the limit with --max-pixels 240000"),
-        ("say with images=... where the images", "say with --images FOLDER where the images"),
+        ("say with images=... (--images) where the", "say with --images FOLDER where the"),
         ("images='a b' is no folder; wanted", "--images 'a b' is no folder; wanted"),
-        ("images to validate on with val=...", "images to validate on with --val DATA"),
         ("or skip them with on_fault='skip'", "or skip them with --on-broken skip"),
         ("call write_logits again, which", "run 'tinyvit train write-logits' again, which"),
         ("0 of 9 points passed pred_iou_thresh 0.88 (best 0.66); try pred_iou_thresh 0.5",
@@ -277,7 +276,7 @@ def test_every_phrase_that_is_translated_is_in_the_library():
     sources = "".join(path.read_text() for path in root.rglob("*.py") if "cli" not in path.parts)
     for phrase in (
         *("convert with overwrite=True", "give it as sha256=…", "raise the limit with max_pixels="),
-        *("images=... where the images", "with val=...", "skip them with on_fault='skip'"),
+        *("images=... (--images) where", "skip them with on_fault='skip'"),
         *("call write_logits again, which", 'f"tinyvit.from_pretrained('),
     ):
         assert phrase in sources

@@ -279,12 +279,9 @@ def engine_arguments(ctx: typer.Context) -> dict[str, Any]:
 
 def announce_engine(own: Console, checkpoint: str, engine: Engine) -> None:
     """Say what computes: in short, and with ``--debug`` all that is known and why."""
-    if own.is_debug:
-        own.say(f"{checkpoint}: {engine.explain()}")
-    else:
-        backend, (height, width) = engine.backend, engine.image_spec.size
-        words = f"{backend.name}, {backend.device}, {engine.precision}"
-        own.say(f"{checkpoint}: {words}, input {width}x{height}")
+    height, width = engine.image_spec.size
+    short = f"{engine.summary()}, input {width}x{height}"
+    own.say(f"{checkpoint}: {engine.explain() if own.is_debug else short}")
 
 
 def announce(own: Console, checkpoint: str, cache_dir: Path | None = None) -> None:

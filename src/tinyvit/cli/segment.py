@@ -311,6 +311,9 @@ def _check_options(ctx: typer.Context, of_everything: Mapping[str, object]) -> N
             "nothing is prompted; give --point X,Y or --box X0,Y0,X1,Y1, --mask FILE, --prompts "
             "FILE for many images, or --everything"
         )
+    if given["threads"] and given["backend"] in ("openvino", "onnx"):
+        raise ValueError(f"--threads is for torch here; leave it out with --backend "
+                         f"{given['backend']}")  # fmt: skip
     for name in ("mask", "prompts"):
         if given[name] is not None and not given[name].exists():
             raise ValueError(f"there is no file {str(given[name])!r}; check the path of --{name}")
