@@ -10,10 +10,9 @@ import torch
 from tinyvit.inference.derived import Derived, ModelWatch
 
 
-def step(model):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model.train()(torch.randn(2, 3, 32, 32)).sum().backward()
-    optimizer.step()
+def step(model, optimiser=torch.optim.SGD, **choices):
+    model(torch.ones(1, 3, 32, 32)).square().mean().backward()
+    optimiser(model.parameters(), lr=0.1, **choices).step()
 
 
 def ema(model):
@@ -24,10 +23,16 @@ def ema(model):
 
 CHANGES = {
     "optimiser step": step,
+    "fused AdamW": lambda m: step(m, torch.optim.AdamW, fused=True),  # torch counts no change
+    "foreach AdamW": lambda m: step(m, torch.optim.AdamW, foreach=True),
     "load_state_dict": lambda m: m.load_state_dict(m.state_dict()),
     "assign=True": lambda m: m.load_state_dict(copy.deepcopy(m.state_dict()), assign=True),
     "EMA": ema,
     "write through data": lambda m: m.neck[0].weight.data.mul_(1.5),
+    "one buffer": lambda m: m.patch_embed.seq[0].bn.running_mean.add_(1),
+    "part of a bias table": lambda m: (
+        m.layers[2].blocks[1].attn.attention_biases.data[0, 3:].add_(3)
+    ),
     "half": lambda m: m.half(),
     "new head": lambda m: m.reset_classifier(7),
     "new parameter": lambda m: setattr(m.neck[1], "bias", torch.nn.Parameter(torch.ones(16))),

@@ -446,7 +446,7 @@ def test_stages(make_tiny_vit):
 
 
 def test_neck():
-    neck = make_neck(12, 8)
+    neck = make_neck(12, 8, None)
     assert [type(part) for part in neck] == [nn.Conv2d, LayerNorm2d, nn.Conv2d, LayerNorm2d]
     assert {k: tuple(v.shape) for k, v in neck.state_dict().items()} == {
         "0.weight": (8, 12, 1, 1),

@@ -252,7 +252,6 @@ def test_a_folder_that_cannot_be(tmp_path):
 
 
 def test_lora_is_saved_as_a_plain_network(settings):
-    pytest.importorskip("tinyvit.train.lora")
     task = ToyTask()
     before = make_model().state_dict()
     result = train(task, replace(settings, trainable="lora", lora_rank=2, weight_decay=0.0))

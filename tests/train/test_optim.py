@@ -234,7 +234,6 @@ def test_the_parts_of_a_sam():
 
 
 def test_lora_moves_what_it_adds_and_leaves_a_plain_network(image):
-    pytest.importorskip("tinyvit.train.lora")
     model = make_model().eval()
     frozen = {name: p.clone() for name, p in model.named_parameters()}
     set_trainable(model, "lora", 2)
