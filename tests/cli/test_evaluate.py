@@ -92,6 +92,16 @@ def test_held_out_wants_the_classes_of_the_checkpoint(run, images, classifier, m
     assert "has the classes a, b, c, d, e, ..., and the checkpoint v, w, x, y, z" in result.err
 
 
+@pytest.mark.parametrize("task", ["classify", "segment"])
+def test_a_sheet_that_cannot_be_written_is_said_first(run, images, cells, classifier, task):
+    """Once an hour of evaluation was lost: the gallery was written before the numbers."""
+    data, weights = (images, classifier) if task == "classify" else (cells, ())
+    result = run("evaluate", task, data, *weights, "--sheet", "nodir/x/sheet.png")
+    assert result.code == 1
+    assert result.out == ""
+    assert "there is no folder nodir/x to write --sheet in; make it" in result.err
+
+
 def test_no_sheet_where_nothing_is_wrong(run, images, classifier, tmp_path, monkeypatch):
     from tinyvit.evaluate import classify
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +169,7 @@ def classify(
     from tinyvit.inference import Engine
     from tinyvit.train.tasks.classify import load_classifier
 
+    _check_place(sheet)
     announce(own, checkpoint)
     model, classes = load_classifier(checkpoint)
     images = _labelled(data, classes, _Part(held_out, val_part, split_seed, limit, seed))
@@ -175,14 +177,14 @@ def classify(
         own.say(f"{checkpoint}: {engine.explain()}")
         with own.progress("evaluating") as update:
             report = evaluate_classifier(engine, images, progress=update)
-    if sheet is not None:
-        _write_gallery(own, sheet, report, images)
     if as_json:
         console.write_json({"checkpoint": checkpoint, "data": data, **report.to_json()})
     else:
         console.write(console.fields(report.rows()))
         if report.confusions:
             console.write(f"\n{_confused(report)}")
+    if sheet is not None:
+        _write_gallery(own, sheet, report, images)
     _end([f"{name}: {reason}" for name, reason in report.broken.items()])
 
 
@@ -217,6 +219,7 @@ def segment(
     from tinyvit.evaluate.segment import COLUMNS, EvaluateSettings, Gallery, evaluate_segment
     from tinyvit.sam import SamPredictor
 
+    _check_place(sheet)
     settings = EvaluateSettings(
         _numbers(clicks), target_iou, most_clicks, with_baselines=not no_floors
     )
@@ -236,15 +239,15 @@ def segment(
             watch=gallery,
             progress=update,
         )
-    if gallery is not None and sheet is not None:
-        gallery.save(sheet, f"{checkpoint}: one click")
-        own.say(f"gallery: {sheet}")
     if as_json:
         console.write_json(json.loads(report.to_json()))
     else:
         evaluated = f"{counted(report.images, 'image')}, {counted(report.masks, 'mask')}"
         console.write(f"{checkpoint} on {data}: {evaluated}")
         console.write(console.table(COLUMNS, report.rows()))
+    if gallery is not None and sheet is not None:
+        gallery.save(sheet, f"{checkpoint}: one click")
+        own.say(f"gallery: {sheet}")
     _end(report.skipped)
 
 
@@ -377,6 +380,16 @@ def _write_gallery(
         return
     save_png(sheet, draw_error_gallery(report, images))
     own.say(f"gallery: {sheet}")
+
+
+def _check_place(sheet: Path | None) -> None:
+    """Refuse a gallery that cannot be written, before hours of evaluation."""
+    if sheet is None:
+        return
+    if not sheet.parent.is_dir():
+        raise ValueError(f"there is no folder {sheet.parent} to write --sheet in; make it")
+    if sheet.is_dir() or not os.access(sheet.parent, os.W_OK):
+        raise ValueError(f"--sheet {sheet} cannot be written: choose another name or folder")
 
 
 def _confused(report: ClassifyReport) -> str:

@@ -59,7 +59,7 @@ class Agreement:
         rows = [("", "mean", "least")]
         if self.mean_cosine is not None and self.least_cosine is not None:
             rows.append(("cosine", f"{self.mean_cosine:.6f}", f"{self.least_cosine:.6f}"))
-        rows.append(("mask IoU", f"{self.mean_iou:.4f}", f"{self.least_iou:.4f}"))
+        rows.append(("mask IoU, best of three", f"{self.mean_iou:.4f}", f"{self.least_iou:.4f}"))
         rows.append(("", *self.names))
         for words, (first, second) in (
             ("encode an image", self.encode_seconds),
@@ -77,20 +77,9 @@ def compare(
     names: tuple[str, str] = ("first", "second"),
     grid: int = 4,
 ) -> Agreement:
-    """Compare two models on the same images and clicks.
+    """Compare two models on the same images, by ``grid`` clicks along each side of an image.
 
-    Args:
-        first: One, with its checkpoint and backend.
-        second: The other.
-        images: Paths or arrays; unreadable ones are skipped and named.
-        names: What to call the two.
-        grid: Clicks along each side of an image.
-
-    Returns:
-        How far they agree.
-
-    Raises:
-        ValueError: ``grid`` is below 1, or no image can be read.
+    Unreadable images are skipped and named; ``names`` is what to call the two.
     """
     if grid < 1:
         raise ValueError(f"grid must be at least 1 click along a side, but is {grid}")

@@ -64,10 +64,6 @@ def grabcut(image: RGB, *, point: Point | None = None, box: Box | None = None) -
 
     From a box everything outside is background. From a click a small disc is certainly the object,
     the disc of ``DISC_RADIUS`` probably, and everything else probably not.
-
-    Raises:
-        ValueError: Neither or both of ``point`` and ``box``.
-        ImportError: OpenCV is not installed.
     """
     if (point is None) == (box is None):
         raise ValueError("GrabCut starts from either a point or a box; give one of them")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -59,9 +60,6 @@ def share_of_hits(hits: NDArray[np.bool_], resamples: int = RESAMPLES, seed: int
 
     Drawing N images of which a part p are hits gives a binomial number of hits, so the bootstrap
     is drawn from that distribution at once.
-
-    Raises:
-        ValueError: There are no images.
     """
     count = len(hits)
     if not count:
@@ -303,22 +301,17 @@ _Read = tuple[int, "NDArray[np.uint8] | ImageError"]
 
 def _batches(engine: Engine, images: LabelledImages) -> Iterator[list[_Read]]:
     """Images read ahead in threads, some at a time, in order."""
-    jobs = (partial(_read, images, index) for index in range(len(images)))
-    batch: list[_Read] = []
-    for found in read_ahead(jobs, workers=engine.workers, ahead=engine.ahead):
-        batch.append(found)
-        if len(batch) == engine.batch_size:
-            yield batch
-            batch = []
-    if batch:
+
+    def read(index: int) -> _Read:
+        try:
+            return index, decode(images.source(index))
+        except ImageError as err:
+            return index, err
+
+    jobs = (partial(read, index) for index in range(len(images)))
+    found = read_ahead(jobs, workers=engine.workers, ahead=engine.ahead)
+    while batch := list(islice(found, engine.batch_size)):
         yield batch
-
-
-def _read(images: LabelledImages, index: int) -> _Read:
-    try:
-        return index, decode(images.source(index))
-    except ImageError as err:
-        return index, err
 
 
 def _wrong(
@@ -329,33 +322,20 @@ def _wrong(
     confidence: NDArray[np.floating],
     most: int,
 ) -> tuple[WrongImage, ...]:
-    classes = images.classes
+    names = images.classes
     places = np.flatnonzero(labels != predicted)
     places = places[np.argsort(-confidence[places], kind="stable")][:most]
+    rows = zip(indices[places], labels[places], predicted[places], confidence[places], strict=True)
     return tuple(
-        WrongImage(
-            int(indices[i]),
-            images.name(int(indices[i])),
-            classes[labels[i]],
-            classes[predicted[i]],
-            float(confidence[i]),
-        )
-        for i in places
+        WrongImage(int(index), images.name(int(index)), names[label], names[found], float(sure))
+        for index, label, found, sure in rows
     )
 
 
 def draw_error_gallery(
     report: ClassifyReport, images: LabelledImages, title: str = "Most confidently wrong"
 ) -> RGB:
-    """Draw the wrong images of a report: RGB [H, W, 3] uint8.
-
-    Each cell shows an image and below it what it is and what it was taken for, with the model's
-    probability.
-
-    Raises:
-        ValueError: No image is wrong.
-        ImageError: An image cannot be read any more.
-    """
+    """Draw the wrong images of a report, with what each is and was taken for: RGB [H, W, 3]."""
     if not report.wrong:
         raise ValueError("there is nothing to show: no image was taken for another class")
     cells = [

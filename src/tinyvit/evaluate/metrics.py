@@ -29,9 +29,6 @@ BOUNDARY_TOLERANCE = 0.0075
 def iou(first: Mask, second: Mask) -> float:
     """Intersection over union of two masks [H, W]; 1 where both are empty.
 
-    Raises:
-        ValueError: The masks have different shapes.
-
     Example:
         >>> iou(np.array([[True, True, False]]), np.array([[False, True, True]]))
         0.3333333333333333
@@ -49,9 +46,6 @@ def boundary_f(predicted: Mask, target: Mask, tolerance: float = BOUNDARY_TOLERA
     within the tolerance of the true one, recall the share of the true boundary that lies within
     the tolerance of the predicted one, and the result is their harmonic mean. The tolerance is a
     share of the image's diagonal, at least one pixel.
-
-    Raises:
-        ValueError: The masks have different shapes.
     """
     from scipy.ndimage import distance_transform_edt
 
@@ -71,9 +65,6 @@ def most_interior_point(mask: Mask) -> Point:
     """The point of a mask that is farthest from its outside; the image's edge is outside.
 
     Gives (x, y), the centre of a pixel; the first one, row by row, of several as far inside.
-
-    Raises:
-        ValueError: The mask is empty.
 
     Example:
         >>> most_interior_point(np.ones((3, 5), bool))
@@ -95,9 +86,6 @@ def next_click(predicted: Mask, target: Mask) -> tuple[Point, int] | None:
     Errors are the object's missing pixels and the pixels too many; of the connected regions of
     both kinds the one with the most pixels is corrected. Gives ((x, y), 1 for a missing part or 0
     for a part too many); None where there is no error.
-
-    Raises:
-        ValueError: The masks have different shapes.
     """
     _check_pair(predicted, target)
     regions = [
@@ -167,9 +155,6 @@ def bootstrap(
 
     Masks of one image are alike, so whole images are drawn, with replacement; ``groups`` are the
     images of the numbers. The same numbers and seed give the same interval.
-
-    Raises:
-        ValueError: Not one group for each number.
     """
     if len(values) != len(groups):
         raise ValueError(f"wanted a group for each of {len(values)} values; came {len(groups)}")
@@ -208,11 +193,7 @@ class Calibration:
 
 
 def calibrate(predicted: Sequence[float], true: Sequence[float], bins: int = 10) -> Calibration:
-    """Compare predicted with true IoU, in bins of equal width from 0 to 1; nan without any mask.
-
-    Raises:
-        ValueError: The numbers of both differ.
-    """
+    """Compare predicted with true IoU, in bins of equal width from 0 to 1; nan without any mask."""
     if len(predicted) != len(true):
         raise ValueError(f"wanted as many predicted as true; came {len(predicted)} and {len(true)}")
     ours, truth = np.asarray(predicted, np.float64), np.asarray(true, np.float64)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -53,37 +53,21 @@ _DASH = "-"
 
 @dataclass(frozen=True)
 class Case:
-    """What became of one mask of the data set.
+    """What became of one mask of the data set; estimates are the model's own."""
 
-    Attributes:
-        image: Name of the image.
-        number: Which of the image's masks, from 0.
-        label: What it is called; empty where nothing is known.
-        area: Its share of the image.
-        click_ious: IoU after 1, 2, 3, ... clicks, as far as it went on.
-        best_of_three: IoU of the best of the three masks that the first click gives.
-        click_boundary_f: Boundary F after one click.
-        click_predicted_iou: The model's own estimate after one click.
-        box_iou: IoU with the box around the mask.
-        box_boundary_f: Boundary F with the box.
-        box_predicted_iou: The model's own estimate with the box.
-        click_baselines: IoU of each baseline from the first click.
-        box_baselines: IoU of each baseline from the box.
-    """
-
-    image: str
-    number: int
-    label: str
-    area: float
-    click_ious: tuple[float, ...]
-    best_of_three: float
-    click_boundary_f: float
-    click_predicted_iou: float
-    box_iou: float
+    image: str  # its name
+    number: int  # which of the image's masks, from 0
+    label: str  # what it is called; empty where nothing is known
+    area: float  # its share of the image
+    click_ious: tuple[float, ...]  # IoU after 1, 2, 3, ... clicks, as far as it went on
+    best_of_three: float  # IoU of the best of the three masks that the first click gives
+    click_boundary_f: float  # after one click
+    click_predicted_iou: float  # estimate after one click
+    box_iou: float  # with the box around the mask
     box_boundary_f: float
     box_predicted_iou: float
-    click_baselines: Mapping[str, float]
-    box_baselines: Mapping[str, float]
+    click_baselines: Mapping[str, float]  # IoU of each baseline from the first click
+    box_baselines: Mapping[str, float]  # and from the box
 
 
 @dataclass(frozen=True)
@@ -183,11 +167,10 @@ def summarise(
     def mean(values: Iterable[float]) -> Figure:
         return bootstrap(list(values), groups)
 
-    one = _clicks(1)
+    one, first = _clicks(1), cases[0]
     ious = {_clicks(n): mean(case.click_ious[n - 1] for case in cases) for n in settings.clicks}
     ious[f"{one}, best of three masks"] = mean(case.best_of_three for case in cases)
     ious["box"] = mean(case.box_iou for case in cases)
-    first = cases[0]
     baselines = {
         one: {name: mean(c.click_baselines[name] for c in cases) for name in first.click_baselines},
         "box": {name: mean(c.box_baselines[name] for c in cases) for name in first.box_baselines},
@@ -234,9 +217,7 @@ class LabelledImage(Protocol):
     """An image and its masks, wherever they come from; such as a ``MaskSample``."""
 
     @property
-    def name(self) -> str:
-        """What to call it."""
-        ...
+    def name(self) -> str: ...  # noqa: D102
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -251,9 +232,7 @@ class LabelledImage(Protocol):
 class Predictor(Protocol):
     """What is evaluated: the two methods of ``SamPredictor`` that matter."""
 
-    def set_image(self, image: RGB) -> None:
-        """Encode an image."""
-        ...
+    def set_image(self, image: RGB) -> None: ...  # noqa: D102
 
     def predict(
         self,
@@ -272,26 +251,14 @@ Model: TypeAlias = "Sam | Predictor | str | os.PathLike[str]"
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """How to evaluate.
+    """How to evaluate."""
 
-    Args:
-        clicks: Numbers of clicks whose mean IoU is wanted.
-        target_iou: Clicks are counted until this IoU.
-        most_clicks: Where counting stops; at least the most of ``clicks``.
-        feed_mask: Give the model its last prediction together with the further clicks.
-        with_baselines: Compute the baselines, too.
-        most_masks: Stop after so many masks; None takes all.
-
-    Raises:
-        ValueError: A number is out of its range.
-    """
-
-    clicks: tuple[int, ...] = (1, 3, 5)
-    target_iou: float = 0.85
-    most_clicks: int = 10
-    feed_mask: bool = True
+    clicks: tuple[int, ...] = (1, 3, 5)  # numbers of clicks whose mean IoU is wanted
+    target_iou: float = 0.85  # clicks are counted until this IoU
+    most_clicks: int = 10  # where counting stops; at least the most of ``clicks``
+    feed_mask: bool = True  # give the model its last prediction together with the further clicks
     with_baselines: bool = True
-    most_masks: int | None = None
+    most_masks: int | None = None  # stop after so many; None takes all
 
     def __post_init__(self) -> None:
         if not self.clicks or min(self.clicks) < 1:
@@ -374,16 +341,7 @@ def evaluate_segment(
     if not cases:
         reasons = f": {'; '.join(skipped[:5])}" if skipped else ""
         raise ValueError(f"there is not one good mask to evaluate on{reasons}")
-    return summarise(
-        called,
-        data,
-        used,
-        skipped,
-        cases,
-        groups,
-        evaluator.cost(),
-        settings,
-    )
+    return summarise(called, data, used, skipped, cases, groups, evaluator.cost(), settings)
 
 
 def _predictor(model: Model) -> Predictor:
@@ -392,8 +350,7 @@ def _predictor(model: Model) -> Predictor:
     return SamPredictor(model) if isinstance(model, Sam) else model
 
 
-@dataclass
-class _Best:
+class _Best(NamedTuple):
     mask: Mask
     predicted_iou: float
     low_res_logits: NDArray[np.float32]
@@ -518,14 +475,7 @@ class Gallery:
     """Collects the best and the worst predictions; pass it to ``evaluate_segment`` as ``watch``.
 
     Each cell shows an image with what the model found (filled), the truth (white line) and the
-    click, and below it the IoU. Only the cells that can still be shown are held, in the size of a
-    cell.
-
-    Args:
-        count: How many of the best and how many of the worst are shown.
-
-    Raises:
-        ValueError: ``count`` is below 1.
+    click, and below it the IoU. Only the ``count`` best and worst are held, in the size of a cell.
     """
 
     def __init__(self, count: int = 8) -> None:
@@ -549,11 +499,7 @@ class Gallery:
                 del kept[self.count :]
 
     def draw(self, title: str = "One click") -> RGB:
-        """The gallery as RGB [H, W, 3] uint8; a prediction is never shown twice.
-
-        Raises:
-            ValueError: Nothing was collected.
-        """
+        """The gallery as RGB [H, W, 3] uint8; a prediction is never shown twice."""
         if not self._best:
             raise ValueError("there is nothing to show: no prediction was collected")
         best = self._best[: max(1, min(self.count, (self._seen + 1) // 2))]
