@@ -30,14 +30,15 @@ def test_other_weights_agree_less():
     found = compare(SamPredictor.from_checkpoint(), SamPredictor(sam), images, grid=3)
     assert found.least_cosine <= found.mean_cosine < 0.99
     assert found.mean_iou < 0.99
-    assert [row[0] for row in found.rows()][1:3] == ["cosine", "mask IoU, best of three"]
+    assert [row[0] for row in found.rows()][1:3] == ["cosine", "mask IoU"]
 
 
 def test_embeddings_of_different_shapes_have_no_cosine():
     sides = [SamPredictor(build_sam("tinyvit_starter", img_size=size)) for size in (256, 128)]
     found = compare(*sides, [Discs().load()[0]], grid=1, names=("large", "small"))
     assert found.mean_cosine is None
-    assert found.rows()[1][0] == "mask IoU, best of three"
+    assert found.rows()[1][0] == "mask IoU"
+    assert found.rows()[2][:2] == ("clicks, each side's best mask", "1")
 
 
 def test_broken_images_are_named(tmp_path):

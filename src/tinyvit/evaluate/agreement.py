@@ -59,7 +59,9 @@ class Agreement:
         rows = [("", "mean", "least")]
         if self.mean_cosine is not None and self.least_cosine is not None:
             rows.append(("cosine", f"{self.mean_cosine:.6f}", f"{self.least_cosine:.6f}"))
-        rows.append(("mask IoU, best of three", f"{self.mean_iou:.4f}", f"{self.least_iou:.4f}"))
+        rows.append(("mask IoU", f"{self.mean_iou:.4f}", f"{self.least_iou:.4f}"))
+        clicks = sum(len(image.ious) for image in self.images)
+        rows.append(("clicks, each side's best mask", str(clicks), ""))
         rows.append(("", *self.names))
         for words, (first, second) in (
             ("encode an image", self.encode_seconds),
