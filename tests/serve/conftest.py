@@ -8,11 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-import uvicorn
 
-from tinyvit.serve import ServeSettings, create_app
-from tinyvit.serve.deadline import DeadlineProtocol
-from tinyvit.serve.server import listen
+from tinyvit.serve import ServeSettings, create_app, schema
+from tinyvit.serve.server import Server, config_of, listen
 
 IMAGES = Path(__file__).parents[2] / "examples" / "pictures"
 
@@ -24,6 +22,20 @@ class Answer:
     @property
     def json(self):
         return json.loads(self.body)
+
+
+def check(path, answer):
+    """Every answer of the API is what the schema says."""
+    if answer.headers.get_content_type() == "application/problem+json":
+        schema.ProblemBody.model_validate_json(answer.body or b"{}")
+        assert answer.status == answer.json["status"] and answer.status != 500
+    elif answer.body and answer.headers.get_content_type() == "application/json":
+        tail = path.partition("?")[0].rsplit("/", 1)[-1]
+        kinds = {"segment": schema.Segmented, "everything": schema.Everything, "v1": schema.About}
+        kind = schema.Image if path.startswith("/v1/images") else None
+        kind = kinds.get(tail, kind) if path.startswith("/v1") else None
+        if kind is not None:
+            kind.model_validate_json(answer.body)
 
 
 class Client:
@@ -44,7 +56,9 @@ class Client:
         with contextlib.closing(own):
             own.request(method, path, body, headers)
             answer = own.getresponse()
-            return Answer(answer.status, answer.headers, answer.read())
+            found = Answer(answer.status, answer.headers, answer.read())
+        check(path, found)
+        return found
 
     def upload(self, name="chelsea.png"):
         answer = self("POST", "/v1/images", (IMAGES / name).read_bytes())
@@ -57,13 +71,7 @@ def running(settings, segmenter=None):
     """A server of its own; gives (client, service)."""
     own = listen(settings)
     guard = create_app(settings, segmenter)
-    protocol = type("Protocol", (DeadlineProtocol,), {"receive_seconds": settings.receive_seconds})
-    config = uvicorn.Config(
-        guard, http=protocol, loop="asyncio", log_config=None, access_log=False,
-        proxy_headers=False, timeout_graceful_shutdown=2, h11_max_incomplete_event_size=16 * 1024,
-    )  # fmt: skip
-    server = uvicorn.Server(config)
-    server.install_signal_handlers = lambda: None
+    server = Server(config_of(guard, settings), guard.service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [own]}, daemon=True)
     thread.start()
     deadline = time.monotonic() + 60

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .settings import ServeSettings
@@ -30,22 +30,34 @@ class AccessLog:
         self._counts: Counter[str] = Counter()
 
     def write(
-        self, scope: dict[str, Any], route: str, status: int, sent: int, seconds: float
+        self,
+        method: str,
+        route: str,
+        state: Mapping[str, Any],
+        size: Mapping[str, int],
+        seconds: float,
     ) -> None:
-        """Log one finished request; its facts are in ``scope["state"]``."""
-        state = scope["state"]
+        """Log one finished request.
+
+        Args:
+            method: Of the request.
+            route: Its route, never its path.
+            state: With ``request_id``, ``client`` and further ``facts``.
+            size: Its status, bytes received and sent.
+            seconds: It took.
+        """
         facts: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.clock())),
             "request": state["request_id"],
-            "method": scope["method"][:10],
+            "method": method[:10],
             "route": route,
-            "status": status,
-            "sent": sent,
+            **size,
             "ms": round(1000 * seconds, 1),
         }
         if self.settings.log_clients:
             facts["client"] = state["client"]
         facts |= state["facts"]
+        status = size["status"]
         if status >= 400 and not self._may_write(str(facts.get("problem", status))):
             return
         level = logging.ERROR if status == 500 else logging.INFO

@@ -2,27 +2,55 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from .problems import Problem
 
+Result = TypeVar("Result")
+
 JSON_BYTES = 16 * 2**20
+SMALL = 64 * 2**10  # bytes that the event loop may parse itself
 _REFUSED = ("text/", "multipart/", "application/x-www-form-urlencoded", "application/json")
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """The body, or a problem as soon as it is too large.
+class Budget:
+    """The bytes that all bodies together may hold.
 
-    Raises:
-        Problem: ``too-large`` or ``bad-request``.
-        ClientDisconnect: The client has gone.
+    Args:
+        most: Bytes.
     """
-    declared = request.headers.get("content-length")
-    if declared is not None and declared.isdecimal() and int(declared) > most:
-        raise _too_large(most)
+
+    def __init__(self, most: int) -> None:
+        self.free = most
+
+    @asynccontextmanager
+    async def body(self, request: Request, most: int) -> AsyncIterator[bytes]:
+        """A request's body, counted from before it is read until it is let go.
+
+        Raises:
+            Problem: ``too-large``, or ``busy`` with the bodies of others.
+            ClientDisconnect: The client has gone.
+        """
+        declared = request.headers.get("content-length", "")
+        size = int(declared) if declared.isdecimal() and len(declared) < 20 else most
+        if size > most:
+            raise _too_large(most)
+        if size > self.free:
+            raise Problem("busy", "too many bodies are being read", retry_after=1)
+        self.free -= size
+        try:
+            yield await _read(request, most)
+        finally:
+            self.free += size
+
+
+async def _read(request: Request, most: int) -> bytes:
     parts, length = [], 0
     async for chunk in request.stream():
         length += len(chunk)
@@ -47,16 +75,22 @@ def check_image_type(request: Request) -> None:
         )
 
 
-async def read_json(request: Request, most: int = JSON_BYTES) -> Any:
+async def read_json(request: Request, budget: Budget, most: int = JSON_BYTES) -> Any:
     """The JSON of a body that says it is JSON.
 
     Raises:
-        Problem: ``media-type``, ``too-large`` or ``bad-request``.
+        Problem: ``media-type``, ``too-large``, ``busy`` or ``bad-request``.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Problem("media-type", f"wanted application/json, came {kind[:80]!r}")
-    body = await read_body(request, most)
+    async with budget.body(request, most) as body:
+        if len(body) <= SMALL:
+            return _parsed(body)
+        return await asyncio.to_thread(_parsed, body)
+
+
+def _parsed(body: bytes) -> Any:
     try:
         return json.loads(body.decode("utf-8"), parse_constant=_no_constant)
     except RecursionError as err:
@@ -65,13 +99,33 @@ async def read_json(request: Request, most: int = JSON_BYTES) -> Any:
         raise Problem("bad-request", f"the body is not JSON: {str(err)[:200]}") from err
 
 
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """What the work gives; it is cancelled when the client goes. The body must have been read.
+
+    Raises:
+        ClientDisconnect: The client has gone.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 
 
 def _too_large(most: int) -> Problem:
-    return Problem(
-        "too-large",
-        f"at most {most / 2**20:g} MiB are taken in one request",
-        headers={"Connection": "close"},
-    )
+    # The rest of the body is read and thrown away, so that the client sees this answer.
+    return Problem("too-large", f"at most {most / 2**20:g} MiB are taken in one request")

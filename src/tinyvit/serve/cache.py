@@ -51,14 +51,28 @@ class Cache:
         return sum(self._bytes.values())
 
     def get(self, image_id: str) -> ImageEmbedding | None:
-        """An image's embedding, from memory or from the folder; None for an unknown one."""
+        """An image's embedding from memory; None for one that is not there."""
         with self._lock:
             found = self._embeddings.get(image_id)
             if found is not None:
                 self._embeddings.move_to_end(image_id)
-        if found is None and (found := self._read(image_id)) is not None:
-            self.put(image_id, found, is_new=False)
+        if found is not None or self.keep is None:
+            self.on_event("miss" if found is None else "hit")
+        return found
+
+    def load(self, image_id: str) -> ImageEmbedding | None:
+        """An image's embedding from the folder; None for one that is not there, or not usable."""
+        found = None
+        if self.keep is not None and (path := self._path(self.keep, image_id)).is_file():
+            try:
+                found = ImageEmbedding.load(path)
+                self._check(found)
+            except (CheckpointError, ValueError, OSError) as err:
+                logger.warning("a kept embedding is not used: %s", str(err)[:200])
+                found = None
         self.on_event("miss" if found is None else "hit")
+        if found is not None:
+            self.put(image_id, found, is_new=False)
         return found
 
     def put(self, image_id: str, embedding: ImageEmbedding, *, is_new: bool = True) -> None:
@@ -70,7 +84,12 @@ class Cache:
             self._embeddings.move_to_end(image_id)
             self._shrink()
         if is_new and self.keep is not None:
-            self._write(image_id, embedding)
+            path = self._path(self.keep, image_id)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                embedding.save(path, dtype="fp16")
+            except (CheckpointError, OSError) as err:
+                logger.warning("an embedding could not be kept: %s", str(err)[:200])
 
     def prepared(self, image_id: str, make: Callable[[], Any]) -> Any:
         """What the prompts on an image share; made where it is not kept."""
@@ -113,25 +132,6 @@ class Cache:
     @staticmethod
     def _path(folder: Path, image_id: str) -> Path:
         return folder / image_id[:2] / f"{image_id}.safetensors"
-
-    def _read(self, image_id: str) -> ImageEmbedding | None:
-        if self.keep is None or not (path := self._path(self.keep, image_id)).is_file():
-            return None
-        try:
-            embedding = ImageEmbedding.load(path)
-            self._check(embedding)
-        except (CheckpointError, ValueError, OSError) as err:
-            logger.warning("a kept embedding is not used: %s", str(err)[:200])
-            return None
-        return embedding
-
-    def _write(self, image_id: str, embedding: ImageEmbedding) -> None:
-        path = self._path(self.keep, image_id)  # type: ignore[arg-type]
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            embedding.save(path, dtype="fp16")
-        except (CheckpointError, OSError) as err:
-            logger.warning("an embedding could not be kept: %s", str(err)[:200])
 
 
 def size_of(embedding: ImageEmbedding) -> int:

@@ -11,33 +11,40 @@ import binascii
 import hmac
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, MutableMapping
 from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
 
+from fastapi import FastAPI
+
 from .access import AccessLog
-from .problems import MEDIA_TYPE, Problem
+from .problems import Problem
+from .service import Service
 from .settings import ServeSettings
 
-Scope = dict[str, Any]
-Receive = Callable[[], Any]
-Send = Callable[[dict[str, Any]], Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-HEADERS = (
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-opener-policy", b"same-origin"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-    (b"content-security-policy", POLICY.encode()),
-)
+HEADERS = {
+    b"x-content-type-options": b"nosniff",
+    b"referrer-policy": b"no-referrer",
+    b"cross-origin-opener-policy": b"same-origin",
+    b"cross-origin-resource-policy": b"same-origin",
+    b"content-security-policy": POLICY.encode(),
+}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 _OPEN = ("/healthz", "/readyz")
 """Paths that need no token: what a supervisor asks."""
+_PAGE = ("/page/", "/problems/")
+_MOST_HEADERS = 16 * 1024
+_LOOPBACK = ("127.0.0.1", "::1")
+_ANY = ("0.0.0.0", "::")
 
 
 class Guard:
@@ -47,18 +54,19 @@ class Guard:
         app: The application.
         settings: Of the server.
         log: Where a line for each request goes.
-        observe: Called with (route, status, seconds) after each request, for metrics.
+        service: What the application calls.
     """
 
     def __init__(
         self,
-        app: Callable[..., Any],
+        app: FastAPI,
         settings: ServeSettings,
         log: AccessLog,
-        observe: Callable[[str, int, float], None],
+        service: Service,
     ) -> None:
-        self.app, self.settings, self.log, self.observe = app, settings, log, observe
-        own = {settings.host, "localhost", "127.0.0.1", "::1", *settings.allow_hosts}
+        self.app, self.settings, self.log, self.service = app, settings, log, service
+        self.observe = service.metrics.observe_request
+        own = {settings.host, "localhost", *_LOOPBACK, *settings.allow_hosts}
         self._hosts = {name.strip("[]").lower() for name in own}
         self._origins = set(settings.allow_origins)
 
@@ -68,39 +76,67 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = _headers(scope)
+        prefix, path = self.settings.proxy_prefix.rstrip("/"), scope["path"]
+        if prefix and path.startswith(f"{prefix}/"):  # a proxy that leaves it in the path
+            scope["path"] = path[len(prefix) :]
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.match(given) else secrets.token_hex(8)
         state = scope.setdefault("state", {})
         state.update(request_id=request_id, client=self._client(scope, headers), facts={})
-        start, status, sent = perf_counter(), 499, 0
-        extra = [*HEADERS, (b"x-request-id", request_id.encode()), *self._cors(headers)]
+        start, status, sent, received = perf_counter(), 499, 0, 0
+        extra = {**HEADERS, b"x-request-id": request_id.encode(), **self._cors(headers)}
 
-        async def sending(message: dict[str, Any]) -> None:
+        async def receiving() -> MutableMapping[str, Any]:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            return message
+
+        async def sending(message: MutableMapping[str, Any]) -> None:
             nonlocal status, sent
             if message["type"] == "http.response.start":
                 status = message["status"]
-                own = {name for name, _ in extra}
-                kept = [pair for pair in message.get("headers", ()) if pair[0] not in own]
-                message = {**message, "headers": [*kept, *extra]}
+                kept = [pair for pair in message.get("headers", ()) if pair[0] not in extra]
+                message = {**message, "headers": [*kept, *extra.items()]}
             else:
                 sent += len(message.get("body", b""))
             await send(message)
 
         try:
-            try:
-                self._check(scope, headers)
-                if self._is_preflight(scope, headers):
-                    await _answer(sending, 204, {}, b"")
-                else:
-                    await self.app(scope, receive, sending)
-            except Problem as problem:
-                state["facts"]["problem"] = problem.name
-                await answer_problem(sending, problem, request_id)
+            await self._answer(scope, headers, receiving, sending)
         finally:
             seconds = perf_counter() - start
             route = getattr(scope.get("route"), "path", "-")
             self.observe(route, status, seconds)
-            self.log.write(scope, route, status, sent, seconds)
+            size = {"status": status, "received": received, "sent": sent}
+            self.log.write(scope["method"], route, state, size, seconds)
+
+    async def _answer(
+        self, scope: Scope, headers: dict[str, str], receive: Receive, send: Send
+    ) -> None:
+        state = scope["state"]
+        try:
+            self._check(scope, headers)
+            if self._is_preflight(scope, headers):
+                await _send(send, 204, {}, b"")
+            else:
+                await self.app(scope, receive, send)
+        except Problem as problem:
+            state["facts"]["problem"] = problem.name
+            body = problem.body(state["request_id"])
+            await _send(send, problem.status, problem.all_headers(), body)
+        except Exception:
+            if state["facts"].get("problem") != "our-fault":  # else answered and logged
+                raise
+
+    def refused(self, problem: Problem, client: str) -> str:
+        """Log what was refused before it was a request; gives it an id."""
+        request_id = secrets.token_hex(8)
+        state = {"request_id": request_id, "client": client, "facts": {"problem": problem.name}}
+        self.observe("-", problem.status, 0.0)
+        size = {"status": problem.status, "received": 0, "sent": 0}
+        self.log.write("-", "-", state, size, 0.0)
+        return request_id
 
     def _client(self, scope: Scope, headers: dict[str, str]) -> str:
         peer = (scope.get("client") or ("", 0))[0]
@@ -109,6 +145,8 @@ class Guard:
         return peer
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > _MOST_HEADERS:
+            raise Problem("bad-request", f"the headers have more than {_MOST_HEADERS} bytes")
         host = headers.get("host")
         if not host:
             raise Problem("bad-request", "the request has no Host")
@@ -116,7 +154,9 @@ class Guard:
             name = (urlsplit(f"//{host}").hostname or "").lower()
         except ValueError:
             name = ""
-        if name not in self._hosts:
+        arrived = (scope.get("server") or ("",))[0]
+        is_bound = self.settings.host in _ANY and name == arrived  # an address, never a name
+        if name not in self._hosts and not is_bound:
             raise Problem(
                 "wrong-host",
                 "this server answers to its own address and to names given by --allow-host",
@@ -127,11 +167,17 @@ class Guard:
             parts = urlsplit(origin) if origin.startswith(("http://", "https://")) else None
             if parts is None or parts.netloc.lower() != host.lower():
                 raise Problem("wrong-origin", "only pages of this server may call it")
-        is_page = method in ("GET", "HEAD") and not path.startswith(("/v1", "/metrics"))
+        is_page = method in ("GET", "HEAD") and (path == "/" or path.startswith(_PAGE))
         if headers.get("sec-fetch-site") == "cross-site" and not is_page and origin is None:
             raise Problem("wrong-origin", "only pages of this server may call it")
         if self._is_preflight(scope, headers) or path in _OPEN or is_page:
             return
+        if (
+            path == "/metrics"
+            and self.settings.no_token
+            and scope["state"]["client"] not in _LOOPBACK
+        ):
+            raise Problem("token-wanted", "numbers are for this machine, or for who has the token")
         self._check_token(headers)
 
     def _check_token(self, headers: dict[str, str]) -> None:
@@ -157,19 +203,19 @@ class Guard:
             and "access-control-request-method" in headers
         )
 
-    def _cors(self, headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
+    def _cors(self, headers: dict[str, str]) -> dict[bytes, bytes]:
         origin = headers.get("origin")
         if origin is None or origin not in self._origins:
-            return []
-        return [
-            (b"access-control-allow-origin", origin.encode()),
-            (b"vary", b"Origin"),
-            (b"access-control-allow-methods", b"GET, HEAD, POST, PUT, DELETE"),
-            (b"access-control-allow-headers", b"Authorization, Content-Type, X-Request-Id"),
-            (b"access-control-expose-headers", b"Retry-After, X-Request-Id, X-Tinyvit-Score"),
-            (b"access-control-max-age", b"600"),
-            (b"cross-origin-resource-policy", b"cross-origin"),
-        ]
+            return {}
+        return {
+            b"access-control-allow-origin": origin.encode(),
+            b"vary": b"Origin",
+            b"access-control-allow-methods": b"GET, HEAD, POST, PUT, DELETE",
+            b"access-control-allow-headers": b"Authorization, Content-Type, X-Request-Id",
+            b"access-control-expose-headers": b"Retry-After, X-Request-Id, X-Tinyvit-Score",
+            b"access-control-max-age": b"600",
+            b"cross-origin-resource-policy": b"cross-origin",
+        }
 
 
 def _headers(scope: Scope) -> dict[str, str]:
@@ -177,13 +223,7 @@ def _headers(scope: Scope) -> dict[str, str]:
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
 
-async def answer_problem(send: Send, problem: Problem, request_id: str) -> None:
-    """Answer with a problem."""
-    body = problem.body(request_id)
-    await _answer(send, problem.status, {"Content-Type": MEDIA_TYPE} | problem.all_headers(), body)
-
-
-async def _answer(send: Send, status: int, headers: dict[str, str], body: bytes) -> None:
+async def _send(send: Send, status: int, headers: dict[str, str], body: bytes) -> None:
     pairs = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
     if status != 204:
         pairs.append((b"content-length", str(len(body)).encode()))

@@ -18,6 +18,7 @@ from typing import Any
 from .problems import Problem
 
 _SMOOTHING = 0.2  # weight of the newest job in the moving average
+_LATEST = 60.0  # seconds after which the last one that is refused may come again
 
 
 @dataclass(eq=False)
@@ -66,6 +67,8 @@ class FairQueue:
         self.clock = clock
         self.service_seconds = 0.0
         self.running = 0
+        self.dropped = 0
+        self._promised = 0.0  # when the one that was refused last may come again
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
         self._previews: OrderedDict[str, Job] = OrderedDict()
 
@@ -89,14 +92,14 @@ class FairQueue:
                 "too-many-at-once",
                 f"at most {self.per_client} requests of one client may wait for the lane "
                 f"{self.name!r}; wait for an answer before the next request",
-                retry_after=self._after(0.0),
+                retry_after=max(1, math.ceil(self.service_seconds)),
             )
         wait = self.expected_wait
         if wait > self.max_wait or sum(map(len, self._waiting.values())) >= self.cap:
             raise Problem(
                 "busy",
                 f"a request would wait about {wait:.0f} s; the limit is {self.max_wait:g} s",
-                retry_after=self._after(self.max_wait),
+                retry_after=self._after(),
             )
 
     def add(self, job: Job) -> None:
@@ -153,10 +156,13 @@ class FairQueue:
             job = jobs.popleft() if jobs else None
             if jobs:
                 self._waiting[client] = jobs  # at the end: the others come first
-            if job is None or not job.done.set_running_or_notify_cancel():
+            if job is None:
+                continue
+            if not job.done.set_running_or_notify_cancel():
+                self.dropped += 1
                 continue
             if self.clock() - job.since > self.max_wait:
-                problem = Problem("busy", "it waited too long", retry_after=self._after(0.0))
+                problem = Problem("busy", "it waited too long", retry_after=self._after())
                 job.done.set_exception(problem)
                 continue
             return job
@@ -166,8 +172,29 @@ class FairQueue:
                 return job
         return None
 
-    def _after(self, allowed: float) -> int:
-        return max(1, math.ceil(self.expected_wait - allowed))
+    def _after(self) -> int:
+        """Seconds after which one that is refused may come: each is given a time of its own."""
+        now = self.clock()
+        free = now + max(self.expected_wait - self.max_wait, 0.0)
+        self._promised = min(max(self._promised, free) + self.service_seconds, now + _LATEST)
+        return max(1, math.ceil(self._promised - now))
+
+    def refuse_all(self) -> None:
+        """Answer everything that waits: the server ends."""
+        for job in [
+            *(one for jobs in self._waiting.values() for one in jobs),
+            *self._previews.values(),
+        ]:
+            if job.done.set_running_or_notify_cancel():
+                job.done.set_exception(draining())
+        self._waiting.clear()
+        self._previews.clear()
+
+
+def draining() -> Problem:
+    """What is answered once a server ends."""
+    words = "the server is about to end"
+    return Problem("draining", words, retry_after=5, headers={"Connection": "close"})
 
 
 class Lane:
@@ -175,29 +202,48 @@ class Lane:
 
     Args:
         queue: Where jobs wait.
-        batch_size: Jobs of an equal key that are run together, at most.
-        run_batch: Runs the works of a batch, and gives their results in order; an exception
-            instead of a result is that job's alone. None runs one job at a time.
+        run: Runs the works of a batch, and gives their results in order; an exception instead of a
+            result is that job's alone.
         begin: Called first in the thread, for example to set its number of threads.
-        watch: Called with (queue, jobs, seconds, outcome) after each batch, for metrics.
+        watch: Called with (name of the lane, job, outcome) after each job, for metrics.
+
+    Attributes:
+        batch_size: Jobs of an equal key that are run together, at most.
     """
 
     def __init__(
         self,
         queue: FairQueue,
         *,
-        batch_size: int = 1,
-        run_batch: Callable[[Sequence[Callable[[], Any]]], Sequence[Any]] | None = None,
+        run: Callable[[Sequence[Callable[[], Any]]], Sequence[Any]] | None = None,
         begin: Callable[[], None] | None = None,
-        watch: Callable[[FairQueue, Sequence[Job], float, str], None] | None = None,
+        watch: Callable[[str, Job, str], None] = lambda name, job, outcome: None,
     ) -> None:
-        self.queue = queue
-        self._batch_size, self._run_batch = batch_size, run_batch
+        self.queue, self.batch_size = queue, 1
+        self._run = run or (lambda works: [work() for work in works])
         self._begin, self._watch = begin, watch
-        self._ready = threading.Condition()
+        self._changed = threading.Condition()
         self._is_closed = False
         self._thread = threading.Thread(target=self._loop, name=f"lane-{queue.name}", daemon=True)
         self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread still runs."""
+        return self._thread.is_alive()
+
+    def check(self, client: str) -> None:
+        """Refuse a client whose job could not be taken in.
+
+        Raises:
+            Problem: As ``submit``.
+        """
+        with self._changed:
+            try:
+                self.queue.check(client)
+            except Problem:
+                self._watch(self.queue.name, Job(client, lambda: None), "refused")
+                raise
 
     def submit(
         self,
@@ -213,51 +259,51 @@ class Lane:
             Problem: It is refused; ``draining`` when the lane has been closed.
         """
         job = Job(client, work, key, is_preview)
-        with self._ready:
+        if not is_preview:
+            self.check(client)
+        with self._changed:
             if self._is_closed:
-                raise Problem("draining", "the server is about to end", retry_after=5)
+                raise draining()
             self.queue.add(job)
-            self._ready.notify()
+            self._changed.notify()
         return job
 
-    def close(self, seconds: float) -> None:
-        """Take no more jobs in; wait for those that are there, at most so long."""
-        with self._ready:
+    def close(self) -> None:
+        """Take no more jobs in."""
+        with self._changed:
             self._is_closed = True
-            self._ready.notify()
-        self._thread.join(seconds)
+            self._changed.notify()
+
+    def join(self, seconds: float) -> None:
+        """Wait for the jobs that are there, at most so long; those that still wait are refused."""
+        self._thread.join(max(seconds, 0.0))
+        with self._changed:
+            self.queue.refuse_all()
 
     def _loop(self) -> None:
         if self._begin is not None:
             self._begin()
         while True:
-            with self._ready:
-                jobs = self.queue.take(self._batch_size)
+            with self._changed:
+                jobs = self.queue.take(self.batch_size)
                 while not jobs:
                     if self._is_closed and not len(self.queue):
                         return
-                    self._ready.wait()
-                    jobs = self.queue.take(self._batch_size)
+                    self._changed.wait()
+                    jobs = self.queue.take(self.batch_size)
             start = time.perf_counter()
-            outcomes = self._outcomes(jobs)
+            try:
+                outcomes = self._run([job.work for job in jobs])
+            except BaseException as err:  # any failure belongs to the client, not the lane
+                outcomes = [err] * len(jobs)
             seconds = time.perf_counter() - start
-            with self._ready:
+            with self._changed:
                 self.queue.finished(seconds, len(jobs))
-            failed = False
             for job, outcome in zip(jobs, outcomes, strict=True):
                 job.ran = seconds
                 if isinstance(outcome, BaseException):
-                    failed = True
+                    self._watch(self.queue.name, job, "failed")
                     job.done.set_exception(outcome)
                 else:
+                    self._watch(self.queue.name, job, "done")
                     job.done.set_result(outcome)
-            if self._watch is not None:
-                self._watch(self.queue, jobs, seconds, "failed" if failed else "done")
-
-    def _outcomes(self, jobs: Sequence[Job]) -> Sequence[Any]:
-        try:
-            if self._run_batch is None or len(jobs) == 1:
-                return [jobs[0].work()] if len(jobs) == 1 else [job.work() for job in jobs]
-            return self._run_batch([job.work for job in jobs])
-        except BaseException as err:  # any failure belongs to the client, not the lane
-            return [err] * len(jobs)

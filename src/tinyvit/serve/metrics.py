@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
 from .cache import Cache
-from .lanes import FairQueue, Job, Lane
+from .lanes import Job, Lane
+from .schema import Model
 
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
 
@@ -35,6 +34,9 @@ class Metrics:
         )
         self._jobs = Counter(
             "tinyvit_lane_jobs", "Jobs of a lane", ["lane", "outcome"], registry=own
+        )
+        self._dropped = Gauge(
+            "tinyvit_lane_dropped", "Jobs whose client had gone", ["lane"], registry=own
         )
         self._wait = Histogram(
             "tinyvit_lane_wait_seconds",
@@ -68,27 +70,26 @@ class Metrics:
         )
 
     def watch_lane(self, lane: Lane) -> None:
-        """Show how many jobs wait in a lane."""
+        """Show how many jobs wait in a lane, and how many clients went before theirs began."""
         queue = lane.queue
         self._waiting.labels(queue.name).set_function(lambda: len(queue))
+        self._dropped.labels(queue.name).set_function(lambda: queue.dropped)
 
-    def set_model(self, name: str, sha256: str, precision: str) -> None:
+    def set_model(self, model: Model) -> None:
         """Name the model."""
-        self._model.labels(name, sha256, precision).set(1)
+        self._model.labels(model.name, model.sha256 or "", model.precision).set(1)
 
     def observe_request(self, route: str, status: int, seconds: float) -> None:
         """Count one answer."""
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def observe_jobs(
-        self, queue: FairQueue, jobs: Sequence[Job], seconds: float, outcome: str
-    ) -> None:
-        """Count the jobs of one batch."""
-        self._jobs.labels(queue.name, outcome).inc(len(jobs))
-        self._run.labels(queue.name).observe(seconds)
-        for job in jobs:
-            self._wait.labels(queue.name).observe(job.waited)
+    def observe_job(self, lane: str, job: Job, outcome: str) -> None:
+        """Count a job; outcomes are done, failed and refused."""
+        self._jobs.labels(lane, outcome).inc()
+        if outcome != "refused":
+            self._run.labels(lane).observe(job.ran)
+            self._wait.labels(lane).observe(job.waited)
 
     def text(self) -> bytes:
         """All numbers in Prometheus' text format."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tinyvit.sam import mask_ops
 from tinyvit.sam.prompts import Prompt
@@ -20,6 +20,8 @@ Point = Annotated[list[Finite], Field(min_length=2, max_length=2)]
 Include = Literal["rle", "counts", "polygons", "png", "low_res"]
 LowResType = Literal["int8-root", "float16"]
 
+MOST_PROMPTS, MOST_POINTS = 256, 1_000
+
 _ROOT = 32.0
 
 
@@ -27,6 +29,9 @@ class Strict(BaseModel):
     """No conversions, no unknown keys."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+
+
+Asked = TypeVar("Asked", bound=Strict)
 
 
 class RunLengths(Strict):
@@ -54,8 +59,8 @@ class LowRes(Strict):
 class PromptModel(Strict):
     """What to segment: points, a box, a mask, or any of them together, about one object."""
 
-    points: Annotated[list[Point], Field(min_length=1, max_length=1_000)] | None = None
-    labels: Annotated[list[Literal[0, 1]], Field(max_length=1_000)] | None = None
+    points: Annotated[list[Point], Field(min_length=1, max_length=MOST_POINTS)] | None = None
+    labels: Annotated[list[Literal[0, 1]], Field(max_length=MOST_POINTS)] | None = None
     box: Annotated[list[Finite], Field(min_length=4, max_length=4)] | None = None
     mask: RunLengths | LowRes | None = None
     name: Annotated[str, Field(max_length=200)] | None = None
@@ -82,7 +87,28 @@ class PromptModel(Strict):
 class SegmentRequest(Strict):
     """Prompts on one image, each about one object."""
 
-    prompts: Annotated[list[PromptModel], Field(min_length=1, max_length=256)]
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"prompts": [{"points": [[172, 118]]}]},
+                {
+                    "prompts": [
+                        {"points": [[172, 118], [150, 90]], "labels": [1, 0], "name": "left eye"},
+                        {"box": [130, 80, 210, 150]},
+                    ],
+                    "which": "all",
+                    "include": ["rle", "low_res"],
+                },
+                {
+                    "prompts": [{"box": [130, 80, 210, 150]}],
+                    "include": ["polygons"],
+                    "tolerance": 1,
+                },
+            ]
+        }
+    )
+
+    prompts: Annotated[list[PromptModel], Field(min_length=1, max_length=MOST_PROMPTS)]
     multimask: Literal["auto"] | bool = "auto"
     which: Literal["best", "all"] = "best"
     include: list[Include] = ["rle"]
@@ -94,9 +120,12 @@ class SegmentRequest(Strict):
 class EverythingRequest(Strict):
     """Masks of everything: the numbers of ``SamAutomaticMaskGenerator``, each within a bound."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"points_per_side": 4}]})
+
     points_per_side: Annotated[int, Field(ge=1, le=64)] = 16
     pred_iou_thresh: Annotated[float, Field(ge=0, le=1)] | None = None
     stability_score_thresh: Annotated[float, Field(ge=0, le=1)] | None = None
+    stability_score_offset: Annotated[float, Field(ge=0, le=32)] | None = None
     box_nms_thresh: Annotated[float, Field(ge=0, le=1)] = 0.7
     min_mask_region_area: Annotated[int, Field(ge=0, le=10**9)] = 0
 
@@ -106,7 +135,21 @@ class Model(Strict):
 
     name: str
     sha256: str | None
+    input_size: Annotated[list[int], Field(description="(height, width) of the model's input")]
     precision: str
+
+
+class About(Strict):
+    """What a server says of itself."""
+
+    version: str
+    api: int
+    state: Literal["loading", "ready", "draining"]
+    model: Model | None = None
+    thresholds: dict[str, float]
+    limits: dict[str, float]
+    adapters: list[str]
+    links: dict[str, str]
 
 
 class Image(Strict):
@@ -143,10 +186,18 @@ class Object(Strict):
     masks: list[MaskModel]
 
 
+class ImageSize(Strict):
+    """An image that was segmented."""
+
+    id: str
+    width: int
+    height: int
+
+
 class Segmented(Strict):
     """The answer to a ``SegmentRequest``."""
 
-    image: dict[str, Any]
+    image: ImageSize
     model: Model
     objects: list[Object]
     timing: dict[str, float]
@@ -166,10 +217,21 @@ class Found(Strict):
 class Everything(Strict):
     """The answer to an ``EverythingRequest``."""
 
-    image: dict[str, Any]
+    image: ImageSize
     model: Model
     masks: list[Found]
     timing: dict[str, float]
+
+
+class ProblemBody(Strict):
+    """What went wrong, as RFC 9457 has it."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    request_id: str
+    where: Annotated[str, Field(description="JSON pointer into the request")] | None = None
 
 
 def pack_logits(
@@ -208,14 +270,12 @@ def unpack_logits(value: LowRes) -> NDArray[np.float32]:
     return values if value.dtype == "float16" else np.sign(values) * (values / _ROOT) ** 2
 
 
-def validate(kind: type[Strict], value: Any, name: str = "bad-parameters") -> Any:
+def validate(kind: type[Asked], value: Any) -> Asked:
     """A model from JSON, or a problem that says where and what, and repeats no input.
 
     Raises:
-        Problem: ``bad-prompt`` below ``/prompts``, else ``name``.
+        Problem: ``bad-prompt`` below ``/prompts``, else ``bad-parameters``.
     """
-    from pydantic import ValidationError
-
     try:
         return kind.model_validate(value)
     except ValidationError as err:
@@ -223,4 +283,5 @@ def validate(kind: type[Strict], value: Any, name: str = "bad-parameters") -> An
         where = "/" + "/".join(str(part)[:40] for part in first["loc"])
         is_prompt = where.startswith("/prompts")
         where = where.encode("ascii", "replace").decode()
-        raise Problem("bad-prompt" if is_prompt else name, first["msg"], where=where) from err
+        name = "bad-prompt" if is_prompt else "bad-parameters"
+        raise Problem(name, first["msg"], where=where) from err

@@ -9,24 +9,28 @@ import asyncio
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
-from typing import Any, Literal
+from time import monotonic, perf_counter
+from typing import Any, Literal, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.errors import ImageError
 from tinyvit.images.decode import decode
+from tinyvit.inference.engine import CPU_PIXELS
 from tinyvit.sam.automatic import SamAutomaticMaskGenerator
 from tinyvit.sam.embedding import ImageEmbedding
 from tinyvit.sam.prompts import Prompt
 from tinyvit.sam.segmenter import Masks, Segmenter
 
 from .answers import jpeg_view
+from .bodies import Budget
 from .cache import Cache
-from .lanes import FairQueue, Job, Lane
+from .lanes import FairQueue, Job, Lane, draining
 from .metrics import Metrics
 from .problems import Problem
 from .schema import EverythingRequest, Model
@@ -35,7 +39,9 @@ from .settings import ServeSettings
 logger = logging.getLogger("tinyvit.serve")
 
 MEBI = 2**20
-BATCH = 8  # waiting images of one size that are encoded together
+BODIES = 16  # of the largest size that may be held at once
+_BATCH = 8  # waiting images of one size that are encoded together, at most
+_WRONG_PROMPT = re.compile(r"prompt (\d+) of image 0: (.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,14 @@ class Stored:
     view: str | None = None
 
 
+@dataclass(eq=False)
+class _Flight:
+    """An image that is being encoded, and how many wait for it."""
+
+    job: Job
+    waiting: int = 0
+
+
 class Service:
     """Everything that API and adapters call.
 
@@ -71,23 +85,22 @@ class Service:
         self.state: Literal["loading", "ready", "draining"] = "loading"
         self.failure: Exception | None = None
         self.cache = Cache(settings.cache_mb * MEBI, settings.keep, self._check)
+        self.bodies = Budget(BODIES * settings.max_image_mb * MEBI)
         self.metrics = Metrics(self.cache)
-        self._flights: dict[str, asyncio.Future[Stored]] = {}
+        self._flights: dict[str, _Flight] = {}
+        self._model: Model | None = None
+        self._ends: float | None = None
         threads = settings.threads or os.cpu_count() or 1
-        wait, watch = settings.max_wait, self.metrics.observe_jobs
+        few, wait, watch = max(1, threads // 2), settings.max_wait, self.metrics.observe_job
         self.encode_lane = Lane(
             FairQueue("encode", 4, 16, wait),
-            batch_size=BATCH,
-            run_batch=lambda works: [_result(work) for work in works],
+            run=self._encode_all,
             begin=lambda: _set_threads(threads),
             watch=watch,
         )
-        few = max(1, threads // 2)
-        self.decode_lane = Lane(
-            FairQueue("decode", 8, 256, wait), begin=lambda: _set_threads(few), watch=watch
-        )
-        self.everything_lane = Lane(
-            FairQueue("everything", 1, 2, wait), begin=lambda: _set_threads(few), watch=watch
+        self.decode_lane, self.everything_lane = (
+            Lane(FairQueue(name, each, cap, wait), begin=lambda: _set_threads(few), watch=watch)
+            for name, each, cap in (("decode", 8, 256), ("everything", 1, 2))
         )
         for lane in self.lanes:
             self.metrics.watch_lane(lane)
@@ -105,10 +118,21 @@ class Service:
             Problem: It is not loaded yet, or the server is about to end.
         """
         if self.state == "draining":
-            raise Problem("draining", "the server is about to end", retry_after=5)
+            raise draining()
         if self.state != "ready" or self._segmenter is None:
             raise Problem("loading", "the model is being loaded", retry_after=2)
         return self._segmenter
+
+    @property
+    def model(self) -> Model:
+        """What the server says of its model.
+
+        Raises:
+            Problem: It is not loaded yet.
+        """
+        if self._model is None:
+            raise Problem("loading", "the model is being loaded", retry_after=2)
+        return self._model
 
     def load(self) -> None:
         """Load the model, and answer one click on a grey image, which warms everything up.
@@ -118,51 +142,58 @@ class Service:
             ValueError: A setting does not go with it.
         """
         settings = self.settings
-        if self._segmenter is None:
-            self._segmenter = Segmenter(
-                settings.checkpoint,
-                backend=settings.backend,  # type: ignore[arg-type]
-                precision=settings.precision,
-                device=settings.device,
-                pad=None if settings.pad else False,
-            )
-        grey = np.full((64, 64, 3), 128, np.uint8)
-        for masks in self._segmenter.segment([grey], [[Prompt(points=[[32, 32]])]]):
+        own = self._segmenter = self._segmenter or Segmenter(
+            settings.checkpoint,
+            backend=settings.backend,  # type: ignore[arg-type]
+            precision=settings.precision,
+            device=settings.device,
+            pad=None if settings.pad else False,
+        )
+        for masks in own.segment([np.full((64, 64, 3), 128, np.uint8)], [[{"points": [[32, 32]]}]]):
             masks.mask(0)
-        model = self.model
-        self.metrics.set_model(model.name, model.sha256 or "", model.precision)
+        encoder = own.encoder
+        height, width = encoder.image_spec.size
+        fits = _BATCH if encoder.engine.backend.device != "cpu" else CPU_PIXELS // (height * width)
+        self.encode_lane.batch_size = min(_BATCH, max(1, fits))
+        self._model = Model(
+            name=os.path.basename(settings.checkpoint or DEFAULT_CHECKPOINT),
+            sha256=encoder.weights_sha256(),
+            input_size=[height, width],
+            precision=encoder.engine.precision,
+        )
+        self.metrics.set_model(self._model)
         if self.state == "loading":
             self.state = "ready"
 
     @property
-    def model(self) -> Model:
-        """What the server says of its model."""
-        encoder = self._segmenter.encoder if self._segmenter is not None else None
-        name = os.path.basename(self.settings.checkpoint or DEFAULT_CHECKPOINT)
-        return Model(
-            name=name,
-            sha256=encoder.weights_sha256() if encoder is not None else None,
-            precision=encoder.engine.precision if encoder is not None else self.settings.precision,
-        )
-
-    @property
     def thresholds(self) -> dict[str, float]:
         """Thresholds that belong to the weights."""
-        return dict(self.segmenter.model.thresholds)
+        return {} if self._segmenter is None else dict(self._segmenter.model.thresholds)
 
     def close(self) -> None:
-        """Take no more work; wait for what runs."""
+        """Take no more work; wait for what runs, within ``drain_seconds`` of the first call."""
         self.state = "draining"
+        if self._ends is None:
+            self._ends = monotonic() + self.settings.drain_seconds
         for lane in self.lanes:
-            lane.close(self.settings.drain_seconds)
+            lane.close()
+        for lane in self.lanes:
+            lane.join(self._ends - monotonic())
 
-    def known(self, image_id: str) -> ImageEmbedding:
+    async def find(self, image_id: str) -> ImageEmbedding | None:
+        """The embedding of an image, from memory or the folder; None for an unknown one."""
+        found = self.cache.get(image_id)
+        if found is None and self.settings.keep is not None:
+            found = await asyncio.to_thread(self.cache.load, image_id)
+        return found
+
+    async def known(self, image_id: str) -> ImageEmbedding:
         """The embedding of an image that was sent.
 
         Raises:
             Problem: ``unknown-image``.
         """
-        found = self.cache.get(image_id)
+        found = await self.find(image_id)
         if found is None:
             raise Problem(
                 "unknown-image", f"no image {image_id[:12]}… is known here; send it again"
@@ -172,39 +203,61 @@ class Service:
     async def encode(self, data: bytes, client: str, view: int | None = None) -> Stored:
         """Encode an image, or find that it is known; images that are being encoded are waited for.
 
+        Args:
+            data: The file.
+            client: Whose request it is.
+            view: Pixels a side of an upright JPEG, if one is wanted.
+
         Raises:
             Problem: It is no image, has too many pixels, or the lane refuses.
         """
         segmenter = self.segmenter
         image_id = await asyncio.to_thread(sha256, data) if len(data) > MEBI else sha256(data)
-        found = self.cache.get(image_id)
+        found = await self.find(image_id)
         if found is not None and view is None:
             return Stored(image_id, found, is_new=False)
-        flight = self._flights.get(image_id)
-        if flight is not None and view is None:
-            stored = await asyncio.shield(flight)
-            return Stored(image_id, stored.embedding, is_new=False, timing=stored.timing)
-        work = _Encoding(segmenter, data, image_id, found, view, self.settings.max_pixels)
-        job = self.encode_lane.submit(client, work)
-        own: asyncio.Future[Stored] = asyncio.ensure_future(self._landed(job, image_id))
-        if view is None:
-            self._flights[image_id] = own
-            own.add_done_callback(lambda _: self._flights.pop(image_id, None))
-        return await asyncio.shield(own)  # a client that goes does not stop it: others may wait
+        name = f"{image_id}:{view}"
+        flight = self._flights.get(name)
+        if flight is None:
+            work = _Encoding(segmenter, data, image_id, found, view, self.settings.max_pixels)
+            flight = _Flight(self.encode_lane.submit(client, work, key=segmenter))
+            self._flights[name] = flight
+        is_first = flight.waiting == 0
+        flight.waiting += 1
+        try:
+            stored: Stored = await asyncio.shield(asyncio.wrap_future(flight.job.done))
+        finally:
+            flight.waiting -= 1
+            if not flight.waiting:
+                self._flights.pop(name, None)
+                flight.job.done.cancel()  # has begun: it is finished and kept all the same
+        stored.timing["wait_ms"] = _ms(flight.job.waited)
+        return stored if is_first else Stored(image_id, stored.embedding, False, view=stored.view)
 
-    async def _landed(self, job: Job, image_id: str) -> Stored:
-        stored: Stored = await asyncio.wrap_future(job.done)
-        if stored.is_new:
-            self.cache.put(image_id, stored.embedding)
-            height, width = stored.embedding.original_size
-            self.metrics.pixels.observe(height * width)
-        stored.timing["wait_ms"] = _ms(job.waited)
-        return stored
+    def _encode_all(self, works: Sequence[Callable[[], Any]]) -> Sequence[Any]:
+        """Read images one at a time, encode them together, keep them; in the lane's thread."""
+        tasks = [cast(_Encoding, work) for work in works]
+        outcomes: list[Stored | Exception | None] = [_read_or_problem(task) for task in tasks]
+        wanted = [task for task in tasks if task.embedding is None and task.prepared is not None]
+        start = perf_counter()
+        if wanted:
+            inputs = (task.prepared for task in wanted if task.prepared is not None)
+            for task, made in zip(
+                wanted, wanted[0].segmenter.encoder.encode_prepared(inputs), strict=True
+            ):
+                task.embedding, task.is_new = made, True
+                height, width = made.original_size
+                self.metrics.pixels.observe(height * width)
+                self.cache.put(task.image_id, made)
+        seconds = perf_counter() - start
+        return [
+            outcome or task.stored(seconds) for outcome, task in zip(outcomes, tasks, strict=True)
+        ]
 
     async def segment(
         self,
         image_id: str,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt | Callable[[], Prompt]],
         multimask: bool | Literal["auto"],
         client: str,
         *,
@@ -213,20 +266,32 @@ class Service:
     ) -> tuple[Any, dict[str, float]]:
         """Decode prompts on a known image; ``then`` is applied to the masks in the lane's thread.
 
+        Args:
+            image_id: The image.
+            prompts: Or functions that make them, since a mask in one takes time to read.
+            multimask: As for ``Segmenter``.
+            client: Whose request it is.
+            is_preview: It may be dropped.
+            then: What the answer is made by.
+
         Returns:
             (what ``then`` gave, milliseconds by what was done).
 
         Raises:
             Problem: The image is unknown, a prompt is wrong, or the lane refuses.
         """
-        segmenter, embedding = self.segmenter, self.known(image_id)
+        segmenter, embedding = self.segmenter, await self.known(image_id)
 
         def work() -> Any:
+            made = [_made(number, prompt) for number, prompt in enumerate(prompts)]
             prepared = self.cache.prepared(image_id, lambda: segmenter.prepare(embedding))
-            return then(segmenter.predict(embedding, prompts, multimask, prepared=prepared))
+            return then(segmenter.predict(embedding, made, multimask, prepared=prepared))
 
         job = self.decode_lane.submit(client, work, is_preview=is_preview)
-        result = await self._outcome(job)
+        try:
+            result = await asyncio.wrap_future(job.done)
+        except ValueError as err:
+            raise _bad_prompt(err) from err
         return result, {"wait_ms": _ms(job.waited), "decode_ms": _ms(job.ran)}
 
     async def everything(
@@ -247,20 +312,24 @@ class Service:
         Raises:
             Problem: The image is unknown, a parameter is wrong, or the lane refuses.
         """
-        segmenter, embedding = self.segmenter, self.known(image_id)
-        generator = SamAutomaticMaskGenerator(
-            segmenter.model, output_mode="coco_rle", **request.model_dump()
-        )
-        work = lambda: generator.generate(embedding, progress)  # noqa: E731
-        job = self.everything_lane.submit(client, work)
-        result = await self._outcome(job)
-        return result, {"wait_ms": _ms(job.waited), "run_ms": _ms(job.ran)}
+        segmenter, embedding = self.segmenter, await self.known(image_id)
 
-    async def _outcome(self, job: Job) -> Any:
+        def work() -> Any:
+            generator = SamAutomaticMaskGenerator(
+                segmenter.model,
+                output_mode="coco_rle",
+                engine=segmenter.encoder.engine,
+                device=self.settings.device,
+                **request.model_dump(),
+            )
+            return generator.generate(embedding, progress)
+
+        job = self.everything_lane.submit(client, work)
         try:
-            return await asyncio.wrap_future(job.done)
+            result = await asyncio.wrap_future(job.done)
         except ValueError as err:
-            raise Problem("bad-prompt", str(err)) from err
+            raise Problem("bad-parameters", str(err)) from err
+        return result, {"wait_ms": _ms(job.waited), "run_ms": _ms(job.ran)}
 
     def _check(self, embedding: ImageEmbedding) -> None:
         if self._segmenter is not None:
@@ -268,7 +337,7 @@ class Service:
 
 
 class _Encoding:
-    """Reads and encodes one image in the lane's thread."""
+    """One image that is to be encoded."""
 
     def __init__(
         self,
@@ -280,9 +349,12 @@ class _Encoding:
         max_pixels: int,
     ) -> None:
         self.segmenter, self.data, self.image_id = segmenter, data, image_id
-        self.known, self.view, self.max_pixels = known, view, max_pixels
+        self.embedding, self.view, self.max_pixels = known, view, max_pixels
+        self.is_new, self.shown, self.read_seconds = False, cast("str | None", None), 0.0
+        self.prepared: tuple[NDArray[np.float32], Any] | None = None
 
-    def __call__(self) -> Stored:
+    def __call__(self) -> None:
+        """Read the image and make it the model's input: its pixels are let go here."""
         start = perf_counter()
         try:
             rgb = decode(self.data, max_pixels=self.max_pixels)
@@ -290,11 +362,25 @@ class _Encoding:
             is_large = "limit of" in str(err)
             words = str(err).partition("; if you trust it")[0]
             raise Problem("too-many-pixels" if is_large else "not-an-image", words) from err
-        read = perf_counter()
-        embedding = self.known or next(iter(self.segmenter.embed([rgb])))
-        timing = {"read_ms": _ms(read - start), "encode_ms": _ms(perf_counter() - read)}
-        shown = None if self.view is None else jpeg_view(rgb, self.view)
-        return Stored(self.image_id, embedding, self.known is None, timing, shown)
+        if self.view is not None:
+            self.shown = jpeg_view(rgb, self.view)
+        if self.embedding is None:
+            self.prepared = self.segmenter.encoder.engine.prepare(rgb)
+        self.read_seconds = perf_counter() - start
+
+    def stored(self, seconds: float) -> Stored:
+        """The outcome; ``seconds`` are those of encoding."""
+        timing = {"read_ms": _ms(self.read_seconds), "encode_ms": _ms(seconds)}
+        embedding = cast(ImageEmbedding, self.embedding)
+        return Stored(self.image_id, embedding, self.is_new, timing, self.shown)
+
+
+def _read_or_problem(task: _Encoding) -> Exception | None:
+    try:
+        task()
+    except Exception as err:  # told to the client of this very image
+        return err
+    return None
 
 
 def sha256(data: bytes) -> str:
@@ -302,11 +388,18 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _result(work: Callable[[], Any]) -> Any:
+def _made(number: int, prompt: Prompt | Callable[[], Prompt]) -> Prompt:
     try:
-        return work()
-    except Exception as err:  # told to the client of this very job
-        return err
+        return prompt if isinstance(prompt, Prompt) else prompt()
+    except ValueError as err:
+        raise ValueError(f"prompt {number} of image 0: {err}") from err
+
+
+def _bad_prompt(err: ValueError) -> Problem:
+    found = _WRONG_PROMPT.match(str(err))
+    if found is None:
+        return Problem("bad-prompt", str(err))
+    return Problem("bad-prompt", found[2], where=f"/prompts/{found[1]}")
 
 
 def _ms(seconds: float) -> float:
@@ -314,7 +407,9 @@ def _ms(seconds: float) -> float:
 
 
 def _set_threads(count: int) -> None:
-    """How many threads the lane's own thread computes with."""
-    import torch
-
+    """How many threads the lane's own thread computes with; other engines have their own."""
+    try:
+        import torch
+    except ImportError:
+        return
     torch.set_num_threads(count)

@@ -67,15 +67,17 @@ class _Backend:
         return JSONResponse({"status": "UP", "model_class": "tinyvit"})
 
     async def setup(self, request: Request) -> Response:
-        await bodies.read_json(request)
+        await bodies.read_json(request, self.service.bodies)
         return JSONResponse({"model_version": self.service.model.name})
 
     async def webhook(self, request: Request) -> Response:
-        await bodies.read_json(request)
+        await bodies.read_json(request, self.service.bodies)
         return JSONResponse({})
 
     async def predict(self, request: Request) -> Response:
-        asked = await bodies.read_json(request, most=2 * self.settings.max_image_mb * 2**20)
+        asked = await bodies.read_json(
+            request, self.service.bodies, 2 * self.settings.max_image_mb * 2**20
+        )
         if not isinstance(asked, dict) or not isinstance(asked.get("tasks"), list):
             raise Problem("bad-request", "wanted tasks, label_config and params")
         context = _results(asked.get("params"))
@@ -84,7 +86,7 @@ class _Backend:
         results = []
         for task in asked["tasks"][:1] if context else []:
             image_id = await self._image(_source(task, config), client)
-            height, width = self.service.known(image_id).original_size
+            height, width = (await self.service.known(image_id)).original_size
             prompt, label = _prompt(context, width, height)
 
             def then(masks: Masks, label: str = label) -> list[dict[str, Any]]:
@@ -100,7 +102,7 @@ class _Backend:
         """The id of a task's image, known or encoded now."""
         key = urlsplit(url).path if not url.startswith("data:") else ""
         known = self._ids.get(key) if key else None
-        if known is not None and self.service.cache.get(known) is not None:
+        if known is not None and await self.service.find(known) is not None:
             return known
         data = await asyncio.to_thread(self.fetcher.fetch, url)
         stored = await self.service.encode(data, client)

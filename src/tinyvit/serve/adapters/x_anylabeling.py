@@ -44,7 +44,7 @@ def add(api: FastAPI, service: Service, settings: ServeSettings) -> None:
         return JSONResponse({"success": True, "data": {"tinyvit": model}})
 
     async def predict(request: Request) -> Response:
-        asked = await _read(request, settings.max_image_mb * 2**20)
+        asked = await bodies.read_json(request, service.bodies, 2 * settings.max_image_mb * 2**20)
         image, marks, fineness = _parts(asked)
         client = str(request.state.client)
         stored = await service.encode(image, client)
@@ -62,15 +62,10 @@ def add(api: FastAPI, service: Service, settings: ServeSettings) -> None:
     api.add_api_route(f"{path}/v1/predict", predict, methods=["POST"], include_in_schema=False)
 
 
-async def _read(request: Request, most: int) -> dict[str, Any]:
-    asked = await bodies.read_json(request, most=2 * most)
+def _parts(asked: Any) -> tuple[bytes, list[Any], float]:
+    """The image's bytes, the marks, the fineness of outlines."""
     if not isinstance(asked, dict):
         raise Problem("bad-request", "wanted a JSON object with image and params")
-    return asked
-
-
-def _parts(asked: dict[str, Any]) -> tuple[bytes, list[Any], float]:
-    """The image's bytes, the marks, the fineness of outlines."""
     text, params = asked.get("image"), asked.get("params") or {}
     if not isinstance(text, str) or not isinstance(params, dict):
         raise Problem("bad-request", "image must be base64, params an object")
