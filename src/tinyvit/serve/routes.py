@@ -192,7 +192,7 @@ class Routes:
             loop.call_soon_threadsafe(events.put_nowait, {"event": "progress", "data": told})
 
         async def run() -> schema.Everything:
-            found, timing = await self.service.everything(
+            found, hint, timing = await self.service.everything(
                 image_id, asked, _client(request), progress
             )
             _note(request, image_id, timing)
@@ -200,6 +200,7 @@ class Routes:
                 image=_size(image_id, embedding.original_size),
                 model=self.service.model,
                 masks=[_found(one) for one in found],
+                hint=hint,
                 timing=timing,
             )
 

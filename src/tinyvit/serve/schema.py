@@ -220,6 +220,9 @@ class Everything(Strict):
     image: ImageSize
     model: Model
     masks: list[Found]
+    hint: (
+        Annotated[str, Field(description="what to change where no mask was good enough")] | None
+    ) = None
     timing: dict[str, float]
 
 

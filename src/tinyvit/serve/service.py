@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic, perf_counter
@@ -300,7 +301,7 @@ class Service:
         request: EverythingRequest,
         client: str,
         progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> tuple[list[Any], dict[str, float]]:
+    ) -> tuple[list[Any], str | None, dict[str, float]]:
         """Masks of everything on a known image.
 
         Args:
@@ -308,6 +309,9 @@ class Service:
             request: Its parameters.
             client: Whose request it is.
             progress: Called in the lane's thread; what it raises stops the work.
+
+        Returns:
+            (records of the masks, a hint where no mask passed, milliseconds by what was done).
 
         Raises:
             Problem: The image is unknown, a parameter is wrong, or the lane refuses.
@@ -322,14 +326,17 @@ class Service:
                 device=self.settings.device,
                 **request.model_dump(),
             )
-            return generator.generate(embedding, progress)
+            with warnings.catch_warnings(record=True) as hints:  # only this lane does so
+                warnings.simplefilter("always")
+                found = generator.generate(embedding, progress)
+            return found, str(hints[0].message) if hints else None
 
         job = self.everything_lane.submit(client, work)
         try:
-            result = await asyncio.wrap_future(job.done)
+            found, hint = await asyncio.wrap_future(job.done)
         except ValueError as err:
             raise Problem("bad-parameters", str(err)) from err
-        return result, {"wait_ms": _ms(job.waited), "run_ms": _ms(job.ran)}
+        return found, hint, {"wait_ms": _ms(job.waited), "run_ms": _ms(job.ran)}
 
     def _check(self, embedding: ImageEmbedding) -> None:
         if self._segmenter is not None:
