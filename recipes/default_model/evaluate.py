@@ -81,7 +81,7 @@ def open_sets(choices: Choices) -> list[Images]:
     found = []
     if choices.photographs is not None:
         masks = open_mask_set(choices.photographs)
-        found.append(Images("photographs", masks, masks.faults, _note(choices.photographs)))
+        found.append(Images("photographs", masks.scenes, masks.faults, _note(choices.photographs)))
     if choices.work is not None:
         from composites import CompositeSet
 

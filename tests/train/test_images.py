@@ -11,7 +11,10 @@ from .tiny_images import write_folder, write_shards
 
 
 def read_one(images, index, rng, on_broken="skip"):
-    return read_good(lambda i: decode(images.source(i)), index, images, rng, on_broken)
+    def load(place):
+        return decode(images.source(place))
+
+    return read_good(load, index, images.name, len(images), rng, on_broken)
 
 
 def names(images):

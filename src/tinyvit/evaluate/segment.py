@@ -11,7 +11,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple, Protocol, TypeAlias
@@ -318,7 +318,7 @@ def evaluate_segment(
     settings = settings or EvaluateSettings()
     called = name or (str(model) if isinstance(model, (str, os.PathLike)) else type(model).__name__)
     evaluator = _Evaluator(_predictor(model), settings)
-    total = len(images) if isinstance(images, Sequence) else None
+    total = len(images) if isinstance(images, Sized) else None
     skipped = list(faults)
     cases: list[Case] = []
     groups: list[int] = []

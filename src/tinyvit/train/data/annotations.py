@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,18 +28,6 @@ _VOID = 255  # of a palette image: the uncertain edge in Pascal VOC's masks
 _PLAINLY_LARGE = 8.0  # pixels: a polygon of such a width and area has pixels for certain
 _SOFT_LEVELS = 8  # fewer levels are numbers of objects
 _LOSSY = ("JPEG", "MPO")
-
-
-class Annotation(Protocol):
-    """What can be made a mask; both methods raise ``ValueError`` or ``ImageError`` if it cannot."""
-
-    def mask(self, size: Size) -> Mask:
-        """The mask [H, W] in an image of this size."""
-        ...
-
-    def check(self, size: Size) -> None:
-        """Refuse an annotation without a pixel, as cheaply as possible."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -138,7 +126,7 @@ class RunLengths:
         return np.asarray(decode_rle({"size": list(self.size), "counts": counts}), np.bool_)
 
     def check(self, size: Size) -> None:
-        """As ``Annotation.check``."""
+        """As in ``Annotation``."""
         _check_not_empty(self.mask(size))
 
 
@@ -163,6 +151,11 @@ class MaskFile:
             _check_not_empty(self.mask(size))
         elif (own := read_size(self.path)) != size:
             raise ValueError(_wrong_size(f"the mask {self.path} is", own, size))
+
+
+Annotation: TypeAlias = Polygons | RunLengths | MaskFile
+"""What can be made a mask: ``mask`` gives [H, W] bool in an image of a size, ``check`` cheaply
+refuses one without a pixel. Both raise ``ValueError`` or ``ImageError``."""
 
 
 def read_mask_file(path: Path, *, is_one_object: bool) -> NDArray[np.int64]:

@@ -33,33 +33,20 @@ _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.B
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How much an image is changed at random, as plain data.
+    """How much an image is changed at random, as plain data."""
 
-    Args:
-        scale: Least and largest part of the image's area that a crop keeps; (1, 1) keeps the
-            whole image and squashes it.
-        ratio: Least and largest width over height of a crop.
-        flip: Probability of mirroring left and right; 0 for letters and digits.
-        operations: Changes by RandAugment.
-        magnitude: How strong they are, 0 to 10.
-        spread: Standard deviation of the magnitude.
-        colours: Let RandAugment change colours too (invert, solarize, ...), not only geometry.
-        erase: Probability of erasing a rectangle.
-        rotate: Largest turn in degrees, and ``shift`` largest move in parts of a side, of a small
-            change of place that every image gets; 0 for none.
-        shift: See ``rotate``.
-    """
-
+    # least and largest part of the image's area that a crop keeps; (1, 1) keeps the whole image
+    # and squashes it
     scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    operations: int = 2
-    magnitude: float = 9.0
-    spread: float = 0.5
-    colours: bool = True
-    erase: float = 0.25
-    rotate: float = 0.0
-    shift: float = 0.0
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # least and largest width over height of a crop
+    flip: float = 0.5  # probability of mirroring left and right; 0 for letters and digits
+    operations: int = 2  # changes by RandAugment
+    magnitude: float = 9.0  # how strong they are, 0 to 10
+    spread: float = 0.5  # standard deviation of the magnitude
+    colours: bool = True  # let RandAugment change colours too (invert, ...), not only geometry
+    erase: float = 0.25  # probability of erasing a rectangle
+    rotate: float = 0.0  # largest turn in degrees of a small move that every image gets
+    shift: float = 0.0  # its largest shift in parts of a side
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", (float(self.scale[0]), float(self.scale[1])))
@@ -210,16 +197,15 @@ def _enhanced(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> _Operatio
     return lambda image, level, sign: kind(image).enhance(1 + sign * 0.9 * level)
 
 
+def _turned(image: Image.Image, level: float, sign: float) -> Image.Image:
+    angle = math.radians(30 * level * sign)
+    cos, sin = math.cos(angle), math.sin(angle)
+    return _affine(image, cos, -sin, sin, cos, (0.0, 0.0))
+
+
 _PLACES: dict[str, _Operation] = {
     "identity": lambda image, level, sign: image,
-    "rotate": lambda p, level, sign: _affine(
-        p,
-        math.cos(a := math.radians(30 * level * sign)),
-        -math.sin(a),
-        math.sin(a),
-        math.cos(a),
-        (0.0, 0.0),
-    ),
+    "rotate": _turned,
     "shear_x": lambda p, level, sign: _affine(p, 1, 0.3 * level * sign, 0, 1, (0.0, 0.0)),
     "shear_y": lambda p, level, sign: _affine(p, 1, 0, 0.3 * level * sign, 1, (0.0, 0.0)),
     "move_x": lambda p, level, sign: _affine(p, 1, 0, 0, 1, (0.45 * level * sign * p.width, 0.0)),
@@ -237,8 +223,6 @@ _OPERATIONS: dict[str, _Operation] = {
     "brightness": _enhanced(ImageEnhance.Brightness),
     "sharpness": _enhanced(ImageEnhance.Sharpness),
 }
-
-
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -252,21 +236,15 @@ class FittedSample:
 
 @dataclass(frozen=True)
 class MaskAugment:
-    """What may be changed, and how much.
+    """What may be changed, and how much."""
 
-    Args:
-        smallest_crop: The least side of a crop, as a share of the image's; 1 never crops.
-        smallest_scale: The least size in the model input, as a share of the largest that fits.
-        flip: How often the image is mirrored, 0 to 1.
-        colour: How far brightness, contrast and saturation go, as a share; 0 leaves them.
-        grey: How often the image loses its colours, 0 to 1.
-    """
-
-    smallest_crop: float = 0.5
+    smallest_crop: float = 0.5  # the least side of a crop, as a share of the image's; 1: no crop
+    # the least size in the model input, as a share of the largest that fits
     smallest_scale: float = 0.7
-    flip: float = 0.5
+    flip: float = 0.5  # how often the image is mirrored, 0 to 1
+    # how far brightness, contrast and saturation go, as a share; 0 leaves them
     colour: float = 0.3
-    grey: float = 0.05
+    grey: float = 0.05  # how often the image loses its colours, 0 to 1
 
     def __post_init__(self) -> None:
         for name in ("smallest_crop", "smallest_scale"):

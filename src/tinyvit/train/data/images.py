@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -40,24 +40,11 @@ _TRIES = 20  # unreadable images in a row that end the training
 Loaded = TypeVar("Loaded")
 
 
-class Named(Protocol):
-    """Samples that have names."""
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int, /) -> str:
-        """What to call a sample in messages."""
-        ...
-
-
 def hold_out(names: Sequence[str], part: float | str, seed: int = 0) -> tuple[list[str], list[str]]:
     """Split names into those to train on and those held out, each in their order.
 
-    Args:
-        names: What is there; at least two.
-        part: About this part is held out, above 0 and below 1, at least one name on each side; or
-            the folder whose names are.
-        seed: Which names.
+    About ``part`` of them is held out, above 0 and below 1, at least one name on each side; or the
+    folder of that name. Which names is decided by ``seed``.
 
     Example:
         >>> train, held = hold_out([f"{n}.jpg" for n in range(100)], 0.2)
@@ -85,12 +72,8 @@ def _drawn(names: Sequence[str], part: float, seed: int) -> set[str]:
             f"training and validation want at least 2 images, got {len(names)}; validation on an "
             "image that was trained on says nothing"
         )
-
-    def number(name: str) -> float:  # uniform, 0 to below 1
-        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") / 2**64
-
-    drawn = {name: number(name) for name in names}
+    digests = {name: hashlib.sha256(f"{seed} {name}".encode()).digest()[:8] for name in names}
+    drawn = {name: int.from_bytes(digest, "big") / 2**64 for name, digest in digests.items()}
     held = {name for name in names if drawn[name] < part} or {min(drawn, key=drawn.__getitem__)}
     if len(held) == len(drawn):
         held.discard(max(drawn, key=drawn.__getitem__))
@@ -253,18 +236,18 @@ def identities(images: LabelledImages) -> list[Hashable]:
 def _disjoint(train: LabelledImages, held: LabelledImages, origin: str) -> DataSet:
     """Two parts; an image of both is validated on and not trained on."""
     there = set(identities(held))
-    kept = np.array([one not in there for one in identities(train)], np.bool_)
-    if kept.all():
+    is_shared = np.array([one in there for one in identities(train)], np.bool_)
+    if not is_shared.any():
         return DataSet(train, held, origin)
-    shared = [train.name(int(index)) for index in np.flatnonzero(~kept)]
-    if not kept.any():
+    if is_shared.all():
         raise ValueError(f"all {len(train)} images to train on are validated on too: {origin}")
+    shared = [train.name(int(index)) for index in np.flatnonzero(is_shared)]
     warnings.warn(
         f"{len(shared)} images stand in both parts of {origin} and are not trained on: "
         f"{some(shared)}",
         stacklevel=3,
     )
-    return DataSet(Subset(train, np.flatnonzero(kept)), held, origin)
+    return DataSet(Subset(train, np.flatnonzero(~is_shared)), held, origin)
 
 
 def open_part(data: str | os.PathLike[str], classes: Sequence[str] | None = None) -> LabelledImages:
@@ -286,11 +269,12 @@ def open_part(data: str | os.PathLike[str], classes: Sequence[str] | None = None
 def read_good(
     load: Callable[[int], Loaded],
     index: int,
-    images: Named,
+    name_of: Callable[[int], str],
+    count: int,
     rng: np.random.Generator,
     on_broken: OnBroken = "skip",
 ) -> tuple[int, Loaded, dict[str, str]]:
-    """Load a sample to train on; where it is unreadable, another one that ``rng`` draws.
+    """Load a sample to train on; if it is unreadable, another of ``count`` that ``rng`` draws.
 
     Gives the index of what was loaded, it, and the reason by name of each unreadable one; an
     ``ImageError`` if ``on_broken`` is "error", or many in a row are unreadable.
@@ -301,9 +285,9 @@ def read_good(
             return index, load(index), broken
         except (ImageError, ValueError) as err:
             if on_broken == "error":
-                raise ImageError(f"{images.name(index)}: {err}") from err
-            broken[images.name(index)] = str(err)
-            index = int(rng.integers(len(images)))
+                raise ImageError(f"{name_of(index)}: {err}") from err
+            broken[name_of(index)] = str(err)
+            index = int(rng.integers(count))
     name, reason = next(iter(broken.items()))
     raise ImageError(
         f"{_TRIES} images drawn in a row are unreadable, the first is {name!r} ({reason}); most of "

@@ -30,11 +30,10 @@ _LABELS = ("label", "class", "class_name", "target", "category")
 
 
 @dataclass(frozen=True)
-class FileList:
-    """Labelled images that are files."""
+class NamedImages:
+    """Labelled images that have names."""
 
-    root: Path  # the folder that ``names`` are relative to
-    names: tuple[str, ...]  # path of each image
+    names: tuple[str, ...]  # of each image: its path, or shard/member
     labels: Labels  # [N] int64, number of each image's class
     classes: tuple[str, ...]  # names of the classes, in the order of their numbers
 
@@ -44,6 +43,13 @@ class FileList:
     def name(self, index: int) -> str:
         """What to call an image in messages."""
         return self.names[index]
+
+
+@dataclass(frozen=True)
+class FileList(NamedImages):
+    """Labelled images that are files."""
+
+    root: Path  # the folder that ``names`` are relative to
 
     def source(self, index: int) -> Path | bytes:
         """Where an image is read from."""
@@ -83,7 +89,7 @@ def read_folder(folder: str | os.PathLike[str], classes: Sequence[str] | None = 
     names = [name for group in found.values() for name in group]
     texts = [label for label, group in found.items() for _ in group]
     labels, known = number_classes(texts, classes, str(root))
-    return FileList(root, tuple(names), labels, known)
+    return FileList(tuple(names), labels, known, root)
 
 
 def visible_folders(root: Path) -> list[str]:
@@ -141,7 +147,7 @@ def read_csv(
     )
     labels, known = number_classes([cells[what] for _, cells in rows], classes, str(path))
     parts = None if part is None else tuple(cells[part] for _, cells in rows)
-    return FileList(path.parent, names, labels, known), parts
+    return FileList(names, labels, known, path.parent), parts
 
 
 def number_classes(

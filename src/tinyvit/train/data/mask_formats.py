@@ -23,14 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from tinyvit.errors import ImageError
 from tinyvit.folders.images import IMAGE_SUFFIXES
 
-from .annotations import (
-    Annotation,
-    MaskFile,
-    Polygons,
-    RunLengths,
-    as_ring,
-    read_mask_file,
-)
+from .annotations import Annotation, MaskFile, Polygons, RunLengths, as_ring, read_mask_file
 from .sources import find_column, find_file, load_json, read_table
 
 _IMAGE_COLUMNS = ("picture", "image", "file_name", "filename", "image_path", "path")
@@ -54,30 +47,35 @@ class RawSample:
     size: tuple[int, int] | None = None
 
 
-def read_samples(path: Path, images: Path | None) -> tuple[list[RawSample], list[str]]:
-    """Find out which format a JSON, a CSV or a folder follows, and read it.
+@dataclass
+class RawSet:
+    """What a data set names, in its order."""
 
-    ``images`` is the folder of the images; None for the one that ``path`` implies. The samples are
-    in the order of the data set; beside them what was skipped and why.
-    """
+    images: Path | None  # folder of the images; None for the one that the path implies
+    samples: list[RawSample] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)  # what was skipped and why
+
+
+def read_samples(path: Path, images: Path | None) -> RawSet:
+    """Find out which format a JSON, a CSV or a folder follows, and read it."""
     if not path.exists():
         raise ValueError(f"there is nothing at {path}; give a JSON, a CSV or a folder of masks")
     if images is not None and not images.is_dir():
         raise ValueError(f"images={str(images)!r} is no folder; wanted the folder of the images")
-    samples: list[RawSample] = []
-    faults: list[str] = []
+    found = RawSet(images)
     tables, jsons = _listed(path)
     if tables:
-        _read_csv(tables[0], images, samples, faults)
-        return samples, faults
+        _read_csv(tables[0], found)
+        return found
     for one in jsons:
-        _read_json(one, images, samples, faults)
+        _read_json(one, found)
     masks = _inner(path, _MASK_FOLDERS)
     folder = images or _inner(path, _IMAGE_FOLDERS)
-    if samples or path.is_file() or (jsons and masks is None):
-        return samples, faults
+    if found.samples or path.is_file() or (jsons and masks is None):
+        return found
     if folder is not None and folder != (masks or path):
-        return _read_folders(folder, masks or path)
+        _read_folders(folder, masks or path, found)
+        return found
     inner = sorted(place.name for place in path.iterdir() if place.is_dir())
     raise ValueError(
         f"{path} is no data set that is known: wanted JSON files of COCO or labelme, one CSV with "
@@ -125,40 +123,38 @@ def _image_folders(path: Path, images: Path | None) -> list[Path]:
     return [*named, *roots, *insides]
 
 
-def _read_json(
-    path: Path, images: Path | None, samples: list[RawSample], faults: list[str]
-) -> None:
+def _read_json(path: Path, found: RawSet) -> None:
     try:
         content = load_json(path)
     except ValueError as err:
-        faults.append(str(err))
+        found.faults.append(str(err))
         return
     if not isinstance(content, dict):
-        faults.append(f"{path} must hold a JSON object, but holds a {type(content).__name__}")
-        return
-    if "annotations" in content:
-        _read_coco(content, path, images, samples, faults)
+        came = type(content).__name__
+        found.faults.append(f"{path} must hold a JSON object, but holds a {came}")
+    elif "annotations" in content:
+        _read_coco(content, path, found)
     elif "shapes" in content:
-        _read_labelme(content, path, images, samples, faults)
+        _read_labelme(content, path, found)
     else:
-        faults.append(
+        found.faults.append(
             f"{path} is neither COCO's JSON (with 'images' and 'annotations') nor labelme's (with "
             f"'shapes'); its keys are {', '.join(sorted(content)[:6])}"
         )
 
 
 def _rows(
-    content: Mapping[str, Any], key: str, path: Path, faults: list[str]
+    content: Mapping[str, Any], key: str, path: Path, found: RawSet
 ) -> list[tuple[int, Mapping[str, Any]]]:
     """(place, row) of the objects in a list of JSON; what is none is named."""
     value = content.get(key)
     if not isinstance(value, list):
         if value is not None:
-            faults.append(f"{path}: {key!r} is {_short(value)}; wanted a list")
+            found.faults.append(f"{path}: {key!r} is {_short(value)}; wanted a list")
         return []
     for number, row in enumerate(value):
         if not isinstance(row, Mapping):
-            faults.append(f"{path}, {key} {number}: {_short(row)} is no JSON object")
+            found.faults.append(f"{path}, {key} {number}: {_short(row)} is no JSON object")
     return [(number, row) for number, row in enumerate(value) if isinstance(row, Mapping)]
 
 
@@ -191,51 +187,45 @@ def _short(row: object) -> str:
 # -- COCO, SA-1B -------------------------------------------------------------------------------
 
 
-def _read_coco(
-    content: dict[str, Any],
-    path: Path,
-    images: Path | None,
-    samples: list[RawSample],
-    faults: list[str],
-) -> None:
-    folders = _image_folders(path, images)
+def _read_coco(content: dict[str, Any], path: Path, found: RawSet) -> None:
+    folders = _image_folders(path, found.images)
     only = content.get("image")  # SA-1B has one image in each file
     if isinstance(only, Mapping):
         content = {**content, "images": [{"id": only.get("image_id"), **only}]}
-    categories = _rows(content, "categories", path, faults)
+    categories = _rows(content, "categories", path, found)
     names = {_key(row.get("id")): _text(row.get("name")) for _, row in categories}
-    found: dict[str, RawSample] = {}
+    samples: dict[str, RawSample] = {}
     files: dict[str, str] = {}
     twice: set[str] = set()
-    for number, row in _rows(content, "images", path, faults):
+    for number, row in _rows(content, "images", path, found):
         key, name = _key(row.get("id")), row.get("file_name")
         if key is None or not isinstance(name, str) or not name:
-            faults.append(f"{path}, images {number}: no 'id' or 'file_name' in {_short(row)}")
+            found.faults.append(f"{path}, images {number}: no 'id' or 'file_name' in {_short(row)}")
         elif files.setdefault(key, name) != name:
             twice.add(key)
-            faults.append(
+            found.faults.append(
                 f"{path}: the id {key} is that of {files[key]!r} and of {name!r}; which annotation "
                 "belongs to which is not known"
             )
-        elif key not in found:
+        elif key not in samples:
             image = find_file(name, folders) or folders[0] / name
-            found[key] = RawSample(image, [], _size(row, "height", "width"))
-    for number, row in _rows(content, "annotations", path, faults):
+            samples[key] = RawSample(image, [], _size(row, "height", "width"))
+    for number, row in _rows(content, "annotations", path, found):
         what = f"annotation {_text(row.get('id', f'number {number}'))}"
-        key = next(iter(found), None) if isinstance(only, Mapping) else _key(row.get("image_id"))
-        if key is None or key not in found or key in twice:
+        key = next(iter(samples), None) if isinstance(only, Mapping) else _key(row.get("image_id"))
+        if key is None or key not in samples or key in twice:
             why = "two images have" if key in twice else "there is no image with"
-            faults.append(f"{path}, {what}: {why} the id {row.get('image_id')!r}")
+            found.faults.append(f"{path}, {what}: {why} the id {row.get('image_id')!r}")
             continue
         try:
             annotation, wrong = _coco_annotation(row.get("segmentation"))
         except ValueError as err:
-            faults.append(f"{path}, {what}: {err}")
+            found.faults.append(f"{path}, {what}: {err}")
             continue
-        faults += [f"{path}, {what}: {fault}" for fault in wrong]
+        found.faults += [f"{path}, {what}: {fault}" for fault in wrong]
         label = names.get(_key(row.get("category_id")), "")
-        found[key].objects.append((annotation, label, what))
-    samples += [sample for key, sample in found.items() if key not in twice]
+        samples[key].objects.append((annotation, label, what))
+    found.samples += [sample for key, sample in samples.items() if key not in twice]
 
 
 def _coco_annotation(segmentation: object) -> tuple[Annotation, list[str]]:
@@ -250,26 +240,20 @@ def _coco_annotation(segmentation: object) -> tuple[Annotation, list[str]]:
 # -- labelme -----------------------------------------------------------------------------------
 
 
-def _read_labelme(
-    content: dict[str, Any],
-    path: Path,
-    images: Path | None,
-    samples: list[RawSample],
-    faults: list[str],
-) -> None:
-    folders = _image_folders(path, images)
+def _read_labelme(content: dict[str, Any], path: Path, found: RawSet) -> None:
+    folders = _image_folders(path, found.images)
     image = find_file(_text(content.get("imagePath")) or path.stem, folders)
     if image is None:
         image = path if content.get("imageData") else folders[0] / _text(content.get("imagePath"))
     groups: dict[object, tuple[str, str, list[Any], list[Any]]] = {}
-    for number, shape in _rows(content, "shapes", path, faults):
+    for number, shape in _rows(content, "shapes", path, found):
         label, what = _text(shape.get("label")), f"shape {number}"
         group = shape.get("group_id")  # those of one label and group are one object
         key = number if group is None else (label, str(group))
         try:
             rings, patches = _labelme_shape(shape)
         except ValueError as err:
-            faults.append(f"{path}, {what}: {err}")
+            found.faults.append(f"{path}, {what}: {err}")
             continue
         held = groups.setdefault(key, (label, what, [], []))
         held[2].extend(rings)
@@ -278,7 +262,7 @@ def _read_labelme(
         (Polygons(tuple(rings), tuple(patches)), label, what)
         for label, what, rings, patches in groups.values()
     ]
-    samples.append(RawSample(image, objects, _size(content, "imageHeight", "imageWidth")))
+    found.samples.append(RawSample(image, objects, _size(content, "imageHeight", "imageWidth")))
 
 
 def _labelme_shape(shape: Mapping[str, Any]) -> tuple[list[Any], list[tuple[int, int, bytes]]]:
@@ -324,7 +308,7 @@ def image_source(path: Path) -> Path | bytes:
 # -- files of masks ----------------------------------------------------------------------------
 
 
-def _read_csv(path: Path, images: Path | None, samples: list[RawSample], faults: list[str]) -> None:
+def _read_csv(path: Path, found: RawSet) -> None:
     (_, header), *rows = read_table(path)
     image_column, mask_column = (
         find_column(header, names) for names in (_IMAGE_COLUMNS, _MASK_COLUMNS)
@@ -335,45 +319,44 @@ def _read_csv(path: Path, images: Path | None, samples: list[RawSample], faults:
             f"{', '.join(header)}"
         )
     label_column = find_column(header, ("label", "class", "category"))
-    folders = _image_folders(path, images)
+    folders = _image_folders(path, found.images)
     mask_folders = [path.parent, _inner(path.parent, _MASK_FOLDERS) or path.parent]
-    found: dict[Path, RawSample] = {}
+    samples: dict[Path, RawSample] = {}
     for line, cells in rows:
         cells = cells + [""] * (len(header) - len(cells))
         names = cells[image_column], cells[mask_column]
         if not all(names):
             what = f"no {header[image_column]} or no mask"
-            faults.append(f"{path}, line {line}: {what} is named")
+            found.faults.append(f"{path}, line {line}: {what} is named")
             continue
         image = find_file(names[0], folders) or folders[0] / names[0]
         mask = find_file(names[1], mask_folders) or path.parent / names[1]
         label = "" if label_column is None else cells[label_column]
-        sample = found.setdefault(image, RawSample(image))
+        sample = samples.setdefault(image, RawSample(image))
         sample.objects.append((MaskFile(mask), label, f"line {line}"))
-    samples += found.values()
+    found.samples += samples.values()
 
 
-def _read_folders(images: Path, masks: Path) -> tuple[list[RawSample], list[str]]:
-    faults: list[str] = []
+def _read_folders(images: Path, masks: Path, found: RawSet) -> None:
     samples: dict[str, RawSample] = {}
     for image in _files(images):
         if image.stem in samples:
-            faults.append(f"{image} has the stem of {samples[image.stem].image.name}")
+            found.faults.append(f"{image} has the stem of {samples[image.stem].image.name}")
         else:
             samples[image.stem] = RawSample(image)
     for mask in _files(masks):
         sample = samples.get(mask.stem)
         if sample is not None:
-            _add_ids(sample, mask, faults)
+            _add_ids(sample, mask, found.faults)
             continue
         stem = mask.stem
         while "_" in stem and stem not in samples:  # the longest stem that is an image's
             stem = stem.rpartition("_")[0]
-        _add_file(samples.get(stem), mask, images, faults)
+        _add_file(samples.get(stem), mask, images, found.faults)
     for folder in sorted(place for place in masks.iterdir() if place.is_dir()):
         for mask in _files(folder):
-            _add_file(samples.get(folder.name), mask, images, faults)
-    return list(samples.values()), faults
+            _add_file(samples.get(folder.name), mask, images, found.faults)
+    found.samples += samples.values()
 
 
 def _add_file(sample: RawSample | None, mask: Path, images: Path, faults: list[str]) -> None:

@@ -7,10 +7,10 @@ mask) is skipped, counted and named in ``faults``, or is an error by choice.
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, overload
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,11 +46,7 @@ class MaskSample:
         return len(self.annotations)
 
     def load(self) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """Read the image and draw its masks.
-
-        Returns:
-            (RGB [H, W, 3] uint8, masks [N, H, W] bool).
-        """
+        """Read the image and draw its masks: RGB [H, W, 3] uint8 and [N, H, W] bool."""
         image = decode(image_source(self.image))
         size = image.shape[0], image.shape[1]
         masks = np.zeros((len(self), *size), np.bool_)
@@ -68,8 +64,8 @@ class MaskSample:
 
 
 @dataclass(frozen=True)
-class MaskSet(Sequence[MaskSample]):
-    """Images with masks; a sequence of samples.
+class MaskSet:
+    """Images with masks; samples by number.
 
     Attributes:
         source: Where it was read from.
@@ -84,13 +80,7 @@ class MaskSet(Sequence[MaskSample]):
     def __len__(self) -> int:
         return len(self.scenes)
 
-    @overload
-    def __getitem__(self, index: int) -> MaskSample: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[MaskSample]: ...
-
-    def __getitem__(self, index: int | slice) -> MaskSample | Sequence[MaskSample]:
+    def __getitem__(self, index: int) -> MaskSample:
         return self.scenes[index]
 
     def __iter__(self) -> Iterator[MaskSample]:
@@ -110,26 +100,21 @@ class MaskSet(Sequence[MaskSample]):
         return f"{text}; skipped {len(self.faults)}: {self.faults[0]}{more}"
 
     def split(self, share: float, seed: int = 0) -> tuple[MaskSet, MaskSet]:
-        """Divide by image, at random.
+        """Divide by image at random, always alike for a seed: (the rest, the share).
 
-        Args:
-            share: Of the images that go to the second part, above 0 and below 1; where the set
-                has two images or more, each part gets at least one.
-            seed: The same seed always divides alike.
-
-        Returns:
-            (the rest, the share), each in the order of the set; the first keeps the faults.
+        The share is above 0 and below 1; where the set has two images or more, each part gets at
+        least one. Each is in the order of the set; the first keeps the faults.
         """
         if not 0 < share < 1:
             raise ValueError(f"share must lie between 0 and 1, but is {share}")
         count = min(max(1, round(share * len(self))), len(self) - 1)
         order = np.random.default_rng(seed).permutation(len(self))
-        chosen = set(order[:count].tolist()) if count > 0 else set()
-        parts = [
-            tuple(one for place, one in enumerate(self.scenes) if (place in chosen) is wanted)
+        chosen = set(order[: max(count, 0)].tolist())
+        rest, part = (
+            tuple(one for place, one in enumerate(self) if (place in chosen) is wanted)
             for wanted in (False, True)
-        ]
-        return replace(self, scenes=parts[0]), replace(self, scenes=parts[1], faults=())
+        )
+        return replace(self, scenes=rest), replace(self, scenes=part, faults=())
 
     def without(self, other: MaskSet) -> MaskSet:
         """The samples whose images are not in another set, by whatever names or links."""
@@ -169,9 +154,10 @@ def open_mask_set(
     """
     if on_fault not in ("skip", "error"):
         raise ValueError(f"on_fault must be 'skip' or 'error', but is {on_fault!r}")
-    found, faults = read_samples(Path(path), None if images is None else Path(images))
+    found = read_samples(Path(path), None if images is None else Path(images))
+    faults = found.faults
     samples: dict[Hashable, MaskSample] = {}
-    for raw in found:
+    for raw in found.samples:
         sample, wrong = _checked(raw, check_pixels)
         faults += wrong
         if sample is not None:

@@ -28,7 +28,7 @@ from tinyvit.errors import CheckpointError, ImageError
 from tinyvit.folders.images import IMAGE_SUFFIXES
 from tinyvit.labels import read_labels
 
-from .lists import Labels, number_classes
+from .lists import Labels, NamedImages, number_classes
 
 INDEX = ".tinyvit-index.npz"
 _VERSION = 1
@@ -39,23 +39,13 @@ logger = logging.getLogger("tinyvit")
 
 
 @dataclass(frozen=True)
-class TarShards:
+class TarShards(NamedImages):
     """Labelled images in tar files."""
 
     shards: tuple[Path, ...]  # the tar files
-    names: tuple[str, ...]  # name of each image, ``shard/member``
     shard: NDArray[np.int64]  # [N] int64, number of the tar file
     offset: NDArray[np.int64]  # [N] int64, byte at which the image begins
     size: NDArray[np.int64]  # [N] int64, its bytes
-    labels: Labels  # [N] int64, number of its class
-    classes: tuple[str, ...]  # names of the classes, in the order of their numbers
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def name(self, index: int) -> str:
-        """What to call an image in messages."""
-        return self.names[index]
 
     def source(self, index: int) -> Path | bytes:
         """The bytes of an image's file; an ``ImageError`` if the tar file is gone or shorter."""
@@ -109,7 +99,7 @@ def read_shards(
         file = next((path for path in beside if path.is_file()), None)
         classes = None if file is None else read_labels(file)
     labels, known = _labels(texts, classes, str(shards[0].parent))
-    return TarShards(tuple(shards), tuple(names), places[0], places[1], places[2], labels, known)
+    return TarShards(tuple(names), labels, known, tuple(shards), *places)
 
 
 _Index = tuple[list[str], NDArray[np.int64], list[str]]

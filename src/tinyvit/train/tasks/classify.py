@@ -249,7 +249,12 @@ class Classify:
         """``images`` [3, h, w] as ``view`` makes it, ``labels`` and ``broken``: reasons by name."""
         images = self.data.train
         index, image, broken = read_good(
-            lambda i: decode(images.source(i)), index, images, rng, self.on_broken
+            lambda i: decode(images.source(i)),
+            index,
+            images.name,
+            len(images),
+            rng,
+            self.on_broken,
         )
         return {"images": self.view(image, rng), "labels": images.labels[index], "broken": broken}
 

@@ -363,7 +363,9 @@ class DistillLogits:
         The view's own randomness is that of its stored seed.
         """
         images = self.student.data.train
-        index, image, broken = read_good(self._image, index, images, rng, self.student.on_broken)
+        index, image, broken = read_good(
+            self._image, index, images.name, len(images), rng, self.student.on_broken
+        )
         seed, probabilities, classes = (
             self.store.read(str(index), key) for key in ("seed", "probabilities", "classes")
         )  # [V], [V, k], [V, k]

@@ -78,13 +78,6 @@ class MaskSampler:
                 f"a SAM's images are fitted by their longest side, not {self.spec.resize!r}"
             )
 
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def name(self, index: int) -> str:
-        """What to call an image in messages."""
-        return self.data[index].name
-
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """One image and some of its objects.
 
@@ -93,7 +86,12 @@ class MaskSampler:
         ``index`` which image, ``broken`` reasons by name.
         """
         index, fitted, broken = read_good(
-            lambda i: self._fitted(i, rng), index, self, rng, self.on_broken
+            lambda i: self._fitted(i, rng),
+            index,
+            lambda i: self.data[i].name,
+            len(self.data),
+            rng,
+            self.on_broken,
         )
         return {"index": index, "broken": broken, **self._prompted(fitted, rng)}
 
