@@ -208,6 +208,7 @@ def test_unreadable_images_are_named_at_the_end(run, words, images, tmp_path):
     [
         (("--lr", -1), "error: --lr must be above 0, got -1.0"),
         (("--batch-size", 2, "--accumulate", 3), "error: --accumulate must be at most the batch"),
+        (("--drop-last", "--batch-size", 9), "error: --batch-size is 9, and 6 samples give"),
         (("--move", "decoder"), "error: --trainable must be one of full, lora, head for this"),
         (("--val-part", 2), "error: the part to hold out must be above 0 and below 1, got 2.0"),
         (("--checkpoint", "none.safetensors"), "none.safetensors"),

@@ -53,9 +53,12 @@ def test_the_order_depends_on_seed_and_epoch_only():
     "arguments, words",
     [
         ((0, 8), "holds no samples"),
-        ((9, 3, 2, 2), r"batch_size=3 gives no sample to some of the 2 processes .* at least 4"),
-        ((5, 8, 1, 1, 0, True), "5 samples give no step: batch_size is 8, drop_last is True"),
-        ((1, 8, 1, 2), "1 samples give no step: .* there are 2 processes"),
+        ((9, 3, 2, 2), "batch_size must be at least 4: a sample for each .* of 2 processes, got 3"),
+        (
+            (5, 8, 1, 1, 0, True),
+            "batch_size is 8, and 5 samples give 1 processes no step; drop_last is True",
+        ),
+        ((1, 8, 1, 2), "batch_size is 8, and 1 samples give 2 processes no step"),
     ],
 )
 def test_too_little(arguments, words):

@@ -241,10 +241,8 @@ class TaskLoss(nn.Module):
 
     def __init__(self, task: Task[Sample], precision: str, device: torch.device) -> None:
         super().__init__()
-        self.model = task.model
-        self.loss_of = task.loss
-        self.is_bf16 = precision == "bf16"
-        self.device = device
+        self.model, self.loss_of = task.model, task.loss
+        self.is_bf16, self.device = precision == "bf16", device
 
     def forward(self, batch: Batch, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of a batch on the device; all random numbers come from ``seed``."""
@@ -440,7 +438,7 @@ class _Run(Generic[Sample]):
             raise NonFiniteLossError(
                 f"step {step + 1} gave a loss of {self.loss} and a gradient of norm {norm}; {kept}."
                 " The optimiser did not use it, and the last saved state is from before; look at "
-                "the batch, or train with a lower learning_rate, a longer warmup or a clip_norm"
+                "the batch, or train with a lower learning rate, a longer warm-up or more clipping"
             )
         self.optimiser.step()
         if self.ema is not None:

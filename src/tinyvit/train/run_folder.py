@@ -301,27 +301,21 @@ def unpack(
             average.load_state_dict(parts["average"])
     except RuntimeError as err:
         raise CheckpointError(f"the state is of another network: {err}") from err
-    found: dict[str, dict[str, Tensor]] = {}
+    trained, unknown = dict(_named(optimiser)), set()
     for key, value in parts["optimiser"].items():
         name, _, what = key.rpartition("/")
-        found.setdefault(name, {})[what] = value
-    unknown = sorted(set(found) - {name for name, _ in _named(optimiser)})
+        if (parameter := trained.get(name)) is None:
+            unknown.add(name)
+        elif what == "step":
+            optimiser.state[parameter][what] = value.clone()
+        else:  # in memory as the parameter is: channels last or not
+            own = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+            optimiser.state[parameter][what] = own.copy_(value)
     if unknown:
         raise CheckpointError(
-            f"the state is of another run: it trained {', '.join(unknown)}, which is not "
+            f"the state is of another run: it trained {', '.join(sorted(unknown))}, which is not "
             "trainable now"
         )
-    for name, parameter in _named(optimiser):
-        if name in found:
-            optimiser.state[parameter] = {
-                what: value.clone()
-                if what == "step"
-                # in memory as the parameter is: channels last or not
-                else torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(
-                    value
-                )
-                for what, value in found[name].items()
-            }
 
 
 def _named(optimiser: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:

@@ -312,7 +312,7 @@ class Settings:
         ]
 
     def differences(self, other: Self) -> list[str]:
-        """Why a run with settings ``other`` cannot be resumed with these; empty if it can."""
+        """``changes`` in words; empty where a run with settings ``other`` can be resumed."""
         return [f"{name} was {a!r} and is {b!r}" for name, a, b in self.changes(other)]
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from tinyvit.train.settings import SettingError, SettingsError
 from tinyvit.train.task import Batch, Task
 
 Key = tuple[int, int]
@@ -44,17 +45,18 @@ class Order:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError("the training data holds no samples")
-        if self.batch_size < self.accumulate * self.ranks:
-            raise ValueError(
-                f"batch_size={self.batch_size} gives no sample to some of the {self.ranks} "
-                f"processes with accumulate={self.accumulate}; it counts all samples of a step "
-                f"and must be at least {self.accumulate * self.ranks}"
+        least = self.accumulate * self.ranks
+        if self.batch_size < least:
+            wanted = (
+                f"at least {least}: a sample for each accumulated part of {self.ranks} processes"
             )
+            raise SettingError("batch_size", wanted, self.batch_size)
         if self.steps_per_epoch < 1:
-            raise ValueError(
-                f"{self.samples} samples give no step: batch_size is {self.batch_size}, "
-                f"drop_last is {self.drop_last} and there are {self.ranks} processes; "
-                "take a smaller batch_size, or drop_last=False"
+            words = f"is {self.batch_size}, and {self.samples} samples give {self.ranks} processes"
+            raise SettingsError(
+                "",
+                [("batch_size", f"{words} no step"), ("drop_last", f"is {self.drop_last}")],
+                "; take a smaller batch, or keep an epoch's last, smaller step",
             )
 
     @property
