@@ -3,6 +3,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -293,7 +294,7 @@ def test_jpeg_2000(bare):
         decode(data[: len(data) // 3])
 
 
-@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+@pytest.mark.skipif(not find_spec("PIL._avif"), reason="this Pillow has no AVIF")
 def test_avif():
     data = encoded(BIG, "AVIF", quality=100, subsampling="4:4:4")
     np.testing.assert_array_equal(decode(data), np.asarray(Image.open(io.BytesIO(data))))

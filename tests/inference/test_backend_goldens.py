@@ -24,7 +24,7 @@ from tinyvit.modules import TinyViT
 
 FOLDER = Path(__file__).parents[1] / "golden"
 QUICK = {"small_96_neck", "small_96_logits", "mobilesam_64", "optional_any_size_250x333_neck"}
-KINDS = {"encoder", "classifier", "anysize", "hq", "litemed"}
+KINDS = {"encoder", "classifier", "anysize", "hq", "litemed", "efficientsam3"}
 BACKENDS = {"torch": TorchBackend, "openvino": OpenVINOBackend, "onnx": OnnxBackend}
 MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
 CASES = [
@@ -88,6 +88,20 @@ class ThroughHQ(Through):
         return features, merge(maps[1]).unflatten(1, merge.output_size(maps[1].shape[2:]))
 
 
+class ThroughStudent(Through):
+    """EfficientSAM3's student, whose neck stands beside the encoder in its files."""
+
+    def __init__(self, student: Any, make: Callable[[TinyViT], Backend]) -> None:
+        self.model = encoder = student.backbone["model"]
+        self.make, self.neck = make, student.head
+        self.set_imgsz = encoder.set_imgsz
+        self.state_dict, self.load_state_dict = student.state_dict, student.load_state_dict
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.model.neck = self.neck.eval()
+        return super().__call__(x)
+
+
 class Adapter(verify.Adapter):  # type: ignore[misc, name-defined]
     def __init__(self, make: Callable[[TinyViT], Backend]) -> None:
         self.make = make
@@ -101,6 +115,9 @@ class Adapter(verify.Adapter):  # type: ignore[misc, name-defined]
 
     def hq(self, ctor: dict[str, Any]) -> Through:
         return ThroughHQ(TinyViT(**ctor), self.make)
+
+    def efficientsam3(self, variant: str, img_size: int, embed_size: int) -> Through:
+        return ThroughStudent(load("adapter").Student(variant, img_size, embed_size), self.make)
 
     def litemed(self, ctor: dict[str, Any]) -> Through:
         return Through(TinyViT(**ctor, stem="pointwise", head=False), self.make)

@@ -14,6 +14,7 @@ from tinyvit.inference.cuda_graphs import (
     SHAPES,
     CudaCapture,
     GraphedNetwork,
+    Output,
     Run,
     choose_capture,
 )
@@ -58,18 +59,18 @@ class Mean:
     def __init__(self) -> None:
         self.rounds: list[bool] = []
 
-    def features(self, batch: Tensor) -> Tensor:
+    def __call__(
+        self, batch: Tensor, output: Output | None = "features", stages: bool = False
+    ) -> list[Tensor]:
+        maps = [batch + 1, batch + 2] if stages else []
+        if output == "logits":
+            if batch.shape[1] == 3 and not stages:
+                raise ValueError("no head")
+            return [batch[:, 0, 0], *maps]
+        if output is None:
+            return maps
         self.rounds.append(torch.backends.cudnn.allow_tf32)
-        return batch.mean(1, keepdim=True)
-
-    def logits(self, batch: Tensor) -> Tensor:
-        raise ValueError("no head")
-
-    def stages(self, batch: Tensor) -> list[Tensor]:
-        return [batch + 1, batch + 2]
-
-    def with_stages(self, batch: Tensor, as_logits: bool = False) -> tuple[Tensor, list[Tensor]]:
-        return (batch[:, 0, 0] if as_logits else self.features(batch)), self.stages(batch)
+        return [batch.mean(1, keepdim=True), *maps]
 
 
 @pytest.fixture
@@ -88,17 +89,17 @@ def test_a_shape_that_comes_again_is_replayed(tape: Tape) -> None:
     graphed = GraphedNetwork(Mean(), tape)
     for seed in range(EARNED + 3):
         x = batch(2, 3, 4, 5, seed=seed)
-        assert torch.equal(graphed.features(x), x.mean(1, keepdim=True))
+        assert torch.equal(graphed(x)[0], x.mean(1, keepdim=True))
     assert tape.shapes == [(2, 3, 4, 5)]
     assert tape.replays == 4
-    graphed.features(batch(1, 3, 4, 5))
+    graphed(batch(1, 3, 4, 5))[0]
     assert tape.shapes == [(2, 3, 4, 5)]  # once is not enough
 
 
 def test_results_are_the_caller_s_own(tape: Tape) -> None:
     graphed = GraphedNetwork(Mean(), tape)
     inputs = [batch(1, 3, 4, 4, seed=seed) for seed in range(5)]
-    results = [graphed.features(x) for x in inputs]
+    results = [graphed(x)[0] for x in inputs]
     assert tape.replays > 1
     for x, result in zip(inputs, results, strict=True):
         assert torch.equal(result, x.mean(1, keepdim=True))
@@ -108,12 +109,16 @@ def test_each_kind_of_result_has_its_graph(tape: Tape) -> None:
     graphed = GraphedNetwork(Mean(), tape)
     for seed in range(4):
         x = batch(1, 3, 4, 4, seed=seed)
-        assert torch.equal(graphed.features(x), x.mean(1, keepdim=True))
-        maps = graphed.stages(x)
+        assert torch.equal(graphed(x)[0], x.mean(1, keepdim=True))
+        maps = graphed(x, None, True)
         assert torch.equal(maps[0], x + 1)
         assert torch.equal(maps[1], x + 2)
-        for as_logits, wanted in ((False, x.mean(1, keepdim=True)), (True, x[:, 0, 0])):
-            first, maps = graphed.with_stages(x, as_logits)
+        both: list[tuple[Output, Tensor]] = [
+            ("features", x.mean(1, keepdim=True)),
+            ("logits", x[:, 0, 0]),
+        ]
+        for output, wanted in both:
+            first, *maps = graphed(x, output, True)
             assert torch.equal(first, wanted)
             assert torch.equal(maps[1], x + 2)
             assert len(maps) == 2
@@ -125,7 +130,7 @@ def test_the_shapes_used_last_are_kept(tape: Tape) -> None:
 
     def call(width: int, times: int = 1) -> None:
         for _ in range(times):
-            graphed.features(batch(1, 3, 4, width))
+            graphed(batch(1, 3, 4, width))[0]
 
     for width in range(1, SHAPES + 1):
         call(width, EARNED)
@@ -146,7 +151,7 @@ def test_counting_shapes_takes_bounded_memory(tape: Tape, monkeypatch: pytest.Mo
     monkeypatch.setattr(cuda_graphs, "_SHAPES_COUNTED", 8)
     graphed = GraphedNetwork(Mean(), tape)
     for width in range(1, 50):
-        graphed.features(batch(1, 3, 1, width))
+        graphed(batch(1, 3, 1, width))[0]
     assert len(graphed._counts) <= 8
     assert tape.shapes == []
 
@@ -155,7 +160,7 @@ def test_an_evicted_shape_whose_count_is_forgotten(tape: Tape) -> None:
     graphed = GraphedNetwork(Mean(), tape)
     for width in range(1, SHAPES + 3):
         for _ in range(EARNED):
-            graphed.features(batch(1, 3, 1, width))
+            graphed(batch(1, 3, 1, width))[0]
         if width == SHAPES:
             graphed._counts.clear()  # as many other shapes between do
     assert len(tape.shapes) == SHAPES + 2
@@ -166,9 +171,9 @@ def test_errors_of_the_network_come_through(tape: Tape) -> None:
     graphed = GraphedNetwork(Mean(), tape)
     for _ in range(EARNED + 1):
         with pytest.raises(ValueError, match="no head"):
-            graphed.logits(batch(1, 3, 4, 4))
+            graphed(batch(1, 3, 4, 4), "logits")
     assert graphed.failure is None
-    assert torch.equal(graphed.features(batch(0, 3, 4, 4)), torch.zeros(0, 1, 4, 4))
+    assert torch.equal(graphed(batch(0, 3, 4, 4))[0], torch.zeros(0, 1, 4, 4))
 
 
 def test_where_capturing_fails_the_network_runs(
@@ -176,16 +181,16 @@ def test_where_capturing_fails_the_network_runs(
 ) -> None:
     graphed, x = GraphedNetwork(Mean(), tape), batch(1, 3, 4, 4)
     for _ in range(3):
-        graphed.features(x)
+        graphed(x)[0]
     tape.error = RuntimeError("CUDA out of memory\nand a long story")
     with caplog.at_level(logging.WARNING, "tinyvit"):
         for width in (5, 5, 5, 6, 6, 6):
             other = batch(1, 3, 4, width)
-            assert torch.equal(graphed.features(other), other.mean(1, keepdim=True))
+            assert torch.equal(graphed(other)[0], other.mean(1, keepdim=True))
     assert graphed.failure == "CUDA out of memory"
     words = "no CUDA graph, kernels are started one by one: CUDA out of memory"
     assert caplog.messages == [words]
-    assert torch.equal(graphed.features(x), x.mean(1, keepdim=True))
+    assert torch.equal(graphed(x)[0], x.mean(1, keepdim=True))
     assert not graphed._graphs  # their memory is given back, too
 
 
@@ -195,7 +200,7 @@ def test_float32_is_not_rounded(is_exact: bool, may_round: bool, tape: Tape) -> 
     graphed = GraphedNetwork(network, tape, is_exact=is_exact)
     assert torch.backends.cudnn.allow_tf32  # torch's default
     for _ in range(EARNED):
-        graphed.features(batch(1, 3, 4, 4))
+        graphed(batch(1, 3, 4, 4))[0]
     # the first call, and the capture; a real replay runs no code of the network
     assert network.rounds[:EARNED] == [may_round] * EARNED
     assert torch.backends.cudnn.allow_tf32
@@ -207,7 +212,7 @@ def test_threads_give_what_one_gives(tape: Tape) -> None:
     def work(offset: int) -> None:
         for step in range(30):
             x = batch(1, 3, 4, 1 + step % 3, seed=100 * offset + step)
-            if not torch.equal(graphed.features(x), x.mean(1, keepdim=True)):
+            if not torch.equal(graphed(x)[0], x.mean(1, keepdim=True)):
                 wrong.append(step)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
@@ -312,8 +317,8 @@ def test_cuda_graphs_give_what_the_network_gives() -> None:
     graphed = GraphedNetwork(network, CudaCapture("cuda"))
     for step in range(20):
         x = batch(1, 3, 8, 8 + step % (SHAPES + 2), seed=step).cuda()
-        assert torch.equal(graphed.features(x), x.mean(1, keepdim=True))
-        assert torch.equal(graphed.stages(x)[1], x + 2)
+        assert torch.equal(graphed(x)[0], x.mean(1, keepdim=True))
+        assert torch.equal(graphed(x, None, True)[1], x + 2)
     assert graphed.failure is None
 
 

@@ -51,11 +51,11 @@ def test_it_gives_what_the_model_gives(make_tiny_vit, form, kernels, pieces):
     deployed = DeployedTinyViT(model, kernels)
     for shape in ((1, 64, 64), (3, 33, 47), (0, 32, 32), (2, 1, 1)):
         x = torch.randn(shape[0], model.in_chans, *shape[1:])
-        torch.testing.assert_close(deployed.features(x), model.forward_features(x), **CLOSE)
-        for got, wanted in zip(deployed.stages(x), FeatureMaps(model)(x), strict=True):
+        torch.testing.assert_close(deployed(x)[0], model.forward_features(x), **CLOSE)
+        for got, wanted in zip(deployed(x, None, True), FeatureMaps(model)(x), strict=True):
             torch.testing.assert_close(got, wanted, **CLOSE)
         if model.head is not None:
-            torch.testing.assert_close(deployed.logits(x), model.classify(x), **CLOSE)
+            torch.testing.assert_close(deployed(x, "logits")[0], model.classify(x), **CLOSE)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -66,7 +66,7 @@ def test_any_size_in_any_pieces(make_tiny_vit, b, h, w, piece):
     kept, deploy.PIECE = deploy.PIECE, int(piece)
     try:
         with torch.inference_mode():
-            got = DeployedTinyViT(model, KERNELS[-1]).features(x)
+            got = DeployedTinyViT(model, KERNELS[-1])(x)[0]
             torch.testing.assert_close(got, model(x), **CLOSE)
     finally:
         deploy.PIECE = kept
@@ -77,7 +77,7 @@ def test_bf16_is_near(make_tiny_vit):
     model = make_tiny_vit()
     x = torch.randn(2, 3, 75, 52)
     wanted = model(x)
-    got = DeployedTinyViT(model, choose_kernels(torch.bfloat16)).features(x)
+    got = DeployedTinyViT(model, choose_kernels(torch.bfloat16))(x)[0]
     assert got.dtype == torch.bfloat16
     cosine = torch.cosine_similarity(got.float().flatten(), wanted.flatten(), dim=0)
     assert cosine > 0.999  # 8 bits of mantissa through some thirty layers
@@ -89,25 +89,25 @@ def test_it_keeps_nothing_of_the_model_and_leaves_it_alone(make_tiny_vit):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     deployed = DeployedTinyViT(model, KERNELS[0])
     x = torch.randn(1, 3, 40, 40)
-    wanted = deployed.features(x)
+    wanted = deployed(x)[0]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     for parameter in model.parameters():
         parameter.zero_()
-    assert torch.equal(deployed.features(x), wanted)
+    assert torch.equal(deployed(x)[0], wanted)
 
 
 def test_head_of_zero_classes_gives_features(make_tiny_vit):
     model = make_tiny_vit(num_classes=0, neck_dim=None)
     x = torch.randn(2, 3, 40, 40)
     with torch.inference_mode():
-        got = DeployedTinyViT(model, KERNELS[0]).logits(x)
+        got = DeployedTinyViT(model, KERNELS[0])(x, "logits")[0]
         torch.testing.assert_close(got, model.classify(x), **CLOSE)
 
 
 def test_logits_without_a_head_are_an_error(make_tiny_vit):
     deployed = DeployedTinyViT(make_tiny_vit(head=False), KERNELS[0])
     with pytest.raises(ValueError, match="without a classification head"):
-        deployed.logits(torch.randn(1, 3, 32, 32))
+        deployed(torch.randn(1, 3, 32, 32), "logits")
 
 
 @given(st.integers(0, 5), st.integers(1, 60), st.integers(1, 10**6), st.integers(1, 9))

@@ -16,10 +16,13 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Protocol
+from functools import partial
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+Output = Literal["features", "logits"]
 
 Run = Callable[[Tensor], Sequence[Tensor]]
 """A batch [N, C, H, W] -> results."""
@@ -40,20 +43,14 @@ logger = logging.getLogger("tinyvit")
 class Network(Protocol):
     """What a backend made of a model: batches in its own precision, on its own device."""
 
-    def features(self, batch: Tensor) -> Tensor:
-        """[N, C, H, W] -> the neck's output, or the last stage's map without a neck."""
-        ...
+    def __call__(
+        self, batch: Tensor, output: Output | None = "features", stages: bool = False
+    ) -> list[Tensor]:
+        """[N, C, H, W] -> the output, if any, then the maps of the stages, where asked for.
 
-    def logits(self, batch: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, classes]; a ValueError where the model has no head."""
-        ...
-
-    def stages(self, batch: Tensor) -> list[Tensor]:
-        """[N, C, H, W] -> the map of each stage, [N, C, h, w]."""
-        ...
-
-    def with_stages(self, batch: Tensor, as_logits: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """What ``features`` (or ``logits``) and ``stages`` give, in one pass."""
+        "features" are the neck's output, or the last stage's map without a neck; "logits"
+        [N, classes], a ValueError where the model has no head; None is no output.
+        """
         ...
 
 
@@ -121,51 +118,30 @@ class GraphedNetwork:
 
     def __init__(self, network: Network, capture: Capture, is_exact: bool = True) -> None:
         self.failure: str | None = None
-        self._capture = capture
+        self._network, self._capture = network, capture
         self._arithmetic = _full_float32 if is_exact else nullcontext
-        self._runs: dict[str, Run] = {
-            "features": lambda x: [network.features(x)],
-            "logits": lambda x: [network.logits(x)],
-            "stages": network.stages,
-            "features and stages": lambda x: _flat(network.with_stages(x)),
-            "logits and stages": lambda x: _flat(network.with_stages(x, as_logits=True)),
-        }
         self._lock = threading.Lock()
         self._counts: Counter[tuple[object, ...]] = Counter()
         self._graphs: OrderedDict[tuple[object, ...], Run] = OrderedDict()
 
-    def features(self, batch: Tensor) -> Tensor:
-        """[N, C, H, W] -> the network's features."""
-        return self._run("features", batch)[0]
-
-    def logits(self, batch: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, classes]."""
-        return self._run("logits", batch)[0]
-
-    def stages(self, batch: Tensor) -> list[Tensor]:
-        """[N, C, H, W] -> the map of each stage, [N, C, h, w]."""
-        return self._run("stages", batch)
-
-    def with_stages(self, batch: Tensor, as_logits: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """What ``features`` (or ``logits``) and ``stages`` give, in one pass."""
-        first, *maps = self._run(f"{'logits' if as_logits else 'features'} and stages", batch)
-        return first, maps
-
-    def _run(self, what: str, batch: Tensor) -> list[Tensor]:
+    def __call__(
+        self, batch: Tensor, output: Output | None = "features", stages: bool = False
+    ) -> list[Tensor]:
+        """See ``Network``."""
         batch = batch.contiguous(memory_format=torch.channels_last)
+        run = partial(self._network, output=output, stages=stages)
         with self._lock, torch.inference_mode():
-            replay = self._replay(what, batch)
+            replay = self._replay((output, stages, *batch.shape), run, batch)
             if replay is None:
                 with self._arithmetic():
-                    return list(self._runs[what](batch))
+                    return list(run(batch))
             results = [result.clone() for result in replay(batch)]
             if batch.is_cuda:  # another thread may replay next, and on another stream
                 torch.cuda.current_stream(batch.device).synchronize()
             return results
 
-    def _replay(self, what: str, batch: Tensor) -> Run | None:
+    def _replay(self, key: tuple[object, ...], run: Run, batch: Tensor) -> Run | None:
         """The graph for this batch; None where it has not earned one or cannot have one."""
-        key = (what, *batch.shape)
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
@@ -181,17 +157,13 @@ class GraphedNetwork:
             del self._counts[forgotten]
         try:
             with self._arithmetic():
-                self._graphs[key] = self._capture(self._runs[what], batch)
+                self._graphs[key] = self._capture(run, batch)
         except RuntimeError as err:  # out of memory is one of them
             self._graphs.clear()
             self.failure = (str(err).strip().splitlines() or [type(err).__name__])[0]
             logger.warning("no CUDA graph, kernels are started one by one: %s", self.failure)
             return None
         return self._graphs[key]
-
-
-def _flat(results: tuple[Tensor, list[Tensor]]) -> list[Tensor]:
-    return [results[0], *results[1]]
 
 
 @contextmanager

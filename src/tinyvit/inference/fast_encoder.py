@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, unflatten
 
 from tinyvit.modules import Conv2d_BN, LayerNorm2d, MBConv, PatchMerging, TinyViT, TinyViTBlock
+from tinyvit.modules.stage import SAM3Neck
 
-from .fold import Array, Arrays, Weights, fold_attention, fold_bare, fold_conv, fold_linear
+from .cuda_graphs import Output
+from .fold import NORM, Array, Arrays, Weights, fold_attention, fold_bare, fold_conv, fold_linear
 
 PIECE = 4 << 20
 """Bytes that the largest temporary of one piece of work has, about."""
@@ -50,14 +52,9 @@ def arrays_of(model: nn.Module) -> dict[str, Any]:
 
 
 class DeployedTinyViT:
-    """Runs a folded TinyViT. The model it is made from is neither kept nor changed.
+    """A ``Network`` of folded weights; the model it is made from is neither kept nor changed."""
 
-    Args:
-        model: The trained model.
-        kernels: What computes products and convolutions, and in which precision.
-    """
-
-    def __init__(self, model: TinyViT, kernels: Kernels) -> None:
+    def __init__(self, model: TinyViT, kernels: PlainKernels) -> None:
         self.dtype = kernels.dtype
         arrays = arrays_of(model)
         self._stem: Step = _Stem(model, arrays, kernels)
@@ -65,57 +62,34 @@ class DeployedTinyViT:
         self._merges: list[Step] = []
         for i, stage in enumerate(model.stages()):
             name = f"layers.{i}"
+            blocks = enumerate(stage.blocks)
             self._blocks.append(
-                [
-                    _make_block(block, f"{name}.blocks.{j}", arrays, kernels)
-                    for j, block in enumerate(stage.blocks)
-                ]
+                [_make_block(block, f"{name}.blocks.{j}", arrays, kernels) for j, block in blocks]
             )
             if isinstance(stage.downsample, PatchMerging):
                 self._merges.append(_Merge(stage.downsample, f"{name}.downsample", arrays, kernels))
-        self._neck = None if model.neck is None else _Neck(model.neck, arrays, kernels)
-        self._head = (
-            None
-            if model.head is None or not isinstance(model.norm_head, nn.LayerNorm)
-            else _Head(model.norm_head.eps, arrays, kernels)
-        )
+        self._neck: Step | None = None
+        if isinstance(model.neck, SAM3Neck):
+            self._neck = _SAM3Neck(model.neck, arrays, kernels)
+        elif model.neck is not None:
+            self._neck = _Neck(model.neck, arrays, kernels)
+        self._head: Step | None = None
+        if model.head is not None and isinstance(model.norm_head, nn.LayerNorm):
+            self._head = _Head(model.norm_head.eps, arrays, kernels)
 
-    def features(self, batch: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> the neck's output, or the last stage's map without a neck."""
-        return self._end(self._run(batch)[-1])
-
-    def logits(self, batch: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> [B, classes].
-
-        Raises:
-            ValueError: The model has no head.
-        """
-        head = self._trained_head()
-        return head(self._run(batch)[-1])
-
-    def stages(self, batch: Tensor) -> list[Tensor]:
-        """[B, in_chans, H, W] -> the map of each stage, [B, C, h, w]."""
-        return [stage.permute(0, 3, 1, 2) for stage in self._run(batch, keep=True)]
-
-    def with_stages(self, batch: Tensor, as_logits: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """What ``features`` (or ``logits``) and ``stages`` give, in one pass.
-
-        Raises:
-            ValueError: Logits are wanted and the model has no head.
-        """
-        end = self._trained_head() if as_logits else self._end
-        maps = self._run(batch, keep=True)
-        return end(maps[-1]), [stage.permute(0, 3, 1, 2) for stage in maps]
-
-    def _end(self, x: Tensor) -> Tensor:
-        """The last stage's map [B, h, w, C] -> what ``features`` gives."""
-        return (x if self._neck is None else self._neck(x)).permute(0, 3, 1, 2)
-
-    def _trained_head(self) -> Step:
-        """The head; an error where there is none."""
-        if self._head is None:
+    def __call__(
+        self, batch: Tensor, output: Output | None = "features", stages: bool = False
+    ) -> list[Tensor]:
+        """See ``Network``."""
+        if output == "logits" and self._head is None:
             raise ValueError("this TinyViT was built without a classification head")
-        return self._head
+        *before, last = self._run(batch, keep=stages)
+        maps = [x.permute(0, 3, 1, 2) for x in (*before, last)] if stages else []
+        if output == "logits" and self._head is not None:
+            return [self._head(last), *maps]
+        if output == "features":
+            return [(last if self._neck is None else self._neck(last)).permute(0, 3, 1, 2), *maps]
+        return maps
 
     def _run(self, batch: Tensor, keep: bool = False) -> list[Tensor]:
         """The maps [B, h, w, C] at the end of the stages: all of them, or only the last."""
@@ -183,7 +157,7 @@ def _assemble(
 class _RowConv:
     """A convolution that can give a part of its output rows."""
 
-    def __init__(self, weights: Weights, kernels: Kernels, gelu: bool) -> None:
+    def __init__(self, weights: Weights, kernels: PlainKernels, gelu: bool) -> None:
         self.conv = kernels.conv(weights, "gelu" if gelu else "none")
         self.channels, self.side = len(weights.weight), int(weights.weight.shape[-1])
         self.stride, self.pad = weights.stride, weights.pad
@@ -217,7 +191,7 @@ class _RowConv:
 class _Stem:
     """Two convolutions, the first with GELU, in strips."""
 
-    def __init__(self, model: TinyViT, arrays: Arrays, kernels: Kernels) -> None:
+    def __init__(self, model: TinyViT, arrays: Arrays, kernels: PlainKernels) -> None:
         first, second = (
             fold_conv(arrays, f"patch_embed.seq.{i}", layer.c.stride[0], eps=layer.bn.eps)
             for i, layer in enumerate(model.patch_embed.seq)
@@ -243,7 +217,7 @@ class _Stem:
 # -- blocks -------------------------------------------------------------------------------------
 
 
-def _make_block(block: nn.Module, name: str, arrays: Arrays, kernels: Kernels) -> Step:
+def _make_block(block: nn.Module, name: str, arrays: Arrays, kernels: PlainKernels) -> Step:
     if isinstance(block, MBConv):
         return _Bottleneck(block, name, arrays, kernels)
     if isinstance(block, TinyViTBlock):
@@ -252,7 +226,7 @@ def _make_block(block: nn.Module, name: str, arrays: Arrays, kernels: Kernels) -
 
 
 def _three_convolutions(
-    block: MBConv | PatchMerging, name: str, arrays: Arrays, kernels: Kernels
+    block: MBConv | PatchMerging, name: str, arrays: Arrays, kernels: PlainKernels
 ) -> tuple[Linear, _RowConv, Linear]:
     """1x1 with GELU, depthwise with GELU, 1x1."""
     first, second, third = (
@@ -266,7 +240,7 @@ def _three_convolutions(
 class _Bottleneck:
     """MBConv: expand, depthwise, project, add, activate, in strips."""
 
-    def __init__(self, block: MBConv, name: str, arrays: Arrays, kernels: Kernels) -> None:
+    def __init__(self, block: MBConv, name: str, arrays: Arrays, kernels: PlainKernels) -> None:
         self.hidden = block.hidden_chans
         self.expand, self.depthwise, self.project = _three_convolutions(
             block, name, arrays, kernels
@@ -288,7 +262,9 @@ class _Bottleneck:
 class _Merge:
     """PatchMerging: 1x1, depthwise with stride, 1x1, in strips."""
 
-    def __init__(self, merge: PatchMerging, name: str, arrays: Arrays, kernels: Kernels) -> None:
+    def __init__(
+        self, merge: PatchMerging, name: str, arrays: Arrays, kernels: PlainKernels
+    ) -> None:
         self.channels = merge.out_dim
         self.widen, self.depthwise, self.mix = _three_convolutions(merge, name, arrays, kernels)
 
@@ -308,7 +284,9 @@ class _Merge:
 class _TokenBlock:
     """TinyViTBlock: window attention, then depthwise convolution and MLP."""
 
-    def __init__(self, block: TinyViTBlock, name: str, arrays: Arrays, kernels: Kernels) -> None:
+    def __init__(
+        self, block: TinyViTBlock, name: str, arrays: Arrays, kernels: PlainKernels
+    ) -> None:
         attention = block.attn
         qkv, proj, bias = fold_attention(
             arrays, f"{name}.attn", attention.key_dim, attention.resolution
@@ -359,7 +337,7 @@ class _TokenBlock:
 class _Neck:
     """1x1 convolution, LayerNorm, 3x3 convolution, LayerNorm."""
 
-    def __init__(self, neck: nn.Sequential, arrays: Arrays, kernels: Kernels) -> None:
+    def __init__(self, neck: nn.Sequential, arrays: Arrays, kernels: PlainKernels) -> None:
         self.reduce = kernels.linear(fold_bare(arrays, "neck.0"))
         self.conv = _RowConv(fold_bare(arrays, "neck.2"), kernels, gelu=False)
         self.norm1, self.norm2 = (
@@ -373,10 +351,26 @@ class _Neck:
         return self.norm2(self.conv.rows(x, 0, x.shape[1]))
 
 
+class _SAM3Neck:
+    """1x1 convolution with its batch norm, GELU, 3x3 convolution, bilinear resize."""
+
+    def __init__(self, neck: SAM3Neck, arrays: Arrays, kernels: PlainKernels) -> None:
+        norm = cast(nn.BatchNorm2d, neck[1])
+        named = {"first.c.weight": arrays["neck.0.weight"]}
+        named |= {f"first.bn.{part}": arrays[f"neck.1.{part}"] for part in NORM}
+        self.reduce = kernels.linear(fold_conv(named, "first", eps=norm.eps), "gelu")
+        self.conv = _RowConv(fold_bare(arrays, "neck.3"), kernels, gelu=False)
+        self.size = (neck.size, neck.size)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = self.conv.rows(self.reduce(x), 0, x.shape[1]).permute(0, 3, 1, 2)
+        return F.interpolate(x, self.size, mode="bilinear").permute(0, 2, 3, 1)
+
+
 class _Head:
     """Mean over the positions, LayerNorm, linear layer."""
 
-    def __init__(self, eps: float, arrays: Arrays, kernels: Kernels) -> None:
+    def __init__(self, eps: float, arrays: Arrays, kernels: PlainKernels) -> None:
         self.norm = _Norm(arrays, "norm_head", eps, kernels.dtype)
         has_classes = "head.weight" in arrays
         self.linear = kernels.linear(fold_linear(arrays, "head")) if has_classes else None
@@ -475,8 +469,7 @@ class PlainKernels:
 
     def linear(self, weights: Weights, after: After = "none") -> Linear:
         """A linear layer."""
-        weight = self._place(weights.weight).flatten(1)
-        bias = self._place(weights.bias)
+        weight, bias = self._place(weights.weight).flatten(1), self._place(weights.bias)
 
         def run(x: Tensor, add: Tensor | None = None) -> Tensor:
             y = F.linear(x, weight, bias)
@@ -488,36 +481,31 @@ class PlainKernels:
 
     def conv(self, weights: Weights, after: After = "none") -> Conv:
         """A convolution."""
-        weight = self._place(weights.weight).contiguous(memory_format=torch.channels_last)
-        bias = self._place(weights.bias)
+        weight, bias = self._place(weights.weight), self._place(weights.bias)
 
         def run(x: Tensor, pad_rows: int | None = None) -> Tensor:
-            rows = weights.pad if pad_rows is None else pad_rows
-            y = F.conv2d(
-                x, weight, bias, weights.stride, (rows, weights.pad), groups=weights.groups
-            )
+            padding = (weights.pad if pad_rows is None else pad_rows, weights.pad)
+            y = F.conv2d(x, weight, bias, weights.stride, padding, groups=weights.groups)
             return F.gelu(y) if after == "gelu" else y
 
         return run
 
     def _place(self, array: Array) -> Tensor:
-        return torch.from_numpy(array).to(self.dtype).contiguous()
+        """In this precision; what has four axes in channels-last memory."""
+        layout = torch.channels_last if array.ndim == 4 else torch.contiguous_format
+        return torch.from_numpy(array).to(self.dtype).contiguous(memory_format=layout)
 
 
-class PackedKernels:
+class PackedKernels(PlainKernels):
     """oneDNN's fused operators on packed weights (CPU)."""
 
     name = "packed oneDNN operators"
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
     def linear(self, weights: Weights, after: After = "none") -> Linear:
         """A linear layer."""
         ops: Any = torch.ops.mkldnn
-        weight = torch.from_numpy(weights.weight).flatten(1).to(self.dtype).contiguous()
-        packed = ops._reorder_linear_weight(weight)
-        bias = torch.from_numpy(weights.bias).to(self.dtype)
+        packed = ops._reorder_linear_weight(self._place(weights.weight).flatten(1).contiguous())
+        bias = self._place(weights.bias)
         algorithm = "none" if after == "gelu" else ""
 
         def run(x: Tensor, add: Tensor | None = None) -> Tensor:
@@ -533,29 +521,23 @@ class PackedKernels:
     def conv(self, weights: Weights, after: After = "none") -> Conv:
         """A convolution."""
         ops: Any = torch.ops.mkldnn
-        stride, groups = [weights.stride] * 2, weights.groups
-        weight = torch.from_numpy(weights.weight).to(self.dtype)
-        weight = weight.contiguous(memory_format=torch.channels_last)
-        padding = [weights.pad] * 2
-        packed = ops._reorder_convolution_weight(weight, padding, stride, [1, 1], groups)
-        bias = torch.from_numpy(weights.bias).to(self.dtype)
+        stride, ones, groups, pad = [weights.stride] * 2, [1, 1], weights.groups, weights.pad
+        weight, bias = self._place(weights.weight), self._place(weights.bias)
+        packed = ops._reorder_convolution_weight(weight, [pad, pad], stride, ones, groups)
         algorithm = "none" if after == "gelu" else ""
 
         def run(x: Tensor, pad_rows: int | None = None) -> Tensor:
-            rows = weights.pad if pad_rows is None else pad_rows
+            padding = [pad if pad_rows is None else pad_rows, pad]
             y: Tensor = ops._convolution_pointwise(
-                x, packed, bias, [rows, weights.pad], stride, [1, 1], groups, after, [], algorithm
+                x, packed, bias, padding, stride, ones, groups, after, [], algorithm
             )
             return y
 
         return run
 
 
-Kernels: TypeAlias = PlainKernels | PackedKernels
-
-
 @functools.cache
-def choose_kernels(dtype: torch.dtype) -> Kernels:
+def choose_kernels(dtype: torch.dtype) -> PlainKernels:
     """Packed kernels where this torch and machine have them and they agree with public ones."""
     plain = PlainKernels(dtype)
     try:
@@ -570,7 +552,7 @@ def choose_kernels(dtype: torch.dtype) -> Kernels:
     return packed if agree else plain
 
 
-def _trial(kernels: Kernels) -> list[Tensor]:
+def _trial(kernels: PlainKernels) -> list[Tensor]:
     """Small runs of everything that the network asks of its kernels."""
     generator = torch.Generator().manual_seed(0)
 

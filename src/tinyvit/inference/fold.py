@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 Arrays = Mapping[str, NDArray[np.floating]]
 
-_NORM = ("weight", "bias", "running_mean", "running_var")
+NORM = ("weight", "bias", "running_mean", "running_var")
 EPS = 1e-5
 """Of a TinyViT's batch norms."""
 
@@ -43,7 +43,7 @@ def fold_conv(
     """The convolution ``name.c`` and the batch norm ``name.bn`` as one convolution with a bias."""
     if f"{name}.bn.running_var" not in arrays:
         raise ValueError("a batch norm without running statistics cannot be folded")
-    gain, shift, mean, var = (_exact(arrays[f"{name}.bn.{part}"]) for part in _NORM)
+    gain, shift, mean, var = (_exact(arrays[f"{name}.bn.{part}"]) for part in NORM)
     scale = gain / np.sqrt(var + eps)
     weight = _exact(arrays[f"{name}.c.weight"]) * scale[:, None, None, None]
     bias = shift - mean * scale

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, TypeVar, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from tinyvit.modules import Attention, Conv2d_BN, TinyViT
 
-from .cuda_graphs import GraphedNetwork, Network, choose_capture
+from .cuda_graphs import GraphedNetwork, Network, Output, choose_capture
 from .derived import Derived
 from .fast_encoder import DeployedTinyViT, arrays_of, choose_kernels
 from .fold import Array, Weights, fold_attention, fold_conv
-
-T = TypeVar("T")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -63,9 +61,7 @@ class TorchBackend:
 
     def __call__(self, batch: Tensor) -> Tensor:
         """[N, 3, H, W] float32 -> the network's output, float32, on the CPU."""
-        if self._gives_logits():
-            return self.logits(batch)
-        return _to_host(self._run(lambda network, x: network.features(x), batch))
+        return self._run(batch, self._output())[0]
 
     def logits(self, batch: Tensor) -> Tensor:
         """[N, 3, H, W] float32 -> logits [N, classes], float32, on the CPU.
@@ -73,18 +69,16 @@ class TorchBackend:
         Raises:
             ValueError: The model has no classification head.
         """
-        return _to_host(self._run(lambda network, x: network.logits(x), batch))
+        return self._run(batch, "logits")[0]
 
     def stages(self, batch: Tensor) -> list[Tensor]:
         """[N, 3, H, W] float32 -> the map of each stage, [N, C, h, w] float32, on the CPU."""
-        maps = self._run(lambda network, x: network.stages(x), batch)
-        return [_to_host(stage) for stage in maps]
+        return self._run(batch, None, stages=True)
 
     def with_stages(self, batch: Tensor) -> tuple[Tensor, list[Tensor]]:
         """What a call and ``stages`` give, in one pass."""
-        as_logits = self._gives_logits()
-        output, maps = self._run(lambda network, x: network.with_stages(x, as_logits), batch)
-        return _to_host(output), [_to_host(stage) for stage in maps]
+        output, *maps = self._run(batch, self._output(), stages=True)
+        return output, maps
 
     def explain(self) -> str:
         """What runs, and why, in words."""
@@ -102,15 +96,17 @@ class TorchBackend:
         """Let go of what was made."""
         self._derived.drop()
 
-    def _gives_logits(self) -> bool:
-        return self._model.neck is None and self._model.head is not None
+    def _output(self) -> Output:
+        return "logits" if self._model.neck is None and self._model.head is not None else "features"
 
     def _modules(self) -> list[nn.Module]:
         return [self._model]
 
-    def _run(self, use: Callable[[Network, Tensor], T], batch: Tensor) -> T:
+    def _run(self, batch: Tensor, output: Output | None, stages: bool = False) -> list[Tensor]:
         with exact_inference(self.device):
-            return use(self._derived.get()[0], batch.to(self.device, DTYPES[self.precision]))
+            given = batch.to(self.device, DTYPES[self.precision])
+            results = self._derived.get()[0](given, output, stages)
+        return [_to_host(result) for result in results]  # these may take part in autograd
 
     def _make(self) -> tuple[Network, str]:
         """The folded network if it can be had and passes its check, else a copy of the model."""
@@ -142,27 +138,32 @@ class TorchBackend:
         plain = self._model if _runs_as_it_is(self._model) else frozen_copy(self._model)
         wanted = plain.forward_backbone(x)
         given = x.to(self.device, DTYPES[self.precision])
-        got = network.stages(given)[-1].float().cpu()
+        got = network(given, None, stages=True)[-1].float().cpu()
         scale = float(wanted.abs().max().clamp_min(1e-12))
         return float((got - wanted).abs().max()) / scale
 
 
 class _Plain:
-    """A TinyViT with the methods of a network."""
+    """A TinyViT as a ``Network``."""
 
     def __init__(self, model: TinyViT) -> None:
         self.model = model
-        self.logits = model.classify
-        self.features = model.forward_features
 
-    def stages(self, batch: Tensor) -> list[Tensor]:
-        maps = self.model.forward_intermediates(batch, intermediates_only=True)
-        return maps if isinstance(maps, list) else maps[1]
-
-    def with_stages(self, batch: Tensor, as_logits: bool = False) -> tuple[Tensor, list[Tensor]]:
-        given = self.model.forward_intermediates(batch)
-        features, maps = cast("tuple[Tensor, list[Tensor]]", given)
-        return (self.model.forward_head(maps[-1]) if as_logits else features), maps
+    def __call__(
+        self, batch: Tensor, output: Output | None = "features", stages: bool = False
+    ) -> list[Tensor]:
+        maps: list[Tensor] = []
+        if stages:
+            maps = cast(
+                "list[Tensor]",
+                self.model.forward_intermediates(batch, intermediates_only=True),
+            )
+        last = maps[-1] if stages else self.model.forward_backbone(batch)
+        if output == "logits":
+            return [self.model.forward_head(last), *maps]
+        if output == "features":
+            return [last if self.model.neck is None else self.model.neck(last), *maps]
+        return maps
 
 
 def _runs_as_it_is(model: TinyViT) -> bool:
