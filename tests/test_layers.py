@@ -82,6 +82,7 @@ WITHOUT_TORCH = (
     "sam.crops",
     "sam.embedding",
     "sam.mask_ops",
+    "sam.masks",
     "sam.predictor",
     "sam.prompts",
     "sam.segmenter",

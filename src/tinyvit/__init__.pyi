@@ -22,9 +22,9 @@ from .sam.automatic import SamAutomaticMaskGenerator as SamAutomaticMaskGenerato
 from .sam.build import build_sam as build_sam
 from .sam.build import sam_model_registry as sam_model_registry
 from .sam.embedding import ImageEmbedding as ImageEmbedding
+from .sam.masks import Masks as Masks
 from .sam.predictor import SamPredictor as SamPredictor
 from .sam.prompts import Prompt as Prompt
-from .sam.segmenter import Masks as Masks
 from .sam.segmenter import Segmenter as Segmenter
 
 __version__: str

@@ -71,7 +71,7 @@ class Adapter(verify.Adapter):
     def sam(self):
         from tinyvit.sam import build_sam
 
-        return build_sam()
+        return build_sam(variant="tiny_vit_5m_sam")
 
     def sam_predictor(self, sam):
         from tinyvit.sam import SamPredictor

@@ -1,11 +1,14 @@
 """As others call it: pickled and copied, and inside of autocast."""
 
 import copy
+import multiprocessing
 import pickle
+from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tinyvit.sam.automatic import SamAutomaticMaskGenerator
 from tinyvit.sam.predictor import SamPredictor
@@ -69,6 +72,37 @@ def test_a_copy_of_the_segmenter_segments_the_same(make_tiny_sam, photo, copied)
         np.testing.assert_array_equal(here, there)
 
 
+def test_reprs_are_one_line(make_tiny_sam, photo):
+    """A notebook shows a value by its repr; arrays in it would fill the screen."""
+    sam, image = make_tiny_sam(), photo(HEIGHT, WIDTH)
+    predictor, segmenter = SamPredictor(sam), Segmenter(sam)
+    assert "no image set" in repr(predictor)
+    predictor.set_image(image)
+    assert "image 48x64" in repr(predictor)
+    (embedding,) = segmenter.embed(image)
+    assert repr(embedding) == "ImageEmbedding([32, 4, 4], image 48x64)"
+    generator = SamAutomaticMaskGenerator(sam, 3)
+    assert "9 points" in repr(generator)
+    for one in (predictor, segmenter, embedding, generator):
+        assert "\n" not in repr(one) and len(repr(one)) < 300
+    with Image.open(BytesIO(embedding._repr_png_())) as png:
+        assert png.size == (64, 64)
+
+
+def _predict(arguments):
+    predictor, points = arguments
+    return predictor.predict(points, LABELS)[2]
+
+
+def test_a_predictor_works_in_a_spawned_process(make_tiny_sam, photo):
+    """``spawn`` is what macOS, Windows and Python from 3.14 on do: all is pickled."""
+    predictor = SamPredictor(make_tiny_sam())
+    predictor.set_image(photo(HEIGHT, WIDTH))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        (found,) = pool.map(_predict, [(predictor, POINTS)])
+    np.testing.assert_array_equal(found, predictor.predict(POINTS, LABELS)[2])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("is_hq", [False, True])
 def test_autocast_changes_nothing_of_the_segmenter(make_tiny_sam, photo, dtype, is_hq):
@@ -91,9 +125,10 @@ def test_a_copy_of_everything_mode_generates_the_same(make_tiny_sam, photo, copi
     assert [one["predicted_iou"] for one in found] == [one["predicted_iou"] for one in wanted]
 
 
-def test_autocast_changes_nothing_of_everything_mode(make_tiny_sam, photo):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing_of_everything_mode(make_tiny_sam, photo, dtype):
     sam, image = make_tiny_sam(), photo(40, 64)
     wanted = SamAutomaticMaskGenerator(sam, 3, **LENIENT).generate(image)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         found = SamAutomaticMaskGenerator(sam, 3, **LENIENT).generate(image)
     assert [one["predicted_iou"] for one in found] == [one["predicted_iou"] for one in wanted]

@@ -447,3 +447,9 @@ def test_thresholds_are_the_callers_then_the_checkpoints_then_segment_anythings(
     assert generator.pred_iou_thresh == 0.5
     assert generator.stability_score_thresh == 0.95
     assert generator.stability_score_offset == 0.75
+
+
+@pytest.mark.parametrize("name", ["chelsea.png", "coffee.png", "rocket.jpg"])
+def test_the_embedded_weights_find_masks_with_no_options(name):
+    generator = SamAutomaticMaskGenerator("tinyvit_starter", points_per_side=16)
+    assert len(generator.generate(f"examples/pictures/{name}")) > 3

@@ -235,3 +235,8 @@ def test_everything_that_does_not_fit_is_named_at_once(tmp_path):
 def test_unknown_checkpoint():
     with pytest.raises(CheckpointError, match="did you mean 'mobile_sam'"):
         build_sam("mobilesam")
+
+
+def test_a_model_without_weights_says_so():
+    with pytest.warns(UserWarning, match="this SAM is untrained.*build_sam\\('tinyvit_starter'\\)"):
+        build_sam()

@@ -404,7 +404,7 @@ def test_weights_that_are_written_again_are_the_same(predictor):
         ({"point_coords": POINTS, "point_labels": [1, 3]}, r"must be 1 .* came \[3"),
         ({"point_coords": POINTS[0], "point_labels": [1]}, r"\[P, 2\]; came \[2\]"),
         ({"point_coords": POINTS * np.nan, "point_labels": LABELS}, "must be finite"),
-        ({"point_coords": [[64.1, 0]], "point_labels": [1]}, "lies outside the image"),
+        ({"point_coords": [[65.1, 0]], "point_labels": [1]}, "lies outside the image"),
         ({"point_coords": [[0, -1]], "point_labels": [1]}, "lies outside the image"),
         ({"box": [50, 8, 5, 40]}, "x1 < x0"),
         ({"box": [5, 8, 50, 49]}, r"the box's corner .* lies outside"),
@@ -509,3 +509,34 @@ def test_features_that_are_written_to_are_used(predictor):
     predictor.features.mul_(-1)
     assert np.abs(predictor.predict(POINTS, LABELS)[2] - before).max() > 0.01
     assert predictor.embedding.weights_sha256 is None
+
+
+def test_several_boxes_have_the_masks_that_each_has_alone(make_tiny_sam, photo):
+    predictor = SamPredictor(make_tiny_sam())
+    predictor.set_image(photo(48, 64))
+    boxes = np.array([[5, 8, 50, 40], [0, 0, 20, 20], [30.5, 10, 64, 48]])
+    for multimask, count in ((True, 3), (False, 1)):
+        masks, scores, low_res = predictor.predict(box=boxes, multimask_output=multimask)
+        assert masks.shape == (3, count, 48, 64) and masks.dtype == bool
+        assert scores.shape == (3, count) and low_res.shape == (3, count, 16, 16)
+        for i, box in enumerate(boxes):
+            _, one_scores, one = predictor.predict(box=box, multimask_output=multimask)
+            np.testing.assert_allclose(low_res[i], one, atol=1e-5)  # sums in another order
+            np.testing.assert_allclose(scores[i], one_scores, atol=1e-5)
+    assert predictor.predict(box=boxes[:1])[0].shape == (3, 48, 64)
+    with pytest.raises(ValueError, match="points and a mask go with one box, came 3"):
+        predictor.predict(np.array([[1, 1]]), np.array([1]), boxes)
+
+
+def test_what_leaves_the_image_by_less_than_a_pixel_is_clipped(make_tiny_sam, photo):
+    """As detectors produce it; the right value is that of the clipped box."""
+    predictor = SamPredictor(make_tiny_sam())
+    predictor.set_image(photo(48, 64))
+    found = predictor.predict(box=np.array([-0.3, 5, 64.9, 48.4]))[2]
+    np.testing.assert_array_equal(found, predictor.predict(box=np.array([0, 5, 64, 48]))[2])
+    found = predictor.predict(np.array([[-0.9, 48.9]]), np.array([1]))[2]
+    same = predictor.predict(np.array([[0, 48]]), np.array([1]))[2]
+    np.testing.assert_array_equal(found, same)
+    for box in ([-1, 5, 60, 40], [0, 5, 65, 40], [0, -3, 60, 40]):
+        with pytest.raises(ValueError, match="lies outside the image of width 64 and height 48"):
+            predictor.predict(box=np.array(box))

@@ -99,7 +99,7 @@ def test_wrong_prompts_say_what_was_wanted(arguments, words):
         (Prompt([[65, 10]]), r"point 0 at \(x, y\) = \(65, 10\) .* width 64 and height 48"),
         (Prompt([[1, 1], [10, 70]]), "point 1 at .* 0 <= x <= 64 and 0 <= y <= 48$"),
         (Prompt([[10, 60]]), "are x and y swapped"),
-        (Prompt([[-0.1, 10]]), "point 0 at"),
+        (Prompt([[-1.1, 10]]), "point 0 at"),
         (Prompt(box=[0, 0, 65, 10]), r"the box's corner .* \(65, 10\)"),
         (Prompt(box=[-1, 0, 6, 10]), r"the box's corner .* \(-1, 0\)"),
         (Prompt(mask=np.zeros((64, 48), bool)), r"\[48, 64\], or .* came \[64, 48\] of bool"),

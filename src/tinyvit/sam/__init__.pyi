@@ -2,6 +2,7 @@ from .automatic import SamAutomaticMaskGenerator as SamAutomaticMaskGenerator
 from .build import build_sam as build_sam
 from .build import sam_model_registry as sam_model_registry
 from .embedding import ImageEmbedding as ImageEmbedding
+from .masks import Masks as Masks
 from .model import HQMaskDecoder as HQMaskDecoder
 from .model import MaskDecoder as MaskDecoder
 from .model import PromptEncoder as PromptEncoder
@@ -9,5 +10,4 @@ from .model import Sam as Sam
 from .model import TwoWayTransformer as TwoWayTransformer
 from .predictor import SamPredictor as SamPredictor
 from .prompts import Prompt as Prompt
-from .segmenter import Masks as Masks
 from .segmenter import Segmenter as Segmenter

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -67,6 +68,9 @@ def build_sam(
             not fit; every missing and unexpected key and every wrong shape is named.
         DownloadError: The checkpoint cannot be fetched.
 
+    Warns:
+        UserWarning: Neither checkpoint nor variant is given, so the model is untrained.
+
     Example:
         >>> from tinyvit.sam import build_sam
         >>> sam = build_sam("tinyvit_starter")
@@ -78,6 +82,12 @@ def build_sam(
         raise ValueError(f"{variant!r} is a classifier; a SAM is one of {names}")
     opened = None
     if checkpoint is None:
+        if variant is None:
+            warnings.warn(
+                "this SAM is untrained, and its masks mean nothing until weights are loaded; for "
+                f"trained ones give a checkpoint, such as build_sam({DEFAULT_CHECKPOINT!r})",
+                stacklevel=2,
+            )
         encoder = create_model(variant if variant is not None else _UNTRAINED)
     else:
         opened = open_checkpoint(checkpoint, sha256, progress)
@@ -167,15 +177,37 @@ def _build_default(
     return build_sam(checkpoint, variant, img_size=img_size)
 
 
+class UnknownModelError(KeyError):
+    """A name that ``sam_model_registry`` does not have."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class _Registry(dict[str, Callable[..., Sam]]):
+    def __missing__(self, name: str) -> Callable[..., Sam]:
+        raise UnknownModelError(
+            f"unknown SAM {name!r}; tinyvit reads SAMs with a TinyViT encoder only, such as "
+            f"MobileSAM ('vit_t'), and not Segment Anything's ViT-B, L and H; there are "
+            f"{', '.join(self)}"
+        )
+
+
 sam_model_registry: Mapping[str, Callable[..., Sam]] = MappingProxyType(
-    {
-        "default": _build_default,
-        "vit_t": partial(build_sam, variant="tiny_vit_5m_sam"),
-        "tiny_vit_5m": partial(build_sam, variant="tiny_vit_5m_sam"),
-        "tiny_vit_11m": partial(build_sam, variant="tiny_vit_11m_sam"),
-        "tiny_vit_21m": partial(build_sam, variant="tiny_vit_21m_sam"),
-        **{row.name: partial(build_sam, variant=row.name) for row in VARIANTS if row.task == "sam"},
-    }
+    _Registry(
+        {
+            "default": _build_default,
+            "vit_t": partial(build_sam, variant="tiny_vit_5m_sam"),
+            "tiny_vit_5m": partial(build_sam, variant="tiny_vit_5m_sam"),
+            "tiny_vit_11m": partial(build_sam, variant="tiny_vit_11m_sam"),
+            "tiny_vit_21m": partial(build_sam, variant="tiny_vit_21m_sam"),
+            **{
+                row.name: partial(build_sam, variant=row.name)
+                for row in VARIANTS
+                if row.task == "sam"
+            },
+        }
+    )
 )
 """Name -> builder, as in segment-anything: ``sam_model_registry["vit_t"](checkpoint="…")``.
 

@@ -13,12 +13,14 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import safetensors.numpy
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 from safetensors import SafetensorError
 
 from tinyvit.checkpoints.files import check_format, write_bytes
@@ -91,6 +93,21 @@ class ImageEmbedding:
     def low_res_size(self) -> tuple[int, int]:
         """(height, width) of the low-res logits that a decoder gives, 4 for each grid position."""
         return 4 * self.features.shape[1], 4 * self.features.shape[2]
+
+    def __repr__(self) -> str:
+        height, width = self.original_size
+        early = "" if self.interm_features is None else ", with an early map"
+        return f"ImageEmbedding({list(self.features.shape)}, image {height}x{width}{early})"
+
+    def _repr_png_(self) -> bytes:
+        from tinyvit.images.draw import feature_rgb
+
+        image = Image.fromarray(feature_rgb(self.features))
+        data = BytesIO()
+        image.resize((16 * image.width, 16 * image.height), Image.Resampling.NEAREST).save(
+            data, "PNG"
+        )
+        return data.getvalue()
 
     def check(self, weights_sha256: str | None, image_spec: ImageSpec) -> None:
         """Check that a model can decode this: its encoder would have made the same of the image.

@@ -239,6 +239,11 @@ class SamPredictor:
 
         return torch.device(self._decoder.device)
 
+    def __repr__(self) -> str:
+        size = self.original_size
+        image = "no image set" if size is None else f"image {size[0]}x{size[1]}"
+        return f"SamPredictor({image}; {self._encoder.engine!r})"
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": None}
 
@@ -259,7 +264,8 @@ class SamPredictor:
         Args:
             point_coords: [N, 2], (x, y) in pixels of the original image.
             point_labels: [N]: 1 the object, 0 not the object.
-            box: [4], (x0, y0, x1, y1) in pixels of the original image.
+            box: [4], (x0, y0, x1, y1) in pixels of the original image; or [N, 4], N boxes of N
+                objects, without points and masks.
             mask_input: [1, h4, w4] low-res logits of an earlier prediction; or [H, W] bool.
             multimask_output: Give the three masks of an ambiguous prompt instead of one.
             return_logits: Give logits instead of masks.
@@ -267,7 +273,7 @@ class SamPredictor:
 
         Returns:
             (masks [K, H, W] bool, or float32 logits; predicted IoU [K] float32; low-res logits
-            [K, h4, w4] float32).
+            [K, h4, w4] float32), for N > 1 boxes with a first dimension N.
 
         Raises:
             RuntimeError: No image is set, or the encoder's weights have changed since.
@@ -279,17 +285,29 @@ class SamPredictor:
                 "point_labels must be supplied if point_coords is supplied: 1 (the object) or 0 "
                 "(not the object) for each point"
             )
-        prompt = Prompt(point_coords, point_labels, box, mask_input)
+        is_many = box is not None and np.ndim(box) == 2 and len(box) > 1
+        if is_many and (point_coords is not None or mask_input is not None):
+            raise ValueError(
+                f"points and a mask go with one box, came {len(cast(Any, box))}; give several "
+                "boxes alone, or prompts of any kind to Segmenter"
+            )
+        if is_many:
+            prompts = [Prompt(box=one) for one in cast(Any, box)]
+        else:
+            prompts = [Prompt(point_coords, point_labels, box, mask_input)]
         size, stride = embedding.low_res_size, self._decoder.logit_stride
-        prompt.check_in(placement.original_size, size)
+        for prompt in prompts:
+            prompt.check_in(placement.original_size, size)
         low_res, scores = self._decoder.decode(
             self._prepare(embedding),
-            stack_prompts([prompt], placement, size, stride),
+            stack_prompts(prompts, placement, size, stride),
             multimask_output,
             hq_token_only=hq_token_only,
         )
         threshold = None if return_logits else self.model.mask_threshold
-        return self._decoder.masks(low_res[0], placement, threshold), scores[0], low_res[0]
+        if not is_many:
+            low_res, scores = low_res[0], scores[0]
+        return self._decoder.masks(low_res, placement, threshold), scores, low_res
 
     def predict_torch(
         self,

@@ -91,7 +91,9 @@ class Prompt:
         return count, self.box is not None, self.mask is not None
 
     def check_in(self, image_size: Size, low_res_size: Size) -> None:
-        """Check that the prompt lies in an image; its edges belong to it.
+        """Check that the prompt lies in an image, or less than a pixel outside.
+
+        Detectors produce boxes that end there; what is outside is clipped when it is decoded.
 
         Args:
             image_size: (H, W) in pixels.
@@ -226,7 +228,7 @@ def _mask(values: ArrayLike) -> NDArray[np.float32] | NDArray[np.bool_]:
 
 def _check_inside(what: str, point: Sequence[float] | NDArray[np.float64], size: Size) -> None:
     (x, y), (height, width) = point, size
-    if 0 <= x <= width and 0 <= y <= height:
+    if -1 < x < width + 1 and -1 < y < height + 1:
         return
     swapped = 0 <= y <= width and 0 <= x <= height
     raise ValueError(
@@ -281,15 +283,18 @@ class PromptBatch:
 def stack_prompts(
     prompts: Sequence[Prompt], placement: Placement, low_res_size: Size, logit_stride: float
 ) -> PromptBatch:
-    """Prompts of one kind, mapped to the model's input and stacked."""
+    """Prompts of one kind, clipped to the image, mapped to the model's input and stacked."""
     points = boxes = masks = None
+    height, width = placement.original_size
     count, has_box, has_mask = prompts[0].kind
     if count:
         coords = np.stack([cast(Any, prompt.points) for prompt in prompts])
         labels = np.stack([cast(Any, prompt.labels) for prompt in prompts])
+        coords = np.clip(coords, 0, (width, height))
         points = placement.points_to_model(coords).astype(np.float32), labels
     if has_box:
         corners = np.stack([cast(Any, prompt.box) for prompt in prompts])
+        corners = np.clip(corners, 0, (width, height, width, height))
         boxes = placement.boxes_to_model(corners).astype(np.float32)
     if has_mask:
         given = [cast(Any, prompt.mask) for prompt in prompts]

@@ -1,30 +1,16 @@
-"""``Segmenter``: many images, many prompts; and ``Masks``, what it finds in one image.
-
-``Masks`` keeps low-res logits and enlarges a mask when it is asked for: a full-size mask of every
-prompt would take a gigabyte for a few hundred prompts on a photograph, its low-res logits take
-256 kB. Coordinates are continuous: a box around one pixel is 1 wide.
-
-Shapes: N prompts, K masks of a prompt, H W the image, h4 w4 the low-res logits.
-"""
+"""``Segmenter``: many images, many prompts, in bounded memory."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
-from tinyvit.image_spec import Placement
-
 from .embedding import ImageEmbedding, ImageEncoder
-from .mask_ops import box_around, encode
+from .masks import Floats
+from .masks import Masks as Masks
 from .prompts import Kind, Prompt, PromptLike, stack_prompts, to_prompt
-from .upscale import upscale
 
 if TYPE_CHECKING:
     from tinyvit.inference.backend import Backend, BackendName
@@ -33,142 +19,7 @@ if TYPE_CHECKING:
     from .decoder import PreparedEmbedding
     from .model import Sam
 
-Floats: TypeAlias = NDArray[np.float32]
 Multimask: TypeAlias = "bool | Literal['auto']"
-
-
-@dataclass(frozen=True, eq=False)
-class Masks:
-    """What prompts on one image mean, in the order of the prompts.
-
-    Iterating gives the best mask of each prompt, [H, W] bool.
-
-    Attributes:
-        prompts: The N prompts.
-        low_res_logits: Of each prompt, [K, h4, w4] float32; K may differ between them.
-        predicted_ious: Of each prompt, [K] float32: the network's own estimate.
-        placement: Where the image lies in the model's input.
-        logit_stride: Input pixels per low-res logit; also readable as ``pitch``, its older name.
-        threshold: Logits above it are mask.
-    """
-
-    prompts: tuple[Prompt, ...]
-    low_res_logits: tuple[Floats, ...]
-    predicted_ious: tuple[Floats, ...]
-    placement: Placement
-    logit_stride: float
-    threshold: float = 0.0
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __iter__(self) -> Iterator[NDArray[np.bool_]]:
-        return (self.mask(prompt) for prompt in range(len(self)))
-
-    @property
-    def pitch(self) -> float:
-        """Older name of ``logit_stride``."""
-        return self.logit_stride
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(N, K, H, W), K the most of any prompt."""
-        most = max((len(ious) for ious in self.predicted_ious), default=0)
-        return (len(self), most, *self.placement.original_size)
-
-    @property
-    def scores(self) -> NDArray[np.float32]:
-        """The predicted IoU of every mask, [N, K] float32; nan where a prompt has fewer masks."""
-        scores = np.full(self.shape[:2], np.nan, np.float32)
-        for row, ious in zip(scores, self.predicted_ious, strict=True):
-            row[: len(ious)] = ious
-        return scores
-
-    @cached_property
-    def boxes(self) -> NDArray[np.float64]:
-        """The box around the best mask of each prompt, [N, 4] xyxy in pixels; 0 for an empty one.
-
-        Enlarges every mask once; kept.
-        """
-        boxes = [box_around(mask) for mask in self]
-        return np.array(boxes, np.float64).reshape(len(self), 4)
-
-    def best(self) -> NDArray[np.int64]:
-        """Which mask of each prompt has the highest score, [N] int64; the first of equals."""
-        return np.array([int(np.argmax(ious)) for ious in self.predicted_ious], np.int64)
-
-    def logits(self, prompt: int, token: int | None = None) -> Floats:
-        """Logits of one mask in the original image.
-
-        Args:
-            prompt: Which prompt, from 0.
-            token: Which of its masks, from 0; None takes the best.
-
-        Returns:
-            [H, W] float32.
-
-        Raises:
-            IndexError: There is no such prompt or mask.
-        """
-        return cast(Floats, self._enlarged(prompt, token, None))
-
-    def mask(self, prompt: int, token: int | None = None) -> NDArray[np.bool_]:
-        """One mask in the original image, [H, W] bool; arguments and errors as for ``logits``."""
-        return cast("NDArray[np.bool_]", self._enlarged(prompt, token, self.threshold))
-
-    def to_numpy(self) -> NDArray[np.bool_]:
-        """All masks at once, [N, K, H, W] bool; empty where a prompt has fewer masks than K."""
-        masks = np.zeros(self.shape, np.bool_)
-        for prompt, ious in enumerate(self.predicted_ious):
-            for token in range(len(ious)):
-                masks[prompt, token] = self.mask(prompt, token)
-        return masks
-
-    def to_coco(self, image_id: int, category_id: int = 1) -> list[dict[str, object]]:
-        """The best mask of each prompt as COCO's annotations and results have it.
-
-        Args:
-            image_id: Of the image.
-            category_id: Of what is segmented; Segment Anything names no categories.
-
-        Returns:
-            For each prompt, ready for JSON: ``segmentation`` (compressed run lengths), ``bbox``
-            (x, y, width, height), ``area`` in pixels, ``score`` and ``predicted_iou`` (the same
-            number), ``iscrowd`` 0, ``prompt`` as ``Prompt.describe`` gives it, and the two ids.
-            Annotations of a data set want an ``id`` each, which only the caller can number.
-        """
-        found: list[dict[str, object]] = []
-        for prompt, ious, mask in zip(self.prompts, self.predicted_ious, self, strict=True):
-            x0, y0, x1, y1 = map(float, box_around(mask))
-            score = float(np.max(ious))
-            found.append(
-                {
-                    "image_id": image_id,
-                    "category_id": category_id,
-                    "segmentation": encode(mask),
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": int(mask.sum()),
-                    "iscrowd": 0,
-                    "score": score,
-                    "predicted_iou": score,
-                    "prompt": prompt.describe(),
-                }
-            )
-        return found
-
-    def __repr__(self) -> str:
-        count, most, height, width = self.shape
-        return f"Masks({count} prompts, up to {most} masks each, image {height}x{width})"
-
-    def _enlarged(self, prompt: int, token: int | None, threshold: float | None) -> NDArray[Any]:
-        if not -len(self) <= prompt < len(self):
-            raise IndexError(f"there are {len(self)} prompts; there is no prompt {prompt}")
-        ious = self.predicted_ious[prompt]
-        chosen = int(np.argmax(ious)) if token is None else token
-        if not -len(ious) <= chosen < len(ious):
-            raise IndexError(f"prompt {prompt} has {len(ious)} masks; there is no mask {token}")
-        low_res = self.low_res_logits[prompt][chosen]
-        return upscale(low_res, self.placement, self.logit_stride, threshold)
 
 
 class Segmenter:
@@ -225,6 +76,9 @@ class Segmenter:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}
+
+    def __repr__(self) -> str:
+        return f"Segmenter({self._encoder.engine!r})"
 
     @property
     def encoder(self) -> ImageEncoder:

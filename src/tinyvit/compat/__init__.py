@@ -1,0 +1,5 @@
+"""Modules under the names of segment-anything and MobileSAM, over the code of this package.
+
+Code written for them runs when ``segment_anything`` becomes ``tinyvit.compat.segment_anything`` and
+``mobile_sam`` becomes ``tinyvit.compat.mobile_sam``.
+"""

@@ -1,0 +1,3 @@
+"""MobileSAM's ``modeling.common``."""
+
+from tinyvit.compat.segment_anything.modeling.common import *  # noqa: F403

@@ -1,0 +1,3 @@
+"""MobileSAM's ``predictor``."""
+
+from tinyvit.compat.segment_anything.predictor import SamPredictor as SamPredictor

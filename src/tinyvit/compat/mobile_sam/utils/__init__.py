@@ -1,0 +1,1 @@
+"""MobileSAM's ``utils``."""

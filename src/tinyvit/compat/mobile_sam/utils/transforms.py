@@ -1,0 +1,3 @@
+"""MobileSAM's ``utils.transforms``."""
+
+from tinyvit.compat.segment_anything.utils.transforms import *  # noqa: F403

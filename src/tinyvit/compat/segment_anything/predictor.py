@@ -1,0 +1,3 @@
+"""segment-anything's ``predictor``."""
+
+from tinyvit.sam.predictor import SamPredictor as SamPredictor
