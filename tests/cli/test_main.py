@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from tinyvit.cli import bench, classify, encode, models, segment, weights
+from tinyvit.cli import bench, classify, encode, models, segment, serve, weights
 from tinyvit.cli.main import GROUPS, app, main, reordered
 
 VERBS = {
@@ -22,6 +22,7 @@ VERBS = {
     "encode": encode,
     "classify": classify,
     "segment": segment,
+    "serve": serve,
     "bench": bench,
 }
 HEAVY = ("torch", "numpy", "PIL", "safetensors", "huggingface_hub")
@@ -101,6 +102,18 @@ def test_wrong_usage_is_exit_code_2(run, words, named):
     assert result.code == 2
     assert named in result.err
     assert result.out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["train", "classify", "a", "-o", "x", "--confg", "y"], "(Possible options: --config)"),
+        (["encode", "a", "-o", "x", "--checkpont", "y"], "(Possible options: --checkpoint)"),
+    ],
+)
+def test_only_options_that_are_near_are_named(run, words, named):
+    """Found as ``No such option: --confg (Possible options: --config, --json, --moving)``."""
+    assert named in " ".join(run(*words).err.split())
 
 
 def test_shared_options_may_stand_anywhere(run):

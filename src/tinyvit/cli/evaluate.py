@@ -23,6 +23,7 @@ from .arguments import (
     Precision,
     Size,
     announce,
+    announce_engine,
     checkpoint_option,
     load_sam,
     matching_checkpoints,
@@ -164,6 +165,7 @@ def classify(
     skipped and named, and the exit code is 1.
     """
     own = console.of(ctx)
+    _check_sheet(sheet)
 
     from tinyvit.evaluate.classify import evaluate_classifier
     from tinyvit.inference import Engine
@@ -174,7 +176,7 @@ def classify(
     model, classes = load_classifier(checkpoint)
     images = _labelled(data, classes, _Part(held_out, val_part, split_seed, limit, seed))
     with Engine(model, device=device, precision=precision, batch_size=batch_size) as engine:
-        own.say(f"{checkpoint}: {engine.explain()}")
+        announce_engine(own, checkpoint, engine)
         with own.progress("evaluating") as update:
             report = evaluate_classifier(engine, images, progress=update)
     if as_json:
@@ -215,6 +217,7 @@ def segment(
     network, time and memory. What is unreadable is skipped and named, and the exit code is 1.
     """
     own = console.of(ctx)
+    _check_sheet(sheet)
 
     from tinyvit.evaluate.segment import COLUMNS, EvaluateSettings, Gallery, evaluate_segment
     from tinyvit.sam import SamPredictor
@@ -366,6 +369,15 @@ def _predictor(
     sam = load_sam(own, checkpoint, size)
     runner = cast("BackendName", backend)  # the option takes no other word
     return SamPredictor(sam, backend=runner, precision=precision, device=device)
+
+
+def _check_sheet(sheet: Path | None) -> None:
+    """Refuse a gallery that cannot be written before anything is evaluated."""
+    if sheet is None:
+        return
+    if sheet.is_dir() or not sheet.parent.is_dir():
+        what = "is a folder" if sheet.is_dir() else f"lies in no folder: make {sheet.parent}"
+        raise ValueError(f"--sheet {sheet} {what}, or name another file")
 
 
 def _write_gallery(

@@ -11,7 +11,6 @@ from importlib.metadata import version
 from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from tinyvit.cli import (
     bench,
@@ -27,7 +26,7 @@ from tinyvit.cli import (
 )
 
 from .console import Console, guarded
-from .settings_options import GroupedCommand
+from .settings_options import GroupedCommand, Verb
 
 Verbs = tuple[tuple[str, Callable[..., None], Sequence[str]], ...]
 
@@ -98,7 +97,7 @@ def _add(
     verb: Callable[..., None],
     examples: Sequence[str],
     name: str | None = None,
-    cls: type[TyperCommand] | None = None,
+    cls: type[Verb] = Verb,
 ) -> None:
     """Make a function, whose context is called ``ctx``, a verb; its examples end its help."""
     lines = "\n".join(f"  {example}" for example in examples)

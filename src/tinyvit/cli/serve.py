@@ -114,7 +114,7 @@ def serve(
     log_clients: LogClients = True,
     as_json: ReadyJson = False,
 ) -> None:
-    """Start a server with an HTTP API, and a page that segments by clicks.
+    """Serve an HTTP API, and a page that segments by clicks.
 
     Nothing leaves the machine: images stay in memory, and no address is asked. On an address that
     others reach clients must show a token: that of --token-file or TINYVIT_TOKEN, or a new one,

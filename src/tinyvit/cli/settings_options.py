@@ -13,6 +13,7 @@ import inspect
 import operator
 import os
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
@@ -26,7 +27,7 @@ from tinyvit.train.settings import Setting, Settings, settings_of
 from .arguments import matching_checkpoints, matching_models, one_of
 from .console import translated
 
-Verb = TypeVar("Verb", bound=Callable[..., None])
+Function = TypeVar("Function", bound=Callable[..., None])
 
 _FIRST_GROUP = "Options"
 _WEIGHTS = "NAME_OR_FILE"  # the metavar
@@ -46,10 +47,10 @@ def option(name: str, kind: Any, info: Any) -> inspect.Parameter:
     return inspect.Parameter(name, keyword, default=None, annotation=annotation)
 
 
-def with_options(parameters: Sequence[inspect.Parameter]) -> Callable[[Verb], Verb]:
+def with_options(parameters: Sequence[inspect.Parameter]) -> Callable[[Function], Function]:
     """Let a verb ``f(ctx, **values)`` take these options."""
 
-    def decorate(verb: Verb) -> Verb:
+    def decorate(verb: Function) -> Function:
         keyword = inspect.Parameter.KEYWORD_ONLY
         context = inspect.Parameter("ctx", keyword, annotation=typer.Context)
         whole = [context, *parameters]
@@ -151,7 +152,26 @@ def _number_or_text(text: str) -> float | str:
         return text
 
 
-class GroupedCommand(TyperCommand):
+_UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])  # of click, or typer's copy
+
+
+class Verb(TyperCommand):
+    """A verb that names only options alike in their letters when one is mistyped."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments; of the options that click would name, those keep that are near."""
+        try:
+            return super().parse_args(ctx, args)
+        except _UsageError as err:
+            error = cast(Any, err)
+            if getattr(error, "possibilities", None):  # "--" alone makes all of them alike
+                names = [flag.lstrip("-") for flag in error.possibilities]
+                near = get_close_matches(error.option_name.lstrip("-"), names)
+                error.possibilities = [f"--{name}" for name in near]
+            raise
+
+
+class GroupedCommand(Verb):
     """A verb whose help shows its options under headings."""
 
     def format_options(self, ctx: object, formatter: object) -> None:
