@@ -205,12 +205,3 @@ def test_a_limit_draws_by_its_seed():
     drawn = _drawn(100, 10, 1)
     assert drawn == sorted(set(drawn)) == _drawn(100, 10, 1) != _drawn(100, 10, 2)
     assert len(drawn) == 10
-
-
-@pytest.mark.parametrize("verb", ["classify", "segment"])
-def test_a_gallery_without_its_folder_is_refused_before_any_work(run, images, classifier, verb):
-    """Found as an hour of evaluation lost at its end."""
-    result = run("evaluate", verb, images, *classifier, "--sheet", "nodir/x/sheet.png")
-    assert (result.code, result.out) == (1, "")
-    words = "error: --sheet nodir/x/sheet.png lies in no folder: make nodir/x, or name another"
-    assert result.err.startswith(words)

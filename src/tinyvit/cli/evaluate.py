@@ -165,7 +165,6 @@ def classify(
     skipped and named, and the exit code is 1.
     """
     own = console.of(ctx)
-    _check_sheet(sheet)
 
     from tinyvit.evaluate.classify import evaluate_classifier
     from tinyvit.inference import Engine
@@ -217,7 +216,6 @@ def segment(
     network, time and memory. What is unreadable is skipped and named, and the exit code is 1.
     """
     own = console.of(ctx)
-    _check_sheet(sheet)
 
     from tinyvit.evaluate.segment import COLUMNS, EvaluateSettings, Gallery, evaluate_segment
     from tinyvit.sam import SamPredictor
@@ -369,15 +367,6 @@ def _predictor(
     sam = load_sam(own, checkpoint, size)
     runner = cast("BackendName", backend)  # the option takes no other word
     return SamPredictor(sam, backend=runner, precision=precision, device=device)
-
-
-def _check_sheet(sheet: Path | None) -> None:
-    """Refuse a gallery that cannot be written before anything is evaluated."""
-    if sheet is None:
-        return
-    if sheet.is_dir() or not sheet.parent.is_dir():
-        what = "is a folder" if sheet.is_dir() else f"lies in no folder: make {sheet.parent}"
-        raise ValueError(f"--sheet {sheet} {what}, or name another file")
 
 
 def _write_gallery(
