@@ -83,43 +83,29 @@ class Cost:
 
 @dataclass(frozen=True)
 class SegmentReport:
-    """How well a model segments by prompts.
+    """How well a model segments by prompts; metrics by kind of prompt.
 
-    Attributes:
-        model: What was evaluated.
-        data: On what.
-        images: That were evaluated.
-        masks: That were evaluated.
-        skipped: What was not, and why.
-        ious: Mean IoU by kind of prompt: "1 click", "3 clicks", ..., "box", and "1 click, best of
-            three masks", which a person would have to choose.
-        boundary_fs: Mean boundary F: "1 click", "box".
-        baselines: Mean IoU without a network, by kind of prompt and name.
-        target_iou: What ``clicks_to_target`` counts to.
-        clicks_to_target: Mean number of clicks until that IoU; masks that never got there count
-            with ``most_clicks``, so the true mean is higher.
-        most_clicks: Where counting stops.
-        missed_target: Share of the masks that never got there.
-        calibrations: Predicted against true IoU: "1 click", "box".
-        cost: Time and memory.
-        cases: Every mask.
+    These are "1 click", "3 clicks", ..., "box", and for IoU "1 click, best of three masks", which a
+    person would have to choose.
     """
 
-    model: str
-    data: str
-    images: int
-    masks: int
-    skipped: tuple[str, ...]
-    ious: Mapping[str, Figure]
-    boundary_fs: Mapping[str, Figure]
-    baselines: Mapping[str, Mapping[str, Figure]]
-    target_iou: float
+    model: str  # what was evaluated
+    data: str  # on what
+    images: int  # that were evaluated
+    masks: int  # that were evaluated
+    skipped: tuple[str, ...]  # what was not, and why
+    ious: Mapping[str, Figure]  # mean IoU
+    boundary_fs: Mapping[str, Figure]  # mean boundary F
+    baselines: Mapping[str, Mapping[str, Figure]]  # mean IoU without a network, also by name
+    target_iou: float  # what ``clicks_to_target`` counts to
+    # mean number of clicks until that IoU; masks that never got there count with ``most_clicks``,
+    # so the true mean is higher
     clicks_to_target: Figure
-    most_clicks: int
-    missed_target: float
-    calibrations: Mapping[str, Calibration]
-    cost: Cost
-    cases: tuple[Case, ...]
+    most_clicks: int  # where counting stops
+    missed_target: float  # share of the masks that never got there
+    calibrations: Mapping[str, Calibration]  # predicted against true IoU
+    cost: Cost  # time and memory
+    cases: tuple[Case, ...]  # every mask
 
     def to_json(self) -> str:
         """Everything, as JSON; numbers that there are none of are null."""

@@ -14,7 +14,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -112,7 +112,7 @@ def load_batches(
     keys = (part for step in steps for part in order.parts(step, rank))
     loader: DataLoader[Sample] = DataLoader(
         _Samples(task, order.seed),
-        batch_sampler=_Once(keys),
+        batch_sampler=cast("Any", keys),  # an iterator will do: it is read once
         num_workers=workers,
         collate_fn=_Collate(task),
         generator=torch.Generator(),  # else the loader would draw from the global one
@@ -133,16 +133,6 @@ def stack_samples(samples: list[dict[str, Any]]) -> Batch:
         else:
             batch[key] = torch.from_numpy(np.stack(values))
     return batch
-
-
-class _Once:
-    """An iterable over what is computed along the way."""
-
-    def __init__(self, keys: Iterator[list[Key]]) -> None:
-        self.keys = keys
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        return self.keys
 
 
 class _WithoutModel(Generic[Sample]):

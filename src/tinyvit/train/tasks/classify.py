@@ -177,7 +177,12 @@ def build_classifier(
         known = None if source is None else classes_in(source.metadata, source.path)
         if source is not None and (is_sam or known not in (None, tuple(classes))):
             built.reset_classifier(len(classes))
-    return _finished(built, natural, size)
+    if built.neck is not None:
+        built.neck = built.neck_dim = None
+        built.image_spec = ImageSpec.timm(size or _USUAL_SIZE)
+    elif natural is not None:
+        built.image_spec = _resized(natural, size or natural.size[0])
+    return built
 
 
 def save_classifier(model: TinyViT, path: str | os.PathLike[str], classes: Sequence[str]) -> Path:
@@ -204,19 +209,11 @@ def load_classifier(
     return create_model(checkpoint=opened), classes_in(opened.metadata, opened.path)
 
 
-def _finished(built: TinyViT, natural: ImageSpec | None, size: int | None) -> TinyViT:
-    """Take the neck off, and say how images are prepared."""
-    if built.neck is not None:
-        built.neck = built.neck_dim = None
-        built.image_spec = ImageSpec.timm(size or _USUAL_SIZE)
-    elif natural is not None and size not in (None, natural.size[0]):
-        shorter = natural.shorter_side
-        if shorter is not None:
-            shorter = max(shorter * size // natural.size[0], size)
-        built.image_spec = replace(natural, size=(size, size), shorter_side=shorter)
-    elif natural is not None:
-        built.image_spec = natural
-    return built
+def _resized(spec: ImageSpec, size: int) -> ImageSpec:
+    if size == spec.size[0]:
+        return spec
+    shorter = spec.shorter_side and max(spec.shorter_side * size // spec.size[0], size)
+    return replace(spec, size=(size, size), shorter_side=shorter)
 
 
 def _file_of(checkpoint: str | os.PathLike[str]) -> str | os.PathLike[str]:

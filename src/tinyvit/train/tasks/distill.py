@@ -203,8 +203,7 @@ class DistillFeatures:
         both; ``mask_iou``, with heads, the mean IoU of the masks for clear and ambiguous prompts at
         random points.
         """
-        sums: dict[str, float] = {}
-        count = {"cells": 0.0, "masks": 0.0}
+        values: dict[str, list[Tensor]] = {}
         generator = torch.Generator().manual_seed(0)  # the same points at each validation
         device = next(model.parameters()).device
         size = self.settings.val_batch_size
@@ -219,24 +218,18 @@ class DistillFeatures:
             mean = fit_grid(self._mean().to(device), _size(found))
             cells = covered_cells(placed, _size(found))
             maps = {
-                "cosine": cosine_per_cell(found, target),
-                "cosine_floor": cosine_per_cell(mean, target),
-                "cosine_centred": cosine_per_cell(found - mean, target - mean),
-                "mse": (found - target).square().mean(1),
+                "cosine": cosine_per_cell(found, target)[cells],
+                "cosine_floor": cosine_per_cell(mean, target)[cells],
+                "cosine_centred": cosine_per_cell(found - mean, target - mean)[cells],
+                "mse": (found - target).square().mean(1)[cells],
             }
-            for key, value in maps.items():
-                sums[key] = sums.get(key, 0.0) + float(value[cells].double().sum())
-            count["cells"] += float(cells.sum())
             if self.heads is not None:
                 points = random_points(placed, self.settings.val_points, generator)
                 wanted = self.heads.masks(teacher.float(), points) > 0
-                iou = mask_ious(self.heads.masks(found, points), wanted.float())
-                sums["mask_iou"] = sums.get("mask_iou", 0.0) + float(iou.double().sum())
-                count["masks"] += len(iou)
-        return {
-            key: value / count["masks" if key == "mask_iou" else "cells"]
-            for key, value in sums.items()
-        }
+                maps["mask_iou"] = mask_ious(self.heads.masks(found, points), wanted.float())
+            for key, value in maps.items():
+                values.setdefault(key, []).append(value)
+        return {key: float(torch.cat(found).double().mean()) for key, found in values.items()}
 
     def save(self, model: nn.Module, path: Path) -> None:
         """Write the student: a whole SAM where heads were given and fit, else the encoder."""

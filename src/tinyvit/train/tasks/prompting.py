@@ -74,18 +74,11 @@ def correct(predicted: Mask, target: Mask, rng: np.random.Generator) -> tuple[Po
     """
     from scipy.ndimage import label
 
-    errors = predicted != target
-    if not errors.any():
+    missed, count = label(target & ~predicted)
+    extra, more = label(predicted & ~target)
+    if not count + more:
         return None
-    kinds = np.where(errors, np.where(target, 1, 2), 0)
-    missed, count = label(kinds == 1)
-    extra, more = label(kinds == 2)
-    sizes = np.concatenate(
-        (
-            np.bincount(missed.ravel(), minlength=count + 1)[1:],
-            np.bincount(extra.ravel(), minlength=more + 1)[1:],
-        )
-    )
+    sizes = np.concatenate([np.bincount(found.ravel())[1:] for found in (missed, extra)])
     if rng.random() < _LARGEST_SHARE:
         chosen = int(np.argmax(sizes))
     else:

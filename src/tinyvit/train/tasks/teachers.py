@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -157,15 +157,9 @@ def store_features(
 ) -> Store:
     """Compute a teacher's features of images and keep them; goes on where it was stopped.
 
-    Args:
-        teacher: Gives the features.
-        root: The images' folder.
-        folder: The store's folder; one that exists must be of this teacher.
-        names: Paths below ``root``; None takes all images there.
-        flips: Store the features of mirrored images too.
-        batch_size: Images that the teacher gets together.
-        shard_size: Images in a file; what a stop can cost.
-        progress: Called with (images done, images in all).
+    ``names`` are paths below ``root``, by default of all images there; ``flips`` stores the
+    features of mirrored images too. The teacher gets ``batch_size`` images together; a stop costs
+    ``shard_size`` images, those of a file, at most.
     """
     root = Path(root)
     if teacher.image_spec.resize == "longest_side" and not teacher.image_spec.pad:
@@ -277,57 +271,31 @@ def write_logits(
     )
     todo = [int(name) for name in store.missing(map(str, range(len(images))))]
     done = (len(images) - len(todo)) * views
-    make = partial(_make_views, images, View(augment, teacher.image_spec))
     workers = choose_workers() if workers is None else workers
-    ahead = -(-batch_size // views) + workers
     unreadable: dict[str, str] = {}
-
-    def tell(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, views * len(images))
-
+    view, together = View(augment, teacher.image_spec), max(1, batch_size // views)
     for start in range(0, len(todo), shard_size):
         seeds = {index: _view_seeds(seed, views, index) for index in todo[start:][:shard_size]}
-        jobs = (partial(make, index, of_views) for index, of_views in seeds.items())
-        made = zip(seeds, read_ahead(jobs, workers=workers, ahead=ahead), strict=True)
-        shown = _readable(made, images, unreadable)
-        rows = _logit_rows(teacher, shown, seeds, len(classes), k, batch_size, tell)
+        jobs = (partial(_make_views, images, view, *one) for one in seeds.items())
+        made = zip(seeds, read_ahead(jobs, workers=workers, ahead=together + workers), strict=True)
+        rows: list[Row] = []
+        while group := list(islice(made, together)):
+            shown = {index: held for index, held in group if not isinstance(held, ImageError)}
+            unreadable.update(
+                (images.name(index), str(held)) for index, held in group if index not in shown
+            )
+            if shown:
+                best = _best(teacher, shown, len(classes), k, batch_size)
+                rows += [
+                    Row(str(index), {"seed": np.array(seeds[index], np.uint64), **arrays})
+                    for index, arrays in zip(shown, best, strict=True)
+                ]
+            done += len(shown) * views
+            if progress is not None:
+                progress(done, views * len(images))
         if rows:
             store.add(rows)
     return store, unreadable
-
-
-def _logit_rows(
-    teacher: Teacher,
-    shown: Iterator[tuple[int, NDArray[np.float32]]],
-    seeds: Mapping[int, Sequence[int]],
-    classes: int,
-    k: int,
-    batch_size: int,
-    tell: Callable[[int], None],
-) -> list[Row]:
-    """One row for each image of which views are shown, by (index, pixels)."""
-    kept: dict[int, list[tuple[NDArray[Any], NDArray[Any]]]] = {}
-    while batch := list(islice(shown, batch_size)):
-        pixels = torch.from_numpy(np.stack([one for _, one in batch]))
-        best = _probabilities(teacher, pixels, classes).topk(k, dim=1)
-        pairs = zip(best.values.numpy(), best.indices.numpy(), strict=True)
-        for (index, _), pair in zip(batch, pairs, strict=True):
-            kept.setdefault(index, []).append(pair)
-        tell(len(batch))
-    number = np.uint16 if classes <= 1 << 16 else np.uint32
-    rows = []
-    for index, of_views in kept.items():
-        probabilities, numbers = (np.stack(part) for part in zip(*of_views, strict=True))
-        arrays: dict[str, NDArray[Any]] = {
-            "seed": np.array(seeds[index], np.uint64),
-            "probabilities": probabilities.astype(np.float16),
-            "classes": numbers.astype(number),
-        }
-        rows.append(Row(str(index), arrays))
-    return rows
 
 
 def _view_seeds(seed: int, views: int, index: int) -> list[int]:
@@ -337,26 +305,32 @@ def _view_seeds(seed: int, views: int, index: int) -> list[int]:
 
 def _make_views(
     images: LabelledImages, view: View, index: int, seeds: Sequence[int]
-) -> list[NDArray[np.float32]] | ImageError:
-    """Views of one image, which is read once."""
+) -> NDArray[np.float32] | ImageError:
+    """Views [V, 3, h, w] of one image, which is read once."""
     try:
         image = decode(images.source(index))
     except ImageError as err:
         return err
-    return [view(image, np.random.default_rng(seed)) for seed in seeds]
+    return np.stack([view(image, np.random.default_rng(seed)) for seed in seeds])
 
 
-def _readable(
-    made: Iterable[tuple[int, list[NDArray[np.float32]] | ImageError]],
-    images: LabelledImages,
-    unreadable: dict[str, str],
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """(index of the image, a view of it); unreadable images are named."""
-    for index, views in made:
-        if isinstance(views, ImageError):
-            unreadable[images.name(index)] = str(views)
-        else:
-            yield from ((index, pixels) for pixels in views)
+def _best(
+    teacher: Teacher, shown: Mapping[int, NDArray[np.float32]], classes: int, k: int, batch: int
+) -> list[dict[str, NDArray[Any]]]:
+    """``probabilities`` and ``classes`` [V, k] of each image, by its views [V, 3, h, w]."""
+    pixels = torch.from_numpy(np.concatenate(list(shown.values())))
+    found = torch.cat(
+        [_probabilities(teacher, part, classes) for part in torch.split(pixels, batch)]
+    )
+    best = found.topk(k, dim=1)
+    number = np.uint16 if classes <= 1 << 16 else np.uint32
+    shape = len(shown), -1, k
+    probabilities = best.values.numpy().astype(np.float16).reshape(shape)
+    numbers = best.indices.numpy().astype(number).reshape(shape)
+    return [
+        {"probabilities": one, "classes": of_one}
+        for one, of_one in zip(probabilities, numbers, strict=True)
+    ]
 
 
 def _probabilities(teacher: Teacher, images: Tensor, classes: int) -> Tensor:
