@@ -285,11 +285,7 @@ def write_logits(
                 (images.name(index), str(held)) for index, held in group if index not in shown
             )
             if shown:
-                best = _best(teacher, shown, len(classes), k, batch_size)
-                rows += [
-                    Row(str(index), {"seed": np.array(seeds[index], np.uint64), **arrays})
-                    for index, arrays in zip(shown, best, strict=True)
-                ]
+                rows += _logit_rows(teacher, shown, seeds, len(classes), k, batch_size)
             done += len(shown) * views
             if progress is not None:
                 progress(done, views * len(images))
@@ -314,22 +310,32 @@ def _make_views(
     return np.stack([view(image, np.random.default_rng(seed)) for seed in seeds])
 
 
-def _best(
-    teacher: Teacher, shown: Mapping[int, NDArray[np.float32]], classes: int, k: int, batch: int
-) -> list[dict[str, NDArray[Any]]]:
-    """``probabilities`` and ``classes`` [V, k] of each image, by its views [V, 3, h, w]."""
+def _logit_rows(
+    teacher: Teacher,
+    shown: Mapping[int, NDArray[np.float32]],
+    seeds: Mapping[int, Sequence[int]],
+    classes: int,
+    k: int,
+    batch_size: int,
+) -> list[Row]:
+    """One row for each image, by its views [V, 3, h, w]."""
     pixels = torch.from_numpy(np.concatenate(list(shown.values())))
-    found = torch.cat(
-        [_probabilities(teacher, part, classes) for part in torch.split(pixels, batch)]
-    )
-    best = found.topk(k, dim=1)
+    parts = torch.split(pixels, batch_size)
+    best = torch.cat([_probabilities(teacher, part, classes) for part in parts]).topk(k, dim=1)
     number = np.uint16 if classes <= 1 << 16 else np.uint32
     shape = len(shown), -1, k
     probabilities = best.values.numpy().astype(np.float16).reshape(shape)
     numbers = best.indices.numpy().astype(number).reshape(shape)
     return [
-        {"probabilities": one, "classes": of_one}
-        for one, of_one in zip(probabilities, numbers, strict=True)
+        Row(
+            str(index),
+            {
+                "seed": np.array(seeds[index], np.uint64),
+                "probabilities": probabilities[place],
+                "classes": numbers[place],
+            },
+        )
+        for place, index in enumerate(shown)
     ]
 
 
