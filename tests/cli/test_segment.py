@@ -7,21 +7,21 @@ import pytest
 import typer
 from pycocotools.coco import COCO
 
-from tinyvit.cli import segment
+from tinyvit.cli import arguments, segment
 from tinyvit.cli.console import Console
 from tinyvit.cli.segment import parse_box, parse_point
 from tinyvit.folders.images import ImageFile
 from tinyvit.folders.runner import Item, Outcome
 from tinyvit.images.decode import decode
 
-LOAD = segment.load_sam
+LOAD = arguments.load_sam
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch, make_tiny_sam):
     """A tiny model in the place of every checkpoint."""
     sam = make_tiny_sam()
-    monkeypatch.setattr("tinyvit.cli.segment.load_sam", lambda own, checkpoint, size: sam)
+    monkeypatch.setattr("tinyvit.cli.arguments.load_sam", lambda own, checkpoint, size: sam)
     return sam
 
 
@@ -316,7 +316,7 @@ def test_boxes():
 @pytest.fixture
 def real(monkeypatch, tiny):
     """The checkpoint's own model after all."""
-    monkeypatch.setattr("tinyvit.cli.segment.load_sam", LOAD)
+    monkeypatch.setattr("tinyvit.cli.arguments.load_sam", LOAD)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def real(monkeypatch, tiny):
     [
         ("nothing", "unknown checkpoint 'nothing'"),
         ("none.pt", "no such file"),
-        ("saved", "is a folder, and folders of save_pretrained hold an encoder alone"),
+        ("saved", "is a folder without a whole SAM; give a file"),
     ],
 )
 def test_wrong_checkpoints(run, image, tmp_path, monkeypatch, real, checkpoint, expected):

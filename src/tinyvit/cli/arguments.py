@@ -206,14 +206,19 @@ def check_checkpoint(text: str | None) -> None:
 
 def load_sam(own: Console, checkpoint: str | None, size: int | None) -> Sam:
     """A whole SAM of a name or a file; None is the embedded one."""
-    from tinyvit.sam import build_sam
+    from tinyvit.sam import Sam, build_sam
 
     name = checkpoint or DEFAULT_CHECKPOINT
     if name not in list_checkpoints() and Path(name).is_dir():
-        raise CheckpointError(
-            f"{name!r} is a folder, and folders of save_pretrained hold an encoder alone; give a "
-            "file or a name with a whole SAM"
-        )
+        from tinyvit.hub import from_pretrained
+
+        whole: object = from_pretrained(name) if (Path(name) / _CONFIG).is_file() else None
+        if not isinstance(whole, Sam) or size is not None:
+            wanted = "that says itself at which size it works; leave --size out"
+            if not isinstance(whole, Sam):
+                wanted = "without a whole SAM; give a file or a name with one, or such a folder"
+            raise CheckpointError(f"{name!r} is a folder {wanted}")
+        return whole
     announce(own, name)
     with own.progress("downloading", counts_bytes=True) as update:
         return build_sam(name, img_size=size, progress=update)

@@ -13,24 +13,7 @@ from tinyvit.errors import ImageError
 from tinyvit.folders.images import list_images
 from tinyvit.labels import labels_for, read_labels
 
-from .arguments import (
-    MAX_PIXELS,
-    Backend,
-    Device,
-    ImagePaths,
-    Json,
-    MaxPixels,
-    Model,
-    Precision,
-    Size,
-    Threads,
-    announce_engine,
-    checkpoint_option,
-    engine_arguments,
-    file_of,
-    load_classifier,
-    variant_of,
-)
+from . import arguments as args
 
 EXAMPLES = (
     "tinyvit classify cat.jpg --checkpoint tiny_vit_5m_224.dist_in22k_ft_in1k",
@@ -39,7 +22,7 @@ EXAMPLES = (
 
 Weights = Annotated[
     str | None,
-    checkpoint_option(
+    args.checkpoint_option(
         "A name of 'tinyvit models', a file of weights, or a folder of save_pretrained, with a "
         "classification head. The embedded weights have none, so name one."
     ),
@@ -58,18 +41,18 @@ Labels = Annotated[
 
 def classify(
     ctx: typer.Context,
-    images: ImagePaths,
+    images: args.ImagePaths,
     checkpoint: Weights = None,
-    model: Model = None,
-    size: Size = None,
+    model: args.Model = None,
+    size: args.Size = None,
     top_k: TopK = 5,
     labels: Labels = None,
-    device: Device = "auto",
-    precision: Precision = "fp32",
-    backend: Backend = "auto",
-    threads: Threads = None,
-    max_pixels: MaxPixels = MAX_PIXELS,
-    as_json: Json = False,
+    device: args.Device = "auto",
+    precision: args.Precision = "fp32",
+    backend: args.Backend = "auto",
+    threads: args.Threads = None,
+    max_pixels: args.MaxPixels = args.MAX_PIXELS,
+    as_json: args.Json = False,
 ) -> None:
     """Name the likeliest classes of images.
 
@@ -85,12 +68,12 @@ def classify(
     from tinyvit.images.decode import decode
     from tinyvit.inference import Engine
 
-    built = load_classifier(own, checkpoint, model, size)
+    built = args.load_classifier(own, checkpoint, model, size)
     names = _names(built.num_classes, labels, checkpoint)
     found: list[dict[str, object]] = []
     failed: list[dict[str, object]] = []
-    with Engine(built, **engine_arguments(ctx)) as engine:
-        announce_engine(own, str(checkpoint), engine)
+    with Engine(built, **args.engine_arguments(ctx)) as engine:
+        args.announce_engine(own, str(checkpoint), engine)
         for image in listed:
             try:
                 logits = engine.classify(decode(image.path, max_pixels=max_pixels))[0]  # [classes]
@@ -107,7 +90,7 @@ def classify(
             if not as_json:
                 console.write(_for_people(str(image.path), rows))
     if as_json:
-        facts = {"checkpoint": checkpoint, "variant": variant_of(built)}
+        facts = {"checkpoint": checkpoint, "variant": args.variant_of(built)}
         counts = {"classes": built.num_classes, "pictures": found, "failed": failed}
         console.write_json({**facts, **counts})
     if failed:
@@ -120,7 +103,7 @@ def _names(classes: int, labels: Path | None, checkpoint: str | None) -> Sequenc
     from tinyvit.checkpoints.files import classes_in, read_header
 
     if labels is None and checkpoint is not None:
-        path = file_of(checkpoint)
+        path = args.file_of(checkpoint)
         own = classes_in(read_header(path), path)
         if own is not None and len(own) == classes:
             return own

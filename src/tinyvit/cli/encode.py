@@ -14,28 +14,8 @@ from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.cli import console
 from tinyvit.folders.images import ImageFile
 
+from . import arguments as args
 from . import outcomes
-from .arguments import (
-    MAX_PIXELS,
-    Backend,
-    Device,
-    ImagePaths,
-    Json,
-    MaxPixels,
-    Model,
-    NoPad,
-    Output,
-    Overwrite,
-    Precision,
-    Size,
-    Threads,
-    Workers,
-    announce_engine,
-    checkpoint_option,
-    engine_arguments,
-    load_encoder,
-    variant_of,
-)
 from .console import counted
 
 if TYPE_CHECKING:
@@ -48,7 +28,7 @@ EXAMPLES = (
 
 Weights = Annotated[
     str | None,
-    checkpoint_option(
+    args.checkpoint_option(
         "A name of 'tinyvit models', a file of weights, or a folder of save_pretrained. By default "
         f"{DEFAULT_CHECKPOINT}, which is small, weak, and needs no download."
     ),
@@ -63,22 +43,22 @@ NoImages = Annotated[
 
 def encode(
     ctx: typer.Context,
-    images: ImagePaths,
-    output: Output,
+    images: args.ImagePaths,
+    output: args.Output,
     checkpoint: Weights = None,
-    model: Model = None,
-    size: Size = None,
-    device: Device = "auto",
-    precision: Precision = "fp32",
-    backend: Backend = "auto",
-    threads: Threads = None,
-    workers: Workers = None,
+    model: args.Model = None,
+    size: args.Size = None,
+    device: args.Device = "auto",
+    precision: args.Precision = "fp32",
+    backend: args.Backend = "auto",
+    threads: args.Threads = None,
+    workers: args.Workers = None,
     batch_size: BatchSize = 8,
-    max_pixels: MaxPixels = MAX_PIXELS,
+    max_pixels: args.MaxPixels = args.MAX_PIXELS,
     no_images: NoImages = False,
-    no_pad: NoPad = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    no_pad: args.NoPad = False,
+    overwrite: args.Overwrite = False,
+    as_json: args.Json = False,
 ) -> None:
     """Compute the features of images and write them to files.
 
@@ -99,12 +79,12 @@ def encode(
     from tinyvit.folders.outputs import facts_of_engine
     from tinyvit.inference import Engine
 
-    built = load_encoder(own, checkpoint, model, size)
-    with Engine(built, **engine_arguments(ctx)) as engine:
+    built = args.load_encoder(own, checkpoint, model, size)
+    with Engine(built, **args.engine_arguments(ctx)) as engine:
         name = checkpoint or DEFAULT_CHECKPOINT
-        sizes = {"variant": variant_of(built), "strides": built.strides}
+        sizes = {"variant": args.variant_of(built), "strides": built.strides}
         facts = facts_of_engine(engine, name, **sizes, weights_sha256=engine.weights_sha256())
-        announce_engine(own, name, engine)
+        args.announce_engine(own, name, engine)
         work = EncodeFolder(engine, output, facts, not no_images, overwrite, max_pixels)
         run = partial(work.run, listed)
         done, seconds = outcomes.follow(own, run, len(listed), "encoding")

@@ -15,21 +15,7 @@ from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.cli import console
 from tinyvit.folders.images import list_images
 
-from .arguments import (
-    BACKENDS,
-    Device,
-    ImagePaths,
-    Json,
-    Precision,
-    Size,
-    announce,
-    announce_engine,
-    checkpoint_option,
-    load_sam,
-    matching_checkpoints,
-    one_of,
-    parse_precision,
-)
+from . import arguments as args
 from .console import Console, counted
 
 if TYPE_CHECKING:
@@ -56,30 +42,30 @@ def _data(name: str, text: str) -> Any:
 
 
 def _backend(side: str) -> Any:
-    words = f"[{'|'.join(BACKENDS)}]"
+    words = f"[{'|'.join(args.BACKENDS)}]"
     flag = f"--backend-{side.lower()}"
     return typer.Option(
-        flag, metavar=words, parser=one_of(*BACKENDS), help=f"What runs {side}'s encoder."
+        flag, metavar=words, parser=args.one_of(*args.BACKENDS), help=f"What runs {side}'s encoder."
     )
 
 
 def _precision(side: str) -> Any:
     flag = f"--precision-{side.lower()}"
     text = f"What {side}'s encoder computes in."
-    return typer.Option(flag, metavar="[fp32|bf16|auto]", parser=parse_precision, help=text)
+    return typer.Option(flag, metavar="[fp32|bf16|auto]", parser=args.parse_precision, help=text)
 
 
 LabelledData = Annotated[str, _data("DATA", _LABELLED)]
 MaskData = Annotated[str, _data("DATA", _MASKS)]
 SamA = Annotated[str, _data("A", SAM_HELP)]
 SamB = Annotated[str, _data("B", "Another, or the same again.")]
-ClassifierWeights = Annotated[str, checkpoint_option(_CLASSIFIER)]
+ClassifierWeights = Annotated[str, args.checkpoint_option(_CLASSIFIER)]
 SamWeights = Annotated[
     str,
     typer.Option(
         "--checkpoint",
         metavar="NAME_OR_FILE",
-        autocompletion=matching_checkpoints,
+        autocompletion=args.matching_checkpoints,
         show_default=False,
         help=f"{SAM_HELP} By default {DEFAULT_CHECKPOINT}.",
     ),
@@ -154,9 +140,9 @@ def classify(
     seed: Seed = 0,
     sheet: Sheet = None,
     batch_size: BatchSize = 8,
-    device: Device = "auto",
-    precision: Precision = "fp32",
-    as_json: Json = False,
+    device: args.Device = "auto",
+    precision: args.Precision = "fp32",
+    as_json: args.Json = False,
 ) -> None:
     """Evaluate a classifier on labelled images.
 
@@ -171,11 +157,11 @@ def classify(
     from tinyvit.train.tasks.classify import load_classifier
 
     _check_place(sheet)
-    announce(own, checkpoint)
+    args.announce(own, checkpoint)
     model, classes = load_classifier(checkpoint)
     images = _labelled(data, classes, _Part(held_out, val_part, split_seed, limit, seed))
     with Engine(model, device=device, precision=precision, batch_size=batch_size) as engine:
-        announce_engine(own, checkpoint, engine)
+        args.announce_engine(own, checkpoint, engine)
         with own.progress("evaluating") as update:
             report = evaluate_classifier(engine, images, progress=update)
     if as_json:
@@ -193,7 +179,7 @@ def segment(
     ctx: typer.Context,
     data: MaskData,
     checkpoint: SamWeights = DEFAULT_CHECKPOINT,
-    size: Size = None,
+    size: args.Size = None,
     images: Images = None,
     held_out: HeldOut = False,
     val_part: ValPart = 0.1,
@@ -205,9 +191,9 @@ def segment(
     most_clicks: MostClicks = 10,
     no_floors: NoFloors = False,
     sheet: Sheet = None,
-    device: Device = "auto",
-    precision: Precision = "fp32",
-    as_json: Json = False,
+    device: args.Device = "auto",
+    precision: args.Precision = "fp32",
+    as_json: args.Json = False,
 ) -> None:
     """Evaluate how well a SAM segments by clicks and boxes.
 
@@ -225,7 +211,7 @@ def segment(
         _numbers(clicks), target_iou, most_clicks, with_baselines=not no_floors
     )
     masks = _masks(data, images, _Part(held_out, val_part, split_seed, limit, seed))
-    sam = load_sam(own, checkpoint, size)
+    sam = args.load_sam(own, checkpoint, size)
     predictor = SamPredictor(sam, device=device, precision=precision)
     own.say(f"{checkpoint}: {masks.describe().partition(';')[0]}")
     gallery = None if sheet is None else Gallery()
@@ -256,17 +242,17 @@ def agreement(
     ctx: typer.Context,
     first: SamA,
     second: SamB,
-    images: ImagePaths,
+    images: args.ImagePaths,
     limit: Limit = None,
     seed: Seed = 0,
     grid: Grid = 4,
-    size: Size = None,
+    size: args.Size = None,
     backend_a: BackendOfA = "auto",
     backend_b: BackendOfB = "auto",
     precision_a: PrecisionOfA = "fp32",
     precision_b: PrecisionOfB = "fp32",
-    device: Device = "auto",
-    as_json: Json = False,
+    device: args.Device = "auto",
+    as_json: args.Json = False,
 ) -> None:
     """Compare two SAMs, or one on two backends, on the same images.
 
@@ -364,7 +350,7 @@ def _predictor(
 ) -> SamPredictor:
     from tinyvit.sam import SamPredictor
 
-    sam = load_sam(own, checkpoint, size)
+    sam = args.load_sam(own, checkpoint, size)
     runner = cast("BackendName", backend)  # the option takes no other word
     return SamPredictor(sam, backend=runner, precision=precision, device=device)
 

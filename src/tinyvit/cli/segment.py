@@ -14,26 +14,8 @@ from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.cli import console
 from tinyvit.folders.images import ImageFile
 
+from . import arguments as args
 from . import outcomes
-from .arguments import (
-    MAX_PIXELS,
-    Backend,
-    Device,
-    ImagePaths,
-    Json,
-    MaxPixels,
-    NoPad,
-    Output,
-    Overwrite,
-    Precision,
-    Size,
-    Threads,
-    Workers,
-    announce_engine,
-    checkpoint_option,
-    engine_arguments,
-    load_sam,
-)
 from .console import Console, counted
 
 if TYPE_CHECKING:
@@ -138,7 +120,7 @@ Logits = Annotated[
 ]
 Weights = Annotated[
     str | None,
-    checkpoint_option(
+    args.checkpoint_option(
         "A name of 'tinyvit models', or a file that holds a whole SAM, not an encoder alone. By "
         f"default {DEFAULT_CHECKPOINT}, which is small, weak, and needs no download."
     ),
@@ -191,8 +173,8 @@ OF_EVERYTHING = (  # parameters that are arguments of SamAutomaticMaskGenerator
 
 def segment(
     ctx: typer.Context,
-    images: ImagePaths,
-    output: Output,
+    images: args.ImagePaths,
+    output: args.Output,
     point: Points = None,
     box: Boxes = None,
     mask: MaskFile = None,
@@ -202,22 +184,22 @@ def segment(
     multimask: Multimask = False,
     logits: Logits = False,
     checkpoint: Weights = None,
-    size: Size = None,
-    device: Device = "auto",
-    precision: Precision = "fp32",
-    backend: Backend = "auto",
-    threads: Threads = None,
-    workers: Workers = None,
+    size: args.Size = None,
+    device: args.Device = "auto",
+    precision: args.Precision = "fp32",
+    backend: args.Backend = "auto",
+    threads: args.Threads = None,
+    workers: args.Workers = None,
     batch_size: BatchSize = 1,
-    max_pixels: MaxPixels = MAX_PIXELS,
-    no_pad: NoPad = False,
+    max_pixels: args.MaxPixels = args.MAX_PIXELS,
+    no_pad: args.NoPad = False,
     points_per_side: PointsPerSide = None,
     pred_iou_thresh: PredIouThresh = None,
     stability_score_thresh: StabilityScoreThresh = None,
     crop_n_layers: CropNLayers = None,
     min_mask_region_area: MinMaskRegionArea = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    overwrite: args.Overwrite = False,
+    as_json: args.Json = False,
 ) -> None:
     """Find the masks of what points and boxes mean, or of everything.
 
@@ -246,7 +228,7 @@ def segment(
     from tinyvit.folders.segment import SegmentFolder
     from tinyvit.sam import Segmenter
 
-    segmenter = Segmenter(load_sam(own, checkpoint, size), **engine_arguments(ctx))
+    segmenter = Segmenter(args.load_sam(own, checkpoint, size), **args.engine_arguments(ctx))
     with segmenter.encoder.engine as engine:
         work = SegmentFolder(
             segmenter,
@@ -259,7 +241,7 @@ def segment(
             overwrite=overwrite,
             max_pixels=max_pixels,
         )
-        announce_engine(own, checkpoint or DEFAULT_CHECKPOINT, engine)
+        args.announce_engine(own, checkpoint or DEFAULT_CHECKPOINT, engine)
         words = "" if everything else "segmenting"  # the generator has its own bar
         done, seconds = outcomes.follow(own, partial(work.run, items), len(items), words)
     _report(own, done, seconds, without, checkpoint in (None, DEFAULT_CHECKPOINT))
