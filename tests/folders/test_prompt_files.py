@@ -198,6 +198,15 @@ def test_csv(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_csv_of_excel(tmp_path, mark):
+    path = tmp_path / "p.csv"
+    text = "image,x,y,label\na.png,5,6,1\n".replace(",", mark)
+    path.write_text(text, encoding="utf-8-sig")
+    ((name, prompts),) = read_prompts(path).items()
+    assert (name, len(prompts)) == ("a.png", 1)
+
+
 def test_csv_of_clicks_alone(tmp_path):
     found = read_prompts(csv_file(tmp_path, "image, x, y", "a.jpg, 1, 2", "a.jpg, 3, 4"))
     assert [prompt.points.tolist() for prompt in found["a.jpg"]] == [[[1, 2]], [[3, 4]]]

@@ -180,7 +180,9 @@ def _of_json(path: Path, text: str) -> dict[str, Sequence[object]]:
 
 def _of_csv(path: Path, text: str) -> dict[str, list[dict[str, object]]]:
     """Rows with the same image and object are one dictionary; all others one each."""
-    rows = csv.DictReader(text.splitlines())
+    lines = text.splitlines()
+    mark = max(",;\t", key="".join(lines[:1]).count)  # Excel writes semicolons in many countries
+    rows = csv.DictReader(lines, delimiter=mark)
     heads = [head.strip() for head in rows.fieldnames or ()]
     heads = ["picture" if head == "image" else head for head in heads]
     unknown = [head for head in heads if head not in COLUMNS]
