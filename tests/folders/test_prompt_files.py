@@ -207,6 +207,12 @@ def test_csv_of_excel(tmp_path, mark):
     assert (name, len(prompts)) == ("a.png", 1)
 
 
+def test_names_written_on_windows():
+    images = [ImageFile(Path("d/sub/a.png"), "sub/a.png", "sub/a")]
+    items, missing = share_out(images, {"sub\\a.png": (Prompt(points=[[1, 2]]),)}, Path("p.csv"))
+    assert (len(items), missing) == (1, [])
+
+
 def test_csv_of_clicks_alone(tmp_path):
     found = read_prompts(csv_file(tmp_path, "image, x, y", "a.jpg, 1, 2", "a.jpg, 3, 4"))
     assert [prompt.points.tolist() for prompt in found["a.jpg"]] == [[[1, 2]], [[3, 4]]]

@@ -260,7 +260,8 @@ def share_out(
     found: dict[ImageFile, Prompts] = {}
     missing: list[tuple[str, str]] = []
     for name, wanted in prompts.items():
-        image = of_name.get(name) or of_name.get(Path(name).as_posix())
+        straight = name.replace("\\", "/")  # a file written on Windows
+        image = of_name.get(name) or of_name.get(Path(straight).as_posix())
         if image is None:
             stems = {one.stem: one.name for one in images}  # the same suffix makes nothing alike
             near = get_close_matches(str(Path(name).with_suffix("")), stems, 1, cutoff=0.7)
