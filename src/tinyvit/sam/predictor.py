@@ -3,9 +3,6 @@
 Methods, arguments, results and attributes are segment-anything's. What differs: images may be
 files, any orientation in EXIF is applied, wrong prompts are errors in words, and the encoder and
 the decoder run in their fast forms. ``Segmenter`` is the way for many images or many prompts.
-
-Shapes: B prompts, N points, K masks of a prompt, C channels, H W the image, h w the embedding's
-grid, h4 w4 the low-res logits. Sizes are (height, width).
 """
 
 from __future__ import annotations
@@ -144,8 +141,6 @@ class SamPredictor:
             decoder_precision=decoder_precision,
         )
 
-    # -- the image ---------------------------------------------------------------------------
-
     def set_image(self, image: ImageSource, image_format: str = "RGB") -> None:
         """Encode an image for the predictions that follow.
 
@@ -246,8 +241,6 @@ class SamPredictor:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": None}
-
-    # -- prompts -------------------------------------------------------------------------------
 
     def predict(
         self,
@@ -364,8 +357,6 @@ class SamPredictor:
         threshold = None if return_logits else self.model.mask_threshold
         masks = self._decoder.masks(low_res.cpu().numpy(), self._placement(), threshold)
         return torch.from_numpy(masks).to(self.device), scores, low_res
-
-    # -- inside --------------------------------------------------------------------------------
 
     def _encode(self, prepared: PreparedImage) -> None:
         (embedding,) = self._encoder.encode_prepared([prepared])

@@ -19,15 +19,7 @@ from tinyvit.modules.functional import is_tracing
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them.
-
-    Args:
-        input_dim: Channels in.
-        hidden_dim: Channels between.
-        output_dim: Channels out.
-        num_layers: Linear layers.
-        sigmoid_output: End with a sigmoid.
-    """
+    """Linear layers with ReLU between them, and a sigmoid at the end if asked for."""
 
     def __init__(
         self,
@@ -151,11 +143,7 @@ class MaskDecoder(nn.Module):
         sparse: Tensor,
         dense: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Run the transformer on the decoder's own tokens [S, C] and the prompts'; see ``forward``.
-
-        Returns:
-            (own tokens [N, S, C], image tokens as a map [N, C, h, w]).
-        """
+        """Own tokens [S, C] and the prompts' -> own tokens [N, S, C], image tokens [N, C, h, w]."""
         if not (is_tracing() or torch.compiler.is_compiling()):  # sizes are tensors there
             self._check(image_embeddings, image_pe, sparse, dense)
         count = sparse.shape[0]

@@ -19,12 +19,7 @@ _PADDING = -1  # the label of a point that is none
 
 
 class PositionEmbeddingRandom(nn.Module):
-    """Positions as sines and cosines of random frequencies.
-
-    Args:
-        num_pos_feats: Frequencies; positions get twice as many channels.
-        scale: Standard deviation of the frequencies; None or 0 and less mean 1.
-    """
+    """Positions as sines and cosines of random frequencies, of standard deviation ``scale``."""
 
     positional_encoding_gaussian_matrix: Tensor
 

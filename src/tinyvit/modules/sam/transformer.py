@@ -11,16 +11,7 @@ from tinyvit.modules.functional import attend
 
 
 class Attention(nn.Module):
-    """Attention whose queries, keys and values are projected to a narrower width.
-
-    Args:
-        embedding_dim: Channels C outside.
-        num_heads: Heads.
-        downsample_rate: C over the width inside.
-
-    Raises:
-        ValueError: The width inside is no multiple of ``num_heads``.
-    """
+    """Attention of queries, keys and values of ``embedding_dim // downsample_rate`` channels."""
 
     def __init__(self, embedding_dim: int, num_heads: int, downsample_rate: int = 1) -> None:
         super().__init__()
@@ -38,16 +29,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(self.internal_dim, embedding_dim)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend.
-
-        Args:
-            q: [B, Tq, C], queries.
-            k: [B, Tk, C], keys.
-            v: [B, Tk, C], values.
-
-        Returns:
-            [B, Tq, C].
-        """
+        """Queries [B, Tq, C] to keys and values [B, Tk, C] -> [B, Tq, C]."""
         q = self._split_heads(self.q_proj(q))  # [B, heads, Tq, C']
         k = self._split_heads(self.k_proj(k))
         v = self._split_heads(self.v_proj(v))
@@ -78,14 +60,8 @@ class _MLPBlock(nn.Module):
 class TwoWayAttentionBlock(nn.Module):
     """Tokens to tokens, tokens to image, MLP on the tokens, image to tokens.
 
-    Args:
-        embedding_dim: Channels C.
-        num_heads: Heads of all attentions.
-        mlp_dim: Hidden width of the MLP.
-        activation: Class of the MLP's activation.
-        attention_downsample_rate: C over the inner width of the attentions across.
-        skip_first_layer_pe: Leave the position out of the first attention, and its residual too:
-            the first block's tokens are their own positions.
+    ``skip_first_layer_pe`` leaves the position out of the first attention, and its residual too:
+    the first block's tokens are their own positions.
     """
 
     def __init__(
@@ -112,17 +88,7 @@ class TwoWayAttentionBlock(nn.Module):
     def forward(
         self, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """One block.
-
-        Args:
-            queries: [B, T, C] tokens.
-            keys: [B, L, C] image tokens.
-            query_pe: [B, T, C] positions of the tokens.
-            key_pe: [B or 1, L, C] positions of the image tokens.
-
-        Returns:
-            (queries [B, T, C], keys [B, L, C]).
-        """
+        """Tokens [B, T, C], image tokens [B, L, C] and the positions of each -> both."""
         if self.skip_first_layer_pe:
             queries = self.self_attn(queries, queries, queries)
         else:
