@@ -2,9 +2,7 @@
 
 A corner is a place where the border between mask and ground turns. In a row corners pair up from
 left to right, in a column from top to bottom; following the pairs in turn gives every closed path
-without walking along pixels.
-
-Shapes: H W an image. Coordinates are continuous: the first pixel reaches from (0, 0) to (1, 1).
+without walking along pixels. Coordinates are continuous: the first pixel is from (0, 0) to (1, 1).
 """
 
 from __future__ import annotations
@@ -18,21 +16,11 @@ Ring = NDArray[np.float64]
 
 
 def outlines(mask: NDArray[np.bool_], tolerance: float = 0.0) -> list[Ring]:
-    """The closed outlines of a mask.
+    """The closed outlines of a mask [H, W] bool: corners [P, 2] as (x, y), the last not repeated.
 
-    Drawn with the even-odd rule, exact outlines give the mask back bit for bit.
-
-    Args:
-        mask: [H, W] bool.
-        tolerance: Pixels that a simplified outline may lie beside the exact one (Douglas and
-            Peucker, 1973); 0 gives exact ones.
-
-    Returns:
-        For each outline its corners, [P, 2] float64 as (x, y), the last not repeated. Outer ones
-        run clockwise as seen, holes the other way round.
-
-    Raises:
-        ValueError: The mask is not [H, W] bool, or the tolerance is negative or not finite.
+    Outer ones run clockwise as seen, holes the other way round. Drawn with the even-odd rule they
+    give the mask back bit for bit, or with a ``tolerance`` are simplified to lie at most so many
+    pixels beside the exact ones (Douglas and Peucker, 1973).
 
     Example:
         >>> outlines(np.ones((1, 2), bool))[0].tolist()

@@ -42,14 +42,13 @@ def build_all_layer_point_grids(
 
     The points a side of layer i are divided by ``scale_per_layer`` to the power i.
     """
-    if n_per_side < 1:
-        raise ValueError(f"points_per_side must be at least 1, came {n_per_side}")
-    if n_layers < 0:
-        raise ValueError(f"crop_n_layers must be at least 0, came {n_layers}")
-    if scale_per_layer < 1:
-        raise ValueError(
-            f"crop_n_points_downscale_factor must be at least 1, came {scale_per_layer}"
-        )
+    for name, value, least in (
+        ("points_per_side", n_per_side, 1),
+        ("crop_n_layers", n_layers, 0),
+        ("crop_n_points_downscale_factor", scale_per_layer, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, came {value}")
     counts = [int(n_per_side / scale_per_layer**layer) for layer in range(n_layers + 1)]
     if counts[-1] < 1:
         raise ValueError(

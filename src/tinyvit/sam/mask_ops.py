@@ -43,9 +43,6 @@ def non_maximum_suppression(
 
     ``boxes`` are [N, 4] xyxy (float32 is compared in float32, all else in float64), ``scores``
     [N]. A box goes when its IoU with a better one that stays exceeds ``threshold``.
-
-    Raises:
-        ValueError: Another shape, a box that is not finite, or a score that is no number.
     """
     rectangles, values = _boxes(boxes), np.asarray(scores)
     if values.shape != (len(rectangles),):
@@ -149,12 +146,7 @@ def remove_small_regions(mask: Mask, area_threshold: float, mode: RegionKind) ->
 
 
 class RLE(TypedDict):
-    """Run lengths of a mask, ready for JSON.
-
-    Attributes:
-        size: [H, W].
-        counts: Numbers, or their compressed text.
-    """
+    """Run lengths of a mask of ``size`` [H, W], ready for JSON: numbers, or compressed text."""
 
     size: list[int]
     counts: list[int] | str
@@ -197,12 +189,7 @@ def runs(mask: Mask, top: int, left: int, size: tuple[int, int]) -> Integers:
 
 
 def decode(rle: Mapping[str, object]) -> Mask:
-    """The mask [H, W] bool of run lengths: ``size`` [H, W] and ``counts``, numbers or text.
-
-    Raises:
-        ValueError: A part is missing or of another kind, a count is negative, the text is damaged,
-            or the counts do not sum to H * W.
-    """
+    """The mask [H, W] bool of run lengths, ``size`` [H, W] and ``counts``; all is checked."""
     height, width, counts = _read(rle)
     return fill((height, width), counts)
 

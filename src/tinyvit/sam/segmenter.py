@@ -260,7 +260,6 @@ class Segmenter:
 
 
 def _images(items: Iterable[Any]) -> Iterator[Picture]:
-    """Images, and no embeddings among them."""
     for item in items:
         if isinstance(item, ImageEmbedding):
             raise TypeError(
