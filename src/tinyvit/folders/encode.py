@@ -35,14 +35,9 @@ COLUMNS = 3  # of panels in an image of features
 
 @dataclass(frozen=True)
 class EncodeFolder:
-    """How images are encoded and where to.
+    """How images are encoded and where to; ``facts`` are of ``facts_of_engine``.
 
-    Attributes:
-        engine: Runs the model.
-        folder: Where the files go.
-        facts: What their headers say about the model, from ``facts_of_engine``.
-        with_drawings: Whether to draw the features.
-        overwrite: Whether to encode again what is current, and to replace files that are not ours.
+    With ``overwrite`` what is current is encoded again, and files that are not ours are replaced.
     """
 
     engine: Engine
@@ -109,12 +104,7 @@ class EncodeFolder:
 
 
 def write_features(target: Path, features: Any, facts: Mapping[str, object]) -> None:
-    """Write features [C, h, w] float32 with facts in the header, each as JSON, whole or not at all.
-
-    Raises:
-        CheckpointError: The file cannot be written.
-        OSError: Its folder cannot be made.
-    """
+    """Write features [C, h, w] float32 with facts as JSON in the header, whole or not at all."""
     import torch
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -123,11 +113,9 @@ def write_features(target: Path, features: Any, facts: Mapping[str, object]) -> 
 
 
 def draw_features(image: NDArray[np.uint8], encoded: Encoded) -> NDArray[np.uint8]:
-    """The photograph, the map of each stage, and the features, in rows of three.
+    """The photograph [H, W, 3] uint8, the map of each stage, and the features, in rows of three.
 
-    Args:
-        image: The photograph, [H, W, 3] uint8, of any size.
-        encoded: With maps of the stages; features that are the last of these are not drawn again.
+    Features that are the last map are not drawn again.
     """
     maps = [np.asarray(stage) for stage in encoded.stages or ()]
     features = np.asarray(encoded.features)

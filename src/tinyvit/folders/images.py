@@ -21,11 +21,8 @@ IMAGE_SUFFIXES = (  # the one list of them
 class ImageFile:
     """One image to work on.
 
-    Attributes:
-        path: The file.
-        name: Its path relative to the folder that was named, with slashes.
-        stem: What its outputs are called: ``name`` without the suffix; with the suffix where
-            another image has the same stem.
+    ``name`` is its path relative to the folder that was named, with slashes; ``stem`` is what its
+    outputs are called: ``name`` without the suffix, or with it where another has the same stem.
     """
 
     path: Path
@@ -34,24 +31,16 @@ class ImageFile:
 
 
 def list_images(paths: Sequence[Path], output: Path | None = None) -> list[ImageFile]:
-    """The images that are named, and those in the folders that are named.
+    """The images that are named, and those in the folders that are named, each once.
 
-    Folders are read with all folders in them, sorted by name; files count by their suffix, hidden
-    ones not at all; links to folders are not followed. An image named as a file counts whatever
-    its suffix. Where several folders are named, each keeps its own name in front, so that outputs
-    do not meet.
-
-    Args:
-        paths: Files and folders.
-        output: A folder that is written to: nothing is listed from it.
-
-    Returns:
-        Each image once, in the order of ``paths``.
+    Folders are read with all folders in them, sorted by name, but not ``output``; files count by
+    their suffix, hidden ones not at all; links to folders are not followed. An image named as a
+    file counts whatever its suffix. Where several folders are named, each keeps its own name in
+    front, so that outputs do not meet.
 
     Raises:
         ValueError: A path is not there, no image was found, the output folder is one of the
             folders, or two images would have the same outputs.
-        OSError: A folder cannot be read.
     """
     folders = [path for path in paths if path.is_dir()]
     found: list[ImageFile] = []

@@ -56,13 +56,9 @@ def find_existing(
     facts: Mapping[str, object],
     incomplete: str = "not all there any more",
 ) -> Existing:
-    """Say what is there already.
+    """Say what is there of a main file, which holds the facts, and of others ``beside`` it.
 
-    Args:
-        path: The main file, ``.safetensors`` or ``.json``, which holds the facts.
-        beside: The other files that are wanted.
-        facts: What the main file would say now.
-        incomplete: Words for one of ``beside`` that is missing.
+    ``facts`` are what it would say now; ``incomplete`` is said where one of ``beside`` is missing.
     """
     found = _read_facts(path, facts.get("made_by")) if path.exists() else {}
     own = tuple(path.with_name(name) for name in found["files"]) if found else ()
@@ -85,11 +81,7 @@ def find_existing(
 
 
 def facts_of_image(image: ImageFile) -> dict[str, object]:
-    """What tells whether an image is still the same file.
-
-    Raises:
-        OSError: The file is gone.
-    """
+    """What tells whether an image is still the same file; an OSError where it is gone."""
     state = image.path.stat()
     return {
         "picture": image.name,

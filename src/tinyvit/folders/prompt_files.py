@@ -43,9 +43,6 @@ def prompts_of(
 
     All points are about one object, and so are a box and a mask that come with them. Several boxes
     are several objects. With ``each`` every point and every box is an object of its own.
-
-    Raises:
-        ValueError: Nothing is prompted, it is not clear what goes with what, or a prompt is wrong.
     """
     if not points and not boxes and mask is None:
         raise ValueError(
@@ -78,11 +75,7 @@ def _one(points: Sequence[Point], box: Box | None = None, mask: Path | None = No
 
 
 def read_mask(path: Path) -> NDArray[np.float32] | NDArray[np.bool_]:
-    """A mask prompt of a file: logits [h4, w4] float32, or an image's bright pixels [H, W] bool.
-
-    Raises:
-        ValueError: The file holds no logits, or nothing in the image is bright.
-    """
+    """A mask prompt of a file: logits [h4, w4] float32, or an image's bright pixels [H, W] bool."""
     suffix = path.suffix.lower()
     if suffix == ".npy":
         try:
@@ -124,10 +117,7 @@ def _logits(path: Path, arrays: Sequence[NDArray[np.generic]]) -> NDArray[np.flo
 def read_prompts(path: Path) -> dict[str, Prompts]:
     """Prompts of a ``.csv`` or JSON file: for each image's name one prompt for each object.
 
-    Files of masks named in it are found from its folder.
-
-    Raises:
-        ValueError: It is neither, or something in it is wrong; it says at which image and object.
+    Files of masks named in it are found from its folder. Errors say at which image and object.
     """
     text = path.read_text(encoding="utf-8-sig")
     objects = _of_csv(path, text) if path.suffix.lower() == ".csv" else _of_json(path, text)
@@ -241,19 +231,9 @@ def _add_row(place: str, entry: dict[str, object], cells: Mapping[str, str]) -> 
 def share_out(
     images: Sequence[ImageFile], prompts: Mapping[str, Prompts], source: Path
 ) -> tuple[list[Item], list[tuple[str, str]]]:
-    """Find the image for each name of a file of prompts.
+    """The images that have prompts of a file; and (name, message) of names that no image has.
 
-    Args:
-        images: From ``list_images``.
-        prompts: From ``read_prompts``; a name is an image's path relative to the folder that was
-            named, or its path as it was given.
-        source: The file, for messages.
-
-    Returns:
-        The images that have prompts; and (name, message) of names that no image has.
-
-    Raises:
-        ValueError: One image is named in two ways, or no image has prompts.
+    A name is an image's path relative to the folder that was named, or its path as it was given.
     """
     of_name = {image.path.as_posix(): image for image in images}
     of_name.update({image.name: image for image in images})

@@ -97,21 +97,12 @@ def run(
 ) -> Iterator[Outcome]:
     """Do the work: first the items are told with which nothing is to be done, then the others.
 
-    Args:
-        items: Images with their prompts.
-        plan: Says what is to be done and what is there already. Called again in a thread just
-            before the image is read: it may have changed while others were computed.
-        read: Fills in ``image`` and ``prepared``, in a thread.
-        compute: One result for each job, in order; or an outcome where there is none.
-        write: Writes the files, in a thread; gives facts for the outcome.
-        overwrite: Whether to do again what is current, and to replace files that are not ours.
-        workers: Threads that read, and as many that write.
-        ahead: Images read ahead, at most.
-        tell: Called with each outcome as soon as it is there, in whatever thread that is; outcomes
-            are yielded later, in order. After an interruption it has been told all that is done.
-
-    Yields:
-        One outcome for each item.
+    ``plan`` says what is to be done and what is there already; it is called again in a thread just
+    before an image is read, which may have changed while others were computed. ``read`` fills in
+    ``image`` and ``prepared``, in a thread. ``compute`` gives one result for each job, in order, or
+    an outcome where there is none. ``write`` writes the files, in a thread, and gives facts for the
+    outcome. ``tell`` is called with each outcome as soon as it is there, in whatever thread that
+    is: after an interruption it has been told all that is done. Outcomes are yielded in order.
 
     Raises:
         CheckpointError: The disk cannot be written to; what is written so far is whole.

@@ -51,19 +51,10 @@ NOT_TOLD = {"segmentation", "prompt", "image_id", "category_id", "iscrowd"}  # i
 class SegmentFolder:
     """How images are segmented and where to.
 
-    Args:
-        segmenter: Runs the model.
-        folder: Where the files go.
-        checkpoint: What the documents call the model.
-        multimask: Whether to write all masks of each prompt.
-        with_logits: Whether to write low-res logits.
-        everything: Segment everything, and no prompts; arguments for ``SamAutomaticMaskGenerator``
-            that differ from its own.
-        progress: Opens a progress bar for the name of an image that the generator works on.
-        overwrite: Whether to segment again what is current, and to replace files that are not ours.
-
-    Raises:
-        ValueError: An argument of the generator is out of its range.
+    ``everything`` has arguments for ``SamAutomaticMaskGenerator`` that differ from its own; with it
+    there are no prompts. ``progress`` opens a progress bar for the name of an image that the
+    generator works on. With ``overwrite`` what is current is segmented again, and files that are
+    not ours are replaced.
     """
 
     def __init__(
