@@ -107,7 +107,9 @@ def image(side: int = 64, channels: int = 3) -> Tensor:
 
 ENCODERS = [family for family in FAMILIES if family != "mobile_sam_v2_decoder"]
 SMALL_ARGUMENTS = {
-    name: value for name, value in vars(SMALL).items() if name not in ("stem", "neck_dim")
+    name: value
+    for name, value in vars(SMALL).items()
+    if name not in ("stem", "neck_dim", "neck_size")
 }
 
 
@@ -117,9 +119,10 @@ def small_model(family: str, randomise: Callable[..., TinyViT]) -> TinyViT:
     parts = layout.required if family == "tinyvit_sam" else (*layout.required, *layout.optional)
     model = TinyViT(
         **SMALL_ARGUMENTS,
-        strides=(2, 2, 1) if "neck" in parts else (2, 2, 2),
+        strides=layout.strides if "neck" in parts else (2, 2, 2),
         stem=layout.stem or "conv",
         neck_dim=16 if "neck" in parts else None,
+        neck_size=layout.neck_size,
         head="head" in parts,
     )
     return randomise(model, seed=3).eval()
@@ -151,7 +154,8 @@ def test_every_family_gives_what_the_state_loaded_by_hand_gives(
     assert torch.isfinite(out).all()
     assert torch.equal(out, wanted)
     assert model.image_spec is not None
-    assert model.image_spec.resize == ("crop" if model.neck is None else "longest_side")
+    way = "squash" if model.neck_size is not None else "longest_side"
+    assert model.image_spec.resize == ("crop" if model.neck is None else way)
 
     report = load_checkpoint(randomise(TinyViT(**model.arguments()), seed=4), path)
     assert report.untrained == ()

@@ -36,6 +36,8 @@ Family: TypeAlias = Literal[
     "litemedsam",
     "ultralytics",
     "micro_sam",
+    "mmpretrain",
+    "efficientsam3",
     "tinyvit",
     "tinyvit_sam",
 ]
@@ -121,7 +123,8 @@ class Checkpoint:
         family: Whose key names the file uses.
         file: File name in the cache and below a mirror; unique in the table.
         format: ``"safetensors"``, or ``"torch"`` for a file of ``torch.save``.
-        licence: SPDX licence the publisher states for the weights or their repository.
+        licence: Licence the publisher states for the weights or their repository, by its SPDX name
+            where it has one.
         source: Page where the file is published.
         urls: Where to fetch it, tried in order; empty if it must be fetched by hand.
         sha256: Hash of the file, or None where no publisher states one. See
@@ -247,6 +250,18 @@ def _timm(name: str, num_classes: int = 1000) -> Checkpoint:
     )  # fmt: skip
 
 
+def _efficientsam3(name: str, variant: str) -> Checkpoint:
+    """The row of a whole EfficientSAM3, of which only the image encoder is read."""
+    page = "https://huggingface.co/Simon7108528/EfficientSAM3"
+    return Checkpoint(
+        name, variant, "efficientsam3", f"{name}.pt", "torch", "SAM License",
+        "https://github.com/SimonZeng7108/efficientsam3",
+        urls=(f"{page}/resolve/main/stage1_all_converted/{name}.pt",),
+        note="Derived from SAM 3: Meta's SAM License holds. Only "
+        "the image encoder is read; the rest of SAM 3 in the file is left over.",
+    )  # fmt: skip
+
+
 CHECKPOINTS: tuple[Checkpoint, ...] = (
     Checkpoint(
         "tinyvit_starter", "tiny_vit_2m_sam", "tinyvit_sam", "starter.safetensors", "safetensors",
@@ -283,6 +298,10 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
         "Apache-2.0", "https://github.com/bowang-lab/MedSAM/tree/LiteMedSAM",
         note="Published on Google Drive only; download it from the link on the project's page.",
     ),
+    _efficientsam3("efficient_sam3_tinyvit_s", "tiny_vit_5m_sam3"),
+    _efficientsam3("efficient_sam3_tinyvit_m", "tiny_vit_11m_sam3"),
+    _efficientsam3("efficient_sam3_tinyvit_m_geo_ft", "tiny_vit_11m_sam3"),
+    _efficientsam3("efficient_sam3_tinyvit_l", "tiny_vit_21m_sam3"),
     _cream("tiny_vit_5m_22k_distill", "tiny_vit_5m_224", _IN22K),
     _cream("tiny_vit_5m_22kto1k_distill", "tiny_vit_5m_224"),
     _cream("tiny_vit_5m_1k", "tiny_vit_5m_224"),

@@ -28,6 +28,7 @@ from tinyvit.catalog import (
 from tinyvit.checkpoints.detection import Detection
 from tinyvit.checkpoints.families import group_by_part
 from tinyvit.checkpoints.files import (
+    check_finite,
     check_format,
     check_thresholds,
     image_spec_in,
@@ -332,7 +333,8 @@ def _image_spec(
     elif variant is not None:
         spec = variant.image_spec
     elif found is not None and found.has_neck:
-        spec = ImageSpec.sam(found.img_size)
+        is_student = found.architecture is not None and found.architecture.neck_size is not None
+        spec = (ImageSpec.sam3 if is_student else ImageSpec.sam)(found.img_size)
     else:
         spec = ImageSpec.timm(found.img_size if found is not None else 224)
     if img_size is None or spec.size == (img_size, img_size):
@@ -364,6 +366,7 @@ def load_folder(config_path: Path, weights_path: Path) -> TinyViT:
             f"'arguments' and 'image_spec' as tinyvit.save_pretrained writes them"
         ) from err
     tensors = read_state_dict(weights_path).tensors
+    check_finite(tensors, weights_path)
     if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
         model.double()  # loading into float32 would round
     try:

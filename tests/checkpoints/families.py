@@ -67,6 +67,12 @@ def full(family: str) -> dict[str, Tensor]:
             "decoder_state.out_conv.weight": ((3, 16, 1, 1), torch.float32),
         },
         "tinyvit": table("encoder_5m"),
+        "efficientsam3": table("efficientsam3_5m"),
+        "mmpretrain": {
+            key_from_canonical(key, LAYOUTS["mmpretrain"]): row
+            for key, row in table("cream_5m").items()
+            if not key.endswith("attention_bias_idxs")
+        },
         "tinyvit_sam": {
             key: row
             for key, row in table("mobile_sam").items()
@@ -88,8 +94,8 @@ def values(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tenso
 
 
 @functools.cache
-def _small_canonical(stem: str) -> dict[str, Tensor]:
-    architecture = Architecture(**{**vars(SMALL), "stem": stem})
+def _small_canonical(stem: str, neck_size: int | None) -> dict[str, Tensor]:
+    architecture = Architecture(**{**vars(SMALL), "stem": stem, "neck_size": neck_size})
     shapes = {
         **encoder_shapes(architecture),
         **sam_shapes(16, 16),
@@ -106,7 +112,7 @@ def small(family: str) -> dict[str, Tensor]:
         parts = layout.required
     return {
         key_from_canonical(key, layout): tensor
-        for key, tensor in _small_canonical(layout.stem or "conv").items()
+        for key, tensor in _small_canonical(layout.stem or "conv", layout.neck_size).items()
         if part_of(key) in parts
     }
 

@@ -81,15 +81,18 @@ def test_no_tinyvit(tmp_path: Path) -> None:
 SAM_LIKE = {"mobile_sam", "mobile_sam_v2", "tinysam", "ultralytics", "micro_sam", "tinyvit_sam"}
 SUFFIX = {"safetensors": ".safetensors", "torch": ".pt"}
 
+CLASSIFIERS = {"cream", "timm", "mmpretrain", "tinyvit"}
+
 POSSIBLE = {
-    "cream": {"cream", "timm", "tinyvit"},
-    "timm": {"cream", "timm", "tinyvit"},
-    "tinyvit": {"cream", "timm", "tinyvit"},
+    **dict.fromkeys(CLASSIFIERS, CLASSIFIERS),
+    "efficientsam3": {"efficientsam3", "tinyvit"},
     "mobile_sam_v2_decoder": {"mobile_sam_v2_decoder"},
     "litemedsam": {"litemedsam", "tinyvit", "tinyvit_sam", "mobile_sam_v2_decoder"},
     "tinyvit_sam": {"tinyvit", "tinyvit_sam", "mobile_sam_v2_decoder"},
-    "hq_sam": set(FAMILIES) - {"litemedsam"},
-    **dict.fromkeys(SAM_LIKE - {"tinyvit_sam"}, set(FAMILIES) - {"litemedsam", "hq_sam"}),
+    "hq_sam": set(FAMILIES) - {"litemedsam", "efficientsam3"},
+    **dict.fromkeys(
+        SAM_LIKE - {"tinyvit_sam"}, set(FAMILIES) - {"litemedsam", "hq_sam", "efficientsam3"}
+    ),
 }
 
 
@@ -186,7 +189,8 @@ def test_everything_that_lacks_is_said_at_once(sources: dict[str, Path], tmp_pat
         convert(sources["cream"], tmp_path / "a.pt", "mobile_sam")
     assert str(caught.value) == (
         "this cream file cannot become a mobile_sam file: it has no neck, no prompt encoder, "
-        "no mask decoder. Convert to one of cream, timm, tinyvit, or use a complete file"
+        "no mask decoder. Convert to one of cream, timm, mmpretrain, tinyvit, or use a complete "
+        "file"
     )
     with pytest.raises(CheckpointError, match="it has a pointwise stem where Cream TinyViT has a"):
         convert(sources["litemedsam"], tmp_path / "a.pth", "cream")
@@ -306,3 +310,32 @@ def test_the_hash_of_weights_survives_conversion(tmp_path: Path) -> None:
         found = to_canonical(read_state_dict(target).tensors, to)
         encoder = {k: found[k] for k in found if part_of(k) in ("trunk", "neck")}
         assert weights_sha256(encoder) == weights_sha256({key: state[key] for key in encoder})
+
+
+def test_a_student_goes_into_the_whole_of_sam_3_and_out_again(tmp_path: Path) -> None:
+    student, rest = small("efficientsam3"), {"tracker.a.weight": torch.ones(2)}
+    trunk = "detector.backbone.vision_backbone.trunk."
+    other = {f"{trunk}model.{key}": t + 1 for key, t in student.items()}
+    published = {f"{trunk}blocks.0.attn.qkv.weight": torch.ones(3)}  # SAM 3's own encoder
+    write_state_dict(tmp_path / "student.pt", student, "torch")
+    for name, content in (("efficient.pt", {**other, **rest}), ("sam3.pt", {**published, **rest})):
+        write_state_dict(tmp_path / name, content, "torch", wrapper="model")
+        merged = tmp_path / f"merged-{name}"
+        report = convert(tmp_path / "student.pt", merged, "efficientsam3", into=tmp_path / name)
+        assert "1 tensor of" in report.notes[-1]
+        whole = torch.load(merged, weights_only=True)
+        wanted = {**{f"{trunk}model.{key}": t for key, t in student.items()}, **rest}
+        assert_same(whole["model"], wanted)
+        out = tmp_path / f"out-{name}"
+        convert(merged, out, "efficientsam3")
+        assert_same(read_state_dict(out).tensors, student)
+        assert inspect(merged).extras == ("tracker.a.weight (tensor)",)
+    with pytest.raises(CheckpointError, match="holds no image encoder of SAM 3 to replace"):
+        convert(
+            tmp_path / "student.pt",
+            tmp_path / "x.pt",
+            "efficientsam3",
+            into=tmp_path / "student.pt",
+        )
+    with pytest.raises(ValueError, match="into= is for to='efficientsam3'"):
+        convert(tmp_path / "student.pt", tmp_path / "x.pt", "tinyvit", into=merged)

@@ -169,7 +169,11 @@ def test_every_family_is_recognised_from_its_key_list(family: str) -> None:
     if family == "mobile_sam_v2_decoder":
         assert found.variant is None
         assert not found.has_encoder
-    elif family in ("cream", "timm"):
+    elif family == "efficientsam3":
+        assert (found.variant, found.img_size) == ("tiny_vit_5m_sam3", 1008)
+        assert found.strides == (2, 2, 2)
+        assert found.arguments()["neck_size"] == 72
+    elif family in ("cream", "timm", "mmpretrain"):
         assert found.variant == "tiny_vit_5m_224"
         assert found.strides == (2, 2, 2)
         assert found.img_size == 224

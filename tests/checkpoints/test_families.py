@@ -41,6 +41,7 @@ def test_a_torch_wrapper_is_only_for_torch_files() -> None:
         "mobile_sam_v2": "model",
         "mobile_sam_v2_decoder": "PromtEncoder",
         "micro_sam": "model_state",
+        "mmpretrain": "state_dict",
     }
     assert {LAYOUTS[name].container for name in wrapped} == {"torch"}
 
@@ -142,4 +143,26 @@ def test_timm_spells_parts_of_a_key_differently() -> None:
     assert from_canonical({"layers.0.x.c.weight": 1, "patch_embed.seq.0.c.weight": 2}, "timm") == {
         "stages.0.x.conv.weight": 1,
         "patch_embed.conv1.conv.weight": 2,
+    }
+
+
+def test_mmpretrain_and_students_keep_their_heads_beside_the_backbone() -> None:
+    theirs = {
+        "backbone.patch_embed.seq.0.conv2d.weight": 1,
+        "backbone.stages.0.downsample.conv1.bn2d.running_var": 2,
+        "backbone.stages.1.blocks.0.local_conv.bn2d.weight": 3,
+        "backbone.norm3.weight": 4,
+        "head.fc.bias": 5,
+    }
+    assert to_canonical(theirs, "mmpretrain") == {
+        "patch_embed.seq.0.c.weight": 1,
+        "layers.0.downsample.conv1.bn.running_var": 2,
+        "layers.1.blocks.0.local_conv.bn.weight": 3,
+        "norm_head.weight": 4,
+        "head.bias": 5,
+    }
+    student = {"backbone.model.layers.0.blocks.0.conv1.c.weight": 1, "head.1.running_mean": 2}
+    assert to_canonical(student, "efficientsam3") == {
+        "layers.0.blocks.0.conv1.c.weight": 1,
+        "neck.1.running_mean": 2,
     }

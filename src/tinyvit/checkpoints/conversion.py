@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tinyvit.errors import CheckpointError
 
-from .detection import Detection, detect
+from .detection import Architecture, Detection, detect_in
 from .families import (
     LAYOUTS,
     Layout,
@@ -27,7 +28,9 @@ from .files import (
     THRESHOLDS,
     StateFile,
     file_sha256,
+    non_finite,
     read_state_dict,
+    read_whole,
     write_state_dict,
 )
 
@@ -91,7 +94,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         CheckpointError: The file cannot be read, or is no TinyViT.
     """
     file = read_state_dict(path)
-    found = detect(file.tensors, filename=file.path.name, metadata=file.metadata)
+    found = detect_in(file)
     return Inspection(
         path=str(file.path),
         size=file.size,
@@ -114,6 +117,9 @@ def _remarks(file: StateFile, found: Detection) -> list[str]:
             f"{len(found.wrong_shapes)} tensors have a shape that does not fit the others, "
             f"for example {key}: {list(came)} instead of {list(wanted)}"
         )
+    bad = non_finite(file.tensors)
+    if bad:
+        lines.append(f"values that are no numbers (nan or inf): {_in_groups(bad, found.family)}")
     if found.missing:
         lines.append(f"missing: {_in_groups(found.missing, found.family)}")
     if found.unexpected:
@@ -199,6 +205,7 @@ def convert(
     target: str | os.PathLike[str],
     to: str,
     overwrite: bool = False,
+    into: str | os.PathLike[str] | None = None,
 ) -> ConversionReport:
     """Write a file of weights in another family's form.
 
@@ -211,6 +218,8 @@ def convert(
             ``.bin`` and ``.ckpt`` a torch file; any other suffix gets what the family uses.
         to: The family, for example ``"timm"``, ``"cream"``, ``"mobile_sam"`` or ``"tinyvit"``.
         overwrite: Whether an existing target may be replaced; the source never is.
+        into: For ``to="efficientsam3"``: a file of SAM 3 or of a merged EfficientSAM3. The target
+            is that file with its image encoder replaced.
 
     Returns:
         What was written, what was dropped and why.
@@ -218,19 +227,25 @@ def convert(
     Raises:
         CheckpointError: The source cannot be read or is damaged, lacks parts the family needs,
             or the target exists or cannot be written. Nothing is written then.
+        ValueError: ``into`` with another family.
     """
+    if into is not None and to != "efficientsam3":
+        raise ValueError(f"into= is for to='efficientsam3', the encoder of SAM 3; got to={to!r}")
     source, target = Path(source), Path(target)
     layout = get_layout(to)
     _check_target(source, target, overwrite)
     file = read_state_dict(source)
-    found = detect(file.tensors, filename=source.name, metadata=file.metadata)
+    found = detect_in(file)
     tensors, dropped = convert_tensors(file.tensors, found, to)
-    container = layout.container
+    wrapper, container = layout.wrapper, layout.container
     if target.suffix in (".safetensors", *_TORCH_SUFFIXES):
         container = "safetensors" if target.suffix == ".safetensors" else "torch"
     notes = _notes(found, to, layout)
+    if into is not None:
+        tensors, wrapper, note = _merged(tensors, Path(into))
+        notes.append(note)
     if container == "torch":
-        write_state_dict(target, tensors, container, wrapper=layout.wrapper)
+        write_state_dict(target, tensors, container, wrapper=wrapper)
         if THRESHOLDS in file.metadata:
             notes.append(f"a torch file has no place for {THRESHOLDS}: give them to each call")
     else:
@@ -279,6 +294,29 @@ def convert_tensors(
     return from_canonical(kept, to), dropped
 
 
+def _merged(student: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], str | None, str]:
+    """A student in the place of the image encoder of a whole SAM 3, its wrapper, and a note."""
+    wrapper, whole = None, read_whole(path)
+    for name, value in whole.items():
+        if isinstance(value, Mapping):
+            wrapper, whole = name, dict(value)
+            break
+    there = next((m for key in whole if (m := _TRUNK_OF_SAM3.match(key))), None)
+    if there is None:
+        raise CheckpointError(f"{path} holds no image encoder of SAM 3 to replace (…trunk.…)")
+    trunk = there[0]
+    nested = f"{trunk}model."
+    is_flat = any(key.startswith(f"{trunk}backbone.model.") for key in whole)
+    rest = {key: t for key, t in whole.items() if not key.startswith(trunk)}
+    rest = {key: t for key, t in rest.items() if hasattr(t, "detach")}
+    start = trunk if is_flat else nested
+    note = f"{len(rest)} tensor{'s' * (len(rest) != 1)} of {path} are around the encoder"
+    return {**{start + key: t for key, t in student.items()}, **rest}, wrapper, note
+
+
+_TRUNK_OF_SAM3 = re.compile(r"^.*?backbone\.vision_backbone\.trunk\.")
+
+
 def _check_target(source: Path, target: Path, overwrite: bool) -> None:
     """Refuse to write over the source, a folder, or anything else unasked."""
     if target.is_dir():
@@ -305,9 +343,9 @@ def _check_complete(found: Detection, kept: Mapping[str, Tensor], to: str, layou
     wrong = [key for key in to_canonical(found.wrong_shapes, found.family) if key in kept]
     if wrong:
         problems.append(f"has wrong shapes in {_in_groups(wrong, 'tinyvit')}")
-    stem = found.architecture.stem if found.architecture else None
-    if stem and layout.stem and "trunk" in there and stem != layout.stem:
-        problems.append(f"has a {stem} stem where {layout.title} has a {layout.stem} stem")
+    sizes = found.architecture
+    if sizes and "trunk" in there:
+        problems += _other_network(sizes, layout)
     if not problems:
         return
     complete = set(found.parts) - set(group_by_part(missing))
@@ -315,13 +353,26 @@ def _check_complete(found: Detection, kept: Mapping[str, Tensor], to: str, layou
         family
         for family, row in LAYOUTS.items()
         if complete.issuperset(row.required)
-        and ("trunk" not in row.required or row.stem in (None, stem))
+        and not (sizes and "trunk" in row.required and _other_network(sizes, row))
         and not found.wrong_shapes
     ]
     raise CheckpointError(
         f"this {found.family} file cannot become a {to} file: it {'; it '.join(problems)}. "
         f"Convert to one of {', '.join(possible) or 'none'}, or use a complete file"
     )
+
+
+def _other_network(sizes: Architecture, layout: Layout) -> list[str]:
+    """What keeps an encoder of these sizes from being of a family's network."""
+    problems: list[str] = []
+    if layout.stem is not None and sizes.stem != layout.stem:
+        problems.append(f"has a {sizes.stem} stem where {layout.title} has a {layout.stem} stem")
+    has_own = (sizes.neck_size is not None, layout.neck_size is not None)
+    if layout.stem is not None and "neck" in layout.required and has_own[0] != has_own[1]:
+        names = ("SAM's neck", "EfficientSAM3's neck")
+        came, wanted = (names[is_student] for is_student in has_own)
+        problems.append(f"has {came} where {layout.title} has {wanted}")
+    return problems
 
 
 def _header(file: StateFile, found: Detection, to: str) -> dict[str, str]:

@@ -25,6 +25,8 @@ from .families import IDENTICAL_KEYS, LAYOUTS, Part, group_by_part, key_from_can
 if TYPE_CHECKING:
     from torch import nn
 
+    from .files import StateFile
+
 Shape: TypeAlias = tuple[int, ...]
 
 
@@ -44,6 +46,7 @@ _BLOCK_KEY = re.compile(r"^layers\.(\d+)\.blocks\.(\d+)\.(.+)$")
 _STAGE_KEY = re.compile(r"^layers\.(\d+)\.")
 _HEAD_DIM = 32  # the family's channels per attention head, used only where no bias table is left
 _STEM = ("patch_embed.seq.0.c.weight", "patch_embed.seq.2.c.weight")
+_STUDENT_NECK = frozenset(("neck.1.running_mean", "neck.1.running_var"))
 _NECK = ("neck.0.weight", "neck.1.weight", "neck.2.weight", "neck.3.weight")
 
 # Which dimension of which tensor of a block shows the stage's channels: (rank, axis).
@@ -76,6 +79,8 @@ class Architecture:
         stem: ``"conv"`` (3x3) or ``"pointwise"`` (1x1).
         num_classes: Outputs of the head, or None without a head.
         neck_dim: Outputs of the neck, or None without a neck.
+        neck_size: Side of the map of EfficientSAM3's neck, 72 as published since no tensor shows
+            it; None for SAM's neck or none.
     """
 
     embed_dims: tuple[int, ...]
@@ -89,6 +94,7 @@ class Architecture:
     stem: Literal["conv", "pointwise"]
     num_classes: int | None
     neck_dim: int | None
+    neck_size: int | None = None
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of ``TinyViT`` that these sizes decide."""
@@ -145,6 +151,7 @@ def read_architecture(shapes: Mapping[str, Shape]) -> Architecture:
         stem="pointwise" if _majority((s[-1] for s in stem), 3) == 1 else "conv",
         num_classes=_first(shapes, "head.weight", "head.bias"),
         neck_dim=_first(shapes, *_NECK),
+        neck_size=72 if not _STUDENT_NECK.isdisjoint(shapes) else None,
     )
 
 
@@ -395,7 +402,9 @@ def detect(
     family = _refined(family, parts, sizes)
     candidates = _identical(family)
     family = _named(filename, metadata, candidates) or family
+    is_student = sizes is not None and sizes.neck_size is not None
     is_sam = LAYOUTS[family].strides[-1] == 1 and (family != "tinyvit" or "neck" in parts)
+    is_sam = is_sam and not is_student
     strides, reason = _strides(family, is_sam, sizes, metadata)
     variant = _variant(sizes, is_sam)
     embeddings = ("prompt_encoder.no_mask_embed.weight", "mask_decoder.iou_token.weight")
@@ -405,6 +414,7 @@ def detect(
         key for key in expected if key not in shapes and not key.endswith("num_batches_tracked")
     ]
     side = 32 * sizes.window_sizes[-1] if sizes and not is_sam else 1024  # the last map: one window
+    side = 1008 if is_student else side
     used = {*there.get("decoder_state", ()), *expected}
     loaded = {*spelt.values()}
     return Detection(
@@ -427,6 +437,14 @@ def detect(
         },
         ignored=tuple(name for name in tensors if name not in loaded),
     )
+
+
+def detect_in(file: StateFile) -> Detection:
+    """``detect`` for a file; it is named where it holds no TinyViT."""
+    try:
+        return detect(file.tensors, filename=file.path.name, metadata=file.metadata)
+    except CheckpointError as err:
+        raise CheckpointError(f"{file.path}: {err}") from err
 
 
 _BUFFERS = (
@@ -464,6 +482,10 @@ def _family_of(tensors: Mapping[str, object]) -> Family:
         key.startswith("layers.") and key.endswith("attn.attention_biases") for key in keys
     ):
         return "cream"
+    if any(".conv2d." in key and "stages." in key for key in keys):
+        return "mmpretrain"
+    if any(key.startswith("backbone.model.layers.") for key in keys):
+        return "efficientsam3"
     if any(key.startswith("stages.0.blocks.0.conv1.conv.") for key in keys) or any(
         key.startswith("stages.") and key.endswith("attn.attention_biases") for key in keys
     ):
@@ -539,7 +561,11 @@ def _strides(
     values = (2,) * (merges - 1) + (1 if is_sam else 2,) if merges else ()
     shown = ",".join(str(value) for value in values)
     kind = "a SAM encoder" if is_sam else "a classification network"
-    if family == "tinyvit":
+    if family == "tinyvit" and sizes is not None and sizes.neck_size is not None:
+        title, kind = "a file with such a neck", "an image encoder of EfficientSAM3"
+    elif family == "efficientsam3":
+        title, kind = LAYOUTS[family].title, "an image encoder of 1/32"
+    elif family == "tinyvit":
         title = "a file with a neck" if is_sam else "a file without a neck"
     else:
         title = LAYOUTS[family].title
@@ -547,7 +573,7 @@ def _strides(
 
 
 def _variant(sizes: Architecture | None, is_sam: bool) -> Variant | None:
-    """The catalog's variant with exactly these sizes; head and class number do not matter."""
+    """The catalog's variant with exactly these sizes; the number of classes does not matter."""
     if sizes is None:
         return None
     ratios = (sizes.mlp_ratio, sizes.mbconv_expand_ratio, sizes.local_conv_size, sizes.in_chans)
@@ -561,6 +587,7 @@ def _variant(sizes: Architecture | None, is_sam: bool) -> Variant | None:
             and row.num_heads[1:] == sizes.num_heads[1:]
             and row.window_sizes[1:] == sizes.window_sizes[1:]
             and sizes.neck_dim in (None, row.neck_dim)
+            and (sizes.neck_size is None or sizes.neck_size == row.neck_size)
         ):
             return row
     return None

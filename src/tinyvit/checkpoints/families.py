@@ -31,6 +31,9 @@ Part: TypeAlias = Literal[
 ]
 """A part of a model that a file holds or lacks as a whole."""
 
+Naming: TypeAlias = Literal["canonical", "timm", "mmpretrain", "student"]
+"""How a family spells the keys of an encoder."""
+
 ORDER: tuple[Part, ...] = get_args(Part)
 """The order in which parts are reported."""
 
@@ -44,22 +47,24 @@ class Layout:
         required: Parts without which the family's own loader refuses the file.
         optional: Further parts the file may hold.
         prefix: What stands before the encoder's canonical keys.
-        naming: ``"canonical"`` or ``"timm"`` spelling of the encoder's keys.
+        naming: Spelling of the encoder's keys; ``"student"`` is EfficientSAM3's.
         container: What the family's files are: ``"safetensors"`` or ``"torch"``.
         wrapper: Name the state dict has inside the torch file, or None for a plain dict.
         stem: The only stem the family's network knows, or None for any.
         strides: Strides of the merges of the family's network.
+        neck_size: Side of the map that EfficientSAM3's neck gives, or None for SAM's neck or none.
     """
 
     title: str
     required: tuple[Part, ...]
     optional: tuple[Part, ...] = ()
     prefix: str = "image_encoder."
-    naming: Literal["canonical", "timm"] = "canonical"
+    naming: Naming = "canonical"
     container: Literal["safetensors", "torch"] = "torch"
     wrapper: str | None = None
     stem: Literal["conv", "pointwise"] | None = "conv"
     strides: tuple[int, ...] = (2, 2, 1)
+    neck_size: int | None = None
 
 
 _SAM: tuple[Part, ...] = ("trunk", "head", "neck", "prompt_encoder", "mask_decoder")
@@ -90,6 +95,22 @@ LAYOUTS: MappingProxyType[Family, Layout] = MappingProxyType(
         "litemedsam": Layout("LiteMedSAM", _HEADLESS, stem="pointwise"),
         "ultralytics": Layout("ultralytics' mobile_sam.pt", _SAM),
         "micro_sam": Layout("micro_sam", _SAM, ("decoder_state",), wrapper="model_state"),
+        "mmpretrain": Layout(
+            "mmpretrain",
+            ("trunk", "head"),
+            prefix="backbone.",
+            naming="mmpretrain",
+            wrapper="state_dict",
+            strides=(2, 2, 2),
+        ),
+        "efficientsam3": Layout(
+            "EfficientSAM3's student",
+            ("trunk", "neck"),
+            prefix="backbone.model.",
+            naming="student",
+            strides=(2, 2, 2),
+            neck_size=72,
+        ),
         "tinyvit": Layout(
             "tinyvit (encoder or classifier)",
             ("trunk",),
@@ -169,14 +190,27 @@ def get_layout(family: str) -> Layout:
     )
 
 
-# timm's spelling, canonical spelling; both start a key.
-_TIMM_PREFIXES = (
-    ("patch_embed.conv1.", "patch_embed.seq.0."),
-    ("patch_embed.conv2.", "patch_embed.seq.2."),
-    ("head.norm.", "norm_head."),
-    ("head.fc.", "head."),
-)
-_STAGE = re.compile(r"^(stages|layers)\.(\d+)\.(downsample\.)?(.*)$")
+# How another spelling and the canonical one start a key.
+_STARTS: dict[Naming, tuple[tuple[str, str], ...]] = {
+    "canonical": (),
+    "timm": (
+        ("patch_embed.conv1.", "patch_embed.seq.0."),
+        ("patch_embed.conv2.", "patch_embed.seq.2."),
+        ("head.norm.", "norm_head."),
+        ("head.fc.", "head."),
+        ("stages.", "layers."),
+    ),
+    "mmpretrain": (("head.fc.", "head."), ("norm3.", "norm_head."), ("stages.", "layers.")),
+    "student": (("head.", "neck."),),
+}
+# How they spell the convolution and the norm of a Conv2d_BN within a key.
+_WITHIN: dict[Naming, tuple[tuple[str, str], ...]] = {
+    "canonical": (),
+    "timm": ((".conv.", ".c."),),
+    "mmpretrain": ((".conv2d.", ".c."), (".bn2d.", ".bn.")),
+    "student": (),
+}
+_DOWNSAMPLE = re.compile(r"^layers\.(\d+)\.(?=downsample\.)")
 
 
 def to_canonical(state: Mapping[str, T], family: str) -> dict[str, T]:
@@ -204,8 +238,7 @@ def to_canonical(state: Mapping[str, T], family: str) -> dict[str, T]:
     for key, value in state.items():
         if key.endswith(".attention_bias_idxs"):
             continue
-        is_timm = layout.naming == "timm"
-        new = _from_timm(key) if is_timm else key.removeprefix(layout.prefix)
+        new = _respell(key.removeprefix(layout.prefix), layout.naming)
         if new in renamed:
             raise CheckpointError(
                 f"two tensors of this {family} file would both be called {new!r}; "
@@ -245,30 +278,29 @@ def from_canonical(state: Mapping[str, T], family: str) -> dict[str, T]:
 
 def key_from_canonical(key: str, layout: Layout) -> str:
     """The name that a canonical key has in a family's files."""
-    if layout.naming == "timm":
-        return _to_timm(key)
-    is_encoder = part_of(key) in ("trunk", "head", "neck", "bias_indices")
-    return layout.prefix + key if is_encoder else key
-
-
-def _from_timm(key: str) -> str:
-    """Timm has a stage's downsample in the stage after, and spells ``.c.`` as ``.conv.``."""
-    for theirs, ours in _TIMM_PREFIXES:
-        if key.startswith(theirs):
-            return (ours + key.removeprefix(theirs)).replace(".conv.", ".c.")
-    match = _STAGE.match(key)
-    if match is None or match[1] != "stages":
+    part = part_of(key)
+    if part not in ("trunk", "head", "neck", "bias_indices"):
         return key
-    stage = int(match[2]) - (1 if match[3] else 0)
-    return f"layers.{stage}.{match[3] or ''}{match[4]}".replace(".conv.", ".c.")
+    new = _respell(key, layout.naming, back=True)
+    is_beside = layout.naming == "student" and part == "neck"
+    is_beside |= layout.naming == "mmpretrain" and new.startswith("head.")
+    return new if is_beside else layout.prefix + new
 
 
-def _to_timm(key: str) -> str:
-    for theirs, ours in _TIMM_PREFIXES:
-        if key.startswith(ours):
-            return (theirs + key.removeprefix(ours)).replace(".c.", ".conv.")
-    match = _STAGE.match(key)
-    if match is None or match[1] != "layers":
-        return key
-    stage = int(match[2]) + (1 if match[3] else 0)
-    return f"stages.{stage}.{match[3] or ''}{match[4]}".replace(".c.", ".conv.")
+def _respell(key: str, naming: Naming, back: bool = False) -> str:
+    """A key of another spelling in the canonical one, or ``back``."""
+    if back and naming == "timm":  # which has a stage's downsample in the stage after
+        key = _DOWNSAMPLE.sub(lambda match: f"layers.{int(match[1]) + 1}.", key)
+    old, new = (1, 0) if back else (0, 1)
+    for pair in _STARTS[naming]:
+        if key.startswith(pair[old]):
+            key = pair[new] + key.removeprefix(pair[old])
+            break
+    else:
+        if naming == "timm" or not _STARTS[naming] or not key.startswith("patch_embed."):
+            return key
+    for pair in _WITHIN[naming]:
+        key = key.replace(pair[old], pair[new])
+    if not back and naming == "timm":
+        key = _DOWNSAMPLE.sub(lambda match: f"layers.{int(match[1]) - 1}.", key)
+    return key

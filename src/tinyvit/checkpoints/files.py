@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pickle
+import re
 import uuid
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -326,6 +327,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateFile:
     """
     path = Path(path)
     try:
+        shards = _shards(path)
+        if shards:
+            return _read_shards(path, shards)
         kind = kind_of(path)
         size = path.stat().st_size
         if kind == "safetensors":
@@ -335,6 +339,92 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateFile:
         raise CheckpointError(f"{path} may not be read by this user; change its rights") from err
     container = f"{kind}, {found.wrapping}" if found.wrapping else kind
     return StateFile(path, found.tensors, container, {}, found.extras, size)
+
+
+_SHARD = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(\.[^.]+)$")
+_INDEX = ".index.json"
+
+
+def _shards(path: Path) -> list[Path]:
+    """The files of a model in parts, if ``path`` is their index or one of them; else none."""
+    match = _SHARD.match(path.name)
+    if match is None and not path.name.endswith(_INDEX):
+        return []
+    index = path
+    if match is not None:
+        index = path.with_name(f"{match[1]}{match[4]}{_INDEX}")
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as err:
+            raise CheckpointError(
+                f"{index} is no index of a model in parts; wanted JSON with 'weight_map'"
+            ) from err
+    elif match is not None:
+        count = int(match[3])
+        names = [f"{match[1]}-{i:05}-of-{count:05}{match[4]}" for i in range(1, count + 1)]
+    else:
+        return []
+    missing = [name for name in names if not path.with_name(name).is_file()]
+    if missing:
+        what = f"part {int(match[2])} of {int(match[3])}" if match else "the index of the parts"
+        verb = "is" if len(missing) == 1 else "are"
+        raise CheckpointError(
+            f"{path} is {what} of a model, and {', '.join(missing)} {verb} not beside it; fetch "
+            "all parts into one folder"
+        )
+    return [path.with_name(name) for name in names]
+
+
+def _read_shards(path: Path, shards: Sequence[Path]) -> StateFile:
+    """The parts of a model as one."""
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    size = 0
+    for shard in shards:
+        if kind_of(shard) == "safetensors":
+            part, header = _load_safetensors(shard)
+        else:
+            part, header = unwrap(_load_torch(shard, kind_of(shard)), str(shard)).tensors, {}
+        tensors.update(part)
+        metadata.update(header)
+        size += shard.stat().st_size
+    found = unwrap(tensors, str(path))
+    container = ", ".join(filter(None, (f"{len(shards)} parts", found.wrapping)))
+    return StateFile(path, found.tensors, container, metadata, found.extras, size)
+
+
+def read_whole(path: Path) -> dict[str, Any]:
+    """All that a file holds, wrappers and what lies beside the model included."""
+    kind = kind_of(path)
+    loaded = _load_safetensors(path)[0] if kind == "safetensors" else _load_torch(path, kind)
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} holds {type(loaded).__name__} instead of named tensors")
+    return loaded
+
+
+def non_finite(tensors: Mapping[str, Any]) -> list[str]:
+    """Names of the tensors, of torch or numpy, that hold a nan or an infinity."""
+    return [
+        key
+        for key, tensor in tensors.items()
+        if (
+            tensor.is_floating_point() and not bool(tensor.isfinite().all())
+            if hasattr(tensor, "isfinite")
+            else tensor.dtype.kind == "f" and not np.isfinite(tensor).all()
+        )
+    ]
+
+
+def check_finite(tensors: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Refuse weights that are no numbers."""
+    bad = non_finite(tensors)
+    if bad:
+        few = ", ".join(bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
+        raise CheckpointError(
+            f"{path} holds values that are no numbers (nan or inf) in {few}: the training that "
+            "wrote it diverged, or the file is damaged; use an earlier checkpoint"
+        )
 
 
 _DTYPES = {
@@ -566,19 +656,30 @@ def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return own
 
 
+# Files of ours that are no model: states of a training, low-rank additions, stores of teachers.
+_NO_MODELS = ("run", "tinyvit.lora", "tinyvit.store")
+
+
 def _read_safetensors(path: Path, size: int) -> StateFile:
     """Read a safetensors file whose length has been checked."""
+    tensors, metadata = _load_safetensors(path)
+    if not metadata.keys().isdisjoint(_NO_MODELS):
+        return StateFile(path, tensors, "safetensors", metadata, (), size)
+    found = unwrap(tensors, str(path))
+    container = f"safetensors, {found.wrapping}" if found.wrapping else "safetensors"
+    return StateFile(path, found.tensors, container, metadata, found.extras, size)
+
+
+def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a safetensors file as they are."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
     except SafetensorError as err:
         raise CheckpointError(
             f"{path} looks like safetensors but is damaged ({first_line(err)}); fetch it again"
         ) from err
-    if not tensors:
-        raise CheckpointError(f"{path} holds no tensors; it is no file of weights")
-    return StateFile(path, tensors, "safetensors", metadata, (), size)
 
 
 def _load_torch(path: Path, kind: Kind) -> object:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from tinyvit.catalog import Checkpoint, get_checkpoint, list_checkpoints
 from tinyvit.errors import CheckpointError
 
-from .detection import Detection, detect
+from .detection import Detection, detect_in
 from .download import fetch
 from .families import to_canonical
-from .files import read_state_dict, thresholds_in
+from .files import check_finite, read_state_dict, thresholds_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +91,7 @@ def open_checkpoint(
     path, row = find_checkpoint(checkpoint, sha256, progress)
     file = read_state_dict(path)
     thresholds = {**(row.thresholds if row else {}), **thresholds_in(file.metadata, path)}
-    found = detect(file.tensors, filename=path.name, metadata=file.metadata)
+    found = detect_in(file)
     if found.missing or found.unexpected or found.wrong_shapes:
         problems = misfits(found.missing, found.unexpected, found.wrong_shapes)
         raise CheckpointError(
@@ -102,6 +102,7 @@ def open_checkpoint(
             f"{path} holds no image encoder ({found.family}: {', '.join(found.parts)}); "
             f"give the file with the encoder"
         )
+    check_finite(file.tensors, path)
     tensors = to_canonical(file.tensors, found.family)
     return OpenedCheckpoint(path, row, found, tensors, file.metadata, thresholds)
 

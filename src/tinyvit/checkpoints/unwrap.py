@@ -1,14 +1,18 @@
-"""Take the tensors out of what ``torch.load`` gives, and put them in again for another family.
+"""Take a model's tensors out of what a file holds, and put them in again for another family.
 
-Training scripts wrap a state dict in ``{'model': …}``, ``{'state_dict': …}`` and so on, sometimes
-twice, and DistributedDataParallel and ``torch.compile`` put a prefix before each key. Both are
-undone here and told. What a refused pickle would import is found without unpickling it.
+Training scripts wrap a state dict in ``{'model': …}``, ``{'state_dict': …}`` and so on, and
+DistributedDataParallel, ``torch.compile`` and modules around the model put prefixes before its keys
+or into them. All that is undone here and told. What a refused pickle would import is found without
+unpickling it.
 """
 
 from __future__ import annotations
 
+import itertools
 import pickletools
+import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,20 +25,35 @@ from tinyvit.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_WRAPPERS = ("model", "state_dict", "model_state", "model_state_dict", "model_ema", "ema", "module")
-_PREFIXES = ("module.", "_orig_mod.", "model.", "sam.")
+# What wrappers of torch put between the parts of a key, anywhere in it.
+_WRAPPING = re.compile(
+    r"(?:module|_orig_mod|_fsdp_wrapped_module|_forward_module|_checkpoint_wrapped_module)\."
+)
+_BEFORE = r"^((?:[^.]+\.)*?)"
+_OF_TRUNK = re.compile(
+    _BEFORE
+    + r"(?:patch_embed\.(?:seq|conv[12])|(?:layers|stages)\.\d+\.(?:blocks|downsample))\..*"
+    + r"(?:weight|bias|running_mean|running_var|num_batches_tracked|attention_biases)$"
+)
+_OF_HEADS = re.compile(_BEFORE + r"(?:prompt_encoder|mask_decoder)\.")
+_AVERAGES = frozenset(
+    ("ema", "shadow", "teacher", "swa")
+)  # chosen only where nothing else is there
+# EfficientSAM3's and mmpretrain's heads lie beside their backbones.
+_BESIDE_BACKBONE = ("head.0.weight", "head.3.weight", "head.fc.weight")
 _MAX_DEPTH = 4
+_NAMED_AT_MOST = 6
 
 # Files that keep the parts of SAM in dicts of their own. MobileSAMv2 spells it "PromtEncoder".
 _PARTS = {
-    "PromtEncoder": "prompt_encoder.",
-    "PromptEncoder": "prompt_encoder.",
-    "MaskDecoder": "mask_decoder.",
-    "image_encoder": "image_encoder.",
-    "prompt_encoder": "prompt_encoder.",
-    "mask_decoder": "mask_decoder.",
+    "PromtEncoder": "prompt_encoder",
+    "PromptEncoder": "prompt_encoder",
+    "MaskDecoder": "mask_decoder",
+    "image_encoder": "image_encoder",
+    "prompt_encoder": "prompt_encoder",
+    "mask_decoder": "mask_decoder",
+    "decoder_state": "decoder_state",  # micro_sam's instance segmentation decoder, beside the rest
 }
-_DECODER_STATE = "decoder_state"  # micro_sam keeps its instance segmentation decoder beside
 
 
 @dataclass(frozen=True)
@@ -52,8 +71,21 @@ class Unwrapped:
     extras: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """A value in nested dicts: the dicts' names, its own, both joined without inner wrappings."""
+
+    path: tuple[str, ...]
+    name: str
+    key: str
+    value: Any
+
+
 def unwrap(loaded: object, origin: str) -> Unwrapped:
-    """Find the state dict in what ``torch.load(..., weights_only=True)`` gave.
+    """Find the model in what ``torch.load(..., weights_only=True)`` or a safetensors file gave.
+
+    Whatever dicts and prefixes are around it: those are taken off with which its keys are those of
+    a family. What lies beside is told.
 
     Raises:
         CheckpointError: There are no named tensors inside; ``origin`` is named.
@@ -64,47 +96,167 @@ def unwrap(loaded: object, origin: str) -> Unwrapped:
             f"{origin} holds {what} instead of a state dict (a dict of names and tensors); "
             "save it with torch.save(model.state_dict(), …)"
         )
-    level: Mapping[Any, Any] = loaded
-    layers: list[str] = []
-    extras: list[str] = []
-    beside: dict[str, Tensor] = {}
-    while len(layers) < _MAX_DEPTH:
-        inner = _wrapper_of(level)
-        if inner is None:
-            break
-        for key, value in level.items():
-            if key == _DECODER_STATE and isinstance(value, Mapping):
-                beside.update(_flat(value, f"{_DECODER_STATE}.", extras))
-            elif key != inner:
-                extras.append(_in_words(key, value))
-        layers.append(f"{{{inner!r}: …}}")
-        level = level[inner]
-    tensors = _flat(level, "", extras)
-    tensors, prefixes = _without_prefixes(tensors)
-    tensors.update(beside)
-    if not tensors:
+    entries = list(_entries(loaded, ()))
+    keys = [entry.key for entry in entries if _is_tensor(entry.value)]
+    if not keys:
+        extras = [_in_words(key, value) for key, value in loaded.items()]
         held = f"; it holds {', '.join(extras)}" if extras else ""
         raise CheckpointError(f"{origin} holds no tensors{held}; it is no file of weights")
-    layers += [f"without the prefix {prefix!r}" for prefix in prefixes]
-    return Unwrapped(tensors, ", ".join(layers), tuple(extras))
+    outer, encoder, parts = _locate(keys) or (_largest(entries), "", ())
+    tensors: dict[str, Tensor] = {}
+    kept: list[_Entry] = []
+    for entry in entries:
+        key = _key_in_model(entry, outer, encoder)
+        if key is not None and key.startswith(parts or "") and _is_tensor(entry.value):
+            value = entry.value
+            tensors[key] = value.detach() if hasattr(value, "detach") else value
+            kept.append(entry)
+    words = _wrapping_in_words(kept, outer)
+    if encoder not in ("", "image_encoder."):
+        words.append(f"{encoder!r} read as 'image_encoder.'")
+    return Unwrapped(tensors, ", ".join(words), tuple(_left_over(loaded, entries, kept)))
+
+
+def _entries(level: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[_Entry]:
+    """Everything in nested dicts, the dicts of parts under their usual names."""
+    for name, value in level.items():
+        if isinstance(value, Mapping) and len(path) < _MAX_DEPTH:
+            yield from _entries(value, (*path, str(name)))
+            continue
+        own = str(name)
+        lead = ""  # taken for a prefix: what stands beside the wrapped model has none
+        while match := _WRAPPING.match(own, len(lead)):
+            lead = own[: match.end()]
+        own = lead + re.sub(rf"(?<=\.){_WRAPPING.pattern}", "", own[len(lead) :])
+        dicts = [_PARTS.get(part, part) for part in path]
+        yield _Entry(path, str(name), ".".join((*dicts, own)), value)
+
+
+def _locate(keys: Sequence[str]) -> tuple[str, str, tuple[str, ...]] | None:
+    """What stands before the keys of the model, and behind that before those of its encoder.
+
+    Third: how all keys of the model begin behind the first; nothing for any way.
+    """
+    trunks = Counter(match[1] for key in keys if (match := _OF_TRUNK.match(key)))
+    heads = Counter(match[1] for key in keys if (match := _OF_HEADS.match(key)))
+    if not trunks:
+        return (_likeliest(heads), "", ()) if heads else None
+    trunk = _likeliest(trunks)
+    start = f".{trunk}".rfind(".image_encoder.")
+    if start >= 0:
+        return trunk[:start], trunk[start:], ()
+    names = set(keys)
+    for tail in ("backbone.model.", "backbone."):
+        root = trunk.removesuffix(tail)
+        if root != trunk and any(root + head in names for head in _BESIDE_BACKBONE):
+            return root, "", (tail, "head.")
+    around = [outer for outer in heads if trunk != outer and trunk.startswith(outer)]
+    if around:
+        outer = max(around, key=lambda outer: heads[outer])
+        return outer, trunk[len(outer) :], ()
+    return trunk, "", ()
+
+
+def _likeliest(prefixes: Counter[str]) -> str:
+    """Of several models in a file the largest, and averages only where nothing else is there."""
+
+    def rank(prefix: str) -> tuple[bool, int]:
+        return not _AVERAGES.isdisjoint(re.split(r"[._]", prefix)), -prefixes[prefix]
+
+    return min(prefixes, key=rank)
+
+
+def _largest(entries: Sequence[_Entry]) -> str:
+    """Without a model of ours: the dict with the most tensors, and a wrapping before all of it."""
+    counts = Counter(entry.path for entry in entries if _is_tensor(entry.value))
+    path = max(counts, key=lambda path: counts[path])
+    keys = [entry.key for entry in entries if entry.path == path and _is_tensor(entry.value)]
+    outer = "".join(f"{name}." for name in path)
+    while match := _WRAPPING.match(keys[0], len(outer)):
+        if not all(key.startswith(keys[0][: match.end()]) for key in keys):
+            break
+        outer = keys[0][: match.end()]
+    return outer
+
+
+def _key_in_model(entry: _Entry, outer: str, encoder: str) -> str | None:
+    """The key of an entry in the model, or None for one beside it."""
+    if entry.path[-1:] == ("decoder_state",):
+        return f"decoder_state.{entry.name}"
+    below = entry.path[outer.count(".") :] if outer else entry.path
+    is_inside = entry.key.startswith(outer) and all(name in _PARTS for name in below)
+    if not is_inside or entry.name == "n_averaged":
+        return None
+    key = entry.key[len(outer) :]
+    return f"image_encoder.{key[len(encoder) :]}" if encoder and key.startswith(encoder) else key
+
+
+def _wrapping_in_words(kept: Sequence[_Entry], outer: str) -> list[str]:
+    """The dicts and prefixes that were taken off."""
+    names = outer.split(".")[:-1]
+    path = next((e.path for e in kept if e.path[: len(names)] == tuple(names[: len(e.path)])), ())
+    dicts = [name for name, there in zip(names, path, strict=False) if name == there]
+    words = [f"{{{name!r}: …}}" for name in dicts]
+    rest = names[len(dicts) :]
+    if rest:
+        words.append(f"without the prefix '{'.'.join(rest)}.'")
+    inner = {
+        match[0]
+        for entry in kept
+        for match in re.finditer(rf"(?<=\.){_WRAPPING.pattern}", entry.name)
+        if f".{match[0]}" not in f".{outer}"
+    }
+    return words + [f"without {part!r} inside" for part in sorted(inner)]
+
+
+def _left_over(
+    loaded: Mapping[Any, Any], entries: Sequence[_Entry], kept: Sequence[_Entry]
+) -> Iterator[str]:
+    """What lies beside the model, in words: whole dicts where nothing in them was taken."""
+    used = {entry.path[:depth] for entry in kept for depth in range(len(entry.path) + 1)}
+    taken = {(entry.path, entry.name) for entry in kept}
+    told: set[tuple[str, ...]] = set()
+    tensors: list[str] = []
+    for entry in entries:
+        if (entry.path, entry.name) in taken:
+            continue
+        above = itertools.accumulate((name,) for name in entry.path)
+        whole = next((path for path in above if path not in used), None)
+        if whole is not None:
+            if whole not in told:
+                told.add(whole)
+                yield _in_words(whole[-1], _at(loaded, whole))
+        elif _is_tensor(entry.value):
+            tensors.append(entry.name)
+        else:
+            yield _in_words(entry.name, entry.value)
+    if len(tensors) <= _NAMED_AT_MOST:
+        yield from (f"{name} (tensor)" for name in tensors)
+    else:
+        groups = Counter(name.partition(".")[0] for name in tensors)
+        yield from (f"{name}.… ({count} tensors)" for name, count in groups.items())
+
+
+def _at(loaded: Mapping[Any, Any], path: Sequence[str]) -> Mapping[Any, Any]:
+    for name in path:
+        loaded = next(value for key, value in loaded.items() if str(key) == name)
+    return loaded
 
 
 def wrap(tensors: Mapping[str, Tensor], wrapper: str | None) -> dict[str, object]:
     """Nest a flat state dict as a family's own torch files do; the inverse of ``unwrap``.
 
-    Args:
-        tensors: Key -> tensor.
-        wrapper: None for a plain dict, ``"PromtEncoder"`` for MobileSAMv2's decoder file, else
-            the name the dict gets.
+    ``wrapper`` is None for a plain dict, ``"PromtEncoder"`` for MobileSAMv2's decoder file, else
+    the name the dict gets.
     """
     if wrapper is None:
         return dict(tensors)
     if wrapper == "PromtEncoder":
         names = {"PromtEncoder": "prompt_encoder.", "MaskDecoder": "mask_decoder."}
         return {name: _below(tensors, prefix) for name, prefix in names.items()}
-    beside = _below(tensors, f"{_DECODER_STATE}.")
-    main = {key: t for key, t in tensors.items() if not key.startswith(f"{_DECODER_STATE}.")}
-    return {wrapper: main, _DECODER_STATE: beside} if beside else {wrapper: main}
+    beside = _below(tensors, "decoder_state.")
+    main = {key: t for key, t in tensors.items() if not key.startswith("decoder_state.")}
+    return {wrapper: main, "decoder_state": beside} if beside else {wrapper: main}
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -115,38 +267,6 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _is_tensor(value: object) -> bool:
     """Whether this is a tensor of torch or an array of numpy; torch is not imported to tell."""
     return isinstance(value, np.ndarray) or hasattr(value, "detach")
-
-
-def _wrapper_of(loaded: Mapping[Any, Any]) -> str | None:
-    """The name under which a dict holds the state dict, or None if it is the state dict itself."""
-    if any(_is_tensor(value) for value in loaded.values()):
-        return None
-    return next((name for name in _WRAPPERS if isinstance(loaded.get(name), Mapping)), None)
-
-
-def _flat(loaded: Mapping[Any, Any], prefix: str, extras: list[str]) -> dict[str, Tensor]:
-    """Collect the tensors of a state dict; everything else is told in ``extras``."""
-    tensors: dict[str, Tensor] = {}
-    for key, value in loaded.items():
-        if _is_tensor(value):
-            tensors[f"{prefix}{key}"] = value.detach() if hasattr(value, "detach") else value
-        elif key in _PARTS and isinstance(value, Mapping):
-            tensors.update(_flat(value, _PARTS[key], extras))
-        else:
-            extras.append(_in_words(key, value))
-    return tensors
-
-
-def _without_prefixes(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Take off what stands before every key, as often as something does."""
-    taken: list[str] = []
-    while tensors:
-        prefix = next((p for p in _PREFIXES if all(key.startswith(p) for key in tensors)), None)
-        if prefix is None:
-            break
-        tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-        taken.append(prefix)
-    return tensors, taken
 
 
 def _in_words(key: object, value: object) -> str:

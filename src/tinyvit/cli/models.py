@@ -46,7 +46,7 @@ def models(ctx: typer.Context, as_json: Json = False) -> None:
         of_it = [row for row in CHECKPOINTS if row.variant == variant.name]
         lines += [(f"{variant.name}:",)] if of_it else []
         lines += [_checkpoint(row, states[row.name][0]) for row in of_it]
-    heads = ("checkpoint", "keys", "classes", "licence", "file")
+    heads = ("checkpoint", "keys", "head", "licence", "file")
     console.write(console.table(heads, lines, right=(2,)))
     own.say(f"\ncached files are in {folder}; fetch more with: tinyvit download CHECKPOINT")
 
@@ -78,4 +78,4 @@ def _variant(row: Variant) -> tuple[str, ...]:
 def _checkpoint(row: Checkpoint, state: str) -> tuple[str, ...]:
     has_trained_head = get_variant(row.variant).task == "classification"
     classes = str(row.num_classes) if has_trained_head else "-"
-    return (f" {row.name}", row.family, classes, row.licence, state)
+    return (row.name, row.family, classes, row.licence, state)

@@ -169,6 +169,14 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it is there; IN never is.")
     ] = False,
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            "--into",
+            metavar="FILE",
+            help="For --to efficientsam3: a file of SAM 3 whose image encoder OUT has replaced.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a file of weights in another project's form, bit for bit.
@@ -187,7 +195,7 @@ def convert(
             f"{str(target)!r} has no suffix that says what to write; name it with one of "
             f"{', '.join(SUFFIXES)}"
         )
-    report = convert_file(file_of(source), target, to, overwrite)
+    report = convert_file(file_of(source), target, to, overwrite, into)
     if as_json:
         console.write_json(report.to_dict())
         return
