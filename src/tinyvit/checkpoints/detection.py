@@ -64,23 +64,11 @@ _DIM_SHOWN_BY = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of a TinyViT that its tensors show.
+    """The arguments of ``TinyViT`` that its tensors show.
 
-    Attributes:
-        embed_dims: Channels of each stage.
-        depths: Blocks of each stage.
-        num_heads: Attention heads of each stage; the first stage has none and gets its channels
-            over 32, at least 1.
-        window_sizes: Window side of each stage in tokens; the first has none and gets the second's.
-        mlp_ratio: Hidden over outer channels of the MLPs.
-        mbconv_expand_ratio: Hidden over outer channels of the first stage's convolutions.
-        local_conv_size: Kernel side of the depthwise convolution in each block.
-        in_chans: Channels of the image.
-        stem: ``"conv"`` (3x3) or ``"pointwise"`` (1x1).
-        num_classes: Outputs of the head, or None without a head.
-        neck_dim: Outputs of the neck, or None without a neck.
-        neck_size: Side of the map of EfficientSAM3's neck, 72 as published since no tensor shows
-            it; None for SAM's neck or none.
+    The first stage has no attention: its heads are its channels over 32, its window is the second
+    stage's. ``num_classes`` and ``neck_dim`` are None without them; ``neck_size`` is 72 for
+    EfficientSAM3's neck, as published, since no tensor shows it.
     """
 
     embed_dims: tuple[int, ...]
@@ -103,11 +91,7 @@ class Architecture:
 
 
 def read_architecture(shapes: Mapping[str, Shape]) -> Architecture:
-    """Read the sizes of an encoder off its tensors' shapes (canonical key -> shape).
-
-    Raises:
-        CheckpointError: A size that nothing else shows is missing, or a window is not square.
-    """
+    """Read the sizes of an encoder off its tensors' shapes (canonical key -> shape)."""
     stages = {int(match[1]) for key in shapes if (match := _STAGE_KEY.match(key))}
     if not stages:
         raise CheckpointError("no tensor of a TinyViT stage (layers.0 … layers.3) is in the file")
@@ -238,9 +222,7 @@ def encoder_shapes(sizes: Architecture) -> Mapping[str, Shape]:
 def sam_shapes(width: int = 256, vit_dim: int = 160) -> Mapping[str, Shape]:
     """Key -> shape of a prompt encoder and Light HQ-SAM's mask decoder, which has all of SAM's.
 
-    Args:
-        width: Channels of the image embedding.
-        vit_dim: Channels after the encoder's second stage and its merge.
+    ``width`` is that of the embedding, ``vit_dim`` that after the encoder's second stage and merge.
     """
     from tinyvit.modules.sam.mask_decoder import HQMaskDecoder
     from tinyvit.modules.sam.prompt_encoder import PromptEncoder

@@ -15,6 +15,7 @@ import errno
 import http.client
 import os
 import re
+import socket
 import sys
 import time
 import urllib.error
@@ -30,7 +31,8 @@ from typing import TypeAlias
 from tinyvit.catalog import Checkpoint, get_checkpoint
 from tinyvit.errors import DownloadError
 
-from .files import file_sha256, looks_like_web_page, write_text
+from .containers import looks_like_web_page
+from .files import file_sha256, write_text
 
 _POLL_SECONDS = 0.1
 
@@ -81,9 +83,6 @@ def locked(path: Path, patience: float) -> Iterator[None]:
     """Hold a lock file, so that two processes do not write the same download.
 
     The operating system frees the lock when a process dies; the empty file may stay.
-
-    Raises:
-        DownloadError: Another process holds the lock for longer than ``patience`` seconds.
     """
     deadline = time.monotonic() + patience
     with path.open("ab") as file:
@@ -153,20 +152,17 @@ class _BrokenError(Exception):
     """A transfer that stopped and is worth another try."""
 
 
+class _NoNetworkError(DownloadError):
+    """A server's name that cannot be resolved: waiting does not help."""
+
+
 def transfer(
     url: str,
     part: Path,
     progress: Progress | None = None,
     patience: Patience | None = None,
 ) -> None:
-    """Bring an http or https address into a file.
-
-    What ``part`` holds already is continued if the server can, else replaced; after a broken
-    transfer it stays, so that the next call continues.
-
-    Raises:
-        DownloadError: The file cannot be brought; the text says why.
-    """
+    """Bring an http or https address into a file; what it holds already is continued if it can."""
     patience = patience if patience is not None else Patience()
     if not url.startswith(("https://", "http://")):
         raise DownloadError(f"{url} is no http or https address; mirrors and files need one")
@@ -210,6 +206,9 @@ def _continue(url: str, part: Path, progress: Progress | None, timeout: float) -
         raise DownloadError(f"{url} could not be fetched: HTTP {err.code}, {words}") from err
     except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as err:
         reason = getattr(err, "reason", None) or err
+        if isinstance(reason, socket.gaierror):
+            host = urllib.parse.urlsplit(url).hostname
+            raise _NoNetworkError(f"{url}: no address for {host} ({reason.strerror})") from err
         raise _BrokenError(f"the connection failed ({reason})") from err
 
 
@@ -401,9 +400,10 @@ def _download(
         reasons.append(
             f"{url} gave a file with sha256 {came}, wanted {must}{origin}; it was removed"
         )
+    lines = "".join(f"\n  {reason}" for reason in reasons)
     raise DownloadError(
-        f"{row.name!r} could not be downloaded: {'; '.join(reasons)}. Try again, fetch it by hand "
-        f"to {target}, or set TINYVIT_MIRROR"
+        f"{row.name!r} could not be downloaded:{lines}\nTry again, fetch it by hand to {target}, "
+        "or set TINYVIT_MIRROR"
     )
 
 

@@ -157,12 +157,7 @@ _PREFIXES: tuple[tuple[str, Part], ...] = (
 
 
 def part_of(key: str) -> Part:
-    """The part of a model that a canonical key belongs to; "unknown" for a key of no TinyViT.
-
-    Example:
-        >>> part_of("mask_decoder.hf_token.weight")
-        'hq_decoder'
-    """
+    """The part of a model that a canonical key belongs to; "unknown" for a key of no TinyViT."""
     if key.endswith(".attention_bias_idxs"):
         return "bias_indices"
     return next((part for prefix, part in _PREFIXES if key.startswith(prefix)), "unknown")
@@ -177,11 +172,7 @@ def group_by_part(keys: Iterable[str]) -> dict[Part, list[str]]:
 
 
 def get_layout(family: str) -> Layout:
-    """The row of a family.
-
-    Raises:
-        CheckpointError: There is no family of that name; the text lists all.
-    """
+    """The row of a family."""
     for name, layout in LAYOUTS.items():
         if name == family:
             return layout

@@ -27,15 +27,9 @@ Progress = Callable[[int, "int | None"], None]
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A checkpoint that was read once, for a model and what else the file holds.
+    """A checkpoint that was read once; tensors under canonical keys, the texts of its header.
 
-    Attributes:
-        path: The file.
-        row: Its row in the catalog, if it has one.
-        found: What it is.
-        tensors: Its tensors under canonical keys.
-        metadata: The texts in its header.
-        thresholds: Of the masks of these weights, from the file, then its row.
+    ``thresholds`` are those of the file, then of its row in the catalog.
     """
 
     path: Path
@@ -51,17 +45,7 @@ def find_checkpoint(
     sha256: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Path, Checkpoint | None]:
-    """The file of a checkpoint, fetched if need be, and its row in the catalog if it has one.
-
-    Args:
-        checkpoint: A name of ``list_checkpoints()``, or a path.
-        sha256: Hash that a downloaded file must have.
-        progress: Called with (bytes there, bytes in all or None) during a download.
-
-    Raises:
-        CheckpointError: Neither a name nor a file.
-        DownloadError: The file cannot be fetched.
-    """
+    """The file of a checkpoint, fetched if need be, and its row in the catalog if it has one."""
     text = os.fspath(checkpoint)
     path = Path(text)
     if text in list_checkpoints():
@@ -82,12 +66,7 @@ def open_checkpoint(
     sha256: str | None = None,
     progress: Progress | None = None,
 ) -> OpenedCheckpoint:
-    """Find a checkpoint and read it; arguments and errors as ``find_checkpoint``'s.
-
-    Raises:
-        CheckpointError: The file is damaged, incomplete, or holds no TinyViT encoder.
-        DownloadError: The file cannot be fetched.
-    """
+    """Find a checkpoint by name or path, read it, and refuse what is damaged or no encoder."""
     path, row = find_checkpoint(checkpoint, sha256, progress)
     file = read_state_dict(path)
     thresholds = {**(row.thresholds if row else {}), **thresholds_in(file.metadata, path)}

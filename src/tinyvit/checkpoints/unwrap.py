@@ -58,13 +58,7 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class Unwrapped:
-    """A flat state dict and where it was found.
-
-    Attributes:
-        tensors: Key -> tensor.
-        wrapping: What was taken off, in words, for example ``"{'model': …}"``; empty if nothing.
-        extras: What else the file holds, in words.
-    """
+    """A flat state dict; what was taken off and what else the file holds, in words."""
 
     tensors: dict[str, Tensor]
     wrapping: str
@@ -283,12 +277,7 @@ _HARMLESS = ("torch._utils._rebuild", "torch.Size", "collections.OrderedDict", "
 
 
 def wanted_imports(path: Path, kind: str) -> list[str]:
-    """Dotted names that the pickle in a file would import, without those every tensor needs.
-
-    Args:
-        path: The file.
-        kind: Its container, "torch zip" or "torch legacy".
-    """
+    """Dotted names that the pickle in a file would import, without those every tensor needs."""
     names: set[str] = set()
     if kind == "torch zip":
         with zipfile.ZipFile(path) as archive:
@@ -310,8 +299,7 @@ def wanted_imports(path: Path, kind: str) -> list[str]:
 def _imports(file: IO[bytes]) -> Iterator[str]:
     """Yield the dotted names that one pickle's opcodes import; stops at damage.
 
-    A name is an argument of its own (GLOBAL), or the two texts on top of the stack (STACK_GLOBAL),
-    which may come from the memo.
+    A name is an argument (GLOBAL) or the two texts on top of the stack, perhaps from the memo.
     """
     texts: list[str] = []
     memo: dict[int, str] = {}
