@@ -352,7 +352,6 @@ def test_the_rows_preparation_does_not_go_into_another_variant(
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({}, ValueError, r"wants a name or a checkpoint; see tinyvit\.list_models\(\) and"),
         ({"name": "tiny_vit_5m"}, ValueError, "unknown model 'tiny_vit_5m'; did you mean 'tiny"),
         (
             {"name": "tiny_vit_5m_224.in1"},
@@ -376,6 +375,11 @@ def test_the_rows_preparation_does_not_go_into_another_variant(
 def test_names_that_are_none(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         create_model(**arguments)
+
+
+def test_without_a_name_the_embedded_weights_are_taken() -> None:
+    """The README says so of every way in; create_model() was an error."""
+    assert_same(create_model(), create_model("tinyvit_starter").state_dict())
 
 
 def test_a_checkpoints_name_beside_a_file(classifier: tuple[State, Path]) -> None:

@@ -17,12 +17,15 @@ from torch import Tensor
 from checkpoints.families import full
 from tinyvit.catalog import get_variant
 from tinyvit.checkpoints import detect, read_state_dict, write_state_dict
+from tinyvit.checkpoints.conversion import convert_checkpoint
 from tinyvit.checkpoints.families import LAYOUTS, key_from_canonical
 from tinyvit.errors import CheckpointError, DownloadError
 from tinyvit.factory import create_model
 from tinyvit.hub import from_pretrained, push_to_hub, save_pretrained
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
+from tinyvit.sam.build import build_sam
+from tinyvit.sam.model import Sam
 
 MakeModel = Callable[..., TinyViT]
 COMMIT = "0123456789" * 4
@@ -652,3 +655,26 @@ def test_a_newer_format_is_refused(saved: Path) -> None:
     wanted = r"config\.json was written by tinyvit 9\.0, format 2; this reads up to 1; upgrade"
     with pytest.raises(CheckpointError, match=wanted):
         from_pretrained(saved)
+
+
+def test_a_whole_sam_makes_the_round_trip(tmp_path: Path) -> None:
+    """A fine-tuned SAM is what people publish; saving one ended in torch's AttributeError."""
+    sam = build_sam("tinyvit_starter", img_size=64)
+    sam.thresholds = {"pred_iou_thresh": 0.5}
+    folder = save_pretrained(sam, tmp_path / "sam")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["Sam"]
+    assert config["thresholds"] == sam.thresholds
+    assert config["image_spec"]["size"] == [64, 64]
+    assert read_state_dict(folder / "model.safetensors").tensors.keys() == sam.state_dict().keys()
+    for again in (from_pretrained(folder), build_sam(folder)):
+        assert isinstance(again, Sam)
+        assert again.thresholds == sam.thresholds
+        assert again.image_encoder.image_spec == sam.image_encoder.image_spec
+        for key, value in sam.state_dict().items():
+            assert torch.equal(value, again.state_dict()[key]), key
+    encoder = create_model(checkpoint=folder)
+    assert encoder.image_spec == sam.image_encoder.image_spec
+    convert_checkpoint(folder / "model.safetensors", tmp_path / "a.safetensors", "tinyvit")
+    with pytest.raises(TypeError, match="wanted a TinyViT or a Sam to save, came Linear"):
+        save_pretrained(torch.nn.Linear(2, 2), tmp_path)  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from tinyvit.catalog import (
+    DEFAULT_CHECKPOINT,
     Checkpoint,
     Variant,
     get_checkpoint,
@@ -94,6 +95,7 @@ def create_model(
     Args:
         name: A variant of ``list_models()``; or the full name of a checkpoint, as timm spells them
             ("tiny_vit_21m_384.dist_in22k_ft_in1k"); or None for the sizes of ``checkpoint``.
+            Without either the embedded weights are taken.
         checkpoint: A name of ``list_checkpoints()``, the path of a file of any family, or what
             ``open_checkpoint`` gave.
         num_classes: Classes of the head. None takes the checkpoint's number; another number than
@@ -117,8 +119,7 @@ def create_model(
         The model; ``model.image_spec`` says how to prepare images for it.
 
     Raises:
-        ValueError: Neither ``name`` nor ``checkpoint``, an unknown variant, or arguments that
-            contradict each other.
+        ValueError: An unknown variant, or arguments that contradict each other.
         CheckpointError: The checkpoint cannot be read, or does not fit; every missing and
             unexpected key is named.
         DownloadError: The checkpoint cannot be fetched.
@@ -133,10 +134,7 @@ def create_model(
         5392764
     """
     if name is None and checkpoint is None:
-        raise ValueError(
-            "create_model wants a name or a checkpoint; see tinyvit.list_models() and "
-            "tinyvit.list_checkpoints()"
-        )
+        name = DEFAULT_CHECKPOINT
     if head is False and num_classes:
         raise ValueError(f"num_classes={num_classes} wants a head, but head=False leaves it out")
     if checkpoint is None and name in list_checkpoints():
@@ -346,13 +344,13 @@ def _image_spec(
 
 
 def load_folder(config_path: Path, weights_path: Path) -> TinyViT:
-    """The model of a folder of ``save_pretrained`` or of a repository that timm publishes.
+    """The encoder of a folder of ``save_pretrained`` or of a repository that timm publishes.
 
     Weights and config must fit each other; a CheckpointError says what does not.
     """
-    config = _read_config(config_path)
-    writer = config.get("tinyvit_version")
-    check_format(config.get("format"), FOLDER_FORMAT, writer, os.fspath(config_path))
+    config = read_config(config_path)
+    if config.get("architectures") == ["Sam"]:
+        return create_model(checkpoint=weights_path)
     if config.get("architecture") in list_models():  # timm's
         return create_model(config["architecture"], weights_path)
     try:
@@ -376,7 +374,8 @@ def load_folder(config_path: Path, weights_path: Path) -> TinyViT:
     return model.eval()
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json of a format that can be read here."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as err:
@@ -388,4 +387,5 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read as JSON: {err}") from err
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(config).__name__}")
+    check_format(config.get("format"), FOLDER_FORMAT, config.get("tinyvit_version"), str(path))
     return config

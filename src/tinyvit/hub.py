@@ -14,16 +14,23 @@ import tempfile
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tinyvit.checkpoints import write_state_dict
 from tinyvit.checkpoints.files import check_thresholds, header_for, write_text
 from tinyvit.errors import CheckpointError, DownloadError
-from tinyvit.factory import CONFIG, FOLDER_FORMAT, WEIGHTS, load_folder
+from tinyvit.factory import CONFIG, FOLDER_FORMAT, WEIGHTS, load_folder, read_config
 from tinyvit.modules import TinyViT
 
+if TYPE_CHECKING:
+    from tinyvit.sam.model import Sam
 
-def save_pretrained(model: TinyViT, folder: str | os.PathLike[str]) -> Path:
+
+def save_pretrained(model: TinyViT | Sam, folder: str | os.PathLike[str]) -> Path:
     """Write a model's config.json and model.safetensors.
+
+    Of a ``Sam`` the weights have MobileSAM's keys; ``build_sam``, ``create_model`` (its encoder),
+    ``inspect_checkpoint``, ``convert_checkpoint`` and the command line take the folder, too.
 
     Args:
         model: The model.
@@ -35,29 +42,32 @@ def save_pretrained(model: TinyViT, folder: str | os.PathLike[str]) -> Path:
 
     Raises:
         CheckpointError: The folder cannot be written.
+        TypeError: Neither a ``TinyViT`` nor a ``Sam``.
     """
     folder = Path(folder)
-    spec = model.image_spec
+    is_sam = not isinstance(model, TinyViT)
+    encoder = model if isinstance(model, TinyViT) else getattr(model, "image_encoder", None)
+    if not isinstance(encoder, TinyViT):
+        raise TypeError(f"wanted a TinyViT or a Sam to save, came {type(model).__name__}")
+    spec, thresholds = encoder.image_spec, check_thresholds(model.thresholds)
     config = {
         "format": FOLDER_FORMAT,
         "library_name": "tinyvit",
         "tinyvit_version": version("tinyvit"),
-        "architectures": ["TinyViT"],
-        "arguments": model.arguments(),
+        "architectures": ["Sam" if is_sam else "TinyViT"],
+        "arguments": encoder.arguments(),
         "image_spec": None if spec is None else spec.to_dict(),
-        "thresholds": check_thresholds(model.thresholds),
+        "thresholds": thresholds,
+    }
+    metadata = {
+        "tinyvit.family": "tinyvit_sam" if is_sam else "tinyvit",
+        "tinyvit.strides": ",".join(str(stride) for stride in encoder.strides),
+        **header_for(spec if is_sam else None, thresholds=thresholds),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        strides = ",".join(str(stride) for stride in model.strides)
-        metadata = {
-            "tinyvit.family": "tinyvit",
-            "tinyvit.strides": strides,
-            **header_for(thresholds=model.thresholds),
-        }
         write_state_dict(folder / WEIGHTS, model.state_dict(), metadata=metadata)
-        text = json.dumps(config, indent=2) + "\n"
-        write_text(folder / CONFIG, text)
+        write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     except OSError as err:
         raise CheckpointError(
             f"cannot write the model to {folder}: {err.strerror or err}; choose another folder"
@@ -72,7 +82,7 @@ def from_pretrained(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
-) -> TinyViT:
+) -> TinyViT | Sam:
     """Load a model from a folder of ``save_pretrained``, or from a repository on the Hub.
 
     Args:
@@ -84,7 +94,7 @@ def from_pretrained(
         token: The Hub's access token; None for the one that is logged in.
 
     Returns:
-        The model, in eval mode on the CPU.
+        The model, in eval mode on the CPU: a ``Sam`` where a whole one was saved.
 
     Raises:
         CheckpointError: No such folder, or its files are damaged or do not fit each other.
@@ -103,11 +113,15 @@ def from_pretrained(
             f"{name_or_folder} is neither a folder nor a repository 'owner/name' on the Hub; "
             f"files of weights load with tinyvit.create_model(checkpoint=...)"
         )
+    if read_config(config_path).get("architectures") == ["Sam"]:
+        from tinyvit.sam.build import build_sam
+
+        return build_sam(weights_path)
     return load_folder(config_path, weights_path)
 
 
 def push_to_hub(
-    model: TinyViT,
+    model: TinyViT | Sam,
     repo_id: str,
     *,
     private: bool = False,

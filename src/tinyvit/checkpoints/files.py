@@ -169,7 +169,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateFile:
     """Read the tensors of a safetensors or torch file.
 
     Args:
-        path: The file; its suffix does not matter.
+        path: The file; its suffix does not matter. Or a folder of ``save_pretrained``, or the index
+            or any part of a model in parts.
 
     Returns:
         The tensors and what was found around them.
@@ -179,6 +180,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateFile:
             be read, or holds no named tensors.
     """
     path = Path(path)
+    if (path / "model.safetensors").is_file():
+        path = path / "model.safetensors"
     try:
         shards = _shards(path)
         if shards:

@@ -5,6 +5,7 @@ Names are those of the catalog; files are of any family. No model is built here.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,8 @@ def find_checkpoint(
     if text in list_checkpoints():
         row = get_checkpoint(text)
         return fetch(row, sha256=sha256, progress=progress), row
+    if is_sam_folder(path):
+        return path / "model.safetensors", None
     if path.is_dir() and (path / "config.json").is_file():
         raise CheckpointError(
             f"{path} is a folder written by save_pretrained; load it with "
@@ -59,6 +62,15 @@ def find_checkpoint(
     if path.exists() or path.suffix.lower() in {".pt", ".pth", ".safetensors", ".bin", ".ckpt"}:
         return path, None
     return path, get_checkpoint(text)  # raises, and names the nearest one
+
+
+def is_sam_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a folder of ``save_pretrained`` with a whole SAM."""
+    try:
+        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        return bool(config["architectures"] == ["Sam"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def open_checkpoint(

@@ -309,8 +309,7 @@ def variant_of(model: TinyViT) -> str | None:
 
 
 def _load(own: Console, checkpoint: str, model: str | None, size: int | None) -> TinyViT:
-    from tinyvit.factory import create_model
-    from tinyvit.hub import from_pretrained
+    from tinyvit.factory import create_model, load_folder
 
     path = Path(checkpoint)
     if checkpoint not in list_checkpoints() and (path / _CONFIG).is_file():
@@ -319,7 +318,7 @@ def _load(own: Console, checkpoint: str, model: str | None, size: int | None) ->
                 f"{checkpoint} is a folder that says itself which model it is and how images "
                 "are prepared; leave --model and --size out"
             )
-        return from_pretrained(path)
+        return load_folder(path / _CONFIG, path / _WEIGHTS)
     announce(own, checkpoint)
     with own.progress("downloading", counts_bytes=True) as update:
         return create_model(model, checkpoint, img_size=size, progress=update)

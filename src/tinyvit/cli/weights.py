@@ -140,6 +140,16 @@ def matching_families(incomplete: str) -> list[str]:
     return [family for family in FAMILIES if family.startswith(incomplete)]
 
 
+Into = Annotated[
+    Path | None,
+    typer.Option(
+        "--into",
+        metavar="FILE",
+        help="For --to efficientsam3: a file of SAM 3 whose image encoder OUT has replaced.",
+    ),
+]
+
+
 def convert(
     ctx: typer.Context,
     source: Annotated[
@@ -169,14 +179,7 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it is there; IN never is.")
     ] = False,
-    into: Annotated[
-        Path | None,
-        typer.Option(
-            "--into",
-            metavar="FILE",
-            help="For --to efficientsam3: a file of SAM 3 whose image encoder OUT has replaced.",
-        ),
-    ] = None,
+    into: Into = None,
     as_json: Json = False,
 ) -> None:
     """Write a file of weights in another project's form, bit for bit.
