@@ -1,3 +1,4 @@
+from .__about__ import __version__ as __version__
 from .allocator import tune_allocator as tune_allocator
 from .catalog import list_checkpoints as list_checkpoints
 from .catalog import list_models as list_models
@@ -26,5 +27,3 @@ from .sam.masks import Masks as Masks
 from .sam.predictor import SamPredictor as SamPredictor
 from .sam.prompts import Prompt as Prompt
 from .sam.segmenter import Segmenter as Segmenter
-
-__version__: str

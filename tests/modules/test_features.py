@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import (
     BasicLayer,
     ConvLayer,
@@ -20,7 +21,8 @@ from tinyvit.modules import (
     PatchMerging,
     TinyViT,
 )
-from tinyvit.modules.tiny_vit import check_strides, init_weights, make_neck, select_stages
+from tinyvit.modules.stage import check_strides, make_neck, select_stages
+from tinyvit.modules.tiny_vit import init_weights
 
 FORMS = pytest.mark.parametrize(
     "form, reductions",
@@ -477,3 +479,41 @@ def test_init_weights_leaves_other_modules_alone():
     before = conv.weight.clone()
     init_weights(conv)
     assert torch.equal(conv.weight, before)
+
+
+class TestTimmsConveniences:
+    def test_facts(self, make_tiny_vit):
+        model = make_tiny_vit(neck_dim=None, num_classes=5)
+        model.image_spec = ImageSpec.timm(64)
+        assert model.num_features == model.head_hidden_size == model.embed_dims[-1]
+        assert model.get_classifier() is model.head
+        config = model.pretrained_cfg
+        assert config == model.default_cfg
+        assert config["num_classes"] == 5
+        assert config["mean"] == pytest.approx((0.485, 0.456, 0.406))
+        assert (config["interpolation"], config["crop_mode"]) == ("bicubic", "center")
+        assert config["crop_pct"] == pytest.approx(0.95, abs=0.01)
+
+    @pytest.mark.parametrize("coarse", [False, True])
+    def test_every_parameter_has_a_group(self, make_tiny_vit, coarse):
+        model = make_tiny_vit()
+        groups = model.group_matcher(coarse)
+        patterns = [groups["stem"], *(pattern for pattern, _ in groups["blocks"])]
+        for name, _ in model.named_parameters():
+            assert any(re.match(pattern, name) for pattern in patterns), name
+
+    def test_pruned_stages_are_gone(self, make_tiny_vit, image):
+        model, whole = make_tiny_vit(), make_tiny_vit()
+        x = image(1, 48, 48)
+        wanted = whole.forward_intermediates(x, (0, 1), intermediates_only=True)
+        assert model.prune_intermediate_layers((0, 1)) == [0, 1]
+        found = model.forward_intermediates(x, (0, 1), intermediates_only=True)
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+        assert torch.equal(model(x), wanted[-1])
+        again = TinyViT(**model.arguments())
+        again.load_state_dict(model.state_dict())
+        assert sum(p.numel() for p in model.parameters()) < sum(
+            p.numel() for p in whole.parameters()
+        )
+        with pytest.raises(ValueError, match="head and neck belong to stage"):
+            whole.prune_intermediate_layers((0,), prune_head=False)

@@ -17,8 +17,8 @@ from .layers import (
     TinyViTBlock,
     freeze_batch_stats,
 )
-from .stage import BasicLayer, ConvLayer, SAM3Neck
-from .tiny_vit import FeatureInfo, FeatureMaps, TinyViT
+from .stage import BasicLayer, ConvLayer, FeatureInfo, SAM3Neck
+from .tiny_vit import FeatureMaps, TinyViT
 
 __all__ = [
     "MLP",

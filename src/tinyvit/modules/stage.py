@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from .functional import Size, is_tracing
-from .layers import Activation, LayerNorm2d, MBConv, TinyViTBlock, to_pair
+from .layers import Activation, LayerNorm2d, MBConv, PatchMerging, TinyViTBlock, to_pair
 
 Downsample = Callable[..., nn.Module]
 """Called with (input_resolution, dim=, out_dim=, activation=), e.g. ``PatchMerging``."""
@@ -307,3 +307,110 @@ class SAM3Neck(nn.Sequential):
         for layer in self:
             x = layer(x)
         return F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
+
+
+class StageInfo(TypedDict):
+    """One stage's map: channels, image pixels per position, and the module it comes from."""
+
+    num_chs: int
+    reduction: int
+    module: str
+
+
+class FeatureInfo(list[StageInfo]):
+    """The stages' maps in depth order, with timm's accessors."""
+
+    def channels(self) -> list[int]:
+        """Channels of each map."""
+        return [stage["num_chs"] for stage in self]
+
+    def reduction(self) -> list[int]:
+        """Image pixels per position of each map, along one side."""
+        return [stage["reduction"] for stage in self]
+
+    def module_name(self) -> list[str]:
+        """The module that each map comes from."""
+        return [stage["module"] for stage in self]
+
+
+def select_stages(indices: int | Sequence[int] | None, num_stages: int) -> tuple[int, ...]:
+    """Stage numbers in depth order, each once; an int n means the last n, None means all."""
+    if indices is None:
+        return tuple(range(num_stages))
+    if isinstance(indices, int):
+        if indices > num_stages:
+            raise ValueError(f"indices must name stages, at most {num_stages}, got {indices}")
+        indices = range(num_stages - indices, num_stages)
+    chosen = {i + num_stages if i < 0 else i for i in indices}
+    if not chosen or not chosen <= set(range(num_stages)):
+        raise ValueError(
+            f"indices must name stages 0 to {num_stages - 1} (or -{num_stages} to -1), "
+            f"got {tuple(indices)}"
+        )
+    return tuple(sorted(chosen))
+
+
+def check_strides(strides: Sequence[int] | None, num_stages: int) -> tuple[int, ...]:
+    """One stride for each merge between two stages; None means SAM's: 2, but 1 for the third."""
+    if num_stages < 1:
+        raise ValueError("depths must name at least one stage, got none")
+    if strides is None:
+        return tuple(1 if i == 2 else 2 for i in range(num_stages - 1))
+    if len(strides) != num_stages - 1 or any(stride not in (1, 2) for stride in strides):
+        raise ValueError(
+            f"strides wants {num_stages - 1} numbers (1 or 2), one for each merge between "
+            f"{num_stages} stages, got {tuple(strides)}"
+        )
+    return tuple(strides)
+
+
+def check_stages(num_stages: int, **numbers: Sequence[int]) -> None:
+    """Each argument must name every stage once, by a positive number."""
+    for name, values in numbers.items():
+        if len(values) != num_stages:
+            raise ValueError(
+                f"{name} wants {num_stages} numbers, one for each stage of depths, got {values}"
+            )
+        if min(values) < 1:
+            raise ValueError(f"{name} must be positive, got {values}")
+
+
+def make_stages(model: Any, use_checkpoint: bool) -> nn.ModuleList:
+    """The stages that the model's attributes describe; their sizes are declared later."""
+    total = sum(model.depths)
+    rates = [model.drop_path_rate * i / max(total - 1, 1) for i in range(total)]
+    stages = nn.ModuleList()
+    for i, depth in enumerate(model.depths):
+        drop_path = rates[sum(model.depths[:i]) :][:depth]
+        is_last = i == model.num_layers - 1
+        downsample = None if is_last else partial(PatchMerging, stride=model.strides[i])
+        out_dim = None if is_last else model.embed_dims[i + 1]
+        if i == 0:
+            stage: nn.Module = ConvLayer(
+                dim=model.embed_dims[i],
+                input_resolution=1,
+                depth=depth,
+                activation=nn.GELU,
+                drop_path=drop_path,
+                downsample=downsample,
+                use_checkpoint=use_checkpoint,
+                out_dim=out_dim,
+                conv_expand_ratio=model.mbconv_expand_ratio,
+            )
+        else:
+            stage = BasicLayer(
+                dim=model.embed_dims[i],
+                input_resolution=1,
+                depth=depth,
+                num_heads=model.num_heads[i],
+                window_size=model.window_sizes[i],
+                mlp_ratio=model.mlp_ratio,
+                drop=model.drop_rate,
+                drop_path=drop_path,
+                downsample=downsample,
+                use_checkpoint=use_checkpoint,
+                local_conv_size=model.local_conv_size,
+                out_dim=out_dim,
+            )
+        stages.append(stage)
+    return stages

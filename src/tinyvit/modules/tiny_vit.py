@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from .functional import Size, is_tracing, to_map
-from .layers import PatchEmbed, PatchMerging, Stem, freeze_batch_stats, to_pair
-from .stage import BasicLayer, ConvLayer, Stage, make_neck
+from .layers import PatchEmbed, Stem, freeze_batch_stats, to_pair
+from .stage import (
+    FeatureInfo,
+    Stage,
+    check_stages,
+    check_strides,
+    make_neck,
+    make_stages,
+    select_stages,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,30 +59,6 @@ def set_lr_scales(model: TinyViT, decay: float) -> None:
             parameter.lr_scale = scale  # type: ignore[attr-defined]
 
 
-class StageInfo(TypedDict):
-    """One stage's map: channels, image pixels per position, and the module it comes from."""
-
-    num_chs: int
-    reduction: int
-    module: str
-
-
-class FeatureInfo(list[StageInfo]):
-    """The stages' maps in depth order, with timm's accessors."""
-
-    def channels(self) -> list[int]:
-        """Channels of each map."""
-        return [stage["num_chs"] for stage in self]
-
-    def reduction(self) -> list[int]:
-        """Image pixels per position of each map, along one side."""
-        return [stage["reduction"] for stage in self]
-
-    def module_name(self) -> list[str]:
-        """The module that each map comes from."""
-        return [stage["module"] for stage in self]
-
-
 class FeatureMaps(nn.Module):
     """A TinyViT that returns the maps of some stages, for detectors and dense heads.
 
@@ -108,89 +91,6 @@ class FeatureMaps(nn.Module):
         """[B, in_chans, H, W] -> one [B, C, h, w] for each stage of ``out_indices``."""
         maps = self.encoder.forward_intermediates(x, self.out_indices, intermediates_only=True)
         return maps if isinstance(maps, list) else maps[1]
-
-
-def select_stages(indices: int | Sequence[int] | None, num_stages: int) -> tuple[int, ...]:
-    """Stage numbers in depth order, each once; an int n means the last n, None means all."""
-    if indices is None:
-        return tuple(range(num_stages))
-    if isinstance(indices, int):
-        if indices > num_stages:
-            raise ValueError(f"indices must name stages, at most {num_stages}, got {indices}")
-        indices = range(num_stages - indices, num_stages)
-    chosen = {i + num_stages if i < 0 else i for i in indices}
-    if not chosen or not chosen <= set(range(num_stages)):
-        raise ValueError(
-            f"indices must name stages 0 to {num_stages - 1} (or -{num_stages} to -1), "
-            f"got {tuple(indices)}"
-        )
-    return tuple(sorted(chosen))
-
-
-def check_strides(strides: Sequence[int] | None, num_stages: int) -> tuple[int, ...]:
-    """One stride for each merge between two stages; None means SAM's: 2, but 1 for the third."""
-    if num_stages < 1:
-        raise ValueError("depths must name at least one stage, got none")
-    if strides is None:
-        return tuple(1 if i == 2 else 2 for i in range(num_stages - 1))
-    if len(strides) != num_stages - 1 or any(stride not in (1, 2) for stride in strides):
-        raise ValueError(
-            f"strides wants {num_stages - 1} numbers (1 or 2), one for each merge between "
-            f"{num_stages} stages, got {tuple(strides)}"
-        )
-    return tuple(strides)
-
-
-def check_stages(num_stages: int, **numbers: Sequence[int]) -> None:
-    """Each argument must name every stage once, by a positive number."""
-    for name, values in numbers.items():
-        if len(values) != num_stages:
-            raise ValueError(
-                f"{name} wants {num_stages} numbers, one for each stage of depths, got {values}"
-            )
-        if min(values) < 1:
-            raise ValueError(f"{name} must be positive, got {values}")
-
-
-def make_stages(model: TinyViT, use_checkpoint: bool) -> nn.ModuleList:
-    """The stages that the model's attributes describe; their sizes are declared later."""
-    total = sum(model.depths)
-    rates = [model.drop_path_rate * i / max(total - 1, 1) for i in range(total)]
-    stages = nn.ModuleList()
-    for i, depth in enumerate(model.depths):
-        drop_path = rates[sum(model.depths[:i]) :][:depth]
-        is_last = i == model.num_layers - 1
-        downsample = None if is_last else partial(PatchMerging, stride=model.strides[i])
-        out_dim = None if is_last else model.embed_dims[i + 1]
-        if i == 0:
-            stage: nn.Module = ConvLayer(
-                dim=model.embed_dims[i],
-                input_resolution=1,
-                depth=depth,
-                activation=nn.GELU,
-                drop_path=drop_path,
-                downsample=downsample,
-                use_checkpoint=use_checkpoint,
-                out_dim=out_dim,
-                conv_expand_ratio=model.mbconv_expand_ratio,
-            )
-        else:
-            stage = BasicLayer(
-                dim=model.embed_dims[i],
-                input_resolution=1,
-                depth=depth,
-                num_heads=model.num_heads[i],
-                window_size=model.window_sizes[i],
-                mlp_ratio=model.mlp_ratio,
-                drop=model.drop_rate,
-                drop_path=drop_path,
-                downsample=downsample,
-                use_checkpoint=use_checkpoint,
-                local_conv_size=model.local_conv_size,
-                out_dim=out_dim,
-            )
-        stages.append(stage)
-    return stages
 
 
 def init_weights(module: nn.Module) -> None:
@@ -477,6 +377,98 @@ class TinyViT(nn.Module):
             info.append({"num_chs": width, "reduction": reduction, "module": f"layers.{i}.blocks"})
             reduction *= stride  # a merge's stride counts for the next stage
         return info
+
+    # -- timm's conveniences -------------------------------------------------------------------
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the last stage's map, of which the head sees the mean."""
+        return self.embed_dims[-1]
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Features in front of ``head``: what ``forward_head(..., pre_logits=True)`` gives."""
+        return self.embed_dims[-1]
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """Size, mean and std (of pixels in 0..1), interpolation and classes, in timm's words."""
+        spec = self.image_spec
+        size = (self.img_size,) * 2 if isinstance(self.img_size, int) else self.img_size
+        config: dict[str, Any] = {
+            "architecture": "tiny_vit",
+            "num_classes": self.num_classes if self.head is not None else 0,
+            "input_size": (self.in_chans, *size),
+            "first_conv": "patch_embed.seq.0.c",
+            "classifier": "head",
+        }
+        if spec is not None:
+            mean, std = (tuple(v / 255 for v in values) for values in (spec.mean, spec.std))
+            config |= {"mean": mean, "std": std, "interpolation": spec.interpolation}
+            config["crop_mode"] = "center" if spec.resize == "crop" else spec.resize
+            if spec.shorter_side is not None:
+                config["crop_pct"] = min(spec.size) / spec.shorter_side
+        return config
+
+    default_cfg = pretrained_cfg
+
+    def get_classifier(self) -> nn.Module | None:
+        """The linear layer to the classes; None for a model built without a head."""
+        return self.head
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters by depth, for timm's layer-wise learning rates.
+
+        Args:
+            coarse: One group a stage instead of one a block.
+        """
+        blocks: list[tuple[str, tuple[int] | None]] = [(r"^layers\.(\d+)", None)]
+        if not coarse:
+            blocks = [
+                (r"^layers\.(\d+)\.downsample", (0,)),
+                (r"^layers\.(\d+)\.blocks\.(\d+)", None),
+            ]
+        return {
+            "stem": r"^patch_embed",
+            "blocks": [*blocks, (r"^(?:norm_head|head|neck)", (99999,))],
+        }
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Drop the stages behind the last one asked for, in place.
+
+        Args:
+            indices: As for ``forward_intermediates``.
+            prune_norm: Drop ``norm_head``; here it goes with the head.
+            prune_head: Drop head and neck, which fit the last stage only.
+
+        Returns:
+            The stages asked for.
+
+        Raises:
+            ValueError: Head or neck would stay behind another stage.
+        """
+        wanted = select_stages(indices, self.num_layers)
+        count = wanted[-1] + 1
+        if prune_head or prune_norm:
+            self.norm_head = self.head = self.neck = self.neck_dim = self.neck_size = None
+            self.num_classes = 0
+        elif count < self.num_layers:
+            raise ValueError(
+                f"head and neck belong to stage {self.num_layers - 1}, not {count - 1}; "
+                "prune them too (prune_head=True)"
+            )
+        if count < self.num_layers:
+            self.layers = self.layers[:count]
+            self.stages()[-1].downsample = None
+            self.num_layers, self.strides = count, self.strides[: count - 1]
+            for name in ("embed_dims", "depths", "num_heads", "window_sizes"):
+                setattr(self, name, getattr(self, name)[:count])
+        return list(wanted)
 
     # -- settings ------------------------------------------------------------------------------
 
