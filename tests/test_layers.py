@@ -16,7 +16,7 @@ SRC = ROOT / "src" / "tinyvit"
 TESTS = ROOT / "tests"
 
 LAYERS = (
-    {"modules", "errors", "image_spec", "allocator"},
+    {"modules", "errors", "image_spec", "allocator", "__about__"},
     {"catalog", "checkpoints", "images", "labels", "factory"},
     {"inference", "sam"},
     {"hub", "compat"},

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints.families import assert_same
-from tinyvit.checkpoints.containers import kind_of, looks_like_web_page
+from tinyvit.checkpoints.containers import looks_like_web_page
 from tinyvit.checkpoints.files import (
     CLASSES,
     IMAGE_SPEC,
@@ -26,6 +26,7 @@ from tinyvit.checkpoints.files import (
     classes_in,
     header_for,
     image_spec_in,
+    kind_of,
     read_arrays,
     read_header,
     read_state_dict,

@@ -1,26 +1,21 @@
-"""Which container a file of weights is, from its first bytes; what other files are, in words."""
+"""What files are that are no checkpoints, in words; and how tensors are laid out in safetensors."""
 
 from __future__ import annotations
 
 import codecs
 import json
-import math
 import zipfile
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 from tinyvit.errors import CheckpointError
 
 from .unwrap import wanted_imports
 
-Kind: TypeAlias = Literal["safetensors", "torch zip", "torch legacy"]
-"""The containers that can hold a state dict."""
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
-_HEAD_BYTES = 512
-_MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
-_ZIP = b"PK\x03\x04"
-# torch.save before 1.6: a pickle of this number (protocol 2) comes first.
-_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+    from torch import Tensor
 
 _FOREIGN = (
     (b"\x89HDF", "an HDF5 file (Keras or h5py)"),
@@ -36,41 +31,13 @@ _FOREIGN = (
 )
 
 
-def kind_of(path: Path) -> Kind:
-    """Which container a file is.
-
-    Raises:
-        CheckpointError: There is no such file, it is a folder, empty, cut off, or something else
-            than a checkpoint (a web page, a git-LFS pointer, a TorchScript archive, …).
-    """
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; name the file of weights inside it")
-    if not path.exists():
-        raise CheckpointError(
-            f"no such file: {path}; check the path, or name a checkpoint of "
-            "tinyvit.list_checkpoints()"
-        )
-    size = path.stat().st_size
-    if size == 0:
-        raise CheckpointError(f"{path} is empty; the download or copy failed, fetch it again")
-    with path.open("rb") as file:
-        head = file.read(_HEAD_BYTES)
-    if head.startswith(_ZIP):
-        return _kind_of_zip(path)
-    if head.startswith(_LEGACY_MAGIC):
-        return "torch legacy"
-    if _check_safetensors(path, head, size):
-        return "safetensors"
-    raise CheckpointError(f"{path} is not a checkpoint: it {_describe(path, head)}")
-
-
 def looks_like_web_page(head: bytes) -> bool:
     """Whether a file's first bytes are HTML or XML."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     return text.startswith((b"<!doctype", b"<html", b"<?xml"))
 
 
-def _kind_of_zip(path: Path) -> Kind:
+def check_zip(path: Path) -> None:
     """Torch's zip files from others; the folder of a cut-off one is missing."""
     if not zipfile.is_zipfile(path):
         raise CheckpointError(
@@ -93,39 +60,9 @@ def _kind_of_zip(path: Path) -> Kind:
             f"{path} is not a checkpoint: it is {what} without a torch state dict; unpack it and "
             "name the file of weights inside"
         )
-    return "torch zip"
 
 
-def _check_safetensors(path: Path, head: bytes, size: int) -> bool:
-    """Whether this is safetensors (8 bytes of header length, JSON, data); refused if cut off."""
-    length = int.from_bytes(head[:8], "little")
-    if len(head) < 9 or head[8:9] != b"{" or not 2 <= length <= _MAX_SAFETENSORS_HEADER:
-        return False
-    if 8 + length > size:
-        raise CheckpointError(
-            f"{path} is cut off: a safetensors header of {length} bytes does not fit into the "
-            f"file's {size} bytes; fetch it again"
-        )
-    with path.open("rb") as file:
-        file.seek(8)
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        ends = [row["data_offsets"][1] for key, row in header.items() if key != "__metadata__"]
-        wanted = 8 + length + max(ends, default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as err:
-        raise CheckpointError(
-            f"{path} looks like safetensors but its header is damaged ({err}); fetch it again"
-        ) from err
-    if math.isfinite(wanted) and wanted > size:
-        raise CheckpointError(
-            f"{path} is cut off: its safetensors header describes {wanted} bytes, the file has "
-            f"{size}; fetch it again"
-        )
-    return True
-
-
-def _describe(path: Path, head: bytes) -> str:
+def describe(path: Path, head: bytes) -> str:
     """What a file that is no checkpoint looks like, and what to do: completes "it …"."""
     if looks_like_web_page(head):
         return (
@@ -157,3 +94,34 @@ def _describe(path: Path, head: bytes) -> str:
     except UnicodeDecodeError:
         pass
     return f"{what}, which is neither safetensors nor a file of torch.save"
+
+
+def save_safetensors(tensors: dict[str, Tensor], temporary: Path, metadata: dict[str, str]) -> None:
+    """``save_file`` with the metadata in a fixed order: equal content is equal bytes."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, temporary, metadata=metadata)
+    with temporary.open("rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(metadata.items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))  # the format pads with spaces
+
+
+def own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give each tensor contiguous memory that no other tensor shares and nothing is left of."""
+    own: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        is_whole = storage.nbytes() == tensor.numel() * tensor.element_size()
+        if not is_whole or storage.data_ptr() in seen:
+            tensor = tensor.clone()
+        elif storage.nbytes():
+            seen.add(storage.data_ptr())
+        own[key] = tensor
+    return own

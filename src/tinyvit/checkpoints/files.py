@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
 
-from .containers import Kind, kind_of
+from .containers import check_zip, describe, own_memory, save_safetensors
 from .unwrap import first_line, refusal, unwrap, wanted_imports, wrap
 
 if TYPE_CHECKING:
@@ -138,6 +138,74 @@ def _entry(header: Mapping[str, str], name: str, path: str | os.PathLike[str]) -
         return json.loads(header[name])
     except ValueError as err:
         raise CheckpointError(f"{path}: {name} in the header is damaged: {err}") from err
+
+
+Kind: TypeAlias = Literal["safetensors", "torch zip", "torch legacy"]
+"""The containers that can hold a state dict."""
+
+_HEAD_BYTES = 512
+_MAX_SAFETENSORS_HEADER = 100_000_000  # the format's own limit
+_ZIP = b"PK\x03\x04"
+# torch.save before 1.6: a pickle of this number (protocol 2) comes first.
+_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+def kind_of(path: Path) -> Kind:
+    """Which container a file is.
+
+    Raises:
+        CheckpointError: There is no such file, it is a folder, empty, cut off, or something else
+            than a checkpoint (a web page, a git-LFS pointer, a TorchScript archive, …).
+    """
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; name the file of weights inside it")
+    if not path.exists():
+        raise CheckpointError(
+            f"no such file: {path}; check the path, or name a checkpoint of "
+            "tinyvit.list_checkpoints()"
+        )
+    size = path.stat().st_size
+    if size == 0:
+        raise CheckpointError(f"{path} is empty; the download or copy failed, fetch it again")
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if head.startswith(_ZIP):
+        check_zip(path)
+        return "torch zip"
+    if head.startswith(_LEGACY_MAGIC):
+        return "torch legacy"
+    if _check_safetensors(path, head, size):
+        return "safetensors"
+    raise CheckpointError(f"{path} is not a checkpoint: it {describe(path, head)}")
+
+
+def _check_safetensors(path: Path, head: bytes, size: int) -> bool:
+    """Whether this is safetensors (8 bytes of header length, JSON, data); refused if cut off."""
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 9 or head[8:9] != b"{" or not 2 <= length <= _MAX_SAFETENSORS_HEADER:
+        return False
+    if 8 + length > size:
+        raise CheckpointError(
+            f"{path} is cut off: a safetensors header of {length} bytes does not fit into the "
+            f"file's {size} bytes; fetch it again"
+        )
+    with path.open("rb") as file:
+        file.seek(8)
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        ends = [row["data_offsets"][1] for key, row in header.items() if key != "__metadata__"]
+        wanted = 8 + length + max(ends, default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as err:
+        raise CheckpointError(
+            f"{path} looks like safetensors but its header is damaged ({err}); fetch it again"
+        ) from err
+    if math.isfinite(wanted) and wanted > size:
+        raise CheckpointError(
+            f"{path} is cut off: its safetensors header describes {wanted} bytes, the file has "
+            f"{size}; fetch it again"
+        )
+    return True
 
 
 _CHUNK = 1 << 20
@@ -359,13 +427,13 @@ def write_state_dict(
         raise ValueError(f"wrapper={wrapper!r} is for torch files; safetensors is always flat")
     if metadata is not None and container == "torch":
         raise ValueError("metadata is for safetensors; a torch file has no header to put it in")
-    own = _own_memory(tensors)
+    own = own_memory(tensors)
 
     def write(temporary: Path) -> None:
         import torch
 
         if container == "safetensors":
-            _save_safetensors(own, temporary, {"format": "pt", **(metadata or {})})
+            save_safetensors(own, temporary, {"format": "pt", **(metadata or {})})
         else:
             with temporary.open("wb") as file:  # a path would be written into the file
                 torch.save(wrap(own, wrapper), file)
@@ -479,47 +547,15 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _save_safetensors(
-    tensors: dict[str, Tensor], temporary: Path, metadata: dict[str, str]
-) -> None:
-    """``save_file`` with the metadata in a fixed order: equal content is equal bytes."""
-    from safetensors.torch import save_file
-
-    save_file(tensors, temporary, metadata=metadata)
-    with temporary.open("rb+") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(metadata.items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:
-            file.seek(8)
-            file.write(text.ljust(length))  # the format pads with spaces
-
-
-def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give each tensor contiguous memory that no other tensor shares and nothing is left of."""
-    own: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for key, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        is_whole = storage.nbytes() == tensor.numel() * tensor.element_size()
-        if not is_whole or storage.data_ptr() in seen:
-            tensor = tensor.clone()
-        elif storage.nbytes():
-            seen.add(storage.data_ptr())
-        own[key] = tensor
-    return own
-
-
-# Files of ours that are no model: states of a training, low-rank additions, stores of teachers.
-_NO_MODELS = ("run", "tinyvit.lora", "tinyvit.store")
+# Entries in headers of our own files, in which no model is wrapped: weights, states of a training,
+# low-rank additions, stores of teachers.
+_AS_THEY_ARE = ("tinyvit.family", "run", "tinyvit.lora", "tinyvit.store")
 
 
 def _read_safetensors(path: Path, size: int) -> StateFile:
     """Read a safetensors file whose length has been checked."""
     tensors, metadata = _load_safetensors(path)
-    if not metadata.keys().isdisjoint(_NO_MODELS):
+    if not metadata.keys().isdisjoint(_AS_THEY_ARE):
         return StateFile(path, tensors, "safetensors", metadata, (), size)
     found = unwrap(tensors, str(path))
     container = f"safetensors, {found.wrapping}" if found.wrapping else "safetensors"

@@ -81,6 +81,7 @@ def open_checkpoint(
     """Find a checkpoint by name or path, read it, and refuse what is damaged or no encoder."""
     path, row = find_checkpoint(checkpoint, sha256, progress)
     file = read_state_dict(path)
+    check_finite(file.tensors, path)
     thresholds = {**(row.thresholds if row else {}), **thresholds_in(file.metadata, path)}
     found = detect_in(file)
     if found.missing or found.unexpected or found.wrong_shapes:
@@ -93,7 +94,6 @@ def open_checkpoint(
             f"{path} holds no image encoder ({found.family}: {', '.join(found.parts)}); "
             f"give the file with the encoder"
         )
-    check_finite(file.tensors, path)
     tensors = to_canonical(file.tensors, found.family)
     return OpenedCheckpoint(path, row, found, tensors, file.metadata, thresholds)
 
