@@ -62,6 +62,7 @@ def classify(
     """
     own = console.of(ctx)
     listed = list_images(images)
+    args.check_checkpoint(checkpoint)
     if labels is not None:
         read_labels(labels)  # complain before a model is fetched
 
