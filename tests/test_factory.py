@@ -382,6 +382,12 @@ def test_without_a_name_the_embedded_weights_are_taken() -> None:
     assert_same(create_model(), create_model("tinyvit_starter").state_dict())
 
 
+def test_an_untrained_sam_encoder_says_so() -> None:
+    """Masks of random weights are noise, and nothing said so."""
+    with pytest.warns(UserWarning, match="tiny_vit_2m_sam has random weights: it is untrained"):
+        create_model("tiny_vit_2m_sam")
+
+
 def test_a_checkpoints_name_beside_a_file(classifier: tuple[State, Path]) -> None:
     with pytest.raises(ValueError, match=r"'tiny_64\.in1k' names a checkpoint, .* is 'tiny_64'"):
         create_model("tiny_64.in1k", classifier[1])

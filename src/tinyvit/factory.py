@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -125,7 +126,8 @@ def create_model(
         DownloadError: The checkpoint cannot be fetched.
 
     Warns:
-        UserWarning: A part of the model is not in the checkpoint and stays untrained.
+        UserWarning: A part of the model is not in the checkpoint and stays untrained; or a SAM
+            encoder is built without a checkpoint, whose masks would be noise.
 
     Example:
         >>> import tinyvit
@@ -166,6 +168,8 @@ def create_model(
     chosen.update({key: value for key, value in overrides.items() if value is not None})
     model = TinyViT(**chosen)
     model.image_spec = _image_spec(own, variant, row, found, img_size)
+    if opened is None and variant is not None and variant.task == "sam":
+        _warn_random(variant.name)
     if opened is not None:
         fresh = _FRESH_HEAD if num_classes is not None else ()
         report = _fill(model, opened, antialias, fresh)
@@ -264,6 +268,16 @@ def _fill(
         tuple(resized),
         opened.thresholds,
     )
+
+
+def _warn_random(name: str) -> None:
+    """Say that a SAM has no weights, but not to packages of ours, which train or fill it."""
+    if not str(sys._getframe(2).f_globals.get("__name__", "")).startswith("tinyvit."):
+        warnings.warn(
+            f"{name} has random weights: it is untrained; name a checkpoint for trained ones, see "
+            "tinyvit.list_checkpoints()",
+            stacklevel=3,
+        )
 
 
 def _warn_untrained(report: LoadReport, parts: Sequence[str]) -> None:
