@@ -1,14 +1,14 @@
 // The page: one state, one view, one canvas; everything else hangs on them.
 import { Api, Offline, Problem } from "./api.js";
 import { Asker } from "./asker.js";
-import * as exporting from "./exports.js";
 import * as images from "./images.js";
 import { listen } from "./keys.js";
-import { enlarge, isIn, unpackLogits } from "./masks.js";
+import { isIn, readRle, unpackLogits } from "./masks.js";
 import { Overlay } from "./overlay.js";
 import { $, ask, drawCandidates, drawObjects, drawTool, factsOf, fillDialogs, make } from "./panel.js";
 import { Pointer } from "./pointer.js";
 import { History, changes, currentOf, fromProject, isEmpty } from "./state.js";
+import { Saver } from "./saving.js";
 import { TEXT } from "./text.js";
 import { View, rounded } from "./view.js";
 
@@ -18,7 +18,7 @@ const view = new View();
 const overlay = new Overlay($("canvas"));
 const base = new URL(".", location.href);
 let picture = null, source = null, tool = "add", draft = null, cross = null, corner = null;
-let found = null, stop = null, hover = null, about = null, isDirty = false;
+let isReduced = false, found = null, stop = null, hover = null, about = null, isDirty = false;
 
 const fromHash = new URLSearchParams(location.hash.slice(1)).get("token");
 if (fromHash) {
@@ -43,6 +43,10 @@ const asker = new Asker(api, {
 });
 window.tinyvit = { history, view, asker, overlay, api }; // for the console, and for tests
 
+const saver = new Saver({
+  asker, base, say: (words) => say(words), tell: (error) => tell(error), state: () => history.state, source: () => source,
+  picture: () => picture, about: () => about, onSaved() { isDirty = false; refresh(); },
+});
 const say = (words) => { $("status").textContent = words; };
 function tell(error) {
   if (error.name !== "AbortError") say(error instanceof Problem || error instanceof Offline ? error.message : String(error));
@@ -64,6 +68,7 @@ function refresh() {
     rename: (id, name) => change("rename", id, name), select: (id) => change("select", id), finish, remove,
   });
   drawCandidates(object, object && asker.answers.get(object.id), (index) => change("choose", index));
+  for (const one of state.objects) if (one.given && !asker.entryOf(one)) asker.keep(one, one.given);
   $("as").hidden = !object || isEmpty(object);
   $("undo").disabled = !history.past.length;
   $("redo").disabled = !history.future.length;
@@ -113,6 +118,8 @@ async function open(file) {
   if (!file) return;
   if (file.name.endsWith(".json")) return openProject(file);
   if (!images.isImageFile(file)) return say(TEXT.notAnImage);
+  const most = about?.limits.max_image_mb;
+  if (file.size > most * 2 ** 20) return say(TEXT.tooLarge(most));
   if (isDirty && !confirm(TEXT.leave)) return;
   document.body.dataset.state = "uploading";
   say(TEXT.uploading((file.size / 1e6).toFixed(1)));
@@ -126,6 +133,7 @@ async function open(file) {
     source = file;
     source.encodeMs = image.timing.encode_ms;
     const shown = bitmap ?? (await images.bitmapOfView(image.view));
+    isReduced = shown.width * shown.height > images.MOST;
     show(image, file.name, await images.forDisplay(shown));
     if (!bitmap) $("times").textContent = "";
   } catch (error) {
@@ -148,14 +156,12 @@ function show(image, name, shown) {
   refresh();
   $("canvas").focus({ preventScroll: true });
 }
+let pending = null; // a project whose image is not open yet
 function readKept(id) {
-  try {
-    const kept = pending ?? JSON.parse(sessionStorage.getItem(KEPT));
-    pending = null;
-    return kept?.image?.id === id ? kept : null;
-  } catch { return null; }
+  const kept = pending ?? JSON.parse(sessionStorage.getItem(KEPT));
+  pending = null;
+  return kept?.image?.id === id ? kept : null;
 }
-let pending = null;
 async function openProject(file) {
   try {
     pending = fromProject(JSON.parse(await file.text()));
@@ -164,7 +170,7 @@ async function openProject(file) {
       pending = null;
       asker.forget();
       refresh();
-    } else say(`Now open ${pending.image?.name ?? "its image"}.`);
+    } else say(TEXT.nowOpen(pending.image?.name));
   } catch (error) { tell(error); }
 }
 async function examples() {
@@ -186,17 +192,27 @@ function click(at, label, grabbed) {
   if (!state.image || !view.isInside(place)) return;
   if (found) return keepFound(place);
   hover = null;
-  if (grabbed !== null && label) return change("removePoint", grabbed);
+  if (grabbed?.point !== undefined && label) return change("removePoint", grabbed.point);
   const { x, y } = rounded(view.clamp(place));
   change("point", x, y, label);
 }
-function pointAt(x, y) {
-  const points = currentOf(history.state)?.points ?? [];
+// What lies under the pointer: {point: index}, {edges: [indices of x0 y0 x1 y1]}, or null.
+function grab(x, y) {
+  const { points = [], box = null } = currentOf(history.state) ?? {};
   for (let i = points.length - 1; i >= 0; i--) {
     const at = view.toScreen(points[i].x, points[i].y);
-    if (Math.hypot(at.x - x, at.y - y) <= 9) return i;
+    if (Math.hypot(at.x - x, at.y - y) <= 9) return { point: i };
   }
-  return null;
+  if (!box) return null;
+  const a = view.toScreen(box[0], box[1]), b = view.toScreen(box[2], box[3]);
+  const isBeside = x > a.x - 5 && x < b.x + 5 && y > a.y - 5 && y < b.y + 5;
+  const edges = [a.x - x, a.y - y, b.x - x, b.y - y].flatMap((d, i) => (Math.abs(d) <= 5 ? [i] : []));
+  return isBeside && edges.length ? { edges: edges.filter((e) => !edges.includes(e - 2)) } : null;
+}
+function boxWith({ edges }, place) {
+  const box = [...currentOf(history.state).box];
+  for (const e of edges) box[e] = e % 2 ? place.y : place.x;
+  return [Math.min(box[0], box[2]), Math.min(box[1], box[3]), Math.max(box[0], box[2]), Math.max(box[1], box[3])];
 }
 function setBox(box) {
   if (!history.state.image || found) return;
@@ -236,9 +252,8 @@ async function everything() {
       Object.assign($("progress"), { value: done, max: total });
       say(TEXT.progress(done, total));
     }, stop.signal));
-    const { readRle } = await import("./masks.js");
     found = answer.masks.map((mask, i) => ({ exact: readRle(mask.rle), score: mask.score, area: mask.area, given: mask, version: `e${i}` }));
-    say(TEXT.everything(found.length));
+    say(answer.hint ?? TEXT.everything(found.length));
   } catch (error) { tell(error); }
   stop = null;
   $("busy").hidden = true;
@@ -251,8 +266,6 @@ function keepFound(place) {
   found = found.filter((one) => one !== entry);
   const { rle, score, area, box } = entry.given;
   change("add", { given: { rle, score, area, box }, finished: true });
-  asker.keep(currentOf(history.state), entry.given);
-  refresh();
 }
 
 // ---- preview while the pointer rests ----
@@ -264,7 +277,7 @@ function hovering(at) {
   $("where").textContent = view.isInside(place) ? TEXT.at(Math.floor(place.x), Math.floor(place.y)) : "";
   if (hover && Math.hypot(hover.at.x - at.x, hover.at.y - at.y) > 3) { hover = null; redraw(); }
   if (!$("preview").checked || found || !view.isInside(place) || !history.state.image) return;
-  rest = setTimeout(() => preview(at, rounded(place)), 60);
+  rest = setTimeout(() => preview(at, rounded(place)), 40);
 }
 async function preview(at, { x, y }) {
   if (isPreviewing) return;
@@ -276,7 +289,7 @@ async function preview(at, { x, y }) {
   try {
     const answer = await api.segment(history.state.image.id, { prompts: [prompt], include: ["low_res"], preview: true }, { isPreview: true });
     const mask = answer.objects[0].masks[0];
-    hover = { at, entry: { logits: unpackLogits(mask.low_res), score: mask.score, version: `h${start}` } };
+    hover = { at, entry: { logits: unpackLogits(mask.low_res, asker.threshold), score: mask.score, version: `h${start}` } };
     redraw();
     if (performance.now() - start > 300) slow();
   } catch (error) {
@@ -288,40 +301,6 @@ async function preview(at, { x, y }) {
 function slow() {
   $("preview").checked = false;
   say(TEXT.previewOff);
-}
-
-// ---- saving ----
-async function save() {
-  const state = history.state;
-  if (!state.objects.some((o) => !isEmpty(o) || o.given)) return say(TEXT.nothing);
-  if ((await ask($("saving"))) !== "save") return;
-  const format = document.querySelector("[name=format]:checked").value;
-  const wanted = state.objects.filter((o) => (!isEmpty(o) || o.given) && (!$("only").checked || o.id === state.current));
-  try {
-    const needsOutlines = format === "svg" || format === "labelme";
-    const exact = format === "project" ? [] : await asker.exact(state.image, wanted, Number($("simplify").value), needsOutlines);
-    const full = format === "cutout" && source ? ((await images.bitmapOf(source)) ?? picture) : picture;
-    say(TEXT.saved(exporting.save(await exporting.make(format, state, exact, full), state.image.name)));
-    isDirty = false;
-    refresh();
-  } catch (error) { tell(error); }
-}
-async function copyMask() {
-  const object = currentOf(history.state) ?? history.state.objects.at(-1);
-  if (!object) return false;
-  const [{ rle }] = await asker.exact(history.state.image, [object]);
-  const { readRle } = await import("./masks.js");
-  const png = new Blob([await exporting.maskPng(readRle(rle).data, history.state.image)], { type: "image/png" });
-  try {
-    await navigator.clipboard.write([new ClipboardItem({ "image/png": png })]);
-    say(TEXT.copied);
-  } catch { exporting.download("mask.png", png); }
-}
-async function copyText(kind) {
-  const text = exporting.copyAs(kind, base, history.state.image, currentOf(history.state));
-  try { await navigator.clipboard.writeText(text); } catch { /* no secure context: the text is shown below */ }
-  $("as").dataset.text = text;
-  say(`${TEXT.copied}: ${text}`);
 }
 
 // ---- keys ----
@@ -349,7 +328,14 @@ function atCross(label) {
   if (found) return keepFound(cross);
   change("point", cross.x, cross.y, label);
 }
-const zoom = (factor, x, y) => { view.zoom(factor, x, y); redraw(); };
+const zoom = (factor, x, y) => { view.zoom(factor, x, y); redraw(); sharpen().catch(tell); };
+// A large image is shown reduced until somebody looks closer.
+async function sharpen() {
+  if (!isReduced || !source || view.scale * devicePixelRatio * view.width <= picture.width) return;
+  isReduced = false;
+  const [shown, full] = [picture, await images.bitmapOf(source)];
+  if (full && picture === shown) { picture = full; redraw(); }
+}
 const choose = (index) => {
   const object = currentOf(history.state);
   if (object && asker.answers.get(object.id)?.masks.length > index) change("choose", index); else return false;
@@ -362,7 +348,7 @@ listen(document, {
   zoomIn: () => zoom(1.25), zoomOut: () => zoom(0.8), actual: () => zoom(1 / view.scale), fit() { view.fit(); redraw(); },
   space(is) { pointer.hasSpace = is; }, hide() { overlay.isHidden = !overlay.isHidden; redraw(); },
   stronger: () => fade(10), fainter: () => fade(-10), preview() { $("preview").click(); }, everything,
-  save() { save(); }, copy() { copyMask().catch(tell); }, open() { $("file").click(); }, help() { $("keys").showModal(); },
+  save() { saver.save(); }, copy() { saver.copyMask().catch(tell); }, open() { $("file").click(); }, help() { $("keys").showModal(); },
   cancel() { stop?.abort(); found = draft = corner = hover = null; redraw(); },
 });
 function fade(by) {
@@ -373,19 +359,23 @@ function fade(by) {
 
 // ---- wiring ----
 const pointer = new Pointer($("canvas"), {
-  view, tool: () => tool, pointAt, onClick: click, onBox: setBox, onHover: hovering, onDouble: () => finish(),
+  view, tool: () => tool, grab, onClick: click, onBox: setBox, onHover: hovering, onDouble: () => finish(),
   onDraft(box) { draft = box; redraw(); }, onPan(dx, dy) { view.move(dx, dy); redraw(); }, onZoom: zoom,
-  onPoint(index, place) { const { x, y } = rounded(place); change("movePoint", index, x, y); },
+  onDrag(grabbed, place) { if (grabbed.edges) { draft = boxWith(grabbed, place); redraw(); } },
+  onDrop(grabbed, place) {
+    const { x, y } = rounded(place);
+    if (grabbed.edges) setBox(boxWith(grabbed, place)); else change("movePoint", grabbed.point, x, y);
+  },
 });
 for (const button of document.querySelectorAll("[data-tool]")) {
   button.addEventListener("click", () => { tool = button.dataset.tool; drawTool(tool); });
 }
-for (const button of document.querySelectorAll("[data-as]")) button.addEventListener("click", () => copyText(button.dataset.as));
+for (const button of document.querySelectorAll("[data-as]")) button.addEventListener("click", () => saver.copyText(button.dataset.as));
 const wire = (id, action) => $(id).addEventListener("click", action);
-wire("undo", undo); wire("redo", redo); wire("add", () => change("begin")); wire("everything", everything); wire("export", save);
+wire("undo", undo); wire("redo", redo); wire("add", () => change("begin")); wire("everything", everything); wire("export", () => saver.save());
 wire("in", () => zoom(1.25)); wire("out", () => zoom(0.8)); wire("fit", () => { view.fit(); redraw(); });
 wire("help", () => $("keys").showModal()); wire("stop", () => stop?.abort());
-wire("paste", async () => { try { await open(await images.fromClipboard()); } catch { say("Press Ctrl+V instead."); } });
+wire("paste", async () => { try { await open(await images.fromClipboard()); } catch { say(TEXT.pasteByKey); } });
 wire("theme", () => {
   const isDark = getComputedStyle(document.documentElement).getPropertyValue("--paper").trim() !== "#fff";
   document.documentElement.dataset.theme = isDark ? "light" : "dark";
@@ -407,4 +397,4 @@ document.body.dataset.state = "empty";
 view.resize(stage.clientWidth, stage.clientHeight);
 refresh();
 examples();
-api.about().then((facts) => { about = facts; document.title = `tinyvit · ${about.model?.name ?? ""}`; }).catch(tell);
+api.about().then((facts) => { about = facts; asker.threshold = facts.thresholds.mask_threshold ?? 0; document.title = `tinyvit · ${about.model?.name ?? ""}`; }).catch(tell);

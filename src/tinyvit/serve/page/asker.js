@@ -12,6 +12,7 @@ export class Asker {
     this.answers = new Map(); // object id -> {key, masks, best, times}
     this.waiting = null;
     this.isAsking = false;
+    this.threshold = 0; // logits above it are mask
   }
   forget() {
     this.answers.clear();
@@ -51,7 +52,7 @@ export class Asker {
   }
   take(object, found, times) {
     const masks = found.masks.map((mask) => ({
-      logits: unpackLogits(mask.low_res), score: mask.score, area: null, version: ++versions,
+      logits: unpackLogits(mask.low_res, this.threshold), score: mask.score, area: null, version: ++versions,
     }));
     this.answers.set(object.id, { key: keyOf(object), masks, best: found.best, times });
     this.onAnswer(object.id);
@@ -66,61 +67,27 @@ export class Asker {
       return work();
     }
   }
-  // The exact masks of objects: what is shown from then on, and what is saved.
-  async exact(image, objects, tolerance = 0, polygons = false) {
-    const include = polygons ? ["rle", "polygons"] : ["rle"];
+  // The exact masks of objects, [{object, score, area, box, rle, mask}]: what is shown from then on, and saved.
+  async exact(image, objects) {
     const found = [];
     for (const object of objects) {
-      if (object.given) {
-        const extra = polygons ? await this.polygonsOf(image, object, tolerance) : {};
-        found.push({ object, ...object.given, ...extra });
-        continue;
+      let made = object.given;
+      if (!made) {
+        const which = object.chosen === null ? "best" : "all";
+        const request = { prompts: [promptOf(object)], which, include: ["rle"] };
+        const { masks } = (await this.again(() => this.api.segment(image.id, request))).objects[0];
+        made = masks[object.chosen ?? 0];
       }
-      const request = { prompts: [promptOf(object)], which: "all", include, tolerance };
-      const answer = (await this.again(() => this.api.segment(image.id, request))).objects[0];
-      const mask = answer.masks[object.chosen ?? answer.best];
-      const kept = this.answers.get(object.id);
+      const mask = readRle(made.rle), kept = this.answers.get(object.id);
       if (kept?.key === keyOf(object)) {
-        const entry = kept.masks[object.chosen ?? kept.best];
-        Object.assign(entry, { exact: readRle(mask.rle), area: mask.area, version: ++versions });
+        Object.assign(kept.masks[object.chosen ?? kept.best], { exact: mask, area: made.area, version: ++versions });
       }
-      found.push({ object, ...mask });
+      found.push({ object, ...made, mask });
     }
     return found;
-  }
-  // Outlines of a mask that came from everything mode: it is its own prompt.
-  async polygonsOf(image, object, tolerance) {
-    const rings = ringsOf(readRle(object.given.rle));
-    return { polygons: tolerance ? rings.map((ring) => ring.filter((_, i) => i % Math.ceil(tolerance) === 0)) : rings };
   }
   keep(object, given) {
     const entry = { exact: readRle(given.rle), score: given.score, area: given.area, version: ++versions };
     this.answers.set(object.id, { key: keyOf(object), masks: [entry], best: 0, times: {} });
   }
-}
-
-// Exact outlines of a mask: corners pair up by row and by column (as tinyvit.sam.contours).
-export function ringsOf({ width, height, data }) {
-  const at = (x, y) => (x >= 0 && y >= 0 && x < width && y < height ? data[y * width + x] : 0);
-  const xs = [], ys = [];
-  for (let y = 0; y <= height; y++) {
-    for (let x = 0; x <= width; x++) {
-      const a = at(x - 1, y - 1), b = at(x, y - 1), c = at(x - 1, y), d = at(x, y);
-      const times = a ^ b ^ c ^ d ? 1 : a === d && a !== b ? 2 : 0;
-      for (let i = 0; i < times; i++) { xs.push(x); ys.push(y); }
-    }
-  }
-  const order = xs.map((_, i) => i).sort((i, j) => xs[i] - xs[j] || ys[i] - ys[j] || i - j);
-  const below = new Int32Array(xs.length);
-  for (let i = 0; i < order.length; i += 2) { below[order[i]] = order[i + 1]; below[order[i + 1]] = order[i]; }
-  const used = new Uint8Array(xs.length), rings = [];
-  for (let start = 0; start < xs.length; start++) {
-    const ring = [];
-    for (let i = start; !used[i]; i = below[i ^ 1]) {
-      used[i] = used[i ^ 1] = 1;
-      ring.push([xs[i], ys[i]], [xs[i ^ 1], ys[i ^ 1]]);
-    }
-    if (ring.length) rings.push(at(xs[start], ys[start]) ? ring : ring.reverse());
-  }
-  return rings;
 }

@@ -32,7 +32,7 @@ export async function bitmapOfView(base64) {
 }
 
 // A smaller copy for the display: a canvas draws 20 megapixels too slowly to pan.
-const MOST = 20_000_000;
+export const MOST = 20_000_000;
 export async function forDisplay(bitmap) {
   const pixels = bitmap.width * bitmap.height;
   if (pixels <= MOST) return bitmap;

@@ -1,11 +1,11 @@
 // Masks in numbers: unpack low-res logits, enlarge them, read run lengths. Pure.
-export function unpackLogits(lowRes) {
+export function unpackLogits(lowRes, threshold = 0) {
   const raw = atob(lowRes.data);
   const [height, width] = lowRes.size;
   const values = new Float32Array(height * width);
   for (let i = 0; i < values.length; i++) {
     const q = (raw.charCodeAt(i) << 24) >> 24;
-    values[i] = Math.sign(q) * (q / 32) ** 2;
+    values[i] = Math.sign(q) * (q / 32) ** 2 - threshold;
   }
   return { height, width, values, inputSize: lowRes.input_size, stride: lowRes.logit_stride };
 }

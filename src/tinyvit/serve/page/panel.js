@@ -69,10 +69,20 @@ export function fillDialogs() {
     make("tr", {}, make("th", { scope: "row" }, keys), make("td", {}, words))));
   $("formats").append(...FORMATS.map(([name, words], index) => make("label", {},
     make("input", { type: "radio", name: "format", value: name, checked: index === 0 }), ` ${words}`)));
-  $("simplify").addEventListener("input", () => {
-    const value = Number($("simplify").value);
-    $("simplified").textContent = value ? `${value} px` : "exact";
-  });
+  for (const group of document.querySelectorAll("[role=radiogroup]")) group.addEventListener("keydown", moveInGroup);
+}
+
+// Arrows choose in a group of radio buttons, as everywhere; they do not reach the crosshair.
+function moveInGroup(event) {
+  const step = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 }[event.key];
+  if (!step) return;
+  event.preventDefault();
+  event.stopPropagation();
+  const group = event.currentTarget, all = [...group.querySelectorAll("[role=radio]")];
+  const next = (all.indexOf(document.activeElement) + step + all.length) % all.length;
+  all[next].focus();
+  all[next].click();
+  group.querySelectorAll("[role=radio]")[next]?.focus();
 }
 
 // Opens a dialog; resolves with its return value when it closes.

@@ -1,9 +1,10 @@
 // Pointer events on the canvas -> what is meant: click, box, drag of a point, move, zoom.
 const MOVED = 4; // CSS pixels that decide between a click and a drag
 const LONG_PRESS = 400; // ms
+const DOUBLE = 350; // ms between the two presses of a double click
 
 export class Pointer {
-  // page: {view, tool(), pointAt(x, y), onClick, onBox, onDraft, onPoint, onPan, onZoom, onHover, onDouble}
+  // page: {view, tool(), grab(x, y), onClick, onBox, onDraft, onDrag, onDrop, onPan, onZoom, onHover, onDouble}
   constructor(canvas, page) {
     this.page = page;
     this.canvas = canvas;
@@ -16,7 +17,8 @@ export class Pointer {
     canvas.addEventListener("pointercancel", (e) => this.cancel(e));
     canvas.addEventListener("pointerleave", () => page.onHover(null));
     canvas.addEventListener("contextmenu", (e) => e.preventDefault());
-    canvas.addEventListener("dblclick", (e) => { e.preventDefault(); page.onDouble(); });
+    canvas.addEventListener("dblclick", (e) => e.preventDefault());
+    this.lastClick = { time: -DOUBLE, place: { x: 0, y: 0 } };
     canvas.addEventListener("wheel", (e) => this.wheel(e), { passive: false });
   }
   at(event) {
@@ -37,7 +39,7 @@ export class Pointer {
     }
     const isMinus = event.button === 2 || event.shiftKey || event.altKey || this.page.tool() === "minus";
     const pans = event.button === 1 || this.hasSpace || (this.page.tool() === "move" && event.button === 0);
-    const grabbed = pans ? null : this.page.pointAt(at.x, at.y);
+    const grabbed = pans ? null : this.page.grab(at.x, at.y);
     this.gesture = { kind: pans ? "pan" : "press", start: at, last: at, isMinus, grabbed, isTouch: event.pointerType === "touch" };
     if (this.gesture.isTouch && !pans) {
       this.press = setTimeout(() => {
@@ -69,9 +71,13 @@ export class Pointer {
       clearTimeout(this.press);
       own.kind = own.grabbed !== null ? "drag" : "box";
     }
+    if (own.kind === "drag") this.page.onDrag(own.grabbed, this.placeOf(at));
     if (own.kind === "pan") this.page.onPan(at.x - own.last.x, at.y - own.last.y);
     if (own.kind === "box") this.page.onDraft(this.boxOf(own.start, at));
     own.last = at;
+  }
+  placeOf({ x, y }) {
+    return this.page.view.clamp(this.page.view.toImage(x, y));
   }
   boxOf(a, b) {
     const view = this.page.view;
@@ -97,9 +103,14 @@ export class Pointer {
       const box = this.boxOf(own.start, own.last);
       if (box[2] > box[0] && box[3] > box[1]) this.page.onBox(box);
     } else if (own.kind === "drag") {
-      this.page.onPoint(own.grabbed, this.page.view.clamp(this.page.view.toImage(own.last.x, own.last.y)));
+      this.page.onDrop(own.grabbed, this.placeOf(own.last));
     } else if (own.kind === "press") {
-      this.page.onClick(own.start, own.isMinus ? 0 : 1, own.grabbed);
+      const { x, y } = own.start, last = this.lastClick, time = performance.now();
+      const before = this.page.view.toScreen(last.place.x, last.place.y);
+      const isDouble = time - last.time < DOUBLE && Math.hypot(x - before.x, y - before.y) <= MOVED;
+      this.lastClick = { time: isDouble ? -DOUBLE : time, place: this.page.view.toImage(x, y) };
+      if (isDouble) this.page.onDouble();
+      else this.page.onClick(own.start, own.isMinus ? 0 : 1, own.grabbed);
     }
   }
   cancel(event) {
