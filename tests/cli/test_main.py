@@ -25,6 +25,16 @@ VERBS = {
     "serve": serve,
     "bench": bench,
 }
+UNSEEN = (  # wrong words that need no model to be seen
+    "segment IMAGE -o x",
+    "segment IMAGE -o x --point 10",
+    "segment none.jpg -o x --point 1,1",
+    "segment IMAGE -o x --point 1,1 --checkpoint none.pt",
+    "encode IMAGE -o /proc/nope",
+    "classify IMAGE --checkpoint none.pt",
+    "evaluate segment nofolder",
+    "evaluate classify nofolder --checkpoint none.pt",
+)
 HEAVY = ("torch", "numpy", "PIL", "safetensors", "huggingface_hub")
 COMMAND = [sys.executable, "-m", "tinyvit"]
 CALM = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -74,6 +84,22 @@ def test_talking_about_itself_loads_nothing_heavy(words):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
+
+
+def test_wrong_words_are_refused_before_torch_is_imported():
+    """Found as 33 s of imports before one line that names a missing prompt."""
+    image = Path(__file__).parents[2] / "examples" / "pictures" / "chelsea.png"
+    calls = [call.replace("IMAGE", str(image)).split() for call in UNSEEN]
+    code = (
+        "import sys\nfrom tinyvit.cli.main import main\n"
+        f"for words in {calls!r}:\n"
+        "    try:\n        main(words)\n    except SystemExit as end:\n"
+        "        print(end.code, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(UNSEEN)
+    assert all(line in ("1 False", "2 False") for line in lines), done.stderr
 
 
 @pytest.mark.parametrize(

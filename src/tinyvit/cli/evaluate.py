@@ -17,6 +17,7 @@ from tinyvit.folders.images import list_images
 
 from . import arguments as args
 from .console import Console, counted
+from .settings_options import check_data
 
 if TYPE_CHECKING:
     from tinyvit.evaluate.classify import ClassifyReport, LabelledImages
@@ -151,6 +152,8 @@ def classify(
     skipped and named, and the exit code is 1.
     """
     own = console.of(ctx)
+    check_data(data, "DATA")
+    args.check_checkpoint(checkpoint)
 
     from tinyvit.evaluate.classify import evaluate_classifier
     from tinyvit.inference import Engine
@@ -202,6 +205,8 @@ def segment(
     network, time and memory. What is unreadable is skipped and named, and the exit code is 1.
     """
     own = console.of(ctx)
+    check_data(data, "DATA")
+    args.check_checkpoint(checkpoint)
 
     from tinyvit.evaluate.segment import COLUMNS, EvaluateSettings, Gallery, evaluate_segment
     from tinyvit.sam import SamPredictor
