@@ -172,9 +172,9 @@ def test_agreement_names_broken_images(run, cells, sams):
     [
         (("classify", "none"), 2, "Missing option '--checkpoint'"),
         (("classify", "none", "--checkpoint", "none.pt"), 1, "none.pt"),
-        (("segment", "none"), 1, "there is nothing at none"),
-        (("segment", "none", "--clicks", "a"), 2, "is not whole numbers between commas"),
-        (("segment", "none", "--clicks", "0"), 1, "clicks must be numbers of at least 1"),
+        (("segment", "none"), 1, "there is no file or folder 'none' for DATA"),
+        (("segment", ".", "--clicks", "a"), 2, "is not whole numbers between commas"),
+        (("segment", ".", "--clicks", "0"), 1, "clicks must be numbers of at least 1"),
         (("segment", "none", "--limit", "0"), 2, "--limit"),
         (("agreement", "a", "b"), 2, "Missing argument"),
         (("agreement", "a", "b", "none"), 1, "there is no file or folder 'none'"),

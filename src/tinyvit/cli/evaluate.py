@@ -152,8 +152,8 @@ def classify(
     skipped and named, and the exit code is 1.
     """
     own = console.of(ctx)
-    check_data(data, "DATA")
     args.check_checkpoint(checkpoint)
+    check_data(data, "DATA")
 
     from tinyvit.evaluate.classify import evaluate_classifier
     from tinyvit.inference import Engine
@@ -205,8 +205,8 @@ def segment(
     network, time and memory. What is unreadable is skipped and named, and the exit code is 1.
     """
     own = console.of(ctx)
-    check_data(data, "DATA")
     args.check_checkpoint(checkpoint)
+    check_data(data, "DATA")
 
     from tinyvit.evaluate.segment import COLUMNS, EvaluateSettings, Gallery, evaluate_segment
     from tinyvit.sam import SamPredictor
