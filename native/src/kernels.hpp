@@ -71,7 +71,7 @@ struct AttendCall {
   const int* positions;     // [count] which position of the window each query is
   int count;
   int side, heads, width;  // width of a head, padded
-  const float* bias;       // [heads][side][2 side - 1][side], see TokenBlock
+  const float* bias;       // [heads][side][2 side - 1][side], see spread_biases
   char* out;               // [count] rows of heads * width
   long out_pitch;
   char* scratch;  // attend_scratch bytes

@@ -85,13 +85,16 @@ struct Bottleneck {
 
 // -- TinyViTBlock ---------------------------------------------------------------------------------------
 
+// A table of biases by distance, [heads][side * side], as rows that kernels can read in one run:
+// [heads][x][2 side - 1][side], for a query in column x of the window and a key of each row (whose
+// distance counts from -(side - 1)) and column; times log2(e).
+std::vector<float> spread_biases(const float* table, int heads, int side);
+
 struct TokenBlock {
   int channels = 0, padded = 0, heads = 0, width = 0, side = 0, hidden = 0;  // width: of a head
   Matrix qkv, proj, fc1, fc2;
   Depthwise local;
-  // For a query in column x of the window, the bias of keys in row order: the distance of rows
-  // counts from -(side - 1), so the biases of one query are `side` rows in one run of memory.
-  float* bias = nullptr;  // [heads][x][2 side - 1][side]
+  float* bias = nullptr;    // see spread_biases
   char* padding = nullptr;  // q, k, v of a position outside the map: LayerNorm's bias through qkv
 
   void make(const Tensors& tensors, Packer& pack, const std::string& name, int dim, int num_heads,

@@ -57,6 +57,17 @@ int inside(int index, int side, int length) { return std::min(side, length - ind
 
 }  // namespace
 
+std::vector<float> spread_biases(const float* table, int heads, int side) {
+  std::vector<float> rows;
+  for (int h = 0; h < heads; ++h)
+    for (int x = 0; x < side; ++x)
+      for (int dy = 1 - side; dy < side; ++dy)
+        for (int kx = 0; kx < side; ++kx)
+          rows.push_back(static_cast<float>(
+              kLog2e * table[(h * side + std::abs(dy)) * side + std::abs(kx - x)]));
+  return rows;
+}
+
 void TokenBlock::make(const Tensors& tensors, Packer& pack, const std::string& name, int dim,
                       int num_heads, int window) {
   channels = dim, heads = num_heads, side = window;
@@ -83,13 +94,7 @@ void TokenBlock::make(const Tensors& tensors, Packer& pack, const std::string& n
   proj = pack.matrix(tensors.linear(name + ".attn.proj", "", dim, dim), {}, merged);
   const std::vector<long> shape = {heads, static_cast<long>(side) * side};
   const float* table = tensors.get(name + ".attn.attention_biases", shape).data;
-  std::vector<float> rows;
-  for (int h = 0; h < heads; ++h)
-    for (int x = 0; x < side; ++x)
-      for (int dy = 1 - side; dy < side; ++dy)
-        for (int kx = 0; kx < side; ++kx)
-          rows.push_back(static_cast<float>(
-              kLog2e * table[(h * side + std::abs(dy)) * side + std::abs(kx - x)]));
+  const std::vector<float> rows = spread_biases(table, heads, side);
   bias = pack.floats(rows, static_cast<int>(rows.size()) + 64);  // read beyond, in whole vectors
   local = pack.depthwise(tensors.conv(name + ".local_conv", dim, 1, -1));
   if (local.side % 2 == 0)

@@ -81,10 +81,10 @@ TINYVIT_INLINE void soften(const AttendSpace& s, int row, int tokens, const floa
   typedef typename P::T T;
   Vec high[R], total[R];
   const int last = (tokens - 1) / kLanes * kLanes, rest = tokens - last;
-#pragma GCC unroll 4
+TINYVIT_UNROLL(4)
   for (int r = 0; r < R; ++r) high[r] = set(-3e38f), total[r] = zero();
   for (int i = 0; i <= last; i += kLanes)
-#pragma GCC unroll 4
+TINYVIT_UNROLL(4)
     for (int r = 0; r < R; ++r) {
       float* p = s.scores + (row + r) * s.padded + i;
       Vec x = add(load(p), load(bias[r] + i));
@@ -92,20 +92,20 @@ TINYVIT_INLINE void soften(const AttendSpace& s, int row, int tokens, const floa
       high[r] = max2(high[r], x);
       store(p, x);
     }
-#pragma GCC unroll 4
+TINYVIT_UNROLL(4)
   for (int r = 0; r < R; ++r) high[r] = set(largest(high[r]));
   for (int i = 0; i <= last; i += kLanes) {
     Vec x[R];
-#pragma GCC unroll 4
+TINYVIT_UNROLL(4)
     for (int r = 0; r < R; ++r) x[r] = sub(load(s.scores + (row + r) * s.padded + i), high[r]);
     P::template exp2<R>(x);
-#pragma GCC unroll 4
+TINYVIT_UNROLL(4)
     for (int r = 0; r < R; ++r) {
       total[r] = add(total[r], x[r]);
       P::store1(reinterpret_cast<T*>(s.weights) + (row + r) * s.padded + i, x[r]);
     }
   }
-#pragma GCC unroll 4
+TINYVIT_UNROLL(4)
   for (int r = 0; r < R; ++r) inverse[row + r] = 1.0f / sum(total[r]);
 }
 
@@ -122,7 +122,7 @@ static __attribute__((noinline)) void attend_rows(const AttendCall& c, const Att
     clear(x);
     products<P, R, 2>(q, c.pitch, nullptr, 1, units,
                       reinterpret_cast<const float*>(s.keys) + n, s.padded, x);
-#pragma GCC unroll 16
+TINYVIT_UNROLL(16)
     for (int r = 0; r < R; ++r) {
       store(s.scores + r * s.padded + n, x[r][0]);
       store(s.scores + r * s.padded + n + kLanes, x[r][1]);
@@ -144,7 +144,7 @@ static __attribute__((noinline)) void attend_rows(const AttendCall& c, const Att
     clear(x);
     products<P, R, 2>(s.weights, static_cast<long>(s.padded) * sizeof(T), nullptr, 1, pairs,
                       reinterpret_cast<const float*>(s.values) + n, c.width, x);
-#pragma GCC unroll 16
+TINYVIT_UNROLL(16)
     for (int k = 0; k < R; ++k) {
       const Vec f = set(inverse[k]);
       T* o = reinterpret_cast<T*>(c.out + (m + k) * c.out_pitch) + head * c.width + n;

@@ -13,21 +13,21 @@ TINYVIT_INLINE void depthwise3(const DepthwiseCall& d, int at) {
   for (int ch = 0; ch < m.channels; ch += 2 * kLanes) {
     Vec acc[2 * G];
     const Vec b0 = load(m.bias + ch), b1 = load(m.bias + ch + kLanes);
-#pragma GCC unroll 4
+TINYVIT_UNROLL(4)
     for (int i = 0; i < G; ++i) acc[2 * i] = b0, acc[2 * i + 1] = b1;
     const float* w = m.taps + ch * 9;
-#pragma GCC unroll 3
+TINYVIT_UNROLL(3)
     for (int r = 0; r < 3; ++r) {
       const char* p = d.in[r] + static_cast<long>(at) * S * d.pitch + ch * sizeof(T);
       Vec x[kColumns][2];
-#pragma GCC unroll 9
+TINYVIT_UNROLL(9)
       for (int c = 0; c < kColumns; ++c)
         P::split(reinterpret_cast<const T*>(p + c * d.pitch), x[c][0], x[c][1]);
-#pragma GCC unroll 3
+TINYVIT_UNROLL(3)
       for (int k = 0; k < 3; ++k) {
         const Vec w0 = load(w + (r * 3 + k) * 2 * kLanes);
         const Vec w1 = load(w + (r * 3 + k) * 2 * kLanes + kLanes);
-#pragma GCC unroll 4
+TINYVIT_UNROLL(4)
         for (int i = 0; i < G; ++i) {
           acc[2 * i] = fma(x[i * S + k][0], w0, acc[2 * i]);
           acc[2 * i + 1] = fma(x[i * S + k][1], w1, acc[2 * i + 1]);
@@ -35,7 +35,7 @@ TINYVIT_INLINE void depthwise3(const DepthwiseCall& d, int at) {
       }
     }
     if (GELU) P::template gelu<2 * G>(acc);
-#pragma GCC unroll 4
+TINYVIT_UNROLL(4)
     for (int i = 0; i < G; ++i)
       P::merge(reinterpret_cast<T*>(d.out + (at + i) * d.out_pitch) + ch, acc[2 * i], acc[2 * i + 1]);
   }

@@ -12,7 +12,7 @@
 namespace tinyvit {
 namespace TINYVIT_ISA {
 
-#define TINYVIT_EACH _Pragma("GCC unroll 16") for (int i = 0; i < N; ++i)
+#define TINYVIT_EACH TINYVIT_UNROLL(16) for (int i = 0; i < N; ++i)
 
 template <int N, int D>
 TINYVIT_INLINE void gelu_of(Vec* x, const float* k, float limit) {
@@ -21,7 +21,7 @@ TINYVIT_INLINE void gelu_of(Vec* x, const float* k, float limit) {
   TINYVIT_EACH c[i] = max2(set(-limit), min2(set(limit), x[i]));
   TINYVIT_EACH s[i] = fma(mul(c[i], c[i]), set(to_unit), set(-1.0f));
   TINYVIT_EACH q[i] = fma(set(k[D]), s[i], set(k[D - 1]));
-#pragma GCC unroll 16
+TINYVIT_UNROLL(16)
   for (int j = D - 2; j >= 0; --j) TINYVIT_EACH q[i] = fma(q[i], s[i], set(k[j]));
   TINYVIT_EACH q[i] = max2(fma(q[i], c[i], set(0.5f)), zero());
   TINYVIT_EACH x[i] = mul(q[i], x[i]);
@@ -44,7 +44,7 @@ TINYVIT_INLINE void exp2_of(Vec* x, const float* k) {
   TINYVIT_EACH n[i] = nearest(x[i]);
   TINYVIT_EACH x[i] = sub(x[i], n[i]);
   TINYVIT_EACH q[i] = fma(set(k[D]), x[i], set(k[D - 1]));
-#pragma GCC unroll 8
+TINYVIT_UNROLL(8)
   for (int j = D - 2; j >= 0; --j) TINYVIT_EACH q[i] = fma(q[i], x[i], set(k[j]));
   TINYVIT_EACH x[i] = times_power(q[i], n[i]);
 }

@@ -12,15 +12,15 @@ TINYVIT_INLINE void products(const char* a, long pitch, const long* taps, int gr
                              const float* w, long next, Vec (&c)[R][V]) {
   for (int g = 0; g < groups; ++g) {
     const char* p = taps ? a + taps[g] : a;
-#pragma GCC unroll 2
+TINYVIT_UNROLL(2)
     for (int u = 0; u < units; ++u, w += next, p += 4) {
       Vec b[V];
-#pragma GCC unroll 2
+TINYVIT_UNROLL(2)
       for (int v = 0; v < V; ++v) b[v] = load(w + v * kLanes);
-#pragma GCC unroll 16
+TINYVIT_UNROLL(16)
       for (int r = 0; r < R; ++r) {
         const Vec x = spread(p + r * pitch);
-#pragma GCC unroll 2
+TINYVIT_UNROLL(2)
         for (int v = 0; v < V; ++v) c[r][v] = P::madd(c[r][v], x, b[v]);
       }
     }
@@ -29,9 +29,9 @@ TINYVIT_INLINE void products(const char* a, long pitch, const long* taps, int gr
 
 template <int R, int V>
 TINYVIT_INLINE void clear(Vec (&c)[R][V]) {
-#pragma GCC unroll 16
+TINYVIT_UNROLL(16)
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
+TINYVIT_UNROLL(2)
     for (int v = 0; v < V; ++v) c[r][v] = zero();
 }
 
@@ -42,16 +42,16 @@ TINYVIT_INLINE void finish(Vec (&c)[R][2], const float* bias, char* const* out,
   typedef typename P::T T;
   const int S = R % 2 ? 1 : 2;
   const Vec b0 = load(bias), b1 = load(bias + kLanes);
-#pragma GCC unroll 16
+TINYVIT_UNROLL(16)
   for (int r = 0; r < R; r += S) {
     Vec v[2 * S];
-#pragma GCC unroll 2
+TINYVIT_UNROLL(2)
     for (int i = 0; i < S; ++i) {
       v[2 * i] = tinyvit::TINYVIT_ISA::add(c[r + i][0], b0);
       v[2 * i + 1] = tinyvit::TINYVIT_ISA::add(c[r + i][1], b1);
     }
     if (add) {
-#pragma GCC unroll 2
+TINYVIT_UNROLL(2)
       for (int i = 0; i < S; ++i) {
         Vec x, y;
         P::load2(reinterpret_cast<const T*>(add[r + i] + offset), x, y);
@@ -60,7 +60,7 @@ TINYVIT_INLINE void finish(Vec (&c)[R][2], const float* bias, char* const* out,
       }
     }
     if (GELU) P::template gelu<2 * S>(v);
-#pragma GCC unroll 2
+TINYVIT_UNROLL(2)
     for (int i = 0; i < S; ++i)
       P::store2(reinterpret_cast<T*>(out[r + i] + offset), v[2 * i], v[2 * i + 1]);
   }

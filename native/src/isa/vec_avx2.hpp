@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define TINYVIT_INLINE static inline __attribute__((always_inline))
+#include "unroll.hpp"
 
 namespace tinyvit {
 namespace TINYVIT_ISA {
@@ -106,21 +106,21 @@ TINYVIT_INLINE Vec dot_bf16(Vec acc, Vec a, Vec b) {
 
 TINYVIT_INLINE void transpose(const char* const* rows, char* out, long out_stride) {
   __m256 r[8], t[8], u[8];
-#pragma GCC unroll 8
+TINYVIT_UNROLL(8)
   for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[i]));
-#pragma GCC unroll 4
+TINYVIT_UNROLL(4)
   for (int i = 0; i < 4; ++i) {
     t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
   }
-#pragma GCC unroll 2
+TINYVIT_UNROLL(2)
   for (int i = 0; i < 2; ++i) {
     u[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
     u[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
     u[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
     u[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
   }
-#pragma GCC unroll 4
+TINYVIT_UNROLL(4)
   for (int j = 0; j < 4; ++j) {
     _mm256_storeu_ps(reinterpret_cast<float*>(out + j * out_stride),
                      _mm256_permute2f128_ps(u[j], u[4 + j], 0x20));

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#define TINYVIT_INLINE static inline __attribute__((always_inline))
+#include "unroll.hpp"
 
 namespace tinyvit {
 namespace TINYVIT_ISA {
@@ -126,21 +126,21 @@ TINYVIT_INLINE Vec dot_bf16(Vec acc, Vec a, Vec b) {
 // A square of kLanes by kLanes four-byte values: rows with a stride in bytes -> columns.
 TINYVIT_INLINE void transpose(const char* const* rows, char* out, long out_stride) {
   __m512i r[16], t[16], u[16];
-#pragma GCC unroll 16
+TINYVIT_UNROLL(16)
   for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i]);
-#pragma GCC unroll 8
+TINYVIT_UNROLL(8)
   for (int i = 0; i < 8; ++i) {
     t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
     t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
   }
-#pragma GCC unroll 4
+TINYVIT_UNROLL(4)
   for (int i = 0; i < 4; ++i) {
     u[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
     u[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
     u[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
     u[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
   }
-#pragma GCC unroll 4
+TINYVIT_UNROLL(4)
   for (int j = 0; j < 4; ++j) {  // u[4 i + j]: column j of each 128-bit lane, rows 4 i to 4 i + 3
     const __m512i a = _mm512_shuffle_i32x4(u[j], u[4 + j], 0x88);
     const __m512i b = _mm512_shuffle_i32x4(u[8 + j], u[12 + j], 0x88);

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#define TINYVIT_INLINE static inline __attribute__((always_inline))
+#include "unroll.hpp"
 
 namespace tinyvit {
 namespace TINYVIT_ISA {
