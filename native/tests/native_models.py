@@ -51,3 +51,38 @@ def tensors_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
 
 def native(model: TinyViT, **how: object) -> Net:
     return Net(config_of(model), tensors_of(model), **how)
+
+
+WIDTHS = {  # of the variants: channels and heads
+    "tiny_vit_5m_224": ((64, 128, 160, 320), (2, 4, 5, 10)),
+    "tiny_vit_11m_224": ((64, 128, 256, 448), (2, 4, 8, 14)),
+    "tiny_vit_21m_224": ((96, 192, 384, 576), (3, 6, 12, 18)),
+}
+
+
+class Student(torch.nn.Module):
+    """EfficientSAM3's image encoder: a TinyViT trunk and a head, resized."""
+
+    def __init__(self, variant: str, embed_size: int) -> None:
+        super().__init__()
+        dims, heads = WIDTHS[variant]
+        trunk = TinyViT(
+            embed_dims=dims, num_heads=heads, strides=(2, 2, 2), neck_dim=None, head=False
+        )
+        self.embed_size = embed_size
+        self.backbone = torch.nn.ModuleDict({"model": trunk})
+        self.head = torch.nn.Sequential(
+            torch.nn.Conv2d(dims[-1], 1024, 1, bias=False),
+            torch.nn.BatchNorm2d(1024),
+            torch.nn.GELU(),
+            torch.nn.Conv2d(1024, 1024, 3, padding=1),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.head(self.backbone["model"](x))
+        return torch.nn.functional.interpolate(y, (self.embed_size,) * 2, mode="bilinear")
+
+    def native(self, **how: object) -> Net:
+        trunk = self.backbone["model"]
+        tensors = {k.removeprefix("backbone.model."): v for k, v in tensors_of(self).items()}
+        return Net(config_of(trunk, end="sam3", end_size=self.embed_size), tensors, **how)
