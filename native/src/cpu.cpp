@@ -70,10 +70,16 @@ struct Entry {
 const Kernels* choose_kernels(bool is_bf16, const char* isa) {
   const Features f = detect();
   const Entry entries[] = {
-#ifdef TINYVIT_HAS_X86_KERNELS
+#ifdef TINYVIT_HAS_AMX
       {"amx", amx::kernels, f.amx},
+#endif
+#ifdef TINYVIT_HAS_AVX512BF16
       {"avx512bf16", avx512bf16::kernels, f.avx512bf16},
+#endif
+#ifdef TINYVIT_HAS_AVX512
       {"avx512", avx512::kernels, f.avx512},
+#endif
+#ifdef TINYVIT_HAS_AVX2
       {"avx2", avx2::kernels, f.avx2},
 #endif
       {"generic", generic::kernels, true},

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from conftest import BUILD
 
 ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx")

@@ -52,7 +52,9 @@ def compare(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], share: f
     assert set(ours) == set(theirs)
     for name, exact in theirs.items():
         assert ours[name].shape == exact.shape, name
-        assert np.abs(ours[name] - exact).max(initial=0) <= share * np.abs(exact).max(initial=1), name
+        assert np.abs(ours[name] - exact).max(initial=0) <= share * np.abs(exact).max(initial=1), (
+            name
+        )
 
 
 @pytest.mark.parametrize(("isa", "is_bf16"), [p.values[0] for p in here()])
@@ -77,7 +79,11 @@ def test_every_isa_agrees_with_the_modules(isa, is_bf16, size):
         {"embed_dims": (20, 30, 70, 96), "num_heads": (1, 3, 7, 2)},
         {"window_sizes": (7, 1, 16, 9)},
         {"depths": (0, 2, 0, 1)},
-        {"embed_dims": (32, 64, 128, 192), "num_heads": (1, 1, 2, 12), "window_sizes": (7, 8, 12, 5)},
+        {
+            "embed_dims": (32, 64, 128, 192),
+            "num_heads": (1, 1, 2, 12),
+            "window_sizes": (7, 8, 12, 5),
+        },
     ],
 )
 def test_configurations(changes):
@@ -110,7 +116,9 @@ def test_same_bits_for_any_threads_and_batch(precision):
 
 
 def test_bf16_is_as_near_as_torch():
-    model = randomise(TinyViT(**{**SMALL, "embed_dims": (64, 128, 160, 320), "num_heads": (2, 4, 5, 10)}))
+    model = randomise(
+        TinyViT(**{**SMALL, "embed_dims": (64, 128, 160, 320), "num_heads": (2, 4, 5, 10)})
+    )
     x = image(1, 3, 128, 128)
     exact = plain(model, x)["embedding"]
     ours = native(model, precision="bf16").encode(x.numpy())

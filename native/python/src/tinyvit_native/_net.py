@@ -246,9 +246,7 @@ class Net:
         return data, struct
 
 
-def _to_struct(
-    config: Config, precision: str, threads: int, isa: str | None
-) -> _abi.ConfigStruct:
+def _to_struct(config: Config, precision: str, threads: int, isa: str | None) -> _abi.ConfigStruct:
     stages = len(config.depths)
     if not 1 <= stages <= _abi.MAX_STAGES:
         raise ValueError(f"depths must name 1 to {_abi.MAX_STAGES} stages, got {stages}")
