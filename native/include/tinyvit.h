@@ -56,6 +56,8 @@ typedef struct tinyvit_error {
 TINYVIT_API uint32_t tinyvit_abi_version(void);
 /* "0.1.0". */
 TINYVIT_API const char* tinyvit_version(void);
+/* 1 where bf16 products are instructions of the kernels that would be taken; 0: emulated, slow. */
+TINYVIT_API int32_t tinyvit_has_bf16(void);
 
 typedef enum tinyvit_stem { TINYVIT_STEM_CONV = 0, TINYVIT_STEM_POINTWISE = 1 } tinyvit_stem;
 
@@ -63,7 +65,7 @@ typedef enum tinyvit_stem { TINYVIT_STEM_CONV = 0, TINYVIT_STEM_POINTWISE = 1 } 
 typedef enum tinyvit_end {
   TINYVIT_END_NONE = 0, /* nothing: the embedding is the last stage's map */
   TINYVIT_END_SAM = 1,  /* SAM's neck: neck.0 to neck.3 */
-  TINYVIT_END_SAM3 = 2  /* EfficientSAM3's head, resized to end_size: head.0, head.1, head.3 */
+  TINYVIT_END_SAM3 = 2  /* EfficientSAM3's, resized to end_size: neck.0, .1 and .3, or head.0 ... */
 } tinyvit_end;
 
 typedef enum tinyvit_precision { TINYVIT_FP32 = 0, TINYVIT_BF16 = 1 } tinyvit_precision;

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <new>
 
+#include "cpu.hpp"
 #include "error.hpp"
 #include "net.hpp"
 
@@ -99,6 +100,12 @@ extern "C" {
 uint32_t tinyvit_abi_version(void) { return TINYVIT_ABI_VERSION; }
 
 const char* tinyvit_version(void) { return TINYVIT_VERSION; }
+
+int32_t tinyvit_has_bf16(void) {
+  bool is_native = false;
+  guarded(nullptr, [&] { is_native = tinyvit::multiplies_bf16(*tinyvit::choose_kernels(true, nullptr)); });
+  return is_native;
+}
 
 tinyvit_status tinyvit_create(const tinyvit_config* config, const tinyvit_tensor* tensors, size_t count,
                               tinyvit_net** net, tinyvit_error* error) {

@@ -100,9 +100,8 @@ const Kernels* choose_kernels(bool is_bf16, const char* isa) {
                                    "'; one of amx, avx512bf16, avx512, avx2, generic");
 }
 
-bool has_fast_bf16() {
-  const Features f = detect();
-  return f.avx512bf16;
+bool multiplies_bf16(const Kernels& kernels) {
+  return kernels.is_bf16 && (!std::strcmp(kernels.isa, "avx512bf16") || !std::strcmp(kernels.isa, "amx"));
 }
 
 }  // namespace tinyvit

@@ -9,7 +9,7 @@ namespace tinyvit {
 // library or the processor lacks.
 const Kernels* choose_kernels(bool is_bf16, const char* isa);
 
-// Whether bf16 products are instructions here rather than emulated.
-bool has_fast_bf16();
+// Whether these kernels' bf16 products are instructions rather than emulated.
+bool multiplies_bf16(const Kernels& kernels);
 
 }  // namespace tinyvit

@@ -26,11 +26,11 @@ struct EndSpace {
 void Ending::make(const Tensors& tensors, Packer& pack, int what, int in) {
   kind = what;
   const bool is_neck = kind == TINYVIT_END_SAM;
-  const std::string first = is_neck ? "neck.0" : "head.0", second = is_neck ? "neck.2" : "head.3";
-  const Folded a = tensors.conv(first, is_neck ? "" : "head.1", -1, in, 1);
+  const std::string own = is_neck || tensors.has("neck.0.weight") ? "neck." : "head.";
+  const Folded a = tensors.conv(own + "0", is_neck ? "" : own + "1", -1, in, 1);
   channels = a.outputs;
   reduce = pack.matrix(a);
-  conv = pack.matrix(tensors.conv(second, "", channels, channels, 3));
+  conv = pack.matrix(tensors.conv(own + (is_neck ? "2" : "3"), "", channels, channels, 3));
   padded = reduce.outputs;
   for (int i = 0; is_neck && i < 2; ++i) {
     const std::string norm = i ? "neck.3" : "neck.1";

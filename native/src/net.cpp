@@ -402,8 +402,7 @@ void Net::describe(tinyvit_info& info) const {
   std::strncpy(info.isa, kernels_->isa, sizeof info.isa - 1);
   info.precision = config_.precision;
   info.threads = pool_.threads();
-  info.is_native = !kernels_->is_bf16 || !std::strcmp(kernels_->isa, "avx512bf16") ||
-                   !std::strcmp(kernels_->isa, "amx");
+  info.is_native = !kernels_->is_bf16 || multiplies_bf16(*kernels_);
   info.weight_bytes = pack_.bytes() + float_pack_.bytes();
   info.workspace_bytes = workspace_.bytes();
 }

@@ -160,6 +160,7 @@ def load(path: Path) -> ctypes.CDLL:
             f"{ABI_VERSION}; reinstall tinyvit-native"
         )
     lib.tinyvit_version.restype = c_char_p
+    lib.tinyvit_has_bf16.restype = c_int32
     handle, error = c_void_p, POINTER(Error)
     lib.tinyvit_create.argtypes = [
         POINTER(ConfigStruct), POINTER(Tensor), c_size_t, POINTER(handle), error,

@@ -34,7 +34,7 @@ class Config:
         strides: Of each merge between two stages, 1 or 2.
         in_chans: Channels of the images.
         stem: "conv", or "pointwise" (LiteMedSAM).
-        end: What follows the last stage: "sam" (a neck), "sam3" (EfficientSAM3's head) or None.
+        end: What follows the last stage: "sam" (a neck), "sam3" (EfficientSAM3's) or None.
         end_size: Side of the embedding for "sam3".
         head: Whether there are tensors of a classification head.
     """
@@ -59,6 +59,11 @@ def version() -> str:
 def abi_version() -> int:
     """The version of the C interface that this package speaks."""
     return _abi.ABI_VERSION
+
+
+def has_bf16() -> bool:
+    """Whether this processor multiplies bf16 natively; else "bf16" works, and is slow."""
+    return bool(_library().tinyvit_has_bf16())
 
 
 class Net:
