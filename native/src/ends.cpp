@@ -26,7 +26,7 @@ struct EndSpace {
 void Ending::make(const Tensors& tensors, Packer& pack, int what, int in) {
   kind = what;
   const bool is_neck = kind == TINYVIT_END_SAM;
-  const std::string own = is_neck || tensors.has("neck.0.weight") ? "neck." : "head.";
+  const std::string own = is_neck || tensors.has("neck.1.running_mean") ? "neck." : "head.";
   const Folded a = tensors.conv(own + "0", is_neck ? "" : own + "1", -1, in, 1);
   channels = a.outputs;
   reduce = pack.matrix(a);

@@ -122,11 +122,8 @@ Folded Tensors::linear(const std::string& name, const std::string& norm, int out
   Folded f;
   f.outputs = static_cast<int>(w.shape[0]), f.inputs = static_cast<int>(w.shape[1]);
   f.weight.assign(w.data, w.data + static_cast<size_t>(f.outputs) * f.inputs);
-  f.bias.assign(f.outputs, 0.0);
-  if (has(name + ".bias")) {
-    const std::vector<float> b = vector(name + ".bias", f.outputs);
-    f.bias.assign(b.begin(), b.end());
-  }
+  const std::vector<float> b = vector(name + ".bias", f.outputs);
+  f.bias.assign(b.begin(), b.end());
   if (!norm.empty() && has(norm + ".weight")) {
     const auto gamma = vector(norm + ".weight", f.inputs), beta = vector(norm + ".bias", f.inputs);
     for (int n = 0; n < f.outputs; ++n)
