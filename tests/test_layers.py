@@ -54,7 +54,6 @@ STILL_TOO_LONG = {
 
 WITHOUT_TORCH = (
     "errors",
-    "factory",
     "image_spec",
     "catalog",
     "labels",
@@ -77,7 +76,6 @@ WITHOUT_TORCH = (
     "inference.engine",
     "inference.fold",
     "inference.graphs",
-    "inference.native_backend",
     "inference.read_ahead",
     "sam.automatic",
     "sam.contours",
@@ -89,6 +87,9 @@ WITHOUT_TORCH = (
     "sam.prompts",
     "sam.segmenter",
     "sam.upscale",
+    "export.certificate",
+    "export.presets",
+    "export.verify",
     "cli.main",
 )
 """What must be importable where torch cannot be imported."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from tinyvit.cli import bench, classify, encode, models, segment, serve, weights
+from tinyvit.cli import bench, classify, encode, export, models, segment, serve, weights
 from tinyvit.cli.main import GROUPS, app, main, reordered
 
 VERBS = {
@@ -23,6 +23,8 @@ VERBS = {
     "classify": classify,
     "segment": segment,
     "serve": serve,
+    "export": export,
+    "verify": export,
     "bench": bench,
 }
 UNSEEN = (  # wrong words that need no model to be seen

@@ -17,6 +17,7 @@ from tinyvit.cli import (
     classify,
     encode,
     evaluate,
+    export,
     models,
     segment,
     serve,
@@ -112,6 +113,8 @@ _add(app, encode.encode, encode.EXAMPLES)
 _add(app, classify.classify, classify.EXAMPLES)
 _add(app, segment.segment, segment.EXAMPLES)
 _add(app, serve.serve, serve.EXAMPLES)
+_add(app, export.export, export.EXPORT_EXAMPLES)
+_add(app, export.verify, export.VERIFY_EXAMPLES)
 _add(app, bench.bench, bench.EXAMPLES)
 for _group, (_summary, _verbs) in GROUPS.items():
     _typer = typer.Typer(

@@ -1,0 +1,154 @@
+"""``tinyvit export`` and ``tinyvit verify``: write a model for other programs, prove it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tinyvit.cli import console
+from tinyvit.cli.arguments import Json, load_sam, one_of
+from tinyvit.cli.console import Console
+
+if TYPE_CHECKING:
+    from tinyvit.export import Verified
+
+EXPORT_EXAMPLES = (
+    "tinyvit export mobile_sam -o exported/",
+    "tinyvit export tinyvit_starter -o labels/ --for x-anylabeling",
+    "tinyvit export model.safetensors -o web/ --for web --storage fp16",
+)
+VERIFY_EXAMPLES = ("tinyvit verify exported/", "tinyvit verify exported/ --backend openvino")
+NAMES = (  # tinyvit.export's PRESETS, whose package loads numpy
+    "tinyvit", "sam", "samexporter", "x-anylabeling", "osam", "cvat", "transformers.js", "web",
+    "tensorrt", "openvino",
+)  # fmt: skip
+DIFFERS, CHANGED = 3, 4
+"""Exit codes: values differ; a file was changed or is not ours."""
+
+
+def export(
+    ctx: typer.Context,
+    checkpoint: Annotated[str, typer.Argument(help="Name, file or folder of a whole SAM.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; new or empty.")],
+    preset: Annotated[
+        str,
+        typer.Option("--for", parser=one_of(*NAMES), metavar="CONSUMER",
+                     help=f"Who will load it: {', '.join(NAMES)}."),
+    ] = "tinyvit",
+    size: Annotated[
+        int | None,
+        typer.Option("--input-size", help="Run the network at this input size instead of adapting "
+                     "weights of another size in the graph."),
+    ] = None,
+    opset: Annotated[int, typer.Option(help="ONNX opset, 16 to 20.")] = 17,
+    storage: Annotated[
+        str | None,
+        typer.Option(parser=one_of("fp32", "fp16"), metavar="TYPE",
+                     help="How weights are stored; arithmetic stays in fp32."),
+    ] = None,
+    single_mask: Annotated[
+        bool | None,
+        typer.Option("--single-mask/--all-masks", help="The best mask alone, or all four."),
+    ] = None,
+    box_padding: Annotated[
+        str,
+        typer.Option(parser=one_of("keep", "drop"), metavar="WHAT",
+                     help="Padding points beside a box: keep them, or drop them in the graph."),
+    ] = "keep",
+    is_reproducible: Annotated[
+        bool, typer.Option("--reproducible", help="Two exports are equal byte for byte.")
+    ] = False,
+    keep_failed: Annotated[
+        bool, typer.Option("--keep-failed", help="Leave a folder whose comparison failed.")
+    ] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Write a SAM for another program, with a certificate.
+
+    The folder holds the graphs, what its consumer wants beside them, and a certificate that
+    'tinyvit verify' checks again, anywhere, without torch. Exit code 3: the graphs differ from the
+    model, and the folder is not left behind.
+    """
+    own = console.of(ctx)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} is there and not empty; choose another folder")
+    from tinyvit.catalog import CHECKPOINTS
+    from tinyvit.export import ParityError, export_model
+
+    sam = load_sam(own, checkpoint, None)
+    licence = next((row.licence for row in CHECKPOINTS if row.name == checkpoint), "")
+    try:
+        verified = export_model(
+            sam, output, preset=preset, name=Path(checkpoint).stem, licence=licence, side=size,
+            opset=opset, storage=storage, single_mask=single_mask,  # type: ignore[arg-type]
+            drop_padding=box_padding == "drop", is_reproducible=is_reproducible,
+            keep_failed=keep_failed, progress=own.say,
+        )  # fmt: skip
+    except ParityError as err:
+        _report(own, err.verified, as_json)
+        console.complain(f"error: {err}")
+        raise typer.Exit(DIFFERS) from err
+    _report(own, verified, as_json)
+    own.say(f"written to {output}; prove it again with: tinyvit verify {output}")
+
+
+def verify(
+    ctx: typer.Context,
+    path: Annotated[Path, typer.Argument(help="Folder of 'tinyvit export', or a file in it.")],
+    backend: Annotated[
+        str | None,
+        typer.Option(parser=one_of("onnx", "openvino"), metavar="NAME",
+                     help="What runs the graphs: onnx or openvino."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="NAME_OR_FILE",
+                     help="Compare with this checkpoint anew; needs torch."),
+    ] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Prove an exported folder again, without torch.
+
+    Hashes first, then every case of its certificate; only --against needs torch. Exit codes:
+    0 passed, 3 values differ, 4 a file was changed or was not written by 'tinyvit export'.
+    """
+    own = console.of(ctx)
+    from tinyvit.errors import CheckpointError
+    from tinyvit.export import verify as run
+
+    try:
+        if against is None:
+            with own.progress("verifying", things="comparisons") as update:
+                verified = run(path, backend=backend, progress=update)  # type: ignore[arg-type]
+        else:
+            from tinyvit.export.writing import verify_against
+
+            sam = load_sam(own, against, None)
+            verified = verify_against(path, sam, backend=backend)  # type: ignore[arg-type]
+    except CheckpointError as err:
+        console.complain(f"error: {err}")
+        raise typer.Exit(CHANGED) from err
+    _report(own, verified, as_json)
+    if not verified.passed:
+        raise typer.Exit(DIFFERS)
+
+
+def _report(own: Console, verified: Verified, as_json: bool) -> None:
+    """Every comparison as JSON, or what failed and the worst in words."""
+    if as_json:
+        console.write_json(verified.to_dict())
+        return
+    for case in verified.cases:
+        if not case.passed:
+            console.write(f"FAILED {case.id}: {case.value:.2g}, allowed {case.allowed:.2g}")
+    facts: dict[str, Any] = {}
+    for case in verified.cases:
+        facts[case.output] = max(facts.get(case.output, 0.0), case.value)
+    rows = [(name, f"{value:.1e}") for name, value in facts.items()]
+    if verified.masks:
+        rows.append(("IoU of masks", "mean {mean:.5f}, least {least:.5f}".format(**verified.masks)))
+    console.write(console.table(("output", "largest error"), rows))
+    word = "passed" if verified.passed else "FAILED"
+    console.write(f"{word}: {len(verified.cases)} comparisons by {verified.backend}")
