@@ -42,7 +42,7 @@ def test_the_index_is_kept_and_made_anew_when_a_file_changes(tmp_path, monkeypat
         patch.setattr("tinyvit.train.data.tar._index", None)  # not called
         second = read_shards(find_shards(folder))
     assert second.names == first.names
-    np.testing.assert_array_equal(second.offset, first.offset)
+    np.testing.assert_array_equal(second.places, first.places)
     write_tar(folder / "train-1.tar", [("x.png", png(pixels_of(1, 0))), ("x.cls", b"5")])
     third = read_shards(find_shards(folder))
     assert third.names[-1] == "train-1.tar/x.png"
@@ -66,12 +66,6 @@ def test_a_place_that_cannot_be_written_leaves_the_index_in_memory(tmp_path, mon
     monkeypatch.setattr("tinyvit.checkpoints.files.os.replace", full)
     assert len(read_shards(find_shards(folder))) == 12
     assert sorted(p.name for p in folder.iterdir()) == ["train-0.tar", "train-1.tar"]
-
-
-def test_no_index_is_kept_unless_wanted(tmp_path):
-    folder = write_shards(tmp_path)
-    read_shards(find_shards(folder), keep_index=False)
-    assert not (folder / INDEX).exists()
 
 
 @pytest.mark.parametrize("part", [0.3, 0.5, 0.62, 1.0])

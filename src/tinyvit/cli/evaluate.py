@@ -289,9 +289,7 @@ def agreement(
 
 def _labelled(data: str, classes: Sequence[str] | None, part: _Part) -> LabelledImages:
     """The images to evaluate on; an error if their classes are others than the model's."""
-    import numpy as np
-
-    from tinyvit.train.data.images import Subset, open_data_set, open_part
+    from tinyvit.train.data.images import open_data_set, open_part
 
     if part.held_out:
         parts = open_data_set(data, val_part=part.val_part, split_seed=part.split_seed)
@@ -306,8 +304,7 @@ def _labelled(data: str, classes: Sequence[str] | None, part: _Part) -> Labelled
         images = open_part(data, classes)
     if part.limit is None or part.limit >= len(images):
         return images
-    chosen = _drawn(len(images), part.limit, part.seed)
-    return Subset(images, np.array(chosen, dtype=np.int64))
+    return images.part(_drawn(len(images), part.limit, part.seed))
 
 
 def _masks(data: str, images: Path | None, part: _Part) -> MaskSet:

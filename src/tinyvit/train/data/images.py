@@ -25,14 +25,14 @@ from .lists import (
     PART_NAMES,
     TRAIN_NAMES,
     VAL_NAMES,
-    FileList,
+    ImageList,
     Labels,
     read_csv,
     read_folder,
     visible_folders,
 )
-from .sources import identity, some
-from .tar import TarShards, find_shards, read_shards
+from .sources import some
+from .tar import find_shards, read_shards
 
 _TRIES = 20  # unreadable images in a row that end the training
 
@@ -117,35 +117,6 @@ def split(
 
 
 @dataclass(frozen=True)
-class Subset:
-    """Some images of a list."""
-
-    whole: LabelledImages  # the list
-    indices: Labels  # [N] int64, which of it
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes of the whole list."""
-        return self.whole.classes
-
-    @property
-    def labels(self) -> Labels:
-        """[N] int64, number of each image's class."""
-        return self.whole.labels[self.indices]
-
-    def name(self, index: int) -> str:
-        """What to call an image in messages."""
-        return self.whole.name(int(self.indices[index]))
-
-    def source(self, index: int) -> Path | bytes:
-        """Where an image is read from."""
-        return self.whole.source(int(self.indices[index]))
-
-
-@dataclass(frozen=True)
 class DataSet:
     """Two parts that share no image.
 
@@ -155,8 +126,8 @@ class DataSet:
         origin: Where both come from, in words.
     """
 
-    train: LabelledImages
-    val: LabelledImages
+    train: ImageList
+    val: ImageList
     origin: str
 
     @property
@@ -208,35 +179,22 @@ def open_data_set(
         listed, parts = read_csv(path)
         if parts is not None:
             return _by_column(listed, parts, path)
-        whole: LabelledImages = listed
+        whole = listed
     else:
         siblings = visible_folders(path) if inner is not None else []
         is_alone = all(name.lower() in PART_NAMES for name in siblings)
         whole = open_part(inner if inner is not None and is_alone else path)
     first: dict[Hashable, int] = {}  # place of each image where it is named first
-    groups = [first.setdefault(one, place) for place, one in enumerate(identities(whole))]
+    groups = [first.setdefault(one, place) for place, one in enumerate(whole.identities())]
     kept, out = split(whole.labels, val_part, split_seed, np.array(groups, np.int64))
     words = f"{path}, {val_part:.0%} of each class held out with seed {split_seed}"
-    return DataSet(Subset(whole, kept), Subset(whole, out), words)
+    return DataSet(whole.part(kept), whole.part(out), words)
 
 
-def identities(images: LabelledImages) -> list[Hashable]:
-    """What tells each image of a list from all others, whatever names or links lead to it."""
-    if isinstance(images, Subset):
-        whole = identities(images.whole)
-        return [whole[index] for index in images.indices]
-    if isinstance(images, TarShards):
-        shards = [identity(path) for path in images.shards]
-        places = zip(images.shard.tolist(), images.offset.tolist(), strict=True)
-        return [(shards[number], offset) for number, offset in places]
-    sources = [images.source(index) for index in range(len(images))]
-    return [identity(one) if isinstance(one, Path) else one for one in sources]
-
-
-def _disjoint(train: LabelledImages, held: LabelledImages, origin: str) -> DataSet:
+def _disjoint(train: ImageList, held: ImageList, origin: str) -> DataSet:
     """Two parts; an image of both is validated on and not trained on."""
-    there = set(identities(held))
-    is_shared = np.array([one in there for one in identities(train)], np.bool_)
+    there = set(held.identities())
+    is_shared = np.array([one in there for one in train.identities()], np.bool_)
     if not is_shared.any():
         return DataSet(train, held, origin)
     if is_shared.all():
@@ -247,10 +205,10 @@ def _disjoint(train: LabelledImages, held: LabelledImages, origin: str) -> DataS
         f"{some(shared)}",
         stacklevel=3,
     )
-    return DataSet(Subset(train, np.flatnonzero(~is_shared)), held, origin)
+    return DataSet(train.part(np.flatnonzero(~is_shared)), held, origin)
 
 
-def open_part(data: str | os.PathLike[str], classes: Sequence[str] | None = None) -> LabelledImages:
+def open_part(data: str | os.PathLike[str], classes: Sequence[str] | None = None) -> ImageList:
     """Open labelled images as they are; ``classes`` number a part that belongs to another one."""
     path = Path(data)
     if path.suffix.lower() in (".csv", ".tsv"):
@@ -312,7 +270,7 @@ def _inner(path: Path, names: tuple[str, ...]) -> Path | None:
     return next((one for one in found if visible_folders(one) or find_shards(one)), None)
 
 
-def _by_column(listed: FileList, parts: tuple[str, ...], path: Path) -> DataSet:
+def _by_column(listed: ImageList, parts: tuple[str, ...], path: Path) -> DataSet:
     """Part a list as its column ``split`` says."""
     kinds = [text.lower() for text in parts]
     strange = sorted(set(kinds) - {*TRAIN_NAMES, *VAL_NAMES})
@@ -328,5 +286,4 @@ def _by_column(listed: FileList, parts: tuple[str, ...], path: Path) -> DataSet:
     if lacking:
         names = ", ".join(repr(listed.classes[number]) for number in sorted(lacking))
         raise ValueError(f"classes of {str(path)!r} with no image in 'train': {names}")
-    words = f"{path}, by its column 'split'"
-    return _disjoint(Subset(listed, train), Subset(listed, val), words)
+    return _disjoint(listed.part(train), listed.part(val), f"{path}, by its column 'split'")

@@ -1,4 +1,4 @@
-"""Labelled images in folders and in CSV files: names, numbers of classes, and where each image is.
+"""Lists of labelled images: names, numbers of classes, and where each image is.
 
 A folder has one subfolder for each class; a CSV file has a path and a label in each line. Images
 are listed here and never opened: what is wrong with one shows when it is read.
@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tinyvit.errors import ImageError
 from tinyvit.folders.images import IMAGE_SUFFIXES
 
-from .sources import find_column, find_file, read_table, some
+from .sources import find_column, find_file, identity, read_table, some
 
 Labels = NDArray[np.int64]
 
@@ -30,12 +31,15 @@ _LABELS = ("label", "class", "class_name", "target", "category")
 
 
 @dataclass(frozen=True)
-class NamedImages:
-    """Labelled images that have names."""
+class ImageList:
+    """Labelled images that are files, or lie in tar files."""
 
     names: tuple[str, ...]  # of each image: its path, or shard/member
     labels: Labels  # [N] int64, number of each image's class
     classes: tuple[str, ...]  # names of the classes, in the order of their numbers
+    roots: tuple[Path, ...]  # the folder that ``names`` are relative to; or the tar files
+    # [3, N]: number of the tar file, byte at which the image begins, its bytes; None for files
+    places: Labels | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -44,19 +48,41 @@ class NamedImages:
         """What to call an image in messages."""
         return self.names[index]
 
+    def part(self, indices: Sequence[int] | Labels) -> ImageList:
+        """Some of the images."""
+        which = np.asarray(indices, np.int64)
+        names = tuple(self.names[index] for index in which.tolist())
+        places = None if self.places is None else self.places[:, which]
+        return replace(self, names=names, labels=self.labels[which], places=places)
 
-@dataclass(frozen=True)
-class FileList(NamedImages):
-    """Labelled images that are files."""
-
-    root: Path  # the folder that ``names`` are relative to
+    def identities(self) -> list[Hashable]:
+        """What tells each image from all others, whatever names or links lead to it."""
+        if self.places is None:
+            return [identity(self.roots[0] / name) for name in self.names]
+        shards = [identity(path) for path in self.roots]
+        return [(shards[number], offset) for number, offset, _ in self.places.T.tolist()]
 
     def source(self, index: int) -> Path | bytes:
-        """Where an image is read from."""
-        return self.root / self.names[index]
+        """The file of an image, or its bytes; ImageError if its tar file is gone or shorter."""
+        if self.places is None:
+            return self.roots[0] / self.names[index]
+        number, offset, size = self.places[:, index].tolist()
+        path = self.roots[number]
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                data: bytes = file.read(size)
+        except OSError as err:
+            raise ImageError(f"{str(path)!r} cannot be read: {err}") from err
+        if len(data) < size:
+            raise ImageError(
+                f"{self.names[index]!r} ends beyond its tar file, which has become shorter; "
+                "copy or download it again"
+            )
+        return data
 
 
-def read_folder(folder: str | os.PathLike[str], classes: Sequence[str] | None = None) -> FileList:
+def read_folder(folder: str | os.PathLike[str], classes: Sequence[str] | None = None) -> ImageList:
     """List a folder that has one subfolder for each class, sorted by class and name.
 
     The name of a subfolder is the class; images may lie at any depth in it. Hidden files and
@@ -89,7 +115,7 @@ def read_folder(folder: str | os.PathLike[str], classes: Sequence[str] | None = 
     names = [name for group in found.values() for name in group]
     texts = [label for label, group in found.items() for _ in group]
     labels, known = number_classes(texts, classes, str(root))
-    return FileList(tuple(names), labels, known, root)
+    return ImageList(tuple(names), labels, known, (root,))
 
 
 def visible_folders(root: Path) -> list[str]:
@@ -108,7 +134,7 @@ def _images(root: Path, name: str) -> Iterator[str]:
 
 def read_csv(
     path: str | os.PathLike[str], classes: Sequence[str] | None = None
-) -> tuple[FileList, tuple[str, ...] | None]:
+) -> tuple[ImageList, tuple[str, ...] | None]:
     """List the images of a CSV file, and the text of each one's ``split`` column if there is one.
 
     A first line that names its columns (``path``, ``label`` and, if wanted, ``split``; a few usual
@@ -147,7 +173,7 @@ def read_csv(
     )
     labels, known = number_classes([cells[what] for _, cells in rows], classes, str(path))
     parts = None if part is None else tuple(cells[part] for _, cells in rows)
-    return FileList(names, labels, known, path.parent), parts
+    return ImageList(names, labels, known, (path.parent,)), parts
 
 
 def number_classes(

@@ -9,59 +9,32 @@ is one seek, in any order and in any process. Compressed tar files cannot be rea
 from __future__ import annotations
 
 import glob
-import io
+import gzip
 import json
 import logging
 import os
 import tarfile
-import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tinyvit.checkpoints.files import write_bytes
-from tinyvit.errors import CheckpointError, ImageError
+from tinyvit.errors import CheckpointError
 from tinyvit.folders.images import IMAGE_SUFFIXES
 from tinyvit.labels import read_labels
 
-from .lists import Labels, NamedImages, number_classes
+from .lists import ImageList, Labels, number_classes
 
-INDEX = ".tinyvit-index.npz"
-_VERSION = 1
+INDEX = ".tinyvit-index.json.gz"
+_VERSION = 2
 _KEYS = ("label", "cls", "class", "target", "class_name")
 _NAMES = ("classes.txt", "labels.txt", "classes.json", "labels.json")
 
 logger = logging.getLogger("tinyvit")
-
-
-@dataclass(frozen=True)
-class TarShards(NamedImages):
-    """Labelled images in tar files."""
-
-    shards: tuple[Path, ...]  # the tar files
-    shard: NDArray[np.int64]  # [N] int64, number of the tar file
-    offset: NDArray[np.int64]  # [N] int64, byte at which the image begins
-    size: NDArray[np.int64]  # [N] int64, its bytes
-
-    def source(self, index: int) -> Path | bytes:
-        """The bytes of an image's file; an ``ImageError`` if the tar file is gone or shorter."""
-        path, size = self.shards[int(self.shard[index])], int(self.size[index])
-        try:
-            with path.open("rb") as file:
-                file.seek(int(self.offset[index]))
-                data: bytes = file.read(size)
-        except OSError as err:
-            raise ImageError(f"{str(path)!r} cannot be read: {err}") from err
-        if len(data) < size:
-            raise ImageError(
-                f"{self.names[index]!r} ends beyond its tar file, which has become shorter; "
-                "copy or download it again"
-            )
-        return data
 
 
 def find_shards(path: str | os.PathLike[str]) -> tuple[Path, ...]:
@@ -74,32 +47,34 @@ def find_shards(path: str | os.PathLike[str]) -> tuple[Path, ...]:
     return tuple(sorted(Path(p) for p in glob.glob(os.fspath(path)) if p.endswith(".tar")))
 
 
-def read_shards(
-    shards: Sequence[Path], classes: Sequence[str] | None = None, *, keep_index: bool = True
-) -> TarShards:
+def read_shards(shards: Sequence[Path], classes: Sequence[str] | None = None) -> ImageList:
     """Index tar files, in their order.
 
     Names of classes come from ``classes``, or else from a file ``classes.txt`` (or ``labels.txt``,
     ``.json``) beside the tar files, or else from the labels themselves; labels that are numbers
-    count positions in the first two. With ``keep_index`` the index is kept beside the first tar
-    file if that place can be written, and one that fits is used.
+    count positions in the first two. The index is kept beside the first tar file if that place can
+    be written, and one that fits is used.
     """
     if not shards:
         raise ValueError("wanted at least one tar file, got none")
-    marks = json.dumps([_VERSION, *(_mark(path) for path in shards)])
+    states = ((path.name, path.stat()) for path in shards)
+    marks = [_VERSION, *([name, state.st_size, state.st_mtime_ns] for name, state in states)]
     place = shards[0].parent / INDEX
-    found = _read_index(place, marks) if keep_index else None
+    found = _read_index(place, marks)
     if found is None:
         found = _index(shards)
-        if keep_index:
-            _write_index(place, marks, found)
+        data = json.dumps([marks, found[0], found[1].tolist(), found[2]]).encode()
+        try:
+            write_bytes(place, gzip.compress(data, 1))
+        except CheckpointError as err:
+            logger.info("the index of the tar files stays in memory: %s", err)
     names, places, texts = found
     if classes is None:
         beside = (shards[0].parent / name for name in _NAMES)
         file = next((path for path in beside if path.is_file()), None)
         classes = None if file is None else read_labels(file)
     labels, known = _labels(texts, classes, str(shards[0].parent))
-    return TarShards(tuple(names), labels, known, tuple(shards), *places)
+    return ImageList(tuple(names), labels, known, tuple(shards), places)
 
 
 _Index = tuple[list[str], NDArray[np.int64], list[str]]
@@ -207,39 +182,13 @@ def _labels(
     return number_classes([classes[int(text)] for text in texts], classes, origin)
 
 
-def _mark(path: Path) -> list[str | int]:
-    """Tells whether a tar file is still the one that was indexed."""
-    status = path.stat()
-    return [path.name, status.st_size, status.st_mtime_ns]
-
-
-def _read_index(place: Path, marks: str) -> _Index | None:
+def _read_index(place: Path, marks: list[Any]) -> _Index | None:
+    """The index that is kept, if the tar files are still those that were indexed."""
     try:
-        with np.load(place, allow_pickle=False) as held:
-            if str(held["marks"]) != marks:
-                return None
-            names, texts = (bytes(held[k]).decode("utf-8").split("\n") for k in ("names", "texts"))
-            return names, held["places"], texts
+        before, names, places, texts = json.loads(gzip.decompress(place.read_bytes()))
+        return (names, np.array(places, np.int64), texts) if before == marks else None
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as err:
+    except (OSError, TypeError, ValueError, EOFError, zlib.error) as err:
         logger.warning("%s is damaged (%s) and is rebuilt", place, err)
         return None
-
-
-def _write_index(place: Path, marks: str, index: _Index) -> None:
-    names, places, texts = index
-    if any("\n" in text for text in (*names, *texts)):
-        return  # such an index stays in memory
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        marks=np.array(marks),
-        names=np.frombuffer("\n".join(names).encode(), dtype=np.uint8),
-        places=places,
-        texts=np.frombuffer("\n".join(texts).encode(), dtype=np.uint8),
-    )
-    try:
-        write_bytes(place, buffer.getbuffer())
-    except CheckpointError as err:
-        logger.info("the index of the tar files stays in memory: %s", err)
