@@ -319,7 +319,7 @@ def logits_task(tmp_path, data, teacher, make_tiny_vit):
         store, _ = write_logits(tmp_path / "store", data.train, teacher, views=3, k=2)
         model = tiny_classifier(make_tiny_vit, size=size)
         view = View(augmentation(strength), ImageSpec.timm(size))
-        return DistillLogits(Classify(model, data, view, **changes), store)
+        return DistillLogits(model, data, view, store=store, **changes)
 
     return make
 
@@ -377,20 +377,19 @@ def test_a_student_of_another_size_sees_the_same_view(logits_task):
 
 def test_measuring_and_saving_are_the_classifiers(logits_task, tmp_path):
     one = logits_task()
-    assert one.validate(one.model) == one.student.validate(one.model)
+    plain = Classify(one.model, one.data, one.view)
+    assert one.validate(one.model) == plain.validate(one.model)
     one.save(one.model, tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors").is_file()
     assert (len(one), one.goal, one.name) == (9, ("top1", "max"), "distill-logits")
-    assert one.model is one.student.model
 
 
 def test_answers_of_something_else_are_refused(logits_task, data):
     with pytest.raises(StoreMismatchError, match=r"augmentation is .* there and .* here"):
         logits_task("none")
     one = logits_task()
-    other = replace(one.student, data=replace(data, train=data.val))
     with pytest.raises(StoreMismatchError, match=r"images is 9 there and 3 here; data is"):
-        DistillLogits(other, one.store)
+        replace(one, data=replace(data, train=data.val))
 
 
 def test_images_without_logits_are_named_and_replaced(logits_task, data):
@@ -399,7 +398,7 @@ def test_images_without_logits_are_named_and_replaced(logits_task, data):
     batch = one.collate([one.sample(4, np.random.default_rng(0))])
     one.loss(one.model, batch, torch.Generator())
     assert "without logits" in one.broken[data.train.name(4)]
-    one.student.on_broken = "error"
+    one.on_broken = "error"
     with pytest.raises(ValueError, match=r"without logits in .* call write_logits again"):
         one.sample(4, np.random.default_rng(0))
 
@@ -408,7 +407,7 @@ def test_make_logits_task(tmp_path, data, teacher):
     write_logits(tmp_path / "store", data.train, teacher, views=1)
     settings = ClassifySettings(str(tmp_path / "data"), val_part=0.25, img_size=32)
     one = make_logits_task(settings, tmp_path / "store")
-    assert (one.student.smoothing, len(one)) == (0.0, 9)
+    assert (one.smoothing, len(one)) == (0.0, 9)
     with pytest.raises(ValueError, match=r"mixup=0\.8 and cutmix=0\.0 cannot be used here"):
         make_logits_task(replace(settings, mixup=0.8), tmp_path / "store")
     with pytest.raises(ValueError, match="holds no store"):

@@ -7,7 +7,7 @@ classifier starts from any TinyViT: of a SAM's encoder the neck goes, of other c
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT, get_variant
@@ -41,63 +42,36 @@ from .settings import ClassifySettings
 _TOP = 5
 
 
-@dataclass(frozen=True)
-class Mixing:
-    """How much is mixed."""
-
-    mixup: float = 0.0  # the parameter of the Beta distribution for mixup; 0 for none
-    cutmix: float = 0.0  # the same for cutmix; 0 for none
-    probability: float = 1.0  # part of the batches that are mixed
-    switch: float = 0.5  # part of the mixed batches that get cutmix, where both are on
-
-    def __post_init__(self) -> None:
-        if self.mixup < 0 or self.cutmix < 0:
-            raise ValueError(
-                f"mixup and cutmix must be at least 0, got {self.mixup} and {self.cutmix}"
-            )
-        if not (0 <= self.probability <= 1 and 0 <= self.switch <= 1):
-            raise ValueError(
-                "probability and switch must be between 0 and 1, got "
-                f"{self.probability} and {self.switch}"
-            )
-
-
 def mix(
-    images: Tensor, targets: Tensor, settings: Mixing, generator: torch.Generator
+    images: Tensor, targets: Tensor, mixup: float, cutmix: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Mix images [B, 3, H, W] and their distributions over the classes, targets [B, K].
 
-    New tensors, or the given ones where nothing is mixed. A target is mixed by the areas that are
-    really seen. The generator is on the CPU.
+    ``mixup`` and ``cutmix`` are parameters of Beta distributions, 0 for none; where both are on,
+    half of the batches get cutmix. New tensors, or the given ones where nothing is mixed. A target
+    is mixed by the areas that are really seen. The generator is on the CPU.
     """
+    if len(images) < 2 or not (mixup or cutmix):
+        return images, targets
     seed = int(torch.randint(2**62, (), generator=generator))
     rng = np.random.default_rng(seed)  # torch has no public Beta with a generator
-    can = (settings.mixup > 0, settings.cutmix > 0)
-    if not any(can) or len(images) < 2 or rng.random() >= settings.probability:
-        return images, targets
-    is_cut = can[1] and (not can[0] or rng.random() < settings.switch)
-    alpha = settings.cutmix if is_cut else settings.mixup
+    is_cut = cutmix > 0 and (not mixup or rng.random() < 0.5)
+    alpha = cutmix if is_cut else mixup
     keep = float(rng.beta(alpha, alpha))
     order = torch.from_numpy(rng.permutation(len(images))).to(images.device)
-    if is_cut:
-        top, bottom, left, right = _box(images.shape[2], images.shape[3], keep, rng)
+    if is_cut:  # a rectangle of 1 - keep of the area, cut at the borders
+        height, width = images.shape[2:]
+        h, w = (int(side * (1 - keep) ** 0.5) for side in (height, width))
+        y, x = int(rng.integers(height)), int(rng.integers(width))
+        rows = slice(max(y - h // 2, 0), min(y + h - h // 2, height))
+        columns = slice(max(x - w // 2, 0), min(x + w - w // 2, width))
         mixed = images.clone()
-        mixed[:, :, top:bottom, left:right] = images[order, :, top:bottom, left:right]
-        keep = 1 - (bottom - top) * (right - left) / (images.shape[2] * images.shape[3])
+        mixed[:, :, rows, columns] = images[order, :, rows, columns]
+        area = (rows.stop - rows.start) * (columns.stop - columns.start)
+        keep = 1 - area / (height * width)
     else:
         mixed = torch.lerp(images[order], images, keep)
     return mixed, torch.lerp(targets[order], targets, keep)
-
-
-def _box(
-    height: int, width: int, keep: float, rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of a rectangle of 1 - keep of the area, cut at the borders."""
-    side = (1 - keep) ** 0.5
-    h, w = int(height * side), int(width * side)
-    y, x = int(rng.integers(height)), int(rng.integers(width))
-    top, left = max(y - h // 2, 0), max(x - w // 2, 0)
-    return top, min(y + h - h // 2, height), left, min(x + w - w // 2, width)
 
 
 _USUAL_SIZE = 224
@@ -229,7 +203,8 @@ class Classify:
     model: nn.Module  # the classifier, trained in place; its ``forward`` gives logits
     data: DataSet  # what is trained and validated on
     view: View  # makes an input of an image, with augmentation
-    mixing: Mixing = field(default_factory=Mixing)  # how images of a batch are mixed
+    mixup: float = 0.0  # the parameter of the Beta distribution for mixup; 0 for none
+    cutmix: float = 0.0  # the same for cutmix; 0 for none
     smoothing: float = 0.0  # part of a label that is spread over all classes
     on_broken: OnBroken = "skip"  # what an unreadable image does
     val_batch_size: int = 64  # images validated together
@@ -244,16 +219,20 @@ class Classify:
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """``images`` [3, h, w] as ``view`` makes it, ``labels`` and ``broken``: reasons by name."""
+        index, image, broken = self.read(index, rng)
+        label = self.data.train.labels[index]
+        return {"images": self.view(image, rng), "labels": label, "broken": broken}
+
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """An image to train on."""
+        return decode(self.data.train.source(index))
+
+    def read(
+        self, index: int, rng: np.random.Generator
+    ) -> tuple[int, NDArray[np.uint8], dict[str, str]]:
+        """As ``read_good``: an image to train on, or another one in the place of a broken one."""
         images = self.data.train
-        index, image, broken = read_good(
-            lambda i: decode(images.source(i)),
-            index,
-            images.name,
-            len(images),
-            rng,
-            self.on_broken,
-        )
-        return {"images": self.view(image, rng), "labels": images.labels[index], "broken": broken}
+        return read_good(self.image, index, images.name, len(images), rng, self.on_broken)
 
     collate = staticmethod(stack_samples)
 
@@ -263,7 +242,7 @@ class Classify:
         """Cross entropy with smoothed and mixed labels; ``train_top1`` counts the larger part."""
         self.broken.update(cast("dict[str, str]", batch.get("broken", {})))
         targets = one_hot(batch["labels"], len(self.data.classes), self.smoothing)
-        images, targets = mix(batch["images"], targets, self.mixing, generator)
+        images, targets = mix(batch["images"], targets, self.mixup, self.cutmix, generator)
         logits = model(images)
         hits = logits.detach().argmax(dim=1) == targets.argmax(dim=1)
         return soft_cross_entropy(logits, targets), {"train_top1": hits.float().mean()}
@@ -312,7 +291,8 @@ def make_task(settings: ClassifySettings) -> Classify:
         model,
         data,
         View(augmentation(settings.augment, settings.flip), spec_of(model)),
-        Mixing(settings.mixup, settings.cutmix),
+        settings.mixup,
+        settings.cutmix,
         settings.smoothing,
         settings.on_broken,
         settings.val_batch_size,
@@ -340,30 +320,9 @@ def validate_classifier(
     place = next(model.parameters())
     broken: dict[str, str] = {}
     logits: list[Tensor] = []
-    labels: list[Tensor] = []
-    with torch.inference_mode():
-        for inputs, numbers in _batches(images, spec, batch_size, broken):
-            logits.append(model(inputs.to(place)).float().cpu())
-            labels.append(numbers)
-    if not logits:
-        name, reason = next(iter(broken.items()), ("", "there is none"))
-        raise ValueError(f"no image to validate on can be read; {name}: {reason}")
-    found, right = torch.cat(logits), torch.cat(labels)
-    metrics = {
-        "top1": float(hits_in_top(found, right, 1).float().mean()),
-        "loss": float(nn.functional.cross_entropy(found, right)),
-    }
-    if found.shape[1] > _TOP:
-        metrics["top5"] = float(hits_in_top(found, right, _TOP).float().mean())
-    return metrics, broken
+    labels: list[int] = []
 
-
-def _batches(
-    images: LabelledImages, spec: ImageSpec, batch_size: int, broken: dict[str, str]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Prepared images [B, 3, h, w] and their labels [B], read ahead in threads."""
-
-    def prepared(index: int) -> Tensor | None:
+    def read(index: int) -> Tensor | None:
         try:
             return torch.from_numpy(prepare(images.source(index), spec)[0])
         except ImageError as err:
@@ -371,10 +330,23 @@ def _batches(
             return None
 
     workers = choose_workers()
-    jobs = (partial(prepared, index) for index in range(len(images)))
-    made = zip(
-        read_ahead(jobs, workers=workers, ahead=batch_size + workers), images.labels, strict=True
-    )
-    good = ((one, int(label)) for one, label in made if one is not None)
-    while batch := list(islice(good, batch_size)):
-        yield torch.stack([one for one, _ in batch]), torch.tensor([label for _, label in batch])
+    jobs = (partial(read, index) for index in range(len(images)))
+    made = read_ahead(jobs, workers=workers, ahead=batch_size + workers)
+    pairs = zip(made, images.labels.tolist(), strict=True)
+    good = ((one, label) for one, label in pairs if one is not None)
+    with torch.inference_mode():
+        while batch := list(islice(good, batch_size)):
+            inputs = torch.stack([one for one, _ in batch])
+            logits.append(model(inputs.to(place)).float().cpu())
+            labels += [label for _, label in batch]
+    if not logits:
+        name, reason = next(iter(broken.items()), ("", "there is none"))
+        raise ValueError(f"no image to validate on can be read; {name}: {reason}")
+    found, right = torch.cat(logits), torch.tensor(labels)
+    metrics = {
+        "top1": float(hits_in_top(found, right, 1).float().mean()),
+        "loss": float(nn.functional.cross_entropy(found, right)),
+    }
+    if found.shape[1] > _TOP:
+        metrics["top5"] = float(hits_in_top(found, right, _TOP).float().mean())
+    return metrics, broken

@@ -28,7 +28,7 @@ from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
 from tinyvit.sam.build import build_sam
 from tinyvit.sam.model import Sam
-from tinyvit.train.data.images import fingerprint, hold_out, read_good
+from tinyvit.train.data.images import fingerprint, hold_out
 from tinyvit.train.data.sampling import stack_samples
 from tinyvit.train.data.sources import identity
 from tinyvit.train.settings import SettingError
@@ -132,11 +132,12 @@ class DistillFeatures:
     def __init__(
         self,
         student: TinyViT,
-        store: Store,
+        store: Store | str | os.PathLike[str],
         root: str | os.PathLike[str],
         settings: DistillFeaturesSettings | None = None,
         sam: Sam | None = None,
     ) -> None:
+        store = store if isinstance(store, Store) else Store(store)
         if "image_spec" not in store.facts:
             raise ValueError(f"{store.folder} holds logits; wanted features")
         self.settings = settings = settings or DistillFeaturesSettings()
@@ -272,16 +273,7 @@ class DistillFeatures:
         return self._mean_map
 
 
-def make_features_task(
-    student: TinyViT,
-    store: Store | str | os.PathLike[str],
-    root: str | os.PathLike[str],
-    settings: DistillFeaturesSettings | None = None,
-    sam: Sam | None = None,
-) -> DistillFeatures:
-    """Put a student, stored features and their images together; see ``DistillFeatures``."""
-    opened = store if isinstance(store, Store) else Store(store)
-    return DistillFeatures(student, opened, root, settings, sam)
+make_features_task = DistillFeatures
 
 
 def _spec_of(student: TinyViT, teacher: ImageSpec) -> ImageSpec:
@@ -322,64 +314,51 @@ def _check_current(store: Store, root: Path) -> None:
 
 
 @dataclass
-class DistillLogits:
-    """Learns a teacher's stored logits; a ``Task``."""
+class DistillLogits(Classify):
+    """Learns a teacher's stored logits; a ``Task`` that validates and saves as ``Classify``."""
 
-    student: Classify  # the same network as it learns from labels; it validates and saves
-    store: Store  # the logits
+    store: Store = field(kw_only=True)  # the logits
     name: str = "distill-logits"
-    goal: Goal = ("top1", "max")
-    model: nn.Module = field(init=False)  # the network that is trained, in place
 
     def __post_init__(self) -> None:
-        data = self.student.data
-        self.model = self.student.model
+        if self.mixup or self.cutmix:
+            raise ValueError(
+                f"mixup={self.mixup} and cutmix={self.cutmix} cannot be used here: logits are "
+                "kept for single images; leave them 0"
+            )
         self.store.check(
-            images=len(data.train),
-            classes=data.classes,
-            data=fingerprint(data.train),
-            augmentation=self.student.view.augmentation.to_dict(),
+            images=len(self.data.train),
+            classes=self.data.classes,
+            data=fingerprint(self.data.train),
+            augmentation=self.view.augmentation.to_dict(),
         )
-
-    @property
-    def broken(self) -> dict[str, str]:
-        """Reason by name of each unreadable image met so far, in this process."""
-        return self.student.broken
-
-    def __len__(self) -> int:
-        """Training images in an epoch."""
-        return len(self.student)
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """One of the views of an image, which ``rng`` draws, with the teacher's k classes.
 
         The view's own randomness is that of its stored seed.
         """
-        images = self.student.data.train
-        index, image, broken = read_good(
-            self._image, index, images.name, len(images), rng, self.student.on_broken
-        )
+        index, image, broken = self.read(index, rng)
         seed, probabilities, classes = (
             self.store.read(str(index), key) for key in ("seed", "probabilities", "classes")
         )  # [V], [V, k], [V, k]
         view = int(rng.integers(len(seed)))
         return {
-            "images": self.student.view(image, np.random.default_rng(int(seed[view]))),
+            "images": self.view(image, np.random.default_rng(int(seed[view]))),
             "probabilities": probabilities[view].astype(np.float32),
             "classes": classes[view].astype(np.int64),
-            "labels": images.labels[index],
+            "labels": self.data.train.labels[index],
             "broken": broken,
         }
 
-    def _image(self, index: int) -> NDArray[np.uint8]:
+    def image(self, index: int) -> NDArray[np.uint8]:
+        """An image to train on, of which there are logits."""
         if str(index) not in self.store.entries:
             raise ValueError(
                 f"it is without logits in {self.store.folder}; call write_logits again, which "
                 "writes what is missing"
             )
-        return decode(self.student.data.train.source(index))
-
-    collate = staticmethod(stack_samples)
+        return super().image(index)
 
     def loss(
         self, model: nn.Module, batch: Batch, generator: torch.Generator
@@ -397,24 +376,12 @@ class DistillLogits:
         }
         return sparse_cross_entropy(logits, batch["classes"], batch["probabilities"]), metrics
 
-    def validate(self, model: nn.Module) -> dict[str, float]:
-        """As ``Classify.validate``: against the labels of the held-out part."""
-        return self.student.validate(model)
-
-    def save(self, model: nn.Module, path: Path) -> None:
-        """As ``Classify.save``."""
-        self.student.save(model, path)
-
 
 def make_logits_task(settings: ClassifySettings, store: str | os.PathLike[str]) -> DistillLogits:
-    """Open data and stored logits, and build the student; there is no mixing and no smoothing."""
-    if settings.mixup or settings.cutmix:
-        raise ValueError(
-            f"mixup={settings.mixup} and cutmix={settings.cutmix} cannot be used here: logits are "
-            "kept for single images; leave them 0"
-        )
+    """Open data and stored logits, and build the student; labels are neither mixed nor smoothed."""
     opened = Store(store)
-    return DistillLogits(classify.make_task(replace(settings, smoothing=0.0)), opened)
+    values = vars(classify.make_task(replace(settings, smoothing=0.0)))
+    return DistillLogits(**{**values, "store": opened, "name": DistillLogits.name})
 
 
 def make_task(settings: DistillFeaturesRun | DistillLogitsSettings) -> Task[Any]:

@@ -232,11 +232,10 @@ class Segment:
 
 def save_sam(model: Sam, path: str | os.PathLike[str]) -> Path:
     """Write a Sam as one ``.safetensors`` file, which ``build_sam`` and every command load."""
-    strides = ",".join(str(stride) for stride in model.image_encoder.strides)
     header = {
         "tinyvit.family": "tinyvit_sam",
-        "tinyvit.strides": strides,
-        **header_for(model.image_encoder.image_spec),
+        "tinyvit.strides": ",".join(str(stride) for stride in model.image_encoder.strides),
+        **header_for(model.image_encoder.image_spec, thresholds=model.thresholds),
     }
     return write_state_dict(path, model.state_dict(), metadata=header)
 

@@ -74,35 +74,26 @@ def open_teacher(
     encoder). ``image_spec`` says how images are prepared; None takes the model's own, which ONNX
     files and transformers do not state in one way, so there it must be given.
     """
-    place = choose_device(device)
+    place, name = choose_device(device), "TinyViT"
     if isinstance(source, TinyViT):
-        return tiny_vit_teacher(source, "TinyViT", place, gives)
-    text = os.fspath(source)
-    if text.lower().endswith(".onnx"):
-        return _onnx_teacher(Path(text), _wanted(image_spec, text))
-    if gives == "logits":
-        model, _ = load_classifier(source)
-        model.image_spec = image_spec or spec_of(model)
-        return tiny_vit_teacher(model, Path(text).name, place, gives)
-    if text.startswith("timm:"):
-        return _timm_teacher(text[5:], image_spec, place)
-    if text.startswith("hf:"):
-        whole = _load("transformers").AutoModel.from_pretrained(text[3:])
-        encoder = getattr(whole, "vision_encoder", whole)
-        return module_teacher(encoder, _wanted(image_spec, text), text, place)
-    model = create_model(None, source)
-    model.image_spec = image_spec or model.image_spec
-    return tiny_vit_teacher(model, Path(text).name, place, gives)
-
-
-def tiny_vit_teacher(
-    model: TinyViT, name: str, device: str, gives: Literal["features", "logits"] = "features"
-) -> Teacher:
-    """A TinyViT's neck output, or its logits."""
+        model = source
+    else:
+        text = os.fspath(source)
+        if text.lower().endswith(".onnx"):
+            return _onnx_teacher(Path(text), _wanted(image_spec, text))
+        if gives == "features" and text.startswith("timm:"):
+            return _timm_teacher(text[5:], image_spec, place)
+        if gives == "features" and text.startswith("hf:"):
+            whole = _load("transformers").AutoModel.from_pretrained(text[3:])
+            encoder = getattr(whole, "vision_encoder", whole)
+            return module_teacher(encoder, _wanted(image_spec, text), text, place)
+        is_classifier = gives == "logits"
+        model = load_classifier(source)[0] if is_classifier else create_model(None, source)
+        model.image_spec, name = image_spec or model.image_spec, Path(text).name
     sha256 = weights_sha256(model.state_dict())
     if gives == "logits":
-        frozen = model.eval().requires_grad_(False).to(device)
-        return Teacher(lambda x: frozen.classify(x.to(device)), spec_of(model), name, sha256)
+        frozen = model.eval().requires_grad_(False).to(place)
+        return Teacher(lambda x: frozen.classify(x.to(place)), spec_of(model), name, sha256)
     if model.neck is None or model.image_spec is None:
         raise ValueError(
             "a teacher wants a neck and an image_spec, and this TinyViT has "
@@ -110,7 +101,7 @@ def tiny_vit_teacher(
         )
     spec = model.image_spec
     spec = replace(spec, pad=True) if spec.resize == "longest_side" else spec
-    return Teacher(TorchBackend(model, device), spec, name, sha256)
+    return Teacher(TorchBackend(model, place), spec, name, sha256)
 
 
 def module_teacher(
@@ -322,20 +313,14 @@ def _logit_rows(
     pixels = torch.from_numpy(np.concatenate(list(shown.values())))
     parts = torch.split(pixels, batch_size)
     best = torch.cat([_probabilities(teacher, part, classes) for part in parts]).topk(k, dim=1)
-    number = np.uint16 if classes <= 1 << 16 else np.uint32
-    shape = len(shown), -1, k
-    probabilities = best.values.numpy().astype(np.float16).reshape(shape)
-    numbers = best.indices.numpy().astype(number).reshape(shape)
+    kinds = np.float16, np.uint16 if classes <= 1 << 16 else np.uint32
+    found = [
+        array.numpy().astype(kind).reshape(len(shown), -1, k)
+        for array, kind in zip(best, kinds, strict=True)
+    ]
     return [
-        Row(
-            str(index),
-            {
-                "seed": np.array(seeds[index], np.uint64),
-                "probabilities": probabilities[place],
-                "classes": numbers[place],
-            },
-        )
-        for place, index in enumerate(shown)
+        Row(str(i), {"seed": np.array(seeds[i], np.uint64), "probabilities": p, "classes": c})
+        for i, p, c in zip(shown, *found, strict=True)
     ]
 
 
