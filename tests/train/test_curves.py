@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 
-from tinyvit.train.curves import COLOURS, HEIGHT, WIDTH, draw_curves
+from tinyvit.train.run_folder import COLOURS, HEIGHT, WIDTH, draw_curves
 
 
 def has_colour(image, colour):

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -255,14 +255,6 @@ class TaskLoss(nn.Module):
         return loss, metrics
 
 
-class Gradient(NamedTuple):
-    """What came with a step's gradient."""
-
-    loss: float  # mean over this process's samples, times its part of all samples of the step
-    metrics: dict[str, float]  # means over this process's samples
-    parts: list[tuple[list[Key], Batch]]  # keys, batch on the CPU
-
-
 def accumulate_gradient(
     loss_of: nn.Module,
     batches: Iterator[Batch],
@@ -270,11 +262,13 @@ def accumulate_gradient(
     step: int,
     settings: TrainSettings,
     processes: Processes,
-) -> Gradient:
+) -> tuple[float, dict[str, float], list[tuple[list[Key], Batch]]]:
     """Compute the gradient of the mean loss over a step's samples, of all processes together.
 
     Each part counts by its number of samples, so parts of different sizes give the same mean as
-    one large batch. ``loss_of`` is a ``TaskLoss``, shared with the other processes.
+    one large batch. ``loss_of`` is a ``TaskLoss``, shared with the other processes. Gives the loss,
+    a mean over this process's samples times its part of all samples of the step; the metrics, means
+    over its samples; and the parts: keys, and batch on the CPU.
     """
     keys = order.parts(step, processes.rank)
     total, own = len(order.group(step)), sum(len(part) for part in keys)
@@ -295,20 +289,18 @@ def accumulate_gradient(
         for name, value in zip(names, shown, strict=True):
             sums[name] = sums.get(name, 0.0) + value * len(part)
     loss_sum = sums.pop("loss")
-    return Gradient(loss_sum / total, {name: s / own for name, s in sums.items()}, parts)
+    return loss_sum / total, {name: value / own for name, value in sums.items()}, parts
 
 
 def _on(batch: Batch, device: torch.device, channels_last: bool) -> Batch:
     """A batch on the device, its images in channels-last memory."""
-
-    def move(value: object) -> object:
-        if not isinstance(value, Tensor):  # what the task alone reads
-            return value
-        there = value.to(device, non_blocking=True)
-        is_map = channels_last and there.ndim == 4 and there.is_floating_point()
-        return there.contiguous(memory_format=torch.channels_last) if is_map else there
-
-    return cast(Batch, {name: move(value) for name, value in batch.items()})
+    moved: dict[str, Any] = dict(batch)  # what the task alone reads is no tensor
+    for name, value in batch.items():
+        if isinstance(value, Tensor):
+            there = value.to(device, non_blocking=True)
+            is_map = channels_last and there.ndim == 4 and there.is_floating_point()
+            moved[name] = there.to(memory_format=torch.channels_last) if is_map else there
+    return moved
 
 
 # -- the loop --------------------------------------------------------------------------------------
@@ -422,18 +414,18 @@ class _Run(Generic[Sample]):
         learning_rate = self.schedule(step)
         set_learning_rates(self.optimiser, learning_rate)
         self.optimiser.zero_grad(set_to_none=True)
-        gradient = accumulate_gradient(
+        loss, metrics, parts = accumulate_gradient(
             self.task_loss, batches, self.order, step, self.settings, self.processes
         )
         norm = float(clip_gradients(self.optimiser, self.settings.clip_norm))
         shared = torch.tensor(
-            [gradient.loss, norm / self.processes.count, stop.is_set()],
+            [loss, norm / self.processes.count, stop.is_set()],
             dtype=torch.float64,
             device=self.processes.device if self.processes.device.type != "mps" else "cpu",
         )
         self.loss, norm, asked = self.processes.sum(shared).tolist()
         if not torch.isfinite(shared).all():  # before the optimiser spoils the weights
-            kept = keep_batch(self.folder, step + 1, self.processes.rank, gradient.parts)
+            kept = keep_batch(self.folder, step + 1, self.processes.rank, parts)
             self.processes.wait()  # every process has kept its part before one ends all
             raise NonFiniteLossError(
                 f"step {step + 1} gave a loss of {self.loss} and a gradient of norm {norm}; {kept}."
@@ -445,8 +437,8 @@ class _Run(Generic[Sample]):
             self.ema.update(self.task.model, step)
         self.counters.step = step + 1
         self.samples_done += len(self.order.group(step))
-        metrics = {"loss": self.loss, **gradient.metrics}
-        self.counters.add({**metrics, "rate": learning_rate, "gradient_norm": norm})
+        own = {"rate": learning_rate, "gradient_norm": norm}
+        self.counters.add({"loss": self.loss, **metrics, **own})
         return bool(asked)
 
     def _after_step(self, should_stop: bool) -> None:

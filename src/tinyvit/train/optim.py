@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -202,13 +203,17 @@ class NamedGroup(TypedDict):
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, layer_decay: float = 1.0
+    model: nn.Module,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    apart: Collection[int] = (),
 ) -> list[NamedGroup]:
     """Every parameter that requires gradients, once, by its learning rate and decay.
 
     Only matrices and kernels decay: not what has one dimension (norms, biases), attention biases
     and embeddings. ``layer_decay`` is the factor on the learning rate from each block to the one
-    before it. ``set_learning_rates`` sets ``lr``.
+    before it; parameters whose ids are ``apart`` get groups of their own. ``set_learning_rates``
+    sets ``lr``.
     """
     embeddings: set[int] = set()
     for module in model.modules():
@@ -216,14 +221,14 @@ def parameter_groups(
             module.set_layer_lr_decay(layer_decay)
         elif isinstance(module, nn.Embedding):
             embeddings.add(id(module.weight))
-    groups: dict[tuple[float, float], NamedGroup] = {}
+    groups: dict[tuple[float, float, bool], NamedGroup] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_bare = parameter.ndim <= 1 or name.endswith(NO_DECAY) or id(parameter) in embeddings
         scale, decay = float(getattr(parameter, "lr_scale", 1.0)), 0.0 if is_bare else weight_decay
         empty = NamedGroup(params=[], names=[], lr=0.0, lr_scale=scale, weight_decay=decay)
-        group = groups.setdefault((scale, decay), empty)
+        group = groups.setdefault((scale, decay, id(parameter) in apart), empty)
         group["params"].append(parameter)
         group["names"].append(name)
     if not groups:
@@ -260,25 +265,18 @@ def make_optimiser(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
     ValueError where nothing is; or Muon was chosen, and no matrix of a linear layer is trainable,
     or this torch has none.
     """
-    groups = parameter_groups(model, settings.weight_decay, settings.layer_decay)
+    linear: set[int] = set()
+    if settings.optimiser == "muon":
+        linear = {id(one.weight) for one in model.modules() if isinstance(one, nn.Linear)}
+    groups = parameter_groups(model, settings.weight_decay, settings.layer_decay, linear)
     betas = settings.beta1, settings.beta2
     if settings.optimiser == "adamw":
         return torch.optim.AdamW(list(map(dict, groups)), lr=0.0, betas=betas)
-    linear = {id(one.weight) for one in model.modules() if isinstance(one, nn.Linear)}
-    matrices, others = (
-        [part for group in groups if (part := _part_of(group, linear, is_in))["params"]]
-        for is_in in (True, False)
-    )
+    matrices = [group for group in groups if id(group["params"][0]) in linear]
+    others = [group for group in groups if id(group["params"][0]) not in linear]
     if not matrices:
         raise SettingError("optimiser", "adamw where no linear layer is trained", "muon")
     return MuonAndAdamW(matrices, others, betas)
-
-
-def _part_of(group: NamedGroup, ids: set[int], is_in: bool) -> NamedGroup:
-    """The group with only those of its parameters that are among ``ids``, or are not."""
-    pairs = zip(group["params"], group["names"], strict=True)
-    kept = [(parameter, name) for parameter, name in pairs if (id(parameter) in ids) == is_in]
-    return {**group, "params": [p for p, _ in kept], "names": [name for _, name in kept]}
 
 
 def set_learning_rates(optimiser: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -227,14 +227,6 @@ _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 @dataclass(frozen=True)
-class FittedSample:
-    """An image in the model input, with its masks."""
-
-    pixels: RGB  # RGB [h, w, 3] uint8, at most as large as the input
-    masks: Masks  # [N, h, w] bool; some may be empty now
-
-
-@dataclass(frozen=True)
 class MaskAugment:
     """What may be changed, and how much."""
 
@@ -258,8 +250,8 @@ class MaskAugment:
 
     def __call__(
         self, image: RGB, masks: Masks, size: Size, rng: np.random.Generator
-    ) -> FittedSample:
-        """Change an image [H, W, 3] uint8 and its masks [N, H, W] for a model input of a size.
+    ) -> tuple[RGB, Masks]:
+        """Change an image [H, W, 3] uint8 and its masks [N, H, W], as ``fit_sample``.
 
         At least a part of one object stays in it, if there was any.
         """
@@ -267,8 +259,8 @@ class MaskAugment:
         image, masks = image[rows, columns], masks[:, rows, columns]
         if rng.random() < self.flip:
             image, masks = image[:, ::-1], masks[:, :, ::-1]
-        fitted = fit_sample(image, masks, size, rng.uniform(self.smallest_scale, 1.0))
-        return FittedSample(self._coloured(fitted.pixels, rng), fitted.masks)
+        pixels, masks = fit_sample(image, masks, size, rng.uniform(self.smallest_scale, 1.0))
+        return self._coloured(pixels, rng), masks
 
     def _crop(self, masks: Masks, rng: np.random.Generator) -> tuple[slice, slice]:
         """A window that holds a random pixel of a random object."""
@@ -300,8 +292,11 @@ class MaskAugment:
         return coloured
 
 
-def fit_sample(image: RGB, masks: Masks, size: Size, part: float = 1.0) -> FittedSample:
-    """Fit the whole image into a part of the model input, keeping its shape."""
+def fit_sample(image: RGB, masks: Masks, size: Size, part: float = 1.0) -> tuple[RGB, Masks]:
+    """Fit an image and its masks into a part of the model input: [h, w, 3] and [N, h, w] bool.
+
+    The shape is kept; some masks may be empty then.
+    """
     height, width = image.shape[:2]
     scale = part * min(size[0] / height, size[1] / width)
     new_h, new_w = (
@@ -314,4 +309,4 @@ def fit_sample(image: RGB, masks: Masks, size: Size, part: float = 1.0) -> Fitte
     for target, mask in zip(small, masks, strict=True):
         whole = Image.fromarray(mask.astype(np.uint8) * np.uint8(255))
         target[...] = np.asarray(whole.resize((new_w, new_h), bilinear)) > 127  # half is covered
-    return FittedSample(pixels, small)
+    return pixels, small

@@ -32,7 +32,7 @@ from tinyvit.sam.build import build_sam
 from tinyvit.sam.embedding import spec_of
 from tinyvit.sam.model import Sam
 from tinyvit.sam.predictor import SamPredictor
-from tinyvit.train.data.augment import FittedSample, MaskAugment, fit_sample
+from tinyvit.train.data.augment import RGB, MaskAugment, Masks, fit_sample
 from tinyvit.train.data.images import read_good
 from tinyvit.train.data.masks import MaskSet, open_mask_set
 from tinyvit.train.data.sampling import stack_samples
@@ -93,30 +93,30 @@ class MaskSampler:
             rng,
             self.on_broken,
         )
-        return {"index": index, "broken": broken, **self._prompted(fitted, rng)}
+        return {"index": index, "broken": broken, **self._prompted(*fitted, rng)}
 
-    def _fitted(self, index: int, rng: np.random.Generator) -> FittedSample:
+    def _fitted(self, index: int, rng: np.random.Generator) -> tuple[RGB, Masks]:
         """An image in the model input with at least one object that is large enough."""
         image, masks = self.data[index].load()
         if self.augment is not None:
             fitted = self.augment(image, masks, self.spec.size, rng)
-            if (fitted.masks.sum((1, 2)) >= self.least_pixels).any():
+            if (fitted[1].sum((1, 2)) >= self.least_pixels).any():
                 return fitted
         fitted = fit_sample(image, masks, self.spec.size)
-        if not fitted.masks.any():
+        if not fitted[1].any():
             height, width = self.spec.size
             raise ValueError(f"all its objects vanish at {width} x {height} pixels")
         return fitted
 
-    def _prompted(self, fitted: FittedSample, rng: np.random.Generator) -> dict[str, Any]:
-        areas = fitted.masks.sum((1, 2))
+    def _prompted(self, image: RGB, masks: Masks, rng: np.random.Generator) -> dict[str, Any]:
+        areas = masks.sum((1, 2))
         good = np.flatnonzero(areas >= min(self.least_pixels, int(areas.max())))
         order = rng.permutation(good)
-        chosen = fitted.masks[np.resize(order, self.objects)]  # again from the start if too few
-        height, width = fitted.pixels.shape[:2]
+        chosen = masks[np.resize(order, self.objects)]  # again from the start if too few
+        height, width = image.shape[:2]
         padded = np.zeros((self.objects, *self.spec.size), np.bool_)
         padded[:, :height, :width] = chosen
-        pixels = torch.from_numpy(fitted.pixels).permute(2, 0, 1)
+        pixels = torch.from_numpy(image).permute(2, 0, 1)
         return {
             "images": normalise_and_pad(pixels, replace(self.spec, pad=True))[0],
             "sizes": (height, width),
