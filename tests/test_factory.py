@@ -384,8 +384,44 @@ def test_without_a_name_the_embedded_weights_are_taken() -> None:
 
 def test_an_untrained_sam_encoder_says_so() -> None:
     """Masks of random weights are noise, and nothing said so."""
-    with pytest.warns(UserWarning, match="tiny_vit_2m_sam has random weights: it is untrained"):
-        create_model("tiny_vit_2m_sam")
+    for make in (lambda: create_model("tiny_vit_2m_sam"), lambda: create_model("tiny_vit_5m_sam3")):
+        with pytest.warns(UserWarning, match="has random weights: it is untrained") as told:
+            make()
+        assert len(told) == 1
+    with pytest.warns(UserWarning, match="this SAM is untrained") as told:
+        tinyvit.build_sam(img_size=64)
+    assert len(told) == 1
+
+
+def test_timms_features_only() -> None:
+    whole = create_model("tinyvit_starter")
+    x = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        wanted = whole.forward_intermediates(x, (0, 2), intermediates_only=True)
+        for indices, stages in (((0, 2), [0, 2]), (None, [0, 1, 2, 3]), (1, [3]), ((-2,), [2])):
+            maps = create_model("tinyvit_starter", features_only=True, out_indices=indices)
+            assert list(maps.out_indices) == stages and not maps.training
+            found = maps(x)
+            assert [m.shape[1] for m in found] == maps.feature_info.channels()
+            assert maps.encoder.head is maps.encoder.neck is None
+            assert len(maps.encoder.stages()) == max(stages) + 1
+            if stages == [0, 2]:
+                assert all(map(torch.equal, found, wanted))
+    assert maps.encoder.image_spec == whole.image_spec
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("pretrained", r"has no argument pretrained, came pretrained=True; name weights instead"),
+        ("out_indices", r"out_indices=True; it goes with features_only=True"),
+        ("global_pool", r"global_pool=True; the head takes the mean"),
+        ("img_sz", r"create_model has no argument img_sz, came img_sz=True$"),
+    ],
+)
+def test_arguments_of_timm_that_are_none_here(name: str, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        create_model("tiny_64", **{name: True})  # type: ignore[call-overload]
 
 
 def test_a_checkpoints_name_beside_a_file(classifier: tuple[State, Path]) -> None:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
@@ -40,13 +40,19 @@ from tinyvit.checkpoints.open import OpenedCheckpoint, Progress, misfits, open_c
 from tinyvit.checkpoints.resize import resize_bias_tables
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
-from tinyvit.modules import TinyViT
+from tinyvit.modules import FeatureMaps, TinyViT
 
 CONFIG, WEIGHTS, FOLDER_FORMAT = "config.json", "model.safetensors", 1
 """The files of a folder of ``save_pretrained``, and the newest format of the first."""
 
 _PARTS_OF_TINYVIT = ("trunk", "head", "neck")
 _FRESH_HEAD = ("head.weight", "head.bias")
+_OF_TIMM = {  # arguments of timm.create_model that are none here -> what to do instead
+    "pretrained": "name weights instead of a size, such as 'tiny_vit_5m_224.dist_in22k_ft_in1k' "
+    "of tinyvit.list_checkpoints(); without weights it is untrained",
+    "out_indices": "it goes with features_only=True",
+    "global_pool": "the head takes the mean of the last map, and forward_features gives the map",
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,26 @@ class LoadReport:
     thresholds: Mapping[str, float] = field(default_factory=dict)
 
 
+@overload
+def create_model(
+    name: str | None = None,
+    checkpoint: str | os.PathLike[str] | OpenedCheckpoint | None = None,
+    *,
+    features_only: Literal[True],
+    out_indices: int | Sequence[int] | None = None,
+    img_size: int | None = None,
+    in_chans: int | None = None,
+    drop_rate: float = 0.0,
+    drop_path_rate: float | None = None,
+    use_checkpoint: bool = False,
+    layer_lr_decay: float = 1.0,
+    strides: Sequence[int] | None = None,
+    window_sizes: Sequence[int] | None = None,
+    antialias: bool = False,
+    sha256: str | None = None,
+    progress: Progress | None = None,
+) -> FeatureMaps: ...
+@overload
 def create_model(
     name: str | None = None,
     checkpoint: str | os.PathLike[str] | OpenedCheckpoint | None = None,
@@ -90,7 +116,29 @@ def create_model(
     antialias: bool = False,
     sha256: str | None = None,
     progress: Progress | None = None,
-) -> TinyViT:
+    features_only: Literal[False] = False,
+) -> TinyViT: ...
+def create_model(
+    name: str | None = None,
+    checkpoint: str | os.PathLike[str] | OpenedCheckpoint | None = None,
+    *,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    in_chans: int | None = None,
+    drop_rate: float = 0.0,
+    drop_path_rate: float | None = None,
+    use_checkpoint: bool = False,
+    layer_lr_decay: float = 1.0,
+    strides: Sequence[int] | None = None,
+    window_sizes: Sequence[int] | None = None,
+    head: bool | None = None,
+    antialias: bool = False,
+    sha256: str | None = None,
+    progress: Progress | None = None,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] | None = None,
+    **unknown: object,
+) -> TinyViT | FeatureMaps:
     """Build a TinyViT, with weights if a checkpoint is named, in eval mode on the CPU.
 
     Args:
@@ -115,11 +163,17 @@ def create_model(
         antialias: Resize tables with antialiasing, as timm does; False as Cream does.
         sha256: Hash that a downloaded file must have.
         progress: Called with (bytes there, bytes in all or None) during a download.
+        features_only: As in timm, give ``FeatureMaps``, without head and neck and without the
+            stages behind the last one asked for.
+        out_indices: Stages of ``features_only``; None gives all.
+        **unknown: None; of timm's other arguments an error says what to do instead.
 
     Returns:
-        The model; ``model.image_spec`` says how to prepare images for it.
+        The model; ``model.image_spec`` says how to prepare images for it (of ``FeatureMaps``
+        ``encoder.image_spec``).
 
     Raises:
+        TypeError: An argument that is unknown.
         ValueError: An unknown variant, or arguments that contradict each other.
         CheckpointError: The checkpoint cannot be read, or does not fit; every missing and
             unexpected key is named.
@@ -135,16 +189,10 @@ def create_model(
         >>> sum(p.numel() for p in model.parameters())
         5392764
     """
-    if name is None and checkpoint is None:
-        name = DEFAULT_CHECKPOINT
+    _refuse(unknown if features_only or out_indices is None else {"out_indices": out_indices})
     if head is False and num_classes:
         raise ValueError(f"num_classes={num_classes} wants a head, but head=False leaves it out")
-    if checkpoint is None and name in list_checkpoints():
-        name, checkpoint = None, name
-    if checkpoint is None or isinstance(checkpoint, OpenedCheckpoint):
-        opened = checkpoint
-    else:
-        opened = open_checkpoint(checkpoint, sha256, progress)
+    name, opened = _open(name, checkpoint, sha256, progress)
     row, found = (opened.row, opened.found) if opened is not None else (None, None)
     variant = _choose_variant(name, row, found)
     chosen = _arguments(variant, found)
@@ -168,14 +216,40 @@ def create_model(
     chosen.update({key: value for key, value in overrides.items() if value is not None})
     model = TinyViT(**chosen)
     model.image_spec = _image_spec(own, variant, row, found, img_size)
-    if opened is None and variant is not None and variant.task == "sam":
+    if opened is None and variant is not None and variant.task != "classification":
         _warn_random(variant.name)
     if opened is not None:
         fresh = _FRESH_HEAD if num_classes is not None else ()
         report = _fill(model, opened, antialias, fresh)
         untrained = [part for part in report.untrained if part != "head" or num_classes is None]
         _warn_untrained(report, untrained)
+    if features_only:
+        maps = FeatureMaps(model, out_indices)
+        model.prune_intermediate_layers(maps.out_indices)
+        return maps.eval()
     return model.eval()
+
+
+def _open(
+    name: str | None,
+    checkpoint: str | os.PathLike[str] | OpenedCheckpoint | None,
+    sha256: str | None,
+    progress: Progress | None,
+) -> tuple[str | None, OpenedCheckpoint | None]:
+    """The variant's name, if one is given, and the checkpoint; neither: the embedded weights."""
+    if name is None and checkpoint is None:
+        name = DEFAULT_CHECKPOINT
+    if checkpoint is None and name in list_checkpoints():
+        name, checkpoint = None, name
+    if checkpoint is None or isinstance(checkpoint, OpenedCheckpoint):
+        return name, checkpoint
+    return name, open_checkpoint(checkpoint, sha256, progress)
+
+
+def _refuse(unknown: Mapping[str, object]) -> None:
+    for name, value in unknown.items():
+        hint = f"; {_OF_TIMM[name]}" if name in _OF_TIMM else ""
+        raise TypeError(f"create_model has no argument {name}, came {name}={value!r}{hint}")
 
 
 def load_checkpoint(
