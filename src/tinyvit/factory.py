@@ -220,9 +220,8 @@ def create_model(
         _warn_random(variant.name)
     if opened is not None:
         fresh = _FRESH_HEAD if num_classes is not None else ()
-        report = _fill(model, opened, antialias, fresh)
-        untrained = [part for part in report.untrained if part != "head" or num_classes is None]
-        _warn_untrained(report, untrained)
+        _, untrained, _ = _fill(model, opened, antialias, fresh)
+        _warn_untrained(opened, [p for p in untrained if p != "head" or num_classes is None])
     if features_only:
         maps = FeatureMaps(model, out_indices)
         model.prune_intermediate_layers(maps.out_indices)
@@ -284,17 +283,22 @@ def load_checkpoint(
     Warns:
         UserWarning: A part of the model is not in the file.
     """
-    report = _fill(model, open_checkpoint(checkpoint, sha256, progress), antialias)
-    _warn_untrained(report, report.untrained)
-    return report
+    opened = open_checkpoint(checkpoint, sha256, progress)
+    parts = _fill(model, opened, antialias)
+    _warn_untrained(opened, parts[1])
+    found = opened.found
+    return LoadReport(
+        opened.path, found.family, found.strides_reason, *parts, thresholds=opened.thresholds
+    )
 
 
 def _fill(
     model: TinyViT, opened: OpenedCheckpoint, antialias: bool, fresh: Sequence[str] = ()
-) -> LoadReport:
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """Load canonical tensors into the model: all, or none and an error that names everything.
 
-    Keys in ``fresh`` are not taken from the file where the model has none or another shape.
+    Gives ``left_out``, ``untrained`` and ``resized`` of ``LoadReport``. Keys in ``fresh`` are not
+    taken from the file where the model has none or another shape.
     """
     found, tensors = opened.found, opened.tensors
     own = {key: tensor.shape for key, tensor in model.state_dict().items()}
@@ -333,15 +337,7 @@ def _fill(
     model.load_state_dict(state, strict=False)
     model.thresholds = dict(opened.thresholds)
     left_out = tuple(sorted(part for part in parts if part not in own_parts))
-    return LoadReport(
-        opened.path,
-        found.family,
-        found.strides_reason,
-        left_out,
-        untrained,
-        tuple(resized),
-        opened.thresholds,
-    )
+    return left_out, untrained, tuple(resized)
 
 
 def _warn_random(name: str) -> None:
@@ -354,12 +350,12 @@ def _warn_random(name: str) -> None:
         )
 
 
-def _warn_untrained(report: LoadReport, parts: Sequence[str]) -> None:
+def _warn_untrained(opened: OpenedCheckpoint, parts: Sequence[str]) -> None:
     if parts:
         verb = "is" if len(parts) == 1 else "are"
         warnings.warn(
             f"the {' and the '.join(parts)} of this model {verb} untrained: "
-            f"{report.path.name} ({report.family}) holds no weights for it",
+            f"{opened.path.name} ({opened.found.family}) holds no weights for it",
             stacklevel=3,
         )
 

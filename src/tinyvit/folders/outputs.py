@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -34,8 +33,7 @@ _DECIDING = {  # fact -> what another value means
 }
 
 
-@dataclass(frozen=True)
-class Existing:
+class Existing(NamedTuple):
     """What is where outputs are to be.
 
     Attributes:

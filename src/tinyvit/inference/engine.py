@@ -9,10 +9,9 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Generic, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -414,15 +413,6 @@ def preparations(
 # -- batches ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Slot(Generic[Label, Result]):
-    """One image's place in the order: its input until it is computed, then its result."""
-
-    image: Array | None
-    label: Label
-    results: list[Result]
-
-
 def run_in_batches(
     inputs: Iterable[tuple[Array, Label]],
     run: Callable[[Array], Sequence[Result]],
@@ -444,9 +434,23 @@ def run_in_batches(
     Yields:
         (result, what goes with it) for each input, in order.
     """
-    order: deque[_Slot[Label, Result]] = deque()
-    groups: dict[tuple[int, ...], list[_Slot[Label, Result]]] = {}
-    source = iter(inputs)
+    order: deque[tuple[int, tuple[int, ...], Label]] = deque()  # number of the image, its shape
+    groups: dict[tuple[int, ...], dict[int, Array]] = {}  # images by number, not computed yet
+    results: dict[int, Result] = {}
+
+    def compute(shape: tuple[int, ...]) -> None:
+        group = groups.pop(shape)
+        numbers, images = [*group], [*group.values()]
+        del group
+        batch = images[0][None] if len(images) == 1 else np.stack(images)
+        del images  # the batch is a copy, and memory is bounded
+        results.update(zip(numbers, run(batch), strict=True))
+
+    def taken() -> tuple[Result, Label]:
+        number, _, label = order.popleft()
+        return results.pop(number), label
+
+    source, count = iter(inputs), 0
     error: Exception | None = None
     try:
         while True:
@@ -457,45 +461,22 @@ def run_in_batches(
             except Exception as err:  # after the good ones before it
                 error = err
                 break
-            slot = _Slot[Label, Result](image, label, [])
-            order.append(slot)
             shape = image.shape
-            group = groups.setdefault(shape, [])
-            group.append(slot)
-            if len(group) >= most(image):
-                _run_group(groups.pop(shape), run)
-            if len(order) >= window and not order[0].results:
-                _run_group(_group_of(order[0], groups), run)
-            del image, label, slot, group
-            while order and order[0].results:
-                yield _taken(order)
+            order.append((count, shape, label))
+            groups.setdefault(shape, {})[count] = image
+            count += 1
+            if len(groups[shape]) >= most(image):
+                compute(shape)
+            del image, label
+            if len(order) >= window and order[0][0] not in results:
+                compute(order[0][1])
+            while order and order[0][0] in results:
+                yield taken()
         while order:
-            if not order[0].results:
-                _run_group(_group_of(order[0], groups), run)
-            yield _taken(order)
+            if order[0][0] not in results:
+                compute(order[0][1])
+            yield taken()
         if error is not None:
             raise error
     finally:
         del error  # it refers to this frame, and this frame to it
-
-
-def _group_of(
-    slot: _Slot[Label, Result], groups: dict[tuple[int, ...], list[_Slot[Label, Result]]]
-) -> list[_Slot[Label, Result]]:
-    """Take out the group that holds an image which has not been computed."""
-    return [] if slot.image is None else groups.pop(slot.image.shape)
-
-
-def _run_group(group: list[_Slot[Label, Result]], run: Callable[[Array], Sequence[Result]]) -> None:
-    images = [slot.image for slot in group if slot.image is not None]
-    batch = images[0][None] if len(images) == 1 else np.stack(images)
-    del images
-    for slot in group:
-        slot.image = None  # the batch is a copy, and memory is bounded
-    for slot, result in zip(group, run(batch), strict=True):
-        slot.results.append(result)
-
-
-def _taken(order: deque[_Slot[Label, Result]]) -> tuple[Result, Label]:
-    slot = order.popleft()
-    return slot.results[0], slot.label

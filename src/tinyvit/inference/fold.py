@@ -13,7 +13,7 @@ kernel side, h heads, T tokens of a window.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,7 @@ EPS = 1e-5
 """Of a TinyViT's batch norms."""
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """One matrix product or convolution: weight [N, K] or [N, C/groups, k, k], bias [N]."""
 
     weight: Array
