@@ -27,6 +27,7 @@ from .crops import (
 from .embedding import ImageEmbedding, ImageEncoder
 from .mask_ops import (
     RLE,
+    RegionKind,
     box_around,
     fill,
     non_maximum_suppression,
@@ -317,12 +318,12 @@ class SamAutomaticMaskGenerator:
         tidied: list[Candidate] = []
         scores: list[float] = []
         for one in candidates:
-            whole = fill(size, one.counts)
-            filled, has_filled = remove_small_regions(whole, self.min_mask_region_area, "holes")
-            left, has_removed = remove_small_regions(filled, self.min_mask_region_area, "islands")
-            is_changed = has_filled or has_removed
+            mask, is_changed = fill(size, one.counts), False
+            for mode in get_args(RegionKind):
+                mask, changes = remove_small_regions(mask, self.min_mask_region_area, mode)
+                is_changed |= changes
             if is_changed:
-                counts, around = _runs_and_box(left, 0, 0, size, one.crop_box)
+                counts, around = _runs_and_box(mask, 0, 0, size, one.crop_box)
                 one = replace(one, counts=counts, box=around)
             tidied.append(one)
             scores.append(0.0 if is_changed else 1.0)
@@ -331,13 +332,10 @@ class SamAutomaticMaskGenerator:
     def _record(self, one: Candidate, size: Size) -> MaskRecord:
         x0, y0, x1, y1 = one.box
         left, top, right, bottom = one.crop_box
-        mask: NDArray[np.bool_] | RLE
-        if self.output_mode == "binary_mask":
-            mask = fill(size, one.counts)
-        else:
-            mask = to_rle(size, one.counts, compressed=self.output_mode == "coco_rle")
+        is_array, compressed = self.output_mode == "binary_mask", self.output_mode == "coco_rle"
+        segmentation = fill(size, one.counts) if is_array else to_rle(size, one.counts, compressed)
         return {
-            "segmentation": mask,
+            "segmentation": segmentation,
             "area": int(one.counts[1::2].sum()),
             "bbox": [x0, y0, x1 - x0, y1 - y0],
             "predicted_iou": one.predicted_iou,
@@ -371,15 +369,12 @@ class _Rejected:
 
     def warn(self, pred_iou_thresh: float, stability_score_thresh: float) -> None:
         """Which threshold rejected how many, and what would have passed."""
-        count, name, bound = self._points, "pred_iou_thresh", pred_iou_thresh
-        what, best = "points", self._best_iou
+        count, what, best = self._points, "points", self._best_iou
+        name, bound = "pred_iou_thresh", pred_iou_thresh
         if self.stabilities:
-            count, name, bound = (
-                len(self.stabilities),
-                "stability_score_thresh",
-                stability_score_thresh,
-            )
-            what, best = "masks", float(np.nanmax([0.0, *self.stabilities]))
+            count, what = len(self.stabilities), "masks"
+            best = float(np.nanmax([0.0, *self.stabilities]))
+            name, bound = "stability_score_thresh", stability_score_thresh
         words = f"0 of {count} {what} passed {name} {bound:g} (best {best:.2f}); try {name} "
         words += f"{max(0.0, np.floor(best * 9) / 10):g}"
         if self.stabilities and best >= bound:
@@ -401,12 +396,12 @@ def _grids(
     scale_per_layer: int,
 ) -> list[NDArray[np.float64]]:
     """The points of each layer, from whichever of the two arguments is given."""
-    if points_per_side is not None and point_grids is None:
+    if (points_per_side is None) == (point_grids is None):
+        given = "none" if point_grids is None else "both"
+        raise ValueError(
+            f"exactly one of points_per_side and point_grids must be given, came {given}; to give "
+            "point_grids, set points_per_side=None"
+        )
+    if points_per_side is not None:
         return build_all_layer_point_grids(points_per_side, n_layers, scale_per_layer)
-    if points_per_side is None and point_grids is not None:
-        return check_point_grids(point_grids, n_layers)
-    given = "none" if point_grids is None else "both"
-    raise ValueError(
-        f"exactly one of points_per_side and point_grids must be given, came {given}; to give "
-        "point_grids, set points_per_side=None"
-    )
+    return check_point_grids(point_grids or [], n_layers)

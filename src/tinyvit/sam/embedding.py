@@ -102,11 +102,9 @@ class ImageEmbedding:
     def _repr_png_(self) -> bytes:
         from tinyvit.images.draw import feature_rgb
 
-        image = Image.fromarray(feature_rgb(self.features))
+        pixels = feature_rgb(self.features).repeat(16, 0).repeat(16, 1)
         data = BytesIO()
-        image.resize((16 * image.width, 16 * image.height), Image.Resampling.NEAREST).save(
-            data, "PNG"
-        )
+        Image.fromarray(pixels).save(data, "PNG")
         return data.getvalue()
 
     def check(self, weights_sha256: str | None, image_spec: ImageSpec) -> None:
@@ -271,19 +269,12 @@ def _as_map(name: str, wanted: str, values: ArrayLike | Tensor) -> NDArray[np.fl
     return np.require(array, np.float32, ["C", "W"])
 
 
-_FORMATS = ("RGB", "BGR")
-
-
 def prepare_image(
     image: ImageSource, image_format: str, model_format: str, spec: ImageSpec
 ) -> PreparedImage:
-    """Make an image of any kind a model's input.
-
-    ``image_format`` is the order of an array's channels, "RGB" or "BGR", ``model_format`` the one
-    that the model was trained with. Errors as in ``SamPredictor.set_image``.
-    """
-    if image_format not in _FORMATS:
-        raise ValueError(f"image_format must be one of {_FORMATS}, came {image_format!r}")
+    """Make an image of any kind a model's input; the formats are orders of an array's channels."""
+    if image_format not in ("RGB", "BGR"):
+        raise ValueError(f"image_format must be one of ('RGB', 'BGR'), came {image_format!r}")
     if image_format == "BGR" and not isinstance(image, np.ndarray):
         raise ValueError(
             "image_format='BGR' is for arrays; files and PIL images say their order themselves: "
@@ -316,10 +307,6 @@ class ImageEncoder:
     An ``engine`` runs ``model.image_encoder``; None makes one from the arguments that follow, which
     are those of ``Engine``. ``device`` None is where the model is now. ``fast=False`` runs the
     encoder itself, as training wants it, instead of a backend.
-
-    Raises:
-        ValueError: An engine and arguments for one, or values that ``Engine`` refuses.
-        MissingExtraError: The package of the backend is not installed.
     """
 
     def __init__(
@@ -399,10 +386,8 @@ class ImageEncoder:
             early = None
             if encoded.stages is not None and merge is not None:
                 early = _merged(encoded.stages[1], merge)
-            features, placement = encoded.features, encoded.placement
-            yield ImageEmbedding(
-                features, placement, self.image_spec, weights_sha256, early, precision
-            )
+            values = encoded.features, encoded.placement, self.image_spec
+            yield ImageEmbedding(*values, weights_sha256, early, precision)
 
     def _modules(self) -> tuple[nn.Module]:
         if self._model.image_encoder is not self._encoder:

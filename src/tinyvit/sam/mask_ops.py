@@ -44,7 +44,14 @@ def non_maximum_suppression(
     ``boxes`` are [N, 4] xyxy (float32 is compared in float32, all else in float64), ``scores``
     [N]. A box goes when its IoU with a better one that stays exceeds ``threshold``.
     """
-    rectangles, values = _boxes(boxes), np.asarray(scores)
+    given, values = np.asarray(boxes), np.asarray(scores)
+    if given.ndim != 2 or given.shape[1] != 4:
+        raise ValueError(f"wanted boxes [N, 4] as x0, y0, x1, y1; came {list(given.shape)}")
+    rectangles: Floats = given if given.dtype == np.float32 else given.astype(np.float64)
+    is_good = np.isfinite(rectangles).all(axis=1)
+    if not is_good.all():
+        place = int(np.argmin(is_good))
+        raise ValueError(f"box {place} is not finite: {rectangles[place].tolist()}")
     if values.shape != (len(rectangles),):
         raise ValueError(
             f"wanted a score for each of {len(rectangles)} boxes; came {list(values.shape)}"
@@ -83,23 +90,11 @@ def _exceeds(first: Floats, second: Floats, threshold: float) -> NDArray[np.bool
         return np.asarray(np.divide(common, union, out=common) > threshold, np.bool_)
 
 
-def _boxes(boxes: ArrayLike) -> Floats:
-    given = np.asarray(boxes)
-    if given.ndim != 2 or given.shape[1] != 4:
-        raise ValueError(f"wanted boxes [N, 4] as x0, y0, x1, y1; came {list(given.shape)}")
-    array: Floats = given if given.dtype == np.float32 else given.astype(np.float64)
-    is_good = np.isfinite(array).all(axis=1)
-    if not is_good.all():
-        place = int(np.argmin(is_good))
-        raise ValueError(f"box {place} is not finite: {array[place].tolist()}")
-    return array
-
-
 def components(mask: Mask) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """Number the connected parts of a mask [H, W] bool, diagonal neighbours included.
 
-    Returns labels [H, W] int32, 0 outside the mask and 1 to n in its parts, in the order of their
-    first pixels, row by row; and the parts' areas [n] int64 in pixels.
+    Returns labels [H, W] int32, 0 outside and 1 to n in the order of first pixels, and the parts'
+    areas [n] int64 in pixels.
     """
     try:
         from scipy.ndimage import label
@@ -108,7 +103,6 @@ def components(mask: Mask) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
             "holes and islands of masks (min_mask_region_area) want scipy; "
             "pip install 'tinyvit[torch]'"
         ) from err
-
     check_mask(mask)
     labels = np.zeros(mask.shape, np.int32)
     x0, y0, x1, y1 = box_around(mask)  # labelling costs time for each pixel
@@ -119,13 +113,11 @@ def components(mask: Mask) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
 
 
 def remove_small_regions(mask: Mask, area_threshold: float, mode: RegionKind) -> tuple[Mask, bool]:
-    """Fill small holes of a mask, or remove its small islands, as segment-anything does.
+    """Fill a mask's holes of fewer pixels, or remove such islands, as segment-anything does.
 
-    Parts of fewer pixels than ``area_threshold`` are small. What is not mask and touches the
-    image's edge is a hole too. When all islands are small, the largest stays.
-
-    Returns the mask and whether it was changed; for segment-anything it also counts as changed
-    when its only island is small and stays. The mask given itself where nothing is small.
+    What is not mask and touches the image's edge is a hole too. When all islands are small, the
+    largest stays. Returns the mask (itself where nothing is small) and whether it was changed: as
+    in segment-anything also when its only island is small and stays.
     """
     if mode not in get_args(RegionKind):
         raise ValueError(f"mode must be one of 'holes' and 'islands', came {mode!r}")
@@ -133,16 +125,10 @@ def remove_small_regions(mask: Mask, area_threshold: float, mode: RegionKind) ->
     is_small = areas < area_threshold
     if not is_small.any():
         return mask, False
-    in_mask = np.zeros(len(areas) + 1, np.bool_)  # by label
-    if mode == "holes":
-        in_mask[0] = True
-        in_mask[1:] = is_small
-    elif is_small.all():
-        in_mask[1 + np.argmax(areas)] = True
-    else:
-        in_mask[1:] = ~is_small
-    cleaned: Mask = in_mask[labels]
-    return cleaned, True
+    if mode == "islands" and is_small.all():
+        is_small[np.argmax(areas)] = False
+    in_mask = np.append(True, is_small) if mode == "holes" else np.append(False, ~is_small)
+    return np.asarray(in_mask[labels], np.bool_), True
 
 
 class RLE(TypedDict):

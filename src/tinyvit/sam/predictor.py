@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tinyvit.image_spec import Placement
 from tinyvit.images.decode import ImageSource
-from tinyvit.images.preprocess import PreparedImage, ResizeLongestSide
+from tinyvit.images.preprocess import ResizeLongestSide
 from tinyvit.inference.derived import version_of
 
 from .embedding import ImageEmbedding, ImageEncoder, prepare_image, prepare_resized
@@ -111,18 +111,9 @@ class SamPredictor:
     ) -> Self:
         """A predictor for a checkpoint, on a GPU if there is one.
 
-        Args:
-            checkpoint: A name of ``tinyvit.list_checkpoints()``, or the path of a file or folder
-                that holds a whole SAM; None takes the embedded weights.
-            engine: As for the class.
-            backend: As for the class.
-            precision: As for the class.
-            device: As for the class; "auto" takes a GPU if there is one.
-            pad: As for the class.
-            decoder_precision: As for the class.
-
-        Returns:
-            The predictor.
+        ``checkpoint`` is a name of ``tinyvit.list_checkpoints()``, or the path of a file or folder
+        that holds a whole SAM; None takes the embedded weights. All other arguments are those of
+        the class; the device "auto" takes a GPU if there is one.
 
         Raises:
             CheckpointError: The file cannot be read, or holds no whole SAM.
@@ -156,7 +147,8 @@ class SamPredictor:
         """
         self.reset_image()
         spec = self._encoder.image_spec
-        self._encode(prepare_image(image, image_format, self.model.image_format, spec))
+        prepared = prepare_image(image, image_format, self.model.image_format, spec)
+        self._take(*self._encoder.encode_prepared([prepared]))
 
     def set_torch_image(self, transformed_image: Tensor, original_image_size: Size) -> None:
         """Encode an image that has been resized already.
@@ -171,7 +163,8 @@ class SamPredictor:
         """
         self.reset_image()
         spec = self._encoder.image_spec
-        self._encode(prepare_resized(transformed_image, original_image_size, spec))
+        prepared = prepare_resized(transformed_image, original_image_size, spec)
+        self._take(*self._encoder.encode_prepared([prepared]))
 
     def set_embedding(self, embedding: ImageEmbedding) -> None:
         """Take an image that was encoded before, here or elsewhere.
@@ -288,14 +281,12 @@ class SamPredictor:
             prompts = [Prompt(box=one) for one in cast(Any, box)]
         else:
             prompts = [Prompt(point_coords, point_labels, box, mask_input)]
-        size, stride = embedding.low_res_size, self._decoder.logit_stride
         for prompt in prompts:
-            prompt.check_in(placement.original_size, size)
+            prompt.check_in(placement.original_size, embedding.low_res_size)
+        stride = self._decoder.logit_stride
+        batch = stack_prompts(prompts, placement, embedding.low_res_size, stride)
         low_res, scores = self._decoder.decode(
-            self._prepare(embedding),
-            stack_prompts(prompts, placement, size, stride),
-            multimask_output,
-            hq_token_only=hq_token_only,
+            self._prepare(embedding), batch, multimask_output, hq_token_only=hq_token_only
         )
         threshold = None if return_logits else self.model.mask_threshold
         if not is_many:
@@ -358,10 +349,6 @@ class SamPredictor:
         masks = self._decoder.masks(low_res.cpu().numpy(), self._placement(), threshold)
         return torch.from_numpy(masks).to(self.device), scores, low_res
 
-    def _encode(self, prepared: PreparedImage) -> None:
-        (embedding,) = self._encoder.encode_prepared([prepared])
-        self._take(embedding)
-
     def _take(self, embedding: ImageEmbedding) -> None:
         self.reset_image()
         self._embedding = embedding
@@ -370,11 +357,7 @@ class SamPredictor:
         self.is_image_set = True
 
     def _current(self) -> ImageEmbedding:
-        """The embedding, or one of features that were put in by hand or written to since.
-
-        Raises:
-            RuntimeError: There is none, or it is of weights that are no more.
-        """
+        """The embedding, or one of features that were put in by hand or written to since."""
         features = self._features
         if not self.is_image_set or (features is None and self._embedding is None):
             raise RuntimeError(_NOT_SET)
@@ -383,8 +366,7 @@ class SamPredictor:
             self._embedding = ImageEmbedding(cast(Any, features[0]), self._placement(), spec)
             self._prepared, self._version = None, version_of(features)
         embedding = cast(ImageEmbedding, self._embedding)
-        made_by = embedding.weights_sha256
-        if made_by is not None and self._encoder.weights_sha256() != made_by:
+        if embedding.weights_sha256 not in (None, self._encoder.weights_sha256()):
             raise RuntimeError(
                 "the image encoder's weights have changed since the image was encoded; call "
                 ".set_image(...) again"
@@ -401,8 +383,7 @@ class SamPredictor:
         """Made of the public attributes, which callers may set by themselves."""
         if self.original_size is None or self.input_size is None:
             raise RuntimeError(_NOT_SET)
-        height, width = self.input_size
-        spec = self._encoder.image_spec
+        spec, (height, width) = self._encoder.image_spec, self.input_size
         model_size = spec.size if spec.pad else (height, width)
         return Placement(self.original_size, (height, width), (0, 0), model_size)
 
