@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyvit.image_spec import ImageSpec, Placement
-from tinyvit.sam.upscale import RegionUpscaler, upscale
+from tinyvit.sam.upscale import upscale, upscale_region
 
 ROUNDING = 1e-5  # two interpolations as one product, in fp32
 
@@ -66,7 +66,7 @@ def test_a_region_is_the_whole_mask(height, width, spots, threshold, seed):
     logits = -4 + 0.5 * torch.randn(16, 16, generator=torch.Generator().manual_seed(seed))
     for y, x in spots:
         logits[y, x] = 3.0 + 0.1 * y
-    region = RegionUpscaler((16, 16), placement)(logits.numpy(), threshold=threshold)
+    region = upscale_region(logits.numpy(), placement, threshold=threshold)
     whole = twice(logits[None].double(), placement, (64, 64))[0]
     undecided = (whole - threshold).abs() < ROUNDING
     wrong = (
@@ -82,7 +82,7 @@ def test_a_region_is_no_larger_than_it_must_be():
     placement = ImageSpec.sam(256).place(1000, 1500)
     logits = np.full((64, 64), -5.0, np.float32)
     logits[20:24, 30:36] = 5.0
-    region = RegionUpscaler((64, 64), placement)(logits)
+    region = upscale_region(logits, placement)
     assert region.mask.any()
     assert region.mask.shape[0] < 150 and region.mask.shape[1] < 250
     rows, columns = np.nonzero(in_image(region, (1000, 1500)))
@@ -94,14 +94,14 @@ def test_stability_is_the_share_of_the_inner_mask():
     logits = np.full((16, 16), -5.0, np.float32)
     logits[4:12, 4:12] = 0.5  # above -1, not above 1
     logits[4:8, 4:12] = 5.0
-    region = RegionUpscaler((16, 16), placement)(logits)
+    region = upscale_region(logits, placement)
     whole = upscale(logits, placement)
     assert region.stability == pytest.approx(int((whole > 1).sum()) / int((whole > -1).sum()))
 
 
 def test_an_empty_mask():
     placement = ImageSpec.sam(64).place(20, 30)
-    region = RegionUpscaler((16, 16), placement)(np.full((16, 16), -2.0, np.float32))
+    region = upscale_region(np.full((16, 16), -2.0, np.float32), placement)
     assert region.mask.size == 0
     assert region.inner == region.outer == 0 and np.isnan(region.stability)
 
@@ -110,14 +110,14 @@ def test_logits_in_the_padding_are_no_mask():
     placement = ImageSpec.sam(64).place(32, 64)
     logits = np.full((16, 16), -5.0, np.float32)
     logits[12:] = 5.0  # below the image
-    assert not RegionUpscaler((16, 16), placement)(logits).mask.any()
+    assert not upscale_region(logits, placement).mask.any()
 
 
 def test_logits_of_another_image():
     placement = ImageSpec.sam(64).place(64, 64)
     for call in (
         lambda: upscale(np.zeros((1, 8, 16), np.float32), placement),
-        lambda: RegionUpscaler((8, 16), placement),
+        lambda: upscale_region(np.zeros((8, 16), np.float32), placement),
     ):
         with pytest.raises(ValueError, match=r"cover 32x64 pixels, but the image has 64x64"):
             call()

@@ -36,7 +36,7 @@ from .mask_ops import (
     to_rle,
 )
 from .prompts import PromptBatch, Size
-from .upscale import RegionUpscaler
+from .upscale import upscale_region
 
 if TYPE_CHECKING:
     import torch
@@ -289,7 +289,7 @@ class SamAutomaticMaskGenerator:
         in_model = embedding.placement.points_to_model(points).astype(np.float32)
         in_image = points + np.array(box[:2])
         decoder, prepared = self._decoder, self._decoder.prepare(embedding)
-        enlarge = RegionUpscaler(embedding.low_res_size, embedding.placement, decoder.logit_stride)
+        sizes = embedding.placement, decoder.logit_stride
         threshold, offset = self.model.mask_threshold, self.stability_score_offset
         min_iou = self.pred_iou_thresh if self.pred_iou_thresh > 0 else -np.inf
         min_stability = float(np.float32(self.stability_score_thresh))
@@ -299,7 +299,7 @@ class SamAutomaticMaskGenerator:
             batch = PromptBatch((few, np.ones((len(few), 1), np.int64)))
             masks, scores = decoder.decode(prepared, batch, min_iou=min_iou)
             for logits, (number, token) in zip(masks, np.argwhere(scores > min_iou), strict=True):
-                region = enlarge(logits, threshold, offset)
+                region = upscale_region(logits, *sizes, threshold, offset)
                 rejected.stabilities.append(region.stability)
                 if min_stability > 0 and not region.stability >= min_stability:  # nan is unstable
                     continue

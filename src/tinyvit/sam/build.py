@@ -32,6 +32,7 @@ from .model import Sam
 
 Size = tuple[int, int]
 
+_SAMS = [row.name for row in VARIANTS if row.task == "sam"]
 _UNTRAINED = "tiny_vit_5m_sam"
 _MASK_IN_CHANS = 16
 _DEPTH, _HEADS, _MLP_DIM = 2, 8, 2048  # of the transformer
@@ -78,8 +79,7 @@ def build_sam(
         ((16, 16), (64, 64))
     """
     if variant is not None and get_variant(variant).task != "sam":
-        names = ", ".join(row.name for row in VARIANTS if row.task == "sam")
-        raise ValueError(f"{variant!r} is a classifier; a SAM is one of {names}")
+        raise ValueError(f"{variant!r} is a classifier; a SAM is one of {', '.join(_SAMS)}")
     opened = None
     if checkpoint is None:
         if variant is None:
@@ -180,8 +180,7 @@ def _build_default(
 class UnknownModelError(KeyError):
     """A name that ``sam_model_registry`` does not have."""
 
-    def __str__(self) -> str:
-        return str(self.args[0])
+    __str__ = Exception.__str__  # KeyError's puts quotation marks around
 
 
 class _Registry(dict[str, Callable[..., Sam]]):
@@ -201,11 +200,7 @@ sam_model_registry: Mapping[str, Callable[..., Sam]] = MappingProxyType(
             "tiny_vit_5m": partial(build_sam, variant="tiny_vit_5m_sam"),
             "tiny_vit_11m": partial(build_sam, variant="tiny_vit_11m_sam"),
             "tiny_vit_21m": partial(build_sam, variant="tiny_vit_21m_sam"),
-            **{
-                row.name: partial(build_sam, variant=row.name)
-                for row in VARIANTS
-                if row.task == "sam"
-            },
+            **{name: partial(build_sam, variant=name) for name in _SAMS},
         }
     )
 )

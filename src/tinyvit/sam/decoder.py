@@ -144,10 +144,9 @@ class TorchDecoder:
             shape = (0, *size) if min_iou is not None else (0, count, *size)
             return torch.empty(shape, device=self.device), torch.empty(0, count, device=self.device)
         heads, shared = self._share(prepared)
-        parts = [prompts]
-        if shared is None or prompts.masks is not None:
-            shared = None
-            parts = [prompts.part(i, i + CHUNK) for i in range(0, len(prompts), CHUNK)]
+        shared = None if prompts.masks is not None else shared
+        step = CHUNK if shared is None else len(prompts)
+        parts = [prompts.part(i, i + step) for i in range(0, len(prompts), step)]
         found = []
         for part in parts:
             if isinstance(heads, FastMaskDecoder):
@@ -155,19 +154,15 @@ class TorchDecoder:
                 images = heads.prepare(prepared.features, masks_in) if shared is None else shared
                 found.append(heads.decode(images, points, boxes, multimask_output, min_iou))
             else:
-                masks, iou = self._decode_plain(
-                    heads, prepared, part, multimask_output, hq_token_only
-                )
+                more = multimask_output, hq_token_only
+                masks, iou = self._decode_plain(heads, prepared, part, *more)
                 found.append((masks if min_iou is None else masks[iou > min_iou], iou))
         # Copies can be written to and take part in autograd; tensors of inference mode cannot.
         logits, scores = (torch.cat(tensors) for tensors in zip(*found, strict=True))
         return (logits if min_iou is not None else logits.view(*scores.shape, *size)), scores
 
     def masks(
-        self,
-        low_res_logits: NDArray[np.float32],
-        placement: Placement,
-        threshold: float | None,
+        self, low_res_logits: NDArray[np.float32], placement: Placement, threshold: float | None
     ) -> NDArray[Any]:
         """Low-res logits [..., h4, w4] -> masks [..., H, W] bool; float32 logits for None."""
         stride = self.logit_stride

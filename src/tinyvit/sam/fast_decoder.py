@@ -115,10 +115,7 @@ class TokenToImage(_Heads):
         return projected
 
     def attend(self, tokens: Tensor, images: list[Tensor], positions: Tensor) -> Tensor:
-        """Tokens [n, T, C] to image tokens [L, C] of each prompt's own -> [n, T, C].
-
-        ``positions`` [H, d, L] are what positions add to the keys.
-        """
+        """As ``attend_shared``, to image tokens [L, C] of each prompt's own."""
         queries = self.queries(tokens)
         rows = (queries @ self.to_key).flatten(1, 2)  # [n, H*T, C]
         sums = []
@@ -153,12 +150,8 @@ class ImageToToken(_Heads):
     def shared_attention_weights(
         self, placed: Tensor, tokens: Tensor, queries: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Weights [H*T, L] and values [H*T, C] of each prompt, for image tokens that all share.
-
-        ``placed`` and ``tokens`` are [n, T, C] with and without positions, ``queries`` [H, d, L].
-        """
-        keys, values = self._keys_and_values(placed, tokens)
-        for key, value in zip(keys, values, strict=True):
+        """Weights [H*T, L] and values [H*T, C] of each prompt, for image tokens that all share."""
+        for key, value in zip(*self._keys_and_values(placed, tokens), strict=True):
             yield softmax(key @ queries, dim=1).flatten(0, 1), value
 
     def attention_weights(
@@ -166,7 +159,7 @@ class ImageToToken(_Heads):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """As ``shared_attention_weights``, for image tokens [L, C] of each prompt's own.
 
-        ``positions`` [H, d, L] are the queries of the positions alone, bias included.
+        ``positions`` are the queries of the positions alone, bias included.
         """
         keys, values = self._keys_and_values(placed, tokens)
         rows = (keys @ self.to_query).flatten(1, 2)  # [n, H*T, C]
@@ -233,7 +226,7 @@ class FastMaskDecoder:
         size = int(x.shape[2]), int(x.shape[3])
         if masks is not None:
             masks = masks.to(self.device, self.dtype)
-        _, dense = self._prompts(points=None, boxes=None, masks=masks, embedding_size=size)
+        _, dense = self._prompts(None, None, masks, size)
         positions = self._positions_of(size)
         first = self._layers[0]
         images = []
@@ -263,9 +256,7 @@ class FastMaskDecoder:
             points = points[0].to(self.device, self.dtype), points[1].to(self.device)
         if boxes is not None:
             boxes = boxes.to(self.device, self.dtype)
-        sparse = self._prompts(
-            points=points, boxes=boxes, masks=None, embedding_size=shared[0].size
-        )[0]
+        sparse, _ = self._prompts(points, boxes, None, shared[0].size)
         if points is None and boxes is None:  # [1, 0, C]
             sparse = sparse.expand(len(shared), -1, -1)
         if len(shared) not in (1, len(sparse)):

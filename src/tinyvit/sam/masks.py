@@ -94,8 +94,7 @@ class Masks:
 
         Enlarges every mask once; kept.
         """
-        boxes = [box_around(mask) for mask in self]
-        return np.array(boxes, np.float64).reshape(len(self), 4)
+        return np.array([box_around(mask) for mask in self], np.float64).reshape(len(self), 4)
 
     def best(self) -> NDArray[np.int64]:
         """Which mask of each prompt has the highest score, [N] int64; the first of equals."""
@@ -224,24 +223,16 @@ class Masks:
             rings = outlines(mask, tolerance)
             if not mask.any():
                 continue
-            shape: dict[str, object] = {
-                "label": prompt.name or label,
-                "group_id": None,
-                "flags": {},
-            }
+            shape: dict[str, Any] = {"label": prompt.name or label, "group_id": None, "flags": {}}
             if len(rings) == 1:
-                shapes.append({**shape, "points": rings[0].tolist(), "shape_type": "polygon"})
-                continue
-            x0, y0, x1, y1 = box_around(mask)
-            part = Image.fromarray(mask[y0:y1, x0:x1].astype(np.uint8) * np.uint8(255))
-            shapes.append(
-                {
-                    **shape,
-                    "points": [[x0, y0], [x1 - 1, y1 - 1]],  # the last pixel belongs to it
-                    "shape_type": "mask",
-                    "mask": b64encode(_png(part)).decode("ascii"),
-                }
-            )
+                shape |= {"points": rings[0].tolist(), "shape_type": "polygon"}
+            else:
+                x0, y0, x1, y1 = box_around(mask)
+                part = Image.fromarray(mask[y0:y1, x0:x1].astype(np.uint8) * np.uint8(255))
+                corners = [[x0, y0], [x1 - 1, y1 - 1]]  # the last pixel belongs to it
+                data = b64encode(_png(part)).decode("ascii")
+                shape |= {"points": corners, "shape_type": "mask", "mask": data}
+            shapes.append(shape)
         height, width = self.placement.original_size
         return {
             "version": "5.5.0",

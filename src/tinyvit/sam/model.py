@@ -5,7 +5,7 @@ Names, arguments and results are those of segment-anything; ``build`` makes one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypedDict
 
@@ -191,20 +191,17 @@ class Sam(nn.Module):
 
     def _encode(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
         """Each [3, H, W] -> (embedding [1, C, h, w], early map for an HQ decoder)."""
-        groups: dict[torch.Size, list[int]] = {}
-        for index, image in enumerate(images):
-            groups.setdefault(image.shape, []).append(index)
         found: dict[int, tuple[Tensor, Tensor | None]] = {}
-        for members in groups.values():
+        for shape in {image.shape: None for image in images}:
+            members = [index for index, image in enumerate(images) if image.shape == shape]
             batch = torch.stack([images[index] for index in members])
-            early: Tensor | None = None
+            rows: Iterable[tuple[Tensor, Tensor | None]]
             if isinstance(self.mask_decoder, HQMaskDecoder):
                 embeddings, early = self.image_encoder.forward_hq(batch)
+                rows = zip(embeddings[:, None], early[:, None], strict=True)
             else:
-                embeddings = self.image_encoder(batch)
-            for row, index in enumerate(members):
-                one = slice(row, row + 1)
-                found[index] = (embeddings[one], None if early is None else early[one])
+                rows = ((row, None) for row in self.image_encoder(batch)[:, None])
+            found.update(zip(members, rows, strict=True))
         return [found[index] for index in range(len(images))]
 
     def _decode(
@@ -229,13 +226,9 @@ class Sam(nn.Module):
             masks=record.get("mask_inputs"),
             embedding_size=grid,
         )
-        is_hq = isinstance(self.mask_decoder, HQMaskDecoder)
+        more = (hq_token_only, early) if isinstance(self.mask_decoder, HQMaskDecoder) else ()
+        positions = self.prompt_encoder.get_dense_pe(grid)
         low_res, iou = self.mask_decoder(
-            embedding,
-            self.prompt_encoder.get_dense_pe(grid),
-            sparse,
-            dense,
-            multimask_output,
-            *((hq_token_only, early) if is_hq else ()),
+            embedding, positions, sparse, dense, multimask_output, *more
         )
         return low_res, iou

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,7 +21,6 @@ from tinyvit.image_spec import Placement
 Size: TypeAlias = "tuple[int, int]"
 
 Kind: TypeAlias = "tuple[int, bool, bool]"
-"""(number of points, whether there is a box, whether there is a mask)."""
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -285,21 +284,19 @@ def stack_prompts(
 ) -> PromptBatch:
     """Prompts of one kind, clipped to the image, mapped to the model's input and stacked."""
     points = boxes = masks = None
+    some: Sequence[Any] = prompts  # of one kind: what the first has they all have
     height, width = placement.original_size
     count, has_box, has_mask = prompts[0].kind
     if count:
-        coords = np.stack([cast(Any, prompt.points) for prompt in prompts])
-        labels = np.stack([cast(Any, prompt.labels) for prompt in prompts])
-        coords = np.clip(coords, 0, (width, height))
+        coords = np.clip([prompt.points for prompt in some], 0, (width, height))
+        labels = np.stack([prompt.labels for prompt in some])
         points = placement.points_to_model(coords).astype(np.float32), labels
     if has_box:
-        corners = np.stack([cast(Any, prompt.box) for prompt in prompts])
-        corners = np.clip(corners, 0, (width, height, width, height))
+        corners = np.clip([prompt.box for prompt in some], 0, (width, height, width, height))
         boxes = placement.boxes_to_model(corners).astype(np.float32)
     if has_mask:
-        given = [cast(Any, prompt.mask) for prompt in prompts]
-        logits = [mask_to_logits(m, placement, low_res_size, logit_stride) for m in given]
-        masks = np.stack(logits)[:, None]
+        sizes = placement, low_res_size, logit_stride
+        masks = np.stack([mask_to_logits(prompt.mask, *sizes)[None] for prompt in some])
     return PromptBatch(points, boxes, masks)
 
 

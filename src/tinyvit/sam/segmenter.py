@@ -131,10 +131,7 @@ class Segmenter:
         return self._segment(images, iter(prompts), multimask)
 
     def _segment(
-        self,
-        images: Picture | ImageEmbedding | Iterable[Picture] | Iterable[ImageEmbedding],
-        prompts: Iterator[Sequence[PromptLike]],
-        multimask: Multimask,
+        self, images: Any, prompts: Iterator[Sequence[PromptLike]], multimask: Multimask
     ) -> Iterator[Masks]:
         number = -1
         for number, embedding in enumerate(self._embeddings(images)):
@@ -155,24 +152,29 @@ class Segmenter:
         self, images: Picture | ImageEmbedding | Iterable[Picture] | Iterable[ImageEmbedding]
     ) -> Iterator[ImageEmbedding]:
         """Embeddings as they are, checked; images encoded. The first one tells which."""
-        if isinstance(images, ImageEmbedding):
-            images = [images]
         from tinyvit.inference.engine import each
 
-        items = iter(each(cast(Any, images)))
+        source = [images] if isinstance(images, ImageEmbedding) else each(cast(Any, images))
+        items = iter(cast("Iterable[Any]", source))
         first = next(items, None)
         if first is None:
             return
-        rest: Iterator[Any] = chain([first], items)
-        if not isinstance(first, ImageEmbedding):
-            yield from self._encoder.encode(_images(rest))
+        is_encoded = isinstance(first, ImageEmbedding)
+
+        def alike() -> Iterator[Any]:
+            for item in chain([first], items):
+                if isinstance(item, ImageEmbedding) != is_encoded:
+                    came = "embeddings came a" if is_encoded else "images came an"
+                    raise TypeError(
+                        f"after {came} {type(item).__name__}; segment images and embeddings in "
+                        "calls of their own"
+                    )
+                yield item
+
+        if not is_encoded:
+            yield from self._encoder.encode(alike())
             return
-        for item in rest:
-            if not isinstance(item, ImageEmbedding):
-                raise TypeError(
-                    f"after embeddings came a {type(item).__name__}; segment images and "
-                    "embeddings in calls of their own"
-                )
+        for item in alike():
             self._encoder.check(item)
             yield item
 
@@ -237,36 +239,17 @@ class Segmenter:
         for position, prompt in enumerate(prompts):
             groups.setdefault(prompt.kind, []).append(position)
         for kind, members in groups.items():
-            batch = stack_prompts(
-                [prompts[i] for i in members],
-                placement,
-                embedding.low_res_size,
-                decoder.logit_stride,
-            )
-            is_ambiguous = kind == (1, False, False)
-            many = is_ambiguous if multimask == "auto" else multimask
-            shared = prepared or self._prepared(embedding)
-            low_res, scores = decoder.decode(shared, batch, many)
+            own = [prompts[i] for i in members]
+            batch = stack_prompts(own, placement, embedding.low_res_size, decoder.logit_stride)
+            many = kind == (1, False, False) if multimask == "auto" else multimask  # ambiguous
+            low_res, scores = decoder.decode(prepared or self._prepared(embedding), batch, many)
             logits.update(zip(members, low_res, strict=True))
             ious.update(zip(members, scores, strict=True))
-        return Masks(
-            prompts,
-            tuple(logits[i] for i in range(len(prompts))),
-            tuple(ious[i] for i in range(len(prompts))),
-            placement,
-            decoder.logit_stride,
-            self.model.mask_threshold,
+        low_res_logits, predicted_ious = (
+            tuple(found[i] for i in range(len(prompts))) for found in (logits, ious)
         )
-
-
-def _images(items: Iterable[Any]) -> Iterator[Picture]:
-    for item in items:
-        if isinstance(item, ImageEmbedding):
-            raise TypeError(
-                "after images came an ImageEmbedding; segment images and embeddings in calls "
-                "of their own"
-            )
-        yield item
+        stride, threshold = decoder.logit_stride, self.model.mask_threshold
+        return Masks(prompts, low_res_logits, predicted_ious, placement, stride, threshold)
 
 
 def _checked(

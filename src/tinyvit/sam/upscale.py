@@ -73,29 +73,25 @@ class Region:
         return float(np.float32(self.inner / self.outer)) if self.outer else float("nan")
 
 
-class RegionUpscaler:
-    """Enlarges masks one by one, each only where it can be; for many masks of one image."""
-
-    def __init__(
-        self, size: tuple[int, int], placement: Placement, logit_stride: float = LOGIT_STRIDE
-    ) -> None:
-        self._rows, self._columns = axes(size, placement, logit_stride)
-
-    def __call__(
-        self, low_res_logits: Floats, threshold: float = 0.0, offset: float = 1.0
-    ) -> Region:
-        """Logits [h4, w4] -> the mask where it can be; ``offset`` is that of ``stability``."""
-        can_be = low_res_logits > threshold - offset
-        rows, columns = np.flatnonzero(can_be.any(1)), np.flatnonzero(can_be.any(0))
-        if not len(rows):
-            return Region(np.zeros((0, 0), np.bool_), 0, 0, 0, 0)
-        down, from_rows = self._rows.reach(rows[0], rows[-1])
-        across, from_columns = self._columns.reach(columns[0], columns[-1])
-        part = low_res_logits[from_rows, from_columns]
-        tall = self._rows.matrix[down, from_rows] @ part
-        logits = tall @ self._columns.matrix[across, from_columns].T
-        inner, outer = (int(np.count_nonzero(logits > threshold + x)) for x in (offset, -offset))
-        return Region(logits > threshold, down.start, across.start, inner, outer)
+def upscale_region(
+    low_res_logits: Floats,
+    placement: Placement,
+    logit_stride: float = LOGIT_STRIDE,
+    threshold: float = 0.0,
+    offset: float = 1.0,
+) -> Region:
+    """Logits [h4, w4] -> the mask where it can be; ``offset`` is that of ``stability``."""
+    rows, columns = axes(low_res_logits.shape, placement, logit_stride)
+    can_be = low_res_logits > threshold - offset
+    ys, xs = np.flatnonzero(can_be.any(1)), np.flatnonzero(can_be.any(0))
+    if not len(ys):
+        return Region(np.zeros((0, 0), np.bool_), 0, 0, 0, 0)
+    down, from_rows = rows.reach(ys[0], ys[-1])
+    across, from_columns = columns.reach(xs[0], xs[-1])
+    tall = rows.matrix[down, from_rows] @ low_res_logits[from_rows, from_columns]
+    logits = tall @ columns.matrix[across, from_columns].T
+    inner, outer = (int(np.count_nonzero(logits > threshold + x)) for x in (offset, -offset))
+    return Region(logits > threshold, down.start, across.start, inner, outer)
 
 
 def axes(size: tuple[int, ...], placement: Placement, logit_stride: float) -> tuple[_Axis, _Axis]:

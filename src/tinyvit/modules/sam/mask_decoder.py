@@ -82,9 +82,8 @@ class MaskDecoder(nn.Module):
         self.output_hypernetworks_mlps = nn.ModuleList(
             MLP(dim, dim, dim // 8, 3) for _ in range(self.num_mask_tokens)
         )
-        self.iou_prediction_head = MLP(
-            dim, iou_head_hidden_dim, self.num_mask_tokens, iou_head_depth
-        )
+        widths = dim, iou_head_hidden_dim, self.num_mask_tokens
+        self.iou_prediction_head = MLP(*widths, iou_head_depth)
 
     def forward(
         self,
@@ -136,12 +135,7 @@ class MaskDecoder(nn.Module):
         return masks, self.iou_prediction_head(tokens[:, 0])
 
     def attend(
-        self,
-        own: Tensor,
-        image_embeddings: Tensor,
-        image_pe: Tensor,
-        sparse: Tensor,
-        dense: Tensor,
+        self, own: Tensor, image_embeddings: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Own tokens [S, C] and the prompts' -> own tokens [N, S, C], image tokens [N, C, h, w]."""
         if not (is_tracing() or torch.compiler.is_compiling()):  # sizes are tensors there
@@ -186,14 +180,8 @@ def multiply_masks(hyper: Tensor, upscaled: Tensor) -> Tensor:
 class HQMaskDecoder(MaskDecoder):
     """A mask decoder that corrects its best mask by a high-quality one.
 
-    Args:
-        transformer_dim: Channels C of the image embedding.
-        transformer: A ``TwoWayTransformer`` of that width.
-        num_multimask_outputs: Masks for an ambiguous prompt; the best of them is corrected.
-        activation: Class of the activation between the upscalings.
-        iou_head_depth: Linear layers of the quality head.
-        iou_head_hidden_dim: Its hidden width.
-        vit_dim: Channels D of the encoder's early map.
+    ``vit_dim`` are the channels D of the encoder's early map; all other arguments are those of
+    ``MaskDecoder``.
     """
 
     def __init__(
@@ -238,18 +226,12 @@ class HQMaskDecoder(MaskDecoder):
         hq_token_only: bool = False,
         interm_embeddings: Tensor | Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Predict one mask for each prompt.
+        """Predict one mask for each prompt; the first four arguments as in ``MaskDecoder.forward``.
 
-        Args:
-            image_embeddings: [1, C, h, w] of one image for all prompts, or [N, C, h, w].
-            image_pe: [1, C, h, w], from ``PromptEncoder.get_dense_pe``.
-            sparse_prompt_embeddings: [N, T, C]; N may be 0.
-            dense_prompt_embeddings: [N, C, h, w].
-            multimask_output: Correct the mask of the highest predicted IoU among those of an
-                ambiguous prompt, instead of the single one.
-            hq_token_only: Return the high-quality mask alone.
-            interm_embeddings: The encoder's early map [1 or N, h, w, D], as ``TinyViT.forward_hq``
-                gives it, or a list that begins with it.
+        ``multimask_output`` corrects the mask of the highest predicted IoU among those of an
+        ambiguous prompt, instead of the single one; ``hq_token_only`` returns the high-quality mask
+        alone. ``interm_embeddings`` is the encoder's early map [1 or N, h, w, D], as
+        ``TinyViT.forward_hq`` gives it, or a list that begins with it.
 
         Returns:
             (low-res logits [N, 1, 4h, 4w], predicted IoU [N, 1]). The IoU is that of the mask
@@ -258,12 +240,9 @@ class HQMaskDecoder(MaskDecoder):
         Raises:
             ValueError: The shapes do not go together, or there is no early map.
         """
+        prompts = sparse_prompt_embeddings, dense_prompt_embeddings
         masks, iou_predictions = self.predict_masks(
-            image_embeddings,
-            image_pe,
-            sparse_prompt_embeddings,
-            dense_prompt_embeddings,
-            interm_embeddings,
+            image_embeddings, image_pe, *prompts, interm_embeddings
         )
         plain, fine = masks[:, :-1], masks[:, -1:]
         if multimask_output:
@@ -282,9 +261,7 @@ class HQMaskDecoder(MaskDecoder):
         dense_prompt_embeddings: Tensor,
         interm_embeddings: Tensor | Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """All masks of all prompts: the single one first, the high-quality one last.
-
-        Args and errors are those of ``forward``.
+        """All masks of all prompts, the high-quality one last; arguments as in ``forward``.
 
         Returns:
             (low-res logits [N, num_mask_tokens + 1, 4h, 4w], predicted IoU [N, num_mask_tokens]).
@@ -312,10 +289,9 @@ class HQMaskDecoder(MaskDecoder):
                 f"HQMaskDecoder wants interm_embeddings, the encoder's early map {wanted}; "
                 "TinyViT.forward_hq gives it beside the image embedding"
             )
-        if is_tracing() or torch.compiler.is_compiling():
-            return early.permute(0, 3, 1, 2)
-        fits = early.ndim == 4 and early.shape[0] in (1, sparse.shape[0])
-        if not fits or early.shape[1:] != (*image.shape[2:], self.vit_dim):
+        is_dynamic = is_tracing() or torch.compiler.is_compiling()  # sizes are tensors there
+        wanted_shapes = [(n, *image.shape[2:], self.vit_dim) for n in (1, sparse.shape[0])]
+        if not is_dynamic and early.shape not in wanted_shapes:
             raise ValueError(f"interm_embeddings must be {wanted}, got {list(early.shape)}")
         return early.permute(0, 3, 1, 2)
 

@@ -55,8 +55,7 @@ class PositionEmbeddingRandom(nn.Module):
         bf16, and these are large.
         """
         matrix = self.positional_encoding_gaussian_matrix
-        frequencies = matrix.to(coords.dtype)
-        coords = 2 * coords - 1
+        frequencies, coords = matrix.to(coords.dtype), 2 * coords - 1
         angles = coords[..., :1] * frequencies[0] + coords[..., 1:] * frequencies[1]
         angles = 2 * math.pi * angles
         return torch.cat((angles.sin(), angles.cos()), dim=-1).to(matrix.dtype)
@@ -184,8 +183,7 @@ class PromptEncoder(nn.Module):
 
     def _point(self, kind: int) -> Tensor:
         """The learned vector [1, C] of one kind of point."""
-        table = self.point_embeddings[kind]
-        return cast("nn.Embedding", table).weight
+        return cast("nn.Embedding", self.point_embeddings[kind]).weight
 
     def _batch_size(
         self,
