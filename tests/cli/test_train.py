@@ -14,7 +14,8 @@ from dataclasses import replace
 import pytest
 import typer
 
-from tiny import write_mask_folder, write_tiny_sam
+from tiny import make_tiny_vit, write_mask_folder, write_tiny_sam
+from tinyvit import create_model, from_pretrained, save_pretrained
 from tinyvit.cli.console import Console
 from tinyvit.cli.train import (
     CLASSIFY,
@@ -25,6 +26,8 @@ from tinyvit.cli.train import (
     task_toml,
     time_text,
 )
+from tinyvit.image_spec import ImageSpec
+from tinyvit.inference.graph_backend import export_onnx
 from tinyvit.train import Progress, TrainSettings
 from tinyvit.train.tasks.settings import ClassifySettings
 
@@ -353,6 +356,29 @@ def test_distil_features(run, checkpoints, tmp_path):
     wanted = run(*words, "-o", tmp_path / "two", "--mask-weight", 1)
     assert wanted.code == 1
     assert "error: --mask-weight must be 0 without a SAM" in wanted.err
+
+
+def test_distil_features_of_sam_3(run, tmp_path):
+    """A student with EfficientSAM3's neck learns from maps of 72 x 72; images are squashed."""
+    pytest.importorskip("onnxruntime")
+    images = write_mask_folder(tmp_path / "cells") / "images"
+    shape = {"neck_dim": 8, "neck_size": 72, "strides": (2, 2, 2), "head": False}
+    for name, seed in (("teacher", 7), ("student", 1)):
+        model = make_tiny_vit(seed, **shape)
+        model.image_spec = ImageSpec.sam3(64)
+        save_pretrained(model, tmp_path / name)
+    (tmp_path / "teacher.onnx").write_bytes(export_onnx(from_pretrained(tmp_path / "teacher")))
+    words = ("--teacher", tmp_path / "teacher.onnx", "--teacher-size", 64)
+    words = ("store-features", images, *words, "--teacher-images", "sam3", "-o", tmp_path / "maps")
+    kept = run("train", *words, "--json")
+    assert kept.code == 0 and kept.json["shape"] == [8, 72, 72], kept.err
+    start = ("--checkpoint", tmp_path / "student" / "model.safetensors", "--size", 64)
+    words = ("train", "distill-features", images, *start, "--features", tmp_path / "maps")
+    result = run(*words, *QUICK, "-o", tmp_path / "run", "--json")
+    assert result.code == 0, result.err
+    assert -1 <= result.json["figures"]["cosine"] <= 1
+    trained = create_model(checkpoint=tmp_path / "run" / "last.safetensors")
+    assert (trained.neck_size, trained.image_spec) == (72, ImageSpec.sam3(64))
 
 
 @pytest.mark.parametrize(

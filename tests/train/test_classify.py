@@ -338,6 +338,15 @@ def test_a_sam_encoder_becomes_a_classifier():
     assert not torch.equal(other.head.weight, model.head.weight)
 
 
+def test_an_encoder_of_sam_3_becomes_a_classifier(tmp_path):
+    model = build_classifier(NAMES, model="tiny_vit_5m_sam3", img_size=32)
+    assert (model.neck, model.strides, model.image_spec) == (None, (2, 2, 2), ImageSpec.timm(32))
+    again = tinyvit.from_pretrained(tinyvit.save_pretrained(model, tmp_path))
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(x), model.eval()(x))
+
+
 def test_a_variant_from_chance():
     before = torch.get_rng_state()
     model = build_classifier(NAMES, model="tiny_vit_2m_sam", img_size=64)

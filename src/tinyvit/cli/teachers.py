@@ -55,6 +55,16 @@ TeacherSize = Annotated[
         "prepared as timm's classifiers have them, or for features as SAM has them.",
     ),
 ]
+TeacherImages = Annotated[
+    str,
+    typer.Option(
+        "--teacher-images",
+        metavar="[sam|sam3]",
+        parser=one_of("sam", "sam3"),
+        help="How images are prepared where --teacher-size is given: as for SAM, or squashed to a "
+        "square with values from -1 to 1, as for SAM 3 (its size is 1008).",
+    ),
+]
 Views = Annotated[int, typer.Option("--views", min=1, help="Views of each image.")]
 TopK = Annotated[int, typer.Option("--top-k", min=1, help="Probabilities kept of each view.")]
 Augment = Annotated[
@@ -148,6 +158,7 @@ def store_features(
     output: Output,
     flips: Flips = False,
     teacher_size: TeacherSize = None,
+    teacher_images: TeacherImages = "sam",
     batch_size: BatchSize = 4,
     device: Device = "auto",
     as_json: Json = False,
@@ -166,7 +177,9 @@ def store_features(
     from tinyvit.train.tasks.teachers import open_teacher
     from tinyvit.train.tasks.teachers import store_features as store
 
-    spec = None if teacher_size is None else ImageSpec.sam(teacher_size)
+    spec = None
+    if teacher_size is not None:
+        spec = (ImageSpec.sam3 if teacher_images == "sam3" else ImageSpec.sam)(teacher_size)
     opened = open_teacher(teacher, spec, device)
     with _running(own, opened.name, "images") as update:
         kept = store(opened, images, output, flips=flips, batch_size=batch_size, progress=update)

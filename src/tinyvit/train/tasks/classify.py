@@ -125,7 +125,7 @@ def build_classifier(
             size = size or (None if natural is None else natural.size[0])
         is_usual = img_size is None or (natural is not None and natural.size[0] == img_size)
     elif model is not None:
-        is_sam = get_variant(model).task == "sam"
+        is_sam = get_variant(model).task != "classification"
         is_usual = size in (None, get_variant(model).img_size)
     else:
         raise ValueError(
@@ -152,7 +152,7 @@ def build_classifier(
         if source is not None and (is_sam or known not in (None, tuple(classes))):
             built.reset_classifier(len(classes))
     if built.neck is not None:
-        built.neck = built.neck_dim = None
+        built.neck = built.neck_dim = built.neck_size = None
         built.image_spec = ImageSpec.timm(size or _USUAL_SIZE)
     elif natural is not None:
         built.image_spec = _resized(natural, size or natural.size[0])
