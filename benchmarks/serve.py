@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from sam_weights import write_weights
 
@@ -67,16 +68,20 @@ for masks in Segmenter(sys.argv[1] or None).segment([image], [[{"points": [[32, 
 
 
 class Asker:
-    """One client with a connection of its own."""
+    """One client with a connection and an address of its own."""
+
+    count = 0
 
     def __init__(self, port: int) -> None:
-        self.port, self.refused, self.statuses = port, 0, set()
+        Asker.count += 1
+        self.address = {"X-Forwarded-For": f"10.0.{Asker.count // 250}.{Asker.count % 250}"}
+        self.refused, self.statuses = 0, set()
         self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
 
     def __call__(self, method: str, path: str, body: Any = None, **headers: str) -> bytes:
         """The answer's body; waits as long as a refusal says."""
         while True:
-            self.connection.request(method, path, body, headers)
+            self.connection.request(method, path, body, headers | self.address)
             answer = self.connection.getresponse()
             found = answer.read()
             self.statuses.add(answer.status)
@@ -132,6 +137,13 @@ def resident(own: subprocess.Popen[bytes]) -> float:
     """MB of a process."""
     pages = int(Path(f"/proc/{own.pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGESIZE") / 1e6
+
+
+def requests_of(asker: Asker) -> float:
+    """How many requests a server has answered."""
+    rows = asker("GET", "/metrics").decode().splitlines()
+    counts = [row for row in rows if row.startswith("tinyvit_requests_total{")]
+    return sum(float(row.split()[-1]) for row in counts)
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
@@ -223,6 +235,7 @@ class Bench:
         """Everything."""
         port, bare_port = free_port(), free_port()
         serve = [sys.executable, "-m", "tinyvit", "serve", "--port", str(port), "--log", "text"]
+        serve += ["--trust-proxy", "127.0.0.1"]
         if self.weights:
             serve += ["--checkpoint", self.weights]
         bare = [sys.executable, "-c", BARE, str(bare_port), self.weights or ""]
@@ -415,27 +428,24 @@ class Bench:
         body = json.dumps({"prompts": [{"points": [[100, 90]]}]}).encode()
         head = f"POST /v1/images/{image_id}/segment HTTP/1.1\r\nHost: localhost\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        before = requests_of(Asker(port))
         for _ in range(500):
             with socket.create_connection(("127.0.0.1", port)) as own:
                 own.sendall(head.encode() + body)
-        asker, start, name = (
-            Asker(port),
-            time.perf_counter(),
-            b'tinyvit_lane_waiting{lane="decode"}',
-        )
-        while True:
-            found = asker("GET", "/metrics").split(name)[1].split()[0]
-            if float(found) == 0:
-                break
-            time.sleep(0.005)
+        asker, name, seen = Asker(port), 'tinyvit_lane_waiting{lane="decode"} 0.0', 0.0
+        while seen < 500:  # until the server has looked at all of them
+            seen = requests_of(asker) - before
+            start = time.perf_counter()
+        while name not in asker("GET", "/metrics").decode():
+            time.sleep(0.002)
         seconds = time.perf_counter() - start
         server.log.seek(0)
         longest = max(map(len, server.log.read().decode().splitlines()))
         shown = (
             f"the lane is empty after {1000 * seconds:.0f} ms, longest line of the log {longest}"
         )
-        must = "within one job (and a look), <= 300"
-        self.say("500 clients hang up", shown, must, seconds < 1.0 and longest <= 300)
+        must = "within one job, <= 300"
+        self.say("500 clients hang up", shown, must, seconds < 0.3 and longest <= 300)
 
     def memory(self, port: int, server: Any) -> None:
         """More requests: the process must not grow."""
@@ -446,7 +456,7 @@ class Bench:
             asker.click(image_id, 100, 90)
         before = resident(server)
         askers = [Asker(port) for _ in range(4)]
-        limit = time.monotonic() + (20 if self.quick else 400)
+        limit = time.monotonic() + (20 if self.quick else 150)
 
         def work(number: int) -> int:
             for done in range(count // 4):
@@ -524,6 +534,7 @@ def main() -> None:
     parser.add_argument("--weights", action="append", choices=("starter", "5m"))
     parser.add_argument("--output", type=Path, default=HERE)
     options = parser.parse_args()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # as the lane that decodes
     report = Report()
     with tempfile.TemporaryDirectory() as folder:
         for name in options.weights or ("starter", "5m"):

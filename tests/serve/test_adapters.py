@@ -1,12 +1,13 @@
 """The adapters, asked as their clients ask (requests written from the protocols' descriptions)."""
 
 import base64
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tinyvit.serve.adapters import brush_rle
-from tinyvit.serve.adapters.label_studio import Fetcher
+from tinyvit.serve.adapters.label_studio import Config, Fetcher
 from tinyvit.serve.problems import Problem
 
 CONFIG = """<View><Image name="img" value="$image"/>
@@ -75,6 +76,12 @@ def test_polygons_and_rectangles(server, url):
     box = context("rectanglelabels", x=10, y=10, width=50, height=60)
     (result,) = predict(server, url, "RectangleLabels", box).json["results"][0]["result"]
     assert 0 <= result["value"]["x"] <= 100
+
+
+def test_the_configuration_of_the_docs_is_understood():
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    found = Config.read(page.partition("```xml\n")[2].partition("```")[0])
+    assert (found.image, found.from_name, found.kind) == ("image", "tag", "brushlabels")
 
 
 def test_label_studio_s_odd_requests(server, url):

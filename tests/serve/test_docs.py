@@ -28,7 +28,7 @@ def folder(tmp_path, images):
 
 def test_no_block_is_forgotten():
     counts = {name: sum(one == name for one, _ in BLOCKS) for name, _ in BLOCKS}
-    assert counts == {"bash": 2, "python": 2, "javascript": 1, "dockerfile": 1}
+    assert counts == {"bash": 2, "python": 2, "javascript": 1, "xml": 1, "dockerfile": 1}
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")

@@ -28,8 +28,8 @@ USER, PASSWORD, KEY = (
     "0123456789abcdef" * 2 + "01234567",
 )
 CONFIG = """<View><Image name="img" value="$image"/>
-<BrushLabels name="tag" toName="img"><Label value="Cat"/></BrushLabels>
-<KeyPointLabels name="kp" toName="img" smart="true"><Label value="Cat" smart="true"/>
+<BrushLabels name="tag" toName="img" smart="false"><Label value="Cat"/></BrushLabels>
+<KeyPointLabels name="kp" toName="img" smart="true" smartOnly="true"><Label value="Cat"/>
 </KeyPointLabels></View>"""
 
 pytestmark = [
@@ -145,7 +145,6 @@ def test_a_smart_key_point_is_shown_as_a_mask(label_studio, task, tmp_path):
     from playwright.sync_api import sync_playwright
 
     project, number, _ = task
-    label_studio("PATCH", f"/api/projects/{project}", {"show_collab_predictions": True})
     with sync_playwright() as own:
         browser = own.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1400, "height": 900})
@@ -155,16 +154,19 @@ def test_a_smart_key_point_is_shown_as_a_mask(label_studio, task, tmp_path):
         page.click("[type=submit]")
         page.wait_for_load_state("networkidle")
         page.goto(f"{label_studio.url}/projects/{project}/data?task={number}")
-        canvas = page.locator(".konvajs-content").first
+        canvas = page.locator("canvas").first
         canvas.wait_for(timeout=60_000)
-        page.screenshot(path=str(tmp_path / "before.png"))
         page.get_by_text("Auto-Annotation").first.click()
-        page.locator(".lsf-label, [class*=label]").filter(has_text="Cat").last.click()
+        page.get_by_text("Cat", exact=True).nth(1).click()  # that of the key points
+        page.locator(".lsf-tool_smart").last.click()
+        page.wait_for_timeout(500)
+        page.screenshot(path=str(tmp_path / "before.png"))
         box = canvas.bounding_box()
         with page.expect_response("**/interactive-annotating*", timeout=60_000) as answered:
             page.mouse.click(box["x"] + 0.381 * box["width"], box["y"] + 0.393 * box["height"])
         assert answered.value.status == 200
-        page.wait_for_timeout(2000)
+        page.get_by_text("1 suggestions").wait_for()
+        page.wait_for_timeout(1000)
         page.screenshot(path=str(tmp_path / "after.png"))
         browser.close()
     before, after = (np.asarray(_image(tmp_path / f"{n}.png")) for n in ("before", "after"))

@@ -59,6 +59,7 @@ export class Overlay {
       let mask = this.cache.get(name);
       if (!mask) {
         mask = entry.exact ? sampleExact(entry.exact, window_) : enlarge(entry.logits, image, window_);
+        mask.box = boxOf(mask, window_.width, window_.height);
         this.cache.set(name, mask);
       }
       paint(words, mask, window_.width, window_.height, colourOf(id), id, isCurrent, dashed, this.opacity, ratio);
@@ -109,6 +110,20 @@ export class Overlay {
   }
 }
 
+// Columns and rows within which a mask has pixels: [x0, y0, x1, y1]; most masks are small.
+function boxOf(mask, width, height) {
+  let [x0, y0, x1, y1] = [width, height, 0, 0];
+  for (let y = 0; y < height; y++) {
+    const row = mask.subarray(y * width, (y + 1) * width), first = row.indexOf(1);
+    if (first < 0) continue;
+    x0 = Math.min(x0, first);
+    x1 = Math.max(x1, row.lastIndexOf(1) + 1);
+    y0 = Math.min(y0, y);
+    y1 = y + 1;
+  }
+  return [x0, y0, x1, y1];
+}
+
 // Striped fill and two-tone outline, straight into 32-bit pixels (little endian: ABGR).
 function paint(words, mask, width, height, [r, g, b], id, isCurrent, dashed, opacity, ratio) {
   const colour = (b << 16) | (g << 8) | r;
@@ -117,8 +132,9 @@ function paint(words, mask, width, height, [r, g, b], id, isCurrent, dashed, opa
   const white = (255 << 24) | 0xffffff, black = (255 << 24) | 0x101010;
   const period = Math.round(10 * ratio), thick = Math.max(1, Math.round(ratio));
   const [sx, sy] = [[1, 1], [1, -1], [1, 0], [0, 1], [2, 1]][id % 5];
-  for (let y = 0; y < height; y++) {
-    for (let x = 0; x < width; x++) {
+  const [x0, y0, x1, y1] = mask.box;
+  for (let y = Math.max(y0 - thick, 0); y < Math.min(y1 + thick, height); y++) {
+    for (let x = Math.max(x0 - thick, 0); x < Math.min(x1 + thick, width); x++) {
       const i = y * width + x;
       const left = x >= thick ? mask[i - thick] : 0, up = y >= thick ? mask[i - thick * width] : 0;
       const right = x < width - thick ? mask[i + thick] : 0, down = y < height - thick ? mask[i + thick * width] : 0;
