@@ -19,7 +19,6 @@ from tinyvit.cli.arguments import (
     matching_checkpoints,
     matching_models,
     one_of,
-    parse_precision,
     variant_of,
 )
 from tinyvit.cli.console import Console
@@ -147,11 +146,12 @@ def test_backends_are_parsed():
 
 
 def test_precisions_are_parsed():
-    assert [parse_precision(name) for name in PRECISIONS] == list(PRECISIONS)
+    parse = one_of(*PRECISIONS)
+    assert [parse(name) for name in PRECISIONS] == list(PRECISIONS)
     with pytest.raises(
         typer.BadParameter, match=r"^'half' is not one of 'fp32', 'bf16', 'auto'\.$"
     ):
-        parse_precision("half")
+        parse("half")
 
 
 @pytest.mark.parametrize("verb", [["encode", "a.jpg", "-o", "x"], ["classify", "a.jpg"], ["bench"]])

@@ -1,12 +1,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 import typer
 
-from tinyvit.cli.settings_options import GroupedCommand, flag_of, options_of, with_options
+from tinyvit.cli.arguments import Positive
+from tinyvit.cli.settings_options import (
+    GroupedCommand,
+    flag_of,
+    options_of,
+    with_documented_options,
+    with_options,
+)
 from tinyvit.train.settings import Flag, Group, Range, Settings, TrainSettings, settings_of
 from tinyvit.train.tasks.settings import (
     ClassifySettings,
@@ -105,6 +113,51 @@ def test_the_help_is_in_groups_with_defaults(call):
     assert "Side of the input, of 'tinyvit models'. [224]" in " ".join(model.split())
     assert "--windows N,N" in model
     assert "--windows" not in options
+
+
+def test_a_verb_s_docstring_gives_its_options(capsys):
+    seen = {}
+
+    def verb(
+        ctx: typer.Context,
+        data: str,
+        output: Path,
+        sides: list[Positive] | None = None,
+        how: str = "slow",
+        no_pad: bool = False,
+        flip: bool = True,
+        as_json: bool = False,
+    ) -> None:
+        """Do it.
+
+        Options:
+            data (DATA): Where it
+                is.
+            sides (--side PIXELS): Some sides.
+            how ([slow|fast]): How fast.
+            flip: Mirror some.
+        """
+        seen.update(ctx.params)
+
+    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command(cls=GroupedCommand)(with_documented_options(verb))
+
+    def call(words):
+        with pytest.raises(SystemExit) as end:
+            app(args=words.split(), prog_name="verb")
+        return end.value.code, " ".join(capsys.readouterr()).replace("\n", " ")
+
+    code, _ = call("a -o b --side 3 --side 4 --how fast --no-pad --no-flip --json")
+    assert code == 0
+    values = ("a", Path("b"), [3, 4], "fast", True, False, True)
+    assert tuple(seen.values()) == values
+    for wrong, said in (("--side 0", "x>=1"), ("--how much", "'slow', 'fast'"), ("", "--output")):
+        code, text = call(f"a {'-o b' if wrong else ''} {wrong}")
+        assert (code, said in text) == (2, True)
+    text = " ".join(call("--help")[1].split())
+    for line in ("DATA Where it is.", "--side PIXELS", "--how [slow|fast]", "--no-pad Do not pad"):
+        assert line in text
+    assert "Options: data (" not in text
 
 
 def test_what_a_setting_is_called():

@@ -1,4 +1,4 @@
-"""Arguments that several verbs have in common, with their help."""
+"""Options that several verbs have in common, and the models and files that they name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.models import OptionInfo
 
 from tinyvit.catalog import (
     CHECKPOINTS,
@@ -41,18 +40,13 @@ def one_of(*choices: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text in choices:
             return text
+        if text == "fp16" and "bf16" in choices:
+            from tinyvit.inference.backend import FP16_REFUSED
+
+            raise typer.BadParameter(f"{FP16_REFUSED}.")
         raise typer.BadParameter(f"{text!r} is not one of {', '.join(map(repr, choices))}.")
 
     return parse
-
-
-def parse_precision(text: str) -> str:
-    """A precision; for fp16 an error that says why not."""
-    if text == "fp16":
-        from tinyvit.inference.backend import FP16_REFUSED
-
-        raise typer.BadParameter(f"{FP16_REFUSED}.")
-    return one_of(*PRECISIONS)(text)
 
 
 def matching(names: Sequence[str]) -> Callable[[str], list[str]]:
@@ -68,98 +62,36 @@ matching_checkpoints = matching(list_checkpoints())
 matching_models = matching(list_models())
 
 
-def checkpoint_option(text: str) -> OptionInfo:
-    """``--checkpoint`` with its help."""
-    option: OptionInfo = typer.Option(
-        "--checkpoint", metavar="NAME_OR_FILE", autocompletion=matching_checkpoints, help=text
-    )
-    return option
+Positive = Annotated[int, typer.Option(min=1)]
+Natural = Annotated[int, typer.Option(min=0)]
 
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead.")]
-ImagePaths = Annotated[
-    list[Path],
-    typer.Argument(
-        metavar="PICTURE_OR_FOLDER",
-        show_default=False,
-        help="JPEG, PNG, WebP, TIFF, BMP, GIF or PPM files. Folders are read with all folders in "
-        "them; hidden files and folders are left out.",
-    ),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="VARIANT",
-        autocompletion=matching_models,
-        help="Build this variant for the checkpoint. By default the checkpoint says which.",
-    ),
-]
-Size = Annotated[
-    int | None,
-    typer.Option(
-        "--size",
-        min=1,
-        help="Side of the model's input in pixels. By default the one it was trained for.",
-    ),
-]
-Device = Annotated[
-    str,
-    typer.Option(
-        "--device", help="auto (a GPU if there is one), or a torch device: cpu, cuda, cuda:1, mps."
-    ),
-]
-Precision = Annotated[
-    str,
-    typer.Option(
-        "--precision",
-        metavar=f"[{'|'.join(PRECISIONS)}]",
-        parser=parse_precision,
-        help="What to compute in; auto is bf16 where the hardware has it built in.",
-    ),
-]
-Backend = Annotated[
-    str,
-    typer.Option(
-        "--backend",
-        metavar=f"[{'|'.join(BACKENDS)}]",
-        parser=one_of(*BACKENDS),
-        help="What runs the encoder; auto is torch.",
-    ),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option("--threads", min=1, help="Threads that compute. By default the library chooses."),
-]
-Workers = Annotated[
-    int | None,
-    typer.Option(
-        "--workers",
-        min=0,
-        help="Threads that read and write images meanwhile; 0: none. By default as many as there "
-        "are cores, at most 4.",
-    ),
-]
-MaxPixels = Annotated[
-    int,
-    typer.Option(
-        "--max-pixels",
-        min=1,
-        help="Refuse images with more pixels than this; their memory grows with it.",
-    ),
-]
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write to.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Write everything again; replace any file.")
-]
-NoPad = Annotated[
-    bool,
-    typer.Option(
-        "--no-pad",
-        help="Do not pad images to a square: less work where they are not square, and results "
-        "that differ a little from those with padding, most of all near the edges.",
-    ),
-]
+SHARED = """
+as_json (--json): Print one JSON object on stdout instead.
+images (PICTURE_OR_FOLDER): JPEG, PNG, WebP, TIFF, BMP, GIF or PPM files. Folders are read with all
+    folders in them; hidden files and folders are left out.
+output (--output -o DIR): Folder to write to.
+model (VARIANT): Build this variant for the checkpoint. By default the checkpoint says which.
+size: Side of the model's input in pixels. By default the one it was trained for.
+device: auto (a GPU if there is one), or a torch device: cpu, cuda, cuda:1, mps.
+precision ([fp32|bf16|auto]): What to compute in; auto is bf16 where the hardware has it built in.
+backend ([auto|torch|openvino|onnx]): What runs the encoder; auto is torch.
+threads: Threads that compute. By default the library chooses.
+workers: Threads that read and write images meanwhile; 0: none. By default as many as there are
+    cores, at most 4.
+batch_size: Images computed together, at most.
+max_pixels: Refuse images with more pixels than this; their memory grows with it.
+held_out: Evaluate only what 'tinyvit train' holds out of DATA with the same --val-part and
+    --split-seed.
+val_part: With --held-out: how much it is.
+split_seed: With --held-out: which it is.
+limit: Evaluate so many images, drawn by --seed.
+seed: What --limit draws with.
+sheet (FILE.png): Write a gallery to look at.
+overwrite: Write everything again; replace any file.
+no_pad: Do not pad images to a square: less work where they are not square, and results that differ
+    a little from those with padding, most of all near the edges.
+"""
+"""Help of options that mean the same in several verbs, as in the ``Options:`` of a verb."""
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")

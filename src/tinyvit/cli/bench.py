@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, get_args
 
 import typer
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT, get_checkpoint, get_variant
 from tinyvit.cli import console
 
-from .arguments import Device, Json, checkpoint_option, matching_models
+from .arguments import Positive
 from .console import counted
 
 if TYPE_CHECKING:
@@ -32,61 +32,19 @@ share: of the rate of large matrix products, measured in the same rounds
 MB: most memory of the process; faults: page faults for each call
 start: seconds from the start of a process to its first result"""
 
-Models = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--model",
-        metavar="VARIANT",
-        autocompletion=matching_models,
-        help=f"May be given more than once; {' and '.join(_DEFAULT_MODELS)} by default.",
-    ),
-]
-Weights = Annotated[
-    str | None,
-    checkpoint_option("Weights that are on this machine. By default every tensor is random."),
-]
-Sizes = Annotated[
-    list[int] | None,
-    typer.Option(
-        "--size",
-        min=1,
-        metavar="PIXELS",
-        help="Side of the model's input; may be given more than once.",
-    ),
-]
-Batches = Annotated[
-    list[int] | None,
-    typer.Option(
-        "--batch",
-        min=1,
-        metavar="NUMBER",
-        help="Images in a call, 1 by default; may be given more than once.",
-    ),
-]
-BackendOption = Annotated[
-    str, typer.Option("--backend", help="auto, torch, or another of the engine's, or all.")
-]
-PrecisionOption = Annotated[
-    str, typer.Option("--precision", help="fp32, bf16, or another of the engine's, or all.")
-]
-Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Rounds that count.")]
-Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="By default as many as each library takes.")
-]
-
 
 def bench(
     ctx: typer.Context,
-    model: Models = None,
-    checkpoint: Weights = None,
-    size: Sizes = None,
-    batch: Batches = None,
-    backend: BackendOption = "auto",
-    precision: PrecisionOption = "fp32",
-    device: Device = "auto",
-    repeats: Repeats = 5,
-    threads: Threads = None,
-    as_json: Json = False,
+    model: list[str] | None = None,
+    checkpoint: str | None = None,
+    size: list[Positive] | None = None,
+    batch: list[Positive] | None = None,
+    backend: str = "auto",
+    precision: str = "fp32",
+    device: str = "auto",
+    repeats: Positive = 5,
+    threads: Positive | None = None,
+    as_json: bool = False,
 ) -> None:
     """Measure how fast this machine computes the features of images.
 
@@ -95,6 +53,18 @@ def bench(
     random and already prepared: reading and resizing them is not measured.
 
     Run it on a machine that has nothing else to do, and compare times of one run only.
+
+    Options:
+        model (VARIANT): May be given more than once; tiny_vit_2m_sam and tiny_vit_5m_sam by
+            default.
+        checkpoint (NAME_OR_FILE): Weights that are on this machine. By default every tensor is
+            random.
+        size (PIXELS): Side of the model's input; may be given more than once.
+        batch (NUMBER): Images in a call, 1 by default; may be given more than once.
+        backend: auto, torch, or another of the engine's, or all.
+        precision: fp32, bf16, or another of the engine's, or all.
+        repeats: Rounds that count.
+        threads: By default as many as each library takes.
     """
     from tinyvit.bench import Contestant, machine_facts, measure
 

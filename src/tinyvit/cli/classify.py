@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -20,45 +19,35 @@ EXAMPLES = (
     "tinyvit classify photos --checkpoint mine.safetensors --labels names.txt --top-k 1",
 )
 
-Weights = Annotated[
-    str | None,
-    args.checkpoint_option(
-        "A name of 'tinyvit models', a file of weights, or a folder of save_pretrained, with a "
-        "classification head. The embedded weights have none, so name one."
-    ),
-]
-TopK = Annotated[int, typer.Option("--top-k", min=1, help="Classes to show for each image.")]
-Labels = Annotated[
-    Path | None,
-    typer.Option(
-        "--labels",
-        metavar="FILE",
-        help="Names of the classes: one a line, or a JSON list or object. By default those in the "
-        "file of weights, and ImageNet's for a head of 1000 classes.",
-    ),
-]
-
 
 def classify(
     ctx: typer.Context,
-    images: args.ImagePaths,
-    checkpoint: Weights = None,
-    model: args.Model = None,
-    size: args.Size = None,
-    top_k: TopK = 5,
-    labels: Labels = None,
-    device: args.Device = "auto",
-    precision: args.Precision = "fp32",
-    backend: args.Backend = "auto",
-    threads: args.Threads = None,
-    max_pixels: args.MaxPixels = args.MAX_PIXELS,
-    as_json: args.Json = False,
+    images: list[Path],
+    checkpoint: str | None = None,
+    model: str | None = None,
+    size: args.Positive | None = None,
+    top_k: args.Positive = 5,
+    labels: Path | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    backend: str = "auto",
+    threads: args.Positive | None = None,
+    max_pixels: args.Positive = args.MAX_PIXELS,
+    as_json: bool = False,
 ) -> None:
     """Name the likeliest classes of images.
 
     Each class is shown with its probability, its number and, where names are known, its name. The
     weights must have a classification head; published ones are downloaded at the first use. An
     unreadable image does not stop the work: it is named, and the exit code is 1.
+
+    Options:
+        checkpoint (NAME_OR_FILE): A name of 'tinyvit models', a file of weights, or a folder of
+            save_pretrained, with a classification head. The embedded weights have none, so name
+            one.
+        top_k: Classes to show for each image.
+        labels (FILE): Names of the classes: one a line, or a JSON list or object. By default those
+            in the file of weights, and ImageNet's for a head of 1000 classes.
     """
     own = console.of(ctx)
     listed = list_images(images)

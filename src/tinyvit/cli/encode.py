@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -26,39 +26,25 @@ EXAMPLES = (
     "tinyvit encode photos -o features --checkpoint mobile_sam --no-pictures",
 )
 
-Weights = Annotated[
-    str | None,
-    args.checkpoint_option(
-        "A name of 'tinyvit models', a file of weights, or a folder of save_pretrained. By default "
-        f"{DEFAULT_CHECKPOINT}, which is small, weak, and needs no download."
-    ),
-]
-BatchSize = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Images computed together, at most.")
-]
-NoImages = Annotated[
-    bool, typer.Option("--no-pictures", help="Write features only, which is faster.")
-]
-
 
 def encode(
     ctx: typer.Context,
-    images: args.ImagePaths,
-    output: args.Output,
-    checkpoint: Weights = None,
-    model: args.Model = None,
-    size: args.Size = None,
-    device: args.Device = "auto",
-    precision: args.Precision = "fp32",
-    backend: args.Backend = "auto",
-    threads: args.Threads = None,
-    workers: args.Workers = None,
-    batch_size: BatchSize = 8,
-    max_pixels: args.MaxPixels = args.MAX_PIXELS,
-    no_images: NoImages = False,
-    no_pad: args.NoPad = False,
-    overwrite: args.Overwrite = False,
-    as_json: args.Json = False,
+    images: list[Path],
+    output: Path,
+    checkpoint: str | None = None,
+    model: str | None = None,
+    size: args.Positive | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    backend: str = "auto",
+    threads: args.Positive | None = None,
+    workers: args.Natural | None = None,
+    batch_size: args.Positive = 8,
+    max_pixels: args.Positive = args.MAX_PIXELS,
+    no_pictures: bool = False,
+    no_pad: bool = False,
+    overwrite: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Compute the features of images and write them to files.
 
@@ -69,10 +55,16 @@ def encode(
     Files that are there already are kept if they were made of the same image by the same model in
     the same way, and replaced otherwise. An unreadable image does not stop the work: it is named,
     and the exit code is 1. After an interruption, the same command goes on where it stopped.
+
+    Options:
+        checkpoint (NAME_OR_FILE): A name of 'tinyvit models', a file of weights, or a folder of
+            save_pretrained. By default tinyvit_starter, which is small, weak, and needs no
+            download.
+        no_pictures: Write features only, which is faster.
     """
     own = console.of(ctx)
     listed = outcomes.list_and_check(images, output, checkpoint)
-    if not no_images:
+    if not no_pictures:
         _check_drawings(output, listed)
 
     from tinyvit.folders.encode import EncodeFolder
@@ -85,7 +77,7 @@ def encode(
         sizes = {"variant": args.variant_of(built), "strides": built.strides}
         facts = facts_of_engine(engine, name, **sizes, weights_sha256=engine.weights_sha256())
         args.announce_engine(own, name, engine)
-        work = EncodeFolder(engine, output, facts, not no_images, overwrite, max_pixels)
+        work = EncodeFolder(engine, output, facts, not no_pictures, overwrite, max_pixels)
         run = partial(work.run, listed)
         done, seconds = outcomes.follow(own, run, len(listed), "encoding")
     own.say(_summary(outcomes.written(done), output, seconds))

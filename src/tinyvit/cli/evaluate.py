@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import typer
 
@@ -24,85 +24,6 @@ if TYPE_CHECKING:
     from tinyvit.inference.backend import BackendName
     from tinyvit.sam import SamPredictor
     from tinyvit.train.data.masks import MaskSet
-
-SAM_HELP = "A name of 'tinyvit models', or a file with a whole SAM."
-_LABELLED = "A folder with one subfolder for each class, a CSV file, or tar files."
-_MASKS = (
-    "Images with masks: COCO's JSON, a CSV of images and masks, labelme's JSON files, or a folder "
-    "with images and masks in it."
-)
-_CLASSIFIER = "A name of 'tinyvit models', or a file of weights with a classification head."
-_HELD_OUT = (
-    "Evaluate only what 'tinyvit train' holds out of DATA with the same --val-part and "
-    "--split-seed."
-)
-
-
-def _data(name: str, text: str) -> Any:
-    return typer.Argument(metavar=name, show_default=False, help=text)
-
-
-def _backend(side: str) -> Any:
-    words = f"[{'|'.join(args.BACKENDS)}]"
-    flag = f"--backend-{side.lower()}"
-    return typer.Option(
-        flag, metavar=words, parser=args.one_of(*args.BACKENDS), help=f"What runs {side}'s encoder."
-    )
-
-
-def _precision(side: str) -> Any:
-    flag = f"--precision-{side.lower()}"
-    text = f"What {side}'s encoder computes in."
-    return typer.Option(flag, metavar="[fp32|bf16|auto]", parser=args.parse_precision, help=text)
-
-
-LabelledData = Annotated[str, _data("DATA", _LABELLED)]
-MaskData = Annotated[str, _data("DATA", _MASKS)]
-SamA = Annotated[str, _data("A", SAM_HELP)]
-SamB = Annotated[str, _data("B", "Another, or the same again.")]
-ClassifierWeights = Annotated[str, args.checkpoint_option(_CLASSIFIER)]
-SamWeights = Annotated[
-    str,
-    typer.Option(
-        "--checkpoint",
-        metavar="NAME_OR_FILE",
-        autocompletion=args.matching_checkpoints,
-        show_default=False,
-        help=f"{SAM_HELP} By default {DEFAULT_CHECKPOINT}.",
-    ),
-]
-Images = Annotated[
-    Path | None,
-    typer.Option("--images", metavar="FOLDER", help="The images, where DATA does not say."),
-]
-HeldOut = Annotated[bool, typer.Option("--held-out", help=_HELD_OUT)]
-ValPart = Annotated[float, typer.Option("--val-part", help="With --held-out: how much it is.")]
-SplitSeed = Annotated[int, typer.Option("--split-seed", help="With --held-out: which it is.")]
-Limit = Annotated[
-    int | None, typer.Option("--limit", min=1, help="Evaluate so many images, drawn by --seed.")
-]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="What --limit draws with.")]
-Sheet = Annotated[
-    Path | None, typer.Option("--sheet", metavar="FILE.png", help="Write a gallery to look at.")
-]
-BatchSize = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Images computed together, at most.")
-]
-Clicks = Annotated[
-    str, typer.Option("--clicks", metavar="N,N,...", help="After how many clicks IoU is wanted.")
-]
-TargetIou = Annotated[
-    float, typer.Option("--target-iou", help="Clicks are counted until this IoU.")
-]
-MostClicks = Annotated[int, typer.Option("--most-clicks", help="Where counting stops.")]
-NoFloors = Annotated[
-    bool, typer.Option("--no-floors", help="Skip the baselines without a network; faster.")
-]
-Grid = Annotated[int, typer.Option("--grid", min=1, help="Clicks along each side of an image.")]
-BackendOfA = Annotated[str, _backend("A")]
-BackendOfB = Annotated[str, _backend("B")]
-PrecisionOfA = Annotated[str, _precision("A")]
-PrecisionOfB = Annotated[str, _precision("B")]
 
 EXAMPLES = {
     "classify": (
@@ -132,24 +53,29 @@ class _Part(NamedTuple):
 
 def classify(
     ctx: typer.Context,
-    data: LabelledData,
-    checkpoint: ClassifierWeights,
-    held_out: HeldOut = False,
-    val_part: ValPart = 0.1,
-    split_seed: SplitSeed = 0,
-    limit: Limit = None,
-    seed: Seed = 0,
-    sheet: Sheet = None,
-    batch_size: BatchSize = 8,
-    device: args.Device = "auto",
-    precision: args.Precision = "fp32",
-    as_json: args.Json = False,
+    data: str,
+    checkpoint: str,
+    held_out: bool = False,
+    val_part: float = 0.1,
+    split_seed: int = 0,
+    limit: args.Positive | None = None,
+    seed: args.Natural = 0,
+    sheet: Path | None = None,
+    batch_size: args.Positive = 8,
+    device: str = "auto",
+    precision: str = "fp32",
+    as_json: bool = False,
 ) -> None:
     """Evaluate a classifier on labelled images.
 
     Top-1 and top-5 with 95 percent intervals, cross entropy, calibration, the classes that are
     confused most, time and memory. Take images that were not trained on. An unreadable image is
     skipped and named, and the exit code is 1.
+
+    Options:
+        data (DATA): A folder with one subfolder for each class, a CSV file, or tar files.
+        checkpoint (--checkpoint NAME_OR_FILE): A name of 'tinyvit models', or a file of weights
+            with a classification head.
     """
     own = console.of(ctx)
     args.check_checkpoint(checkpoint)
@@ -180,29 +106,40 @@ def classify(
 
 def segment(
     ctx: typer.Context,
-    data: MaskData,
-    checkpoint: SamWeights = DEFAULT_CHECKPOINT,
-    size: args.Size = None,
-    images: Images = None,
-    held_out: HeldOut = False,
-    val_part: ValPart = 0.1,
-    split_seed: SplitSeed = 0,
-    limit: Limit = None,
-    seed: Seed = 0,
-    clicks: Clicks = "1,3,5",
-    target_iou: TargetIou = 0.85,
-    most_clicks: MostClicks = 10,
-    no_floors: NoFloors = False,
-    sheet: Sheet = None,
-    device: args.Device = "auto",
-    precision: args.Precision = "fp32",
-    as_json: args.Json = False,
+    data: str,
+    checkpoint: str = DEFAULT_CHECKPOINT,
+    size: args.Positive | None = None,
+    images: Path | None = None,
+    held_out: bool = False,
+    val_part: float = 0.1,
+    split_seed: int = 0,
+    limit: args.Positive | None = None,
+    seed: args.Natural = 0,
+    clicks: str = "1,3,5",
+    target_iou: float = 0.85,
+    most_clicks: int = 10,
+    no_floors: bool = False,
+    sheet: Path | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    as_json: bool = False,
 ) -> None:
     """Evaluate how well a SAM segments by clicks and boxes.
 
     Mean IoU at some clicks and with a box, boundary F, clicks until an IoU, and the model's own
     estimate of its masks, with 95 percent intervals over images; beside them baselines without a
     network, time and memory. What is unreadable is skipped and named, and the exit code is 1.
+
+    Options:
+        data (DATA): Images with masks: COCO's JSON, a CSV of images and masks, labelme's JSON
+            files, or a folder with images and masks in it.
+        checkpoint (NAME_OR_FILE): A name of 'tinyvit models', or a file with a whole SAM. By
+            default tinyvit_starter.
+        images (--images FOLDER): The images, where DATA does not say.
+        clicks (N,N,...): After how many clicks IoU is wanted.
+        target_iou: Clicks are counted until this IoU.
+        most_clicks: Where counting stops.
+        no_floors: Skip the baselines without a network; faster.
     """
     own = console.of(ctx)
     args.check_checkpoint(checkpoint)
@@ -245,25 +182,34 @@ def segment(
 
 def agreement(
     ctx: typer.Context,
-    first: SamA,
-    second: SamB,
-    images: args.ImagePaths,
-    limit: Limit = None,
-    seed: Seed = 0,
-    grid: Grid = 4,
-    size: args.Size = None,
-    backend_a: BackendOfA = "auto",
-    backend_b: BackendOfB = "auto",
-    precision_a: PrecisionOfA = "fp32",
-    precision_b: PrecisionOfB = "fp32",
-    device: args.Device = "auto",
-    as_json: args.Json = False,
+    first: str,
+    second: str,
+    images: list[Path],
+    limit: args.Positive | None = None,
+    seed: args.Natural = 0,
+    grid: args.Positive = 4,
+    size: args.Positive | None = None,
+    backend_a: str = "auto",
+    backend_b: str = "auto",
+    precision_a: str = "fp32",
+    precision_b: str = "fp32",
+    device: str = "auto",
+    as_json: bool = False,
 ) -> None:
     """Compare two SAMs, or one on two backends, on the same images.
 
     Embeddings by the cosine of each grid cell, masks by the IoU of the predictions for a grid of
     clicks, and the time of each. There is no ground truth here: two models may agree and both be
     wrong. An unreadable image is skipped and named, and the exit code is 1.
+
+    Options:
+        first (A): A name of 'tinyvit models', or a file with a whole SAM.
+        second (B): Another, or the same again.
+        grid: Clicks along each side of an image.
+        backend_a ([auto|torch|openvino|onnx]): What runs A's encoder.
+        backend_b ([auto|torch|openvino|onnx]): What runs B's encoder.
+        precision_a ([fp32|bf16|auto]): What A's encoder computes in.
+        precision_b ([fp32|bf16|auto]): What B's encoder computes in.
     """
     own = console.of(ctx)
     paths = [image.path for image in list_images(images)]

@@ -27,7 +27,7 @@ from tinyvit.cli import (
 )
 
 from .console import Console, guarded
-from .settings_options import GroupedCommand, Verb
+from .settings_options import GroupedCommand, Verb, with_documented_options
 
 Verbs = tuple[tuple[str, Callable[..., None], Sequence[str]], ...]
 
@@ -102,7 +102,9 @@ def _add(
 ) -> None:
     """Make a function, whose context is called ``ctx``, a verb; its examples end its help."""
     lines = "\n".join(f"  {example}" for example in examples)
-    to.command(name, cls=cls, epilog=f"\b\nExamples:\n{lines}")(guarded(verb))
+    to.command(name, cls=cls, epilog=f"\b\nExamples:\n{lines}")(
+        guarded(with_documented_options(verb))
+    )
 
 
 _add(app, models.models, models.EXAMPLES)

@@ -9,14 +9,12 @@ import typer
 from tinyvit.catalog import CHECKPOINTS, VARIANTS, Checkpoint, Variant, get_variant
 from tinyvit.cli import console
 
-from .arguments import Json
-
 EXAMPLES = ("tinyvit models", "tinyvit models --json | jq -r '.checkpoints[].name'")
 
 _TASKS = {"classification": "classify", "sam": "sam", "sam3": "sam 3"}
 
 
-def models(ctx: typer.Context, as_json: Json = False) -> None:
+def models(ctx: typer.Context, as_json: bool = False) -> None:
     """List the models, and the published weights for each.
 
     The first table has the variants (sizes of TinyViT): what they are for, their parameters, the

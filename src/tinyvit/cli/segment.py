@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NewType
 
 import typer
-from typer.models import OptionInfo
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.cli import console
@@ -57,104 +56,9 @@ def _numbers(text: str) -> list[float]:
         return []
 
 
-def _everything(
-    flag: str, text: str, *, least: int | None = None, most: int | None = None
-) -> OptionInfo:
-    """An option for ``--everything`` alone."""
-    words = f"With --everything: {text}"
-    option: OptionInfo = typer.Option(flag, min=least, max=most, help=words)
-    return option
-
-
-Points = Annotated[
-    list[Point] | None,
-    typer.Option(
-        "--point",
-        metavar="X,Y[,LABEL]",
-        parser=parse_point,
-        help="A click, in pixels of the upright image from its upper left corner. LABEL 1 (the "
-        "default): it is on the object; 0: it is not. All --point together are about one object.",
-    ),
-]
-Boxes = Annotated[
-    list[Box] | None,
-    typer.Option(
-        "--box",
-        metavar="X0,Y0,X1,Y1",
-        parser=parse_box,
-        help="A box around an object. Several --box are several objects; one goes together with "
-        "the points.",
-    ),
-]
-Each = Annotated[
-    bool, typer.Option("--each", help="Every point and every box is an object of its own.")
-]
-MaskFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--mask",
-        metavar="FILE",
-        help="Refine a mask: an image of it, white on black and as large as the input image, or "
-        "an .npy or .safetensors file of low-res logits (--logits writes them).",
-    ),
-]
-PromptsFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--prompts",
-        metavar="FILE",
-        help="Prompts for many images. JSON: {IMAGE: [{points: [[x, y], ...], labels: [1, "
-        "...], box: [x0, y0, x1, y1], mask: FILE, name: TEXT}, ...]}, each part optional. CSV: "
-        "columns image, x, y, label, x0, y0, x1, y1, object; rows with the same object are one "
-        "object, a row without is one of its own.",
-    ),
-]
-Everything = Annotated[
-    bool, typer.Option("--everything", help="Segment everything, by a grid of points.")
-]
-Multimask = Annotated[
-    bool, typer.Option("--multimask", help="Write the three masks of a prompt, not the best one.")
-]
-Logits = Annotated[
-    bool, typer.Option("--logits", help="Write low-res logits too, for --mask of a later call.")
-]
-Weights = Annotated[
-    str | None,
-    args.checkpoint_option(
-        "A name of 'tinyvit models', or a file that holds a whole SAM, not an encoder alone. By "
-        f"default {DEFAULT_CHECKPOINT}, which is small, weak, and needs no download."
-    ),
-]
-BatchSize = Annotated[
-    int,
-    typer.Option(
-        "--batch-size",
-        min=1,
-        help="Images encoded together, at most. More may be faster on a GPU; memory grows with it.",
-    ),
-]
-PointsPerSide = Annotated[
-    int | None, _everything("--points-per-side", "points a side. [32]", least=1)
-]
-_OWN = "[the checkpoint's own, else"
-PredIouThresh = Annotated[
-    float | None,
-    _everything("--pred-iou-thresh", f"keep masks of a higher predicted IoU. {_OWN} 0.88]", most=1),
-]
-StabilityScoreThresh = Annotated[
-    float | None,
-    _everything(
-        "--stability-score-thresh", f"keep masks at least this stable. {_OWN} 0.95]", most=1
-    ),
-]
-CropNLayers = Annotated[
-    int | None,
-    _everything("--crop-n-layers", "layers of crops too; layer i has 2^i a side. [0]", least=0),
-]
-MinMaskRegionArea = Annotated[
-    int | None,
-    _everything("--min-mask-region-area", "remove smaller holes and islands. [0 pixels]", least=0),
-]
+Points = Annotated[list[Point] | None, typer.Option(parser=parse_point)]
+Boxes = Annotated[list[Box] | None, typer.Option(parser=parse_box)]
+AtMost1 = Annotated[float, typer.Option(max=1)]
 
 EXAMPLES = (
     "tinyvit segment cat.jpg --point 320,240 -o masks",
@@ -173,33 +77,33 @@ OF_EVERYTHING = (  # parameters that are arguments of SamAutomaticMaskGenerator
 
 def segment(
     ctx: typer.Context,
-    images: args.ImagePaths,
-    output: args.Output,
+    images: list[Path],
+    output: Path,
     point: Points = None,
     box: Boxes = None,
-    mask: MaskFile = None,
-    each: Each = False,
-    prompts: PromptsFile = None,
-    everything: Everything = False,
-    multimask: Multimask = False,
-    logits: Logits = False,
-    checkpoint: Weights = None,
-    size: args.Size = None,
-    device: args.Device = "auto",
-    precision: args.Precision = "fp32",
-    backend: args.Backend = "auto",
-    threads: args.Threads = None,
-    workers: args.Workers = None,
-    batch_size: BatchSize = 1,
-    max_pixels: args.MaxPixels = args.MAX_PIXELS,
-    no_pad: args.NoPad = False,
-    points_per_side: PointsPerSide = None,
-    pred_iou_thresh: PredIouThresh = None,
-    stability_score_thresh: StabilityScoreThresh = None,
-    crop_n_layers: CropNLayers = None,
-    min_mask_region_area: MinMaskRegionArea = None,
-    overwrite: args.Overwrite = False,
-    as_json: args.Json = False,
+    mask: Path | None = None,
+    each: bool = False,
+    prompts: Path | None = None,
+    everything: bool = False,
+    multimask: bool = False,
+    logits: bool = False,
+    checkpoint: str | None = None,
+    size: args.Positive | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    backend: str = "auto",
+    threads: args.Positive | None = None,
+    workers: args.Natural | None = None,
+    batch_size: args.Positive = 1,
+    max_pixels: args.Positive = args.MAX_PIXELS,
+    no_pad: bool = False,
+    points_per_side: args.Positive | None = None,
+    pred_iou_thresh: AtMost1 | None = None,
+    stability_score_thresh: AtMost1 | None = None,
+    crop_n_layers: args.Natural | None = None,
+    min_mask_region_area: args.Natural | None = None,
+    overwrite: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Find the masks of what points and boxes mean, or of everything.
 
@@ -216,6 +120,35 @@ def segment(
     Files that are there already are kept if they were made of the same image by the same model
     with the same prompts, and replaced otherwise. An unreadable image, or one that its prompts do
     not fit, does not stop the work: it is named, and the exit code is 1.
+
+    Options:
+        point (X,Y[,LABEL]): A click, in pixels of the upright image from its upper left corner.
+            LABEL 1 (the default): it is on the object; 0: it is not. All --point together are about
+            one object.
+        box (X0,Y0,X1,Y1): A box around an object. Several --box are several objects; one goes
+            together with the points.
+        mask (FILE): Refine a mask: an image of it, white on black and as large as the input image,
+            or an .npy or .safetensors file of low-res logits (--logits writes them).
+        each: Every point and every box is an object of its own.
+        prompts (FILE): Prompts for many images. JSON: {IMAGE: [{points: [[x, y], ...], labels: [1,
+            ...], box: [x0, y0, x1, y1], mask: FILE, name: TEXT}, ...]}, each part optional. CSV:
+            columns image, x, y, label, x0, y0, x1, y1, object; rows with the same object are one
+            object, a row without is one of its own.
+        everything: Segment everything, by a grid of points.
+        multimask: Write the three masks of a prompt, not the best one.
+        logits: Write low-res logits too, for --mask of a later call.
+        checkpoint (NAME_OR_FILE): A name of 'tinyvit models', or a file that holds a whole SAM, not
+            an encoder alone. By default tinyvit_starter, which is small, weak, and needs no
+            download.
+        batch_size: Images encoded together, at most. More may be faster on a GPU; memory grows with
+            it.
+        points_per_side: With --everything: points a side. [32]
+        pred_iou_thresh: With --everything: keep masks of a higher predicted IoU. [the checkpoint's
+            own, else 0.88]
+        stability_score_thresh: With --everything: keep masks at least this stable. [the
+            checkpoint's own, else 0.95]
+        crop_n_layers: With --everything: layers of crops too; layer i has 2^i a side. [0]
+        min_mask_region_area: With --everything: remove smaller holes and islands. [0 pixels]
     """
     own = console.of(ctx)
     given = {name: ctx.params[name] for name in OF_EVERYTHING if ctx.params[name] is not None}

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.models import OptionInfo
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.cli import console
 
-from .arguments import Device, NoPad, Precision, checkpoint_option
+from .arguments import Positive
 
 if TYPE_CHECKING:
     from tinyvit.serve import ServeSettings
@@ -29,90 +28,38 @@ EXAMPLES = (
 )
 
 
-def _option(flag: str, text: str, **more: Any) -> OptionInfo:
-    option: OptionInfo = typer.Option(flag, help=text, **more)
-    return option
-
-
-Checkpoint = Annotated[
-    str | None,
-    checkpoint_option(
-        "A name of 'tinyvit models', or a file that holds a whole SAM. By default "
-        f"{DEFAULT_CHECKPOINT}, which is small, weak, and needs no download."
-    ),
-]
-Engine = Annotated[str, _option("--backend", "What runs the encoder: auto, torch, openvino, onnx.")]
-Host = Annotated[str, _option("--host", "Address to listen on.")]
-Port = Annotated[int, _option("--port", "Port; 0 takes a free one.", min=0, max=65_535)]
-Open = Annotated[bool, _option("--open", "Open the page in a browser.")]
-TokenFile = Annotated[
-    Path | None, _option("--token-file", "File with the token that clients must show.")
-]
-NoToken = Annotated[bool, _option("--no-token", "Ask for no token, on any address.")]
-AllowHost = Annotated[
-    list[str] | None, _option("--allow-host", "Further name accepted in Host; may be repeated.")
-]
-AllowOrigin = Annotated[
-    list[str] | None, _option("--allow-origin", "Page elsewhere that may call; may be repeated.")
-]
-ProxyPrefix = Annotated[str, _option("--proxy-prefix", "Path under which a proxy publishes it.")]
-TrustProxy = Annotated[
-    str | None, _option("--trust-proxy", "Proxy whose X-Forwarded-For names the client.")
-]
-Threads = Annotated[
-    int | None, _option("--threads", "For encoding; decoding takes half of them.", min=1)
-]
-CacheMb = Annotated[int, _option("--cache-mb", "MB of embeddings kept in memory.", min=1)]
-Keep = Annotated[Path | None, _option("--keep", "Folder in which embeddings are kept, too.")]
-MaxImageMb = Annotated[int, _option("--max-image-mb", "MB of one upload, at most.", min=1)]
-MaxPixels = Annotated[int, _option("--max-pixels", "Pixels of one image, at most.", min=1)]
-MaxWait = Annotated[
-    float, _option("--max-wait", "Seconds; what would wait longer is refused at once.")
-]
-Adapters = Annotated[
-    list[str] | None, _option("--adapter", "label-studio or x-anylabeling; may be repeated.")
-]
-LabelStudio = Annotated[
-    str | None, _option("--label-studio-url", "The one address from which images are fetched.")
-]
-NoPage = Annotated[bool, _option("--no-page", "Leave the page out.")]
-NoMetrics = Annotated[bool, _option("--no-metrics", "Leave /metrics out.")]
-Log = Annotated[str | None, _option("--log", "text or json; text on a terminal, else json.")]
-LogClients = Annotated[
-    bool, _option("--log-clients/--no-log-clients", "Write addresses of clients into the log.")
-]
-ReadyJson = Annotated[bool, _option("--json", "Print the ready line as JSON.")]
+Port = Annotated[int, typer.Option(min=0, max=65_535)]
 
 
 def serve(
     ctx: typer.Context,
-    checkpoint: Checkpoint = None,
-    device: Device = "auto",
-    precision: Precision = "fp32",
-    backend: Engine = "auto",
-    no_pad: NoPad = False,
-    host: Host = "127.0.0.1",
+    checkpoint: str | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    backend: str = "auto",
+    no_pad: bool = False,
+    host: str = "127.0.0.1",
     port: Port = 8765,
-    open_page: Open = False,
-    token_file: TokenFile = None,
-    no_token: NoToken = False,
-    allow_hosts: AllowHost = None,
-    allow_origins: AllowOrigin = None,
-    proxy_prefix: ProxyPrefix = "",
-    trust_proxy: TrustProxy = None,
-    threads: Threads = None,
-    cache_mb: CacheMb = 512,
-    keep: Keep = None,
-    max_image_mb: MaxImageMb = 32,
-    max_pixels: MaxPixels = 50_000_000,
-    max_wait: MaxWait = 20.0,
-    adapters: Adapters = None,
-    label_studio_url: LabelStudio = None,
-    no_page: NoPage = False,
-    no_metrics: NoMetrics = False,
-    log: Log = None,
-    log_clients: LogClients = True,
-    as_json: ReadyJson = False,
+    open_page: bool = False,
+    token_file: Path | None = None,
+    no_token: bool = False,
+    allow_hosts: list[str] | None = None,
+    allow_origins: list[str] | None = None,
+    proxy_prefix: str = "",
+    trust_proxy: str | None = None,
+    threads: Positive | None = None,
+    cache_mb: Positive = 512,
+    keep: Path | None = None,
+    max_image_mb: Positive = 32,
+    max_pixels: Positive = 50_000_000,
+    max_wait: float = 20.0,
+    adapters: list[str] | None = None,
+    label_studio_url: str | None = None,
+    no_page: bool = False,
+    no_metrics: bool = False,
+    log: str | None = None,
+    log_clients: bool = True,
+    as_json: bool = False,
 ) -> None:
     """Serve an HTTP API, and a page that segments by clicks.
 
@@ -120,6 +67,33 @@ def serve(
     others reach clients must show a token: that of --token-file or TINYVIT_TOKEN, or a new one,
     which the ready line shows. The line on stdout says when the model is ready; the log goes to
     stderr.
+
+    Options:
+        checkpoint (NAME_OR_FILE): A name of 'tinyvit models', or a file that holds a whole SAM. By
+            default tinyvit_starter, which is small, weak, and needs no download.
+        backend: What runs the encoder: auto, torch, openvino, onnx.
+        host: Address to listen on.
+        port: Port; 0 takes a free one.
+        open_page (--open): Open the page in a browser.
+        token_file: File with the token that clients must show.
+        no_token: Ask for no token, on any address.
+        allow_hosts (--allow-host): Further name accepted in Host; may be repeated.
+        allow_origins (--allow-origin): Page elsewhere that may call; may be repeated.
+        proxy_prefix: Path under which a proxy publishes it.
+        trust_proxy: Proxy whose X-Forwarded-For names the client.
+        threads: For encoding; decoding takes half of them.
+        cache_mb: MB of embeddings kept in memory.
+        keep: Folder in which embeddings are kept, too.
+        max_image_mb: MB of one upload, at most.
+        max_pixels: Pixels of one image, at most.
+        max_wait: Seconds; what would wait longer is refused at once.
+        adapters (--adapter): label-studio or x-anylabeling; may be repeated.
+        label_studio_url: The one address from which images are fetched.
+        no_page: Leave the page out.
+        no_metrics: Leave /metrics out.
+        log: text or json; text on a terminal, else json.
+        log_clients: Write addresses of clients into the log.
+        as_json (--json): Print the ready line as JSON.
     """
     from tinyvit.serve.server import run
 

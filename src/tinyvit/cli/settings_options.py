@@ -12,19 +12,23 @@ import glob
 import inspect
 import operator
 import os
+import re
+import textwrap
 from collections.abc import Callable, Sequence
+from copy import copy
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand
+from typer.models import OptionInfo
 
 from tinyvit.catalog import get_checkpoint, list_checkpoints
 from tinyvit.errors import CheckpointError
 from tinyvit.train.settings import Setting, Settings, settings_of
 
-from .arguments import matching_checkpoints, matching_models, one_of
+from .arguments import SHARED, matching_checkpoints, matching_models, one_of
 from .console import translated
 
 Function = TypeVar("Function", bound=Callable[..., None])
@@ -32,7 +36,60 @@ Function = TypeVar("Function", bound=Callable[..., None])
 _FIRST_GROUP = "Options"
 _WEIGHTS = "NAME_OR_FILE"  # the metavar
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".onnx")
-_COMPLETE = {_WEIGHTS: matching_checkpoints, "VARIANT": matching_models}
+_COMPLETE = {
+    **dict.fromkeys((_WEIGHTS, "CHECKPOINT"), matching_checkpoints),
+    "VARIANT": matching_models,
+}
+_LINE = re.compile(r"^(\w+)(?: \((.*?)\))?:(.*(?:\n +.*)*)", re.MULTILINE)
+
+
+def with_documented_options(verb: Function) -> Function:
+    """Let typer read a verb's options from the ``Options:`` of its docstring.
+
+    A line is ``name (--flag -f METAVAR): help``. Without flags they come from the name, and a
+    parameter without a default is an argument. ``arguments.SHARED`` has what several verbs share.
+    """
+    if hasattr(verb, "__signature__"):  # made from settings
+        return verb
+    marked, plain = get_type_hints(verb, include_extras=True), get_type_hints(verb)
+    text, _, own = inspect.cleandoc(verb.__doc__ or "").partition("\n\nOptions:\n")
+    lines = {name: line for part in (SHARED, textwrap.dedent(own)) for name, *line in
+             _LINE.findall(part)}  # fmt: skip
+    changed = cast(Any, verb)
+    for name, one in inspect.signature(verb).parameters.items():
+        if name in lines:
+            info = _info_of(one, marked[name], *lines[name])
+            plain[name] = operator.getitem(cast(Any, Annotated), (plain[name], info))
+    changed.__annotations__, changed.__doc__ = plain, text
+    return verb
+
+
+def _info_of(parameter: inspect.Parameter, hint: Any, marks: str, text: str) -> Any:
+    """What typer needs of a parameter; limits and parsers of its type stay."""
+    words, name, default = marks.split(), parameter.name.replace("_", "-"), parameter.default
+    flags = [word for word in words if word.startswith("-")]
+    metavar = " ".join(word for word in words if not word.startswith("-")) or None
+    if default is parameter.empty and not flags:
+        info: Any = typer.Argument()
+    else:
+        info = copy(_marked(hint)) or typer.Option()
+        if isinstance(default, bool) and not flags:
+            flags = [f"--{name}/--no-{name}" if default else f"--{name}"]
+        info.param_decls = flags or (f"--{name}",)
+    if (metavar or "").startswith("["):
+        info.parser = one_of(*cast(str, metavar)[1:-1].split("|"))
+    info.metavar, info.help = metavar, info.help or " ".join(text.split())
+    info.autocompletion = info.autocompletion or _COMPLETE.get(metavar or "")
+    info.show_default = "default" not in info.help
+    return info
+
+
+def _marked(hint: Any) -> Any:
+    """The ``typer.Option`` in a type, at any depth, or None."""
+    if isinstance(hint, OptionInfo):
+        return hint
+    inner = (*getattr(hint, "__metadata__", ()), *get_args(hint))
+    return next((found for one in inner if (found := _marked(one))), None)
 
 
 def options_of(cls: type[Settings]) -> list[inspect.Parameter]:

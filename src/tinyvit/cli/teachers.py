@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, get_args
 
 import typer
 
 from tinyvit.cli import console
-from tinyvit.train.settings import Strength
 
-from .arguments import Device, Json, matching_checkpoints, one_of
+from .arguments import Natural, Positive
 from .console import Console, Update, counted
 from .settings_options import check_data, check_weights
 
@@ -29,90 +27,24 @@ FEATURES_EXAMPLES = (
     "tinyvit train store-features photos --teacher big.onnx --teacher-size 1024 -o features",
 )
 
-Data = Annotated[
-    str, typer.Argument(metavar="DATA", help="Labelled images, as 'tinyvit train classify' has.")
-]
-Root = Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images.")]
-Output = Annotated[
-    Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder to write to.")
-]
-TeacherName = Annotated[
-    str,
-    typer.Option(
-        "--teacher",
-        metavar="NAME_OR_FILE",
-        autocompletion=matching_checkpoints,
-        help="Weights of a TinyViT by name or file, or an ONNX file; for features also timm:NAME "
-        "and hf:NAME.",
-    ),
-]
-TeacherSize = Annotated[
-    int | None,
-    typer.Option(
-        "--teacher-size",
-        min=1,
-        help="Side of the teacher's input, for ONNX files, which do not say it. Images are then "
-        "prepared as timm's classifiers have them, or for features as SAM has them.",
-    ),
-]
-TeacherImages = Annotated[
-    str,
-    typer.Option(
-        "--teacher-images",
-        metavar="[sam|sam3]",
-        parser=one_of("sam", "sam3"),
-        help="How images are prepared where --teacher-size is given: as for SAM, or squashed to a "
-        "square with values from -1 to 1, as for SAM 3 (its size is 1008).",
-    ),
-]
-Views = Annotated[int, typer.Option("--views", min=1, help="Views of each image.")]
-TopK = Annotated[int, typer.Option("--top-k", min=1, help="Probabilities kept of each view.")]
-Augment = Annotated[
-    str,
-    typer.Option(
-        "--augment",
-        metavar="[none|light|full]",
-        parser=one_of(*get_args(Strength)),
-        help="Random changes that make the views, as in 'tinyvit train classify'.",
-    ),
-]
-Flip = Annotated[
-    bool, typer.Option("--flip/--no-flip", help="Mirror half of the views; not for digits.")
-]
-Val = Annotated[
-    str | None,
-    typer.Option("--val", metavar="DATA", help="The part to validate on; not used here."),
-]
-ValPart = Annotated[
-    float, typer.Option("--val-part", help="Part of each class that is held out and not used.")
-]
-SplitSeed = Annotated[
-    int, typer.Option("--split-seed", help="Seed of the choice of what is held out.")
-]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of all random numbers.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images computed together.")]
-Flips = Annotated[
-    bool, typer.Option("--flips", help="Keep features of mirrored images too: twice the size.")
-]
-
 
 def write_logits(
     ctx: typer.Context,
-    data: Data,
-    teacher: TeacherName,
-    output: Output,
-    views: Views = 10,
-    top_k: TopK = 10,
-    augment: Augment = "light",
-    flip: Flip = True,
-    val: Val = None,
-    val_part: ValPart = 0.1,
-    split_seed: SplitSeed = 0,
-    teacher_size: TeacherSize = None,
-    batch_size: BatchSize = 32,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    as_json: Json = False,
+    data: str,
+    teacher: str,
+    output: Path,
+    views: Positive = 10,
+    top_k: Positive = 10,
+    augment: str = "light",
+    flip: bool = True,
+    val: str | None = None,
+    val_part: float = 0.1,
+    split_seed: int = 0,
+    teacher_size: Positive | None = None,
+    batch_size: Positive = 32,
+    seed: Natural = 0,
+    device: str = "cpu",
+    as_json: bool = False,
 ) -> None:
     """Keep a teacher's predictions, for 'distill-logits'.
 
@@ -120,6 +52,24 @@ def write_logits(
     seed that makes the view again. What is there already is kept; a folder with predictions of
     another teacher, other images or other random changes is refused. An image that cannot be read
     is named, and the exit code is 1.
+
+    Options:
+        data (DATA): Labelled images, as 'tinyvit train classify' has.
+        teacher (--teacher NAME_OR_FILE): Weights of a TinyViT by name or file, or an ONNX file; for
+            features also timm:NAME and hf:NAME.
+        output (--output -o FOLDER): Folder to write to.
+        views: Views of each image.
+        top_k: Probabilities kept of each view.
+        augment ([none|light|full]): Random changes that make the views, as in 'tinyvit train
+            classify'.
+        flip: Mirror half of the views; not for digits.
+        val (DATA): The part to validate on; not used here.
+        val_part: Part of each class that is held out and not used.
+        split_seed: Seed of the choice of what is held out.
+        seed: Seed of all random numbers.
+        teacher_size: Side of the teacher's input, for ONNX files, which do not say it. Images are
+            then prepared as timm's classifiers have them, or for features as SAM has them.
+        batch_size: Images computed together.
     """
     own = console.of(ctx)
     check_data(data, "DATA")
@@ -153,21 +103,33 @@ def write_logits(
 
 def store_features(
     ctx: typer.Context,
-    images: Root,
-    teacher: TeacherName,
-    output: Output,
-    flips: Flips = False,
-    teacher_size: TeacherSize = None,
-    teacher_images: TeacherImages = "sam",
-    batch_size: BatchSize = 4,
-    device: Device = "auto",
-    as_json: Json = False,
+    images: Path,
+    teacher: str,
+    output: Path,
+    flips: bool = False,
+    teacher_size: Positive | None = None,
+    teacher_images: str = "sam",
+    batch_size: Positive = 4,
+    device: str = "auto",
+    as_json: bool = False,
 ) -> None:
     """Keep a teacher's feature maps, for 'distill-features'.
 
     Two bytes for each number: 2 MB an image for SAM at 1024 pixels. What is there already is kept,
     an image that has changed since is computed again, and a folder of another teacher is refused.
     An image that cannot be read is named, and the exit code is 1.
+
+    Options:
+        images (IMAGES): A folder of images.
+        teacher (--teacher NAME_OR_FILE): Weights of a TinyViT by name or file, or an ONNX file; for
+            features also timm:NAME and hf:NAME.
+        output (--output -o FOLDER): Folder to write to.
+        flips: Keep features of mirrored images too: twice the size.
+        teacher_size: Side of the teacher's input, for ONNX files, which do not say it. Images are
+            then prepared as timm's classifiers have them, or for features as SAM has them.
+        teacher_images ([sam|sam3]): How images are prepared where --teacher-size is given: as for
+            SAM, or squashed to a square with values from -1 to 1, as for SAM 3 (its size is 1008).
+        batch_size: Images computed together.
     """
     own = console.of(ctx)
     check_data(str(images), "IMAGES")

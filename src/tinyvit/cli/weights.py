@@ -11,7 +11,7 @@ import typer
 from tinyvit.catalog import Family, get_checkpoint
 from tinyvit.cli import console
 
-from .arguments import Json, matching_checkpoints
+from .arguments import matching
 from .console import counted, megabytes
 
 if TYPE_CHECKING:
@@ -23,23 +23,16 @@ INSPECT_EXAMPLES = (
 )
 
 
-def inspect(
-    ctx: typer.Context,
-    file: Annotated[
-        str,
-        typer.Argument(
-            metavar="FILE",
-            help="A file of weights, a folder of save_pretrained, or the name of a checkpoint that "
-            "is here.",
-        ),
-    ],
-    as_json: Json = False,
-) -> None:
+def inspect(ctx: typer.Context, file: str, as_json: bool = False) -> None:
     """Say what a file of weights is, before trusting it.
 
     Names the project whose form it has and those whose files look just the same, the variant and
     its sizes, head and neck, the strides and why they are assumed (no tensor shows them), what is
     missing or left over, and its SHA-256. Nothing in the file is run.
+
+    Options:
+        file (FILE): A file of weights, a folder of save_pretrained, or the name of a checkpoint
+            that is here.
     """
     from tinyvit.checkpoints import inspect as inspect_file
     from tinyvit.checkpoints.families import get_layout
@@ -135,58 +128,39 @@ def known_family(family: str) -> str:
     raise typer.BadParameter(f"unknown family {family!r}{hint} Choose one of {', '.join(FAMILIES)}")
 
 
-def matching_families(incomplete: str) -> list[str]:
-    """Names for shell completion."""
-    return [family for family in FAMILIES if family.startswith(incomplete)]
-
-
-Into = Annotated[
-    Path | None,
+matching_families = matching(FAMILIES)
+FamilyName = Annotated[
+    str,
     typer.Option(
-        "--into",
-        metavar="FILE",
-        help="For --to efficientsam3: a file of SAM 3 whose image encoder OUT has replaced.",
+        callback=known_family,
+        autocompletion=matching_families,
+        help=f"Whose form to write: {', '.join(FAMILIES)}.",
     ),
 ]
 
 
 def convert(
     ctx: typer.Context,
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="IN", help="A file of weights, or the name of a checkpoint that is here."
-        ),
-    ],
-    target: Annotated[
-        Path,
-        typer.Argument(
-            metavar="OUT",
-            help="The file to write. Its suffix says what it is: .safetensors, or .pt, .pth, .bin "
-            "or .ckpt for torch.",
-        ),
-    ],
-    to: Annotated[
-        str,
-        typer.Option(
-            "--to",
-            metavar="FAMILY",
-            callback=known_family,
-            autocompletion=matching_families,
-            help=f"Whose form to write: {', '.join(FAMILIES)}.",
-        ),
-    ],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT if it is there; IN never is.")
-    ] = False,
-    into: Into = None,
-    as_json: Json = False,
+    source: str,
+    target: Path,
+    to: FamilyName,
+    overwrite: bool = False,
+    into: Path | None = None,
+    as_json: bool = False,
 ) -> None:
     """Write a file of weights in another project's form, bit for bit.
 
     The form of IN is detected from its tensors. What the other form cannot hold is dropped and
     named; where something it needs is not in IN, nothing is written and all that lacks is named.
     'tinyvit' is this package's encoder or classifier; 'tinyvit_sam' the whole of a SAM.
+
+    Options:
+        source (IN): A file of weights, or the name of a checkpoint that is here.
+        target (OUT): The file to write. Its suffix says what it is: .safetensors, or .pt, .pth,
+            .bin or .ckpt for torch.
+        to (--to FAMILY):
+        overwrite: Replace OUT if it is there; IN never is.
+        into (FILE): For --to efficientsam3: a file of SAM 3 whose image encoder OUT has replaced.
     """
     from tinyvit.checkpoints import convert as convert_file
 
@@ -226,33 +200,21 @@ DOWNLOAD_EXAMPLES = (
 
 def download(
     ctx: typer.Context,
-    name: Annotated[
-        str,
-        typer.Argument(
-            metavar="CHECKPOINT",
-            autocompletion=matching_checkpoints,
-            help="A name of 'tinyvit models'.",
-        ),
-    ],
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(
-            "--cache-dir",
-            metavar="DIR",
-            help="Folder for the file. By default $TINYVIT_CACHE, or the user's cache.",
-        ),
-    ] = None,
-    sha256: Annotated[
-        str | None,
-        typer.Option("--sha256", metavar="HASH", help="The hash that the file must have."),
-    ] = None,
-    as_json: Json = False,
+    name: str,
+    cache_dir: Path | None = None,
+    sha256: str | None = None,
+    as_json: bool = False,
 ) -> None:
     """Fetch published weights and print the path of the file.
 
     Every file is checked by its SHA-256. One that is here already is not fetched again, and an
     interrupted download goes on where it stopped. The embedded weights need no download: their path
     is printed. TINYVIT_MIRROR names another server, TINYVIT_OFFLINE=1 forbids the network.
+
+    Options:
+        name (CHECKPOINT): A name of 'tinyvit models'.
+        cache_dir (DIR): Folder for the file. By default $TINYVIT_CACHE, or the user's cache.
+        sha256 (HASH): The hash that the file must have.
     """
     from tinyvit.checkpoints import fetch, file_sha256
 
