@@ -258,9 +258,10 @@ def commands_in(path):
     return [shlex.split(line) for line in found]
 
 
-@pytest.mark.parametrize(
-    "path", filter(commands_in, DOCS.rglob("*.md")), ids=lambda path: path.name
-)
+DOCUMENTS = [path for path in sorted(DOCS.rglob("*.md")) if commands_in(path)]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_in_the_documents_are_understood(path):
     root = typer.main.get_command(app)
     for group, name, *words in commands_in(path):

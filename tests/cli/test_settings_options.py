@@ -150,12 +150,17 @@ def test_a_verb_s_docstring_gives_its_options(capsys):
     code, _ = call("a -o b --side 3 --side 4 --how fast --no-pad --no-flip --json")
     assert code == 0
     values = ("a", Path("b"), [3, 4], "fast", True, False, True)
-    assert tuple(seen.values()) == values
-    for wrong, said in (("--side 0", "x>=1"), ("--how much", "'slow', 'fast'"), ("", "--output")):
+    names = ("data", "output", "sides", "how", "no_pad", "flip", "as_json")
+    assert seen == dict(zip(names, values, strict=True))
+    for wrong, said in (
+        ("--side 0", "'--side'"),
+        ("--how much", "'slow', 'fast'"),
+        ("", "--output"),
+    ):
         code, text = call(f"a {'-o b' if wrong else ''} {wrong}")
         assert (code, said in text) == (2, True)
     text = " ".join(call("--help")[1].split())
-    for line in ("DATA Where it is.", "--side PIXELS", "--how [slow|fast]", "--no-pad Do not pad"):
+    for line in ("Where it is.", "--side PIXELS", "--how [slow|fast]", "--no-pad Do not pad"):
         assert line in text
     assert "Options: data (" not in text
 

@@ -64,6 +64,10 @@ matching_models = matching(list_models())
 
 Positive = Annotated[int, typer.Option(min=1)]
 Natural = Annotated[int, typer.Option(min=0)]
+Precision = Annotated[
+    str, typer.Option(metavar=f"[{'|'.join(PRECISIONS)}]", parser=one_of(*PRECISIONS))
+]
+Backend = Annotated[str, typer.Option(metavar=f"[{'|'.join(BACKENDS)}]", parser=one_of(*BACKENDS))]
 
 SHARED = """
 as_json (--json): Print one JSON object on stdout instead.
@@ -73,8 +77,8 @@ output (--output -o DIR): Folder to write to.
 model (VARIANT): Build this variant for the checkpoint. By default the checkpoint says which.
 size: Side of the model's input in pixels. By default the one it was trained for.
 device: auto (a GPU if there is one), or a torch device: cpu, cuda, cuda:1, mps.
-precision ([fp32|bf16|auto]): What to compute in; auto is bf16 where the hardware has it built in.
-backend ([auto|torch|openvino|onnx]): What runs the encoder; auto is torch.
+precision: What to compute in; auto is bf16 where the hardware has it built in.
+backend: What runs the encoder; auto is torch.
 threads: Threads that compute. By default the library chooses.
 workers: Threads that read and write images meanwhile; 0: none. By default as many as there are
     cores, at most 4.

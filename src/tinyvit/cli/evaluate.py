@@ -63,7 +63,7 @@ def classify(
     sheet: Path | None = None,
     batch_size: args.Positive = 8,
     device: str = "auto",
-    precision: str = "fp32",
+    precision: args.Precision = "fp32",
     as_json: bool = False,
 ) -> None:
     """Evaluate a classifier on labelled images.
@@ -121,7 +121,7 @@ def segment(
     no_floors: bool = False,
     sheet: Path | None = None,
     device: str = "auto",
-    precision: str = "fp32",
+    precision: args.Precision = "fp32",
     as_json: bool = False,
 ) -> None:
     """Evaluate how well a SAM segments by clicks and boxes.
@@ -189,10 +189,10 @@ def agreement(
     seed: args.Natural = 0,
     grid: args.Positive = 4,
     size: args.Positive | None = None,
-    backend_a: str = "auto",
-    backend_b: str = "auto",
-    precision_a: str = "fp32",
-    precision_b: str = "fp32",
+    backend_a: args.Backend = "auto",
+    backend_b: args.Backend = "auto",
+    precision_a: args.Precision = "fp32",
+    precision_b: args.Precision = "fp32",
     device: str = "auto",
     as_json: bool = False,
 ) -> None:
@@ -206,10 +206,10 @@ def agreement(
         first (A): A name of 'tinyvit models', or a file with a whole SAM.
         second (B): Another, or the same again.
         grid: Clicks along each side of an image.
-        backend_a ([auto|torch|openvino|onnx]): What runs A's encoder.
-        backend_b ([auto|torch|openvino|onnx]): What runs B's encoder.
-        precision_a ([fp32|bf16|auto]): What A's encoder computes in.
-        precision_b ([fp32|bf16|auto]): What B's encoder computes in.
+        backend_a: What runs A's encoder.
+        backend_b: What runs B's encoder.
+        precision_a: What A's encoder computes in.
+        precision_b: What B's encoder computes in.
     """
     own = console.of(ctx)
     paths = [image.path for image in list_images(images)]

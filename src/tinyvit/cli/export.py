@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinyvit.cli import console
-from tinyvit.cli.arguments import Json, load_sam, one_of
+from tinyvit.cli.arguments import load_sam, one_of
 from tinyvit.cli.console import Console
 
 if TYPE_CHECKING:
@@ -24,52 +24,48 @@ NAMES = (  # tinyvit.export's PRESETS, whose package loads numpy
     "tinyvit", "sam", "samexporter", "x-anylabeling", "osam", "cvat", "transformers.js", "web",
     "tensorrt", "openvino",
 )  # fmt: skip
+Preset = Annotated[
+    str, typer.Option(parser=one_of(*NAMES), help=f"Who will load it: {', '.join(NAMES)}.")
+]
+Storage = Annotated[str, typer.Option(parser=one_of("fp32", "fp16"))]
+BoxPadding = Annotated[str, typer.Option(parser=one_of("keep", "drop"))]
+ProofBackend = Annotated[str, typer.Option(parser=one_of("onnx", "openvino"))]
 DIFFERS, CHANGED = 3, 4
 """Exit codes: values differ; a file was changed or is not ours."""
 
 
 def export(
     ctx: typer.Context,
-    checkpoint: Annotated[str, typer.Argument(help="Name, file or folder of a whole SAM.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; new or empty.")],
-    preset: Annotated[
-        str,
-        typer.Option("--for", parser=one_of(*NAMES), metavar="CONSUMER",
-                     help=f"Who will load it: {', '.join(NAMES)}."),
-    ] = "tinyvit",
-    size: Annotated[
-        int | None,
-        typer.Option("--input-size", help="Run the network at this input size instead of adapting "
-                     "weights of another size in the graph."),
-    ] = None,
-    opset: Annotated[int, typer.Option(help="ONNX opset, 16 to 20.")] = 17,
-    storage: Annotated[
-        str | None,
-        typer.Option(parser=one_of("fp32", "fp16"), metavar="TYPE",
-                     help="How weights are stored; arithmetic stays in fp32."),
-    ] = None,
-    single_mask: Annotated[
-        bool | None,
-        typer.Option("--single-mask/--all-masks", help="The best mask alone, or all four."),
-    ] = None,
-    box_padding: Annotated[
-        str,
-        typer.Option(parser=one_of("keep", "drop"), metavar="WHAT",
-                     help="Padding points beside a box: keep them, or drop them in the graph."),
-    ] = "keep",
-    is_reproducible: Annotated[
-        bool, typer.Option("--reproducible", help="Two exports are equal byte for byte.")
-    ] = False,
-    keep_failed: Annotated[
-        bool, typer.Option("--keep-failed", help="Leave a folder whose comparison failed.")
-    ] = False,
-    as_json: Json = False,
-) -> None:  # fmt: skip
+    checkpoint: str,
+    output: Path,
+    preset: Preset = "tinyvit",
+    size: int | None = None,
+    opset: int = 17,
+    storage: Storage | None = None,
+    single_mask: bool | None = None,
+    box_padding: BoxPadding = "keep",
+    is_reproducible: bool = False,
+    keep_failed: bool = False,
+    as_json: bool = False,
+) -> None:
     """Write a SAM for another program, with a certificate.
 
     The folder holds the graphs, what its consumer wants beside them, and a certificate that
     'tinyvit verify' checks again, anywhere, without torch. Exit code 3: the graphs differ from the
     model, and the folder is not left behind.
+
+    Options:
+        checkpoint: Name, file or folder of a whole SAM.
+        output (-o --output): Folder to write; new or empty.
+        preset (--for CONSUMER):
+        size (--input-size): Run the network at this input size instead of adapting weights of
+            another size in the graph.
+        opset: ONNX opset, 16 to 20.
+        storage (TYPE): How weights are stored; arithmetic stays in fp32.
+        single_mask (--single-mask/--all-masks): The best mask alone, or all four.
+        box_padding (WHAT): Padding points beside a box: keep them, or drop them in the graph.
+        is_reproducible (--reproducible): Two exports are equal byte for byte.
+        keep_failed: Leave a folder whose comparison failed.
     """
     own = console.of(ctx)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -96,23 +92,20 @@ def export(
 
 def verify(
     ctx: typer.Context,
-    path: Annotated[Path, typer.Argument(help="Folder of 'tinyvit export', or a file in it.")],
-    backend: Annotated[
-        str | None,
-        typer.Option(parser=one_of("onnx", "openvino"), metavar="NAME",
-                     help="What runs the graphs: onnx or openvino."),
-    ] = None,
-    against: Annotated[
-        str | None,
-        typer.Option("--against", metavar="NAME_OR_FILE",
-                     help="Compare with this checkpoint anew; needs torch."),
-    ] = None,
-    as_json: Json = False,
-) -> None:  # fmt: skip
+    path: Path,
+    backend: ProofBackend | None = None,
+    against: str | None = None,
+    as_json: bool = False,
+) -> None:
     """Prove an exported folder again, without torch.
 
     Hashes first, then every case of its certificate; only --against needs torch. Exit codes:
     0 passed, 3 values differ, 4 a file was changed or was not written by 'tinyvit export'.
+
+    Options:
+        path: Folder of 'tinyvit export', or a file in it.
+        backend (NAME): What runs the graphs: onnx or openvino.
+        against (NAME_OR_FILE): Compare with this checkpoint anew; needs torch.
     """
     own = console.of(ctx)
     from tinyvit.errors import CheckpointError

@@ -15,7 +15,7 @@ import typer
 from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.cli import console
 
-from .arguments import Positive
+from .arguments import Positive, Precision
 
 if TYPE_CHECKING:
     from tinyvit.serve import ServeSettings
@@ -35,7 +35,7 @@ def serve(
     ctx: typer.Context,
     checkpoint: str | None = None,
     device: str = "auto",
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     backend: str = "auto",
     no_pad: bool = False,
     host: str = "127.0.0.1",

@@ -78,7 +78,7 @@ def _info_of(parameter: inspect.Parameter, hint: Any, marks: str, text: str) -> 
         info.param_decls = flags or (f"--{name}",)
     if (metavar or "").startswith("["):
         info.parser = one_of(*cast(str, metavar)[1:-1].split("|"))
-    info.metavar, info.help = metavar, info.help or " ".join(text.split())
+    info.metavar, info.help = metavar or info.metavar, info.help or " ".join(text.split())
     info.autocompletion = info.autocompletion or _COMPLETE.get(metavar or "")
     info.show_default = "default" not in info.help
     return info
