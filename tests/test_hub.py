@@ -26,6 +26,7 @@ from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
 from tinyvit.sam.build import build_sam
 from tinyvit.sam.model import Sam
+from tinyvit.train.tasks.classify import save_classifier
 
 MakeModel = Callable[..., TinyViT]
 COMMIT = "0123456789" * 4
@@ -153,6 +154,7 @@ def test_what_the_files_hold(make_tiny_vit: MakeModel, tmp_path: Path) -> None:
         },
         "image_spec": ImageSpec.timm(64).to_dict(),
         "thresholds": {},
+        "classes": [],
     }
     assert (tmp_path / "config.json").read_text().endswith("}\n")
     file = read_state_dict(tmp_path / "model.safetensors")
@@ -634,6 +636,31 @@ def test_thresholds_are_kept(make_tiny_vit: MakeModel, tmp_path: Path) -> None:
     folder = save_pretrained(model, tmp_path / "a")
     assert from_pretrained(folder).thresholds == {"mask_threshold": -1.0}
     assert create_model(checkpoint=folder / "model.safetensors").thresholds == model.thresholds
+
+
+def test_classes_are_kept(make_tiny_vit: MakeModel, tmp_path: Path) -> None:
+    """Names of a fine-tuned classifier, which were lost on the way to a folder."""
+    names = ("ant", "bee", "cat", "dög", "eel")
+    file = save_classifier(make_tiny_vit(num_classes=5), tmp_path / "a.safetensors", names)
+    model = create_model(checkpoint=file)
+    assert model.classes == names
+    folder = save_pretrained(model, tmp_path / "folder")
+    assert json.loads((folder / "config.json").read_text())["classes"] == list(names)
+    for again in (from_pretrained(folder), create_model(checkpoint=folder / "model.safetensors")):
+        assert isinstance(again, TinyViT)
+        assert again.classes == names
+    assert create_model(checkpoint=file, num_classes=3).classes == ()
+    model.reset_classifier(5)
+    assert model.classes == ()
+
+
+def test_classes_of_a_whole_sam_are_kept(tmp_path: Path) -> None:
+    sam = build_sam("tinyvit_starter", img_size=64)
+    sam.image_encoder.reset_classifier(2)
+    sam.image_encoder.classes = ("cell", "none")
+    folder = save_pretrained(sam, tmp_path / "sam")
+    assert json.loads((folder / "config.json").read_text())["classes"] == ["cell", "none"]
+    assert from_pretrained(folder).image_encoder.classes == ("cell", "none")  # type: ignore
 
 
 FORMATS = Path(__file__).parent / "data" / "formats"

@@ -33,6 +33,7 @@ from tinyvit.checkpoints.files import (
     check_finite,
     check_format,
     check_thresholds,
+    classes_in,
     image_spec_in,
     read_state_dict,
 )
@@ -336,6 +337,9 @@ def _fill(
         )
     model.load_state_dict(state, strict=False)
     model.thresholds = dict(opened.thresholds)
+    classes = classes_in(opened.metadata, opened.path) or ()
+    if "head.weight" in state and len(classes) == model.num_classes:
+        model.classes = classes
     left_out = tuple(sorted(part for part in parts if part not in own_parts))
     return left_out, untrained, tuple(resized)
 
@@ -442,6 +446,7 @@ def load_folder(config_path: Path, weights_path: Path) -> TinyViT:
         spec = config.get("image_spec")
         model.image_spec = None if spec is None else ImageSpec.from_dict(spec)
         model.thresholds = check_thresholds(config.get("thresholds", {}))
+        model.classes = tuple(map(str, config.get("classes", ())))
     except (KeyError, TypeError, ValueError, RuntimeError) as err:
         raise CheckpointError(
             f"{config_path} does not describe a TinyViT ({type(err).__name__}: {err}); it wants "

@@ -58,11 +58,12 @@ def save_pretrained(model: TinyViT | Sam, folder: str | os.PathLike[str]) -> Pat
         "arguments": encoder.arguments(),
         "image_spec": None if spec is None else spec.to_dict(),
         "thresholds": thresholds,
+        "classes": list(encoder.classes),
     }
     metadata = {
         "tinyvit.family": "tinyvit_sam" if is_sam else "tinyvit",
         "tinyvit.strides": ",".join(str(stride) for stride in encoder.strides),
-        **header_for(spec if is_sam else None, thresholds=thresholds),
+        **header_for(spec if is_sam else None, encoder.classes or None, thresholds),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -264,6 +264,8 @@ def test_a_stdout_that_takes_no_more_is_left_alone(monkeypatch, tmp_path, capsys
         ("call write_logits again, which", "run 'tinyvit train write-logits' again, which"),
         ("0 of 9 points passed pred_iou_thresh 0.88 (best 0.66); try pred_iou_thresh 0.5",
          "0 of 9 points passed --pred-iou-thresh 0.88 (best 0.66); try --pred-iou-thresh 0.5"),
+        ("is a folder; load it with tinyvit.from_pretrained('a b')",
+         "is a folder; its file is a b/model.safetensors, with an encoder alone and no SAM"),
         ("'my  seed=3 .dir' and images.bmp.gif", "'my  seed=3 .dir' and images.bmp.gif"),  # a path
     ],
 )  # fmt: skip

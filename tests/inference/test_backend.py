@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from tinyvit.image_spec import ImageSpec
 from tinyvit.inference import Backend, StageBackend, TorchBackend
-from tinyvit.inference.backend import choose_device, choose_precision
+from tinyvit.inference.backend import Encoded, choose_device, choose_precision
 from tinyvit.inference.torch_backend import DTYPES
 from tinyvit.modules import TinyViT
 
@@ -144,3 +146,11 @@ def test_the_protocols(make_tiny_vit: type[TinyViT]) -> None:
     assert isinstance(torch_backend, StageBackend)
     for nothing in (NoClose(), make_tiny_vit(), None, "torch", lambda batch: batch):
         assert not isinstance(nothing, Backend)
+
+
+def test_a_result_is_shown_in_short() -> None:
+    placement = ImageSpec.sam(64).place(30, 40)
+    features = np.zeros((16, 4, 4), np.float32)
+    assert repr(Encoded(features, placement)) == "Encoded([16, 4, 4], image 30x40)"
+    stages = (features, features)
+    assert repr(Encoded(features, placement, stages)).endswith("image 30x40, 2 stages)")

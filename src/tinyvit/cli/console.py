@@ -48,7 +48,8 @@ TRANSLATIONS = tuple(  # what the library tells a programmer -> what to type; wh
         (r"\bimages=('.*?' is no folder)", r"--images \1"),
         (r"skip them with on_fault='skip'", "skip them with --on-broken skip"),
         (r"call write_logits again, which", "run 'tinyvit train write-logits' again, which"),
-        (r"; load it with tinyvit\.from_pretrained\('.*?'\)", "; an encoder alone is no SAM"),
+        (r"load it with tinyvit\.from_pretrained\('(.*?)'\)",
+         r"its file is \1/model.safetensors, with an encoder alone and no SAM"),
         (r"(passed|try) (pred_iou_thresh|stability_score_thresh)(?= [\d.]+)",
          lambda found: f"{found[1]} --{found[2].replace('_', '-')}"),
     )

@@ -169,6 +169,11 @@ class Encoded:
     placement: Placement
     stages: tuple[NDArray[np.float32], ...] | None = None
 
+    def __repr__(self) -> str:
+        height, width = self.placement.original_size
+        stages = "" if self.stages is None else f", {len(self.stages)} stages"
+        return f"Encoded({list(self.features.shape)}, image {height}x{width}{stages})"
+
 
 def choose_device(device: str) -> str:
     """The device to use; "auto" takes a GPU if there is one.

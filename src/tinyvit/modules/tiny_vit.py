@@ -139,6 +139,7 @@ class TinyViT(nn.Module):
         thresholds: Of the masks of the mask decoder that belongs to these weights, as their file
             states them; a subset of mask_threshold, pred_iou_thresh, stability_score_thresh and
             stability_score_offset.
+        classes: Names of the head's classes, as the file of these weights states them, or none.
 
     Raises:
         ValueError: Arguments that contradict each other; the message names both.
@@ -146,6 +147,7 @@ class TinyViT(nn.Module):
 
     image_spec: ImageSpec | None
     thresholds: dict[str, float]
+    classes: tuple[str, ...]
 
     def __init__(
         self,
@@ -172,7 +174,7 @@ class TinyViT(nn.Module):
     ) -> None:
         super().__init__()
         self.image_spec = None
-        self.thresholds = {}
+        self.thresholds, self.classes = {}, ()
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.embed_dims = tuple(embed_dims)
@@ -483,7 +485,7 @@ class TinyViT(nn.Module):
         head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
         init_weights(head)
         self.head = head.to(like).train(self.training)
-        self.num_classes = num_classes
+        self.num_classes, self.classes = num_classes, ()
         for parameter in (*self.norm_head.parameters(), *self.head.parameters()):
             parameter.lr_scale = 1.0  # type: ignore[attr-defined]
 
