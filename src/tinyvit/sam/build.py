@@ -151,14 +151,11 @@ def _fill_heads(sam: Sam, opened: OpenedCheckpoint) -> None:
     """Load prompt encoder and mask decoder: all of both, or an error that names everything."""
     heads = nn.ModuleDict({"prompt_encoder": sam.prompt_encoder, "mask_decoder": sam.mask_decoder})
     own = heads.state_dict()
-    prefixes = tuple(f"{name}." for name in heads)
-    state = {key: value for key, value in opened.tensors.items() if key.startswith(prefixes)}
-    shapes = {k: (own[k].shape, value.shape) for k, value in state.items() if k in own}
-    problems = misfits(
-        [key for key in own if key not in state],
-        [key for key in state if key not in own],
-        {key: pair for key, pair in shapes.items() if pair[0] != pair[1]},
-    )
+    state = {k: v for k, v in opened.tensors.items() if k.partition(".")[0] in heads}
+    missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
+    shapes = {k: (own[k].shape, v.shape) for k, v in state.items() if k in own}
+    wrong = {k: (mine, its) for k, (mine, its) in shapes.items() if mine != its}
+    problems = misfits(missing, unexpected, wrong)
     if problems:
         raise CheckpointError(
             f"{opened.path} ({opened.found.family}) does not fit the heads of a SAM of width "

@@ -1,8 +1,8 @@
 """Outlines of masks: exact along the edges of pixels, or simplified.
 
-A corner is a place where the border between mask and ground turns. In a row corners pair up from
-left to right, in a column from top to bottom; following the pairs in turn gives every closed path
-without walking along pixels. Coordinates are continuous: the first pixel is from (0, 0) to (1, 1).
+Where the border between mask and ground turns there is a corner. Corners pair up in rows from left
+to right, in columns from top to bottom; following the pairs in turn gives every closed path.
+Coordinates are continuous: the first pixel is from (0, 0) to (1, 1).
 """
 
 from __future__ import annotations
@@ -30,13 +30,8 @@ def outlines(mask: NDArray[np.bool_], tolerance: float = 0.0) -> list[Ring]:
         raise ValueError(f"a mask is [H, W] bool, came {list(mask.shape)} of {mask.dtype}")
     if not 0 <= tolerance < np.inf:
         raise ValueError(f"tolerance must be 0 or more pixels, came {tolerance!r}")
-    found = []
-    for ring in _rings(mask):
-        if tolerance:
-            ring = _simplified(ring, tolerance)
-        if len(ring) >= 3:
-            found.append(ring)
-    return found
+    rings = (_simplified(ring, tolerance) if tolerance else ring for ring in _rings(mask))
+    return [ring for ring in rings if len(ring) >= 3]
 
 
 def is_outer(ring: Ring) -> bool:
@@ -86,10 +81,9 @@ def _simplified(ring: Ring, tolerance: float) -> Ring:
         between = closed[first + 1 : last] - closed[first]
         line = closed[last] - closed[first]
         length = float(np.hypot(*line))
+        distances = np.hypot(between[:, 0], between[:, 1])
         if length:
             distances = np.abs(between[:, 0] * line[1] - between[:, 1] * line[0]) / length
-        else:
-            distances = np.hypot(between[:, 0], between[:, 1])
         worst = int(np.argmax(distances))
         if distances[worst] > tolerance:
             middle = first + 1 + worst

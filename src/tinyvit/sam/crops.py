@@ -38,10 +38,7 @@ def build_point_grid(n_per_side: int) -> NDArray[np.float64]:
 def build_all_layer_point_grids(
     n_per_side: int, n_layers: int, scale_per_layer: int
 ) -> list[NDArray[np.float64]]:
-    """The grid [P, 2] in 0..1 of the image and of each of ``n_layers`` layers of crops.
-
-    The points a side of layer i are divided by ``scale_per_layer`` to the power i.
-    """
+    """A grid [P, 2] in 0..1 a layer; layer i has points / ``scale_per_layer`` ** i a side."""
     for name, value, least in (
         ("points_per_side", n_per_side, 1),
         ("crop_n_layers", n_layers, 0),
@@ -122,5 +119,4 @@ def is_box_near_crop_edge(
     placed = np.asarray(boxes, np.float64).reshape(-1, 4) + np.array([x0, y0, x0, y0])
     near_crop = np.abs(placed - np.asarray(crop_box)) <= atol
     near_image = np.abs(placed - np.asarray(orig_box)) <= atol
-    near: NDArray[np.bool_] = (near_crop & ~near_image).any(axis=1)
-    return near
+    return np.asarray((near_crop & ~near_image).any(axis=1), np.bool_)

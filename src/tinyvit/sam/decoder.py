@@ -216,7 +216,7 @@ class TorchDecoder:
         prompt_encoder, mask_decoder = heads
         like = next(mask_decoder.parameters())
         features = prepared.features.to(like)
-        grid = int(features.shape[2]), int(features.shape[3])
+        grid = features.shape[2], features.shape[3]
         more: tuple[object, ...] = ()
         if isinstance(mask_decoder, HQMaskDecoder):
             if prepared.early is None:
@@ -227,12 +227,9 @@ class TorchDecoder:
             more = hq_token_only, prepared.early.to(like)
         points, boxes, masks = _tensors(prompts)
         with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
-            sparse, dense = prompt_encoder(
-                None if points is None else (points[0].to(like), points[1].to(like.device)),
-                None if boxes is None else boxes.to(like),
-                None if masks is None else masks.to(like),
-                grid,
-            )
+            placed = points and (points[0].to(like), points[1].to(like.device))
+            boxes, masks = (x if x is None else x.to(like) for x in (boxes, masks))
+            sparse, dense = prompt_encoder(placed, boxes, masks, grid)
             position = prompt_encoder.get_dense_pe(grid)
             logits, iou = mask_decoder(features, position, sparse, dense, multimask_output, *more)
         return logits.float(), iou.float()
@@ -242,9 +239,6 @@ def _tensors(
     prompts: PromptBatch,
 ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, Tensor | None]:
     """Points, boxes and masks as tensors on the CPU."""
-    points = prompts.points
-    return (
-        None if points is None else (torch.from_numpy(points[0]), torch.from_numpy(points[1])),
-        None if prompts.boxes is None else torch.from_numpy(prompts.boxes),
-        None if prompts.masks is None else torch.from_numpy(prompts.masks),
-    )
+    points, others = prompts.points, (prompts.boxes, prompts.masks)
+    boxes, masks = (x if x is None else torch.from_numpy(x) for x in others)
+    return points and (torch.from_numpy(points[0]), torch.from_numpy(points[1])), boxes, masks

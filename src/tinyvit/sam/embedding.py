@@ -215,14 +215,10 @@ class ImageEmbedding:
             )
         try:
             header = _header(texts, name)
-            embedding = cls(
-                arrays["features"],
-                Placement(**{key: _size(header[key]) for key in _PLACEMENT}),
-                ImageSpec.from_dict(header["image_spec"]),
-                header["weights_sha256"],
-                arrays.get("interm_features"),
-                header["precision"],
-            )
+            placement = Placement(**{key: _size(header[key]) for key in _PLACEMENT})
+            spec, early = ImageSpec.from_dict(header["image_spec"]), arrays.get("interm_features")
+            more = header["weights_sha256"], early, header["precision"]
+            embedding = cls(arrays["features"], placement, spec, *more)
         except (KeyError, TypeError, ValueError) as err:
             raise CheckpointError(
                 f"{name} is no embedding of one image, or its header is damaged: {err!s}; "

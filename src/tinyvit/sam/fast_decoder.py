@@ -1,11 +1,10 @@
 """The mask decoder in its fast form: what an image's prompts share is computed once.
 
 Cross attention runs between few tokens and many image tokens, so weights are moved to the side of
-the few: a head's score q . (W k) equals (W^T q) . k, and sum(p W v) equals W sum(p v). Nothing is
-ever projected for every image token of every prompt. In the first layer all prompts have the same
-image tokens, which are projected once instead. The bias of the keys moves all scores of a row
-alike; softmax does not see it, and it is left out. Masks that nobody wants are not computed.
-All of it runs without gradients, in the precision of the weights, autocast or not.
+the few: a head's score q . (W k) equals (W^T q) . k, and sum(p W v) equals W sum(p v). In the first
+layer all prompts have the same image tokens, which are projected once instead. The bias of the keys
+moves all scores of a row alike; softmax does not see it, and it is left out. Masks that nobody
+wants are not computed. It runs without gradients, in the weights' precision, autocast or not.
 
 Shapes: n prompts, T tokens of a prompt, L image tokens, C channels, H heads, d a head's width,
 K masks of a prompt.
@@ -111,8 +110,7 @@ class TokenToImage(_Heads):
         queries = self.queries(tokens).transpose(0, 1).flatten(1, 2)  # [H, n*T, d]
         scores = softmax(queries @ keys, dim=2)  # [H, n*T, L]
         out = torch.unflatten(scores @ values, 1, (count, -1)).permute(1, 2, 0, 3)  # [n, T, H, d]
-        projected: Tensor = self.attention.out_proj(out.flatten(2))
-        return projected
+        return cast(Tensor, self.attention.out_proj(out.flatten(2)))
 
     def attend(self, tokens: Tensor, images: list[Tensor], positions: Tensor) -> Tensor:
         """As ``attend_shared``, to image tokens [L, C] of each prompt's own."""
@@ -124,8 +122,7 @@ class TokenToImage(_Heads):
             sums.append(weights.flatten(0, 1) @ image)  # [H*T, C]
         by_head = torch.unflatten(torch.stack(sums), 1, (self.heads, -1))  # [n, H, T, C]
         out = (by_head @ self.to_value.transpose(1, 2)).transpose(1, 2).flatten(2)
-        projected: Tensor = self.attention.out_proj(out + self.value_bias)
-        return projected
+        return cast(Tensor, self.attention.out_proj(out + self.value_bias))
 
 
 class ImageToToken(_Heads):
@@ -342,16 +339,14 @@ class _Layer(_Heads):
         scores = queries @ self._split(attention.k_proj(placed)).transpose(2, 3)  # [n, H, T, T]
         out = scores.softmax(3) @ self._split(attention.v_proj(tokens))
         attended = attention.out_proj(out.transpose(1, 2).flatten(2))
-        normed: Tensor = block.norm1(attended if block.skip_first_layer_pe else tokens + attended)
-        return normed
+        after = attended if block.skip_first_layer_pe else tokens + attended
+        return cast(Tensor, block.norm1(after))
 
     def mlp(self, tokens: Tensor) -> Tensor:
         """What follows attention to the image: norm, MLP, norm; [n, T, C]."""
-        block = self._block
-        tokens = block.norm2(tokens)
+        block, tokens = self._block, self._block.norm2(tokens)
         hidden = block.mlp.act(block.mlp.lin1(tokens))
-        normed: Tensor = block.norm3(tokens + block.mlp.lin2(hidden))
-        return normed
+        return cast(Tensor, block.norm3(tokens + block.mlp.lin2(hidden)))
 
 
 class _Mlps:
@@ -360,8 +355,7 @@ class _Mlps:
     def __init__(self, mlps: Sequence[MLP]) -> None:
         self._ends_in_sigmoid = mlps[0].sigmoid_output
         self._layers = []
-        for layers in zip(*(mlp.layers for mlp in mlps), strict=True):
-            linears = cast("tuple[nn.Linear, ...]", layers)
+        for linears in zip(*(cast("list[nn.Linear]", mlp.layers) for mlp in mlps), strict=True):
             weight = torch.stack([linear.weight.T for linear in linears])  # [K, in, out]
             self._layers.append((weight, torch.stack([linear.bias[None] for linear in linears])))
 

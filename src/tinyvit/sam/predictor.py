@@ -331,8 +331,7 @@ class SamPredictor:
         if point_coords is not None:
             coords = _array("point_coords", point_coords, ("B", "N", 2))
             labels = _array("point_labels", point_labels, coords.shape[:2]).astype(np.int64)
-            unknown = sorted(set(labels.ravel().tolist()) - {-1, 0, 1})
-            if unknown:
+            if unknown := sorted(set(labels.ravel().tolist()) - {-1, 0, 1}):
                 raise ValueError(
                     f"labels of points must be 1, 0, or -1 for no point at all; came {unknown}"
                 )

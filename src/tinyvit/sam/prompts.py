@@ -1,9 +1,8 @@
 """Prompts: what a caller asks for, checked, and many of one kind as arrays of the model's input.
 
-``Prompt`` is one object's points, box and mask in pixels of the image. A decoder takes a
-``PromptBatch``: prompts of one kind, stacked, in pixels of the model's input. Prompts are never
-padded to the same number of points, since a padding point is a token that others attend to; they
-are grouped instead.
+``Prompt`` is one object's points, box and mask in pixels of the image; a decoder takes a
+``PromptBatch``, stacked, in pixels of the model's input. Prompts are never padded to the same
+number of points, since a padding point is a token that others attend to, but grouped.
 """
 
 from __future__ import annotations
@@ -143,8 +142,7 @@ def to_prompt(value: PromptLike) -> Prompt:
             "for example Prompt(points=[[x, y]])"
         )
     names = [field.name for field in fields(Prompt)]
-    unknown = sorted(set(value) - set(names), key=str)
-    if unknown:
+    if unknown := sorted(set(value) - set(names), key=str):
         raise ValueError(f"a prompt has the keys {', '.join(names)}; came {unknown}")
     return Prompt(**value)
 
@@ -179,8 +177,7 @@ def _labels(values: ArrayLike | None, count: int) -> NDArray[np.int64]:
             f"labels must be one for each point: {count} points, so [{count}]; "
             f"came {list(array.shape)}"
         )
-    unknown = sorted(set(array.tolist()) - {0, 1})
-    if unknown:
+    if unknown := sorted(set(array.tolist()) - {0, 1}):
         raise ValueError(
             f"labels of points must be 1 (the object) or 0 (not the object); came {unknown}"
         )
@@ -272,11 +269,9 @@ class PromptBatch:
     def part(self, start: int, stop: int) -> PromptBatch:
         """The prompts from ``start`` up to ``stop``."""
         some = slice(start, stop)
-        return PromptBatch(
-            None if self.points is None else (self.points[0][some], self.points[1][some]),
-            None if self.boxes is None else self.boxes[some],
-            None if self.masks is None else self.masks[some],
-        )
+        points = self.points and (self.points[0][some], self.points[1][some])
+        boxes, masks = (a if a is None else a[some] for a in (self.boxes, self.masks))
+        return PromptBatch(points, boxes, masks)
 
 
 def stack_prompts(
@@ -308,9 +303,8 @@ def mask_to_logits(
 ) -> NDArray[np.float32]:
     """A mask prompt as [h4, w4] logits: logits as they are, a bool mask [H, W] by its coverage.
 
-    A low-res pixel that the mask covers entirely gets +6, one outside gets -6, and one covered in
-    part lies between in proportion, so that the logit is 0 where half is covered and the mask's
-    outline stays where it was.
+    A low-res pixel that the mask covers gets +6, one outside gets -6, one covered in part lies
+    between in proportion: 0 where half is covered, and the outline stays where it was.
     """
     if mask.dtype != bool:
         return mask.astype(np.float32)
@@ -322,8 +316,7 @@ def mask_to_logits(
         _averages(side, low_res, round(low_res * logit_stride))
         for side, low_res in zip((height, width), low_res_size, strict=True)
     )
-    logits: NDArray[np.float32] = (2 * (rows @ small @ columns.T) - 1) * np.float32(SURE)
-    return logits
+    return np.asarray((2 * (rows @ small @ columns.T) - 1) * np.float32(SURE), np.float32)
 
 
 def _averages(pixels: int, low_res: int, covered: int) -> NDArray[np.float32]:

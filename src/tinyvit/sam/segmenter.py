@@ -217,13 +217,6 @@ class Segmenter:
             prepared = self.prepare(embedding)
         return self._predict(embedding, _checked(prompts, 0, embedding), multimask, prepared)
 
-    def _prepared(self, embedding: ImageEmbedding) -> PreparedEmbedding:
-        """What the decoder prepared of an embedding; kept of the last one."""
-        last = self._last
-        if last is None or last[0] is not embedding:
-            self._last = last = embedding, self._decoder.prepare(embedding)
-        return last[1]
-
     def _predict(
         self,
         embedding: ImageEmbedding,
@@ -232,17 +225,21 @@ class Segmenter:
         prepared: PreparedEmbedding | None = None,
     ) -> Masks:
         """The masks of all prompts on one image."""
-        decoder, placement = self._decoder, embedding.placement
+        decoder, placement, last = self._decoder, embedding.placement, self._last
         logits: dict[int, Floats] = {}
         ious: dict[int, Floats] = {}
         groups: dict[Kind, list[int]] = {}
         for position, prompt in enumerate(prompts):
             groups.setdefault(prompt.kind, []).append(position)
+        if prepared is None and prompts:
+            if last is None or last[0] is not embedding:
+                self._last = last = embedding, decoder.prepare(embedding)
+            prepared = last[1]
         for kind, members in groups.items():
             own = [prompts[i] for i in members]
             batch = stack_prompts(own, placement, embedding.low_res_size, decoder.logit_stride)
             many = kind == (1, False, False) if multimask == "auto" else multimask  # ambiguous
-            low_res, scores = decoder.decode(prepared or self._prepared(embedding), batch, many)
+            low_res, scores = decoder.decode(cast("PreparedEmbedding", prepared), batch, many)
             logits.update(zip(members, low_res, strict=True))
             ious.update(zip(members, scores, strict=True))
         low_res_logits, predicted_ious = (

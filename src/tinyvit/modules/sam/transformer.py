@@ -5,6 +5,8 @@ Shapes: B prompts, T tokens of a prompt, L = h * w image tokens, C channels.
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from tinyvit.modules.functional import attend
@@ -30,17 +32,13 @@ class Attention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Queries [B, Tq, C] to keys and values [B, Tk, C] -> [B, Tq, C]."""
-        q = self._split_heads(self.q_proj(q))  # [B, heads, Tq, C']
-        k = self._split_heads(self.k_proj(k))
-        v = self._split_heads(self.v_proj(v))
-        out = attend(q, k, v, (self.internal_dim // self.num_heads) ** -0.5)
-        merged: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
-        return merged
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        batch, tokens, _ = x.shape
         width = self.internal_dim // self.num_heads
-        return x.reshape(batch, tokens, self.num_heads, width).transpose(1, 2)  # [B, heads, T, C']
+        q, k, v = (  # [B, heads, T, C']
+            x.reshape(x.shape[0], x.shape[1], self.num_heads, width).transpose(1, 2)
+            for x in (self.q_proj(q), self.k_proj(k), self.v_proj(v))
+        )
+        out = attend(q, k, v, width**-0.5)
+        return cast(Tensor, self.out_proj(out.transpose(1, 2).flatten(2)))
 
 
 class _MLPBlock(nn.Module):
@@ -53,8 +51,7 @@ class _MLPBlock(nn.Module):
         self.act = activation()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.lin2(self.act(self.lin1(x)))
-        return out
+        return cast(Tensor, self.lin2(self.act(self.lin1(x))))
 
 
 class TwoWayAttentionBlock(nn.Module):
