@@ -54,6 +54,7 @@ STILL_TOO_LONG = {
 
 WITHOUT_TORCH = (
     "errors",
+    "factory",
     "image_spec",
     "catalog",
     "labels",
@@ -76,6 +77,7 @@ WITHOUT_TORCH = (
     "inference.engine",
     "inference.fold",
     "inference.graphs",
+    "inference.native_backend",
     "inference.read_ahead",
     "sam.automatic",
     "sam.contours",

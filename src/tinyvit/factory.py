@@ -14,9 +14,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-import torch
+import numpy as np
 
 from tinyvit.catalog import (
     DEFAULT_CHECKPOINT,
@@ -27,21 +27,32 @@ from tinyvit.catalog import (
     list_checkpoints,
     list_models,
 )
-from tinyvit.checkpoints.detection import Detection
-from tinyvit.checkpoints.families import group_by_part
+from tinyvit.checkpoints.detection import Detection, detect
+from tinyvit.checkpoints.families import group_by_part, to_canonical
 from tinyvit.checkpoints.files import (
     check_finite,
     check_format,
     check_thresholds,
     classes_in,
     image_spec_in,
+    read_arrays,
     read_state_dict,
+    thresholds_in,
 )
-from tinyvit.checkpoints.open import OpenedCheckpoint, Progress, misfits, open_checkpoint
-from tinyvit.checkpoints.resize import resize_bias_tables
+from tinyvit.checkpoints.open import (
+    OpenedCheckpoint,
+    Progress,
+    find_checkpoint,
+    misfits,
+    open_checkpoint,
+)
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
-from tinyvit.modules import FeatureMaps, TinyViT
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from tinyvit.modules import FeatureMaps, TinyViT
 
 CONFIG, WEIGHTS, FOLDER_FORMAT = "config.json", "model.safetensors", 1
 """The files of a folder of ``save_pretrained``, and the newest format of the first."""
@@ -190,6 +201,8 @@ def create_model(
         >>> sum(p.numel() for p in model.parameters())
         5392764
     """
+    from tinyvit.modules import FeatureMaps, TinyViT
+
     _refuse(unknown if features_only or out_indices is None else {"out_indices": out_indices})
     if head is False and num_classes:
         raise ValueError(f"num_classes={num_classes} wants a head, but head=False leaves it out")
@@ -200,8 +213,7 @@ def create_model(
     own = None if opened is None else _own_spec(opened, name)
     if own is not None:
         chosen["img_size"] = max(own.size)
-    if found is not None and head is None:
-        head = "head" in found.parts or bool(num_classes)
+    head = found.has_head or bool(num_classes) if found is not None and head is None else head
     overrides = {
         "num_classes": num_classes,
         "img_size": img_size,
@@ -301,6 +313,8 @@ def _fill(
     Gives ``left_out``, ``untrained`` and ``resized`` of ``LoadReport``. Keys in ``fresh`` are not
     taken from the file where the model has none or another shape.
     """
+    from tinyvit.checkpoints.resize import resize_bias_tables
+
     found, tensors = opened.found, opened.tensors
     own = {key: tensor.shape for key, tensor in model.state_dict().items()}
     own_parts, parts = group_by_part(own), group_by_part(tensors)
@@ -436,6 +450,10 @@ def load_folder(config_path: Path, weights_path: Path) -> TinyViT:
 
     Weights and config must fit each other; a CheckpointError says what does not.
     """
+    import torch
+
+    from tinyvit.modules import TinyViT
+
     config = read_config(config_path)
     if config.get("architectures") == ["Sam"]:
         return create_model(checkpoint=weights_path)
@@ -478,3 +496,62 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} must hold a JSON object, got {type(config).__name__}")
     check_format(config.get("format"), FOLDER_FORMAT, config.get("tinyvit_version"), str(path))
     return config
+
+
+# -- without torch ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A TinyViT as its file has it, for what runs it without torch.
+
+    Attributes:
+        arguments: Those of ``TinyViT`` that give its network.
+        tensors: Those of ``TinyViT``'s state dict, as arrays.
+        image_spec: How images are prepared; None where the file does not say.
+        thresholds: Of the masks of these weights.
+    """
+
+    arguments: Mapping[str, Any]
+    tensors: Mapping[str, NDArray[Any]]
+    image_spec: ImageSpec | None
+    thresholds: Mapping[str, float]
+
+    def state_dict(self) -> Mapping[str, NDArray[Any]]:
+        """The tensors."""
+        return self.tensors
+
+
+def open_stored(source: str | os.PathLike[str]) -> StoredModel:
+    """The model of a checkpoint's name, a safetensors file or a folder; torch is not loaded.
+
+    Sizes are read off the tensors, but not compared with a network's: who runs it does that.
+    Errors are ``create_model``'s.
+    """
+    folder = Path(source)
+    config: dict[str, Any] = {}
+    if folder.is_dir():
+        path, row, config = folder / WEIGHTS, None, read_config(folder / CONFIG)
+    else:
+        path, row = find_checkpoint(source)
+    arrays, header = read_arrays(path)
+    check_finite(arrays, path)
+    found = detect(arrays, path.name, header, compare=False)
+    if not found.has_encoder:
+        raise CheckpointError(f"{path} holds no image encoder ({found.family})")
+    tensors = to_canonical(arrays, found.family)
+    parts = group_by_part(tensors)
+    kept = (keys for part, keys in parts.items() if part in _PARTS_OF_TINYVIT)
+    own = {key: tensors[key] for keys in kept for key in keys}
+    for key in [key for key in own if key.endswith(".running_var")]:  # some files have no counters
+        own.setdefault(key.replace("running_var", "num_batches_tracked"), np.zeros((), np.int64))
+    if "arguments" in config:
+        spec = config.get("image_spec")
+        spec = None if spec is None else ImageSpec.from_dict(spec)
+        thresholds = check_thresholds(config.get("thresholds", {}))
+        return StoredModel(config["arguments"], own, spec, thresholds)
+    variant = _choose_variant(None, row, found)
+    arguments = {**_arguments(variant, found), "head": found.has_head}
+    image_spec = _image_spec(image_spec_in(header, path), variant, row, found, None)
+    thresholds = {**(row.thresholds if row else {}), **thresholds_in(header, path)}
+    return StoredModel(arguments, own, image_spec, thresholds)

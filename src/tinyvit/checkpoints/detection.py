@@ -358,6 +358,8 @@ def detect(
     tensors: Mapping[str, HasShape],
     filename: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    *,
+    compare: bool = True,
 ) -> Detection:
     """Say what a state dict is.
 
@@ -367,6 +369,8 @@ def detect(
         filename: The file's name; tells apart projects whose files are identical.
         metadata: The file's header texts; ``tinyvit.family`` there tells such projects apart too,
             and ``tinyvit.strides`` settles the strides.
+        compare: Compare with the shapes of a network, which needs torch; without that nothing is
+            missing, unexpected or wrong.
 
     Returns:
         Family, variant, sizes and parts, with everything missing or left over at once.
@@ -391,7 +395,8 @@ def detect(
     variant = _variant(sizes, is_sam)
     embeddings = ("prompt_encoder.no_mask_embed.weight", "mask_decoder.iou_token.weight")
     width = next((shapes[key][-1] for key in embeddings if shapes.get(key)), 256)
-    expected = _expected(frozenset((*LAYOUTS[family].required, *parts)), sizes, width)
+    wanted = frozenset((*LAYOUTS[family].required, *parts))
+    expected = _expected(wanted, sizes, width) if compare else shapes
     missing = [
         key for key in expected if key not in shapes and not key.endswith("num_batches_tracked")
     ]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tinyvit.sam import Sam
 
 PRECISIONS = ("fp32", "bf16", "auto")  # inference's Precision, whose module loads numpy
-BACKENDS = ("auto", "torch", "openvino", "onnx")  # likewise BackendName
+BACKENDS = ("auto", "torch", "native", "openvino", "onnx")  # likewise BackendName
 MAX_PIXELS = 178_956_970  # likewise images.decode's
 
 

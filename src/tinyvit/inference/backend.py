@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import (
     TYPE_CHECKING,
@@ -30,10 +31,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from tinyvit.factory import StoredModel
     from tinyvit.images.preprocess import PreparedImage
     from tinyvit.modules import TinyViT
 
-BackendName = Literal["auto", "torch", "openvino", "onnx"]
+BackendName = Literal["auto", "torch", "native", "openvino", "onnx"]
 Precision = Literal["fp32", "bf16", "auto"]
 
 _DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
@@ -222,8 +224,30 @@ def choose_precision(precision: str, device: str) -> tuple[Literal["fp32", "bf16
     return "fp32", "this device does not compute bf16 natively"
 
 
+def takes_native(backend: object, device: str) -> bool:
+    """Whether a checkpoint is for the native engine; torch is not loaded to find out.
+
+    "auto" takes it on a CPU, where it is installed. A GPU is looked for where torch could use one.
+    """
+    if backend == "native":
+        return True
+    if backend != "auto" or device not in ("auto", "cpu") or find_spec("tinyvit_native") is None:
+        return False
+    if device == "cpu" or find_spec("torch") is None or version("torch").endswith("+cpu"):
+        return True
+    return sys.platform != "darwin" and choose_device("auto") == "cpu"
+
+
+def check_settings(backend: str, device: str, threads: int | None) -> None:
+    """Refuse what a library on this machine's CPU cannot do."""
+    if device not in ("auto", "cpu"):
+        raise ValueError(f"backend {backend!r} runs on device 'cpu', got {device!r}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, or None for the default, got {threads}")
+
+
 def choose_backend(
-    model: TinyViT | None,
+    model: TinyViT | StoredModel | None,
     backend: BackendName | Backend = "auto",
     device: str = "auto",
     precision: str | torch.dtype = "fp32",
@@ -231,8 +255,8 @@ def choose_backend(
 ) -> tuple[Backend, str]:
     """The backend to run a model with, and what was chosen and why in words.
 
-    "auto" is torch; OpenVINO and ONNX Runtime are taken only by name. Arguments and errors are
-    those of ``Engine``.
+    "auto" is the native engine on a CPU where it is installed, else torch; OpenVINO and ONNX
+    Runtime are taken only by name. Arguments and errors are those of ``Engine``.
     """
     precision = _DTYPES.get(str(precision), str(precision))
     if not isinstance(backend, str):
@@ -249,6 +273,13 @@ def choose_backend(
         return backend, f"{backend.name} on {backend.device}: given"
     if backend not in get_args(BackendName):
         raise ValueError(f"backend must be one of {get_args(BackendName)}, got {backend!r}")
+    from tinyvit.factory import StoredModel
+
+    if isinstance(model, StoredModel) or (is_tiny_vit(model) and takes_native(backend, device)):
+        from .native_backend import NativeBackend
+
+        native = NativeBackend(model, device, precision, threads, falls_back=backend == "auto")
+        return native, native.choice
     if not is_tiny_vit(model):
         raise TypeError(
             f"Engine wants a TinyViT, as tinyvit.create_model gives it, or the name, file or "
@@ -273,7 +304,7 @@ def choose_backend(
     chosen, reason = choose_precision(precision, place)
     words = f"torch {torch.__version__} on {place}, {chosen} ({reason})"
     if backend == "auto" and place == "cpu":
-        words += "; auto is torch: measured level with openvino"
+        words += "; auto is torch: measured level with openvino, and native is not installed"
     return TorchBackend(model, place, chosen), words
 
 
@@ -285,7 +316,8 @@ def check_installed() -> None:
     """
     if find_spec("torch") is None:
         raise MissingExtraError(
-            "no engine is installed here; pip install 'tinyvit[torch]' (everything)"
+            "no engine is installed here; pip install 'tinyvit[native]' (segment, encode, serve) "
+            "or 'tinyvit[torch]' (everything)"
         )
 
 

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar, cast
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.checkpoints.files import weights_sha256
+from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec, Placement
 from tinyvit.images.decode import decode
 from tinyvit.images.preprocess import PreparedImage, to_input
@@ -30,6 +32,7 @@ from .backend import (
     StageBackend,
     check_installed,
     choose_backend,
+    takes_native,
 )
 from .read_ahead import choose_workers, read_ahead
 
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
+    from tinyvit.factory import StoredModel
     from tinyvit.modules import TinyViT
 
 Array: TypeAlias = NDArray[np.float32]
@@ -67,8 +71,9 @@ class Engine:
         model: The model, as ``tinyvit.create_model`` gives it; it is never changed. Also the name
             of a checkpoint, the path of a file of weights, or a folder of ``save_pretrained``. None
             takes the embedded weights, or nothing where ``backend`` is an object.
-        backend: "auto", which is "torch"; "openvino" or "onnx" (ONNX Runtime), each with the extra
-            of that name; or any object that is a ``Backend``.
+        backend: "auto": "native" on a CPU where tinyvit-native is installed, else "torch".
+            "native", "openvino" or "onnx" (ONNX Runtime), each with the extra of that name; or any
+            object that is a ``Backend``.
         device: "auto", or a torch device such as "cpu" or "cuda".
         precision: "fp32", "bf16", or "auto" (bf16 where the device computes it natively); also
             torch.float32 or torch.bfloat16. Nothing changes it unless asked, no autocast either.
@@ -77,8 +82,8 @@ class Engine:
         image_spec: How images are prepared; None takes the model's.
         pad: False leaves out the padding to a square, so that an image of another shape costs
             less; None does as ``image_spec`` says.
-        threads: Threads that a backend "openvino" or "onnx" computes with; None leaves it to the
-            library. In torch it is one number for the process: ``torch.set_num_threads``.
+        threads: Threads that a backend "native", "openvino" or "onnx" computes with; None leaves it
+            to the library. In torch it is one number for the process: ``torch.set_num_threads``.
         workers: Threads that read images ahead while the backend computes; None chooses by the
             number of cores, 0 does everything in the caller's thread.
 
@@ -116,11 +121,15 @@ class Engine:
             raise ValueError(f"workers must be at least 0, got {workers}")
         self.batch_size = batch_size
         self.workers = choose_workers() if workers is None else workers
+        self._model: TinyViT | StoredModel | None
         if isinstance(model, (str, os.PathLike)) or (model is None and isinstance(backend, str)):
-            model = _open_model(DEFAULT_CHECKPOINT if model is None else model)
-        self.backend, self._choice = choose_backend(model, backend, device, precision, threads)
-        self.image_spec = _choose_spec(model, image_spec, pad)
-        self._model = model
+            source = DEFAULT_CHECKPOINT if model is None else model
+            self._model = _open_model(source, takes_native(backend, device))
+        else:
+            self._model = model
+        chosen = choose_backend(self._model, backend, device, precision, threads)
+        self.backend, self._choice = chosen
+        self.image_spec = _choose_spec(self._model, image_spec, pad)
         logger.info("%s", self._in_one_line())
 
     def embed(self, images: Picture | Iterable[Picture]) -> Tensor:
@@ -189,8 +198,8 @@ class Engine:
 
         def run(batch: Array) -> list[tuple[Array, tuple[Array, ...] | None]]:
             if not isinstance(backend, StageBackend) or not stages:
-                return [(features, None) for features in _array(backend(_tensor(batch)))]
-            output, maps = backend.with_stages(_tensor(batch))
+                return [(features, None) for features in _array(backend(self._given(batch)))]
+            output, maps = backend.with_stages(self._given(batch))
             each_map = zip(*map(_array, maps), strict=True)
             return list(zip(_array(output), each_map, strict=True))
 
@@ -219,7 +228,7 @@ class Engine:
         with closing(self._prepared(images)) as prepared:
             results = run_in_batches(
                 prepared,
-                lambda batch: list(_array(backend.logits(_tensor(batch)))),
+                lambda batch: list(_array(backend.logits(self._given(batch)))),
                 self._most,
                 self.batch_size,
             )
@@ -243,7 +252,8 @@ class Engine:
         """
         backend = self._stage_backend()
         pixels, placement = self.prepare(image)
-        return [stage[0] for stage in backend.stages(_tensor(pixels[None]))], placement
+        maps = map(_array, backend.stages(self._given(pixels[None])))
+        return [_tensor(stage[0]) for stage in maps], placement
 
     def prepare(self, image: Picture) -> PreparedImage:
         """What the model gets for one image: [3, H, W] float32, and where it lies in it."""
@@ -254,8 +264,9 @@ class Engine:
         return f"{self.backend.name}, {self.backend.device}, {self.precision}"
 
     def explain(self) -> str:
-        """What the engine chose, and why; with torch also what it made of the model."""
-        if self.backend.name != "torch" or not hasattr(self.backend, "explain"):
+        """What the engine chose, and why; with torch and native also what it made of the model."""
+        has_more = self.backend.name in ("torch", "native")
+        if not has_more or not hasattr(self.backend, "explain"):
             return self._in_one_line()
         return f"{self._in_one_line()}; runs {self.backend.explain()}"
 
@@ -320,17 +331,28 @@ class Engine:
             return self.batch_size
         return min(self.batch_size, max(CPU_PIXELS // int(pixels[0].size), 1))
 
+    def _given(self, batch: Array) -> Tensor:
+        """A batch as the backend takes it: a tensor, or the array for one that needs no torch."""
+        takes_arrays = getattr(self.backend, "takes_arrays", False)
+        return cast("Tensor", batch) if takes_arrays else _tensor(batch)
+
     def _stage_backend(self) -> StageBackend:
         if not isinstance(self.backend, StageBackend):
             raise ValueError(f"the backend {self.backend.name!r} gives no stages; use 'torch'")
         return self.backend
 
 
-def _open_model(source: str | os.PathLike[str]) -> TinyViT:
+def _open_model(source: str | os.PathLike[str], is_native: bool) -> TinyViT | StoredModel:
     """The model of a checkpoint's name, a file of weights, or a folder of ``save_pretrained``."""
-    check_installed()
-    from tinyvit.factory import CONFIG, WEIGHTS, create_model, load_folder
+    from tinyvit.factory import CONFIG, WEIGHTS, create_model, load_folder, open_stored
 
+    if is_native:
+        try:
+            return open_stored(source)
+        except CheckpointError:  # torch may read it, or say more of what is wrong
+            if find_spec("torch") is None:
+                raise
+    check_installed()
     folder = Path(source)
     if folder.is_dir():
         return load_folder(folder / CONFIG, folder / WEIGHTS)
@@ -338,7 +360,7 @@ def _open_model(source: str | os.PathLike[str]) -> TinyViT:
 
 
 def _choose_spec(
-    model: TinyViT | None, image_spec: ImageSpec | None, pad: bool | None
+    model: TinyViT | StoredModel | None, image_spec: ImageSpec | None, pad: bool | None
 ) -> ImageSpec:
     if image_spec is not None and not isinstance(image_spec, ImageSpec):
         raise TypeError(
@@ -361,9 +383,11 @@ def _tensor(array: Array) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def _array(tensor: Tensor) -> Array:
+def _array(output: Tensor | Array) -> Array:
     """What a backend gave, as an array."""
-    array: Array = tensor.detach().to("cpu").float().numpy()
+    if isinstance(output, np.ndarray):
+        return output
+    array: Array = output.detach().to("cpu").float().numpy()
     return array
 
 

@@ -31,7 +31,7 @@ from tinyvit.checkpoints.files import weights_sha256, write_bytes
 from tinyvit.errors import CheckpointError, MissingExtraError
 from tinyvit.modules import TinyViT
 
-from .backend import choose_precision
+from .backend import check_settings, choose_precision
 from .derived import Derived
 from .graphs import OnnxGraph, OpenVINOGraph, load_library
 from .torch_backend import exact_inference, frozen_copy, reason_against
@@ -288,7 +288,7 @@ class OnnxBackend(WatchedGraph):
         precision: str = "fp32",
         threads: int | None = None,
     ) -> None:
-        _check_settings(self.name, device, threads)
+        check_settings(self.name, device, threads)
         if choose_precision(precision, "cpu")[0] != "fp32" and precision != "auto":
             raise ValueError(
                 f"backend 'onnx' computes in precision 'fp32' only, got {precision!r}; 'torch' and "
@@ -325,17 +325,9 @@ class OpenVINOBackend(WatchedGraph):
         precision: str = "fp32",
         threads: int | None = None,
     ) -> None:
-        _check_settings(self.name, device, threads)
+        check_settings(self.name, device, threads)
         chosen, reason = choose_precision(precision, "cpu")
         found = load_library("openvino", "OpenVINO").__version__.split("-")[0]
         choice = f"openvino {found} on cpu, {chosen} ({reason})"
         load = functools.partial(OpenVINOGraph, precision=chosen, threads=threads)
         super().__init__(model, load, "OpenVINO", chosen, choice)
-
-
-def _check_settings(backend: str, device: str, threads: int | None) -> None:
-    """Refuse what a library on this machine's CPU cannot do."""
-    if device not in ("auto", "cpu"):
-        raise ValueError(f"backend {backend!r} runs on device 'cpu', got {device!r}")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, or None for the default, got {threads}")

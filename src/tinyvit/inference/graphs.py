@@ -39,12 +39,12 @@ _ERRORS_ONLY = 3
 
 
 def load_library(module: str, name: str) -> Any:
-    """The package ``openvino`` or ``onnxruntime``, called ``name`` in the error.
+    """The package ``openvino``, ``onnxruntime`` or ``tinyvit_native``, ``name`` in the error.
 
     Raises:
         MissingExtraError: It is not installed.
     """
-    extra = "onnx" if module == "onnxruntime" else module
+    extra = {"onnxruntime": "onnx", "tinyvit_native": "native"}.get(module, module)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside it

@@ -1,0 +1,158 @@
+// The C interface: checks what the caller gives, and turns exceptions into codes and texts.
+#include <cstdio>
+#include <cstring>
+#include <new>
+
+#include "cpu.hpp"
+#include "error.hpp"
+#include "net.hpp"
+
+using tinyvit::Error;
+
+struct tinyvit_net {
+  tinyvit::Net net;
+};
+
+namespace {
+
+tinyvit_status report(tinyvit_error* error, tinyvit_status status, const char* text) {
+  if (error) {
+    error->status = status;
+    std::snprintf(error->message, sizeof error->message, "%s", text);
+  }
+  return status;
+}
+
+template <class F>
+tinyvit_status guarded(tinyvit_error* error, const F& f) {
+  try {
+    f();
+    return report(error, TINYVIT_OK, "");
+  } catch (const Error& e) {
+    return report(error, e.status, e.what());
+  } catch (const std::bad_alloc&) {
+    return report(error, TINYVIT_OUT_OF_MEMORY, "out of memory");
+  } catch (const std::exception& e) {
+    return report(error, TINYVIT_INTERNAL, e.what());
+  } catch (...) {
+    return report(error, TINYVIT_INTERNAL, "unknown fault");
+  }
+}
+
+void require(bool is_right, const std::string& text) {
+  if (!is_right) throw Error(TINYVIT_INVALID, text);
+}
+
+template <class T>
+void check_struct(const T* p, const char* name) {
+  require(p != nullptr, std::string(name) + " is null");
+  require(p->struct_size == sizeof(T),
+          std::string(name) + ".struct_size must be " + std::to_string(sizeof(T)) + ", got " +
+              std::to_string(p->struct_size) + ": header and library differ");
+}
+
+std::string got(const char* name, long value) { return std::string(name) + ", got " + std::to_string(value); }
+
+void check(const tinyvit_config& c) {
+  require(c.in_chans >= 1 && c.in_chans <= TINYVIT_MAX_CHANNELS, got("in_chans must be 1 to 16", c.in_chans));
+  require(c.num_stages >= 1 && c.num_stages <= TINYVIT_MAX_STAGES, got("num_stages must be 1 to 8", c.num_stages));
+  for (int s = 0; s < c.num_stages; ++s) {
+    require(c.embed_dims[s] >= 1 && c.embed_dims[s] <= 1 << 16, got("embed_dims must be 1 to 65536", c.embed_dims[s]));
+    require(c.depths[s] >= 0 && c.depths[s] <= 1 << 10, got("depths must be 0 to 1024", c.depths[s]));
+    if (s && c.depths[s]) {
+      require(c.num_heads[s] >= 1 && c.embed_dims[s] % c.num_heads[s] == 0,
+              got("num_heads must divide embed_dims", c.num_heads[s]));
+      require(c.window_sizes[s] >= 1 && c.window_sizes[s] <= 128, got("window_sizes must be 1 to 128", c.window_sizes[s]));
+    }
+    if (s + 1 < c.num_stages) require(c.strides[s] == 1 || c.strides[s] == 2, got("strides must be 1 or 2", c.strides[s]));
+  }
+  require(c.stem == TINYVIT_STEM_CONV || c.stem == TINYVIT_STEM_POINTWISE, got("unknown stem", c.stem));
+  require(c.end >= TINYVIT_END_NONE && c.end <= TINYVIT_END_SAM3, got("unknown end", c.end));
+  require(c.end != TINYVIT_END_SAM3 || (c.end_size >= 1 && c.end_size <= 4096), got("end_size must be 1 to 4096", c.end_size));
+  require(c.precision == TINYVIT_FP32 || c.precision == TINYVIT_BF16, got("unknown precision", c.precision));
+  require(c.threads >= 0 && c.threads <= 1024, got("threads must be 0 to 1024", c.threads));
+}
+
+void check_size(int height, int width) {
+  const long kMost = 1 << 16;
+  require(height >= 1 && width >= 1 && height <= kMost && width <= kMost,
+          "height and width must be 1 to 65536, got " + std::to_string(height) + " and " + std::to_string(width));
+}
+
+void check(const tinyvit_images& i, int channels) {
+  require(i.pixels == TINYVIT_FLOAT_PLANES || i.pixels == TINYVIT_BYTES, got("unknown pixels", i.pixels));
+  require(i.batch >= 0, got("batch must not be negative", i.batch));
+  check_size(i.height, i.width);
+  require(i.data != nullptr || i.batch == 0, "images.data is null");
+  const auto fits = [](int padded, int length) { return padded == 0 || padded >= length; };
+  require(fits(i.padded_height, i.height) && fits(i.padded_width, i.width),
+          "padded_height and padded_width must be 0 or at least height and width");
+  if (i.padded_height || i.padded_width)
+    check_size(i.padded_height ? i.padded_height : i.height, i.padded_width ? i.padded_width : i.width);
+  for (int c = 0; i.pixels == TINYVIT_BYTES && c < channels; ++c)
+    require(i.std[c] != 0.0f, "images.std must not be 0");
+}
+
+}  // namespace
+
+extern "C" {
+
+uint32_t tinyvit_abi_version(void) { return TINYVIT_ABI_VERSION; }
+
+const char* tinyvit_version(void) { return TINYVIT_VERSION; }
+
+int32_t tinyvit_has_bf16(void) {
+  bool is_native = false;
+  guarded(nullptr, [&] { is_native = tinyvit::multiplies_bf16(*tinyvit::choose_kernels(true, nullptr)); });
+  return is_native;
+}
+
+tinyvit_status tinyvit_create(const tinyvit_config* config, const tinyvit_tensor* tensors, size_t count,
+                              tinyvit_net** net, tinyvit_error* error) {
+  return guarded(error, [&] {
+    require(net != nullptr, "net is null");
+    *net = nullptr;
+    check_struct(config, "config");
+    check(*config);
+    require(tensors != nullptr || count == 0, "tensors is null");
+    *net = new tinyvit_net{{*config, tinyvit::Tensors(tensors, count)}};
+  });
+}
+
+void tinyvit_destroy(tinyvit_net* net) { delete net; }
+
+tinyvit_status tinyvit_describe(const tinyvit_net* net, tinyvit_info* info, tinyvit_error* error) {
+  return guarded(error, [&] {
+    require(net != nullptr, "net is null");
+    check_struct(info, "info");
+    net->net.describe(*info);
+  });
+}
+
+tinyvit_status tinyvit_measure(const tinyvit_net* net, int32_t height, int32_t width, tinyvit_sizes* sizes,
+                               tinyvit_error* error) {
+  return guarded(error, [&] {
+    require(net != nullptr, "net is null");
+    check_struct(sizes, "sizes");
+    check_size(height, width);
+    net->net.measure(net->net.plan(height, width), *sizes);
+  });
+}
+
+tinyvit_status tinyvit_encode(tinyvit_net* net, const tinyvit_images* images, const tinyvit_outputs* outputs,
+                              tinyvit_error* error) {
+  return guarded(error, [&] {
+    require(net != nullptr, "net is null");
+    check_struct(images, "images");
+    check_struct(outputs, "outputs");
+    check(*images, net->net.in_chans());
+    net->net.check(*images, *outputs);
+    net->net.encode(*images, *outputs);
+  });
+}
+
+void tinyvit_trim(tinyvit_net* net) {
+  if (net) net->net.trim();
+}
+
+}  // extern "C"

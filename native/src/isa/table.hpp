@@ -1,0 +1,26 @@
+// The tables of one ISA. Included last, once, by the ISA's own translation unit.
+#pragma once
+#include "../kernels.hpp"
+//
+#include "functions.hpp"
+//
+#include "gemm.hpp"
+//
+#include "attention.hpp"
+#include "depthwise.hpp"
+#include "norm.hpp"
+
+namespace tinyvit {
+namespace TINYVIT_ISA {
+
+template <class P, void (*kLinear)(const LinearCall&)>
+struct Table {
+  static constexpr Kernels kernels = {
+      TINYVIT_ISA_NAME,  kLanes,         2 * kLanes,    kTileRows,     P::kBf16,
+      sizeof(typename P::T), kLinear,    depthwise<P>,  normalize<P>,  attend<P>,
+      attend_scratch<P>, from_float<P>,  to_float<P>,   to_planes<P>,  gelu_many<P>,
+      exp2_many<P>};
+};
+
+}  // namespace TINYVIT_ISA
+}  // namespace tinyvit

@@ -1,0 +1,248 @@
+"""The native engine as a backend; ``scripts/native-check`` builds its wheel and runs this file."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tinyvit
+from tinyvit.errors import CheckpointError, MissingExtraError
+from tinyvit.factory import open_stored
+from tinyvit.image_spec import ImageSpec
+from tinyvit.inference import Backend, Engine, StageBackend
+from tinyvit.inference import native_backend as native
+from tinyvit.inference.backend import choose_backend, takes_native
+from tinyvit.inference.native_backend import NativeBackend
+from tinyvit.modules import TinyViT
+from tinyvit.sam.build import build_sam
+
+MakeModel = Callable[..., TinyViT]
+
+needs_library = pytest.mark.skipif(
+    find_spec("tinyvit_native") is None,
+    reason="tinyvit-native is not installed; scripts/native-check builds it and runs this file",
+)
+
+
+def image(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def starter() -> Path:
+    return Path(tinyvit.__file__).parent / "weights" / "starter.safetensors"
+
+
+def test_without_the_library(make_tiny_vit: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tinyvit_native", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'tinyvit\[native\]'"):
+        Engine(make_tiny_vit(), backend="native", image_spec=ImageSpec.sam(64))
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "is_installed", "wanted"),
+    [
+        ("native", "auto", False, True),
+        ("auto", "cpu", True, True),
+        ("auto", "auto", True, True),
+        ("auto", "cpu", False, False),
+        ("auto", "cuda", True, False),
+        ("torch", "cpu", True, False),
+        (object(), "auto", True, False),
+    ],
+)
+def test_who_takes_it(
+    backend: object,
+    device: str,
+    is_installed: bool,
+    wanted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = object() if is_installed else None
+    monkeypatch.setattr("tinyvit.inference.backend.find_spec", lambda name: found)
+    monkeypatch.setattr("tinyvit.inference.backend.choose_device", lambda device: "cpu")
+    assert takes_native(backend, device) is wanted
+
+
+@needs_library
+def test_every_output_is_the_models(make_tiny_vit: MakeModel) -> None:
+    model = make_tiny_vit()
+    backend = NativeBackend(model)
+    assert isinstance(backend, Backend) and isinstance(backend, StageBackend)
+    x = torch.from_numpy(image(2, 3, 70, 49))
+    with torch.inference_mode():
+        features, maps = model.forward_intermediates(x)
+        logits = model.classify(x)
+    output, stages = backend.with_stages(x)
+    for got, wanted in zip(
+        [output, backend(x), *stages, *backend.stages(x), backend.logits(x)],
+        [features, features, *maps, *maps, logits],
+        strict=True,
+    ):
+        assert got.shape == wanted.shape and got.dtype == torch.float32
+        assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    assert "(checked: error " in backend.explain()
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "changes",
+    [{"neck_dim": None}, {"neck_dim": None, "head": False}, {"neck_size": 5}, {"in_chans": 4}],
+)
+def test_a_call_gives_what_forward_gives(
+    make_tiny_vit: MakeModel, changes: dict[str, object]
+) -> None:
+    model = make_tiny_vit(**changes).double().train()
+    x = image(1, model.in_chans, 64, 64)
+    with torch.inference_mode():
+        wanted = copy.deepcopy(model).float().eval()(torch.from_numpy(x)).numpy()
+    got = NativeBackend(model)(x)
+    assert isinstance(got, np.ndarray) and got.shape == wanted.shape
+    assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    assert model.training
+
+
+@needs_library
+def test_it_follows_the_weights(make_tiny_vit: MakeModel) -> None:
+    model = make_tiny_vit()
+    backend, x = NativeBackend(model, threads=1), torch.from_numpy(image(1, 3, 64, 64))
+    before = backend(x)
+    with torch.no_grad():
+        model.neck[2].weight.mul_(2)  # type: ignore[index]
+        model.neck[3].weight.mul_(3)  # type: ignore[index]
+        after = model(x)
+    assert not torch.allclose(backend(x), before)
+    assert (backend(x) - after).abs().max() <= 1e-4 * after.abs().max()
+
+
+@needs_library
+def test_a_model_that_it_cannot_run(make_tiny_vit: MakeModel) -> None:
+    model, x = make_tiny_vit(), torch.from_numpy(image(1, 3, 64, 64))
+    model.layers[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(ValueError, match=r"layers\.0 has a forward hook; use backend='torch'"):
+        NativeBackend(model)(x)
+    engine = Engine(model, device="cpu", image_spec=ImageSpec.sam(64))  # "auto"
+    with torch.inference_mode():
+        assert torch.allclose(engine.backend(x), model(x), atol=1e-5)
+    assert "torch instead (layers.0 has a forward hook)" in engine.explain()
+
+
+@needs_library
+def test_a_fault_of_the_library_is_found(
+    make_tiny_vit: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = native.NativeNetwork.logits
+    monkeypatch.setattr(native.NativeNetwork, "logits", lambda self, x: 1.01 * right(self, x))
+    with pytest.raises(ValueError, match=r"the native form differs by 1\.0e-02; use backend"):
+        NativeBackend(make_tiny_vit())(torch.zeros(1, 3, 32, 32))
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "cuda"}, "backend 'native' runs on device 'cpu', got 'cuda'"),
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"precision": "fp16"}, "precision 'fp16' is refused"),
+        ({"precision": "int8"}, "precision must be one of"),
+    ],
+)
+def test_wrong_settings(
+    make_tiny_vit: MakeModel, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_backend(make_tiny_vit(), "native", **settings)  # type: ignore[arg-type]
+
+
+@needs_library
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "auto"])
+def test_precisions(make_tiny_vit: MakeModel, precision: str) -> None:
+    model, x = make_tiny_vit(), torch.from_numpy(image(1, 3, 64, 64))
+    backend, choice = choose_backend(model, "native", precision=precision)
+    assert isinstance(backend, NativeBackend)
+    assert backend.precision == precision or precision == "auto"
+    assert choice.startswith(f"native {tinyvit.__version__} on cpu, {backend.precision} (")
+    with torch.inference_mode():
+        wanted = model(x)
+    limit = {"fp32": 1e-4, "bf16": 0.1}[backend.precision]
+    assert (backend(x) - wanted).abs().max() <= limit * wanted.abs().max()
+
+
+@needs_library
+def test_a_file_gives_what_torch_gives(tmp_path: Path) -> None:
+    photo = np.random.default_rng(1).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    pickled = tmp_path / "starter.pt"
+    model = tinyvit.create_model(checkpoint=starter())
+    folder = tmp_path / "folder"
+    tinyvit.save_pretrained(model, folder)
+    torch.save(model.state_dict(), pickled)
+    plain = Engine(model, backend="torch")
+    for source in ("tinyvit_starter", starter(), folder, pickled):
+        engine = Engine(source, backend="native")
+        assert engine.image_spec == plain.image_spec
+        assert engine.summary() == "native, cpu, fp32"
+        assert engine.weights_sha256() == plain.weights_sha256()
+        assert torch.allclose(engine.embed(photo), plain.embed(photo), atol=1e-4)
+        [encoded] = engine.stream(photo, stages=True)
+        [wanted] = plain.stream(photo, stages=True)
+        assert encoded.stages is not None and wanted.stages is not None
+        for got, exact in zip(encoded.stages, wanted.stages, strict=True):
+            assert np.abs(got - exact).max() <= 1e-4 * np.abs(exact).max()
+        maps, _ = engine.stages(photo)
+        assert all(np.array_equal(a, b) for a, b in zip(maps, encoded.stages, strict=True))
+
+
+@needs_library
+def test_a_file_that_makes_no_network(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    tensors = dict(open_stored(starter()).tensors)
+    del tensors["layers.1.blocks.0.attn.qkv.bias"]
+    save_file(tensors, tmp_path / "short.safetensors")
+    stored = open_stored(tmp_path / "short.safetensors")
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.attn\.qkv\.bias' is missing"):
+        NativeBackend(stored)
+    with pytest.raises(CheckpointError, match="no such file"):
+        Engine(tmp_path / "none.safetensors", backend="native")
+
+
+@needs_library
+def test_masks_of_a_segmenter() -> None:
+    photo = np.random.default_rng(1).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    sam = build_sam(starter())
+    prompts = [[tinyvit.Prompt(points=[[60, 40]])]]
+    ours, theirs = (
+        next(iter(tinyvit.Segmenter(sam, backend=name).segment([photo], prompts)))
+        for name in ("native", "torch")
+    )
+    assert np.abs(ours.low_res_logits[0] - theirs.low_res_logits[0]).max() < 1e-2
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "torch" else find(name, *a)
+import numpy as np, tinyvit
+for backend in ("native", "auto"):
+    engine = tinyvit.Engine("tinyvit_starter", backend=backend)
+    photos = [np.full((90, 120, 3), value, np.uint8) for value in (0, 200)]
+    shapes = {encoded.features.shape for encoded in engine.stream(photos)}
+    assert shapes == {(256, 16, 16)}, shapes
+    assert "native" in engine.explain(), engine.explain()
+    engine.weights_sha256()
+assert not [name for name in sys.modules if name.startswith("torch.")]
+"""
+
+
+@needs_library
+def test_torch_is_not_needed() -> None:
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH], check=True)
