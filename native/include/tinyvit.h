@@ -180,6 +180,54 @@ TINYVIT_API tinyvit_status tinyvit_encode(tinyvit_net* net, const tinyvit_images
 /* Gives the net's own workspace back; the next call takes a new one. */
 TINYVIT_API void tinyvit_trim(tinyvit_net* net);
 
+/* -- masks ------------------------------------------------------------------------------------- */
+
+typedef struct tinyvit_decoder_config {
+  uint32_t struct_size;
+  int32_t num_heads;                 /* of every attention, 8 */
+  int32_t grid_height, grid_width;   /* of the features of a padded image, 64 */
+  int32_t input_height, input_width; /* of the model's input in pixels, 1024 */
+  int32_t threads;
+  const char* isa;
+} tinyvit_decoder_config;
+
+#define TINYVIT_DECODER_CONFIG_INIT { sizeof(tinyvit_decoder_config), 8, 64, 64, 1024, 1024, 0, NULL }
+
+/* SAM's prompt encoder and mask decoder, in fp32. One may be used by many threads, which wait for
+ * each other. Tensors are those of a SAM's state dict, "prompt_encoder..." and "mask_decoder...". */
+typedef struct tinyvit_decoder tinyvit_decoder;
+/* What all prompts on an image share; it belongs to the decoder that made it. */
+typedef struct tinyvit_prepared tinyvit_prepared;
+
+TINYVIT_API tinyvit_status tinyvit_decoder_create(const tinyvit_decoder_config* config,
+                                                  const tinyvit_tensor* tensors, size_t count,
+                                                  tinyvit_decoder** decoder, tinyvit_error* error);
+TINYVIT_API void tinyvit_decoder_destroy(tinyvit_decoder* decoder);
+/* Of features [channels][height][width], the encoder's embedding of one image. */
+TINYVIT_API tinyvit_status tinyvit_prepare(const tinyvit_decoder* decoder, const float* features, int32_t channels,
+                                           int32_t height, int32_t width, tinyvit_prepared** prepared,
+                                           tinyvit_error* error);
+TINYVIT_API void tinyvit_prepared_destroy(tinyvit_prepared* prepared);
+TINYVIT_API uint64_t tinyvit_prepared_bytes(const tinyvit_prepared* prepared);
+
+/* Prompts of one kind, each for a mask of its own; coordinates are pixels of the model's input. */
+typedef struct tinyvit_prompts {
+  uint32_t struct_size;
+  int32_t count;
+  int32_t num_points;     /* of each prompt */
+  int32_t multimask;      /* 0: one mask; else the masks of an ambiguous prompt */
+  const float* points;    /* null, or [count][num_points][2], x and y */
+  const int32_t* labels;  /* [count][num_points]: 1 the object, 0 not the object, -1 no point */
+  const float* boxes;     /* null, or [count][4]: left, top, right, bottom */
+  const float* masks;     /* null, or [count][4 height][4 width] logits */
+} tinyvit_prompts;
+
+/* logits: [count][masks][4 height][4 width]; scores: [count][masks], the predicted IoU. `masks` is 1
+ * or, of an ambiguous prompt, `num_masks` as this call reports it: count 0 only reports. */
+TINYVIT_API tinyvit_status tinyvit_decode(tinyvit_decoder* decoder, const tinyvit_prepared* prepared,
+                                          const tinyvit_prompts* prompts, float* logits, float* scores,
+                                          int32_t* num_masks, tinyvit_error* error);
+
 #ifdef __cplusplus
 }
 #endif

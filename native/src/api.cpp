@@ -1,9 +1,11 @@
 // The C interface: checks what the caller gives, and turns exceptions into codes and texts.
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <new>
 
 #include "cpu.hpp"
+#include "decoder.hpp"
 #include "error.hpp"
 #include "net.hpp"
 
@@ -11,6 +13,12 @@ using tinyvit::Error;
 
 struct tinyvit_net {
   tinyvit::Net net;
+};
+struct tinyvit_decoder {
+  tinyvit::Decoder decoder;
+};
+struct tinyvit_prepared {
+  tinyvit::ImageTokens image;
 };
 
 namespace {
@@ -153,6 +161,57 @@ tinyvit_status tinyvit_encode(tinyvit_net* net, const tinyvit_images* images, co
 
 void tinyvit_trim(tinyvit_net* net) {
   if (net) net->net.trim();
+}
+
+tinyvit_status tinyvit_decoder_create(const tinyvit_decoder_config* config, const tinyvit_tensor* tensors, size_t count,
+                                      tinyvit_decoder** decoder, tinyvit_error* error) {
+  return guarded(error, [&] {
+    require(decoder != nullptr, "decoder is null");
+    *decoder = nullptr;
+    check_struct(config, "config");
+    check_size(config->grid_height, config->grid_width);
+    check_size(config->input_height, config->input_width);
+    require(config->threads >= 0 && config->threads <= 1024, got("threads must be 0 to 1024", config->threads));
+    require(tensors != nullptr || count == 0, "tensors is null");
+    *decoder = new tinyvit_decoder{{*config, tinyvit::Tensors(tensors, count)}};
+  });
+}
+
+void tinyvit_decoder_destroy(tinyvit_decoder* decoder) { delete decoder; }
+
+tinyvit_status tinyvit_prepare(const tinyvit_decoder* decoder, const float* features, int32_t channels, int32_t height,
+                               int32_t width, tinyvit_prepared** prepared, tinyvit_error* error) {
+  return guarded(error, [&] {
+    require(decoder && features && prepared, "decoder, features or prepared is null");
+    *prepared = nullptr;
+    check_size(height, width);
+    require(channels == decoder->decoder.channels(), got("the features have the wrong channels", channels));
+    std::unique_ptr<tinyvit_prepared> p(new tinyvit_prepared());
+    decoder->decoder.prepare(features, height, width, p->image);
+    *prepared = p.release();
+  });
+}
+
+void tinyvit_prepared_destroy(tinyvit_prepared* prepared) { delete prepared; }
+
+uint64_t tinyvit_prepared_bytes(const tinyvit_prepared* prepared) {
+  return prepared ? 4ull * prepared->image.count() * prepared->image.channels * sizeof(float) : 0;
+}
+
+tinyvit_status tinyvit_decode(tinyvit_decoder* decoder, const tinyvit_prepared* prepared, const tinyvit_prompts* prompts,
+                              float* logits, float* scores, int32_t* num_masks, tinyvit_error* error) {
+  return guarded(error, [&] {
+    require(decoder != nullptr, "decoder is null");
+    check_struct(prompts, "prompts");
+    if (num_masks) *num_masks = decoder->decoder.masks(prompts->multimask != 0);
+    require(prompts->count >= 0, got("count must not be negative", prompts->count));
+    if (!prompts->count) return;
+    require(prepared && logits && scores, "prepared, logits or scores is null");
+    require(prepared->image.channels == decoder->decoder.channels(), "prepared belongs to another decoder");
+    require(!prompts->points || (prompts->labels && prompts->num_points >= 0 && prompts->num_points <= 1 << 12),
+            got("points want labels, and at most 4096 of them", prompts->num_points));
+    decoder->decoder.decode(prepared->image, *prompts, logits, scores);
+  });
 }
 
 }  // extern "C"

@@ -1,9 +1,11 @@
 // Which instructions this processor has, and which of the library's kernels to take.
 #include "cpu.hpp"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <thread>
 
 #include "error.hpp"
 #if defined(__x86_64__) || defined(__i386__)
@@ -11,6 +13,7 @@
 #define TINYVIT_X86 1
 #endif
 #ifdef __linux__
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -102,6 +105,14 @@ const Kernels* choose_kernels(bool is_bf16, const char* isa) {
 
 bool multiplies_bf16(const Kernels& kernels) {
   return kernels.is_bf16 && (!std::strcmp(kernels.isa, "avx512bf16") || !std::strcmp(kernels.isa, "amx"));
+}
+
+int cpus() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+  return static_cast<int>(std::max(std::thread::hardware_concurrency(), 1u));
 }
 
 }  // namespace tinyvit

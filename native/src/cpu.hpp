@@ -12,4 +12,7 @@ const Kernels* choose_kernels(bool is_bf16, const char* isa);
 // Whether these kernels' bf16 products are instructions rather than emulated.
 bool multiplies_bf16(const Kernels& kernels);
 
+// CPUs that this process may use.
+int cpus();
+
 }  // namespace tinyvit

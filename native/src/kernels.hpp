@@ -91,8 +91,9 @@ struct Kernels {
   void (*to_float)(const char* in, float* out, int count);
   // [tokens] rows -> out[c * plane + t] for the first `channels` channels
   void (*to_planes)(const char* const* rows, int tokens, int channels, float* out, long plane);
-  void (*gelu)(const float* in, float* out, int count);  // the tests look at these two
+  void (*gelu)(const float* in, float* out, int count);  // of these three counts are of whole vectors
   void (*exp2)(const float* in, float* out, int count);
+  void (*add)(const float* a, const float* b, float* out, int count);
 };
 
 // Null where the library was built without that ISA.

@@ -7,23 +7,11 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <thread>
-#ifdef __linux__
-#include <sched.h>
-#endif
 
 #include "cpu.hpp"
 
 namespace tinyvit {
 namespace {
-
-int cpus() {
-#ifdef __linux__
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
-#endif
-  return static_cast<int>(std::max(std::thread::hardware_concurrency(), 1u));
-}
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 

@@ -161,6 +161,80 @@ void check_isa(const char* isa, int precision, int end) {
   tinyvit_destroy(net), tinyvit_destroy(single);
 }
 
+Weights make_decoder_weights() {
+  Weights w;
+  const int c = 256;
+  const std::string t = "mask_decoder.transformer.", p = "prompt_encoder.";
+  const auto attention = [&](const std::string& name, int inner) {
+    for (const char* part : {".q_proj", ".k_proj", ".v_proj"}) w.linear(name + part, inner, c);
+    w.linear(name + ".out_proj", c, inner);
+  };
+  const auto norm = [&](const std::string& name, int n) { w.add(name + ".weight", {n}), w.add(name + ".bias", {n}); };
+  for (int i = 0; i < 2; ++i) {
+    const std::string b = t + "layers." + std::to_string(i) + ".";
+    attention(b + "self_attn", c);
+    attention(b + "cross_attn_token_to_image", c / 2), attention(b + "cross_attn_image_to_token", c / 2);
+    w.linear(b + "mlp.lin1", 64, c), w.linear(b + "mlp.lin2", c, 64);
+    for (int n = 1; n <= 4; ++n) norm(b + "norm" + std::to_string(n), c);
+  }
+  attention(t + "final_attn_token_to_image", c / 2), norm(t + "norm_final_attn", c);
+  w.add("mask_decoder.iou_token.weight", {1, c}), w.add("mask_decoder.mask_tokens.weight", {3, c});
+  w.add("mask_decoder.output_upscaling.0.weight", {c, 64, 2, 2}), w.add("mask_decoder.output_upscaling.0.bias", {64});
+  norm("mask_decoder.output_upscaling.1", 64);
+  w.add("mask_decoder.output_upscaling.3.weight", {64, 32, 2, 2}), w.add("mask_decoder.output_upscaling.3.bias", {32});
+  w.linear("mask_decoder.iou_prediction_head.layers.0", 3, c);
+  for (int i = 0; i < 3; ++i) w.linear("mask_decoder.output_hypernetworks_mlps." + std::to_string(i) + ".layers.0", 32, c);
+  w.add(p + "pe_layer.positional_encoding_gaussian_matrix", {2, c / 2});
+  for (int i = 0; i < 4; ++i) w.add(p + "point_embeddings." + std::to_string(i) + ".weight", {1, c});
+  w.add(p + "not_a_point_embed.weight", {1, c}), w.add(p + "no_mask_embed.weight", {1, c});
+  w.conv(p + "mask_downscaling.0", 4, 1, 2), norm(p + "mask_downscaling.1", 4);
+  w.conv(p + "mask_downscaling.3", 16, 4, 2), norm(p + "mask_downscaling.4", 16);
+  w.conv(p + "mask_downscaling.6", c, 16, 1);
+  return w;
+}
+
+void check_decoder(const char* isa) {
+  const Weights w = make_decoder_weights();
+  tinyvit_decoder_config c = TINYVIT_DECODER_CONFIG_INIT;
+  tinyvit_error error;
+  std::vector<float> bits[2];
+  const int height = 5, width = 30, count = 3;  // more than one chunk of tokens
+  std::vector<float> features(256 * height * width), masks(count * 16 * height * width);
+  for (size_t i = 0; i < features.size(); ++i) features[i] = (i * 37 % 251 - 125) / 70.0f;
+  for (size_t i = 0; i < masks.size(); ++i) masks[i] = (i * 31 % 241 - 120) / 20.0f;
+  const float points[] = {3, 4, 500, 20, 90, 80, 0, 0, 1000, 1, 33, 44}, boxes[] = {1, 2, 3, 4, 9, 8, 700, 600, 5, 5, 90, 95};
+  const int32_t labels[] = {1, 0, 1, -1, 0, 1};
+  for (int threads : {1, 2}) {
+    c.isa = isa, c.threads = threads;
+    tinyvit_decoder* decoder = nullptr;
+    tinyvit_prepared* prepared = nullptr;
+    const tinyvit_status status = tinyvit_decoder_create(&c, w.tensors.data(), w.tensors.size(), &decoder, &error);
+    if (isa && (status == TINYVIT_UNSUPPORTED || std::strstr(error.message, "unknown instruction set"))) return;
+    expect(!status, error.message);
+    if (status) return;
+    expect(!tinyvit_prepare(decoder, features.data(), 256, height, width, &prepared, &error), error.message);
+    for (int kind = 0; kind < 8; ++kind) {
+      tinyvit_prompts prompts = {};
+      prompts.struct_size = sizeof prompts, prompts.num_points = 2, prompts.multimask = kind & 1;
+      if (kind & 1) prompts.points = points, prompts.labels = labels;
+      if (kind & 2) prompts.boxes = boxes;
+      if (kind & 4) prompts.masks = masks.data();
+      int32_t number = 0;
+      expect(!tinyvit_decode(decoder, nullptr, &prompts, nullptr, nullptr, &number, &error), error.message);
+      prompts.count = count;
+      std::vector<float> logits(size_t(count) * number * 16 * height * width), scores(count * number);
+      expect(!tinyvit_decode(decoder, prepared, &prompts, logits.data(), scores.data(), nullptr, &error), error.message);
+      std::vector<float>& all = bits[threads - 1];
+      all.insert(all.end(), logits.begin(), logits.end()), all.insert(all.end(), scores.begin(), scores.end());
+    }
+    tinyvit_prepared_destroy(prepared);
+    expect(tinyvit_prepare(decoder, features.data(), 64, height, width, &prepared, &error) == TINYVIT_INVALID && !prepared, "channels");
+    tinyvit_decoder_destroy(decoder);
+  }
+  for (float v : bits[0]) expect(std::isfinite(v), "a logit is not finite");
+  expect(bits[0] == bits[1], std::string("the decoder's bits of ") + (isa ? isa : "best"));
+}
+
 void check_errors() {
   tinyvit_config c = small_config();
   const Weights w = make_weights(c);
@@ -183,6 +257,7 @@ int main() {
   for (const char* isa : {"generic", "avx2", "avx512", "avx512bf16", "amx"})
     for (int precision : {TINYVIT_FP32, TINYVIT_BF16}) check_isa(isa, precision, TINYVIT_END_SAM);
   check_isa(nullptr, TINYVIT_FP32, TINYVIT_END_SAM3);
+  for (const char* isa : {"generic", "avx2", "avx512"}) check_decoder(isa);
   check_errors();
   return failures != 0;
 }

@@ -106,5 +106,9 @@ static void exp2_many(const float* in, float* out, int count) {
   }
 }
 
+static void add_many(const float* a, const float* b, float* out, int count) {
+  for (int i = 0; i + kLanes <= count; i += kLanes) store(out + i, add(load(a + i), load(b + i)));
+}
+
 }  // namespace TINYVIT_ISA
 }  // namespace tinyvit

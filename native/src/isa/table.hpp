@@ -19,7 +19,7 @@ struct Table {
       TINYVIT_ISA_NAME,  kLanes,         2 * kLanes,    kTileRows,     P::kBf16,
       sizeof(typename P::T), kLinear,    depthwise<P>,  normalize<P>,  attend<P>,
       attend_scratch<P>, from_float<P>,  to_float<P>,   to_planes<P>,  gelu_many<P>,
-      exp2_many<P>};
+      exp2_many<P>,      add_many};
 };
 
 }  // namespace TINYVIT_ISA

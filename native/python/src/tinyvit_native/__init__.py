@@ -1,5 +1,15 @@
-"""TinyViT's native engine behind numpy: ``Net(Config(...), tensors).encode(images)``."""
+"""TinyViT's native engine behind numpy: ``Net`` encodes images, ``Decoder`` gives masks."""
 
+from ._decoder import Decoder, Prepared
 from ._net import Config, NativeError, Net, abi_version, has_bf16, version
 
-__all__ = ["Config", "NativeError", "Net", "abi_version", "has_bf16", "version"]
+__all__ = [
+    "Config",
+    "Decoder",
+    "NativeError",
+    "Net",
+    "Prepared",
+    "abi_version",
+    "has_bf16",
+    "version",
+]

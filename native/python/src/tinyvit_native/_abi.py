@@ -134,6 +134,36 @@ class Outputs(_Sized):
     ]
 
 
+class DecoderConfig(_Sized):
+    """``tinyvit_decoder_config``."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("num_heads", c_int32),
+        ("grid_height", c_int32),
+        ("grid_width", c_int32),
+        ("input_height", c_int32),
+        ("input_width", c_int32),
+        ("threads", c_int32),
+        ("isa", c_char_p),
+    ]
+
+
+class Prompts(_Sized):
+    """``tinyvit_prompts``."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("count", c_int32),
+        ("num_points", c_int32),
+        ("multimask", c_int32),
+        ("points", c_void_p),
+        ("labels", c_void_p),
+        ("boxes", c_void_p),
+        ("masks", c_void_p),
+    ]
+
+
 def find_library() -> Path:
     """The library beside this file, or the one that ``TINYVIT_NATIVE_LIBRARY`` names."""
     named = os.environ.get("TINYVIT_NATIVE_LIBRARY")
@@ -172,4 +202,18 @@ def load(path: Path) -> ctypes.CDLL:
     lib.tinyvit_describe.argtypes = [handle, POINTER(Info), error]
     lib.tinyvit_measure.argtypes = [handle, c_int32, c_int32, POINTER(Sizes), error]
     lib.tinyvit_encode.argtypes = [handle, POINTER(Images), POINTER(Outputs), error]
+    lib.tinyvit_decoder_create.argtypes = [
+        POINTER(DecoderConfig), POINTER(Tensor), c_size_t, POINTER(handle), error,
+    ]  # fmt: skip
+    lib.tinyvit_prepare.argtypes = [
+        handle, c_void_p, c_int32, c_int32, c_int32, POINTER(handle), error,
+    ]  # fmt: skip
+    lib.tinyvit_decode.argtypes = [
+        handle, handle, POINTER(Prompts), c_void_p, c_void_p, POINTER(c_int32), error,
+    ]  # fmt: skip
+    for name in ("tinyvit_decoder_destroy", "tinyvit_prepared_destroy"):
+        getattr(lib, name).argtypes = [handle]
+        getattr(lib, name).restype = None
+    lib.tinyvit_prepared_bytes.argtypes = [handle]
+    lib.tinyvit_prepared_bytes.restype = c_uint64
     return lib

@@ -53,7 +53,7 @@ class Config:
 
 def version() -> str:
     """The library's version."""
-    return str(_library().tinyvit_version().decode())
+    return str(library().tinyvit_version().decode())
 
 
 def abi_version() -> int:
@@ -63,7 +63,7 @@ def abi_version() -> int:
 
 def has_bf16() -> bool:
     """Whether this processor multiplies bf16 natively; else "bf16" works, and is slow."""
-    return bool(_library().tinyvit_has_bf16())
+    return bool(library().tinyvit_has_bf16())
 
 
 class Net:
@@ -97,23 +97,14 @@ class Net:
         self.config = config
         self._handle = ctypes.c_void_p()
         struct = _to_struct(config, precision, threads, isa)
-        array = (_abi.Tensor * max(len(tensors), 1))()
-        kept = []  # the memory that the structures point to
-        for item, (name, value) in zip(array, tensors.items(), strict=False):
-            if np.ndim(value) > 4 or not np.issubdtype(value.dtype, np.floating):
-                continue
-            data = np.ascontiguousarray(value, np.float32)
-            kept.append(data)
-            item.name, item.data, item.ndim = name.encode(), data.ctypes.data, data.ndim
-            item.shape[: data.ndim] = data.shape
-        used = sum(1 for item in array if item.name)
-        array = (_abi.Tensor * max(used, 1))(*[item for item in array if item.name])
-        _call("tinyvit_create", struct, array, used, ctypes.byref(self._handle))
+        array, count, kept = to_tensors(tensors)
+        call("tinyvit_create", struct, array, count, ctypes.byref(self._handle))
+        del kept
 
     def __del__(self) -> None:
         handle = getattr(self, "_handle", None)
         if handle:
-            _library().tinyvit_destroy(handle)
+            library().tinyvit_destroy(handle)
             self._handle = ctypes.c_void_p()
 
     def encode(self, images: NDArray[Any], **how: Any) -> Floats:
@@ -186,7 +177,7 @@ class Net:
         if early:
             out.early = give("early", (*sizes["early"][1:], sizes["early"][0]))
         if pixels.batch:
-            _call("tinyvit_encode", self._handle, ctypes.byref(pixels), ctypes.byref(out))
+            call("tinyvit_encode", self._handle, ctypes.byref(pixels), ctypes.byref(out))
         del kept
         return results
 
@@ -197,7 +188,7 @@ class Net:
             ValueError: A side is not positive.
         """
         struct = _abi.Sizes()
-        _call("tinyvit_measure", self._handle, height, width, ctypes.byref(struct))
+        call("tinyvit_measure", self._handle, height, width, ctypes.byref(struct))
         sizes = {f"stage{i}": tuple(struct.stages[i]) for i in range(struct.num_stages)}
         return sizes | {
             "embedding": tuple(struct.embedding),
@@ -208,7 +199,7 @@ class Net:
     def describe(self) -> dict[str, Any]:
         """Instruction set, precision, threads, and bytes of weights and workspace."""
         info = _abi.Info()
-        _call("tinyvit_describe", self._handle, ctypes.byref(info))
+        call("tinyvit_describe", self._handle, ctypes.byref(info))
         return {
             "isa": info.isa.decode(),
             "precision": ("fp32", "bf16")[info.precision],
@@ -220,7 +211,7 @@ class Net:
 
     def trim(self) -> None:
         """Give the workspace back to the system; the next call takes a new one."""
-        _library().tinyvit_trim(self._handle)
+        library().tinyvit_trim(self._handle)
 
     def _to_images(
         self,
@@ -275,16 +266,30 @@ def _to_struct(config: Config, precision: str, threads: int, isa: str | None) ->
     return struct
 
 
+def to_tensors(tensors: Mapping[str, NDArray[Any]]) -> tuple[Any, int, list[NDArray[Any]]]:
+    """The structures of the floating-point arrays, their number, and the memory they point to."""
+    kept, items = [], []
+    for name, value in tensors.items():
+        if np.ndim(value) > 4 or not np.issubdtype(value.dtype, np.floating):
+            continue
+        data = np.ascontiguousarray(value, np.float32)
+        kept.append(data)
+        item = _abi.Tensor(name=name.encode(), data=data.ctypes.data, ndim=data.ndim)
+        item.shape[: data.ndim] = data.shape
+        items.append(item)
+    return (_abi.Tensor * max(len(items), 1))(*items), len(items), kept
+
+
 _loaded: list[ctypes.CDLL] = []
 
 
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     if not _loaded:
         _loaded.append(_abi.load(_abi.find_library()))
     return _loaded[0]
 
 
-def _call(name: str, *arguments: Any) -> None:
+def call(name: str, *arguments: Any) -> None:
     """Call a function that reports errors.
 
     Raises:
@@ -293,7 +298,7 @@ def _call(name: str, *arguments: Any) -> None:
         NativeError: Anything else.
     """
     error = _abi.Error()
-    status = getattr(_library(), name)(*arguments, ctypes.byref(error))
+    status = getattr(library(), name)(*arguments, ctypes.byref(error))
     if status == 0:
         return
     text = error.message.decode(errors="replace")

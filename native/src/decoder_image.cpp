@@ -1,0 +1,206 @@
+// The side of the mask decoder with many tokens: attention over the image, and upscaling.
+//
+// Everything runs over chunks of image tokens that stay in a core's cache: a chunk is changed as
+// the block before has left to do, read by the next attention, and its part of the sums is kept.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "decoder_space.hpp"
+
+namespace tinyvit {
+namespace {
+
+struct Rows {
+  std::vector<char*> at;
+  Rows(float* first, int count, long step) : at(count) {
+    for (int i = 0; i < count; ++i) at[i] = reinterpret_cast<char*>(first + i * step);
+  }
+};
+
+const char* bytes(const float* p) { return reinterpret_cast<const char*>(p); }
+
+}  // namespace
+
+size_t Decoder::scratch_bytes(int columns) const {
+  Arena arena(nullptr);
+  arena.take<float>(static_cast<size_t>(kChunk) * channels_ * 2);  // placed tokens and packed ones; or upscaling
+  arena.take<float>(static_cast<size_t>(kChunk) * columns * 2);    // scores, and turned
+  return arena.used() + kReadBeyond;
+}
+
+// Tokens x = [first, first + count) with their positions; for the image as it came they are there.
+const float* Decoder::place(const Prompt& p, const float* x, int first, int count, float* to) const {
+  const size_t from = static_cast<size_t>(first) * channels_;
+  if (x == reinterpret_cast<const float*>(p.image.tokens.data()) + from)
+    return reinterpret_cast<const float*>(p.image.placed.data()) + from;
+  k_->add(x, reinterpret_cast<const float*>(p.image.positions.data()) + from, to, count * channels_);
+  return to;
+}
+
+// Tokens [first, first + count) of the image, changed as the block before wants it.
+void Decoder::update_chunk(const Prompt& p, const Update& u, int first, int count, char* scratch, float* x) const {
+  const int c = channels_, columns = u.scores.matrix.outputs, used = u.count * u.heads;
+  Arena arena(scratch);
+  float* placed = arena.take<float>(static_cast<size_t>(kChunk) * c * 2);
+  float* scores = arena.take<float>(static_cast<size_t>(kChunk) * columns * 2);
+  const float* from = p.source + static_cast<size_t>(first) * c;
+  const float* read = place(p, from, first, count, placed);
+  const Rows rows(scores, count, columns);
+  k_->linear({bytes(read), c * 4L, count, 0, count, &u.scores.matrix, nullptr, false, rows.at.data(), nullptr});
+  std::vector<float> most(u.heads), total(u.heads);
+  for (int l = 0; l < count; ++l) {
+    float* s = scores + static_cast<long>(l) * columns;
+    for (int h = 0; h < u.heads; ++h) most[h] = s[h];
+    for (int t = 1; t < u.count; ++t)
+      for (int h = 0; h < u.heads; ++h) most[h] = std::max(most[h], s[t * u.heads + h]);
+    for (int t = 0; t < u.count; ++t)
+      for (int h = 0; h < u.heads; ++h) s[t * u.heads + h] -= most[h];
+  }
+  k_->exp2(scores, scores, count * columns);
+  for (int l = 0; l < count; ++l) {
+    float* s = scores + static_cast<long>(l) * columns;
+    std::fill(total.begin(), total.end(), 0.0f);
+    for (int t = 0; t < u.count; ++t)
+      for (int h = 0; h < u.heads; ++h) total[h] += s[t * u.heads + h];
+    for (int h = 0; h < u.heads; ++h) total[h] = 1.0f / total[h];
+    for (int t = 0; t < u.count; ++t)
+      for (int h = 0; h < u.heads; ++h) s[t * u.heads + h] *= total[h];
+    for (int i = used; i < columns; ++i) s[i] = 0;
+  }
+  const Rows out(x, count, c), add(const_cast<float*>(from), count, c);
+  k_->linear({bytes(scores), columns * 4L, count, 0, count, &u.values.matrix, nullptr, false, out.at.data(),
+              add.at.data()});
+  k_->normalize({out.at.data(), count, c, c, 1e-5f, u.norm.gamma, u.norm.beta, out.at.data(), true});
+}
+
+// The scores of one chunk, and with 2^(score - largest) the sums of its tokens.
+void Decoder::attend_chunk(Prompt& p, const Update* update, const Matrix& weights, int columns, int chunk,
+                           int worker) const {
+  const int c = channels_, first = chunk * kChunk, count = std::min(kChunk, p.image.count() - first);
+  char* scratch = p.space.scratch.data() + p.each * worker;
+  const float* x = p.source + static_cast<size_t>(first) * c;
+  if (update) {
+    float* changed = p.own + static_cast<size_t>(first) * c;
+    update_chunk(p, *update, first, count, scratch, changed);
+    x = changed;
+  }
+  Arena arena(scratch);
+  float* placed = arena.take<float>(static_cast<size_t>(kChunk) * c * 2);
+  float* packed = placed + static_cast<size_t>(kChunk) * c;
+  float* scores = arena.take<float>(static_cast<size_t>(kChunk) * columns * 2);
+  float* turned = scores + static_cast<size_t>(kChunk) * columns;
+  const float* read = place(p, x, first, count, placed);
+  const Rows rows(scores, count, columns);
+  k_->linear({bytes(read), c * 4L, count, 0, count, &weights, nullptr, false, rows.at.data(), nullptr});
+
+  float* most = reinterpret_cast<float*>(p.space.partial.data()) + p.partial_each * chunk;
+  float *total = most + columns, *sums = total + columns;
+  std::copy(scores, scores + columns, most);
+  for (int l = 1; l < count; ++l)
+    for (int i = 0; i < columns; ++i) most[i] = std::max(most[i], scores[static_cast<long>(l) * columns + i]);
+  for (int l = 0; l < count; ++l)
+    for (int i = 0; i < columns; ++i) scores[static_cast<long>(l) * columns + i] -= most[i];
+  k_->exp2(scores, scores, count * columns);
+  std::fill(total, total + columns, 0.0f);
+  const int inputs = round_up(count, kChannelStep);
+  for (int i = 0; i < columns; i += 8)  // eight columns at a time: whole cache lines on one side
+    for (int l = 0; l < inputs; ++l)
+      for (int j = i; j < i + 8; ++j) {
+        const float s = l < count ? scores[static_cast<long>(l) * columns + j] : 0.0f;
+        turned[static_cast<long>(j) * inputs + l] = s;
+        total[j] += s;
+      }
+  const int panel = k_->panel;
+  for (int n = 0; n < c; n += panel)  // tokens are weights here, of one input each
+    for (int l = 0; l < inputs; ++l) {
+      float* to = packed + static_cast<long>(n) * inputs + static_cast<long>(l) * panel;
+      if (l < count) std::memcpy(to, x + static_cast<long>(l) * c + n, panel * sizeof(float));
+      else std::memset(to, 0, panel * sizeof(float));
+    }
+  static const std::vector<float> none(1 << 14, 0.0f);
+  Matrix tokens;
+  tokens.panels = packed, tokens.bias = const_cast<float*>(none.data()), tokens.inputs = inputs, tokens.outputs = c;
+  const Rows out(sums, columns, c);
+  k_->linear({bytes(turned), inputs * 4L, columns, 0, columns, &tokens, nullptr, false, out.at.data(), nullptr});
+}
+
+// Attention of the prompt's tokens to the image, which is changed by `update` on the way.
+Decoder::Floats Decoder::attend_image(const CrossAttention& a, const Floats& placed, int count, Prompt& p,
+                                      const Update* update) const {
+  const int c = channels_, width = a.inner / heads_, used = count * heads_;
+  Packed weights(*k_, c, used);
+  Update::spread(a, linear(a.query, placed, count), weights, count, heads_, c);
+  const int columns = weights.matrix.outputs;
+  p.team.run(p.chunks(), [&](int chunk, int worker) { attend_chunk(p, update, weights.matrix, columns, chunk, worker); });
+  if (update) p.source = p.own;
+
+  const float* partial = reinterpret_cast<const float*>(p.space.partial.data());
+  Floats most(partial, partial + columns), total(columns, 0.0f), sums(static_cast<size_t>(used) * c, 0.0f);
+  for (int k = 1; k < p.chunks(); ++k)
+    for (int i = 0; i < used; ++i) most[i] = std::max(most[i], partial[p.partial_each * k + i]);
+  for (int k = 0; k < p.chunks(); ++k) {
+    const float* part = partial + p.partial_each * k;
+    for (int i = 0; i < used; ++i) {
+      const float share = std::exp2(part[i] - most[i]);
+      if (share < 1e-30f) continue;
+      total[i] += share * part[columns + i];
+      const float* from = part + 2 * columns + static_cast<long>(i) * c;
+      float* to = &sums[static_cast<size_t>(i) * c];
+      for (int j = 0; j < c; ++j) to[j] += share * from[j];
+    }
+  }
+  Floats mixed(static_cast<size_t>(count) * round_up(a.inner, kChannelStep));
+  for (int t = 0; t < count; ++t)
+    for (int n = 0; n < a.inner; ++n) {
+      const int column = t * heads_ + n / width;
+      const float *w = &a.wide_values[static_cast<size_t>(n) * c], *s = &sums[static_cast<size_t>(column) * c];
+      float dots[8] = {};
+      for (int j = 0; j < c; j += 8)
+        for (int i = 0; i < 8; ++i) dots[i] += w[j + i] * s[j + i];
+      const float dot = ((dots[0] + dots[4]) + (dots[1] + dots[5])) + ((dots[2] + dots[6]) + (dots[3] + dots[7]));
+      mixed[static_cast<size_t>(t) * round_up(a.inner, kChannelStep) + n] = dot / total[column] + a.value_bias[n];
+    }
+  return linear(a.out, mixed, count);
+}
+
+// Image tokens to [masks][4h][4w] logits.
+void Decoder::upscale(const Prompt& p, const Matrix& filters, int masks, float* logits) const {
+  const int c = channels_, quarter = c / 4, eighth = c / 8, at_once = 32, padded = filters.outputs;
+  const int wide = 4 * p.image.width;
+  const size_t plane = static_cast<size_t>(p.image.count()) * 16;
+  const int pieces = (p.image.count() + at_once - 1) / at_once;
+  p.team.run(pieces, [&](int piece, int worker) {
+    Arena arena(p.space.scratch.data() + p.each * worker);
+    const int first = piece * at_once, count = std::min(at_once, p.image.count() - first);
+    float* a = arena.take<float>(static_cast<size_t>(at_once) * c);          // [4 count][C / 4]
+    float* b = arena.take<float>(static_cast<size_t>(at_once) * 16 * eighth);  // [16 count][C / 8]
+    float* d = arena.take<float>(static_cast<size_t>(at_once) * 16 * padded);
+    const Rows first_out(a, count, c), norms(a, 4 * count, quarter), second_out(b, 4 * count, 4 * eighth);
+    const Rows last_out(d, 16 * count, padded);
+    k_->linear({bytes(p.own + static_cast<size_t>(first) * c), c * 4L, count, 0, count, &up1_, nullptr, false,
+                first_out.at.data(), nullptr});
+    k_->normalize({norms.at.data(), 4 * count, quarter, quarter, 1e-6f, up_norm_.gamma, up_norm_.beta,
+                   norms.at.data(), true});
+    k_->gelu(a, a, count * c);
+    k_->linear({bytes(a), quarter * 4L, 4 * count, 0, 4 * count, &up2_, nullptr, true, second_out.at.data(), nullptr});
+    k_->linear({bytes(b), eighth * 4L, 16 * count, 0, 16 * count, &filters, nullptr, false, last_out.at.data(), nullptr});
+    // Logits of a row of the result lie in four rows of four each; q is [dy][dx][dy2][dx2].
+    std::vector<const char*> from(4 * count);
+    for (int l = 0, next; l < count; l = next) {
+      const int y = (first + l) / p.image.width, x = (first + l) % p.image.width;
+      next = std::min(count, l + p.image.width - x);
+      for (int row = 0; row < 4; ++row) {
+        int n = 0;
+        for (int i = l; i < next; ++i)
+          for (int column = 0; column < 4; ++column) {
+            const int q = (row / 2) * 8 + (column / 2) * 4 + (row % 2) * 2 + column % 2;
+            from[n++] = bytes(d + (static_cast<long>(i) * 16 + q) * padded);
+          }
+        k_->to_planes(from.data(), n, masks, logits + (4L * y + row) * wide + 4L * x, static_cast<long>(plane));
+      }
+    }
+  });
+}
+
+}  // namespace tinyvit

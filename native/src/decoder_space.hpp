@@ -1,0 +1,115 @@
+// What decoding one prompt needs in between: memory, packed matrices, the pending change of the image.
+#pragma once
+#include <cstring>
+
+#include "decoder.hpp"
+
+namespace tinyvit {
+
+// A matrix of weights that is made anew for each prompt.
+struct Packed {
+  Matrix matrix;
+  int panel;
+  std::vector<float> memory, bias;
+
+  Packed(const Kernels& k, int inputs, int outputs) : panel(k.panel) {
+    matrix.inputs = round_up(inputs, kChannelStep), matrix.outputs = round_up(outputs, kChannelStep);
+    memory.assign(static_cast<size_t>(matrix.inputs) * matrix.outputs + 16, 0.0f);
+    bias.assign(matrix.outputs, 0.0f);
+    const size_t off = reinterpret_cast<uintptr_t>(memory.data()) % 64;
+    matrix.panels = memory.data() + (off ? (64 - off) / sizeof(float) : 0);
+    matrix.bias = bias.data();
+  }
+  Packed(const Packed&) = delete;
+  // rows[n][k]: the weights of output n
+  void fill(const float* rows, int outputs, int inputs) {
+    for (int n = 0; n < outputs; ++n)
+      for (int k = 0; k < inputs; ++k) at(k, n) = rows[static_cast<size_t>(n) * inputs + k];
+  }
+  // columns[k][n]
+  void fill_columns(const float* columns, int inputs, int outputs) {
+    for (int k = 0; k < inputs; ++k)
+      for (int n = 0; n < outputs; ++n) at(k, n) = columns[static_cast<size_t>(k) * outputs + n];
+  }
+  float& at(int k, int n) {
+    return matrix.panels[static_cast<size_t>(n / panel) * panel * matrix.inputs + static_cast<size_t>(k) * panel + n % panel];
+  }
+};
+
+// Image tokens are taken so many at a time; sums over chunks are added up in their order.
+constexpr int kChunk = 128;
+
+struct Decoder::Space {
+  Block image, scratch, partial;
+  static char* grown(Block& b, size_t bytes) {
+    if (b.bytes() < bytes) b = Block(bytes);
+    return b.data();
+  }
+};
+
+struct Decoder::Prompt {
+  const ImageTokens& image;
+  const Team& team;
+  Space& space;
+  const float* source;  // the image's tokens so far, [L][C]
+  float* own;           // where changed ones go
+  int count;            // tokens of the prompt
+  size_t each = 0, partial_each = 0;
+
+  int chunks() const { return (image.count() + kChunk - 1) / kChunk; }
+  void reserve(int channels, size_t scratch_bytes, int columns) {
+    own = reinterpret_cast<float*>(Space::grown(space.image, static_cast<size_t>(image.count()) * channels * sizeof(float)));
+    each = scratch_bytes;
+    Space::grown(space.scratch, each * team.threads());
+    partial_each = static_cast<size_t>(columns) * (channels + 2);
+    Space::grown(space.partial, partial_each * chunks() * sizeof(float));
+  }
+};
+
+// What attention of the image to the tokens will change, applied when the image is read next:
+// x + softmax((x + position) . scores) . values, normalised. Columns are [token][head].
+struct Decoder::Update {
+  Packed scores, values;
+  const Norm& norm;
+  int count, heads;
+
+  Update(const CrossAttention& a, const Norm& norm, const Kernels& k, const Floats& keys, const Floats& vs,
+         int count, int heads, int channels)
+      : scores(k, channels, count * heads), values(k, count * heads, channels), norm(norm), count(count), heads(heads) {
+    spread(a, keys, scores, count, heads, channels);
+    const int width = a.inner / heads, padded = round_up(a.inner, kChannelStep);
+    std::vector<float> row(channels);
+    for (int t = 0; t < count; ++t)
+      for (int h = 0; h < heads; ++h) {
+        std::fill(row.begin(), row.end(), 0.0f);
+        for (int i = 0; i < width; ++i) {
+          const float v = vs[static_cast<size_t>(t) * padded + h * width + i];
+          const float* w = &a.wide_values[static_cast<size_t>(h * width + i) * channels];
+          for (int c = 0; c < channels; ++c) row[c] += v * w[c];
+        }
+        for (int c = 0; c < channels; ++c) values.at(t * heads + h, c) = row[c];
+      }
+    for (int c = 0; c < channels; ++c) values.bias[c] = a.out_bias[c];
+  }
+
+  // The weights with which an image token gives its scores, one column for each token and head.
+  static void spread(const CrossAttention& a, const Floats& few, Packed& to, int count, int heads, int channels) {
+    const int width = a.inner / heads, padded = round_up(a.inner, kChannelStep);
+    std::vector<float> row(channels);
+    for (int t = 0; t < count; ++t)
+      for (int h = 0; h < heads; ++h) {
+        std::fill(row.begin(), row.end(), 0.0f);
+        float bias = 0;
+        for (int i = 0; i < width; ++i) {
+          const float q = few[static_cast<size_t>(t) * padded + h * width + i];
+          const float* w = &a.wide[static_cast<size_t>(h * width + i) * channels];
+          for (int c = 0; c < channels; ++c) row[c] += q * w[c];
+          bias += q * a.bias[h * width + i];
+        }
+        for (int c = 0; c < channels; ++c) to.at(c, t * heads + h) = row[c];
+        to.bias[t * heads + h] = bias;
+      }
+  }
+};
+
+}  // namespace tinyvit
