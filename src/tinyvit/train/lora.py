@@ -175,9 +175,7 @@ def save_lora(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     }
     first = next(iter(layers.values()))
     facts = {
-        "rank": first.rank,
-        "alpha": first.alpha,
-        "dropout": first.dropout,
+        **{name: getattr(first, name) for name in ("rank", "alpha", "dropout")},
         "targets": sorted({name.rpartition(".")[2] for name in layers}),
         "base_sha256": base_sha256(model),
     }
@@ -213,8 +211,7 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     wanted_shapes: dict[str, list[int]] = {}
     for name in names:
         outputs, inputs = model.get_parameter(f"{name}.weight").shape
-        wanted_shapes[f"{name}.lora_down"] = [rank, inputs]
-        wanted_shapes[f"{name}.lora_up"] = [outputs, rank]
+        wanted_shapes |= {f"{name}.lora_down": [rank, inputs], f"{name}.lora_up": [outputs, rank]}
     shapes = {key: list(tensor.shape) for key, tensor in file.tensors.items()}
     problems = [
         f"{key}: wanted {wanted_shapes.get(key, 'nothing')}, came {shapes.get(key, 'nothing')}"
@@ -234,8 +231,7 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
 def _find(model: nn.Module, targets: Sequence[str]) -> Iterator[tuple[nn.Module, str, str]]:
     """(owner, attribute, full name) of each layer that ``targets`` name."""
     for name, module in model.named_modules():
-        for kind, attributes in _LAYERS:
-            if isinstance(module, kind):
-                for attribute in attributes:
-                    if attribute in targets:
-                        yield module, attribute, f"{name}.{attribute}" if name else attribute
+        known = (one for kind, names in _LAYERS if isinstance(module, kind) for one in names)
+        for attribute in known:
+            if attribute in targets:
+                yield module, attribute, f"{name}.{attribute}" if name else attribute

@@ -109,7 +109,7 @@ def read_folder(folder: str | os.PathLike[str], classes: Sequence[str] | None = 
     empty = [name for name in there if not found[name]]
     if empty:
         raise ValueError(
-            f"{_these('class', empty, 'es')} in {str(root)!r} without an image; put images "
+            f"{_classes(empty)} in {str(root)!r} without an image; put images "
             "there or remove the folder"
         )
     names = [name for group in found.values() for name in group]
@@ -202,12 +202,10 @@ def number_classes(
             )
         lacking = [name for name in known if name not in distinct]
         if lacking:
-            warnings.warn(
-                f"{_these('class', lacking, 'es')} without an image in {origin}", stacklevel=3
-            )
+            warnings.warn(f"{_classes(lacking)} without an image in {origin}", stacklevel=3)
     numbers = {name: number for number, name in enumerate(known)}
     return np.array([numbers[text] for text in texts], dtype=np.int64), known
 
 
-def _these(noun: str, names: Sequence[str], plural: str) -> str:
-    return f"{len(names)} {noun}{plural if len(names) > 1 else ''} ({some(names)})"
+def _classes(names: Sequence[str]) -> str:
+    return f"{len(names)} class{'es' if len(names) > 1 else ''} ({some(names)})"

@@ -14,7 +14,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -110,11 +110,13 @@ def load_batches(
     which a GPU fetches them faster.
     """
     keys = (part for step in steps for part in order.parts(step, rank))
+    light = copy.copy(task)
+    light.model = nn.Identity()  # other processes need no network
     loader: DataLoader[Sample] = DataLoader(
-        _Samples(task, order.seed),
+        _Samples(light, order.seed),
         batch_sampler=cast("Any", keys),  # an iterator will do: it is read once
         num_workers=workers,
-        collate_fn=_Collate(task),
+        collate_fn=light.collate,
         generator=torch.Generator(),  # else the loader would draw from the global one
         pin_memory=is_pinned,
     )
@@ -135,31 +137,11 @@ def stack_samples(samples: list[dict[str, Any]]) -> Batch:
     return batch
 
 
-class _WithoutModel(Generic[Sample]):
-    """Holds a task; pickled into another process, it leaves the network behind."""
-
-    def __init__(self, task: Task[Sample]) -> None:
-        self.task = task
-
-    def __getstate__(self) -> dict[str, object]:
-        light = copy.copy(self.task)
-        light.model = nn.Identity()
-        return {**self.__dict__, "task": light}
-
-
-class _Samples(_WithoutModel[Sample], Dataset[Sample]):
+class _Samples(Dataset[Sample]):
     """The task's samples by key."""
 
     def __init__(self, task: Task[Sample], seed: int) -> None:
-        super().__init__(task)
-        self.seed = seed
+        self.task, self.seed = task, seed
 
     def __getitem__(self, key: Key) -> Sample:
         return self.task.sample(key[1], np.random.default_rng([self.seed, *key]))
-
-
-class _Collate(_WithoutModel[Sample]):
-    """The task's batches."""
-
-    def __call__(self, samples: list[Sample]) -> Batch:
-        return self.task.collate(samples)

@@ -116,25 +116,23 @@ def build_classifier(
     """
     source: OpenedCheckpoint | None = None
     natural: ImageSpec | None = None
-    size = img_size
+    usual: int | None = None  # the side that its windows are made for
     if checkpoint is not None:
         source = open_checkpoint(_file_of(checkpoint))
         is_sam = source.found.has_neck
-        if not is_sam:
-            natural = image_spec_in(source.metadata, source.path)
-            size = size or (None if natural is None else natural.size[0])
-        is_usual = img_size is None or (natural is not None and natural.size[0] == img_size)
+        if not is_sam and (natural := image_spec_in(source.metadata, source.path)) is not None:
+            usual = natural.size[0]
+        size = img_size or (_USUAL_SIZE if is_sam else usual)
     elif model is not None:
-        is_sam = get_variant(model).task != "classification"
-        is_usual = size in (None, get_variant(model).img_size)
+        variant = get_variant(model)
+        is_sam, usual = variant.task != "classification", variant.img_size
+        size = img_size or (_USUAL_SIZE if is_sam else None)
     else:
         raise ValueError(
             "wanted a model or a checkpoint to train, for example checkpoint='tinyvit_starter' "
             "or model='tiny_vit_5m_224'"
         )
-    if is_sam:
-        size = size or _USUAL_SIZE
-        is_usual = source is None and size == get_variant(model or "").img_size
+    is_usual = size == usual or not (is_sam or img_size)
     if window_sizes is None and not is_usual:
         window_sizes = windows_for(size or _USUAL_SIZE)
     with torch.random.fork_rng(devices=[]):

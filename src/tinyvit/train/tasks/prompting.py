@@ -194,47 +194,39 @@ def _learn_one_kind(
 ) -> MaskLoss:
     """Objects that all have the same kind of prompts, so that they can be decoded together."""
     boxes = objects.boxes if by_box else None
-    points: Tensor | None = None
-    labels: Tensor | None = None
-    if not by_box:
-        points = objects.points[:, None]  # [N, P, 2]
-        labels = torch.ones_like(points[:, :, 0], dtype=torch.int64)
+    points = objects.points[:, None][:, int(by_box) :]  # [N, P, 2]: the first click, or none
+    labels = torch.ones_like(points[:, :, 0], dtype=torch.int64)
+    is_ambiguous = not (by_box or corrections)  # the last prompt is a single click
     previous: Tensor | None = None
     source = features[objects.rows]
     for _ in range(corrections):
         with torch.no_grad():
             logits, ious = _decode(sam, source, points, labels, boxes, previous)
-        wanted = _MULTIPLE if _is_ambiguous(points, boxes) else _SINGLE
+        wanted = _SINGLE if by_box or points.shape[1] > 1 else _MULTIPLE
         logits, best = logits[:, wanted], ious[:, wanted].argmax(1)
         previous = logits[torch.arange(len(best), device=best.device), best][:, None]
         new, kinds = _corrections(previous[:, 0], objects, logit_stride(sam), rng)
-        points = new if points is None else torch.cat((points, new), 1)
-        labels = kinds if labels is None else torch.cat((labels, kinds), 1)
+        points, labels = torch.cat((points, new), 1), torch.cat((labels, kinds), 1)
     logits, ious = _decode(sam, source, points, labels, boxes, previous)
     targets, weights = objects.targets.to(logits.dtype), objects.weights.to(logits.dtype)
     single = losses(logits[:, _SINGLE], ious[:, _SINGLE], targets, weights)
-    if not _is_ambiguous(points, boxes):
+    if not is_ambiguous:
         return single
     multiple = losses(logits[:, _MULTIPLE], ious[:, _MULTIPLE], targets, weights)
     return replace(multiple, total=(multiple.total + single.total) / 2)
 
 
-def _is_ambiguous(points: Tensor | None, boxes: Tensor | None) -> bool:
-    """Whether the prompt is a single click."""
-    return boxes is None and points is not None and points.shape[1] == 1
-
-
 def _decode(
     sam: Sam,
     source: Tensor,
-    points: Tensor | None,
-    labels: Tensor | None,
+    points: Tensor,
+    labels: Tensor,
     boxes: Tensor | None,
     previous: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(low-res logits [N, K, h4, w4], predicted IoU [N, K]) of all masks, at least float32."""
     grid = int(source.shape[2]), int(source.shape[3])
-    pair = None if points is None or labels is None else (points, labels)
+    pair = (points, labels) if points.shape[1] else None
     sparse, dense = sam.prompt_encoder(pair, boxes, previous, grid)
     pe = sam.prompt_encoder.get_dense_pe(grid)
     logits, ious = sam.mask_decoder.predict_masks(source, pe, sparse, dense)
