@@ -6,7 +6,7 @@ import pytest
 
 from tinyvit.errors import ImageError
 from tinyvit.images.decode import decode
-from tinyvit.train.data.tar import INDEX, find_shards, read_shards
+from tinyvit.train.data.lists import INDEX, find_shards, read_shards
 
 from .tiny_images import pixels_of, png, write_shards, write_tar
 
@@ -39,7 +39,7 @@ def test_the_index_is_kept_and_made_anew_when_a_file_changes(tmp_path, monkeypat
     first = read_shards(find_shards(folder))
     assert (folder / INDEX).is_file()
     with monkeypatch.context() as patch:
-        patch.setattr("tinyvit.train.data.tar._index", None)  # not called
+        patch.setattr("tinyvit.train.data.lists._index", None)  # not called
         second = read_shards(find_shards(folder))
     assert second.names == first.names
     np.testing.assert_array_equal(second.places, first.places)

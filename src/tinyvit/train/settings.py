@@ -162,21 +162,32 @@ PLACE: Literal["place"] = "place"
 # -- one setting, read from its field ------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+Mark = TypeVar("Mark")
+
+
 class Setting:
     """One field of a settings class, as its annotation and its docstring describe it."""
 
-    name: str
-    kinds: tuple[type, ...]  # of its value; ``tuple`` is of whole numbers
-    choices: tuple[str, ...]  # the only texts it takes; empty for any
-    is_optional: bool
-    bounds: Range | None
-    is_free: bool
-    is_place: bool
-    flag: Flag
-    group: str | None
-    default: object  # ``dataclasses.MISSING`` where it must be given
-    help: str  # its line of the docstring
+    def __init__(self, field: dataclasses.Field[Any], hint: Any, line: str) -> None:
+        kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+        literals = [get_args(member) for member in members if get_origin(member) is Literal]
+
+        def first(kind: type[Mark]) -> Mark | None:
+            return next((mark for mark in marks if isinstance(mark, kind)), None)
+
+        self.name, self.default, self.help = field.name, field.default, line
+        # of its value; ``tuple`` is of whole numbers
+        self.kinds: tuple[type, ...] = tuple(
+            str if get_origin(member) is Literal else get_origin(member) or member
+            for member in members
+            if member is not type(None)
+        )
+        # the only texts it takes; empty for any
+        self.choices: tuple[str, ...] = tuple(word for words in literals for word in words)
+        self.is_optional, self.bounds = type(None) in members, first(Range)
+        self.is_place, self.is_free = PLACE in marks, FREE in marks or PLACE in marks
+        self.flag, self.group = first(Flag) or Flag(), getattr(first(Group), "title", None)
 
     def checked(self, value: object, source: str = "") -> object:
         """The value, lists as tuples; SettingError for another type, choice or size."""
@@ -201,38 +212,8 @@ class Setting:
 def settings_of(cls: type[Settings]) -> dict[str, Setting]:
     """The settings of a class by name, in order."""
     hints, lines = get_type_hints(cls, include_extras=True), _attribute_lines(cls)
-    found: dict[str, Setting] = {}
-    for one in dataclasses.fields(cls):
-        hint = hints[one.name]
-        kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-        literals = [get_args(member) for member in members if get_origin(member) is Literal]
-        kinds = [
-            str if get_origin(member) is Literal else get_origin(member) or member
-            for member in members
-            if member is not type(None)
-        ]
-        found[one.name] = Setting(
-            name=one.name,
-            kinds=tuple(kinds),
-            choices=tuple(word for words in literals for word in words),
-            is_optional=type(None) in members,
-            bounds=_first(Range, marks),
-            is_free=FREE in marks or PLACE in marks,
-            is_place=PLACE in marks,
-            flag=_first(Flag, marks) or Flag(),
-            group=getattr(_first(Group, marks), "title", None),
-            default=one.default,
-            help=lines.get(one.name, ""),
-        )
-    return found
-
-
-Mark = TypeVar("Mark")
-
-
-def _first(kind: type[Mark], marks: list[object]) -> Mark | None:
-    return next((mark for mark in marks if isinstance(mark, kind)), None)
+    fields = dataclasses.fields(cls)
+    return {one.name: Setting(one, hints[one.name], lines.get(one.name, "")) for one in fields}
 
 
 def _attribute_lines(cls: type) -> dict[str, str]:

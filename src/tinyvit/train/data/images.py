@@ -27,12 +27,13 @@ from .lists import (
     VAL_NAMES,
     ImageList,
     Labels,
+    find_shards,
     read_csv,
     read_folder,
+    read_shards,
     visible_folders,
 )
 from .sources import some
-from .tar import find_shards, read_shards
 
 _TRIES = 20  # unreadable images in a row that end the training
 
