@@ -22,7 +22,9 @@ def objects_of(sam, grid, size, count=3):
     masks[:, :, 8:40, 10:50] = True
     points = torch.tensor([20.0, 20.0]).expand(2, count, 2)
     boxes = torch.tensor([9.0, 7.0, 51.0, 41.0]).expand(2, count, 4)
-    return Objects.of(sam, grid, masks, torch.tensor([[48, 64], [64, 64]]), points, boxes)
+    sizes = torch.tensor([[48, 64], [64, 64]])
+    samples = {"masks": masks, "sizes": sizes, "points": points, "boxes": boxes}
+    return Objects.of(sam, grid, samples)
 
 
 def test_targets_are_the_covered_shares_and_padding_has_no_weight(make_tiny_sam):

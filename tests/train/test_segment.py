@@ -136,9 +136,11 @@ def test_data_of_which_nothing_can_be_read(tiny_task, data):
 
 def test_what_is_saved_loads_anywhere(tmp_path):
     sam = build_sam("tinyvit_starter")
+    sam.thresholds = {"mask_threshold": 0.25}
     with torch.no_grad():
         sam.mask_decoder.iou_token.weight.add_(1)
     loaded = build_sam(save_sam(sam, tmp_path / "model.safetensors"))
+    assert loaded.thresholds == {"mask_threshold": 0.25}
     assert loaded.image_encoder.image_spec.size == (256, 256)
     for name, value in sam.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0)

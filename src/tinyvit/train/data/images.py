@@ -60,12 +60,7 @@ def hold_out(names: Sequence[str], part: float | str, seed: int = 0) -> tuple[li
                 f"held_out={part!r} leaves {len(names) - len(chosen)} images to train on and "
                 f"{len(chosen)} to validate on; wanted a folder below the images' with some of them"
             )
-    else:
-        chosen = _drawn(names, part, seed)
-    return [n for n in names if n not in chosen], [n for n in names if n in chosen]
-
-
-def _drawn(names: Sequence[str], part: float, seed: int) -> set[str]:
+        return [n for n in names if n not in chosen], [n for n in names if n in chosen]
     if not 0 < part < 1:
         raise ValueError(f"held_out must be a part above 0 and below 1, got {part}")
     if len(names) < 2:
@@ -75,10 +70,9 @@ def _drawn(names: Sequence[str], part: float, seed: int) -> set[str]:
         )
     digests = {name: hashlib.sha256(f"{seed} {name}".encode()).digest()[:8] for name in names}
     drawn = {name: int.from_bytes(digest, "big") / 2**64 for name, digest in digests.items()}
-    held = {name for name in names if drawn[name] < part} or {min(drawn, key=drawn.__getitem__)}
-    if len(held) == len(drawn):
-        held.discard(max(drawn, key=drawn.__getitem__))
-    return held
+    least, most = min(drawn, key=drawn.__getitem__), max(drawn, key=drawn.__getitem__)
+    chosen = {n for n in names if n == least or (drawn[n] < part and n != most)}
+    return [n for n in names if n not in chosen], [n for n in names if n in chosen]
 
 
 def split(

@@ -153,7 +153,10 @@ def build_classifier(
         built.neck = built.neck_dim = built.neck_size = None
         built.image_spec = ImageSpec.timm(size or _USUAL_SIZE)
     elif natural is not None:
-        built.image_spec = _resized(natural, size or natural.size[0])
+        before, now = natural.size[0], size or natural.size[0]
+        shorter = natural.shorter_side and max(natural.shorter_side * now // before, now)
+        resized = replace(natural, size=(now, now), shorter_side=shorter)
+        built.image_spec = natural if now == before else resized
     return built
 
 
@@ -179,13 +182,6 @@ def load_classifier(
     if not opened.found.has_head:
         raise CheckpointError(f"{opened.path} has no classification head; train one first")
     return create_model(checkpoint=opened), classes_in(opened.metadata, opened.path)
-
-
-def _resized(spec: ImageSpec, size: int) -> ImageSpec:
-    if size == spec.size[0]:
-        return spec
-    shorter = spec.shorter_side and max(spec.shorter_side * size // spec.size[0], size)
-    return replace(spec, size=(size, size), shorter_side=shorter)
 
 
 def _file_of(checkpoint: str | os.PathLike[str]) -> str | os.PathLike[str]:

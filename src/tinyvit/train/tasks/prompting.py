@@ -21,6 +21,7 @@ from tinyvit.evaluate.metrics import most_interior_point
 from tinyvit.modules.sam.mask_decoder import MaskDecoder
 from tinyvit.sam.mask_ops import box_around
 from tinyvit.sam.model import Sam
+from tinyvit.train.task import Batch
 
 from .losses import MaskLoss, MaskLosses, shrink_masks
 
@@ -119,15 +120,13 @@ class Objects:
     boxes: Tensor  # [N, 4] xyxy, the same
 
     @classmethod
-    def of(
-        cls, sam: Sam, grid: tuple[int, int], masks: Tensor, sizes: Tensor, points: Tensor,
-        boxes: Tensor,
-    ) -> Objects:  # fmt: skip
-        """Objects of a batch, whose embeddings have this grid.
+    def of(cls, sam: Sam, grid: tuple[int, int], samples: Batch) -> Objects:
+        """Objects of samples as ``MaskSampler`` makes them, whose embeddings have this grid.
 
         ``masks`` are [B, K, H, W] in the model input, ``sizes`` [B, 2] (height, width) of each
         image in it without padding, ``points`` [B, K, 2] and ``boxes`` [B, K, 4].
         """
+        masks, sizes = samples["masks"], samples["sizes"]
         batch, count, height, width = masks.shape
         stride = logit_stride(sam)
         low_res = 4 * grid[0], 4 * grid[1]
@@ -139,8 +138,8 @@ class Objects:
             torch.arange(batch, device=masks.device).repeat_interleave(count),
             shrink_masks(flat, low_res),
             inside.float().repeat_interleave(count, dim=0),
-            points.flatten(0, 1),
-            boxes.flatten(0, 1),
+            samples["points"].flatten(0, 1),
+            samples["boxes"].flatten(0, 1),
         )
 
     def part(self, chosen: Tensor) -> Objects:
@@ -173,12 +172,11 @@ def prompt_and_learn(
     if torch.rand((), generator=generator).item() < prompting.corrective_share:
         corrections = 1 + steps % prompting.most_corrections
     by_box = torch.rand(len(objects.rows), generator=generator) < prompting.box_share
-    found = [
-        _learn_one_kind(sam, features, objects.part(chosen.to(features.device)), kind, corrections,
-                        losses, rng)
-        for chosen, kind in ((~by_box, False), (by_box, True))
-        if chosen.any()
-    ]  # fmt: skip
+    found = []
+    for chosen, kind in ((~by_box, False), (by_box, True)):
+        if chosen.any():
+            some = objects.part(chosen.to(features.device))
+            found.append(_learn_one_kind(sam, features, some, kind, corrections, losses, rng))
     names = "total", "iou", "focal", "dice", "iou_error"
     return MaskLoss(*(torch.cat([getattr(one, name) for one in found]) for name in names))
 

@@ -168,16 +168,10 @@ class Segment:
         sam = cast(Sam, model)
         features = self._features(sam, batch)
         grid = int(features.shape[2]), int(features.shape[3])
-        objects = Objects.of(
-            sam, grid, batch["masks"], batch["sizes"], batch["points"], batch["boxes"]
-        )
+        objects = Objects.of(sam, grid, batch)
         found = prompt_and_learn(sam, features, objects, self.losses, self.prompting, generator)
-        metrics = {
-            "train_iou": found.iou,
-            "focal": found.focal,
-            "dice": found.dice,
-            "iou_error": found.iou_error,
-        }
+        parts = {"focal": found.focal, "dice": found.dice, "iou_error": found.iou_error}
+        metrics = {"train_iou": found.iou, **parts}
         return found.total.mean(), {name: x.detach().mean() for name, x in metrics.items()}
 
     def _features(self, sam: Sam, batch: Batch) -> Tensor:
