@@ -310,16 +310,11 @@ class _Run(Generic[Sample]):
     """A run of ``train``."""
 
     def __init__(
-        self,
-        task: Task[Sample],
-        settings: TrainSettings,
-        processes: Processes,
-        report: Report | None,
+        self, task: Task[Sample], one: TrainSettings, processes: Processes, report: Report | None
     ) -> None:
-        self.task, self.settings, self.processes = task, settings, processes
+        self.task, self.settings, self.processes = task, one, processes
         self.report = report if processes.is_first else None
-        self.folder = Path(settings.folder)
-        one = settings
+        self.folder = Path(one.folder)
         self.order = Order(
             len(task), one.batch_size, one.accumulate, processes.count, one.seed, one.drop_last
         )
@@ -397,7 +392,7 @@ class _Run(Generic[Sample]):
         )
         if self.settings.validate_at_start and not self.counters.step:
             self._validate()
-        self._train_mode()
+        train_mode(self.task.model, self.batch_stats == "frozen")
         self.began = time.perf_counter()
         while self.counters.step < self.steps:
             should_stop = self._step(batches, stop)
@@ -452,14 +447,11 @@ class _Run(Generic[Sample]):
         is_validated = is_end or step % interval == 0
         if is_validated:
             self._validate()
-            self._train_mode()
+            train_mode(self.task.model, self.batch_stats == "frozen")
         is_due = step % settings.save_every == 0 if settings.save_every else is_validated
         if is_due or is_end or should_stop:
             self._save()
         self._tell("done" if is_end else "train")
-
-    def _train_mode(self) -> None:
-        train_mode(self.task.model, freeze_batch_stats=self.batch_stats == "frozen")
 
     def _validate(self) -> None:
         """Validate in the first process, and keep the weights if they are the best so far."""

@@ -168,11 +168,9 @@ def covered_cells(placed: Tensor, grid: tuple[int, int]) -> Tensor:
     ``placed`` [N, 2] is (height, width) of the images as parts of the model input.
     """
     sides = []
-    for axis in (0, 1):
-        middles = (torch.arange(grid[axis], device=placed.device) + 0.5) / grid[axis]
-        inside = middles < placed[:, axis : axis + 1]
-        inside[:, 0] = True
-        sides.append(inside)
+    for axis, count in enumerate(grid):
+        places = torch.arange(count, device=placed.device)
+        sides.append(((places + 0.5) / count < placed[:, axis, None]) | (places == 0))
     return sides[0][:, :, None] & sides[1][:, None, :]
 
 
