@@ -7,7 +7,7 @@ classifier starts from any TinyViT: of a SAM's encoder the neck goes, of other c
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -316,20 +316,25 @@ def validate_classifier(
     logits: list[Tensor] = []
     labels: list[int] = []
 
-    def read(index: int) -> Tensor | None:
+    def read(index: int) -> Tensor | ImageError:
         try:
             return torch.from_numpy(prepare(images.source(index), spec)[0])
         except ImageError as err:
-            broken[images.name(index)] = str(err)
-            return None
+            return err
 
-    workers = choose_workers()
-    jobs = (partial(read, index) for index in range(len(images)))
-    made = read_ahead(jobs, workers=workers, ahead=batch_size + workers)
-    pairs = zip(made, images.labels.tolist(), strict=True)
-    good = ((one, label) for one, label in pairs if one is not None)
+    def good() -> Iterator[tuple[Tensor, int]]:
+        workers = choose_workers()
+        jobs = (partial(read, index) for index in range(len(images)))
+        made = read_ahead(jobs, workers=workers, ahead=batch_size + workers)
+        for index, (one, label) in enumerate(zip(made, images.labels.tolist(), strict=True)):
+            if isinstance(one, ImageError):
+                broken[images.name(index)] = str(one)
+            else:
+                yield one, label
+
+    pairs = good()
     with torch.inference_mode():
-        while batch := list(islice(good, batch_size)):
+        while batch := list(islice(pairs, batch_size)):
             inputs = torch.stack([one for one, _ in batch])
             logits.append(model(inputs.to(place)).float().cpu())
             labels += [label for _, label in batch]
