@@ -223,7 +223,7 @@ def test_workers_get_the_task_by_pickle(images):
 def test_images_that_changed_are_refused(images):
     store = stored(images)
     (images / "3.png").unlink()
-    with pytest.raises(ValueError, match=r"1 images .* have changed .*: 3\.png; store features"):
+    with pytest.raises(ValueError, match=r"1 images .* have changed .*: '3\.png'; store features"):
         make_task(tiny(), store, images)
 
 

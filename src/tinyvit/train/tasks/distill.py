@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +31,7 @@ from tinyvit.sam.build import build_sam
 from tinyvit.sam.model import Sam
 from tinyvit.train.data.images import fingerprint, hold_out
 from tinyvit.train.data.sampling import stack_samples
-from tinyvit.train.data.sources import identity
+from tinyvit.train.data.sources import identity, some
 from tinyvit.train.settings import SettingError
 from tinyvit.train.store import Store
 from tinyvit.train.task import Batch, Goal, Task
@@ -54,7 +55,6 @@ from .settings import (
 )
 
 _MEAN_MAP_IMAGES = 512
-_SHOWN = 5
 
 
 def random_points(placed: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -143,7 +143,11 @@ class DistillFeatures:
         self.settings = settings = settings or DistillFeaturesSettings()
         self.store, self.root = store, Path(root)
         self.spec = _spec_of(student, ImageSpec.from_dict(store.facts["image_spec"]))
-        _check_current(store, self.root)
+        if changed := store.missing(store.good, self.root):  # of other pixels: would teach nonsense
+            raise ValueError(
+                f"{len(changed)} images below {root} are gone or have changed since their features "
+                f"were stored: {some(changed)}; store features again"
+            )
         names, self.val_names = hold_out(store.good, settings.held_out, settings.split_seed)
         there = {identity(self.root / name) for name in self.val_names}
         self.train_names = [name for name in names if identity(self.root / name) not in there]
@@ -162,7 +166,6 @@ class DistillFeatures:
                 f"the heads want embeddings of {wants} channels, but the teacher's have {channels}"
                 "; give the teacher's own SAM"
             )
-        self._mean_map: Tensor | None = None
 
     def __len__(self) -> int:
         """Training images, each once an epoch."""
@@ -216,7 +219,7 @@ class DistillFeatures:
             )
             found = model(images).float()
             target = fit_grid(teacher.float(), _size(found))
-            mean = fit_grid(self._mean().to(device), _size(found))
+            mean = fit_grid(self._mean.to(device), _size(found))
             cells = covered_cells(placed, _size(found))
             maps = {
                 "cosine": cosine_per_cell(found, target)[cells],
@@ -264,13 +267,12 @@ class DistillFeatures:
         features = self.store.read(name, "flipped" if flip else "features")
         return {"images": pixels, "features": features, "placed": parts.astype(np.float32)}
 
+    @cached_property
     def _mean(self) -> Tensor:
         """The teacher's mean map of (at most 512) training images, [1, C, h, w]."""
-        if self._mean_map is None:
-            names = self.train_names[:: max(1, len(self.train_names) // _MEAN_MAP_IMAGES)]
-            total = sum(self.store.read(name, "features").astype(np.float64) for name in names)
-            self._mean_map = torch.as_tensor(total / len(names)).float()[None]
-        return self._mean_map
+        names = self.train_names[:: max(1, len(self.train_names) // _MEAN_MAP_IMAGES)]
+        total = sum(self.store.read(name, "features").astype(np.float64) for name in names)
+        return torch.as_tensor(total / len(names)).float()[None]
 
 
 make_features_task = DistillFeatures
@@ -300,17 +302,6 @@ def _spec_of(student: TinyViT, teacher: ImageSpec) -> ImageSpec:
 
 def _size(features: Tensor) -> tuple[int, int]:
     return features.shape[-2], features.shape[-1]
-
-
-def _check_current(store: Store, root: Path) -> None:
-    """Features of other pixels would teach nonsense."""
-    changed = store.missing(store.good, root)
-    if changed:
-        more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
-        raise ValueError(
-            f"{len(changed)} images below {root} are gone or have changed since their features "
-            f"were stored: {', '.join(changed[:_SHOWN])}{more}; store features again"
-        )
 
 
 @dataclass
