@@ -155,11 +155,11 @@ def _fill_heads(sam: Sam, opened: OpenedCheckpoint) -> None:
     missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
     shapes = {k: (own[k].shape, v.shape) for k, v in state.items() if k in own}
     wrong = {k: (mine, its) for k, (mine, its) in shapes.items() if mine != its}
-    problems = misfits(missing, unexpected, wrong)
-    if problems:
+    if missing or unexpected or wrong:
+        problems = "; ".join(misfits(missing, unexpected, wrong))
         raise CheckpointError(
             f"{opened.path} ({opened.found.family}) does not fit the heads of a SAM of width "
-            f"{sam.prompt_encoder.embed_dim}: {'; '.join(problems)}"
+            f"{sam.prompt_encoder.embed_dim}: {problems}"
         )
     heads.load_state_dict(state)
 
