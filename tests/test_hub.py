@@ -428,11 +428,12 @@ class HubHandler(BaseHTTPRequestHandler):
 
 def at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let huggingface_hub, which reads its environment when imported, find the Hub at ``url``."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for module in (constants, file_download):  # huggingface_hub 0.25 has copies in the second
+        monkeypatch.setattr(module, "ENDPOINT", url, raising=False)
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)

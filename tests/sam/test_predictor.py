@@ -515,14 +515,15 @@ def test_several_boxes_have_the_masks_that_each_has_alone(make_tiny_sam, photo):
     predictor = SamPredictor(make_tiny_sam())
     predictor.set_image(photo(48, 64))
     boxes = np.array([[5, 8, 50, 40], [0, 0, 20, 20], [30.5, 10, 64, 48]])
-    for multimask, count in ((True, 3), (False, 1)):
-        masks, scores, low_res = predictor.predict(box=boxes, multimask_output=multimask)
-        assert masks.shape == (3, count, 48, 64) and masks.dtype == bool
-        assert scores.shape == (3, count) and low_res.shape == (3, count, 16, 16)
-        for i, box in enumerate(boxes):
-            _, one_scores, one = predictor.predict(box=box, multimask_output=multimask)
-            np.testing.assert_allclose(low_res[i], one, atol=1e-5)  # sums in another order
-            np.testing.assert_allclose(scores[i], one_scores, atol=1e-5)
+    masks, scores, low_res = predictor.predict(box=boxes, multimask_output=False)
+    assert masks.shape == (3, 1, 48, 64) and masks.dtype == bool
+    assert scores.shape == (3, 1) and low_res.shape == (3, 1, 16, 16)
+    for i, box in enumerate(boxes):
+        _, one_scores, one = predictor.predict(box=box, multimask_output=False)
+        np.testing.assert_allclose(low_res[i], one, atol=1e-5)  # sums in another order
+        np.testing.assert_allclose(scores[i], one_scores, atol=1e-5)
+    with pytest.raises(ValueError, match=r"are for one box, came 3; .* multimask_output=False"):
+        predictor.predict(box=boxes)
     assert predictor.predict(box=boxes[:1])[0].shape == (3, 48, 64)
     with pytest.raises(ValueError, match="points and a mask go with one box, came 3"):
         predictor.predict(np.array([[1, 1]]), np.array([1]), boxes)

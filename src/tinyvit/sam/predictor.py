@@ -251,7 +251,7 @@ class SamPredictor:
             point_coords: [N, 2], (x, y) in pixels of the original image.
             point_labels: [N]: 1 the object, 0 not the object.
             box: [4], (x0, y0, x1, y1) in pixels of the original image; or [N, 4], N boxes of N
-                objects, without points and masks.
+                objects, with ``multimask_output=False`` and without points and masks.
             mask_input: [1, h4, w4] low-res logits of an earlier prediction; or [H, W] bool.
             multimask_output: Give the three masks of an ambiguous prompt instead of one.
             return_logits: Give logits instead of masks.
@@ -259,7 +259,7 @@ class SamPredictor:
 
         Returns:
             (masks [K, H, W] bool, or float32 logits; predicted IoU [K] float32; low-res logits
-            [K, h4, w4] float32), for N > 1 boxes with a first dimension N.
+            [K, h4, w4] float32); for N > 1 boxes [N, 1, H, W], [N, 1] and [N, 1, h4, w4].
 
         Raises:
             RuntimeError: No image is set, or the encoder's weights have changed since.
@@ -276,6 +276,11 @@ class SamPredictor:
             raise ValueError(
                 f"points and a mask go with one box, came {len(cast(Any, box))}; give several "
                 "boxes alone, or prompts of any kind to Segmenter"
+            )
+        if is_many and multimask_output:
+            raise ValueError(
+                f"the three masks of multimask_output are for one box, came {len(cast(Any, box))}; "
+                "give several boxes with multimask_output=False, or to predict_torch or Segmenter"
             )
         if is_many:
             prompts = [Prompt(box=one) for one in cast(Any, box)]
