@@ -112,6 +112,21 @@ def test_names_that_no_encoding_knows_are_written_as_escapes(monkeypatch):
     assert json.loads(rest) == {"name": "böse \udcff"}
 
 
+def test_names_of_a_locale_without_letters_are_read_as_utf_8(capsys):
+    """Found with LC_ALL=C, where ``ü`` was shown as the escapes of its two bytes."""
+    name = "ü \udcff".encode("utf-8", "surrogateescape").decode("ascii", "surrogateescape")
+    console.complain(name)
+    assert capsys.readouterr().err == "ü \\udcff\n"
+
+
+def test_a_bar_in_a_notebook_with_widgets(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
+    for spec in (None, SimpleNamespace()):
+        monkeypatch.setattr(console, "find_spec", lambda name, spec=spec: spec)
+        assert Console().shows_bars is (spec is not None)
+        assert not Console(is_quiet=True).shows_bars
+
+
 def test_no_bar_where_nobody_looks(capsys):
     with Console().progress("working") as update:
         update(1, 2)

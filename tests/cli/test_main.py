@@ -115,6 +115,8 @@ def test_wrong_words_are_refused_before_torch_is_imported():
         (["convert", "a", "b"], "Missing option '--to'"),
         (["encode", "a.jpg"], "Missing option '--output'"),
         (["encode", "-o", "x"], "Missing argument"),
+        (["encode", "", "-o", "x"], "the path is empty"),  # was the folder it ran in
+        (["segment", "a.jpg", "-o", "", "--point", "1,1"], "the path is empty"),
         (["encode", "a.jpg", "-o", "x", "--batch-size", "0"], "--batch-size"),
         (["encode", "a.jpg", "-o", "x", "--precision", "fp8"], "'fp8' is not one of"),
         (["encode", "a.jpg", "-o", "x", "--size", "big"], "--size"),

@@ -246,14 +246,14 @@ MISSING = (
     (("classify", "nowhere"), "there is no file or folder 'nowhere' for DATA; check the path"),
     (("classify", "x-*.tar"), "there is no file or folder 'x-*.tar' for DATA; check the path"),
     (("classify", ".", "--val", "no"), "there is no file or folder 'no' for --val; check the path"),
-    (("classify", ".", "--checkpoint", "a.pt"), "there is no file 'a.pt' for --checkpoint; check"),
+    (("classify", ".", "--checkpoint", "a.pt"), "no such file: a.pt for --checkpoint; check"),
     (("classify", ".", "--checkpoint", "tinyvit_startr"), "did you mean 'tinyvit_starter'?"),
     (("classify", ".", "--config", "no.toml"), "no.toml: No such file or directory"),
     (("segment", ".", "--images", "no"), "there is no file or folder 'no' for --images; check"),
     (("distill-logits", ".", "--logits", "no"), "no file or folder 'no' for --logits"),
-    (("distill-features", ".", "--features", ".", "--sam", "a.pt"), "no file 'a.pt' for --sam"),
+    (("distill-features", ".", "--features", ".", "--sam", "a.pt"), "no such file: a.pt for --sam"),
     (("write-logits", "nowhere", "--teacher", "tinyvit_starter"), "'nowhere' for DATA"),
-    (("store-features", ".", "--teacher", "no.onnx"), "no file 'no.onnx' for --teacher"),
+    (("store-features", ".", "--teacher", "no.onnx"), "no such file: no.onnx for --teacher"),
 )
 
 

@@ -125,15 +125,18 @@ def file_of(text: str) -> Path:
     return there
 
 
-def check_checkpoint(text: str | None) -> None:
-    """Refuse at once what is neither a name nor there; for None there is nothing to check."""
+def check_checkpoint(text: str | None, flag: str = "") -> None:
+    """Refuse at once what is neither a name nor there, and is no teacher of another library."""
     if text is None or text in list_checkpoints() or (text and Path(text).exists()):
         return
     if not text:
         raise CheckpointError("the name of the checkpoint is empty; give a name or a file")
-    if Path(text).suffix.lower() in SUFFIXES or Path(text).name != text:
+    if flag and text.startswith(("timm:", "hf:")):  # of what is trained
+        return
+    if Path(text).suffix.lower() in (*SUFFIXES, ".onnx") or Path(text).name != text:
         raise CheckpointError(
-            f"no such file: {text}; check the path, or name a checkpoint of 'tinyvit models'"
+            f"no such file: {text}{f' for {flag}' if flag else ''}; check the path, or name a "
+            "checkpoint of 'tinyvit models'"
         )
     near = get_close_matches(text, list_checkpoints(), 1, cutoff=0.7)
     hint = f"; did you mean {near[0]!r}?" if near else f", and there is no file {text!r}."

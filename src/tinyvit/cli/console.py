@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
@@ -100,8 +101,9 @@ class Console:
 
     @property
     def shows_bars(self) -> bool:
-        """Whether somebody sees a progress bar."""
-        return not self.is_quiet and sys.stderr.isatty()
+        """Whether somebody sees a progress bar: in a terminal, or a notebook with widgets."""
+        is_notebook = "ipykernel" in sys.modules and find_spec("ipywidgets") is not None
+        return not self.is_quiet and (sys.stderr.isatty() or is_notebook)
 
 
 def bar_of(*counts: ProgressColumn) -> Progress:
@@ -128,7 +130,7 @@ def of(ctx: object) -> Console:
 def write(text: str) -> None:
     """One or more lines of data on stdout; a character it cannot show is written as an escape."""
     encoding = sys.stdout.encoding or "utf-8"
-    typer.echo(text.encode(encoding, "backslashreplace").decode(encoding))
+    typer.echo(readable(text).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def write_json(content: object) -> None:
@@ -138,7 +140,16 @@ def write_json(content: object) -> None:
 
 def complain(text: str) -> None:
     """A line on stderr, quiet or not, in the words of the command line."""
-    typer.echo(printable(translated(text)), err=True)
+    typer.echo(printable(readable(translated(text))), err=True)
+
+
+def readable(text: str) -> str:
+    """The text with bytes of names that the locale does not know, as with LC_ALL=C, as UTF-8."""
+
+    def decode(run: re.Match[str]) -> str:
+        return run[0].encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+
+    return re.sub("[\udc80-\udcff]+", decode, text)
 
 
 def printable(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +16,12 @@ from tinyvit.folders.images import list_images
 
 from . import arguments as args
 from .console import Console, counted
+from .outcomes import check_folder
 from .settings_options import check_data
 
 if TYPE_CHECKING:
     from tinyvit.evaluate.classify import ClassifyReport, LabelledImages
     from tinyvit.inference.backend import BackendName
-    from tinyvit.sam import SamPredictor
     from tinyvit.train.data.masks import MaskSet
 
 EXAMPLES = {
@@ -85,7 +84,7 @@ def classify(
     from tinyvit.inference import Engine
     from tinyvit.train.tasks.classify import load_classifier
 
-    _check_place(sheet)
+    _check_sheet(sheet)
     args.announce(own, checkpoint)
     model, classes = load_classifier(checkpoint)
     images = _labelled(data, classes, _Part(held_out, val_part, split_seed, limit, seed))
@@ -148,7 +147,7 @@ def segment(
     from tinyvit.evaluate.segment import COLUMNS, EvaluateSettings, Gallery, evaluate_segment
     from tinyvit.sam import SamPredictor
 
-    _check_place(sheet)
+    _check_sheet(sheet)
     settings = EvaluateSettings(
         _numbers(clicks), target_iou, most_clicks, with_baselines=not no_floors
     )
@@ -216,9 +215,18 @@ def agreement(
     chosen = [paths[index] for index in _drawn(len(paths), limit, seed)]
 
     from tinyvit.evaluate.agreement import compare
+    from tinyvit.sam import SamPredictor
 
     sides = ((first, backend_a, precision_a), (second, backend_b, precision_b))
-    one, other = (_predictor(own, *side, size, device) for side in sides)
+    one, other = (
+        SamPredictor(
+            args.load_sam(own, name, size),
+            backend=cast("BackendName", backend),  # the option takes no other word
+            precision=precision,
+            device=device,
+        )
+        for name, backend, precision in sides
+    )
     names = [
         f"{name} ({backend}, {precision})" if first == second else name
         for name, backend, precision in sides
@@ -288,21 +296,6 @@ def _numbers(text: str) -> tuple[int, ...]:
         ) from err
 
 
-def _predictor(
-    own: Console,
-    checkpoint: str,
-    backend: str,
-    precision: str,
-    size: int | None,
-    device: str,
-) -> SamPredictor:
-    from tinyvit.sam import SamPredictor
-
-    sam = args.load_sam(own, checkpoint, size)
-    runner = cast("BackendName", backend)  # the option takes no other word
-    return SamPredictor(sam, backend=runner, precision=precision, device=device)
-
-
 def _write_gallery(
     own: Console, sheet: Path, report: ClassifyReport, images: LabelledImages
 ) -> None:
@@ -317,14 +310,15 @@ def _write_gallery(
     own.say(f"gallery: {sheet}")
 
 
-def _check_place(sheet: Path | None) -> None:
+def _check_sheet(sheet: Path | None) -> None:
     """Refuse a gallery that cannot be written, before hours of evaluation."""
     if sheet is None:
         return
     if not sheet.parent.is_dir():
         raise ValueError(f"there is no folder {sheet.parent} to write --sheet in; make it")
-    if sheet.is_dir() or not os.access(sheet.parent, os.W_OK):
-        raise ValueError(f"--sheet {sheet} cannot be written: choose another name or folder")
+    if sheet.is_dir():
+        raise ValueError(f"--sheet {sheet} is a folder; choose another name")
+    check_folder(sheet.parent, "--sheet")
 
 
 def _confused(report: ClassifyReport) -> str:

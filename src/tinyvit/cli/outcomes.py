@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 def list_and_check(images: Sequence[Path], output: Path, checkpoint: str | None) -> list[ImageFile]:
     """The images; refuses at once an output folder that cannot be written, or no checkpoint."""
     check_checkpoint(checkpoint)
+    check_folder(output, "-o")
+    return list_images(images, output)
+
+
+def check_folder(output: Path, flag: str) -> None:
+    """Refuse a folder that cannot be made or written, before the work and not after it."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"{str(output)!r} is a file; give a folder to write to")
     missing = [place for place in (output, *output.parents) if not place.exists()]
@@ -38,9 +44,9 @@ def list_and_check(images: Sequence[Path], output: Path, checkpoint: str | None)
             raise PermissionError(errno.EACCES, "Permission denied")
     except OSError as err:
         raise ValueError(
-            f"the folder {str(output)!r} cannot be written: {err.strerror}; name another with -o"
+            f"the folder {str(output)!r} cannot be written: {err.strerror}; name another with "
+            f"{flag}"
         ) from err
-    return list_images(images, output)
 
 
 def follow(

@@ -108,7 +108,7 @@ def serve(
             facts = {"url": url.partition("#")[0], "token": final.token, "pid": os.getpid()}
             console.write(json.dumps(facts))
         else:
-            count = counted_threads(threads)
+            count = console.counted(threads or os.cpu_count() or 1, "thread")
             facts_ = f"{count}, {precision}, {cache_mb} MB of embeddings"
             console.write(f"serving {checkpoint or DEFAULT_CHECKPOINT} on {url} ({facts_})")
         sys.stdout.flush()
@@ -116,11 +116,6 @@ def serve(
             webbrowser.open(url)
 
     run(settings, ready)
-
-
-def counted_threads(threads: int | None) -> str:
-    """``2 threads``."""
-    return console.counted(threads or os.cpu_count() or 1, "thread")
 
 
 def _settings(given: dict[str, Any]) -> ServeSettings:

@@ -24,18 +24,15 @@ import typer
 from typer.core import TyperCommand
 from typer.models import OptionInfo
 
-from tinyvit.catalog import get_checkpoint, list_checkpoints
-from tinyvit.errors import CheckpointError
 from tinyvit.train.settings import Setting, Settings, settings_of
 
-from .arguments import SHARED, matching_checkpoints, matching_models, one_of
+from .arguments import SHARED, check_checkpoint, matching_checkpoints, matching_models, one_of
 from .console import translated
 
 Function = TypeVar("Function", bound=Callable[..., None])
 
 _FIRST_GROUP = "Options"
 _WEIGHTS = "NAME_OR_FILE"  # the metavar
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".onnx")
 _COMPLETE = {
     **dict.fromkeys((_WEIGHTS, "CHECKPOINT"), matching_checkpoints),
     "VARIANT": matching_models,
@@ -76,7 +73,11 @@ def _info_of(parameter: inspect.Parameter, hint: Any, marks: str, text: str) -> 
         if isinstance(default, bool) and not flags:
             flags = [f"--{name}/--no-{name}" if default else f"--{name}"]
         info.param_decls = flags or (f"--{name}",)
-    if (metavar or "").startswith("["):
+    if (
+        metavar and (flags or hint is not Path) and Path in (hint, *get_args(hint))
+    ):  # else its type is in the help
+        info.parser = path
+    elif (metavar or "").startswith("["):
         info.parser = one_of(*cast(str, metavar)[1:-1].split("|"))
     info.metavar, info.help = metavar or info.metavar, info.help or " ".join(text.split())
     info.autocompletion = info.autocompletion or _COMPLETE.get(metavar or "")
@@ -174,7 +175,7 @@ def check_places(settings: Settings) -> None:
         place = getattr(settings, name)
         if setting.is_place and isinstance(place, str):
             is_weights = setting.flag.metavar == _WEIGHTS
-            (check_weights if is_weights else check_data)(place, flag_of(setting))
+            (check_checkpoint if is_weights else check_data)(place, flag_of(setting))
 
 
 def check_data(place: str, flag: str) -> None:
@@ -183,14 +184,11 @@ def check_data(place: str, flag: str) -> None:
         raise ValueError(f"there is no file or folder {place!r} for {flag}; check the path")
 
 
-def check_weights(weights: str, flag: str) -> None:
-    """CheckpointError where this is neither a name nor a file of weights."""
-    path = Path(weights)
-    if weights.startswith(("timm:", "hf:")) or weights in list_checkpoints() or path.exists():
-        return
-    if path.name != weights or path.suffix.lower() in _SUFFIXES:
-        raise CheckpointError(f"there is no file {weights!r} for {flag}; check the path")
-    get_checkpoint(weights)  # raises, and says the nearest name
+def path(text: str) -> Path:
+    """A path; nothing is no path, and not the folder in which the command runs."""
+    if not text:
+        raise typer.BadParameter("the path is empty; give a file or a folder.")
+    return Path(text)
 
 
 def _whole_numbers(text: str) -> list[int]:

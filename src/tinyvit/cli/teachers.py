@@ -14,9 +14,9 @@ import typer
 
 from tinyvit.cli import console
 
-from .arguments import Natural, Positive
+from .arguments import Natural, Positive, check_checkpoint
 from .console import Console, Update, counted
-from .settings_options import check_data, check_weights
+from .settings_options import check_data
 
 LOGITS_EXAMPLES = (
     "tinyvit train write-logits photos --teacher teacher.safetensors -o answers",
@@ -73,7 +73,7 @@ def write_logits(
     """
     own = console.of(ctx)
     check_data(data, "DATA")
-    check_weights(teacher, "--teacher")
+    check_checkpoint(teacher, "--teacher")
 
     from tinyvit.image_spec import ImageSpec
     from tinyvit.train.data.augment import augmentation
@@ -133,7 +133,7 @@ def store_features(
     """
     own = console.of(ctx)
     check_data(str(images), "IMAGES")
-    check_weights(teacher, "--teacher")
+    check_checkpoint(teacher, "--teacher")
 
     from tinyvit.image_spec import ImageSpec
     from tinyvit.train.tasks.teachers import open_teacher
