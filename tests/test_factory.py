@@ -352,7 +352,11 @@ def test_the_rows_preparation_does_not_go_into_another_variant(
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"name": "tiny_vit_5m"}, ValueError, "unknown model 'tiny_vit_5m'; did you mean 'tiny"),
+        (
+            {"name": "tiny_vit_5m"},
+            ValueError,
+            "unknown model 'tiny_vit_5m'; did you mean 'tiny_vit_5m_224'",
+        ),
         (
             {"name": "tiny_vit_5m_224.in1"},
             ValueError,

@@ -388,7 +388,8 @@ def _choose_variant(
                 f"{get_checkpoint(name).variant!r}"
             )
         if name not in list_models():
-            near = difflib.get_close_matches(name, [*list_models(), *list_checkpoints()], n=1)
+            near = [known for known in list_models() if known.startswith(f"{name}_")]
+            near += difflib.get_close_matches(name, [*list_models(), *list_checkpoints()], n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(
                 f"unknown model {name!r}{hint} List them with tinyvit.list_models() and "

@@ -182,6 +182,11 @@ class TestAnySize:
         assert (got.dtype, wanted.dtype) == (dtype, torch.float64)
         torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
 
+    @pytest.mark.parametrize("x", [None, "a.png", [[0.0]]])
+    def test_what_is_no_tensor(self, make_tiny_vit, x):
+        with pytest.raises(TypeError, match=f"came {type(x).__name__}; tinyvit.Engine takes"):
+            make_tiny_vit()(x)
+
     @pytest.mark.parametrize(
         "shape", [(3, 32, 32), (1, 1, 32, 32), (1, 4, 32, 32), (1, 3, 0, 32), (1, 3, 32, 0), (9,)]
     )

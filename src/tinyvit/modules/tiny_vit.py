@@ -359,6 +359,11 @@ class TinyViT(nn.Module):
     def _check_input(self, x: Tensor) -> None:
         if is_tracing():
             return
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"TinyViT wants a tensor [batch, {self.in_chans}, height, width], came "
+                f"{type(x).__name__}; tinyvit.Engine takes images of other kinds"
+            )
         if x.ndim != 4 or x.shape[1] != self.in_chans or x.shape[2] < 1 or x.shape[3] < 1:
             raise ValueError(
                 f"TinyViT wants images [batch, {self.in_chans}, height, width] of at least 1x1, "
