@@ -17,7 +17,7 @@ from tinyvit.folders.images import list_images
 from . import arguments as args
 from .console import Console, counted
 from .outcomes import check_folder
-from .settings_options import check_data
+from .settings_options import check_data, whole_numbers
 
 if TYPE_CHECKING:
     from tinyvit.evaluate.classify import ClassifyReport, LabelledImages
@@ -149,7 +149,7 @@ def segment(
 
     _check_sheet(sheet)
     settings = EvaluateSettings(
-        _numbers(clicks), target_iou, most_clicks, with_baselines=not no_floors
+        tuple(whole_numbers(clicks)), target_iou, most_clicks, with_baselines=not no_floors
     )
     masks = _masks(data, images, _Part(held_out, val_part, split_seed, limit, seed))
     sam = args.load_sam(own, checkpoint, size)
@@ -284,16 +284,6 @@ def _drawn(count: int, limit: int | None, seed: int) -> list[int]:
     if limit is None or limit >= count:
         return list(range(count))
     return sorted(random.Random(seed).sample(range(count), limit))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    """Whole numbers between commas."""
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError as err:
-        raise typer.BadParameter(
-            f"--clicks {text!r} is not whole numbers between commas; for example 1,3,5."
-        ) from err
 
 
 def _write_gallery(

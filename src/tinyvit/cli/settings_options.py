@@ -153,7 +153,7 @@ def _option(setting: Setting) -> inspect.Parameter:
     if setting.choices:
         parser = one_of(*setting.choices)
     elif kind is tuple:
-        kind, parser = str, _whole_numbers
+        kind, parser = str, whole_numbers
     elif len(setting.kinds) > 1:
         kind, parser = str, _number_or_text
     metavar = setting.flag.metavar
@@ -191,7 +191,8 @@ def path(text: str) -> Path:
     return Path(text)
 
 
-def _whole_numbers(text: str) -> list[int]:
+def whole_numbers(text: str) -> list[int]:
+    """``7,7,14`` as numbers; another text is wrong usage."""
     try:
         return [int(word) for word in text.split(",")]
     except ValueError as err:
