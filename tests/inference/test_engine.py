@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -332,9 +333,10 @@ def test_models_and_backends_that_cannot(make_tiny_vit: MakeModel) -> None:
 def test_explain(model: TinyViT, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "tinyvit"):
         engine = Engine(model, device="cpu")
+    native = ", and native is not installed" if find_spec("tinyvit_native") is None else ""
     text = (
         f"torch {torch.__version__} on cpu, fp32 (exact; the default); auto is torch: measured "
-        "level with openvino; images longest_side to 64x64"
+        f"level with openvino{native}; images longest_side to 64x64"
     )
     assert engine.explain().startswith(f"{text}; runs folded, ")
     assert repr(engine) == f"Engine({text})"
@@ -397,7 +399,8 @@ def test_the_model_stays_as_it_is(model: TinyViT) -> None:
         (
             {"backend": "tensorrt"},
             ValueError,
-            "backend must be one of ('auto', 'torch', 'openvino', 'onnx'), got 'tensorrt'",
+            "backend must be one of ('auto', 'torch', 'native', 'openvino', 'onnx'), "
+            "got 'tensorrt'",
         ),
         (
             {"threads": 2},
@@ -412,7 +415,8 @@ def test_the_model_stays_as_it_is(model: TinyViT) -> None:
         (
             {"backend": print},
             TypeError,
-            "backend must be one of ('auto', 'torch', 'openvino', 'onnx') or an object with name, "
+            "backend must be one of ('auto', 'torch', 'native', 'openvino', 'onnx') or an object "
+            "with name, "
             "device, close() and __call__(batch), got builtin_function_or_method",
         ),
         ({"backend": None}, TypeError, "__call__(batch), got NoneType"),
@@ -607,4 +611,4 @@ def test_without_torch_it_says_what_to_install() -> None:
         "Engine('tinyvit_starter')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "no engine is installed here; pip install 'tinyvit[torch]'" in done.stderr
+    assert "no engine is installed here; pip install 'tinyvit[native]'" in done.stderr

@@ -85,11 +85,14 @@ function moveInGroup(event) {
   group.querySelectorAll("[role=radio]")[next]?.focus();
 }
 
-// Opens a dialog; resolves with its return value when it closes.
+// Opens a dialog; resolves with its return value when it closes. One at a time: a dialog's "close" comes late, and
+// would be taken for that of the next.
+let asked = Promise.resolve();
 export function ask(dialog) {
-  return new Promise((done) => {
+  asked = asked.then(() => new Promise((done) => {
     dialog.addEventListener("close", () => done(dialog.returnValue), { once: true });
     dialog.returnValue = "";
     dialog.showModal();
-  });
+  }));
+  return asked;
 }
