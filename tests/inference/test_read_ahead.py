@@ -177,13 +177,14 @@ def test_choose_workers(cores: int | None, wanted: int, monkeypatch: pytest.Monk
     assert choose_workers() == wanted
 
 
-def test_threads_have_the_priority_of_the_others() -> None:
+def test_threads_give_way_a_little() -> None:
     """At nice 19 they starved behind other programs: two images took more than 380 s."""
 
     def priority() -> int:
         return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
-    assert set(read_ahead([priority] * 6, workers=2, ahead=3)) == {priority()}
+    found = set(read_ahead([priority] * 6, workers=2, ahead=3))
+    assert found <= {priority(), priority() + 5}  # the consumer does what no thread has begun
 
 
 @pytest.mark.parametrize("ahead", [1, 4])

@@ -7,12 +7,17 @@ files) is faster this way.
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 Result = TypeVar("Result")
+
+_NICE = 5
 
 
 def read_ahead(
@@ -56,8 +61,7 @@ def read_ahead(
     numbered = enumerate(jobs)
     error: Exception | None = None
     is_over = False
-    # At normal priority: at a low one they starved behind the work of other programs.
-    threads = ThreadPoolExecutor(workers, "tinyvit-read-ahead")
+    threads = ThreadPoolExecutor(workers, "tinyvit-read-ahead", initializer=_give_way)
     try:
         while True:
             while not is_over and len(waiting) < ahead:
@@ -94,6 +98,16 @@ class _Job(Generic[Result]):
         except BaseException:
             self.failed.append(self.number)
             raise
+
+
+def _give_way() -> None:
+    """A little below the threads that compute: reading fills their gaps (Linux only).
+
+    At the lowest priority these threads starved behind the work of other programs.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 def _take_first(waiting: deque[tuple[_Job[Result], Future[Result]]]) -> Result:
