@@ -5,22 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis.extra import numpy as arrays
 
+from tiny import even_odd
 from tinyvit.sam.contours import is_outer, outlines
 
 masks = arrays.arrays(bool, arrays.array_shapes(min_dims=2, max_dims=2, max_side=12))
-
-
-def even_odd(rings, shape):
-    """The mask that outlines draw, by counting crossings to the left of each pixel's centre."""
-    out = np.zeros(shape, bool)
-    rows = np.arange(shape[0]) + 0.5
-    columns = np.arange(shape[1]) + 0.5
-    for ring in rings:
-        for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
-            if x0 == x1 and y0 != y1:
-                inside = (rows > min(y0, y1)) & (rows < max(y0, y1))
-                out ^= inside[:, None] & (columns > x0)[None]
-    return out
 
 
 @given(masks)

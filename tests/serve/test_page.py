@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from tiny import even_odd
 from tinyvit.sam import mask_ops
 from tinyvit.sam.contours import outlines
 from tinyvit.serve import ServeSettings
@@ -175,18 +176,6 @@ def test_02_take_away_by_right_click_shift_and_long_press(open_page, images):
     client.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
     wait(page, "tinyvit.history.state.objects[0].points.length === 4")
     assert [p["label"] for p in state(page)["objects"][0]["points"]] == [1, 0, 0, 0]
-
-
-def even_odd(rings, shape):
-    """The mask that outlines draw, by counting crossings to the left of each pixel's centre."""
-    out = np.zeros(shape, bool)
-    rows, columns = np.arange(shape[0]) + 0.5, np.arange(shape[1]) + 0.5
-    for ring in rings:
-        for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
-            if x0 == x1 and y0 != y1:
-                inside = (rows > min(y0, y1)) & (rows < max(y0, y1))
-                out ^= inside[:, None] & (columns > x0)[None]
-    return out
 
 
 def drag(page, a, b, steps=6):

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from tinyvit.sam.contours import is_outer, outlines
 from tinyvit.serve import ServeSettings
 from tinyvit.serve.adapters import brush_rle
 from tinyvit.serve.lanes import FairQueue, Job, Lane
@@ -34,50 +33,6 @@ def queue(**changes):
 
 def job(client, **more):
     return Job(client, lambda: client, **more)
-
-
-def even_odd(rings, shape):
-    """The mask that outlines draw, by counting crossings to the left of each pixel's centre."""
-    out = np.zeros(shape, bool)
-    rows = np.arange(shape[0]) + 0.5
-    columns = np.arange(shape[1]) + 0.5
-    for ring in rings:
-        for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
-            if x0 == x1 and y0 != y1:
-                inside = (rows > min(y0, y1)) & (rows < max(y0, y1))
-                out ^= inside[:, None] & (columns > x0)[None]
-    return out
-
-
-@given(masks)
-def test_exact_outlines_give_the_mask_back(mask):
-    rings = outlines(mask)
-    assert (even_odd(rings, mask.shape) == mask).all()
-    assert sum(map(is_outer, rings)) >= bool(mask.any())
-    areas = sum(abs_area(ring) for ring in rings)
-    assert areas == mask.sum()
-
-
-def abs_area(ring):
-    after = np.roll(ring, -1, axis=0)
-    return (ring[:, 0] * after[:, 1] - ring[:, 1] * after[:, 0]).sum() / 2
-
-
-def test_outlines_of_easy_masks():
-    assert outlines(np.zeros((3, 4), bool)) == []
-    full = outlines(np.ones((3, 4), bool))
-    assert [ring.tolist() for ring in full] == [[[0, 0], [4, 0], [4, 3], [0, 3]]]
-    hole = np.ones((3, 3), bool)
-    hole[1, 1] = False
-    assert sorted(map(is_outer, outlines(hole))) == [False, True]
-    yy, xx = np.mgrid[:200, :300]
-    disc = np.hypot(yy - 100, xx - 150) < 80
-    (exact,), (simple,) = outlines(disc), outlines(disc, 1.0)
-    assert len(simple) < len(exact) / 5
-    with pytest.raises(ValueError, match="tolerance must be 0 or more"):
-        outlines(disc, -1)
-    with pytest.raises(ValueError, match="a mask is \\[H, W\\] bool"):
-        outlines(disc.astype(int))
 
 
 @given(masks)
