@@ -14,9 +14,9 @@ from tinyvit.errors import CheckpointError
 from tinyvit.folders.images import list_images
 from tinyvit.folders.runner import Item
 from tinyvit.folders.segment import SegmentFolder, write_logits
-from tinyvit.images import draw
+from tinyvit.images import draw, mask_ops
 from tinyvit.images.decode import decode
-from tinyvit.sam import Prompt, SamAutomaticMaskGenerator, SamPredictor, Segmenter, mask_ops
+from tinyvit.sam import Prompt, SamAutomaticMaskGenerator, SamPredictor, Segmenter
 
 POINT = Prompt(points=[[20, 10]])
 BOX = Prompt(box=[5, 5, 30, 20], name="thing")

@@ -9,7 +9,6 @@ from PIL import Image
 from tinyvit.images import draw as drawing
 from tinyvit.images.draw import (
     bands,
-    centres,
     colour,
     distance_to_box,
     draw_boxes,
@@ -145,10 +144,10 @@ class TestMasks:
         [
             ({"image": PHOTO[0]}, r"image must be an image \[H, W, 3\] uint8"),
             ({"masks": [SMALL, SMALL[1:]]}, r"\[60, 80\]; mask 1 is \[59, 80\] of bool"),
-            ({"masks": [SMALL[None]]}, r"mask 0 is \[1, 60, 80\] of bool"),
-            ({"masks": iter([SMALL * 1.0])}, r"mask 0 is \[60, 80\] of float64"),
-            ({"masks": SMALL}, r"mask 0 is \[80\] of bool"),
-            ({"masks": [[1]]}, "mask 0 is a list"),
+            ({"masks": [SMALL[None]]}, r"mask 0 \[H, W\] bool; came \[1, 60, 80\] bool"),
+            ({"masks": iter([SMALL * 1.0])}, r"mask 0 .*came \[60, 80\] float64"),
+            ({"masks": SMALL}, r"mask 0 .*came \[80\] bool"),
+            ({"masks": [[1]]}, "mask 0 .*came list"),
             ({"alpha": 1.5}, "alpha must be from 0 to 1, but is 1.5"),
             ({"alpha": float("nan")}, "alpha must be from 0 to 1, but is nan"),
             ({"colours": [RED]}, "a colour for each of the masks; came only 1"),
@@ -297,13 +296,13 @@ class TestSaveMask:
 
     def test_wrong_input(self, tmp_path):
         path = tmp_path / "mask.png"
-        with pytest.raises(ValueError, match=r"mask \[H, W\] of bool; came \[1, 60, 80\] of bool"):
+        with pytest.raises(ValueError, match=r"mask \[H, W\] bool; came \[1, 60, 80\] bool"):
             save_mask(path, LARGE[None])
-        with pytest.raises(ValueError, match=r"came \[60, 80\] of uint8"):
+        with pytest.raises(ValueError, match=r"came \[60, 80\] uint8"):
             save_mask(path, LARGE.astype(np.uint8))
-        with pytest.raises(ValueError, match=r"came \[0, 80\] of bool"):
+        with pytest.raises(ValueError, match=r"came \[0, 80\]"):
             save_mask(path, LARGE[:0])
-        with pytest.raises(ValueError, match="came a list"):
+        with pytest.raises(ValueError, match="came list"):
             save_mask(path, [[True]])
         with pytest.raises(FileNotFoundError):
             save_mask(tmp_path / "none" / "mask.png", LARGE)
@@ -324,12 +323,6 @@ def test_a_window_stays_within_the_image():
     assert window(blank(), -5, -5, 500, 500) == (slice(0, 20), slice(0, 30))
     for away in ((40, 0, 50, 9), (-9, 0, -3, 9), (0, 1e300, 9, 1e301)):
         assert blank()[window(blank(), *away)].size == 0
-
-
-def test_centres_are_those_of_pixels():
-    across, down = centres((slice(1, 3), slice(4, 7)))
-    np.testing.assert_array_equal(across, [[4.5, 5.5, 6.5]])
-    np.testing.assert_array_equal(down, [[1.5], [2.5]])
 
 
 @given(positions, positions, st.floats(0, 40), st.floats(0, 40), st.floats(1, 9))

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from tinyvit.images import mask_ops as rle
 from tinyvit.images.preprocess import to_input
 from tinyvit.sam import automatic as candidates
 from tinyvit.sam import decoder
-from tinyvit.sam import mask_ops as rle
 from tinyvit.sam.automatic import SamAutomaticMaskGenerator
 from tinyvit.sam.crops import build_all_layer_point_grids, generate_crop_boxes
 from tinyvit.sam.segmenter import Segmenter

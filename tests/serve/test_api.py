@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.numpy import load
 
 from tinyvit import ImageEmbedding, Prompt
-from tinyvit.sam import mask_ops
+from tinyvit.images import mask_ops
 from tinyvit.serve import ServeSettings
 from tinyvit.serve.schema import LowRes, unpack_logits
 

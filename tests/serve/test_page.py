@@ -18,8 +18,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from tiny import even_odd
-from tinyvit.sam import mask_ops
-from tinyvit.sam.contours import outlines
+from tinyvit.images import mask_ops
+from tinyvit.images.mask_ops import outlines
 from tinyvit.serve import ServeSettings
 
 CHROMIUM = shutil.which("chromium")

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from tinyvit.errors import ImageError
-from tinyvit.sam.mask_ops import encode
+from tinyvit.images.mask_ops import encode
 from tinyvit.train.data.annotations import (
     MaskFile,
     Polygons,

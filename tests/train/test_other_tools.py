@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyvit.sam.mask_ops import encode
+from tinyvit.images.mask_ops import encode
 from tinyvit.train import open_data_set, open_mask_set
 from tinyvit.train.data.annotations import read_mask_file
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyvit.sam.mask_ops import box_around
+from tinyvit.images.mask_ops import box_around
 
 Mask = NDArray[np.bool_]
 Point = tuple[float, float]

@@ -23,8 +23,8 @@ from PIL import Image, ImageFilter
 
 from tinyvit.errors import ImageError
 from tinyvit.images.draw import draw_masks, draw_points, save_png
+from tinyvit.images.mask_ops import box_around
 from tinyvit.sam.build import build_sam
-from tinyvit.sam.mask_ops import box_around
 from tinyvit.sam.model import Sam
 from tinyvit.sam.predictor import SamPredictor
 

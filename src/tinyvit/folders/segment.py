@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, cas
 import numpy as np
 
 from tinyvit.checkpoints.files import weights_sha256, write_bytes, write_text
-from tinyvit.images import draw
+from tinyvit.images import draw, mask_ops
 from tinyvit.images.decode import MAX_PIXELS, decode
 from tinyvit.images.preprocess import to_input
-from tinyvit.sam import mask_ops
 
 from .outputs import facts_of_engine, facts_of_image, find_existing
 from .runner import Item, Job, Outcome, run, take_prepared

@@ -22,6 +22,9 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from tinyvit.image_spec import Placement
 
+from .mask_ops import box_around, check_mask
+from .preprocess import check_interpolation, check_rgb
+
 RGB: TypeAlias = NDArray[np.uint8]
 Bools: TypeAlias = NDArray[np.bool_]
 Floats: TypeAlias = NDArray[np.float32]
@@ -101,14 +104,13 @@ def draw_masks(
     out: RGB = image.copy()
     for index, mask in _in_order(masks, image.shape[:2]):
         tint = _colour_of(colours, index, "masks")
-        where = _bounds(mask)
-        if where is None:
-            continue
+        x0, y0, x1, y1 = box_around(mask)
+        where = slice(y0, y1), slice(x0, x1)
         for channel in range(3):
             seen = image[where][..., channel]
             table = np.rint(np.arange(256) * (1 - alpha) + tint[channel] * alpha).astype(np.uint8)
             np.copyto(out[where][..., channel], table[seen], where=mask[where])
-        if outlines:
+        if outlines and x1:
             _draw_outline(out, mask, where, tint)
     return out
 
@@ -128,8 +130,7 @@ def draw_points(image: RGB, points: ArrayLike, labels: ArrayLike) -> RGB:
     for (x, y), mark in zip(positions.tolist(), marks.ravel().tolist(), strict=True):
         reach = radius + ring + shade + 1
         where = window(out, x - reach, y - reach, x + reach, y + reach)
-        across, down = centres(where)
-        distance = np.hypot(across - x, down - y).astype(np.float32)
+        distance = distance_to_box(where, (x, y, x, y), 0)
         paint(out[where], BLACK, within(distance, radius + ring + shade) * SHADE_STRENGTH)
         paint(out[where], WHITE, within(distance, radius + ring))
         paint(out[where], GREEN if mark else RED, within(distance, radius))
@@ -158,9 +159,9 @@ def draw_boxes(image: RGB, boxes: ArrayLike, colours: Sequence[Colour] | None = 
 
 def save_mask(path: str | os.PathLike[str], mask: Bools) -> None:
     """Write a mask [H, W] bool as a grey PNG, 0 outside and 255 inside, whole or not at all."""
-    is_mask = isinstance(mask, np.ndarray) and mask.ndim == 2 and mask.dtype == np.bool_
-    if not is_mask or not mask.size:
-        raise ValueError(f"wanted a mask [H, W] of bool; came {_described(mask)}")
+    check_mask(mask)
+    if not mask.size:
+        raise ValueError(f"wanted a mask with pixels; came {list(mask.shape)}")
     write_png(path, Image.fromarray(mask.astype(np.uint8) * 255))
 
 
@@ -220,10 +221,7 @@ def overlay(
         )
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be from 0 to 1, but is {alpha}")
-    if interpolation not in FILTERS:
-        raise ValueError(
-            f"interpolation must be one of {', '.join(FILTERS)}, but is {interpolation!r}"
-        )
+    check_interpolation(interpolation, FILTERS)
     (x0, y0, x1, y1), box = _seen(placement, colours.shape[0], colours.shape[1])
     size = x1 - x0, y1 - y0
     enlarged: RGB = np.array(Image.fromarray(colours).resize(size, FILTERS[interpolation], box=box))
@@ -294,15 +292,6 @@ def write_png(path: str | os.PathLike[str], image: Image.Image) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def check_rgb(name: str, pixels: RGB) -> None:
-    """Raise a ValueError for pixels that are not an image [H, W, 3] uint8."""
-    is_array = isinstance(pixels, np.ndarray)
-    good = is_array and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
-    if not good or pixels.size == 0:
-        came = f"{list(pixels.shape)} {pixels.dtype}" if is_array else type(pixels).__name__
-        raise ValueError(f"{name} must be an image [H, W, 3] uint8; came {came}")
-
-
 def _unit(image: RGB) -> float:
     """The pixels of this image that are one of an image of 500 x 500."""
     return max(LEAST_UNIT, math.sqrt(image.shape[0] * image.shape[1]) / UNIT)
@@ -313,22 +302,17 @@ def _in_order(masks: Iterable[Bools], size: tuple[int, ...]) -> Iterable[tuple[i
 
     def checked() -> Iterator[tuple[int, Bools]]:
         for index, mask in enumerate(masks):
-            if not isinstance(mask, np.ndarray) or mask.shape != size or mask.dtype != np.bool_:
+            check_mask(mask, f"mask {index}")
+            if mask.shape != size:
                 raise ValueError(
-                    f"wanted masks of bool, as large as the image, {list(size)}; mask {index} is "
-                    f"{_described(mask)}"
+                    f"wanted masks as large as the image, {list(size)}; mask {index} is "
+                    f"{list(mask.shape)} of bool"
                 )
             yield index, mask
 
     if not isinstance(masks, Sequence | np.ndarray):
         return checked()
     return sorted(checked(), key=lambda pair: -int(np.count_nonzero(pair[1])))  # stable
-
-
-def _described(value: object) -> str:
-    if isinstance(value, np.ndarray):
-        return f"{list(value.shape)} of {value.dtype}"
-    return f"a {type(value).__name__}"
 
 
 def _colour_of(colours: Sequence[Colour] | None, index: int, what: str) -> Colour:
@@ -352,15 +336,6 @@ def _numbers(name: str, values: ArrayLike, columns: int) -> NDArray[np.float64]:
     if not np.isfinite(numbers).all():
         raise ValueError(f"{name} must be finite; came {numbers.tolist()}")
     return numbers
-
-
-def _bounds(mask: Bools) -> tuple[slice, slice] | None:
-    """The rows and columns that a mask lies in; None where it is empty."""
-    rows = np.flatnonzero(mask.any(axis=1))
-    if not len(rows):
-        return None
-    columns = np.flatnonzero(mask[rows[0] : rows[-1] + 1].any(axis=0))
-    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def _draw_outline(out: RGB, mask: Bools, where: tuple[slice, slice], tint: Colour) -> None:
@@ -444,35 +419,20 @@ def window(out: RGB, x0: float, y0: float, x1: float, y1: float) -> Part:
 def bands(out: RGB, box: Sequence[float], reach: float) -> list[Part]:
     """Four parts of the image, apart from each other, that hold a box's line."""
     x0, y0, x1, y1 = box
-    rows, columns = window(out, x0 - reach, y0 - reach, x1 + reach, y1 + reach)
-    inner_rows, inner_columns = window(out, x0 + reach, y0 + reach, x1 - reach, y1 - reach)
-    top = min(max(inner_rows.start, rows.start), rows.stop)
-    bottom = max(top, inner_rows.stop)
-    left = min(max(inner_columns.start, columns.start), columns.stop)
-    right = max(left, inner_columns.stop)
-    return [
-        (slice(rows.start, top), columns),
-        (slice(bottom, rows.stop), columns),
-        (slice(top, bottom), slice(columns.start, left)),
-        (slice(top, bottom), slice(right, columns.stop)),
-    ]
-
-
-def centres(where: Part) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The positions of pixels: x [1, columns], y [rows, 1]."""
-    rows, columns = where
-    across: NDArray[np.float64] = np.arange(columns.start, columns.stop, dtype=np.float64) + 0.5
-    down: NDArray[np.float64] = np.arange(rows.start, rows.stop, dtype=np.float64) + 0.5
-    return across[None, :], down[:, None]
+    left, top = math.ceil(x0 + reach), math.ceil(y0 + reach)
+    right, bottom = max(left, math.floor(x1 - reach)), max(top, math.floor(y1 - reach))
+    x0, y0, x1, y1 = x0 - reach, y0 - reach, x1 + reach, y1 + reach
+    corners = (x0, y0, x1, top), (x0, bottom, x1, y1), (x0, top, left, bottom)
+    return [window(out, *part) for part in (*corners, (right, top, x1, bottom))]
 
 
 def distance_to_box(where: Part, box: Sequence[float], rounding: float) -> Floats:
     """The distance of pixels to a box's line, negative within; its corners are rounded."""
     x0, y0, x1, y1 = box
     corner = min(rounding, (x1 - x0) / 2, (y1 - y0) / 2)
-    across, down = centres(where)
+    down, across = (np.arange(part.start, part.stop) + 0.5 for part in where)
     beside = np.abs(across - (x0 + x1) / 2) - (x1 - x0) / 2 + corner
-    above = np.abs(down - (y0 + y1) / 2) - (y1 - y0) / 2 + corner
+    above = np.abs(down[:, None] - (y0 + y1) / 2) - (y1 - y0) / 2 + corner
     outside = np.hypot(np.maximum(beside, 0), np.maximum(above, 0))
     return np.asarray(outside + np.minimum(np.maximum(beside, above), 0) - corner, np.float32)
 

@@ -7,6 +7,7 @@ and results of segment-anything's class, apart from one repair: no side ever bec
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
@@ -34,11 +35,8 @@ def resize(
     interpolation: Literal["bilinear", "bicubic"] = "bilinear",
 ) -> NDArray[np.uint8]:
     """Resize RGB [H, W, 3] uint8 with antialiasing; the same array if it has this size already."""
-    _check_image(image)
-    if interpolation not in FILTERS:
-        raise ValueError(
-            f"interpolation must be one of {', '.join(FILTERS)}, but is {interpolation!r}"
-        )
+    check_rgb("image", image)
+    check_interpolation(interpolation, FILTERS)
     height, width = size
     if height < 1 or width < 1:
         raise ValueError(f"size must be (height, width), each at least 1, but is {size}")
@@ -65,7 +63,7 @@ def to_input(image: NDArray[np.uint8], spec: ImageSpec) -> PreparedImage:
         >>> pixels.shape, placement.resized_size
         ((3, 16, 16), (8, 16))
     """
-    _check_image(image)
+    check_rgb("image", image)
     placement = spec.place(*image.shape[:2])
     pixels = _resized(image, spec, placement)  # [h, w, 3]
     return normalise(pixels, spec, placement.model_size), placement
@@ -146,7 +144,7 @@ class ResizeLongestSide:
 
     def apply_image(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Resize RGB [H, W, 3] uint8 to [h, w, 3] uint8."""
-        _check_image(image)
+        check_rgb("image", image)
         return resize(image, self._place(image.shape[:2]).resized_size)
 
     def apply_coords(self, coords: NDArray[np.generic], original_size: Size) -> NDArray[np.float64]:
@@ -210,13 +208,19 @@ def _resized(image: NDArray[np.uint8], spec: ImageSpec, placement: Placement) ->
     return pixels
 
 
-def _check_image(image: NDArray[np.uint8]) -> None:
-    is_array = isinstance(image, np.ndarray)
-    if not is_array or image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        came = f"{list(image.shape)} {image.dtype}" if is_array else type(image).__name__
+def check_rgb(name: str, pixels: NDArray[np.uint8]) -> None:
+    """Raise a ValueError for pixels that are not an image [H, W, 3] uint8."""
+    is_array = isinstance(pixels, np.ndarray)
+    good = is_array and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
+    if not good or pixels.size == 0:
+        came = f"{list(pixels.shape)} {pixels.dtype}" if is_array else type(pixels).__name__
         raise ValueError(
-            f"wanted an RGB image [H, W, 3] uint8; came {came}; "
+            f"{name} must be an image [H, W, 3] uint8; came {came}; "
             "tinyvit.images.decode.decode makes one of nearly anything"
         )
-    if image.size == 0:
-        raise ValueError(f"wanted an image with pixels; came {list(image.shape)}")
+
+
+def check_interpolation(name: str, filters: Mapping[str, object]) -> None:
+    """Raise a ValueError for the name of an interpolation that is not offered."""
+    if name not in filters:
+        raise ValueError(f"interpolation must be one of {', '.join(filters)}, but is {name!r}")

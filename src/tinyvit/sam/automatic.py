@@ -16,16 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tinyvit.images.decode import ImageSource, decode
-
-from .crops import (
-    CropBox,
-    build_all_layer_point_grids,
-    check_point_grids,
-    generate_crop_boxes,
-    is_box_near_crop_edge,
-)
-from .embedding import ImageEmbedding, ImageEncoder
-from .mask_ops import (
+from tinyvit.images.mask_ops import (
     RLE,
     RegionKind,
     box_around,
@@ -35,6 +26,15 @@ from .mask_ops import (
     runs,
     to_rle,
 )
+
+from .crops import (
+    CropBox,
+    build_all_layer_point_grids,
+    check_point_grids,
+    generate_crop_boxes,
+    is_box_near_crop_edge,
+)
+from .embedding import ImageEmbedding, ImageEncoder
 from .prompts import PromptBatch, Size
 from .upscale import upscale_region
 

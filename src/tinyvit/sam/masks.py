@@ -20,9 +20,8 @@ from PIL import Image
 
 from tinyvit.errors import MissingExtraError
 from tinyvit.image_spec import Placement
+from tinyvit.images.mask_ops import box_around, encode, is_outer, outlines
 
-from .contours import is_outer, outlines
-from .mask_ops import box_around, encode
 from .prompts import Prompt
 from .upscale import upscale
 

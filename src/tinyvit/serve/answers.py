@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PilImage
 
-from tinyvit.sam import mask_ops
-from tinyvit.sam.contours import outlines
+from tinyvit.images import mask_ops
+from tinyvit.images.mask_ops import outlines
 from tinyvit.sam.segmenter import Masks
 
 from .schema import LowRes, MaskModel, Object, RunLengths, SegmentRequest, pack_logits
@@ -76,11 +76,8 @@ def low_res(masks: Masks, number: int, index: int, request: SegmentRequest) -> L
 
 def mask_box(mask: NDArray[np.bool_]) -> list[float]:
     """x, y, width, height of the box around a mask, as ``Masks.to_coco`` has it."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return [0.0, 0.0, 0.0, 0.0]
-    x, y = float(columns[0]), float(rows[0])
-    return [x, y, float(columns[-1]) + 1 - x, float(rows[-1]) + 1 - y]
+    x0, y0, x1, y1 = map(float, mask_ops.box_around(mask))
+    return [x0, y0, x1 - x0, y1 - y0]
 
 
 def png(mask: NDArray[np.bool_]) -> bytes:

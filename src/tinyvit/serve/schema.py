@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tinyvit.sam import mask_ops
+from tinyvit.images import mask_ops
 from tinyvit.sam.prompts import Prompt
 
 from .problems import Problem

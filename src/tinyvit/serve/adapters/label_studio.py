@@ -23,7 +23,7 @@ from xml.etree import ElementTree
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from tinyvit.sam.contours import outlines
+from tinyvit.images.mask_ops import outlines
 from tinyvit.sam.prompts import Prompt
 from tinyvit.sam.segmenter import Masks
 from tinyvit.serve import answers, bodies

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from tinyvit.sam.contours import is_outer, outlines
+from tinyvit.images.mask_ops import is_outer, outlines
 from tinyvit.sam.prompts import Prompt
 from tinyvit.sam.segmenter import Masks
 from tinyvit.serve import bodies

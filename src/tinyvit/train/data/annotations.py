@@ -19,7 +19,7 @@ from PIL import Image
 
 from tinyvit.errors import ImageError
 from tinyvit.images.decode import UPRIGHT, orientation_of, read_size
-from tinyvit.sam.mask_ops import decode as decode_rle
+from tinyvit.images.mask_ops import decode as decode_rle
 
 Mask = NDArray[np.bool_]
 Size = tuple[int, int]

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tinyvit.evaluate.metrics import most_interior_point
+from tinyvit.images.mask_ops import box_around
 from tinyvit.modules.sam.mask_decoder import MaskDecoder
-from tinyvit.sam.mask_ops import box_around
 from tinyvit.sam.model import Sam
 from tinyvit.train.task import Batch
 

@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tinyvit.sam import crops, mask_ops
+from tinyvit.images import mask_ops
+from tinyvit.images.mask_ops import remove_small_regions as remove_small_regions
+from tinyvit.sam import crops
 from tinyvit.sam.crops import build_all_layer_point_grids as build_all_layer_point_grids
 from tinyvit.sam.crops import build_point_grid as build_point_grid
 from tinyvit.sam.crops import generate_crop_boxes as generate_crop_boxes
-from tinyvit.sam.mask_ops import remove_small_regions as remove_small_regions
 
 
 class MaskData:

@@ -1,4 +1,4 @@
-"""Operations on masks and their boxes: suppression, holes and islands, COCO's run lengths.
+"""Masks of images as arrays: boxes and suppression, holes and islands, run lengths, outlines.
 
 Suppression gives what torchvision's gives. It compares a block of boxes with all that follow, so
 that thousands take milliseconds and memory stays bounded. Run lengths are those of pycocotools:
@@ -8,7 +8,7 @@ five bits, from the third on as the difference from the one before the last.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias, TypedDict, get_args
 
 import numpy as np
@@ -19,6 +19,7 @@ from tinyvit.errors import MissingExtraError
 Mask: TypeAlias = NDArray[np.bool_]
 Floats: TypeAlias = "NDArray[np.float32] | NDArray[np.float64]"
 Integers: TypeAlias = NDArray[np.int64]
+Ring: TypeAlias = NDArray[np.float64]
 RegionKind: TypeAlias = Literal["holes", "islands"]
 
 BLOCK = 64  # boxes compared with all others at once
@@ -229,12 +230,12 @@ def compress(counts: Sequence[int] | Integers) -> str:
     return table[table > 0].tobytes().decode("ascii")
 
 
-def check_mask(mask: Mask) -> None:
-    """Refuse what is no mask [H, W] bool."""
+def check_mask(mask: Mask, name: str = "a mask") -> None:
+    """Refuse what is no mask [H, W] bool; ``name`` is for the words."""
     is_array = isinstance(mask, np.ndarray)
     if not is_array or mask.ndim != 2 or mask.dtype != np.bool_:
         came = f"{list(mask.shape)} {mask.dtype}" if is_array else type(mask).__name__
-        raise ValueError(f"wanted a mask [H, W] bool; came {came}; for logits give logits > 0")
+        raise ValueError(f"wanted {name} [H, W] bool; came {came}; for logits give logits > 0")
 
 
 def _changes(mask: Mask, top: int, left: int, height: int) -> Integers:
@@ -341,3 +342,86 @@ def decompress(text: str | bytes) -> Integers:
     numbers[1::2] = np.cumsum(numbers[1::2])  # differences from the one before the last, but not
     numbers[2::2] = np.cumsum(numbers[2::2])  # for the first three
     return _whole_numbers(numbers)
+
+
+def outlines(mask: Mask, tolerance: float = 0.0) -> list[Ring]:
+    """The closed outlines of a mask [H, W] bool: corners [P, 2] as (x, y), the last not repeated.
+
+    Coordinates are continuous: the first pixel is from (0, 0) to (1, 1).
+
+    Outer ones run clockwise as seen, holes the other way round. Drawn with the even-odd rule they
+    give the mask back bit for bit, or with a ``tolerance`` are simplified to lie at most so many
+    pixels beside the exact ones (Douglas and Peucker, 1973).
+
+    Example:
+        >>> outlines(np.ones((1, 2), bool))[0].tolist()
+        [[0.0, 0.0], [2.0, 0.0], [2.0, 1.0], [0.0, 1.0]]
+    """
+    check_mask(mask)
+    if not 0 <= tolerance < np.inf:
+        raise ValueError(f"tolerance must be 0 or more pixels, came {tolerance!r}")
+    rings = (_simplified(ring, tolerance) if tolerance else ring for ring in _rings(mask))
+    return [ring for ring in rings if len(ring) >= 3]
+
+
+def is_outer(ring: Ring) -> bool:
+    """Whether an outline of ``outlines`` runs around a part of the mask, and not around a hole."""
+    after = np.roll(ring, -1, axis=0)
+    return bool((ring[:, 0] * after[:, 1] - ring[:, 1] * after[:, 0]).sum() > 0)
+
+
+def _rings(mask: Mask) -> Iterator[Ring]:
+    """Outlines along the edges of pixels.
+
+    Where the border between mask and ground turns there is a corner. Corners pair up in rows from
+    left to right, in columns from top to bottom; following the pairs in turn gives every path.
+    """
+    padded = np.pad(mask, 1)
+    a, b, c, d = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
+    turns = (a ^ b ^ c ^ d).astype(np.int8)  # one or three of four pixels
+    turns[(a == d) & (b == c) & (a != b)] = 2  # two that touch at the corner: it belongs to both
+    ys, xs = np.nonzero(turns)
+    times = turns[ys, xs]
+    ys, xs = np.repeat(ys, times), np.repeat(xs, times)
+    count = len(ys)
+    by_column = np.lexsort((ys, xs))
+    below = np.empty(count, np.int64)
+    below[by_column[0::2]], below[by_column[1::2]] = by_column[1::2], by_column[0::2]
+    partner, is_free = below.tolist(), [True] * count
+    for start in range(count):
+        if not is_free[start]:
+            continue
+        path, at = [], start
+        while is_free[at]:
+            beside = at ^ 1
+            is_free[at] = is_free[beside] = False
+            path += [at, beside]
+            at = partner[beside]
+        ring = np.stack([xs[path], ys[path]], 1).astype(np.float64)
+        is_outer = padded[ys[start] + 1, xs[start] + 1]
+        yield ring if is_outer else ring[::-1]
+
+
+def _simplified(ring: Ring, tolerance: float) -> Ring:
+    """Fewer corners; begins with the two that lie farthest apart, so that no ring collapses."""
+    far = int(np.argmax(((ring - ring[0]) ** 2).sum(1)))
+    closed = np.concatenate([ring, ring[:1]])
+    keep = np.zeros(len(closed), bool)
+    keep[[0, far, len(ring)]] = True
+    parts = [(0, far), (far, len(ring))]
+    while parts:
+        first, last = parts.pop()
+        if last - first < 2:
+            continue
+        between = closed[first + 1 : last] - closed[first]
+        line = closed[last] - closed[first]
+        length = float(np.hypot(*line))
+        distances = np.hypot(between[:, 0], between[:, 1])
+        if length:
+            distances = np.abs(between[:, 0] * line[1] - between[:, 1] * line[0]) / length
+        worst = int(np.argmax(distances))
+        if distances[worst] > tolerance:
+            middle = first + 1 + worst
+            keep[middle] = True
+            parts += [(first, middle), (middle, last)]
+    return closed[:-1][keep[:-1]]

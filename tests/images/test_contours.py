@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis.extra import numpy as arrays
 
 from tiny import even_odd
-from tinyvit.sam.contours import is_outer, outlines
+from tinyvit.images.mask_ops import is_outer, outlines
 
 masks = arrays.arrays(bool, arrays.array_shapes(min_dims=2, max_dims=2, max_side=12))
 
@@ -38,5 +38,5 @@ def test_outlines_of_easy_masks():
     assert len(simple) < len(exact) / 5
     with pytest.raises(ValueError, match="tolerance must be 0 or more"):
         outlines(disc, -1)
-    with pytest.raises(ValueError, match="a mask is \\[H, W\\] bool"):
+    with pytest.raises(ValueError, match="a mask \\[H, W\\] bool"):
         outlines(disc.astype(int))

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from pycocotools import mask as coco
 
-from tinyvit.sam import mask_ops as rle
-from tinyvit.sam.mask_ops import components, remove_small_regions
+from tinyvit.images import mask_ops as rle
+from tinyvit.images.mask_ops import components, remove_small_regions
 
 masks = arrays(
     np.bool_,
