@@ -31,12 +31,11 @@ from tinyvit.bench import machine_facts
 from tinyvit.evaluate.segment import EvaluateSettings, evaluate_segment
 from tinyvit.modules import TinyViT
 from tinyvit.sam import SamPredictor, build_sam
-from tinyvit.sam.embedding import spec_of
 from tinyvit.train import TrainSettings, train
 from tinyvit.train.tasks.distill import DistillFeaturesSettings
 from tinyvit.train.tasks.distill import make_features_task as make_task
-from tinyvit.train.tasks.prompting import Prompting
-from tinyvit.train.tasks.segment import MaskSampler, Segment
+from tinyvit.train.tasks.segment import Segment
+from tinyvit.train.tasks.settings import SegmentSettings
 from tinyvit.train.tasks.teachers import open_teacher, store_features
 
 HERE = Path(__file__).parent
@@ -96,11 +95,11 @@ def train_on_masks(options, folder: Path, samples, spec, seconds: float) -> tupl
 
     sam = build_sam(TEACHER)
     sam.image_encoder = new_student(spec)
-    sampler = MaskSampler(samples, spec_of(sam), None, objects=4)
+    own = SegmentSettings("", augment="none", corrective_share=0.2, val_masks=1)
     nothing = CompositeSet(options.work, "test", weights=KINDS, length=1)
 
     def task():
-        return Segment(sam, sampler, nothing, Prompting(corrective_share=0.2), val_masks=1)
+        return Segment(sam, samples, nothing, own)
 
     settings = replace(settings_of(folder / "warm", options, WARM_STEPS), learning_rate=1e-9)
     train(task(), settings)  # measures the time of a step, without changing the weights

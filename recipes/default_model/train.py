@@ -21,12 +21,10 @@ import tinyvit
 from composites import CompositeSet
 from history import read_stages
 from tinyvit.sam.build import build_sam
-from tinyvit.sam.embedding import spec_of
 from tinyvit.train import TrainSettings, train
 from tinyvit.train.run_folder import Progress
-from tinyvit.train.tasks.losses import MaskLosses
-from tinyvit.train.tasks.prompting import Prompting
-from tinyvit.train.tasks.segment import MaskSampler, Segment
+from tinyvit.train.tasks.segment import Segment
+from tinyvit.train.tasks.settings import SegmentSettings
 
 STAGES = Path(__file__).with_name("stages.toml")
 
@@ -80,14 +78,9 @@ def _task(work: Path, stage: Stage, start: str) -> Segment:
         work, "train", seed=stage["seed"], regions=stage.get("regions", 0.0), **common
     )
     held_out = CompositeSet(work, "val", seed=0, length=10_000, **common)
-    return Segment(
-        sam,
-        MaskSampler(samples, spec_of(sam), None, stage["objects"]),
-        held_out,
-        Prompting(stage["box_share"], stage["corrective_share"], stage["most_corrections"]),
-        MaskLosses(stage["focal"]),
-        val_masks=stage["val_masks"],
-    )
+    names = "objects", "box_share", "corrective_share", "most_corrections", "focal", "val_masks"
+    own = {name: stage[name] for name in names}
+    return Segment(sam, samples, held_out, SegmentSettings(str(work), augment="none", **own))
 
 
 def beside(start: str) -> str:

@@ -60,11 +60,9 @@ def save_pretrained(model: TinyViT | Sam, folder: str | os.PathLike[str]) -> Pat
         "thresholds": thresholds,
         "classes": list(encoder.classes),
     }
-    metadata = {
-        "tinyvit.family": "tinyvit_sam" if is_sam else "tinyvit",
-        "tinyvit.strides": ",".join(str(stride) for stride in encoder.strides),
-        **header_for(spec if is_sam else None, encoder.classes or None, thresholds),
-    }
+    family, own_spec = ("tinyvit_sam", spec) if is_sam else ("tinyvit", None)
+    classes = encoder.classes or None
+    metadata = header_for(family, encoder.strides, own_spec, classes, thresholds)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_state_dict(folder / WEIGHTS, model.state_dict(), metadata=metadata)

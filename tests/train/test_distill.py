@@ -24,7 +24,7 @@ from tinyvit.train.tasks.classify import Classify, ClassifySettings
 from tinyvit.train.tasks.distill import (
     DistillFeaturesSettings,
     DistillLogits,
-    MaskAgreement,
+    Heads,
     Student,
     make_logits_task,
     random_points,
@@ -262,7 +262,7 @@ def test_masks_are_those_of_the_model_at_the_same_place():
     sam = tiny_sam(tiny(size=64))
     embedding = torch.randn(2, 16, 4, 4)
     points = torch.tensor([[[0.5, 0.25]], [[0.125, 0.75]]])  # (x, y)
-    masks = MaskAgreement(sam).masks(embedding, points)
+    masks = Heads(sam)(embedding, points)
     assert masks.shape == (8, 16, 16)
     for image in range(2):
         coords = points[image][None] * 64 - 0.5  # the model adds half a pixel
@@ -276,9 +276,9 @@ def test_masks_are_those_of_the_model_at_the_same_place():
 
 def test_gradients_flow_into_the_embedding_and_not_into_the_heads():
     sam = tiny_sam(tiny(size=64)).train()
-    agreement = MaskAgreement(sam)
+    agreement = Heads(sam)
     embedding = torch.randn(1, 16, 4, 4, requires_grad=True)
-    agreement.masks(embedding, torch.rand(1, 3, 2)).square().sum().backward()
+    agreement(embedding, torch.rand(1, 3, 2)).square().sum().backward()
     assert embedding.grad is not None and embedding.grad.abs().sum() > 0
     heads = (*sam.prompt_encoder.parameters(), *sam.mask_decoder.parameters())
     assert all(p.grad is None and not p.requires_grad for p in heads)
@@ -286,10 +286,10 @@ def test_gradients_flow_into_the_embedding_and_not_into_the_heads():
 
 
 def test_every_grid_will_do():
-    agreement = MaskAgreement(tiny_sam(tiny(size=64)))
+    agreement = Heads(tiny_sam(tiny(size=64)))
     flat = torch.randn(1, 16, 1, 1)
     points = torch.tensor([[[0.3, 0.6]]])
-    fine = agreement.masks(flat.expand(1, 16, 8, 8), points)
+    fine = agreement(flat.expand(1, 16, 8, 8), points)
     assert fine.shape == (4, 32, 32)
 
 
@@ -299,7 +299,7 @@ def test_the_high_quality_decoder_is_refused():
         transformer_dim=16, transformer=TwoWayTransformer(2, 16, 2, 32), vit_dim=8
     )
     with pytest.raises(ValueError, match="early map beside the embedding"):
-        MaskAgreement(sam)
+        Heads(sam)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyvit.train.tasks.losses import (
-    MaskLosses,
     cosine_per_cell,
     covered_cells,
     dice_loss,
@@ -15,10 +14,12 @@ from tinyvit.train.tasks.losses import (
     mask_ious,
     mask_loss,
     one_hot,
+    prompt_losses,
     shrink_masks,
     soft_cross_entropy,
     sparse_cross_entropy,
 )
+from tinyvit.train.tasks.settings import SegmentSettings
 
 
 def dense_distribution(indices, probabilities, classes):
@@ -71,16 +72,16 @@ def test_only_the_best_of_three_masks_learns_but_every_predicted_iou():
     sign = 2 * targets - 1
     logits = torch.stack([-3 * sign, 3 * sign, 0 * sign], dim=1).requires_grad_()  # second is best
     ious = torch.tensor([[0.9, 0.2, 0.1]], requires_grad=True)
-    found = MaskLosses()(logits, ious, targets)
-    found.total.sum().backward()
+    found = prompt_losses(SegmentSettings(""), logits, ious, targets)
+    found["total"].sum().backward()
     assert [bool(logits.grad[0, k].any()) for k in range(3)] == [False, True, False]
     # true IoUs: 0, 1, and 0 (a logit of 0 is no mask); mean over 3 of squares has slope 2/3 d
     expected = torch.tensor([[2 / 3 * 0.9, 2 / 3 * (0.2 - 1), 2 / 3 * 0.1]])
     torch.testing.assert_close(ious.grad, expected)
     by_hand = 10 * focal_loss(logits[:, 1], targets) + dice_loss(logits[:, 1], targets)
     error = (0.9**2 + 0.8**2 + 0.1**2) / 3
-    torch.testing.assert_close(found.total, by_hand + error)
-    assert found.iou.item() == 0.0  # of the mask that the model thinks best: the first
+    torch.testing.assert_close(found["total"], by_hand + error)
+    assert found["train_iou"].item() == 0.0  # of the mask that the model thinks best: the first
 
 
 def test_gradients_in_double_precision():
@@ -91,16 +92,11 @@ def test_gradients_in_double_precision():
     # far apart, so that the small steps of the check never change which mask is best
     logits = torch.randn(2, 3, 3, 3, dtype=torch.float64) * torch.tensor([0.5, 2, 4]).view(3, 1, 1)
     ious = torch.rand(2, 3, dtype=torch.float64)
-    losses = MaskLosses(5.0, 1.0, 1.0)
+    settings = SegmentSettings("", focal=5.0)
     assert torch.autograd.gradcheck(
-        lambda x, y: losses(x, y, targets, weights).total,
+        lambda x, y: prompt_losses(settings, x, y, targets, weights)["total"],
         (logits.requires_grad_(), ious.requires_grad_()),
     )
-
-
-def test_weights_are_checked():
-    with pytest.raises(ValueError, match="focal or dice above it; came focal=0"):
-        MaskLosses(0, 0, 1)
 
 
 def maps(seed, *shape):

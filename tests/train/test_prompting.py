@@ -3,10 +3,8 @@ import pytest
 import torch
 
 from tinyvit.evaluate.metrics import most_interior_point
-from tinyvit.train.tasks.losses import MaskLosses
 from tinyvit.train.tasks.prompting import (
     Objects,
-    Prompting,
     check_trainable,
     correct,
     first_click,
@@ -14,6 +12,7 @@ from tinyvit.train.tasks.prompting import (
     noisy_box,
     prompt_and_learn,
 )
+from tinyvit.train.tasks.settings import SegmentSettings
 
 
 def objects_of(sam, grid, size, count=3):
@@ -53,12 +52,11 @@ def test_losses_of_all_objects_with_gradient(make_tiny_sam, share, corrective):
         sam,
         features,
         objects_of(sam, (4, 4), (64, 64)),
-        MaskLosses(),
-        Prompting(share, corrective),
+        SegmentSettings("", box_share=share, corrective_share=corrective),
         torch.Generator().manual_seed(0),
     )
-    assert found.total.shape == (6,)
-    found.total.sum().backward()
+    assert found["total"].shape == (6,)
+    found["total"].sum().backward()
     assert features.grad.abs().amax((1, 2, 3)).min() > 0
     table = sam.prompt_encoder.point_embeddings
     has_corners = table[2].weight.grad is not None and bool(table[2].weight.grad.any())
@@ -76,7 +74,7 @@ def test_a_single_click_teaches_all_masks_and_a_box_the_single_one(make_tiny_sam
         return predict(*arguments)
 
     monkeypatch.setattr(sam.mask_decoder, "predict_masks", watch)
-    arguments = sam, torch.randn(2, 32, 4, 4), objects_of(sam, (4, 4), (64, 64)), MaskLosses()
+    arguments = sam, torch.randn(2, 32, 4, 4), objects_of(sam, (4, 4), (64, 64))
     for share, corrective, prompts, several in (
         (0.0, 0.0, [(2, True)], True),  # the click and the padding point
         (1.0, 0.0, [(2, True)], False),  # two corners
@@ -85,10 +83,12 @@ def test_a_single_click_teaches_all_masks_and_a_box_the_single_one(make_tiny_sam
     ):
         asked.clear()
         sam.zero_grad()
-        prompting = Prompting(share, corrective, most_corrections=1)
-        found = prompt_and_learn(*arguments, prompting, torch.Generator().manual_seed(0))
+        settings = SegmentSettings(
+            "", box_share=share, corrective_share=corrective, most_corrections=1
+        )
+        found = prompt_and_learn(*arguments, settings, torch.Generator().manual_seed(0))
         assert asked == prompts
-        found.total.sum().backward()
+        found["total"].sum().backward()
         learning = [
             any(bool(p.grad is not None and p.grad.any()) for p in perceptron.parameters())
             for perceptron in sam.mask_decoder.output_hypernetworks_mlps
@@ -110,8 +110,8 @@ def test_gradients_through_prompts_in_double_precision(make_tiny_sam):
 
     def total(features):
         generator = torch.Generator().manual_seed(0)
-        prompting = Prompting(1.0, 0.0)
-        return prompt_and_learn(sam, features, objects, MaskLosses(), prompting, generator).total
+        settings = SegmentSettings("", box_share=1.0, corrective_share=0.0)
+        return prompt_and_learn(sam, features, objects, settings, generator)["total"]
 
     features = torch.randn(1, 32, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(total, (features,))
@@ -123,13 +123,6 @@ def test_other_decoders_are_refused(make_tiny_sam):
     sam.mask_decoder = torch.nn.Identity()
     with pytest.raises(ValueError, match="this model has Identity"):
         check_trainable(sam)
-
-
-def test_ranges():
-    with pytest.raises(ValueError, match="box_share must lie in 0 to 1, but is 2"):
-        Prompting(2)
-    with pytest.raises(ValueError, match="most_corrections must be at least 1"):
-        Prompting(most_corrections=0)
 
 
 def rings():

@@ -1,5 +1,5 @@
 import pickle
-import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +10,7 @@ from tinyvit.errors import ImageError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.sam.build import build_sam
 from tinyvit.train.data.masks import open_mask_set
-from tinyvit.train.tasks.prompting import Prompting
-from tinyvit.train.tasks.segment import MaskSampler, Segment, SegmentSettings, make_task, save_sam
+from tinyvit.train.tasks.segment import Segment, SegmentSettings, make_task, save_sam
 
 from .shapes import write_shapes
 
@@ -41,9 +40,16 @@ def data(tmp_path):
 
 @pytest.fixture
 def tiny_task(make_tiny_sam, data):
-    sam = make_tiny_sam(64)
-    sampler = MaskSampler(data, sam.image_encoder.image_spec, None, objects=2, least_pixels=4)
-    return Segment(sam, sampler, data, Prompting(corrective_share=0.2))
+    return task_of(make_tiny_sam(64), data, objects=2, corrective_share=0.2)
+
+
+def task_of(sam, data, **choices):
+    settings = {"augment": "none", "least_pixels": 4, **choices}
+    return Segment(sam, data, data, SegmentSettings("", **settings))
+
+
+def change(task, **choices):
+    task.settings = replace(task.settings, **choices)
 
 
 def test_a_sample_depends_on_its_chance_alone(tiny_task):
@@ -60,8 +66,8 @@ def test_clicks_lie_in_their_objects(tiny_task):
         assert mask[int(y), int(x)]
 
 
-def test_the_sampler_can_go_to_other_processes(tiny_task):
-    task = pickle.loads(pickle.dumps(tiny_task.sampler))
+def test_the_task_can_go_to_other_processes(tiny_task):
+    task = pickle.loads(pickle.dumps(tiny_task))
     sample = task.sample(0, np.random.default_rng(0))
     np.testing.assert_array_equal(
         sample["points"], tiny_task.sample(0, np.random.default_rng(0))["points"]
@@ -78,7 +84,7 @@ def test_a_step_depends_on_its_chance_alone(tiny_task):
 
 
 def test_every_part_learns(tiny_task):
-    tiny_task.prompting = Prompting(box_share=0.5, corrective_share=1.0)
+    change(tiny_task, box_share=0.5, corrective_share=1.0)
     batch = tiny_task.collate([tiny_task.sample(i, np.random.default_rng(i)) for i in (0, 1)])
     for seed in range(4):  # clicks and boxes both come
         tiny_task.loss(tiny_task.model, batch, torch.Generator().manual_seed(seed))[0].backward()
@@ -104,14 +110,14 @@ def test_kept_embeddings_give_the_same_loss(tiny_task):
         return tiny_task.loss(tiny_task.model, batch, torch.Generator().manual_seed(0))[0].item()
 
     plain = loss()
-    tiny_task.cached_features = 1
+    change(tiny_task, cached_features=1)
     assert loss() == plain
     assert list(tiny_task._kept) == [0]
     assert loss() == pytest.approx(plain, rel=1e-5)  # the other image is encoded in a batch of 1
 
 
 def test_embeddings_of_a_learning_encoder_are_not_kept(tiny_task):
-    tiny_task.cached_features = 4
+    change(tiny_task, cached_features=4)
     batch = tiny_task.collate([tiny_task.sample(0, np.random.default_rng(0))])
     with pytest.raises(ValueError, match="cached_features must be 0 where the encoder is trained"):
         tiny_task.loss(tiny_task.model, batch, torch.Generator())
@@ -122,9 +128,9 @@ def test_a_broken_image_is_replaced_and_named(tiny_task, data):
     batch = tiny_task.collate([tiny_task.sample(0, np.random.default_rng(0))])
     tiny_task.loss(tiny_task.model, batch, torch.Generator())
     assert list(tiny_task.broken) == [data[0].name]
-    strict = MaskSampler(data, tiny_task.sampler.spec, on_broken="error")
+    change(tiny_task, on_broken="error")
     with pytest.raises(ImageError, match=data[0].name):
-        strict.sample(0, np.random.default_rng(0))
+        tiny_task.sample(0, np.random.default_rng(0))
 
 
 def test_data_of_which_nothing_can_be_read(tiny_task, data):
@@ -164,7 +170,7 @@ def test_a_spoilt_decoder_gets_better_on_a_few_images(tmp_path):
     with pytest.warns(UserWarning, match="2 of 2 images .* the same is trained and validated on"):
         task = make_task(settings)
     task.model.image_encoder.requires_grad_(False)
-    task.cached_features = 2
+    change(task, cached_features=2)
     spoil(task.model.mask_decoder, 0.8)  # the shipped one is good at shapes already
     before = task.validate(task.model)
     learn(task, 25, 2e-4)
@@ -192,10 +198,18 @@ def test_wrong_choices(tmp_path):
     folder = str(write_shapes(tmp_path, 2))
     with pytest.raises(ValueError, match="augment must be one of none, full"):
         make_task(SegmentSettings(folder, augment="some"))
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="wants augment='none'"):
-        make_task(SegmentSettings(folder, cached_features=3))
+    with pytest.raises(ValueError, match="cached_features must be 0 without augment='none'"):
+        SegmentSettings(folder, cached_features=3)
     with pytest.raises(ValueError, match="objects must be at least 1"):
         make_task(SegmentSettings(folder, objects=0))
+    with pytest.raises(ValueError, match="box_share must be at least 0 and at most 1, got 2"):
+        SegmentSettings(folder, box_share=2)
+    with pytest.raises(ValueError, match="most_corrections must be at least 1"):
+        SegmentSettings(folder, most_corrections=0)
+    with pytest.raises(ValueError, match="focal must be above 0 where dice is 0"):
+        SegmentSettings(folder, focal=0, dice=0)
+    with pytest.raises(ValueError, match="dice must be at least 0"):
+        SegmentSettings(folder, dice=-1)
 
 
 def test_another_size_is_kept_in_the_file(tmp_path):
@@ -206,14 +220,8 @@ def test_another_size_is_kept_in_the_file(tmp_path):
     assert again.prompt_encoder.input_image_size == (128, 128)
 
 
-@pytest.fixture
-def mask_set(tmp_path):
-    return open_mask_set(write_shapes(tmp_path, 2))
-
-
-def test_few_objects_come_again_with_other_prompts(mask_set):
-    sampler = MaskSampler(mask_set, ImageSpec.sam(64), None, objects=5, least_pixels=4)
-    sample = sampler.sample(0, np.random.default_rng(0))
+def test_few_objects_come_again_with_other_prompts(make_tiny_sam, data):
+    sample = task_of(make_tiny_sam(64), data, objects=5).sample(0, np.random.default_rng(0))
     assert sample["masks"].shape == (5, 64, 64)
     assert sample["sizes"] == (48, 64)
     assert not sample["masks"][:, 48:].any()
@@ -221,21 +229,19 @@ def test_few_objects_come_again_with_other_prompts(mask_set):
     assert len(np.unique(sample["boxes"], axis=0)) == 5
 
 
-def test_small_objects_are_skipped_where_larger_ones_are(mask_set):
-    areas = mask_set[0].load()[1].sum((1, 2))
-    between = int(areas.mean())
-    sampler = MaskSampler(mask_set, ImageSpec.sam(64), None, objects=4, least_pixels=between)
-    sample = sampler.sample(0, np.random.default_rng(0))
+def test_small_objects_are_skipped_where_larger_ones_are(make_tiny_sam, data):
+    task = task_of(make_tiny_sam(64), data, objects=4)
+    areas = data[0].load()[1].sum((1, 2))
+    change(task, least_pixels=int(areas.mean()))
+    sample = task.sample(0, np.random.default_rng(0))
     assert set(sample["masks"].sum((1, 2))) == {areas.max()}
-    none = MaskSampler(mask_set, ImageSpec.sam(64), None, objects=4, least_pixels=10**6)
-    assert none.sample(0, np.random.default_rng(0))["masks"].any((1, 2)).all()
+    change(task, least_pixels=10**6)
+    assert task.sample(0, np.random.default_rng(0))["masks"].any((1, 2)).all()
 
 
-def test_a_batch_has_the_images_first(mask_set):
-    sampler = MaskSampler(mask_set, ImageSpec.sam(32), objects=3, least_pixels=1)
-    batch = Segment(None, sampler, ()).collate(
-        [sampler.sample(i, np.random.default_rng(i)) for i in (0, 1)]
-    )
+def test_a_batch_has_the_images_first(make_tiny_sam, data):
+    task = task_of(make_tiny_sam(32), data, augment="full", objects=3)
+    batch = task.collate([task.sample(i, np.random.default_rng(i)) for i in (0, 1)])
     shapes = {name: tuple(v.shape) for name, v in batch.items() if name != "broken"}
     assert shapes == {
         "index": (2,),
@@ -248,6 +254,8 @@ def test_a_batch_has_the_images_first(mask_set):
     assert batch["broken"] == {}
 
 
-def test_images_that_are_cropped_are_refused(mask_set):
+def test_images_that_are_cropped_are_refused(make_tiny_sam, data):
+    sam = make_tiny_sam(64)
+    sam.image_encoder.image_spec = ImageSpec.timm(224)
     with pytest.raises(ValueError, match="fitted by their longest side, not 'crop'"):
-        MaskSampler(mask_set, ImageSpec.timm(224))
+        task_of(sam, data)

@@ -49,12 +49,17 @@ THRESHOLD_NAMES = (
 
 
 def header_for(
+    family: str,
+    strides: Sequence[int],
     image_spec: ImageSpec | None = None,
     classes: Sequence[str] | None = None,
     thresholds: Mapping[str, float] | None = None,
 ) -> dict[str, str]:
     """Entries of a safetensors header for what belongs to weights; nothing for None or nothing."""
-    header = {}
+    header = {
+        "tinyvit.family": family,
+        "tinyvit.strides": ",".join(str(stride) for stride in strides),
+    }
     if image_spec is not None:
         header[IMAGE_SPEC] = json.dumps(image_spec.to_dict())
     if classes is not None:

@@ -166,11 +166,7 @@ def save_classifier(model: TinyViT, path: str | os.PathLike[str], classes: Seque
         raise ValueError(
             f"the model has {model.num_classes} classes, but {len(classes)} names came"
         )
-    header = {
-        "tinyvit.family": "tinyvit",
-        "tinyvit.strides": ",".join(str(stride) for stride in model.strides),
-        **header_for(model.image_spec, classes),
-    }
+    header = header_for("tinyvit", model.strides, model.image_spec, classes)
     return write_state_dict(path, model.state_dict(), metadata=header)
 
 

@@ -67,37 +67,37 @@ def random_points(placed: Tensor, count: int, generator: torch.Generator) -> Ten
     return drawn * placed.flip(1)[:, None]  # (height, width) -> (x, y)
 
 
-class MaskAgreement:
+class Heads(nn.Module):
     """The frozen prompt encoder and mask decoder of a SAM: embeddings and points into masks."""
 
     prompt_encoder: PromptEncoder
     mask_decoder: MaskDecoder
 
     def __init__(self, sam: Sam) -> None:
+        super().__init__()
         if isinstance(sam.mask_decoder, HQMaskDecoder):
             raise ValueError(
                 "the mask decoder of Light HQ-SAM wants an early map beside the embedding, which "
                 "no store holds; give a SAM with the plain decoder, or mask_weight=0"
             )
-        self.prompt_encoder = sam.prompt_encoder.eval().requires_grad_(False)
-        self.mask_decoder = sam.mask_decoder.eval().requires_grad_(False)
+        self.prompt_encoder, self.mask_decoder = sam.prompt_encoder, sam.mask_decoder
+        self.eval().requires_grad_(False)
 
-    def masks(self, embeddings: Tensor, points: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, points: Tensor) -> Tensor:
         """All masks of single points: the one for clear prompts, and those for ambiguous ones.
 
         ``embeddings`` [N, C, h, w] are of any grid that covers the whole model input, ``points``
         [N, P, 2] parts of it, (x, y). Gives logits [N * P * M, 4h, 4w] of M masks a point.
         """
-        prompt_encoder = self.prompt_encoder.to(embeddings.device)
-        decoder = self.mask_decoder.to(embeddings.device)
-        height, width = prompt_encoder.input_image_size
+        self.to(embeddings.device)
+        height, width = self.prompt_encoder.input_image_size
         grid = _size(embeddings)
         pixels = points.flatten(0, 1)[:, None] * points.new_tensor([width, height]) - 0.5
         labels = torch.ones(pixels.shape[:2], device=points.device)
-        sparse, dense = prompt_encoder((pixels, labels), None, None, embedding_size=grid)
-        positions = prompt_encoder.pe_layer(grid, grid)[None]  # tokens of a whole model input
+        sparse, dense = self.prompt_encoder((pixels, labels), None, None, embedding_size=grid)
+        positions = self.prompt_encoder.pe_layer(grid, grid)[None]  # tokens of a whole model input
         each = embeddings.repeat_interleave(points.shape[1], dim=0)  # [N * P, C, h, w]
-        masks, _ = decoder.predict_masks(each, positions, sparse, dense)
+        masks: Tensor = self.mask_decoder.predict_masks(each, positions, sparse, dense)[0]
         return masks.flatten(0, 1)
 
 
@@ -156,7 +156,7 @@ class DistillFeatures:
         channels = store.shapes["features"][0]
         own = student.neck_dim or student.embed_dims[-1]
         self.model = student if own == channels else Student(student, channels)
-        self.heads = None if sam is None else MaskAgreement(sam)
+        self.heads = None if sam is None else Heads(sam)
         if self.heads is None and settings.mask_weight > 0:
             wanted = "0 without a SAM, whose heads predict the masks (give one with sam)"
             raise SettingError("mask_weight", wanted, settings.mask_weight)
@@ -191,8 +191,8 @@ class DistillFeatures:
         if self.heads is not None and self.settings.mask_weight > 0:
             points = random_points(batch["placed"], self.settings.points, generator)
             with torch.no_grad():
-                wanted = self.heads.masks(teacher, points)
-            masks = self.heads.masks(found.float(), points)
+                wanted = self.heads(teacher, points)
+            masks = self.heads(found.float(), points)
             distance = mask_loss(masks, fit_grid(wanted[:, None], _size(masks))[:, 0])
             metrics["mask_loss"] = distance.detach()
             loss = loss + self.settings.mask_weight * distance
@@ -229,8 +229,8 @@ class DistillFeatures:
             }
             if self.heads is not None:
                 points = random_points(placed, self.settings.val_points, generator)
-                wanted = self.heads.masks(teacher.float(), points) > 0
-                maps["mask_iou"] = mask_ious(self.heads.masks(found, points), wanted.float())
+                wanted = self.heads(teacher.float(), points) > 0
+                maps["mask_iou"] = mask_ious(self.heads(found, points), wanted.float())
             for key, value in maps.items():
                 values.setdefault(key, []).append(value)
         return {key: float(torch.cat(found).double().mean()) for key, found in values.items()}
@@ -240,18 +240,12 @@ class DistillFeatures:
         encoder = model.image_encoder if isinstance(model, Student) else model
         if not isinstance(encoder, TinyViT):
             raise TypeError(f"wanted a TinyViT to save, got {type(encoder).__name__}")
-        header = {
-            "tinyvit.family": "tinyvit",
-            "tinyvit.strides": ",".join(str(stride) for stride in encoder.strides),
-            **header_for(self.spec),
-        }
-        state = dict(encoder.state_dict())
+        family, state = "tinyvit", dict(encoder.state_dict())
         if self.heads is not None and not isinstance(model, Student):
-            header["tinyvit.family"] = "tinyvit_sam"
+            family = "tinyvit_sam"
             state = {f"image_encoder.{key}": value for key, value in state.items()}
-            for name in ("prompt_encoder", "mask_decoder"):
-                own = getattr(self.heads, name).state_dict()
-                state.update({f"{name}.{key}": value for key, value in own.items()})
+            state.update(self.heads.state_dict())
+        header = header_for(family, encoder.strides, self.spec)
         write_state_dict(path, state, metadata=header)
 
     def _read(self, name: str, flip: bool) -> dict[str, Any]:

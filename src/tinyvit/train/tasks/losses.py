@@ -10,14 +10,13 @@ ECCV 2022, equation 2).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .settings import FeatureLoss
+from .settings import FeatureLoss, SegmentSettings
 
 FOCAL_GAMMA = 2.0
 FOCAL_ALPHA = 0.25
@@ -73,60 +72,36 @@ def mask_ious(logits: Tensor, targets: Tensor, weights: Tensor | None = None) ->
     )
 
 
-@dataclass(frozen=True)
-class MaskLoss:
-    """The loss of some prompts."""
+def prompt_losses(
+    settings: SegmentSettings,
+    logits: Tensor,
+    predicted_ious: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The loss of each prompt, ``total`` [N]: that of its best mask, and of all predicted IoUs.
 
-    total: Tensor  # [N], with gradient
-    iou: Tensor  # [N], of the mask that the model itself thinks best
-    focal: Tensor  # [N], of the mask that learns, before weighting
-    dice: Tensor  # [N], of the mask that learns, before weighting
-    iou_error: Tensor  # [N], squared error of the predicted IoU, mean over the K masks
-
-
-@dataclass(frozen=True)
-class MaskLosses:
-    """How the three losses are weighted."""
-
-    focal: float = 10.0  # weight of the focal loss
-    dice: float = 1.0  # weight of the dice loss
-    iou: float = 1.0  # weight of the predicted IoU's squared error
-
-    def __post_init__(self) -> None:
-        if min(self.focal, self.dice, self.iou) < 0 or self.focal + self.dice == 0:
-            raise ValueError(
-                "the weights of the losses must be at least 0, and focal or dice above it; came "
-                f"focal={self.focal}, dice={self.dice}, iou={self.iou}"
-            )
-
-    def __call__(
-        self,
-        logits: Tensor,
-        predicted_ious: Tensor,
-        targets: Tensor,
-        weights: Tensor | None = None,
-    ) -> MaskLoss:
-        """The loss of each prompt: that of its best mask, and of all its predicted IoUs.
-
-        ``logits`` are [N, K, h, w], ``predicted_ious`` [N, K], ``targets`` [N, h, w] in 0..1 and
-        ``weights`` [N, h, w], 0 where a pixel does not count.
-        """
-        wanted = targets[:, None].expand_as(logits)
-        counted = None if weights is None else weights[:, None].expand_as(logits)
-        focal = focal_loss(logits, wanted, counted)  # [N, K]
-        dice = dice_loss(logits, wanted, counted)
-        of_mask = self.focal * focal + self.dice * dice
-        best = of_mask.detach().argmin(1, keepdim=True)
-        true_ious = mask_ious(logits, wanted, counted)
-        iou_error = ((predicted_ious - true_ious) ** 2).mean(1)
-        chosen = predicted_ious.detach().argmax(1, keepdim=True)
-        return MaskLoss(
-            total=of_mask.gather(1, best)[:, 0] + self.iou * iou_error,
-            iou=true_ious.gather(1, chosen)[:, 0],
-            focal=focal.gather(1, best)[:, 0],
-            dice=dice.gather(1, best)[:, 0],
-            iou_error=iou_error,
-        )
+    ``logits`` are [N, K, h, w], ``predicted_ious`` [N, K], ``targets`` [N, h, w] in 0..1 and
+    ``weights`` [N, h, w], 0 where a pixel does not count. Beside it, [N] each: ``train_iou`` of the
+    mask that the model itself thinks best, unweighted ``focal`` and ``dice`` of the one that
+    learns, and ``iou_error``, the squared error of the predicted IoUs.
+    """
+    wanted = targets[:, None].expand_as(logits)
+    counted = None if weights is None else weights[:, None].expand_as(logits)
+    focal = focal_loss(logits, wanted, counted)  # [N, K]
+    dice = dice_loss(logits, wanted, counted)
+    of_mask = settings.focal * focal + settings.dice * dice
+    best = of_mask.detach().argmin(1, keepdim=True)
+    true_ious = mask_ious(logits, wanted, counted)
+    iou_error = ((predicted_ious - true_ious) ** 2).mean(1)
+    chosen = predicted_ious.detach().argmax(1, keepdim=True)
+    return {
+        "total": of_mask.gather(1, best)[:, 0] + settings.iou * iou_error,
+        "train_iou": true_ious.gather(1, chosen)[:, 0],
+        "focal": focal.gather(1, best)[:, 0],
+        "dice": dice.gather(1, best)[:, 0],
+        "iou_error": iou_error,
+    }
 
 
 def fit_grid(features: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -9,7 +9,7 @@ Points are (x, y) in pixels of the model input, continuous: the centre of the fi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from tinyvit.modules.sam.mask_decoder import MaskDecoder
 from tinyvit.sam.model import Sam
 from tinyvit.train.task import Batch
 
-from .losses import MaskLoss, MaskLosses, shrink_masks
+from .losses import prompt_losses, shrink_masks
+from .settings import SegmentSettings
 
 Mask = NDArray[np.bool_]
 Point = tuple[float, float]
@@ -92,25 +93,7 @@ def correct(predicted: Mask, target: Mask, rng: np.random.Generator) -> tuple[Po
 _SINGLE, _MULTIPLE = slice(0, 1), slice(1, None)  # of the decoder's masks
 
 
-@dataclass(frozen=True)
-class Prompting:
-    """How objects are prompted."""
-
-    # how many objects are prompted by a box first, 0 to 1; the others by a click
-    box_share: float = 0.4
-    corrective_share: float = 1 / 3  # in how many steps clicks correct earlier predictions, 0 to 1
-    most_corrections: int = 3  # the most clicks that correct one object; at least 1
-
-    def __post_init__(self) -> None:
-        for name in ("box_share", "corrective_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in 0 to 1, but is {getattr(self, name)}")
-        if self.most_corrections < 1:
-            raise ValueError(f"most_corrections must be at least 1, not {self.most_corrections}")
-
-
-@dataclass(frozen=True)
-class Objects:
+class Objects(NamedTuple):
     """Objects of several images, and the first prompts of each."""
 
     rows: Tensor  # [N] int64, which image's embedding
@@ -121,7 +104,7 @@ class Objects:
 
     @classmethod
     def of(cls, sam: Sam, grid: tuple[int, int], samples: Batch) -> Objects:
-        """Objects of samples as ``MaskSampler`` makes them, whose embeddings have this grid.
+        """Objects of samples as ``Segment`` makes them, whose embeddings have this grid.
 
         ``masks`` are [B, K, H, W] in the model input, ``sizes`` [B, 2] (height, width) of each
         image in it without padding, ``points`` [B, K, 2] and ``boxes`` [B, K, 4].
@@ -142,11 +125,6 @@ class Objects:
             samples["boxes"].flatten(0, 1),
         )
 
-    def part(self, chosen: Tensor) -> Objects:
-        """Those where ``chosen`` [N] is true."""
-        parts = self.rows, self.targets, self.weights, self.points, self.boxes
-        return Objects(*(part[chosen] for part in parts))
-
 
 def logit_stride(sam: Sam) -> float:
     """Pixels of the model input for one low-res logit."""
@@ -157,28 +135,26 @@ def prompt_and_learn(
     sam: Sam,
     features: Tensor,
     objects: Objects,
-    losses: MaskLosses,
-    prompting: Prompting,
+    settings: SegmentSettings,
     generator: torch.Generator,
-) -> MaskLoss:
-    """Prompt every object once or several times; the loss of the last predictions.
+) -> dict[str, Tensor]:
+    """Prompt every object once or several times: ``prompt_losses`` of the last predictions.
 
-    ``features`` [B, C, h, w] are with or without gradient, the generator is on the CPU. Gives the
-    loss of each object, those prompted by clicks first, then by boxes.
+    ``features`` [B, C, h, w] are with or without gradient, the generator is on the CPU. Objects
+    that are prompted by clicks come first, then those by boxes.
     """
     seed, steps = (int(torch.randint(2**62, (), generator=generator)) for _ in range(2))
     rng = np.random.default_rng(seed)
     corrections = 0
-    if torch.rand((), generator=generator).item() < prompting.corrective_share:
-        corrections = 1 + steps % prompting.most_corrections
-    by_box = torch.rand(len(objects.rows), generator=generator) < prompting.box_share
+    if torch.rand((), generator=generator).item() < settings.corrective_share:
+        corrections = 1 + steps % settings.most_corrections
+    by_box = torch.rand(len(objects.rows), generator=generator) < settings.box_share
     found = []
     for chosen, kind in ((~by_box, False), (by_box, True)):
         if chosen.any():
-            some = objects.part(chosen.to(features.device))
-            found.append(_learn_one_kind(sam, features, some, kind, corrections, losses, rng))
-    names = "total", "iou", "focal", "dice", "iou_error"
-    return MaskLoss(*(torch.cat([getattr(one, name) for one in found]) for name in names))
+            some = Objects(*(part[chosen.to(features.device)] for part in objects))
+            found.append(_learn_one_kind(sam, features, some, kind, corrections, settings, rng))
+    return {name: torch.cat([one[name] for one in found]) for name in found[0]}
 
 
 def _learn_one_kind(
@@ -187,9 +163,9 @@ def _learn_one_kind(
     objects: Objects,
     by_box: bool,
     corrections: int,
-    losses: MaskLosses,
+    settings: SegmentSettings,
     rng: np.random.Generator,
-) -> MaskLoss:
+) -> dict[str, Tensor]:
     """Objects that all have the same kind of prompts, so that they can be decoded together."""
     boxes = objects.boxes if by_box else None
     points = objects.points[:, None][:, int(by_box) :]  # [N, P, 2]: the first click, or none
@@ -207,11 +183,11 @@ def _learn_one_kind(
         points, labels = torch.cat((points, new), 1), torch.cat((labels, kinds), 1)
     logits, ious = _decode(sam, source, points, labels, boxes, previous)
     targets, weights = objects.targets.to(logits.dtype), objects.weights.to(logits.dtype)
-    single = losses(logits[:, _SINGLE], ious[:, _SINGLE], targets, weights)
+    single = prompt_losses(settings, logits[:, _SINGLE], ious[:, _SINGLE], targets, weights)
     if not is_ambiguous:
         return single
-    multiple = losses(logits[:, _MULTIPLE], ious[:, _MULTIPLE], targets, weights)
-    return replace(multiple, total=(multiple.total + single.total) / 2)
+    found = prompt_losses(settings, logits[:, _MULTIPLE], ious[:, _MULTIPLE], targets, weights)
+    return {**found, "total": (found["total"] + single["total"]) / 2}
 
 
 def _decode(

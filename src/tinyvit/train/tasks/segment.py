@@ -1,8 +1,8 @@
 """The task of learning to segment by prompts, and its samples.
 
-``MaskSampler`` turns an image with masks into a training sample: fitted into the model input, with
-objects chosen and prompted; it runs in worker processes, without the model. ``Segment`` computes
-the loss of the prompted objects (``prompting.py``) and validates by simulated clicks and boxes.
+``Segment`` turns an image with masks into a training sample: fitted into the model input, with
+objects chosen and prompted. It computes the loss of the prompted objects (``prompting.py``) and
+validates by simulated clicks and boxes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,7 @@ from torch import Tensor, nn
 from tinyvit.checkpoints import write_state_dict
 from tinyvit.checkpoints.files import header_for
 from tinyvit.errors import ImageError
-from tinyvit.evaluate.segment import (
-    EvaluateSettings,
-    LabelledImage,
-    evaluate_segment,
-)
-from tinyvit.image_spec import ImageSpec
+from tinyvit.evaluate.segment import EvaluateSettings, LabelledImage, evaluate_segment
 from tinyvit.images.preprocess import normalise_and_pad
 from tinyvit.sam.build import build_sam
 from tinyvit.sam.embedding import spec_of
@@ -36,11 +31,10 @@ from tinyvit.train.data.augment import RGB, MaskAugment, Masks, fit_sample
 from tinyvit.train.data.images import read_good
 from tinyvit.train.data.masks import MaskSet, open_mask_set
 from tinyvit.train.data.sampling import stack_samples
-from tinyvit.train.settings import OnBroken, SettingError
+from tinyvit.train.settings import SettingError
 from tinyvit.train.task import Batch, Goal
 
-from .losses import MaskLosses
-from .prompting import Objects, Prompting, check_trainable, first_click, noisy_box, prompt_and_learn
+from .prompting import Objects, check_trainable, first_click, noisy_box, prompt_and_learn
 from .settings import SegmentSettings
 
 _SAME = "is trained and validated on, so the metrics say nothing about others"
@@ -54,109 +48,76 @@ class MaskSamples(Protocol):
     def __getitem__(self, index: int, /) -> LabelledImage: ...
 
 
-@dataclass(frozen=True)
-class MaskSampler:
-    """Makes training samples of images with masks."""
-
-    data: MaskSamples  # the images
-    spec: ImageSpec  # how images are prepared; fitted by their longest side
-    # changes images at random; None does not
-    augment: MaskAugment | None = field(default_factory=MaskAugment)
-    # objects of an image that are prompted; those of an image with fewer come again, with other
-    # prompts
-    objects: int = 4
-    # objects with fewer pixels in the model input are not trained on, unless there is no larger one
-    least_pixels: int = 64
-    # what an unreadable image does: "skip" takes another one and gives the reason
-    on_broken: OnBroken = "skip"
-
-    def __post_init__(self) -> None:
-        if self.objects < 1:
-            raise ValueError(f"objects must be at least 1, but is {self.objects}")
-        if self.spec.resize != "longest_side":
-            raise ValueError(
-                f"a SAM's images are fitted by their longest side, not {self.spec.resize!r}"
-            )
-
-    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """One image and some of its objects.
-
-        ``images`` [3, H, W] normalised and padded, ``sizes`` (height, width) of the image in it,
-        ``masks`` [K, H, W] bool, ``points`` [K, 2] a first click for each object, ``boxes`` [K, 4],
-        ``index`` which image, ``broken`` reasons by name.
-        """
-        index, fitted, broken = read_good(
-            lambda i: self._fitted(i, rng),
-            index,
-            lambda i: self.data[i].name,
-            len(self.data),
-            rng,
-            self.on_broken,
-        )
-        return {"index": index, "broken": broken, **self._prompted(*fitted, rng)}
-
-    def _fitted(self, index: int, rng: np.random.Generator) -> tuple[RGB, Masks]:
-        """An image in the model input with at least one object that is large enough."""
-        image, masks = self.data[index].load()
-        if self.augment is not None:
-            fitted = self.augment(image, masks, self.spec.size, rng)
-            if (fitted[1].sum((1, 2)) >= self.least_pixels).any():
-                return fitted
-        fitted = fit_sample(image, masks, self.spec.size)
-        if not fitted[1].any():
-            height, width = self.spec.size
-            raise ValueError(f"all its objects vanish at {width} x {height} pixels")
-        return fitted
-
-    def _prompted(self, image: RGB, masks: Masks, rng: np.random.Generator) -> dict[str, Any]:
-        areas = masks.sum((1, 2))
-        good = np.flatnonzero(areas >= min(self.least_pixels, int(areas.max())))
-        order = rng.permutation(good)
-        chosen = masks[np.resize(order, self.objects)]  # again from the start if too few
-        height, width = image.shape[:2]
-        padded = np.zeros((self.objects, *self.spec.size), np.bool_)
-        padded[:, :height, :width] = chosen
-        pixels = torch.from_numpy(image).permute(2, 0, 1)
-        return {
-            "images": normalise_and_pad(pixels, replace(self.spec, pad=True))[0],
-            "sizes": (height, width),
-            "masks": padded,
-            "points": np.array([first_click(mask, rng) for mask in chosen], np.float32),
-            "boxes": np.array([noisy_box(mask, rng) for mask in chosen], np.float32),
-        }
-
-
 @dataclass
 class Segment:
     """Learns to segment by prompts; a ``Task``."""
 
-    model: nn.Module  # the network, trained in place
-    sampler: MaskSampler  # makes samples of what is trained on
+    model: nn.Module  # the Sam, trained in place
+    data: MaskSamples  # what is trained on
     val: Iterable[LabelledImage]  # what is validated on
-    prompting: Prompting = field(default_factory=Prompting)  # how objects are prompted
-    losses: MaskLosses = field(default_factory=MaskLosses)  # weights of the losses
-    cached_features: int = 0  # images whose embeddings are kept
-    val_masks: int = 200  # the most masks to validate on
+    settings: SegmentSettings  # all but the places of data and weights
     # reason by name of each unreadable image met so far, in this process
     broken: dict[str, str] = field(default_factory=dict)
     name: str = "segment"
     goal: Goal = ("mean_iou", "max")
 
     def __post_init__(self) -> None:
-        if self.cached_features and self.sampler.augment is not None:
+        spec = spec_of(cast(Sam, self.model))
+        if spec.resize != "longest_side":
             raise ValueError(
-                "embeddings can be kept only of images that stay the same: cached_features wants "
-                "augment='none'"
+                f"a SAM's images are fitted by their longest side, not {spec.resize!r}"
             )
+        self.spec = replace(spec, pad=True)
+        self.augment = MaskAugment() if self.settings.augment == "full" else None
         self._kept: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         """Training images in an epoch."""
-        return len(self.sampler.data)
+        return len(self.data)
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """One image and some of its objects, see ``MaskSampler``."""
-        return self.sampler.sample(index, rng)
+        """One image and some of its objects; those of an image with few come again.
+
+        ``images`` [3, H, W] normalised and padded, ``sizes`` (height, width) of the image in it,
+        ``masks`` [K, H, W] bool, ``points`` [K, 2] a first click for each object, ``boxes`` [K, 4],
+        ``index`` which image, ``broken`` reasons by name.
+        """
+        index, (image, masks), broken = read_good(
+            lambda i: self._fitted(i, rng),
+            index,
+            lambda i: self.data[i].name,
+            len(self.data),
+            rng,
+            self.settings.on_broken,
+        )
+        areas = masks.sum((1, 2))
+        good = np.flatnonzero(areas >= min(self.settings.least_pixels, int(areas.max())))
+        chosen = masks[np.resize(rng.permutation(good), self.settings.objects)]
+        height, width = image.shape[:2]
+        padded = np.zeros((len(chosen), *self.spec.size), np.bool_)
+        padded[:, :height, :width] = chosen
+        return {
+            "index": index,
+            "broken": broken,
+            "images": normalise_and_pad(torch.from_numpy(image).permute(2, 0, 1), self.spec)[0],
+            "sizes": (height, width),
+            "masks": padded,
+            "points": np.array([first_click(mask, rng) for mask in chosen], np.float32),
+            "boxes": np.array([noisy_box(mask, rng) for mask in chosen], np.float32),
+        }
+
+    def _fitted(self, index: int, rng: np.random.Generator) -> tuple[RGB, Masks]:
+        """An image in the model input with at least one object that is large enough."""
+        image, masks = self.data[index].load()
+        if self.augment is not None:
+            fitted = self.augment(image, masks, self.spec.size, rng)
+            if (fitted[1].sum((1, 2)) >= self.settings.least_pixels).any():
+                return fitted
+        fitted = fit_sample(image, masks, self.spec.size)
+        if not fitted[1].any():
+            height, width = self.spec.size
+            raise ValueError(f"all its objects vanish at {width} x {height} pixels")
+        return fitted
 
     collate = staticmethod(stack_samples)
 
@@ -169,18 +130,17 @@ class Segment:
         features = self._features(sam, batch)
         grid = int(features.shape[2]), int(features.shape[3])
         objects = Objects.of(sam, grid, batch)
-        found = prompt_and_learn(sam, features, objects, self.losses, self.prompting, generator)
-        parts = {"focal": found.focal, "dice": found.dice, "iou_error": found.iou_error}
-        metrics = {"train_iou": found.iou, **parts}
-        return found.total.mean(), {name: x.detach().mean() for name, x in metrics.items()}
+        found = prompt_and_learn(sam, features, objects, self.settings, generator)
+        total = found.pop("total").mean()
+        return total, {name: value.detach().mean() for name, value in found.items()}
 
     def _features(self, sam: Sam, batch: Batch) -> Tensor:
         """[B, C, h, w]; without gradient where the encoder does not learn."""
         encoder, images = sam.image_encoder, batch["images"]
         learns = any(parameter.requires_grad for parameter in encoder.parameters())
-        if learns and self.cached_features:
+        if learns and (kept := self.settings.cached_features):
             wanted = "0 where the encoder is trained (train the decoder alone to keep embeddings)"
-            raise SettingError("cached_features", wanted, self.cached_features)
+            raise SettingError("cached_features", wanted, kept)
         if learns:
             return cast(Tensor, encoder(images))
         indices = batch["index"].tolist()
@@ -191,7 +151,7 @@ class Segment:
                 encoded = encoder(images[missing])
             fresh = {indices[row]: one for row, one in zip(missing, encoded, strict=True)}
             for index, one in fresh.items():
-                if len(self._kept) < self.cached_features:
+                if len(self._kept) < self.settings.cached_features:
                     self._kept[index] = one.cpu()
         return torch.stack(
             [fresh[i] if i in fresh else self._kept[i].to(images.device) for i in indices]
@@ -203,10 +163,10 @@ class Segment:
         ``predicted_iou_error`` is the mean distance of predicted and true IoU at one click.
         """
         settings = EvaluateSettings(
-            (1, 3), most_clicks=3, with_baselines=False, most_masks=self.val_masks
+            (1, 3), most_clicks=3, with_baselines=False, most_masks=self.settings.val_masks
         )
         report = evaluate_segment(SamPredictor(cast(Sam, model), fast=False), self.val, settings)
-        if report.skipped and self.sampler.on_broken == "error":
+        if report.skipped and self.settings.on_broken == "error":
             raise ImageError(report.skipped[0])
         self.broken.update({text.partition(":")[0]: text for text in report.skipped})
         ious = {
@@ -226,11 +186,8 @@ class Segment:
 
 def save_sam(model: Sam, path: str | os.PathLike[str]) -> Path:
     """Write a Sam as one ``.safetensors`` file, which ``build_sam`` and every command load."""
-    header = {
-        "tinyvit.family": "tinyvit_sam",
-        "tinyvit.strides": ",".join(str(stride) for stride in model.image_encoder.strides),
-        **header_for(model.image_encoder.image_spec, thresholds=model.thresholds),
-    }
+    encoder = model.image_encoder
+    header = header_for("tinyvit_sam", encoder.strides, encoder.image_spec, None, model.thresholds)
     return write_state_dict(path, model.state_dict(), metadata=header)
 
 
@@ -241,19 +198,7 @@ def make_task(settings: SegmentSettings) -> Segment:
         torch.manual_seed(settings.seed)
         sam = build_sam(settings.checkpoint, settings.model, img_size=settings.img_size)
     check_trainable(sam)
-    augment = MaskAugment() if settings.augment == "full" else None
-    sampler = MaskSampler(
-        data, spec_of(sam), augment, settings.objects, settings.least_pixels, settings.on_broken
-    )
-    return Segment(
-        sam,
-        sampler,
-        val,
-        Prompting(settings.box_share, settings.corrective_share, settings.most_corrections),
-        MaskLosses(settings.focal, settings.dice, settings.iou),
-        settings.cached_features,
-        settings.val_masks,
-    )
+    return Segment(sam, data, val, settings)
 
 
 def _open(settings: SegmentSettings) -> tuple[MaskSet, MaskSet]:

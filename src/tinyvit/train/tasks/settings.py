@@ -14,6 +14,7 @@ from tinyvit.train.settings import (
     Group,
     OnBroken,
     Range,
+    SettingError,
     Settings,
     Strength,
 )
@@ -209,7 +210,7 @@ class SegmentSettings(Settings):
     least_pixels: Annotated[int, Range(0), _TASK] = 64
     box_share: _Share = 0.4
     corrective_share: _Share = 1 / 3
-    most_corrections: Annotated[int, Range(0), _TASK] = 3
+    most_corrections: _Count = 3
     focal: _Weight = 10.0
     dice: _Weight = 1.0
     iou: _Weight = 1.0
@@ -217,6 +218,14 @@ class SegmentSettings(Settings):
     on_broken: _OnBroken = "skip"
     val_masks: Annotated[int, Range(1), _DATA] = 200
     seed: _Seed = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.focal + self.dice:
+            raise SettingError("focal", "above 0 where dice is 0", self.focal)
+        if self.cached_features and self.augment != "none":
+            wanted = "0 without augment='none', since embeddings are kept of unchanged images"
+            raise SettingError("cached_features", wanted, self.cached_features)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object], source: str = "") -> Self:
