@@ -1,5 +1,6 @@
 """The command as a process: ready line, signals, exit codes, ports, workers that share a folder."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -13,6 +14,8 @@ import time
 import pytest
 
 from conftest import Client
+from tinyvit.serve import ServeSettings
+from tinyvit.serve.server import listen
 
 
 @contextlib.contextmanager
@@ -33,6 +36,25 @@ def command(*words, **environment):
 
 def client_of(line):
     return Client(int(re.search(r":(\d+)/", line)[1]))
+
+
+def test_small_answers_are_sent_at_once():
+    """Not after the 40 ms that Nagle's algorithm waits for an acknowledgement."""
+
+    async def option():
+        loop, own = asyncio.get_running_loop(), listen(ServeSettings(port=0))
+        found = loop.create_future()
+
+        class Accepted(asyncio.Protocol):
+            def connection_made(self, transport):
+                accepted = transport.get_extra_info("socket")
+                found.set_result(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+        async with await loop.create_server(Accepted, sock=own):
+            with socket.create_connection(own.getsockname()):
+                return await found
+
+    assert asyncio.run(option())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
