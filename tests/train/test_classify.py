@@ -24,7 +24,6 @@ from tinyvit.checkpoints.files import (
 from tinyvit.errors import CheckpointError, ImageError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.train import TrainSettings, train
-from tinyvit.train.data.augment import View, augmentation
 from tinyvit.train.data.images import open_data_set
 from tinyvit.train.tasks.classify import (
     Classify,
@@ -35,7 +34,6 @@ from tinyvit.train.tasks.classify import (
     mix,
     save_classifier,
     spec_of,
-    validate_classifier,
     windows_for,
 )
 
@@ -51,7 +49,7 @@ def task(tmp_path, make_tiny_vit):
             write_folder(folder)
         data = open_data_set(folder, val_part=0.25)
         model = changes.pop("model", None) or tiny_classifier(make_tiny_vit)
-        return Classify(model, data, View(augmentation("light"), spec_of(model)), **changes)
+        return Classify(model, data, ClassifySettings("", **{"smoothing": 0.0, **changes}))
 
     return make
 
@@ -144,17 +142,14 @@ def test_validation_is_what_the_engine_says(task):
 def test_top5_with_more_classes(tmp_path, make_tiny_vit):
     data = open_data_set(write_folder(tmp_path, "abcdefg", count=2), val_part=0.5)
     model = tiny_classifier(make_tiny_vit, classes=7)
-    figures, _ = validate_classifier(model, data.val, spec_of(model), batch_size=3)
+    figures = Classify(model, data, ClassifySettings("", val_batch_size=3)).validate(model)
     logits = tinyvit.Engine(model).classify([data.val.source(i) for i in range(7)])
     best = logits.topk(5, dim=1).indices
     assert figures["top5"] == np.float32(np.mean([i in best[i] for i in range(7)]))
 
 
 def test_the_batch_size_of_validation_changes_nothing(task):
-    one = task()
-    a, b = (
-        validate_classifier(one.model, one.data.train, spec_of(one.model), n)[0] for n in (2, 64)
-    )
+    a, b = (one.validate(one.model) for one in (task(val_batch_size=n) for n in (2, 64)))
     assert a["top1"] == b["top1"]
     assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)  # sums in another order
 
@@ -220,7 +215,7 @@ def test_make_task_puts_it_together(tmp_path):
     one = make_task(settings)
     assert (len(one), len(one.data.val)) == (6, 6)
     assert one.view.spec == ImageSpec.timm(32)
-    assert (one.mixup, one.smoothing) == (0.2, 0.1)
+    assert (one.settings.mixup, one.settings.smoothing) == (0.2, 0.1)
     assert one.model.num_classes == 3
     starter = tinyvit.create_model(checkpoint="tinyvit_starter").state_dict()
     key = "layers.0.blocks.0.conv1.c.weight"
@@ -247,8 +242,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path):
     for name, stops in (("whole", ()), ("parts", (2,))):
         for stop in (*stops, None):
             model = fresh_classifier()
-            view = View(augmentation("light"), spec_of(model))
-            one = Classify(model, data, view, 0.8, 1.0)
+            one = Classify(model, data, ClassifySettings("", mixup=0.8, cutmix=1.0))
             settings = TrainSettings(
                 str(tmp_path / name), steps=4, batch_size=6, device="cpu", tensorboard=False
             )

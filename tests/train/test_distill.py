@@ -17,20 +17,20 @@ from tinyvit.modules.sam.transformer import TwoWayTransformer
 from tinyvit.sam import build_sam
 from tinyvit.sam.model import Sam
 from tinyvit.train import TrainSettings, train
-from tinyvit.train.data.augment import View, augmentation
 from tinyvit.train.data.images import open_data_set
 from tinyvit.train.store import StoreMismatchError
-from tinyvit.train.tasks.classify import Classify, ClassifySettings
+from tinyvit.train.tasks.classify import Classify
 from tinyvit.train.tasks.distill import (
     DistillFeaturesSettings,
     DistillLogits,
     Heads,
     Student,
-    make_logits_task,
     random_points,
 )
 from tinyvit.train.tasks.distill import make_features_task as make_task
+from tinyvit.train.tasks.distill import make_task as make_run
 from tinyvit.train.tasks.losses import soft_cross_entropy
+from tinyvit.train.tasks.settings import DistillLogitsSettings
 from tinyvit.train.tasks.teachers import Teacher, open_teacher, store_features, write_logits
 
 from .test_losses import dense_distribution
@@ -313,13 +313,16 @@ def teacher(make_tiny_vit):
     return Teacher(model, model.image_spec, "teacher", "5" * 64)
 
 
+def distill_settings(store, augment="light", **changes):
+    return DistillLogitsSettings("", logits=str(store), augment=augment, **changes)
+
+
 @pytest.fixture
 def logits_task(tmp_path, data, teacher, make_tiny_vit):
     def make(strength="light", size=16, **changes):
         store, _ = write_logits(tmp_path / "store", data.train, teacher, views=3, k=2)
         model = tiny_classifier(make_tiny_vit, size=size)
-        view = View(augmentation(strength), ImageSpec.timm(size))
-        return DistillLogits(model, data, view, store=store, **changes)
+        return DistillLogits(model, data, distill_settings(store.folder, strength, **changes))
 
     return make
 
@@ -377,7 +380,7 @@ def test_a_student_of_another_size_sees_the_same_view(logits_task):
 
 def test_measuring_and_saving_are_the_classifiers(logits_task, tmp_path):
     one = logits_task()
-    plain = Classify(one.model, one.data, one.view)
+    plain = Classify(one.model, one.data, one.settings)
     assert one.validate(one.model) == plain.validate(one.model)
     one.save(one.model, tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors").is_file()
@@ -398,17 +401,15 @@ def test_images_without_logits_are_named_and_replaced(logits_task, data):
     batch = one.collate([one.sample(4, np.random.default_rng(0))])
     one.loss(one.model, batch, torch.Generator())
     assert "without logits" in one.broken[data.train.name(4)]
-    one.on_broken = "error"
+    one.settings = replace(one.settings, on_broken="error")
     with pytest.raises(ValueError, match=r"without logits in .* call write_logits again"):
         one.sample(4, np.random.default_rng(0))
 
 
-def test_make_logits_task(tmp_path, data, teacher):
+def test_make_task_opens_data_and_store(tmp_path, data, teacher):
     write_logits(tmp_path / "store", data.train, teacher, views=1)
-    settings = ClassifySettings(str(tmp_path / "data"), val_part=0.25, img_size=32)
-    one = make_logits_task(settings, tmp_path / "store")
-    assert (one.smoothing, len(one)) == (0.0, 9)
-    with pytest.raises(ValueError, match=r"mixup=0\.8 and cutmix=0\.0 cannot be used here"):
-        make_logits_task(replace(settings, mixup=0.8), tmp_path / "store")
+    settings = distill_settings(tmp_path / "store", val_part=0.25, img_size=32)
+    settings = replace(settings, data=str(tmp_path / "data"))
+    assert len(make_run(settings)) == 9
     with pytest.raises(ValueError, match="holds no store"):
-        make_logits_task(settings, tmp_path)
+        make_run(replace(settings, logits=str(tmp_path)))

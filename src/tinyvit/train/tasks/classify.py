@@ -23,7 +23,7 @@ from tinyvit.catalog import DEFAULT_CHECKPOINT, get_variant
 from tinyvit.checkpoints.files import classes_in, header_for, image_spec_in, write_state_dict
 from tinyvit.checkpoints.open import OpenedCheckpoint, open_checkpoint
 from tinyvit.errors import CheckpointError, ImageError
-from tinyvit.evaluate.classify import LabelledImages, hits_in_top
+from tinyvit.evaluate.classify import hits_in_top
 from tinyvit.factory import create_model
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.decode import decode
@@ -33,11 +33,10 @@ from tinyvit.modules import TinyViT
 from tinyvit.train.data.augment import View, augmentation
 from tinyvit.train.data.images import DataSet, open_data_set, read_good
 from tinyvit.train.data.sampling import stack_samples
-from tinyvit.train.settings import OnBroken
 from tinyvit.train.task import Batch, Goal
 
 from .losses import one_hot, soft_cross_entropy
-from .settings import ClassifySettings
+from .settings import ClassifySettings, LabelledSettings
 
 _TOP = 5
 
@@ -192,16 +191,15 @@ class Classify:
 
     model: nn.Module  # the classifier, trained in place; its ``forward`` gives logits
     data: DataSet  # what is trained and validated on
-    view: View  # makes an input of an image, with augmentation
-    mixup: float = 0.0  # the parameter of the Beta distribution for mixup; 0 for none
-    cutmix: float = 0.0  # the same for cutmix; 0 for none
-    smoothing: float = 0.0  # part of a label that is spread over all classes
-    on_broken: OnBroken = "skip"  # what an unreadable image does
-    val_batch_size: int = 64  # images validated together
+    settings: LabelledSettings  # all but the places of data and weights
     # reason by name of each unreadable image met so far, in this process
     broken: dict[str, str] = field(default_factory=dict)
     name: str = "classify"
     goal: Goal = ("top1", "max")
+
+    def __post_init__(self) -> None:
+        augment = augmentation(self.settings.augment, self.settings.flip)
+        self.view = View(augment, spec_of(cast(TinyViT, self.model)))  # makes an input of an image
 
     def __len__(self) -> int:
         """Training images in an epoch."""
@@ -222,7 +220,8 @@ class Classify:
     ) -> tuple[int, NDArray[np.uint8], dict[str, str]]:
         """As ``read_good``: an image to train on, or another one in the place of a broken one."""
         images = self.data.train
-        return read_good(self.image, index, images.name, len(images), rng, self.on_broken)
+        on_broken = self.settings.on_broken
+        return read_good(self.image, index, images.name, len(images), rng, on_broken)
 
     collate = staticmethod(stack_samples)
 
@@ -231,21 +230,59 @@ class Classify:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross entropy with smoothed and mixed labels; ``train_top1`` counts the larger part."""
         self.broken.update(cast("dict[str, str]", batch.get("broken", {})))
-        targets = one_hot(batch["labels"], len(self.data.classes), self.smoothing)
-        images, targets = mix(batch["images"], targets, self.mixup, self.cutmix, generator)
+        own = cast(ClassifySettings, self.settings)
+        targets = one_hot(batch["labels"], len(self.data.classes), own.smoothing)
+        images, targets = mix(batch["images"], targets, own.mixup, own.cutmix, generator)
         logits = model(images)
         hits = logits.detach().argmax(dim=1) == targets.argmax(dim=1)
         return soft_cross_entropy(logits, targets), {"train_top1": hits.float().mean()}
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """``top1``, ``loss`` and, with more than five classes, ``top5`` on the held-out part."""
-        metrics, broken = validate_classifier(
-            model, self.data.val, self.view.spec, self.val_batch_size
-        )
-        if broken and self.on_broken == "error":
-            name, reason = next(iter(broken.items()))
-            raise ImageError(f"{name}: {reason}")
+        """``top1``, ``loss`` and, with more than five classes, ``top5`` on the held-out part.
+
+        Of a model in eval mode as it is, without an engine around it.
+        """
+        images, size = self.data.val, self.settings.val_batch_size
+        place = next(model.parameters())
+        broken: dict[str, str] = {}
+        logits: list[Tensor] = []
+        labels: list[int] = []
+
+        def read(index: int) -> Tensor | ImageError:
+            try:
+                return torch.from_numpy(prepare(images.source(index), self.view.spec)[0])
+            except ImageError as err:
+                if self.settings.on_broken == "error":
+                    raise ImageError(f"{images.name(index)}: {err}") from err
+                return err
+
+        def good() -> Iterator[tuple[Tensor, int]]:
+            workers = choose_workers()
+            jobs = (partial(read, index) for index in range(len(images)))
+            made = read_ahead(jobs, workers=workers, ahead=size + workers)
+            for index, (one, label) in enumerate(zip(made, images.labels.tolist(), strict=True)):
+                if isinstance(one, ImageError):
+                    broken[images.name(index)] = str(one)
+                else:
+                    yield one, label
+
+        pairs = good()
+        with torch.inference_mode():
+            while batch := list(islice(pairs, size)):
+                inputs = torch.stack([one for one, _ in batch])
+                logits.append(model(inputs.to(place)).float().cpu())
+                labels += [label for _, label in batch]
+        if not logits:
+            name, reason = next(iter(broken.items()), ("", "there is none"))
+            raise ValueError(f"no image to validate on can be read; {name}: {reason}")
         self.broken.update(broken)
+        found, right = torch.cat(logits), torch.tensor(labels)
+        metrics = {
+            "top1": float(hits_in_top(found, right, 1).float().mean()),
+            "loss": float(nn.functional.cross_entropy(found, right)),
+        }
+        if found.shape[1] > _TOP:
+            metrics["top5"] = float(hits_in_top(found, right, _TOP).float().mean())
         return metrics
 
     def save(self, model: nn.Module, path: Path) -> None:
@@ -255,7 +292,7 @@ class Classify:
         save_classifier(model, path, self.data.classes)
 
 
-def make_task(settings: ClassifySettings) -> Classify:
+def make_task(settings: LabelledSettings, task: type[Classify] = Classify) -> Classify:
     """Open the data, build the classifier, and put both together."""
     data = open_data_set(
         settings.data,
@@ -277,16 +314,7 @@ def make_task(settings: ClassifySettings) -> Classify:
         window_sizes=settings.window_sizes,
         seed=settings.seed,
     )
-    return Classify(
-        model,
-        data,
-        View(augmentation(settings.augment, settings.flip), spec_of(model)),
-        settings.mixup,
-        settings.cutmix,
-        settings.smoothing,
-        settings.on_broken,
-        settings.val_batch_size,
-    )
+    return task(model, data, settings)
 
 
 def spec_of(model: TinyViT) -> ImageSpec:
@@ -297,51 +325,3 @@ def spec_of(model: TinyViT) -> ImageSpec:
             "example to tinyvit.ImageSpec.timm(224)"
         )
     return model.image_spec
-
-
-def validate_classifier(
-    model: nn.Module, images: LabelledImages, spec: ImageSpec, batch_size: int = 64
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Accuracy and loss of a model in eval mode as it is, without an engine around it.
-
-    Gives ``top1``, ``loss`` and, with more than five classes, ``top5``; and the reason by name of
-    each unreadable image.
-    """
-    place = next(model.parameters())
-    broken: dict[str, str] = {}
-    logits: list[Tensor] = []
-    labels: list[int] = []
-
-    def read(index: int) -> Tensor | ImageError:
-        try:
-            return torch.from_numpy(prepare(images.source(index), spec)[0])
-        except ImageError as err:
-            return err
-
-    def good() -> Iterator[tuple[Tensor, int]]:
-        workers = choose_workers()
-        jobs = (partial(read, index) for index in range(len(images)))
-        made = read_ahead(jobs, workers=workers, ahead=batch_size + workers)
-        for index, (one, label) in enumerate(zip(made, images.labels.tolist(), strict=True)):
-            if isinstance(one, ImageError):
-                broken[images.name(index)] = str(one)
-            else:
-                yield one, label
-
-    pairs = good()
-    with torch.inference_mode():
-        while batch := list(islice(pairs, batch_size)):
-            inputs = torch.stack([one for one, _ in batch])
-            logits.append(model(inputs.to(place)).float().cpu())
-            labels += [label for _, label in batch]
-    if not logits:
-        name, reason = next(iter(broken.items()), ("", "there is none"))
-        raise ValueError(f"no image to validate on can be read; {name}: {reason}")
-    found, right = torch.cat(logits), torch.tensor(labels)
-    metrics = {
-        "top1": float(hits_in_top(found, right, 1).float().mean()),
-        "loss": float(nn.functional.cross_entropy(found, right)),
-    }
-    if found.shape[1] > _TOP:
-        metrics["top5"] = float(hits_in_top(found, right, _TOP).float().mean())
-    return metrics, broken

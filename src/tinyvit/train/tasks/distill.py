@@ -8,7 +8,7 @@ flow through them into the embedding. Logits: cross entropy with the distributio
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -47,12 +47,7 @@ from .losses import (
     mask_loss,
     sparse_cross_entropy,
 )
-from .settings import (
-    ClassifySettings,
-    DistillFeaturesRun,
-    DistillFeaturesSettings,
-    DistillLogitsSettings,
-)
+from .settings import DistillFeaturesRun, DistillFeaturesSettings, DistillLogitsSettings
 
 _MEAN_MAP_IMAGES = 512
 
@@ -302,15 +297,11 @@ def _size(features: Tensor) -> tuple[int, int]:
 class DistillLogits(Classify):
     """Learns a teacher's stored logits; a ``Task`` that validates and saves as ``Classify``."""
 
-    store: Store = field(kw_only=True)  # the logits
     name: str = "distill-logits"
 
     def __post_init__(self) -> None:
-        if self.mixup or self.cutmix:
-            raise ValueError(
-                f"mixup={self.mixup} and cutmix={self.cutmix} cannot be used here: logits are "
-                "kept for single images; leave them 0"
-            )
+        super().__post_init__()
+        self.store = Store(cast(DistillLogitsSettings, self.settings).logits)
         self.store.check(
             images=len(self.data.train),
             classes=self.data.classes,
@@ -362,23 +353,14 @@ class DistillLogits(Classify):
         return sparse_cross_entropy(logits, batch["classes"], batch["probabilities"]), metrics
 
 
-def make_logits_task(settings: ClassifySettings, store: str | os.PathLike[str]) -> DistillLogits:
-    """Open data and stored logits, and build the student; labels are neither mixed nor smoothed."""
-    opened = Store(store)
-    values = vars(classify.make_task(replace(settings, smoothing=0.0)))
-    return DistillLogits(**{**values, "store": opened, "name": DistillLogits.name})
-
-
 def make_task(settings: DistillFeaturesRun | DistillLogitsSettings) -> Task[Any]:
     """The task of a whole run, as a command line has it: images, what is stored, and the student.
 
     The student's new weights come from ``settings.seed``. Errors are those of ``create_model``,
-    ``build_sam``, ``make_features_task`` and ``make_logits_task``.
+    ``build_sam``, ``classify.make_task`` and ``make_features_task``.
     """
     if isinstance(settings, DistillLogitsSettings):
-        values = settings.to_dict()
-        store = str(values.pop("logits"))
-        return make_logits_task(ClassifySettings.from_mapping(values), store)
+        return classify.make_task(settings, DistillLogits)
     start = settings.checkpoint or (None if settings.model else DEFAULT_CHECKPOINT)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
