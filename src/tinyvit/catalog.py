@@ -97,20 +97,8 @@ class Variant:
             >>> get_variant("tiny_vit_5m_224").arguments()["embed_dims"]
             (64, 128, 160, 320)
         """
-        return {
-            "img_size": self.img_size,
-            "num_classes": self.num_classes,
-            "embed_dims": self.embed_dims,
-            "depths": self.depths,
-            "num_heads": self.num_heads,
-            "window_sizes": self.window_sizes,
-            "drop_path_rate": self.drop_path_rate,
-            "strides": self.strides,
-            "stem": self.stem,
-            "neck_dim": self.neck_dim,
-            "neck_size": self.neck_size,
-            "head": self.head,
-        }
+        others = "name", "task", "image_spec", "parameters", "gmacs"
+        return {key: value for key, value in vars(self).items() if key not in others}
 
 
 @dataclass(frozen=True)
@@ -387,9 +375,11 @@ def get_variant(name: str) -> Variant:
     for row in VARIANTS:
         if row.name == name:
             return row
+    longer = [known for known in list_models() if known.startswith(f"{name}_")]
+    near = _nearest(name, longer[:1] or [*list_models(), *list_checkpoints()])
     raise ValueError(
-        f"unknown model {name!r}{_nearest(name, list_models())} "
-        "List them with tinyvit.list_models()"
+        f"unknown model {name!r}{near} List them with tinyvit.list_models() and "
+        "tinyvit.list_checkpoints()"
     )
 
 

@@ -22,10 +22,7 @@ from tinyvit.checkpoints.download import (
     cache_folder,
     cached_path,
     fetch,
-    is_offline,
-    is_strict,
     locked,
-    mirror,
     transfer,
 )
 from tinyvit.errors import CheckpointError, DownloadError
@@ -51,20 +48,6 @@ def test_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TINYVIT_CACHE", "~/weights")
     assert cache_folder() == Path.home() / "weights"
     assert cache_folder(tmp_path / "mine") == tmp_path / "mine"
-
-
-def test_switches(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not is_offline()
-    assert not is_strict()
-    assert mirror() is None
-    monkeypatch.setenv("TINYVIT_OFFLINE", "0")
-    assert not is_offline()
-    monkeypatch.setenv("HF_HUB_OFFLINE", "True")
-    monkeypatch.setenv("TINYVIT_REQUIRE_SHA256", "1")
-    monkeypatch.setenv("TINYVIT_MIRROR", "https://mirror/weights/")
-    assert is_offline()
-    assert is_strict()
-    assert mirror() == "https://mirror/weights"
 
 
 def test_a_lock_is_held_by_one(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import codecs
 import json
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tinyvit.errors import CheckpointError
 
@@ -96,19 +96,25 @@ def describe(path: Path, head: bytes) -> str:
     return f"{what}, which is neither safetensors nor a file of torch.save"
 
 
+def read_json_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where its data begin."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(length)), 8 + length
+
+
 def save_safetensors(tensors: dict[str, Tensor], temporary: Path, metadata: dict[str, str]) -> None:
     """``save_file`` with the metadata in a fixed order: equal content is equal bytes."""
     from safetensors.torch import save_file
 
     save_file(tensors, temporary, metadata=metadata)
-    with temporary.open("rb+") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(metadata.items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:
+    header, start = read_json_header(temporary)
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text) <= start - 8:
+        with temporary.open("rb+") as file:
             file.seek(8)
-            file.write(text.ljust(length))  # the format pads with spaces
+            file.write(text.ljust(start - 8))  # the format pads with spaces
 
 
 def own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

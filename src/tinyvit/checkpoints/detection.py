@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tinyvit.catalog import VARIANTS, Family, Variant
 from tinyvit.errors import CheckpointError
@@ -23,33 +23,21 @@ from tinyvit.errors import CheckpointError
 from .families import IDENTICAL_KEYS, LAYOUTS, Part, group_by_part, key_from_canonical, to_canonical
 
 if TYPE_CHECKING:
-    from torch import nn
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
 
     from .files import StateFile
 
 Shape: TypeAlias = tuple[int, ...]
 
 
-class HasShape(Protocol):
-    """A tensor of torch or an array of numpy."""
-
-    @property
-    def shape(self) -> Sequence[int]:
-        """Length of each axis."""
-
-    @property
-    def dtype(self) -> object:
-        """Type of the elements."""
-
-
-_BLOCK_KEY = re.compile(r"^layers\.(\d+)\.blocks\.(\d+)\.(.+)$")
-_STAGE_KEY = re.compile(r"^layers\.(\d+)\.")
+_STAGE_KEY = re.compile(r"^layers\.(\d+)\.(?:blocks\.(\d+)\.)?(.+)$")
 _HEAD_DIM = 32  # the family's channels per attention head, used only where no bias table is left
 _STEM = ("patch_embed.seq.0.c.weight", "patch_embed.seq.2.c.weight")
 _STUDENT_NECK = frozenset(("neck.1.running_mean", "neck.1.running_var"))
 _NECK = ("neck.0.weight", "neck.1.weight", "neck.2.weight", "neck.3.weight")
 
-# Which dimension of which tensor of a block shows the stage's channels: (rank, axis).
+# Which dimension of which tensor of a stage shows its channels: (rank, axis).
 _DIM_SHOWN_BY = {
     "conv1.c.weight": (4, 1),
     "conv3.c.weight": (4, 0),
@@ -59,6 +47,7 @@ _DIM_SHOWN_BY = {
     "mlp.norm.weight": (1, 0),
     "mlp.fc1.weight": (2, 1),
     "mlp.fc2.weight": (2, 0),
+    "downsample.conv1.c.weight": (4, 1),
 }
 
 
@@ -92,44 +81,46 @@ class Architecture:
 
 def read_architecture(shapes: Mapping[str, Shape]) -> Architecture:
     """Read the sizes of an encoder off its tensors' shapes (canonical key -> shape)."""
-    stages = {int(match[1]) for key in shapes if (match := _STAGE_KEY.match(key))}
-    if not stages:
-        raise CheckpointError("no tensor of a TinyViT stage (layers.0 … layers.3) is in the file")
-    last = max(stages)
-    depths = [0] * (last + 1)
-    in_blocks: defaultdict[tuple[int, str], list[Shape]] = defaultdict(list)
+    depths: defaultdict[int, int] = defaultdict(int)
+    found: defaultdict[tuple[int, str], list[Shape]] = defaultdict(list)
     for key, shape in shapes.items():
-        if match := _BLOCK_KEY.match(key):
+        if match := _STAGE_KEY.match(key):
             stage = int(match[1])
-            depths[stage] = max(depths[stage], int(match[2]) + 1)
-            in_blocks[stage, match[3]].append(shape)
+            depths[stage] = max(depths[stage], int(match[2] or -1) + 1)
+            found[stage, match[3]].append(shape)
+    if not depths:
+        raise CheckpointError("no tensor of a TinyViT stage (layers.0 … layers.3) is in the file")
 
-    def seen(stage: int, name: str, rank: int) -> list[Shape]:
-        return [shape for shape in in_blocks[stage, name] if len(shape) == rank]
+    def seen(stage: int, name: str, rank: int, axis: int) -> list[int]:
+        return [shape[axis] for shape in found[stage, name] if len(shape) == rank]
 
-    attention = range(1, last + 1)
-    dims = tuple(_dim_of_stage(shapes, stage, seen) for stage in range(last + 1))
-    tables = {stage: seen(stage, "attn.attention_biases", 2) for stage in attention}
+    stages = range(max(depths) + 1)
+    attention = stages[1:]
+    dims = []
+    for stage in stages:
+        votes = [dim for name, at in _DIM_SHOWN_BY.items() for dim in seen(stage, name, *at)]
+        votes += seen(stage - 1, "downsample.conv3.c.weight", 4, 0)
+        dims.append(_majority(votes))
+        if dims[-1] < 1:
+            raise CheckpointError(
+                f"nothing shows the channels of stage {stage + 1} (layers.{stage})"
+            )
     heads = [
-        _majority((heads for heads, _ in tables[stage]), max(1, dims[stage] // _HEAD_DIM))
+        _majority(seen(stage, "attn.attention_biases", 2, 0), max(1, dims[stage] // _HEAD_DIM))
         for stage in attention
     ]
-    windows = [_window(stage, [area for _, area in tables[stage]]) for stage in attention]
-    hidden = [
-        (dims[stage], _majority((s[0] for s in seen(stage, "mlp.fc1.weight", 2)), 0))
-        for stage in attention
-    ]
-    expanded = _majority((s[0] for s in seen(0, "conv1.c.weight", 4)), 0)
-    local = [s[-1] for stage in attention for s in seen(stage, "local_conv.c.weight", 4)]
+    windows = [_window(stage, seen(stage, "attn.attention_biases", 2, 1)) for stage in attention]
+    hidden = [(dims[stage], _majority(seen(stage, "mlp.fc1.weight", 2, 0))) for stage in attention]
+    local = [side for stage in attention for side in seen(stage, "local_conv.c.weight", 4, -1)]
     stem = [shapes[key] for key in _STEM if len(shapes.get(key, ())) == 4]
     first = shapes.get(_STEM[0], ())
     return Architecture(
-        embed_dims=dims,
-        depths=tuple(depths),
+        embed_dims=tuple(dims),
+        depths=tuple(depths[stage] for stage in stages),
         num_heads=(max(1, dims[0] // _HEAD_DIM), *heads),
         window_sizes=(windows[0] if windows else 7, *windows),
         mlp_ratio=_ratio(hidden),
-        mbconv_expand_ratio=_ratio([(dims[0], expanded)]),
+        mbconv_expand_ratio=_ratio([(dims[0], _majority(seen(0, "conv1.c.weight", 4, 0)))]),
         local_conv_size=_majority(local, 3),
         in_chans=first[1] if len(first) == 4 else 3,
         stem="pointwise" if _majority((s[-1] for s in stem), 3) == 1 else "conv",
@@ -139,30 +130,9 @@ def read_architecture(shapes: Mapping[str, Shape]) -> Architecture:
     )
 
 
-def _dim_of_stage(
-    shapes: Mapping[str, Shape], stage: int, seen: Callable[[int, str, int], list[Shape]]
-) -> int:
-    """Channels of a stage, from its blocks and the merges on both sides."""
-    votes = [
-        shape[axis]
-        for name, (rank, axis) in _DIM_SHOWN_BY.items()
-        for shape in seen(stage, name, rank)
-    ]
-    for key, axis in (
-        (f"layers.{stage - 1}.downsample.conv3.c.weight", 0),
-        (f"layers.{stage}.downsample.conv1.c.weight", 1),
-    ):
-        if len(shapes.get(key, ())) == 4:
-            votes.append(shapes[key][axis])
-    dim = _majority(votes, 0)
-    if dim < 1:
-        raise CheckpointError(f"nothing shows the channels of stage {stage + 1} (layers.{stage})")
-    return dim
-
-
 def _window(stage: int, areas: list[int]) -> int:
     """Window side of a stage from the lengths of its bias tables."""
-    area = _majority(areas, 0)
+    area = _majority(areas)
     if area < 1:
         raise CheckpointError(
             f"no attention_biases of stage {stage + 1} (layers.{stage}) is in the file, "
@@ -189,7 +159,7 @@ def _ratio(pairs: list[tuple[int, int]]) -> float:
     return lowest
 
 
-def _majority(votes: Iterable[int], fallback: int) -> int:
+def _majority(votes: Iterable[int], fallback: int = 0) -> int:
     """The most frequent value (the first of equals), or the fallback."""
     counted = Counter(votes).most_common(1)
     return counted[0][0] if counted else fallback
@@ -355,7 +325,7 @@ class Detection:
 
 
 def detect(
-    tensors: Mapping[str, HasShape],
+    tensors: Mapping[str, Tensor | NDArray[Any]],
     filename: str | None = None,
     metadata: Mapping[str, str] | None = None,
     *,
@@ -379,15 +349,14 @@ def detect(
         CheckpointError: It is no TinyViT; the text says what is missing and what it looks like.
     """
     metadata = metadata or {}
-    family = _family_of(tensors)
+    family = _family_of(tensors.keys())
     spelt = to_canonical({key: key for key in tensors}, family)  # canonical key -> the file's
     there = group_by_part(spelt)
     shapes = {key: tuple(tensors[name].shape) for key, name in spelt.items()}
     parts = tuple(part for part in there if part != "unknown")
     sizes = read_architecture(shapes) if "trunk" in parts else None
-    family = _refined(family, parts, sizes)
-    candidates = _identical(family)
-    family = _named(filename, metadata, candidates) or family
+    candidates = _candidates(family, parts, sizes)
+    family = _named(filename, metadata, candidates) or candidates[0]
     is_student = sizes is not None and sizes.neck_size is not None
     is_sam = LAYOUTS[family].strides[-1] == 1 and (family != "tinyvit" or "neck" in parts)
     is_sam = is_sam and not is_student
@@ -460,80 +429,62 @@ _OTHERS = (
 )
 
 
-def _family_of(tensors: Mapping[str, object]) -> Family:
-    """The family by the way the stages' keys are spelt; refined later."""
-    keys = tensors.keys()
-    if any(key.startswith("image_encoder.layers.") for key in keys):
-        return "mobile_sam"
-    if any(key.startswith("layers.0.blocks.0.conv1.c.") for key in keys) or any(
-        key.startswith("layers.") and key.endswith("attn.attention_biases") for key in keys
-    ):
-        return "cream"
-    if any(".conv2d." in key and "stages." in key for key in keys):
-        return "mmpretrain"
-    if any(key.startswith("backbone.model.layers.") for key in keys):
-        return "efficientsam3"
-    if any(key.startswith("stages.0.blocks.0.conv1.conv.") for key in keys) or any(
-        key.startswith("stages.") and key.endswith("attn.attention_biases") for key in keys
-    ):
-        return "timm"
+# How keys of TinyViT start; the first that some key matches tells the spelling.
+_SPELLINGS: tuple[tuple[str, Family], ...] = (
+    (r"image_encoder\.layers\.", "mobile_sam"),
+    (r"layers\.(?:0\.blocks\.0\.conv1\.c\.|.*attn\.attention_biases$)", "cream"),
+    (r".*stages\..*\.conv2d\.", "mmpretrain"),
+    (r"backbone\.model\.layers\.", "efficientsam3"),
+    (r"stages\.(?:0\.blocks\.0\.conv1\.conv\.|.*attn\.attention_biases$)", "timm"),
+)
+
+
+def _family_of(keys: Collection[str]) -> Family:
+    """A family that spells the stages' keys in this way."""
+    for pattern, family in _SPELLINGS:
+        if any(re.match(pattern, key) for key in keys):
+            return family
     starts = {key.partition(".")[0] for key in keys}
     if starts and starts <= {"prompt_encoder", "mask_decoder"}:
         return "mobile_sam_v2_decoder"
-    what = next(
-        (name for start, name in _OTHERS if any(key.startswith(start) for key in keys)), None
-    )
-    looks = (
+    what = next((w for start, w in _OTHERS if any(key.startswith(start) for key in keys)), None)
+    seen = (
         f"it looks like {what}" if what else f"its keys begin with {', '.join(sorted(starts)[:6])}"
     )
     raise CheckpointError(
-        f"these {len(tensors)} tensors are no TinyViT: {looks}; wanted were the keys of a TinyViT "
+        f"these {len(keys)} tensors are no TinyViT: {seen}; wanted were the keys of a TinyViT "
         "stage, 'layers.0.blocks…', 'image_encoder.layers.0.blocks…' or 'stages.0.blocks…'"
     )
 
 
-def _refined(family: Family, parts: Sequence[Part], sizes: Architecture | None) -> Family:
-    """Tell families of one spelling apart by the parts they hold."""
-    if family == "cream" and ("neck" in parts or "head" not in parts or _is_pointwise(sizes)):
-        return "tinyvit"
-    if family != "mobile_sam":
-        return family
-    if "decoder_state" in parts:
-        return "micro_sam"
-    if "hq_decoder" in parts:
-        return "hq_sam"
-    if "head" in parts:
-        return "mobile_sam"
-    return "litemedsam" if _is_pointwise(sizes) else "tinyvit_sam"
-
-
-def _is_pointwise(sizes: Architecture | None) -> bool:
-    """Whether the stem is LiteMedSAM's."""
-    return sizes is not None and sizes.stem == "pointwise"
-
-
-def _identical(family: Family) -> tuple[Family, ...]:
-    """The families whose files have these very keys and shapes, itself first."""
-    if family == "mobile_sam":
-        return (*IDENTICAL_KEYS, "tinyvit_sam")
+def _candidates(
+    family: Family, parts: Sequence[Part], sizes: Architecture | None
+) -> tuple[Family, ...]:
+    """The families of a spelling whose files have these very keys and shapes, likeliest first."""
+    is_pointwise = sizes is not None and sizes.stem == "pointwise"
     if family == "cream":
-        return ("cream", "tinyvit")
-    if family in ("hq_sam", "litemedsam"):
-        return (family, "tinyvit_sam")
-    return (family,)
+        is_cream = "head" in parts and "neck" not in parts and not is_pointwise
+        return ("cream", "tinyvit") if is_cream else ("tinyvit",)
+    if family != "mobile_sam":
+        return (family,)
+    if "decoder_state" in parts:
+        return ("micro_sam",)
+    if "hq_decoder" in parts:
+        return "hq_sam", "tinyvit_sam"
+    if "head" in parts:
+        return *IDENTICAL_KEYS, "tinyvit_sam"
+    return ("litemedsam", "tinyvit_sam") if is_pointwise else ("tinyvit_sam",)
 
 
 def _named(
     filename: str | None, metadata: Mapping[str, str], candidates: tuple[Family, ...]
 ) -> Family | None:
     """The candidate that the file's header or else its name names, if any."""
-    written = metadata.get("tinyvit.family")
-    if written in candidates:
-        return next(name for name in candidates if name == written)
     plain = PurePath(filename or "").stem.lower().replace("_", "").replace("-", "")
     foreign = [name for name in candidates if not name.startswith("tinyvit")]
-    longest_first = sorted(foreign, key=len, reverse=True)
-    return next((name for name in longest_first if name.replace("_", "") in plain), None)
+    by_name = [n for n in sorted(foreign, key=len, reverse=True) if n.replace("_", "") in plain]
+    written = [name for name in candidates if name == metadata.get("tinyvit.family")]
+    return next(iter([*written, *by_name]), None)
 
 
 def _strides(
@@ -547,15 +498,13 @@ def _strides(
         return values, f"strides {written}: written in the file's header"
     values = (2,) * (merges - 1) + (1 if is_sam else 2,) if merges else ()
     shown = ",".join(str(value) for value in values)
-    kind = "a SAM encoder" if is_sam else "a classification network"
-    if family == "tinyvit" and sizes is not None and sizes.neck_size is not None:
+    title, kind = LAYOUTS[family].title, "a SAM encoder" if is_sam else "a classification network"
+    if family == "efficientsam3":
+        kind = "an image encoder of 1/32"
+    elif family == "tinyvit" and sizes is not None and sizes.neck_size is not None:
         title, kind = "a file with such a neck", "an image encoder of EfficientSAM3"
-    elif family == "efficientsam3":
-        title, kind = LAYOUTS[family].title, "an image encoder of 1/32"
     elif family == "tinyvit":
         title = "a file with a neck" if is_sam else "a file without a neck"
-    else:
-        title = LAYOUTS[family].title
     return values, f"strides {shown} assumed: no tensor shows strides, and {title} is {kind}"
 
 

@@ -39,13 +39,9 @@ _POLL_SECONDS = 0.1
 
 def cache_folder(chosen: str | os.PathLike[str] | None = None) -> Path:
     """The folder of downloaded files, ``chosen`` or the environment's; it need not exist yet."""
-    if chosen is not None:
-        return Path(chosen).expanduser()
-    own = os.environ.get("TINYVIT_CACHE")
-    if own:
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "tinyvit"
+    own = chosen if chosen is not None else os.environ.get("TINYVIT_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(own or f"{base}/tinyvit").expanduser()
 
 
 def cached_path(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -61,21 +57,6 @@ def cached_path(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None
     if checkpoint.embedded:
         return Path(__file__).resolve().parents[1] / "weights" / checkpoint.file
     return cache_folder(cache_dir) / checkpoint.file
-
-
-def is_offline() -> bool:
-    """Whether the environment forbids the network."""
-    return _is_on("TINYVIT_OFFLINE") or _is_on("HF_HUB_OFFLINE")
-
-
-def is_strict() -> bool:
-    """Whether the environment refuses files without a stated hash."""
-    return _is_on("TINYVIT_REQUIRE_SHA256")
-
-
-def mirror() -> str | None:
-    """The base URL to fetch every file from, or None to use the publishers' own."""
-    return os.environ.get("TINYVIT_MIRROR", "").rstrip("/") or None
 
 
 @contextmanager
@@ -152,18 +133,11 @@ class _BrokenError(Exception):
     """A transfer that stopped and is worth another try."""
 
 
-class _NoNetworkError(DownloadError):
-    """A server's name that cannot be resolved: waiting does not help."""
-
-
 def transfer(
-    url: str,
-    part: Path,
-    progress: Progress | None = None,
-    patience: Patience | None = None,
+    url: str, part: Path, progress: Progress | None = None, patience: Patience | None = None
 ) -> None:
     """Bring an http or https address into a file; what it holds already is continued if it can."""
-    patience = patience if patience is not None else Patience()
+    patience = patience or Patience()
     if not url.startswith(("https://", "http://")):
         raise DownloadError(f"{url} is no http or https address; mirrors and files need one")
     failures = 0
@@ -208,7 +182,7 @@ def _continue(url: str, part: Path, progress: Progress | None, timeout: float) -
         reason = getattr(err, "reason", None) or err
         if isinstance(reason, socket.gaierror):
             host = urllib.parse.urlsplit(url).hostname
-            raise _NoNetworkError(f"{url}: no address for {host} ({reason.strerror})") from err
+            raise DownloadError(f"{url}: no address for {host} ({reason.strerror})") from err
         raise _BrokenError(f"the connection failed ({reason})") from err
 
 
@@ -302,7 +276,7 @@ def fetch(
     wanted = _checked_digits(sha256) if sha256 is not None else row.sha256
     if row.embedded:
         return _embedded(row, wanted)
-    if wanted is None and is_strict():
+    if wanted is None and _is_on("TINYVIT_REQUIRE_SHA256"):
         raise DownloadError(
             f"nobody states a sha256 for {row.name!r} and TINYVIT_REQUIRE_SHA256 is set; give it "
             "as sha256=…"
@@ -354,9 +328,9 @@ def _is_good(target: Path, wanted: str | None) -> bool:
 
 def _urls(row: Checkpoint, target: Path) -> tuple[str, ...]:
     """Where to fetch the file, or the reason why it will not be fetched."""
-    base = mirror()
+    base = os.environ.get("TINYVIT_MIRROR", "").rstrip("/")
     urls = (f"{base}/{row.file}",) if base else row.urls
-    if is_offline():
+    if _is_on("TINYVIT_OFFLINE") or _is_on("HF_HUB_OFFLINE"):
         state = "has another hash than it must have" if target.is_file() else "is not there"
         raise DownloadError(
             f"{target} {state} and TINYVIT_OFFLINE or HF_HUB_OFFLINE forbids the network; put "
@@ -415,8 +389,7 @@ def _recorded(target: Path) -> str | None:
 
 def _record(target: Path, digest: str) -> None:
     """Write the hash beside the file, in the form ``sha256sum -c`` reads."""
-    text = f"{digest}  {target.name}\n"
-    write_text(_beside(target, ".sha256"), text)
+    write_text(_beside(target, ".sha256"), f"{digest}  {target.name}\n")
 
 
 def _trust(target: Path, digest: str) -> None:

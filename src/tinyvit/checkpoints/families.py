@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, TypeAlias, TypeVar, get_args
+from typing import Literal, TypeAlias, TypeVar, cast, get_args
 
 from tinyvit.catalog import Family
 from tinyvit.errors import CheckpointError
@@ -146,11 +146,9 @@ _PREFIXES: tuple[tuple[str, Part], ...] = (
     ("head.", "head"),
     ("neck.", "neck"),
     ("prompt_encoder.", "prompt_encoder"),
-    ("mask_decoder.hf_token.", "hq_decoder"),
-    ("mask_decoder.hf_mlp.", "hq_decoder"),
+    ("mask_decoder.hf_", "hq_decoder"),
     ("mask_decoder.compress_vit_feat.", "hq_decoder"),
-    ("mask_decoder.embedding_encoder.", "hq_decoder"),
-    ("mask_decoder.embedding_maskfeature.", "hq_decoder"),
+    ("mask_decoder.embedding_", "hq_decoder"),
     ("mask_decoder.", "mask_decoder"),
     ("decoder_state.", "decoder_state"),
 )
@@ -173,9 +171,8 @@ def group_by_part(keys: Iterable[str]) -> dict[Part, list[str]]:
 
 def get_layout(family: str) -> Layout:
     """The row of a family."""
-    for name, layout in LAYOUTS.items():
-        if name == family:
-            return layout
+    if family in LAYOUTS:
+        return LAYOUTS[cast(Family, family)]
     raise CheckpointError(
         f"unknown checkpoint family {family!r}; choose one of {', '.join(LAYOUTS)}"
     )

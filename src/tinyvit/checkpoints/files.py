@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -24,12 +24,14 @@ from safetensors import SafetensorError, safe_open
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
 
-from .containers import check_zip, describe, own_memory, save_safetensors
+from .containers import check_zip, describe, own_memory, read_json_header, save_safetensors
 from .unwrap import first_line, refusal, unwrap, wanted_imports, wrap
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
+
+T = TypeVar("T")
 
 CLASSES = "tinyvit.classes"
 """Entry of a safetensors header: a list of names, in the order of the classes' numbers."""
@@ -86,36 +88,27 @@ def image_spec_in(
     Raises:
         CheckpointError: The entry is damaged; ``path`` is named.
     """
-    if IMAGE_SPEC not in header:
-        return None
-    try:
-        return ImageSpec.from_dict(_entry(header, IMAGE_SPEC, path))
-    except (ValueError, TypeError, AttributeError) as err:
-        raise CheckpointError(f"{path}: {IMAGE_SPEC} in the header is damaged: {err}") from err
+    return _entry(header, IMAGE_SPEC, path, ImageSpec.from_dict)
 
 
 def classes_in(
     header: Mapping[str, str], path: str | os.PathLike[str] = "the file"
 ) -> tuple[str, ...] | None:
     """Names of the classes, where the header has them; errors as ``image_spec_in``'s."""
-    if CLASSES not in header:
-        return None
-    names = _entry(header, CLASSES, path)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{path}: {CLASSES} in the header must be a JSON list of names")
-    return tuple(names)
+
+    def names(value: Any) -> tuple[str, ...]:
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise ValueError("it must be a JSON list of names")
+        return tuple(value)
+
+    return _entry(header, CLASSES, path, names)
 
 
 def thresholds_in(
     header: Mapping[str, str], path: str | os.PathLike[str] = "the file"
 ) -> dict[str, float]:
     """Thresholds of the masks, where the header has some; errors as ``image_spec_in``'s."""
-    if THRESHOLDS not in header:
-        return {}
-    try:
-        return check_thresholds(_entry(header, THRESHOLDS, path))
-    except ValueError as err:
-        raise CheckpointError(f"{path}: {THRESHOLDS} in the header is damaged: {err}") from err
+    return _entry(header, THRESHOLDS, path, check_thresholds) or {}
 
 
 def check_thresholds(thresholds: object) -> dict[str, float]:
@@ -129,19 +122,21 @@ def check_thresholds(thresholds: object) -> dict[str, float]:
     for name, value in thresholds.items():
         if name not in THRESHOLD_NAMES:
             raise ValueError(f"unknown threshold {name!r}; there are {', '.join(THRESHOLD_NAMES)}")
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
             raise ValueError(f"threshold {name} must be a finite number, got {value!r}")
     return {name: float(value) for name, value in thresholds.items()}
 
 
-def _entry(header: Mapping[str, str], name: str, path: str | os.PathLike[str]) -> Any:
+def _entry(
+    header: Mapping[str, str], name: str, path: str | os.PathLike[str], read: Callable[[Any], T]
+) -> T | None:
+    """What an entry of JSON says; None where there is none."""
+    if name not in header:
+        return None
     try:
-        return json.loads(header[name])
-    except ValueError as err:
+        return read(json.loads(header[name]))
+    except (ValueError, TypeError, AttributeError) as err:
         raise CheckpointError(f"{path}: {name} in the header is damaged: {err}") from err
 
 
@@ -189,18 +184,12 @@ def _check_safetensors(path: Path, head: bytes, size: int) -> bool:
     length = int.from_bytes(head[:8], "little")
     if len(head) < 9 or head[8:9] != b"{" or not 2 <= length <= _MAX_SAFETENSORS_HEADER:
         return False
-    if 8 + length > size:
-        raise CheckpointError(
-            f"{path} is cut off: a safetensors header of {length} bytes does not fit into the "
-            f"file's {size} bytes; fetch it again"
-        )
-    with path.open("rb") as file:
-        file.seek(8)
-        raw = file.read(length)
+    wanted = 8 + length
     try:
-        header = json.loads(raw)
-        ends = [row["data_offsets"][1] for key, row in header.items() if key != "__metadata__"]
-        wanted = 8 + length + max(ends, default=0)
+        if wanted <= size:
+            header, _ = read_json_header(path)
+            ends = [row["data_offsets"][1] for key, row in header.items() if key != "__metadata__"]
+            wanted += max(ends, default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as err:
         raise CheckpointError(
             f"{path} looks like safetensors but its header is damaged ({err}); fetch it again"
@@ -257,17 +246,22 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateFile:
         path = path / "model.safetensors"
     try:
         shards = _shards(path)
-        if shards:
-            return _read_shards(path, shards)
-        kind = kind_of(path)
-        size = path.stat().st_size
-        if kind == "safetensors":
-            return _read_safetensors(path, size)
-        found = unwrap(_load_torch(path, kind), str(path))
+        loaded = [_load(file) for file in shards or [path]]
+        size = sum(file.stat().st_size for file in shards or [path])
     except PermissionError as err:
         raise CheckpointError(f"{path} may not be read by this user; change its rights") from err
-    container = f"{kind}, {found.wrapping}" if found.wrapping else kind
-    return StateFile(path, found.tensors, container, {}, found.extras, size)
+    content, kind, _ = loaded[0]
+    header = {key: text for _, _, texts in loaded for key, text in texts.items()}
+    if shards:
+        content = {}
+        for file, (part, kind, _) in zip(shards, loaded, strict=True):
+            content |= part if kind == "safetensors" else unwrap(part, str(file)).tensors
+    if not header.keys().isdisjoint(_AS_THEY_ARE):
+        return StateFile(path, content, kind, header, (), size)
+    found = unwrap(content, str(path))
+    container = f"{len(shards)} parts" if shards else kind
+    container = ", ".join(filter(None, (container, found.wrapping)))
+    return StateFile(path, found.tensors, container, header, found.extras, size)
 
 
 _SHARD = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(\.[^.]+)$")
@@ -305,31 +299,12 @@ def _shards(path: Path) -> list[Path]:
     return [path.with_name(name) for name in names]
 
 
-def _read_shards(path: Path, shards: Sequence[Path]) -> StateFile:
-    """The parts of a model as one."""
-    tensors: dict[str, Tensor] = {}
-    metadata: dict[str, str] = {}
-    size = 0
-    for shard in shards:
-        if kind_of(shard) == "safetensors":
-            part, header = _load_safetensors(shard)
-        else:
-            part, header = unwrap(_load_torch(shard, kind_of(shard)), str(shard)).tensors, {}
-        tensors.update(part)
-        metadata.update(header)
-        size += shard.stat().st_size
-    found = unwrap(tensors, str(path))
-    container = ", ".join(filter(None, (f"{len(shards)} parts", found.wrapping)))
-    return StateFile(path, found.tensors, container, metadata, found.extras, size)
-
-
 def read_whole(path: Path) -> dict[str, Any]:
     """All that a file holds, wrappers and what lies beside the model included."""
-    kind = kind_of(path)
-    loaded = _load_safetensors(path)[0] if kind == "safetensors" else _load_torch(path, kind)
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} holds {type(loaded).__name__} instead of named tensors")
-    return loaded
+    content = _load(path)[0]
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__} instead of named tensors")
+    return content
 
 
 def non_finite(tensors: Mapping[str, Any]) -> list[str]:
@@ -379,10 +354,8 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]], 
             f"{path} is a file of torch.save ({kind}), which only torch can read; convert it with "
             "'tinyvit convert' where torch is installed"
         )
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    data = np.memmap(path, dtype=np.uint8, mode="r")[8 + length :]
+    header, start = read_json_header(path)
+    data = np.memmap(path, dtype=np.uint8, mode="r")[start:]
     metadata = header.pop("__metadata__", {})
     arrays: dict[str, NDArray[Any]] = {}
     for key, row in header.items():
@@ -557,36 +530,24 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 _AS_THEY_ARE = ("tinyvit.family", "run", "tinyvit.lora", "tinyvit.store")
 
 
-def _read_safetensors(path: Path, size: int) -> StateFile:
-    """Read a safetensors file whose length has been checked."""
-    tensors, metadata = _load_safetensors(path)
-    if not metadata.keys().isdisjoint(_AS_THEY_ARE):
-        return StateFile(path, tensors, "safetensors", metadata, (), size)
-    found = unwrap(tensors, str(path))
-    container = f"safetensors, {found.wrapping}" if found.wrapping else "safetensors"
-    return StateFile(path, found.tensors, container, metadata, found.extras, size)
+def _load(path: Path) -> tuple[Any, Kind, dict[str, str]]:
+    """What a file holds, its container, and the texts in its header; runs no code of the file."""
+    import torch
 
-
-def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a safetensors file as they are."""
+    kind = kind_of(path)
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = dict(file.metadata() or {})
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118
+        if kind == "safetensors":
+            with safe_open(path, framework="pt", device="cpu") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return tensors, kind, dict(file.metadata() or {})
+        is_zip = kind == "torch zip"
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip), kind, {}
+    except PermissionError:
+        raise
     except SafetensorError as err:
         raise CheckpointError(
             f"{path} looks like safetensors but is damaged ({first_line(err)}); fetch it again"
         ) from err
-
-
-def _load_torch(path: Path, kind: Kind) -> object:
-    """Read a torch file without running code from it."""
-    import torch
-
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "torch zip")
-    except PermissionError:
-        raise
     except pickle.UnpicklingError as err:
         raise CheckpointError(refusal(path, wanted_imports(path, kind), err)) from err
     except Exception as err:  # a damaged file can fail anywhere in the reader
