@@ -31,9 +31,9 @@ from .lists import (
     read_csv,
     read_folder,
     read_shards,
+    some,
     visible_folders,
 )
-from .sources import some
 
 _TRIES = 20  # unreadable images in a row that end the training
 

@@ -1,7 +1,8 @@
 """Lists of labelled images in folders, CSV files and tar files; where each image is.
 
 A folder has one subfolder for each class; a CSV file has a path and a label in each line. Images
-are listed here and never opened: what is wrong with one shows when it is read.
+are listed here and never opened: what is wrong with one shows when it is read. At the end are the
+readers that data sets of masks need too: JSON, tables and names of files as other tools write them.
 
 Tar files have the layout of WebDataset: a sample is the members that share a name up to the first
 dot, ``000000.jpg`` and ``000000.cls`` (or ``000000.json``). They are walked once, for an index of
@@ -12,8 +13,11 @@ cannot be read so.
 
 from __future__ import annotations
 
+import codecs
+import csv
 import glob
 import gzip
+import io
 import json
 import logging
 import os
@@ -24,6 +28,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +37,6 @@ from tinyvit.checkpoints.files import write_bytes
 from tinyvit.errors import CheckpointError, ImageError
 from tinyvit.folders.images import IMAGE_SUFFIXES
 from tinyvit.labels import read_labels
-
-from .sources import find_column, find_file, identity, read_table, some
 
 Labels = NDArray[np.int64]
 
@@ -48,6 +51,8 @@ INDEX = ".tinyvit-index.json.gz"
 _INDEX_VERSION = 2
 _LABEL_KEYS = ("label", "cls", "class", "target", "class_name")
 _CLASS_FILES = ("classes.txt", "labels.txt", "classes.json", "labels.json")
+
+SHOWN = 5  # names in a message
 
 logger = logging.getLogger("tinyvit")
 
@@ -391,3 +396,73 @@ def _read_index(place: Path, marks: list[Any]) -> _Index | None:
     except (OSError, TypeError, ValueError, EOFError, zlib.error) as err:
         logger.warning("%s is damaged (%s) and is rebuilt", place, err)
         return None
+
+
+# -- files of other tools ------------------------------------------------------------------------
+
+
+def load_json(path: Path) -> Any:
+    """The content of a JSON file, in UTF-8, 16 or 32, with a byte order mark or without."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as err:
+        raise ValueError(f"{path} cannot be read as JSON: {err}") from err
+
+
+def read_table(path: Path) -> list[tuple[int, list[str]]]:
+    """(number of the line, stripped cells) of each line that is not empty, of at least one.
+
+    Comma, semicolon or tab separate: what the first line has most of, Excel's ``sep=;`` too.
+    """
+    try:
+        data = path.read_bytes()
+        is_wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = data.decode("utf-16" if is_wide else "utf-8-sig")
+        first = text.partition("\n")[0]
+        mark = max(",;\t", key=first.count)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
+        lines = ((reader.line_num, [cell.strip() for cell in row]) for row in reader)
+        rows = [(number, cells) for number, cells in lines if any(cells)]
+    except (OSError, UnicodeDecodeError, csv.Error) as err:
+        raise ValueError(f"the list {str(path)!r} cannot be read as CSV text: {err}") from err
+    rows = rows[1:] if first.lower().startswith("sep=") else rows
+    if not rows:
+        raise ValueError(f"the list {str(path)!r} is empty; wanted names of files in each line")
+    return rows
+
+
+def find_column(header: Sequence[str], names: Sequence[str]) -> int | None:
+    """The place of the first of these names in a header, in any case."""
+    found = [cell.lower() for cell in header]
+    return next((found.index(name) for name in names if name in found), None)
+
+
+def find_file(name: str, folders: Sequence[Path]) -> Path | None:
+    """The file of this name in one of the folders, or that of the longest end of the name there."""
+    straight = name.replace("\\", "/").rpartition("?d=")[2]  # Label Studio: local-files/?d=...
+    names = [name, straight, unquote(straight)]
+    parts = PurePosixPath(straight).parts
+    names += ["/".join(parts[n:]) for n in range(1, len(parts)) if parts[n] != ".."]
+    places = (folder / one for one in names for folder in folders)
+    return next((place for place in places if os.path.isfile(place)), None)
+
+
+def identity(path: Path) -> Hashable:
+    """What tells a file from all others, whatever name or link leads to it."""
+    try:
+        found = path.stat()
+    except OSError:
+        return str(path)
+    return (found.st_dev, found.st_ino) if found.st_ino else str(path.resolve())
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(repr(name) for name in names[:SHOWN]) + more
+
+
+def inner_folder(path: Path, names: Sequence[str]) -> Path | None:
+    """The first folder in a folder that has one of these names, in any case."""
+    there = {name.lower(): path / name for name in visible_folders(path)} if path.is_dir() else {}
+    return next((there[name] for name in names if name in there), None)

@@ -1,26 +1,43 @@
-"""Images with the masks of their objects, in any of the usual formats; checked when opened.
+"""Images with the masks of their objects: COCO, SA-1B, labelme, a CSV, folders of mask files.
 
-What ``open_mask_set`` finds unfit (a missing or unreadable image, a mask of another size, an empty
-mask) is skipped, counted and named in ``faults``, or is an error by choice.
+``open_mask_set`` recognises the format and follows the folders of its makers (CVAT, Label Studio,
+Roboflow, COCO itself). A row that is damaged or unfit (a missing or unreadable image, a mask of
+another size, an empty mask) costs itself only and is named in ``faults``, or is an error by choice.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import io
+import json
+import math
 import os
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 
 from tinyvit.errors import ImageError
+from tinyvit.folders.images import IMAGE_SUFFIXES
 from tinyvit.images.decode import decode, read_size
 
-from .annotations import Annotation, MaskFile, read_mask_file
-from .mask_formats import RawSample, image_source, read_samples
-from .sources import SHOWN, identity
+from .annotations import Annotation, MaskFile, Polygons, RunLengths, as_ring, read_mask_file
+from .lists import SHOWN, find_column, find_file, identity, inner_folder, load_json, read_table
+
+_IMAGE_COLUMNS = ("picture", "image", "file_name", "filename", "image_path", "path")
+_MASK_COLUMNS = ("mask", "mask_path", "mask_file", "masks")
+_MANY, _SMALL = 32, 16  # so many objects of so few pixels are rather soft edges
+_CIRCLE = 72  # corners of the polygon that stands for a circle
+_WITHOUT_AREA = ("point", "points", "line", "linestrip", "lines")
+_LABEL_FOLDERS = ("annotations", "labels", "json")
+_IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages")
+_MASK_FOLDERS = ("masks", "mask", "segmentationobject")
 
 
 @dataclass(frozen=True)
@@ -210,3 +227,352 @@ def _checked(raw: RawSample, check_pixels: bool) -> tuple[MaskSample | None, lis
         return None, faults or [f"{raw.image} has no masks"]
     annotations, labels = zip(*good, strict=True)
     return MaskSample(raw.image, annotations, labels), faults
+
+
+# -- what a data set names ---------------------------------------------------------------------
+
+
+@dataclass
+class RawSample:
+    """One image and its annotations as a data set names them; nothing is checked yet."""
+
+    image: Path  # its file, or a JSON of labelme that holds it
+    # (annotation, label, where it stands) of each object
+    objects: list[tuple[Annotation, str, str]] = field(default_factory=list)
+    # (H, W) that the data set says the image has; None if it says nothing
+    size: tuple[int, int] | None = None
+
+
+@dataclass
+class RawSet:
+    """What a data set names, in its order."""
+
+    images: Path | None  # folder of the images; None for the one that the path implies
+    samples: list[RawSample] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)  # what was skipped and why
+
+
+def read_samples(path: Path, images: Path | None) -> RawSet:
+    """Find out which format a JSON, a CSV or a folder follows, and read it."""
+    if not path.exists():
+        raise ValueError(f"there is nothing at {path}; give a JSON, a CSV or a folder of masks")
+    if images is not None and not images.is_dir():
+        raise ValueError(f"images={str(images)!r} is no folder; wanted the folder of the images")
+    found = RawSet(images)
+    tables, jsons = _listed(path)
+    if tables:
+        _read_csv(tables[0], found)
+        return found
+    for one in jsons:
+        _read_json(one, found)
+    masks = inner_folder(path, _MASK_FOLDERS)
+    folder = images or inner_folder(path, _IMAGE_FOLDERS)
+    if found.samples or path.is_file() or (jsons and masks is None):
+        return found
+    if folder is not None and folder != (masks or path):
+        _read_folders(folder, masks or path, found)
+        return found
+    inner = sorted(place.name for place in path.iterdir() if place.is_dir())
+    raise ValueError(
+        f"{path} is no data set that is known: wanted JSON files of COCO or labelme, one CSV with "
+        "the columns image and mask, or the folders images and masks in it; or say with "
+        "images=... (--images) where the images of these masks are"
+        + (f". It holds the folders {', '.join(inner[:6])}" if inner else "")
+    )
+
+
+def _listed(path: Path) -> tuple[list[Path], list[Path]]:
+    """(the one table, JSON files) that a path means."""
+    if path.is_file():
+        kind = path.suffix.lower()
+        if kind not in (".csv", ".tsv", ".json"):
+            raise ValueError(f"{path} is no JSON and no CSV; give one of these, or a folder")
+        return ([], [path]) if kind == ".json" else ([path], [])
+    tables = sorted(place for place in path.iterdir() if place.suffix.lower() in (".csv", ".tsv"))
+    if len(tables) == 1:
+        return tables, []
+    for folder in (path, inner_folder(path, _LABEL_FOLDERS)):
+        found = [] if folder is None else sorted(folder.glob("*.json"))
+        if found:  # COCO lays captions and key points of the same images beside the objects
+            return [], [one for one in found if one.name.startswith("instances_")] or found
+    return [], []
+
+
+def _image_folders(path: Path, images: Path | None) -> list[Path]:
+    """Where the images of a file of annotations may be, the likeliest place first."""
+    if images is not None:
+        return [images]
+    roots = [path.parent]
+    if path.parent.name.lower() in _LABEL_FOLDERS:
+        roots.append(path.parent.parent)
+    part = path.stem.partition("_")[2] or path.stem  # instances_val2017.json and val2017
+    insides = [inner for root in roots if (inner := inner_folder(root, _IMAGE_FOLDERS)) is not None]
+    named = [place / part for place in (*roots, *insides) if (place / part).is_dir()]
+    return [*named, *roots, *insides]
+
+
+def _read_json(path: Path, found: RawSet) -> None:
+    try:
+        content = load_json(path)
+    except ValueError as err:
+        found.faults.append(str(err))
+        return
+    if not isinstance(content, dict):
+        came = type(content).__name__
+        found.faults.append(f"{path} must hold a JSON object, but holds a {came}")
+    elif "annotations" in content:
+        _read_coco(content, path, found)
+    elif "shapes" in content:
+        _read_labelme(content, path, found)
+    else:
+        found.faults.append(
+            f"{path} is neither COCO's JSON (with 'images' and 'annotations') nor labelme's (with "
+            f"'shapes'); its keys are {', '.join(sorted(content)[:6])}"
+        )
+
+
+def _rows(
+    content: Mapping[str, Any], key: str, path: Path, found: RawSet
+) -> list[tuple[int, Mapping[str, Any]]]:
+    """(place, row) of the objects in a list of JSON; what is none is named."""
+    value = content.get(key)
+    if not isinstance(value, list):
+        if value is not None:
+            found.faults.append(f"{path}: {key!r} is {_short(value)}; wanted a list")
+        return []
+    for number, row in enumerate(value):
+        if not isinstance(row, Mapping):
+            found.faults.append(f"{path}, {key} {number}: {_short(row)} is no JSON object")
+    return [(number, row) for number, row in enumerate(value) if isinstance(row, Mapping)]
+
+
+def _key(value: object) -> str | None:
+    """An id: tools write numbers or text; None for what is none."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    is_id = isinstance(value, (int, float, str)) and not isinstance(value, bool)
+    return str(value) if is_id else None
+
+
+def _size(row: Mapping[str, Any], height: str, width: str) -> tuple[int, int] | None:
+    """(H, W) where both are said."""
+    try:
+        size = int(row[height]), int(row[width])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    return size if min(size) > 0 else None
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _short(row: object) -> str:
+    text = json.dumps(row)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+# -- COCO, SA-1B -------------------------------------------------------------------------------
+
+
+def _read_coco(content: dict[str, Any], path: Path, found: RawSet) -> None:
+    folders = _image_folders(path, found.images)
+    only = content.get("image")  # SA-1B has one image in each file
+    if isinstance(only, Mapping):
+        content = {**content, "images": [{"id": only.get("image_id"), **only}]}
+    categories = _rows(content, "categories", path, found)
+    names = {_key(row.get("id")): _text(row.get("name")) for _, row in categories}
+    samples: dict[str, RawSample] = {}
+    files: dict[str, str] = {}
+    twice: set[str] = set()
+    for number, row in _rows(content, "images", path, found):
+        key, name = _key(row.get("id")), row.get("file_name")
+        if key is None or not isinstance(name, str) or not name:
+            found.faults.append(f"{path}, images {number}: no 'id' or 'file_name' in {_short(row)}")
+        elif files.setdefault(key, name) != name:
+            twice.add(key)
+            found.faults.append(
+                f"{path}: the id {key} is that of {files[key]!r} and of {name!r}; which annotation "
+                "belongs to which is not known"
+            )
+        elif key not in samples:
+            image = find_file(name, folders) or folders[0] / name
+            samples[key] = RawSample(image, [], _size(row, "height", "width"))
+    for number, row in _rows(content, "annotations", path, found):
+        what = f"annotation {_text(row.get('id', f'number {number}'))}"
+        key = next(iter(samples), None) if isinstance(only, Mapping) else _key(row.get("image_id"))
+        if key is None or key not in samples or key in twice:
+            why = "two images have" if key in twice else "there is no image with"
+            found.faults.append(f"{path}, {what}: {why} the id {row.get('image_id')!r}")
+            continue
+        try:
+            annotation, wrong = _coco_annotation(row.get("segmentation"))
+        except ValueError as err:
+            found.faults.append(f"{path}, {what}: {err}")
+            continue
+        found.faults += [f"{path}, {what}: {fault}" for fault in wrong]
+        label = names.get(_key(row.get("category_id")), "")
+        samples[key].objects.append((annotation, label, what))
+    found.samples += [sample for key, sample in samples.items() if key not in twice]
+
+
+def _coco_annotation(segmentation: object) -> tuple[Annotation, list[str]]:
+    """Run lengths count whatever ``iscrowd`` says: CVAT's brush and SAM tools always set it."""
+    if isinstance(segmentation, list) and len(segmentation) == 1:
+        segmentation = segmentation[0] if isinstance(segmentation[0], Mapping) else segmentation
+    if isinstance(segmentation, Mapping):
+        return RunLengths.read(segmentation), []
+    return Polygons.read(segmentation)
+
+
+# -- labelme -----------------------------------------------------------------------------------
+
+
+def _read_labelme(content: dict[str, Any], path: Path, found: RawSet) -> None:
+    folders = _image_folders(path, found.images)
+    image = find_file(_text(content.get("imagePath")) or path.stem, folders)
+    if image is None:
+        image = path if content.get("imageData") else folders[0] / _text(content.get("imagePath"))
+    groups: dict[object, tuple[str, str, list[Any], list[Any]]] = {}
+    for number, shape in _rows(content, "shapes", path, found):
+        label, what = _text(shape.get("label")), f"shape {number}"
+        group = shape.get("group_id")  # those of one label and group are one object
+        key = number if group is None else (label, str(group))
+        try:
+            rings, patches = _labelme_shape(shape)
+        except ValueError as err:
+            found.faults.append(f"{path}, {what}: {err}")
+            continue
+        held = groups.setdefault(key, (label, what, [], []))
+        held[2].extend(rings)
+        held[3].extend(patches)
+    objects: list[tuple[Annotation, str, str]] = [
+        (Polygons(tuple(rings), tuple(patches)), label, what)
+        for label, what, rings, patches in groups.values()
+    ]
+    found.samples.append(RawSample(image, objects, _size(content, "imageHeight", "imageWidth")))
+
+
+def _labelme_shape(shape: Mapping[str, Any]) -> tuple[list[Any], list[tuple[int, int, bytes]]]:
+    """(rings, patches) of a shape."""
+    kind = shape.get("shape_type") or "polygon"
+    if kind in _WITHOUT_AREA:
+        raise ValueError(f"a {kind} has no area; wanted a polygon, rectangle, circle or mask")
+    try:
+        points = np.asarray(shape.get("points"), np.float64).reshape(-1, 2)
+    except (TypeError, ValueError) as err:
+        raise ValueError("points must be pairs of numbers") from err
+    is_plain = kind in ("rectangle", "circle", "mask")
+    if not is_plain or (kind == "rectangle" and len(points) == 4):
+        return [as_ring(points)], []
+    if len(points) != 2 or not np.isfinite(points).all():
+        raise ValueError(f"a {kind} wants two points of finite numbers; came {len(points)}")
+    (x0, y0), (x1, y1) = points
+    if kind == "rectangle":
+        return [np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])], []
+    if kind == "circle":
+        turn = np.linspace(0, 2 * math.pi, _CIRCLE, endpoint=False)
+        directions = np.stack((np.cos(turn), np.sin(turn)), 1)
+        return [points[0] + math.hypot(x1 - x0, y1 - y0) * directions], []
+    try:
+        png = base64.b64decode(shape.get("mask") or "")
+        with Image.open(io.BytesIO(png)) as image:
+            image.load()
+    except (TypeError, ValueError, OSError, SyntaxError, UnidentifiedImageError) as err:
+        raise ValueError(f"its mask is no image in base64: {err}") from err
+    return [], [(int(min(x0, x1)), int(min(y0, y1)), png)]
+
+
+def image_source(path: Path) -> Path | bytes:
+    """What to read an image from: its file, or the image that a JSON of labelme holds."""
+    if path.suffix.lower() != ".json":
+        return path
+    try:
+        return base64.b64decode(load_json(path)["imageData"])
+    except (TypeError, KeyError, ValueError, binascii.Error) as err:
+        raise ImageError(f"{path} holds no image as imageData: {err}") from err
+
+
+# -- files of masks ----------------------------------------------------------------------------
+
+
+def _read_csv(path: Path, found: RawSet) -> None:
+    (_, header), *rows = read_table(path)
+    image_column, mask_column = (
+        find_column(header, names) for names in (_IMAGE_COLUMNS, _MASK_COLUMNS)
+    )
+    if image_column is None or mask_column is None:
+        raise ValueError(
+            f"{path} must have the columns 'picture' (or 'image') and 'mask'; it has "
+            f"{', '.join(header)}"
+        )
+    label_column = find_column(header, ("label", "class", "category"))
+    folders = _image_folders(path, found.images)
+    mask_folders = [path.parent, inner_folder(path.parent, _MASK_FOLDERS) or path.parent]
+    samples: dict[Path, RawSample] = {}
+    for line, cells in rows:
+        cells = cells + [""] * (len(header) - len(cells))
+        names = cells[image_column], cells[mask_column]
+        if not all(names):
+            what = f"no {header[image_column]} or no mask"
+            found.faults.append(f"{path}, line {line}: {what} is named")
+            continue
+        image = find_file(names[0], folders) or folders[0] / names[0]
+        mask = find_file(names[1], mask_folders) or path.parent / names[1]
+        label = "" if label_column is None else cells[label_column]
+        sample = samples.setdefault(image, RawSample(image))
+        sample.objects.append((MaskFile(mask), label, f"line {line}"))
+    found.samples += samples.values()
+
+
+def _read_folders(images: Path, masks: Path, found: RawSet) -> None:
+    samples: dict[str, RawSample] = {}
+    for image in _files(images):
+        if image.stem in samples:
+            found.faults.append(f"{image} has the stem of {samples[image.stem].image.name}")
+        else:
+            samples[image.stem] = RawSample(image)
+    for mask in _files(masks):
+        sample = samples.get(mask.stem)
+        if sample is not None:
+            _add_ids(sample, mask, found.faults)
+            continue
+        stem = mask.stem
+        while "_" in stem and stem not in samples:  # the longest stem that is an image's
+            stem = stem.rpartition("_")[0]
+        _add_file(samples.get(stem), mask, images, found.faults)
+    for folder in sorted(place for place in masks.iterdir() if place.is_dir()):
+        for mask in _files(folder):
+            _add_file(samples.get(folder.name), mask, images, found.faults)
+    found.samples += samples.values()
+
+
+def _add_file(sample: RawSample | None, mask: Path, images: Path, faults: list[str]) -> None:
+    if sample is None:
+        faults.append(f"{mask} belongs to no image in {images}")
+    else:
+        sample.objects.append((MaskFile(mask), "", mask.name))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(place for place in folder.iterdir() if place.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _add_ids(sample: RawSample, mask: Path, faults: list[str]) -> None:
+    """One object for each id in a file of masks."""
+    try:
+        ids = read_mask_file(mask, is_one_object=False)
+    except ImageError as err:
+        faults.append(str(err))
+        return
+    values, areas = np.unique(ids[ids != 0], return_counts=True)
+    if not len(values):
+        faults.append(f"{mask} is empty: it shows no object")
+    elif len(values) >= _MANY and np.median(areas) <= _SMALL:
+        warnings.warn(
+            f"{mask} is read as {len(values)} objects, half of them of {_SMALL} pixels or less; "
+            "if these are soft edges, save one colour for each object without them",
+            stacklevel=2,
+        )
+    for value in values.tolist():
+        sample.objects.append((MaskFile(mask, value), "", f"{mask.name}, id {value}"))

@@ -30,8 +30,8 @@ from tinyvit.modules.sam.prompt_encoder import PromptEncoder
 from tinyvit.sam.build import build_sam
 from tinyvit.sam.model import Sam
 from tinyvit.train.data.images import fingerprint, hold_out
+from tinyvit.train.data.lists import identity, some
 from tinyvit.train.data.sampling import stack_samples
-from tinyvit.train.data.sources import identity, some
 from tinyvit.train.settings import SettingError
 from tinyvit.train.store import Store
 from tinyvit.train.task import Batch, Goal, Task
