@@ -855,7 +855,7 @@ def test_the_files_own_preparation_counts(
     tmp_path: Path, build: Callable[..., TinyViT], served_files: State
 ) -> None:
     spec = replace(ImageSpec.timm(32), mean=(1.0, 2.0, 3.0))
-    header = {"tinyvit.family": "tinyvit", "tinyvit.strides": "2,2,2", **header_for(spec)}
+    header = header_for("tinyvit", (2, 2, 2), spec)
     path = write_state_dict(tmp_path / "own.safetensors", served_files, metadata=header)
     model = create_model(checkpoint=path)
     assert (model.image_spec, model.img_size) == (spec, 32)

@@ -288,7 +288,8 @@ def test_targets_that_are_refused(sources: dict[str, Path], tmp_path: Path) -> N
 
 
 def test_preparation_and_thresholds_go_along_where_there_is_a_place(tmp_path: Path) -> None:
-    header = header_for(ImageSpec.sam(64), thresholds={"mask_threshold": -1.0})
+    thresholds = {"mask_threshold": -1.0}
+    header = header_for("tinyvit_sam", (2, 2, 1), ImageSpec.sam(64), thresholds=thresholds)
     source = write_state_dict(tmp_path / "a.safetensors", small("tinyvit_sam"), metadata=header)
     convert(source, tmp_path / "b.safetensors", "tinyvit_sam")
     assert header.items() <= read_state_dict(tmp_path / "b.safetensors").metadata.items()

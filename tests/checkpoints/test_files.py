@@ -511,7 +511,8 @@ NAMES = ("ant", "bée", "cat \U0001f408")
 
 def test_what_is_written_is_read(tmp_path):
     spec = ImageSpec.timm(48)
-    header = header_for(spec, NAMES)
+    header = header_for("tinyvit", (2, 2, 2), spec, NAMES)
+    assert header["tinyvit.strides"] == "2,2,2"
     path = write_state_dict(
         tmp_path / "a.safetensors", {"x": torch.zeros(2, dtype=torch.bfloat16)}, metadata=header
     )
@@ -528,7 +529,6 @@ def test_files_of_others_say_nothing(tmp_path):
         header = read_header(path)
         assert CLASSES not in header and IMAGE_SPEC not in header
         assert image_spec_in(header) is None and classes_in(header) is None
-    assert header_for() == {}
 
 
 @pytest.mark.parametrize(
@@ -568,9 +568,11 @@ def test_thresholds_that_are_none(thresholds, words):
 
 
 def test_thresholds_are_written_and_read():
-    header = header_for(thresholds={"mask_threshold": -1, "pred_iou_thresh": 0.8})
+    given = {"mask_threshold": -1, "pred_iou_thresh": 0.8}
+    header = header_for("tinyvit_sam", (2, 2, 1), thresholds=given)
     assert thresholds_in(header) == {"mask_threshold": -1.0, "pred_iou_thresh": 0.8}
-    assert header_for(thresholds={}) == {} and thresholds_in({}) == {}
+    none = header_for("tinyvit_sam", (2, 2, 1), thresholds={})
+    assert THRESHOLDS not in none and thresholds_in(none) == {}
 
 
 def test_safetensors_are_read_without_torch(tmp_path):

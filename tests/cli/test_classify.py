@@ -71,7 +71,7 @@ def test_other_heads_show_numbers_or_the_names_of_a_file(run, tmp_path, photo, f
 def test_a_file_may_name_its_classes(run, tmp_path, photo, five):
     file = read_state_dict(five[1])
     names = [f"kind {number}" for number in "abcde"]
-    header = {**file.metadata, **header_for(classes=names)}
+    header = {**file.metadata, **header_for("tinyvit", (2, 2, 2), None, names)}
     header.pop("format", None)
     named = write_state_dict(tmp_path / "named.safetensors", file.tensors, metadata=header)
     image = photo(tmp_path / "a.png")
