@@ -176,15 +176,11 @@ def test_stdout_stays_data_while_a_bar_is_shown(terminal, capsys):
     assert "broken" in plain(stream.getvalue())
 
 
-def end_of(error, ctx=None):
+def end_of(error, is_debug=False):
     """The exit code that an error becomes."""
 
-    @guarded
-    def verb(ctx=None):
+    with pytest.raises(typer.Exit) as end, guarded(Console(is_debug=is_debug)):
         raise error
-
-    with pytest.raises(typer.Exit) as end:
-        verb(ctx=ctx)
     return end.value.exit_code
 
 
@@ -218,13 +214,12 @@ def test_a_gpu_out_of_memory_is_expected_too(capsys):
 
 def test_a_fault_of_the_program_keeps_its_traceback():
     for error in (RuntimeError("bug"), KeyError("bug"), typer.Exit(7)):
-        with pytest.raises(type(error)):
-            guarded(lambda error=error: (_ for _ in ()).throw(error))()
+        with pytest.raises(type(error)), guarded(Console()):
+            raise error
 
 
 def test_debug_shows_the_traceback_and_all_the_text(capsys):
-    ctx = SimpleNamespace(obj=Console(is_debug=True))
-    assert end_of(ValueError("x" * 5000), ctx) == 1
+    assert end_of(ValueError("x" * 5000), is_debug=True) == 1
     err = capsys.readouterr().err
     assert "Traceback (most recent call last)" in err
     assert err.endswith(f"error: {'x' * 5000}\n")
@@ -238,13 +233,10 @@ def test_interrupts_and_closed_pipes_have_the_shell_s_codes(capsys):
 
 
 def test_warnings_are_one_line(capsys):
-    @guarded
-    def verb():
+    before = warnings.showwarning
+    with guarded(Console()):
         warnings.warn("the neck is\nuntrained", stacklevel=1)
         warnings.warn("give it as sha256=… to pin it", stacklevel=1)
-
-    before = warnings.showwarning
-    verb()
     assert warnings.showwarning is before
     expected = "warning: the neck is untrained\nwarning: give it as --sha256 HASH to pin it\n"
     assert capsys.readouterr() == ("", expected)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tiny import write_mask_folder, write_tiny_sam
-from tinyvit.cli.evaluate import _drawn
+from tinyvit.cli.evaluate import drawn
 
 FAST = ("--clicks", "1,2", "--most-clicks", 2, "--no-floors", "--size", 64)
 
@@ -201,7 +201,7 @@ def test_an_empty_folder(run, tmp_path, sams, classifier):
 
 
 def test_a_limit_draws_by_its_seed():
-    assert _drawn(5, None, 0) == _drawn(5, 9, 0) == [0, 1, 2, 3, 4]
-    drawn = _drawn(100, 10, 1)
-    assert drawn == sorted(set(drawn)) == _drawn(100, 10, 1) != _drawn(100, 10, 2)
-    assert len(drawn) == 10
+    assert drawn(5, None, 0) == drawn(5, 9, 0) == [0, 1, 2, 3, 4]
+    some = drawn(100, 10, 1)
+    assert some == sorted(set(some)) == drawn(100, 10, 1) != drawn(100, 10, 2)
+    assert len(some) == 10

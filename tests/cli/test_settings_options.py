@@ -8,11 +8,13 @@ import pytest
 import typer
 
 from tinyvit.cli.arguments import Positive
+from tinyvit.cli.console import Console
 from tinyvit.cli.settings_options import (
-    GroupedCommand,
+    Verb,
+    as_command,
+    examples_of,
     flag_of,
     options_of,
-    with_documented_options,
     with_options,
 )
 from tinyvit.train.settings import Flag, Group, Range, Settings, TrainSettings, settings_of
@@ -50,6 +52,20 @@ class Some(Settings):
     seed: Annotated[int, Flag(kind="hidden")] = 0
 
 
+@dataclass(frozen=True)
+class Limits:
+    """A part of a verb's options."""
+
+    page: bool = True
+    hosts: tuple[str, ...] = ()
+    most: int = 3
+    hidden: int = 0
+
+    def __post_init__(self):
+        if self.most < 0:
+            raise ValueError("most must be at least 0")
+
+
 NAMES = ("data", "img_size", "rate", "is_loud", "windows", "held_out", "augment")
 
 
@@ -59,9 +75,10 @@ def call(capsys):
     app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
     seen = []
 
-    @app.command(cls=GroupedCommand)
+    @app.command(cls=Verb)
+    @as_command
     @with_options(options_of(Some))
-    def verb(ctx: typer.Context, **values: object) -> None:
+    def verb(own: Console, **values: object) -> None:
         """Do it."""
         seen.append(values)
 
@@ -116,12 +133,14 @@ def test_the_help_is_in_groups_with_defaults(call):
 
 
 def test_a_verb_s_docstring_gives_its_options(capsys):
-    seen = {}
+    seen = []
 
     def verb(
-        ctx: typer.Context,
+        own: Console,
         data: str,
         output: Path,
+        *,
+        limits: Limits,
         sides: list[Positive] | None = None,
         how: str = "slow",
         no_pad: bool = False,
@@ -136,11 +155,19 @@ def test_a_verb_s_docstring_gives_its_options(capsys):
             sides (--side PIXELS): Some sides.
             how ([slow|fast]): How fast.
             flip: Mirror some.
-        """
-        seen.update(ctx.params)
+            no_page: Leave the page out.
+            hosts (--host): Further names.
+            most: Above all.
 
+        Examples:
+            verb a -o b
+        """
+        values = (data, output, limits, sides, how, no_pad, flip, as_json)
+        seen.append((own, *values))
+
+    assert examples_of(verb) == ["verb a -o b"]
     app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(cls=GroupedCommand)(with_documented_options(verb))
+    app.command(cls=Verb)(as_command(verb))
 
     def call(words):
         with pytest.raises(SystemExit) as end:
@@ -149,12 +176,14 @@ def test_a_verb_s_docstring_gives_its_options(capsys):
 
     code, _ = call("a -o b --side 3 --side 4 --how fast --no-pad --no-flip --json")
     assert code == 0
-    values = ("a", Path("b"), [3, 4], "fast", True, False, True)
-    names = ("data", "output", "sides", "how", "no_pad", "flip", "as_json")
-    assert seen == dict(zip(names, values, strict=True))
+    values = ("a", Path("b"), Limits(), [3, 4], "fast", True, False, True)
+    assert seen == [(Console(), *values)]
+    call("a -o b --no-page --host x --host y --most 7")
+    assert seen[1][3] == Limits(page=False, hosts=("x", "y"), most=7)
     for wrong, said in (
         ("--side 0", "'--side'"),
         ("--how much", "'slow', 'fast'"),
+        ("--most -1", "most must be at least 0"),
         ("", "--output"),
     ):
         code, text = call(f"a {'-o b' if wrong else ''} {wrong}")
@@ -163,6 +192,7 @@ def test_a_verb_s_docstring_gives_its_options(capsys):
     for line in ("Where it is.", "--side PIXELS", "--how [slow|fast]", "--no-pad Do not pad"):
         assert line in text
     assert "Options: data (" not in text
+    assert "--hidden" not in text
 
 
 def test_what_a_setting_is_called():

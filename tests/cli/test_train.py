@@ -20,9 +20,9 @@ from tinyvit.cli.console import Console
 from tinyvit.cli.train import (
     CLASSIFY,
     SEGMENT,
-    TrainScreen,
     gather,
     metrics_text,
+    shown,
     task_toml,
     time_text,
 )
@@ -60,8 +60,9 @@ def words(images, checkpoints):
 # -- settings put together ---------------------------------------------------------------------
 
 
-def choose(**given):
-    return gather(CLASSIFY, given)
+def choose(config=None, resume=False, **given):
+    """(the loop's settings, the task's)."""
+    return gather(CLASSIFY, given, config, resume)
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def begun(tmp_path):
     """A run's folder as a first call leaves it."""
     folder = tmp_path / "run"
     folder.mkdir()
-    task = choose(folder=str(folder), data=["a"], mixup=0.8, window_sizes=[4, 4, 2, 1]).task
+    task = choose(folder=str(folder), data=["a"], mixup=0.8, window_sizes=[4, 4, 2, 1])[1]
     (folder / "task.toml").write_text(task_toml(CLASSIFY, task), encoding="utf-8")
     settings = TrainSettings(str(folder), epochs=3, learning_rate=0.01)
     (folder / "settings.toml").write_text(settings.to_toml(), encoding="utf-8")
@@ -77,20 +78,30 @@ def begun(tmp_path):
 
 
 def test_options_become_settings():
-    found = choose(folder="run", data=["a"], seed=7, mixup=0.8, resume=None, as_json=True)
-    assert found.loop == TrainSettings("run", seed=7)
-    assert found.task == ClassifySettings("a", mixup=0.8, seed=7)
-    assert (found.resume, found.as_json) == (False, True)
-    assert choose(folder="run", data=["a"], bf16=True).loop.precision == "bf16"
-    assert choose(folder="run", data=["a"], bf16=False).loop.precision == "fp32"
+    loop, task = choose(folder="run", data=["a"], seed=7, mixup=0.8, lora_rank=None)
+    assert loop == TrainSettings("run", seed=7)
+    assert task == ClassifySettings("a", mixup=0.8, seed=7)
 
 
 def test_options_go_before_a_file(tmp_path):
     file = tmp_path / "choices.toml"
     file.write_text('folder = "there"\ndata = "b"\nepochs = 5\nmoving = "head"\nflip = false\n')
-    found = choose(config=str(file), epochs=9, folder="here")
-    assert found.loop == TrainSettings("here", epochs=9, trainable="head")
-    assert found.task == ClassifySettings("b", flip=False)
+    loop, task = choose(config=str(file), epochs=9, folder="here")
+    assert loop == TrainSettings("here", epochs=9, trainable="head")
+    assert task == ClassifySettings("b", flip=False)
+
+
+def test_bf16_is_a_precision(run, monkeypatch, tmp_path):
+    seen = []
+
+    def stop(verb, given, config, is_resumed):
+        seen.append(given["precision"])
+        raise ValueError("enough")
+
+    monkeypatch.setattr("tinyvit.cli.train.gather", stop)
+    for flag in ("--bf16", "--fp32", "--precision=bf16"):
+        assert run("train", "classify", ".", "-o", tmp_path, flag).code == 1
+    assert seen == ["bf16", "fp32", "bf16"]
 
 
 @pytest.mark.parametrize(
@@ -125,10 +136,10 @@ def test_what_is_missing_is_wrong_usage(given, said, tmp_path, monkeypatch):
 
 
 def test_a_run_is_resumed_by_its_folder_alone(begun):
-    found = choose(folder=str(begun), resume=True, workers=2, data=["moved"])
-    assert found.task == ClassifySettings("moved", mixup=0.8, window_sizes=(4, 4, 2, 1))
-    assert found.loop == TrainSettings(str(begun), epochs=3, learning_rate=0.01, workers=2)
-    assert choose(folder=str(begun), data=["a"]).task == ClassifySettings("a")  # not resumed
+    loop, task = choose(folder=str(begun), resume=True, workers=2, data=["moved"])
+    assert task == ClassifySettings("moved", mixup=0.8, window_sizes=(4, 4, 2, 1))
+    assert loop == TrainSettings(str(begun), epochs=3, learning_rate=0.01, workers=2)
+    assert choose(folder=str(begun), data=["a"])[1] == ClassifySettings("a")  # not resumed
 
 
 def test_other_settings_of_the_task_are_refused(begun):
@@ -138,25 +149,25 @@ def test_other_settings_of_the_task_are_refused(begun):
         choose(folder=str(begun), resume=True, augment="full")  # against the default
     assert choose(folder=str(begun), resume=True, mixup=0.8, augment="light", on_broken="error")
     with pytest.raises(ValueError, match="holds a run of 'tinyvit train classify', not of segment"):
-        gather(SEGMENT, {"folder": str(begun), "resume": True})
+        gather(SEGMENT, {"folder": str(begun)}, None, True)
 
 
 def test_a_run_folder_of_version_0_1(begun):
     """Only what was given stood in task.toml, and ``trainable`` was called ``moving``."""
     (begun / "task.toml").write_text('task = "classify"\ndata = "a"\nmixup = 0.8\n')
     (begun / "settings.toml").write_text('folder = "x"\nepochs = 3\nseed = 4\nmoving = "head"\n')
-    found = choose(folder=str(begun), resume=True)
-    assert found.loop == TrainSettings(str(begun), epochs=3, seed=4, trainable="head")
-    assert found.task == ClassifySettings("a", mixup=0.8, seed=4)
+    loop, task = choose(folder=str(begun), resume=True)
+    assert loop == TrainSettings(str(begun), epochs=3, seed=4, trainable="head")
+    assert task == ClassifySettings("a", mixup=0.8, seed=4)
 
 
 def test_places_that_exist_are_kept_in_full(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "söme \"'").mkdir()
-    task = choose(folder="run", data=["söme \"'"], checkpoint="tinyvit_starter").task
+    task = choose(folder="run", data=["söme \"'"], checkpoint="tinyvit_starter")[1]
     (tmp_path / "run").mkdir()
     (tmp_path / "run/task.toml").write_text(task_toml(CLASSIFY, task), encoding="utf-8")
-    found = choose(folder="run", resume=True).task
+    found = choose(folder="run", resume=True)[1]
     assert (found.data, found.checkpoint) == (str(tmp_path / "söme \"'"), "tinyvit_starter")
 
 
@@ -401,11 +412,12 @@ def test_wrong_usage_is_exit_code_2(run, words, said, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are another thing there")
 def test_ctrl_c_saves_and_says_how_to_resume(run, words, tmp_path, monkeypatch):
-    def press(screen, progress):
+    def press(progress):
         if progress.step == 1:
             signal.raise_signal(signal.SIGINT)
+        return "loss"
 
-    monkeypatch.setattr(TrainScreen, "__call__", press)
+    monkeypatch.setattr("tinyvit.cli.train._speed", press)
     folder = tmp_path / "run"
     result = run(*words, "-o", folder, "--epochs", 4)
     assert result.code == 130
@@ -453,37 +465,39 @@ class Terminal(io.StringIO):
         return True
 
 
-def shown(capsys, *reports, is_quiet=False):
-    with TrainScreen(Console(is_quiet=is_quiet)) as screen:
+def show(*reports, is_quiet=False):
+    with shown(Console(is_quiet=is_quiet)) as report:
         for progress in reports:
-            screen(progress)
-    return capsys.readouterr().err
+            report(progress)
 
 
 def test_a_validation_is_one_line(capsys):
-    validating = replace(STEP, phase="validate")
-    assert shown(capsys, BEGUN, STEP, validating, VALIDATED, VALIDATED) == (
+    show(BEGUN, STEP, replace(STEP, phase="validate"), VALIDATED, VALIDATED)
+    assert capsys.readouterr().err == (
         "step 10 of 20 (epoch 1 of 2): top1 0.9877, loss 0.2000; training loss 0.5123, "
         "25.0 images/s, 0:02:13 left\n"
     )
-    first = shown(capsys, replace(BEGUN, phase="validate"), replace(BEGUN, metrics={"top1": 0.1}))
-    assert first == "step 0 of 20: top1 0.1000; training not begun\n"
+    show(replace(BEGUN, phase="validate"), replace(BEGUN, metrics={"top1": 0.1}))
+    assert capsys.readouterr().err == "step 0 of 20: top1 0.1000; training not begun\n"
     end = replace(VALIDATED, step=20)
-    last = shown(capsys, replace(end, phase="validate"), replace(end, phase="done"))
-    assert last.endswith("25.0 images/s\n")
+    show(replace(end, phase="validate"), replace(end, phase="done"))
+    assert capsys.readouterr().err.endswith("25.0 images/s\n")
 
 
 def test_a_line_a_minute_where_nobody_looks(capsys, monkeypatch):
     clock = iter([0.0, 30.0, 61.0, 61.0, 62.0])
     monkeypatch.setattr("tinyvit.cli.train.monotonic", lambda: next(clock))
-    lines = shown(capsys, *(replace(STEP, step=step) for step in (1, 2, 3)))
+    show(*(replace(STEP, step=step) for step in (1, 2, 3)))
+    lines = capsys.readouterr().err
     assert re.findall(r"^step (\d+) of", lines, re.MULTILINE) == ["2"]
 
 
 def test_words_are_told_and_quiet_is_quiet(capsys):
     broken = replace(BEGUN, words="a state was broken")
-    assert shown(capsys, broken) == "a state was broken\n"
-    assert shown(capsys, replace(broken, phase="validate"), VALIDATED, is_quiet=True) == ""
+    show(broken)
+    assert capsys.readouterr().err == "a state was broken\n"
+    show(replace(broken, phase="validate"), VALIDATED, is_quiet=True)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("is_quiet", [False, True])
@@ -492,14 +506,12 @@ def test_a_bar_on_a_terminal(monkeypatch, is_quiet):
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "xterm")
-    with TrainScreen(Console(is_quiet=is_quiet)) as screen:
-        for progress in (STEP, replace(STEP, phase="validate"), VALIDATED):
-            screen(progress)
+    show(STEP, replace(STEP, phase="validate"), VALIDATED, is_quiet=is_quiet)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
     if is_quiet:
         assert text == ""
         return
-    assert "10 of 20 loss 0.5123, 25.0 images/s, 0:02:13 left" in text
+    assert "10/20 loss 0.5123, 25.0 images/s, 0:02:13 left" in text
     assert "step 10 of 20 (epoch 1 of 2): top1 0.9877" in text  # stays above the bar
 
 

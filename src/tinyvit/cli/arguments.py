@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,9 +30,7 @@ if TYPE_CHECKING:
     from tinyvit.modules import TinyViT
     from tinyvit.sam import Sam
 
-PRECISIONS = ("fp32", "bf16", "auto")  # inference's Precision, whose module loads numpy
-BACKENDS = ("auto", "torch", "native", "openvino", "onnx")  # likewise BackendName
-MAX_PIXELS = 178_956_970  # likewise images.decode's
+MAX_PIXELS = 178_956_970  # images.decode's, which loads numpy
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
@@ -64,10 +63,6 @@ matching_models = matching(list_models())
 
 Positive = Annotated[int, typer.Option(min=1)]
 Natural = Annotated[int, typer.Option(min=0)]
-Precision = Annotated[
-    str, typer.Option(metavar=f"[{'|'.join(PRECISIONS)}]", parser=one_of(*PRECISIONS))
-]
-Backend = Annotated[str, typer.Option(metavar=f"[{'|'.join(BACKENDS)}]", parser=one_of(*BACKENDS))]
 
 SHARED = """
 as_json (--json): Print one JSON object on stdout instead.
@@ -77,25 +72,51 @@ output (--output -o DIR): Folder to write to.
 model (VARIANT): Build this variant for the checkpoint. By default the checkpoint says which.
 size: Side of the model's input in pixels. By default the one it was trained for.
 device: auto (a GPU if there is one), or a torch device: cpu, cuda, cuda:1, mps.
-precision: What to compute in; auto is bf16 where the hardware has it built in.
-backend: What runs the encoder; auto is torch.
+precision ([fp32|bf16|auto]): What to compute in; auto is bf16 where the hardware has it built in.
+backend ([auto|torch|native|openvino|onnx]): What runs the encoder; auto is torch.
 threads: Threads that compute. By default the library chooses.
 workers: Threads that read and write images meanwhile; 0: none. By default as many as there are
     cores, at most 4.
 batch_size: Images computed together, at most.
 max_pixels: Refuse images with more pixels than this; their memory grows with it.
-held_out: Evaluate only what 'tinyvit train' holds out of DATA with the same --val-part and
-    --split-seed.
-val_part: With --held-out: how much it is.
-split_seed: With --held-out: which it is.
-limit: Evaluate so many images, drawn by --seed.
-seed: What --limit draws with.
-sheet (FILE.png): Write a gallery to look at.
 overwrite: Write everything again; replace any file.
 no_pad: Do not pad images to a square: less work where they are not square, and results that differ
     a little from those with padding, most of all near the edges.
 """
 """Help of options that mean the same in several verbs, as in the ``Options:`` of a verb."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a model is run."""
+
+    device: str = "auto"
+    precision: str = "fp32"
+    backend: str = "auto"
+    threads: Positive | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """What they mean for ``Engine``; torch's threads are set here."""
+        found = {name: one for name, one in asdict(self).items() if one is not None}
+        if self.threads is not None and self.backend in ("auto", "torch"):
+            import torch
+
+            torch.set_num_threads(found.pop("threads"))  # one number for the whole process
+        return found
+
+
+@dataclass(frozen=True)
+class FolderOptions(EngineOptions):
+    """How it is run on many images."""
+
+    workers: Natural | None = None
+    pad: bool = True
+
+    def arguments(self) -> dict[str, Any]:
+        """The same; a model that pads or does not by itself is left to it."""
+        found = super().arguments()
+        return found if found.pop("pad") else found | {"pad": False}
+
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -145,19 +166,15 @@ def check_checkpoint(text: str | None, flag: str = "") -> None:
 
 def load_sam(own: Console, checkpoint: str | None, size: int | None) -> Sam:
     """A whole SAM of a name or a file; None is the embedded one."""
-    from tinyvit.sam import Sam, build_sam
+    from tinyvit.checkpoints.open import is_sam_folder
+    from tinyvit.sam import build_sam
 
     name = checkpoint or DEFAULT_CHECKPOINT
-    if name not in list_checkpoints() and Path(name).is_dir():
-        from tinyvit.hub import from_pretrained
-
-        whole: object = from_pretrained(name) if (Path(name) / _CONFIG).is_file() else None
-        if not isinstance(whole, Sam) or size is not None:
-            wanted = "that says itself at which size it works; leave --size out"
-            if not isinstance(whole, Sam):
-                wanted = "without a whole SAM; give a file or a name with one, or such a folder"
-            raise CheckpointError(f"{name!r} is a folder {wanted}")
-        return whole
+    if name not in list_checkpoints() and Path(name).is_dir() and not is_sam_folder(name):
+        raise CheckpointError(
+            f"{name!r} is a folder without a whole SAM; give a file or a name with one, or such a "
+            "folder"
+        )
     announce(own, name)
     with own.progress("downloading", counts_bytes=True) as update:
         return build_sam(name, img_size=size, progress=update)
@@ -202,23 +219,6 @@ def load_classifier(
             stacklevel=2,
         )
     return built
-
-
-def engine_arguments(ctx: typer.Context) -> dict[str, Any]:
-    """What the options of a verb mean for ``Engine``; torch's threads are set here."""
-    given = ctx.params
-    names = ("device", "precision", "backend", "batch_size", "workers")
-    found = {name: given[name] for name in names if given.get(name) is not None}
-    if given.get("no_pad"):
-        found["pad"] = False
-    threads = given.get("threads")
-    if threads is not None and given["backend"] in ("auto", "torch"):
-        import torch
-
-        torch.set_num_threads(threads)  # one number for the whole process
-    elif threads is not None:
-        found["threads"] = threads
-    return found
 
 
 def announce_engine(own: Console, checkpoint: str, engine: Engine) -> None:

@@ -6,23 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, get_args
 
-import typer
-
 from tinyvit.catalog import DEFAULT_CHECKPOINT, get_checkpoint, get_variant
 from tinyvit.cli import console
 
 from .arguments import Positive
-from .console import counted
+from .console import Console, counted
 
 if TYPE_CHECKING:
     from tinyvit.bench import Contestant, Result
-
-
-EXAMPLES = (
-    "tinyvit bench",
-    "tinyvit bench --model tiny_vit_5m_224 --batch 1 --batch 32 --precision all",
-    "tinyvit bench --backend all --json > times.json",
-)
 
 _DEFAULT_MODELS = (get_checkpoint(DEFAULT_CHECKPOINT).variant, "tiny_vit_5m_sam")
 _HEADS = ("", "ms", "spread", "pictures/s", "GFLOP/s", "share", "MB", "faults", "start")
@@ -34,7 +25,7 @@ start: seconds from the start of a process to its first result"""
 
 
 def bench(
-    ctx: typer.Context,
+    own: Console,
     model: list[str] | None = None,
     checkpoint: str | None = None,
     size: list[Positive] | None = None,
@@ -65,10 +56,14 @@ def bench(
         precision: fp32, bf16, or another of the engine's, or all.
         repeats: Rounds that count.
         threads: By default as many as each library takes.
+
+    Examples:
+        tinyvit bench
+        tinyvit bench --model tiny_vit_5m_224 --batch 1 --batch 32 --precision all
+        tinyvit bench --backend all --json > times.json
     """
     from tinyvit.bench import Contestant, machine_facts, measure
 
-    own = console.of(ctx)
     names = _models(model, checkpoint)
     pairs = _pairs(backend, precision)
     may_leave_out = "all" in (backend, precision)

@@ -13,25 +13,19 @@ from tinyvit.folders.images import list_images
 from tinyvit.labels import labels_for, read_labels
 
 from . import arguments as args
-
-EXAMPLES = (
-    "tinyvit classify cat.jpg --checkpoint tiny_vit_5m_224.dist_in22k_ft_in1k",
-    "tinyvit classify photos --checkpoint mine.safetensors --labels names.txt --top-k 1",
-)
+from .console import Console
 
 
 def classify(
-    ctx: typer.Context,
+    own: Console,
     images: list[Path],
     checkpoint: str | None = None,
     model: str | None = None,
     size: args.Positive | None = None,
     top_k: args.Positive = 5,
     labels: Path | None = None,
-    device: str = "auto",
-    precision: args.Precision = "fp32",
-    backend: args.Backend = "auto",
-    threads: args.Positive | None = None,
+    *,
+    running: args.EngineOptions,
     max_pixels: args.Positive = args.MAX_PIXELS,
     as_json: bool = False,
 ) -> None:
@@ -48,8 +42,11 @@ def classify(
         top_k: Classes to show for each image.
         labels (FILE): Names of the classes: one a line, or a JSON list or object. By default those
             in the file of weights, and ImageNet's for a head of 1000 classes.
+
+    Examples:
+        tinyvit classify cat.jpg --checkpoint tiny_vit_5m_224.dist_in22k_ft_in1k
+        tinyvit classify photos --checkpoint mine.safetensors --labels names.txt --top-k 1
     """
-    own = console.of(ctx)
     listed = list_images(images)
     args.check_checkpoint(checkpoint)
     if labels is not None:
@@ -62,7 +59,7 @@ def classify(
     names = _names(built.num_classes, labels, checkpoint)
     found: list[dict[str, object]] = []
     failed: list[dict[str, object]] = []
-    with Engine(built, **args.engine_arguments(ctx)) as engine:
+    with Engine(built, **running.arguments()) as engine:
         args.announce_engine(own, str(checkpoint), engine)
         for image in listed:
             try:

@@ -7,7 +7,6 @@ traceback: it is a fault of the program, and to be reported.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -16,21 +15,24 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import Any, Protocol
 
 import typer
 
 from tinyvit.errors import TinyViTError
 
-if TYPE_CHECKING:
-    from rich.progress import Progress, ProgressColumn
 
-Arguments = ParamSpec("Arguments")
-Update = Callable[[int, "int | None"], None]
+class Update(Protocol):
+    """Shows that some are done, of so many in all."""
+
+    def __call__(  # noqa: D102
+        self, done: int, total: int | None, what: str = "", more: str = ""
+    ) -> None: ...
+
 
 FAILED, INTERRUPTED, PIPE_CLOSED = 1, 130, 141  # the last two as a shell reports the signals
 EXPECTED = (TinyViTError, ValueError, TypeError, OSError)
@@ -76,26 +78,40 @@ class Console:
         """A progress bar on stderr, if that is a terminal or a notebook.
 
         Gives a function to call with (done, in all or None), in ``things`` or bytes; the bar
-        appears at its first call.
+        appears at its first call. ``what`` stands in the place of ``words``, and ``more`` in that
+        of the speed.
         """
         if not self.shows_bars:
-            yield lambda done, total: None
+            yield lambda done, total, what="", more="": None
             return
         from rich import progress
+        from rich.console import Console as RichConsole
 
         counts: list[progress.ProgressColumn] = (
             [progress.DownloadColumn(), progress.TransferSpeedColumn()]
             if counts_bytes
-            else [progress.MofNCompleteColumn(), progress.TextColumn("{task.fields[speed]}")]
+            else [
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[more]}", markup=False),
+            ]
         )
-        with bar_of(*counts, progress.TimeRemainingColumn()) as bar:
+        if things:  # else the caller knows what is left
+            counts.append(progress.TimeRemainingColumn())
+        with progress.Progress(
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(bar_width=20),
+            *counts,
+            console=RichConsole(stderr=True),
+            transient=True,
+            redirect_stdout=False,
+        ) as bar:
 
-            def update(done: int, total: int | None) -> None:
+            def update(done: int, total: int | None, what: str = words, more: str = "") -> None:
                 if not bar.tasks:  # a download that is resumed begins with what is there
-                    bar.add_task(words, total=total, completed=done, speed="")
+                    bar.add_task(what, total=total, completed=done, more="")
                 task = bar.tasks[0]
-                speed = f"{task.speed or 0:.1f} {things}/s"
-                bar.update(task.id, completed=done, total=total, speed=speed)
+                more = more or f"{task.speed or 0:.1f} {things}/s"
+                bar.update(task.id, description=what, completed=done, total=total, more=more)
 
             yield update
 
@@ -104,21 +120,6 @@ class Console:
         """Whether somebody sees a progress bar: in a terminal, or a notebook with widgets."""
         is_notebook = "ipykernel" in sys.modules and find_spec("ipywidgets") is not None
         return not self.is_quiet and (sys.stderr.isatty() or is_notebook)
-
-
-def bar_of(*counts: ProgressColumn) -> Progress:
-    """A progress bar on stderr with what it does, and these columns behind the bar."""
-    from rich import progress
-    from rich.console import Console as RichConsole
-
-    return progress.Progress(
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(bar_width=20),
-        *counts,
-        console=RichConsole(stderr=True),
-        transient=True,
-        redirect_stdout=False,
-    )
 
 
 def of(ctx: object) -> Console:
@@ -210,34 +211,29 @@ def counted(number: int, thing: str) -> str:
 # -- errors -------------------------------------------------------------------------------------
 
 
-def guarded(verb: Callable[Arguments, None]) -> Callable[Arguments, None]:
-    """A verb whose errors and warnings are lines on stderr; its context is called ``ctx``."""
-
-    @functools.wraps(verb)
-    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
-        own = of(kwargs.get("ctx"))
-        try:
-            with _warnings_as_lines():
-                verb(*args, **kwargs)
-                sys.stdout.flush()
-        except BrokenPipeError as err:  # the reader has seen enough
-            _forget_stdout()
-            raise typer.Exit(PIPE_CLOSED) from err
-        except KeyboardInterrupt as err:
-            complain("interrupted")
-            raise typer.Exit(INTERRUPTED) from err
-        except EXPECTED as err:
-            raise _failed(err, own) from err
-        except (MemoryError, RuntimeError) as err:
-            if isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError":
-                hint = MemoryError(
-                    f"out of memory: {err}; try a smaller --batch-size, a smaller --size or "
-                    "--device cpu"
-                )
-                raise _failed(hint, own) from err
-            raise
-
-    return run
+@contextmanager
+def guarded(own: Console) -> Iterator[Console]:
+    """Work whose errors and warnings are lines on stderr, with the exit code that they mean."""
+    try:
+        with _warnings_as_lines():
+            yield own
+            sys.stdout.flush()
+    except BrokenPipeError as err:  # the reader has seen enough
+        _forget_stdout()
+        raise typer.Exit(PIPE_CLOSED) from err
+    except KeyboardInterrupt as err:
+        complain("interrupted")
+        raise typer.Exit(INTERRUPTED) from err
+    except EXPECTED as err:
+        raise _failed(err, own) from err
+    except (MemoryError, RuntimeError) as err:
+        if isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError":
+            hint = MemoryError(
+                f"out of memory: {err}; try a smaller --batch-size, a smaller --size or "
+                "--device cpu"
+            )
+            raise _failed(hint, own) from err
+        raise
 
 
 def _failed(err: Exception, own: Console) -> typer.Exit:

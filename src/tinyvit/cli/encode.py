@@ -8,41 +8,29 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from tinyvit.catalog import DEFAULT_CHECKPOINT
-from tinyvit.cli import console
 from tinyvit.folders.images import ImageFile
 
 from . import arguments as args
 from . import outcomes
-from .console import counted
+from .console import Console, counted
 
 if TYPE_CHECKING:
     from tinyvit.folders.runner import Outcome
 
-EXAMPLES = (
-    "tinyvit encode cat.jpg -o features",
-    "tinyvit encode photos -o features --checkpoint mobile_sam --no-pictures",
-)
-
 
 def encode(
-    ctx: typer.Context,
+    own: Console,
     images: list[Path],
     output: Path,
     checkpoint: str | None = None,
     model: str | None = None,
     size: args.Positive | None = None,
-    device: str = "auto",
-    precision: args.Precision = "fp32",
-    backend: args.Backend = "auto",
-    threads: args.Positive | None = None,
-    workers: args.Natural | None = None,
+    *,
+    running: args.FolderOptions,
     batch_size: args.Positive = 8,
     max_pixels: args.Positive = args.MAX_PIXELS,
     no_pictures: bool = False,
-    no_pad: bool = False,
     overwrite: bool = False,
     as_json: bool = False,
 ) -> None:
@@ -61,8 +49,11 @@ def encode(
             save_pretrained. By default tinyvit_starter, which is small, weak, and needs no
             download.
         no_pictures: Write features only, which is faster.
+
+    Examples:
+        tinyvit encode cat.jpg -o features
+        tinyvit encode photos -o features --checkpoint mobile_sam --no-pictures
     """
-    own = console.of(ctx)
     listed = outcomes.list_and_check(images, output, checkpoint)
     if not no_pictures:
         _check_drawings(output, listed)
@@ -72,7 +63,7 @@ def encode(
     from tinyvit.inference import Engine
 
     built = args.load_encoder(own, checkpoint, model, size)
-    with Engine(built, **args.engine_arguments(ctx)) as engine:
+    with Engine(built, batch_size=batch_size, **running.arguments()) as engine:
         name = checkpoint or DEFAULT_CHECKPOINT
         sizes = {"variant": args.variant_of(built), "strides": built.strides}
         facts = facts_of_engine(engine, name, **sizes, weights_sha256=engine.weights_sha256())

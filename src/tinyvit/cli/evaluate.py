@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
@@ -21,48 +22,76 @@ from .settings_options import check_data, whole_numbers
 
 if TYPE_CHECKING:
     from tinyvit.evaluate.classify import ClassifyReport, LabelledImages
-    from tinyvit.inference.backend import BackendName
     from tinyvit.train.data.masks import MaskSet
 
-EXAMPLES = {
-    "classify": (
-        "tinyvit evaluate classify photos --checkpoint run/best.safetensors --held-out",
-        "tinyvit evaluate classify test --checkpoint run/last.safetensors --sheet wrong.png",
-    ),
-    "segment": (
-        "tinyvit evaluate segment cells --checkpoint run/best.safetensors --sheet sheet.png",
-        "tinyvit evaluate segment cells.json --images photos --limit 100 --json",
-    ),
-    "agreement": (
-        "tinyvit evaluate agreement run/best.safetensors tinyvit_starter photos",
-        "tinyvit evaluate agreement mobile_sam mobile_sam photos --precision-b bf16",
-    ),
-}
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of a data set: the held-out one or all, and so many drawn images of it.
+
+    Options:
+        held_out: Evaluate only what 'tinyvit train' holds out of DATA with the same --val-part and
+            --split-seed.
+        val_part: With --held-out: how much it is.
+        split_seed: With --held-out: which it is.
+        limit: Evaluate so many images, drawn by --seed.
+        seed: What --limit draws with.
+    """
+
+    held_out: bool = False
+    val_part: float = 0.1
+    split_seed: int = 0
+    limit: args.Positive | None = None
+    seed: args.Natural = 0
+
+    def labelled(self, data: str, classes: Sequence[str] | None) -> LabelledImages:
+        """The labelled images; an error if their classes are others than the model's."""
+        from tinyvit.train.data.images import open_data_set, open_part
+
+        if self.held_out:
+            parts = open_data_set(data, val_part=self.val_part, split_seed=self.split_seed)
+            if classes is not None and parts.classes != tuple(classes):
+                raise ValueError(
+                    f"{data!r} has the classes {', '.join(parts.classes[:5])}, ..., and the "
+                    f"checkpoint {', '.join(classes[:5])}, ...; evaluate it on the data it was "
+                    "trained with, or leave --held-out away"
+                )
+            images = parts.val
+        else:
+            images = open_part(data, classes)
+        return images.part(drawn(len(images), self.limit, self.seed))
+
+    def masks(self, data: str, images: Path | None) -> MaskSet:
+        """The images with masks; an error if nothing can be held out."""
+        from tinyvit.train import open_mask_set
+
+        masks = open_mask_set(data, images)
+        held = masks.split(self.val_part, self.split_seed)[1] if self.held_out else masks
+        if not len(held):
+            raise ValueError(
+                f"{data} has only one image, of which none is held out; leave --held-out away"
+            )
+        scenes = tuple(held.scenes[index] for index in drawn(len(held), self.limit, self.seed))
+        return replace(masks, scenes=scenes)
 
 
-class _Part(NamedTuple):
-    """Which part of a data set: the held-out one or all, and so many drawn images of it."""
-
-    held_out: bool
-    val_part: float
-    split_seed: int
-    limit: int | None
-    seed: int
+def drawn(count: int, limit: int | None, seed: int) -> list[int]:
+    """So many of the first ``count`` numbers, in order; all of them without a limit."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return sorted(random.Random(seed).sample(range(count), limit))
 
 
 def classify(
-    ctx: typer.Context,
+    own: Console,
     data: str,
     checkpoint: str,
-    held_out: bool = False,
-    val_part: float = 0.1,
-    split_seed: int = 0,
-    limit: args.Positive | None = None,
-    seed: args.Natural = 0,
+    *,
+    part: Part,
     sheet: Path | None = None,
     batch_size: args.Positive = 8,
     device: str = "auto",
-    precision: args.Precision = "fp32",
+    precision: str = "fp32",
     as_json: bool = False,
 ) -> None:
     """Evaluate a classifier on labelled images.
@@ -75,19 +104,22 @@ def classify(
         data (DATA): A folder with one subfolder for each class, a CSV file, or tar files.
         checkpoint (--checkpoint NAME_OR_FILE): A name of 'tinyvit models', or a file of weights
             with a classification head.
-    """
-    own = console.of(ctx)
-    args.check_checkpoint(checkpoint)
-    check_data(data, "DATA")
+        sheet (FILE.png): Write a gallery to look at.
 
-    from tinyvit.evaluate.classify import evaluate_classifier
+    Examples:
+        tinyvit evaluate classify photos --checkpoint run/best.safetensors --held-out
+        tinyvit evaluate classify test --checkpoint run/last.safetensors --sheet wrong.png
+    """
+    _check(data, checkpoint, sheet)
+
+    from tinyvit.evaluate.classify import draw_error_gallery, evaluate_classifier
+    from tinyvit.images.draw import save_png
     from tinyvit.inference import Engine
     from tinyvit.train.tasks.classify import load_classifier
 
-    _check_sheet(sheet)
     args.announce(own, checkpoint)
     model, classes = load_classifier(checkpoint)
-    images = _labelled(data, classes, _Part(held_out, val_part, split_seed, limit, seed))
+    images = part.labelled(data, classes)
     with Engine(model, device=device, precision=precision, batch_size=batch_size) as engine:
         args.announce_engine(own, checkpoint, engine)
         with own.progress("evaluating") as update:
@@ -98,29 +130,29 @@ def classify(
         console.write(console.fields(report.rows()))
         if report.confusions:
             console.write(f"\n{_confused(report)}")
-    if sheet is not None:
-        _write_gallery(own, sheet, report, images)
+    if sheet is not None and report.wrong:
+        save_png(sheet, draw_error_gallery(report, images))
+        own.say(f"gallery: {sheet}")
+    elif sheet is not None:
+        own.say(f"{sheet} was not written: no image was taken for another class")
     _end([f"{name}: {reason}" for name, reason in report.broken.items()])
 
 
 def segment(
-    ctx: typer.Context,
+    own: Console,
     data: str,
     checkpoint: str = DEFAULT_CHECKPOINT,
     size: args.Positive | None = None,
     images: Path | None = None,
-    held_out: bool = False,
-    val_part: float = 0.1,
-    split_seed: int = 0,
-    limit: args.Positive | None = None,
-    seed: args.Natural = 0,
+    *,
+    part: Part,
     clicks: str = "1,3,5",
     target_iou: float = 0.85,
     most_clicks: int = 10,
     no_floors: bool = False,
     sheet: Path | None = None,
     device: str = "auto",
-    precision: args.Precision = "fp32",
+    precision: str = "fp32",
     as_json: bool = False,
 ) -> None:
     """Evaluate how well a SAM segments by clicks and boxes.
@@ -139,19 +171,21 @@ def segment(
         target_iou: Clicks are counted until this IoU.
         most_clicks: Where counting stops.
         no_floors: Skip the baselines without a network; faster.
+        sheet (FILE.png): Write a gallery to look at.
+
+    Examples:
+        tinyvit evaluate segment cells --checkpoint run/best.safetensors --sheet sheet.png
+        tinyvit evaluate segment cells.json --images photos --limit 100 --json
     """
-    own = console.of(ctx)
-    args.check_checkpoint(checkpoint)
-    check_data(data, "DATA")
+    _check(data, checkpoint, sheet)
 
     from tinyvit.evaluate.segment import COLUMNS, EvaluateSettings, Gallery, evaluate_segment
     from tinyvit.sam import SamPredictor
 
-    _check_sheet(sheet)
     settings = EvaluateSettings(
         tuple(whole_numbers(clicks)), target_iou, most_clicks, with_baselines=not no_floors
     )
-    masks = _masks(data, images, _Part(held_out, val_part, split_seed, limit, seed))
+    masks = part.masks(data, images)
     sam = args.load_sam(own, checkpoint, size)
     predictor = SamPredictor(sam, device=device, precision=precision)
     own.say(f"{checkpoint}: {masks.describe().partition(';')[0]}")
@@ -180,7 +214,7 @@ def segment(
 
 
 def agreement(
-    ctx: typer.Context,
+    own: Console,
     first: str,
     second: str,
     images: list[Path],
@@ -188,10 +222,10 @@ def agreement(
     seed: args.Natural = 0,
     grid: args.Positive = 4,
     size: args.Positive | None = None,
-    backend_a: args.Backend = "auto",
-    backend_b: args.Backend = "auto",
-    precision_a: args.Precision = "fp32",
-    precision_b: args.Precision = "fp32",
+    backend_a: str = "auto",
+    backend_b: str = "auto",
+    precision_a: str = "fp32",
+    precision_b: str = "fp32",
     device: str = "auto",
     as_json: bool = False,
 ) -> None:
@@ -204,15 +238,20 @@ def agreement(
     Options:
         first (A): A name of 'tinyvit models', or a file with a whole SAM.
         second (B): Another, or the same again.
+        limit: Compare on so many images, drawn by --seed.
+        seed: What --limit draws with.
         grid: Clicks along each side of an image.
-        backend_a: What runs A's encoder.
-        backend_b: What runs B's encoder.
-        precision_a: What A's encoder computes in.
-        precision_b: What B's encoder computes in.
+        backend_a ([auto|torch|native|openvino|onnx]): What runs A's encoder.
+        backend_b ([auto|torch|native|openvino|onnx]): What runs B's encoder.
+        precision_a ([fp32|bf16|auto]): What A's encoder computes in.
+        precision_b ([fp32|bf16|auto]): What B's encoder computes in.
+
+    Examples:
+        tinyvit evaluate agreement run/best.safetensors tinyvit_starter photos
+        tinyvit evaluate agreement mobile_sam mobile_sam photos --precision-b bf16
     """
-    own = console.of(ctx)
     paths = [image.path for image in list_images(images)]
-    chosen = [paths[index] for index in _drawn(len(paths), limit, seed)]
+    chosen = [paths[index] for index in drawn(len(paths), limit, seed)]
 
     from tinyvit.evaluate.agreement import compare
     from tinyvit.sam import SamPredictor
@@ -221,7 +260,7 @@ def agreement(
     one, other = (
         SamPredictor(
             args.load_sam(own, name, size),
-            backend=cast("BackendName", backend),  # the option takes no other word
+            backend=cast("Any", backend),  # the option takes no other word
             precision=precision,
             device=device,
         )
@@ -241,74 +280,16 @@ def agreement(
     _end(found.skipped)
 
 
-def _labelled(data: str, classes: Sequence[str] | None, part: _Part) -> LabelledImages:
-    """The images to evaluate on; an error if their classes are others than the model's."""
-    from tinyvit.train.data.images import open_data_set, open_part
-
-    if part.held_out:
-        parts = open_data_set(data, val_part=part.val_part, split_seed=part.split_seed)
-        if classes is not None and parts.classes != tuple(classes):
-            raise ValueError(
-                f"{data!r} has the classes {', '.join(parts.classes[:5])}, ..., and the checkpoint "
-                f"{', '.join(classes[:5])}, ...; evaluate it on the data it was trained with, or "
-                "leave --held-out away"
-            )
-        images = parts.val
-    else:
-        images = open_part(data, classes)
-    if part.limit is None or part.limit >= len(images):
-        return images
-    return images.part(_drawn(len(images), part.limit, part.seed))
-
-
-def _masks(data: str, images: Path | None, part: _Part) -> MaskSet:
-    """The images with masks to evaluate on; an error if nothing can be held out."""
-    from tinyvit.train import open_mask_set
-
-    masks = open_mask_set(data, images)
-    if part.held_out:
-        if len(masks) < 2:
-            raise ValueError(
-                f"{data} has only one image, of which none is held out; leave --held-out away"
-            )
-        held = masks.split(part.val_part, part.split_seed)[1]
-        masks = replace(held, faults=masks.faults)
-    chosen = _drawn(len(masks), part.limit, part.seed)
-    return replace(masks, scenes=tuple(masks.scenes[index] for index in chosen))
-
-
-def _drawn(count: int, limit: int | None, seed: int) -> list[int]:
-    """So many of the first ``count`` numbers, in order; all of them without a limit."""
-    import random
-
-    if limit is None or limit >= count:
-        return list(range(count))
-    return sorted(random.Random(seed).sample(range(count), limit))
-
-
-def _write_gallery(
-    own: Console, sheet: Path, report: ClassifyReport, images: LabelledImages
-) -> None:
-    """Write the most confidently wrong images, if any is wrong."""
-    from tinyvit.evaluate.classify import draw_error_gallery
-    from tinyvit.images.draw import save_png
-
-    if not report.wrong:
-        own.say(f"{sheet} was not written: no image was taken for another class")
-        return
-    save_png(sheet, draw_error_gallery(report, images))
-    own.say(f"gallery: {sheet}")
-
-
-def _check_sheet(sheet: Path | None) -> None:
-    """Refuse a gallery that cannot be written, before hours of evaluation."""
-    if sheet is None:
-        return
-    if not sheet.parent.is_dir():
-        raise ValueError(f"there is no folder {sheet.parent} to write --sheet in; make it")
-    if sheet.is_dir():
-        raise ValueError(f"--sheet {sheet} is a folder; choose another name")
-    check_folder(sheet.parent, "--sheet")
+def _check(data: str, checkpoint: str, sheet: Path | None) -> None:
+    """Refuse what is not there, and a gallery that cannot be written, before hours of work."""
+    args.check_checkpoint(checkpoint)
+    check_data(data, "DATA")
+    if sheet is not None:
+        if not sheet.parent.is_dir():
+            raise ValueError(f"there is no folder {sheet.parent} to write --sheet in; make it")
+        if sheet.is_dir():
+            raise ValueError(f"--sheet {sheet} is a folder; choose another name")
+        check_folder(sheet.parent, "--sheet")
 
 
 def _confused(report: ClassifyReport) -> str:

@@ -14,12 +14,6 @@ from tinyvit.cli.console import Console
 if TYPE_CHECKING:
     from tinyvit.export import Verified
 
-EXPORT_EXAMPLES = (
-    "tinyvit export mobile_sam -o exported/",
-    "tinyvit export tinyvit_starter -o labels/ --for x-anylabeling",
-    "tinyvit export model.safetensors -o web/ --for web --storage fp16",
-)
-VERIFY_EXAMPLES = ("tinyvit verify exported/", "tinyvit verify exported/ --backend openvino")
 NAMES = (  # tinyvit.export's PRESETS, whose package loads numpy
     "tinyvit", "sam", "samexporter", "x-anylabeling", "osam", "cvat", "transformers.js", "web",
     "tensorrt", "openvino",
@@ -27,23 +21,20 @@ NAMES = (  # tinyvit.export's PRESETS, whose package loads numpy
 Preset = Annotated[
     str, typer.Option(parser=one_of(*NAMES), help=f"Who will load it: {', '.join(NAMES)}.")
 ]
-Storage = Annotated[str, typer.Option(parser=one_of("fp32", "fp16"))]
-BoxPadding = Annotated[str, typer.Option(parser=one_of("keep", "drop"))]
-ProofBackend = Annotated[str, typer.Option(parser=one_of("onnx", "openvino"))]
 DIFFERS, CHANGED = 3, 4
 """Exit codes: values differ; a file was changed or is not ours."""
 
 
 def export(
-    ctx: typer.Context,
+    own: Console,
     checkpoint: str,
     output: Path,
     preset: Preset = "tinyvit",
     size: int | None = None,
     opset: int = 17,
-    storage: Storage | None = None,
+    storage: str | None = None,
     single_mask: bool | None = None,
-    box_padding: BoxPadding = "keep",
+    box_padding: str = "keep",
     is_reproducible: bool = False,
     keep_failed: bool = False,
     as_json: bool = False,
@@ -61,13 +52,18 @@ def export(
         size (--input-size): Run the network at this input size instead of adapting weights of
             another size in the graph.
         opset: ONNX opset, 16 to 20.
-        storage (TYPE): How weights are stored; arithmetic stays in fp32.
+        storage ([fp32|fp16]): How weights are stored; arithmetic stays in fp32.
         single_mask (--single-mask/--all-masks): The best mask alone, or all four.
-        box_padding (WHAT): Padding points beside a box: keep them, or drop them in the graph.
+        box_padding ([keep|drop]): Padding points beside a box: keep or drop them in the
+            graph.
         is_reproducible (--reproducible): Two exports are equal byte for byte.
         keep_failed: Leave a folder whose comparison failed.
+
+    Examples:
+        tinyvit export mobile_sam -o exported/
+        tinyvit export tinyvit_starter -o labels/ --for x-anylabeling
+        tinyvit export model.safetensors -o web/ --for web --storage fp16
     """
-    own = console.of(ctx)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} is there and not empty; choose another folder")
     from tinyvit.catalog import CHECKPOINTS
@@ -91,9 +87,9 @@ def export(
 
 
 def verify(
-    ctx: typer.Context,
+    own: Console,
     path: Path,
-    backend: ProofBackend | None = None,
+    backend: str | None = None,
     against: str | None = None,
     as_json: bool = False,
 ) -> None:
@@ -104,10 +100,13 @@ def verify(
 
     Options:
         path: Folder of 'tinyvit export', or a file in it.
-        backend (NAME): What runs the graphs: onnx or openvino.
+        backend ([onnx|openvino]): What runs the graphs.
         against (NAME_OR_FILE): Compare with this checkpoint anew; needs torch.
+
+    Examples:
+        tinyvit verify exported/
+        tinyvit verify exported/ --backend openvino
     """
-    own = console.of(ctx)
     from tinyvit.errors import CheckpointError
     from tinyvit.export import verify as run
 

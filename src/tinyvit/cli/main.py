@@ -26,29 +26,23 @@ from tinyvit.cli import (
     weights,
 )
 
-from .console import Console, guarded
-from .settings_options import GroupedCommand, Verb, with_documented_options
+from .console import Console
+from .settings_options import Verb, as_command, examples_of
 
-Verbs = tuple[tuple[str, Callable[..., None], Sequence[str]], ...]
-
-TRAIN: Verbs = (
-    ("classify", train.classify, train.EXAMPLES["classify"]),
-    ("segment", train.segment, train.EXAMPLES["segment"]),
-    ("write-logits", teachers.write_logits, teachers.LOGITS_EXAMPLES),
-    ("distill-logits", train.distill_logits, train.EXAMPLES["distill-logits"]),
-    ("store-features", teachers.store_features, teachers.FEATURES_EXAMPLES),
-    ("distill-features", train.distill_features, train.EXAMPLES["distill-features"]),
-)
-EVALUATE: Verbs = (
-    ("classify", evaluate.classify, evaluate.EXAMPLES["classify"]),
-    ("segment", evaluate.segment, evaluate.EXAMPLES["segment"]),
-    ("agreement", evaluate.agreement, evaluate.EXAMPLES["agreement"]),
-)
-GROUPS: dict[str, tuple[str, Verbs]] = {
-    "train": ("Train a classifier, a segmenter or a student.", TRAIN),
-    "evaluate": ("Evaluate a classifier or a segmenter; compare two models.", EVALUATE),
+GROUPS = {
+    "train": (
+        "Train a classifier, a segmenter or a student.",
+        (
+            *(train.classify, train.segment, teachers.write_logits, train.distill_logits),
+            *(teachers.store_features, train.distill_features),
+        ),
+    ),
+    "evaluate": (
+        "Evaluate a classifier or a segmenter; compare two models.",
+        (evaluate.classify, evaluate.segment, evaluate.agreement),
+    ),
 }
-"""Name of each group, its help, and its verbs: name, function and examples."""
+"""Name of each group, its help, and its verbs."""
 
 ANYWHERE = ("--debug", "--quiet", "-q")  # may stand before or after the verb
 
@@ -93,31 +87,17 @@ def _for_all_verbs(
         typer.echo(ctx.get_help())
 
 
-def _add(
-    to: typer.Typer,
-    verb: Callable[..., None],
-    examples: Sequence[str],
-    name: str | None = None,
-    cls: type[Verb] = Verb,
-) -> None:
-    """Make a function, whose context is called ``ctx``, a verb; its examples end its help."""
-    lines = "\n".join(f"  {example}" for example in examples)
-    to.command(name, cls=cls, epilog=f"\b\nExamples:\n{lines}")(
-        guarded(with_documented_options(verb))
-    )
+def _add(to: typer.Typer, *verbs: Callable[..., None]) -> None:
+    """Make functions verbs that are called as they are; examples end their help."""
+    for verb in verbs:
+        lines = "\n".join(f"  {example}" for example in examples_of(verb))
+        name = verb.__name__.replace("_", "-")
+        to.command(name, cls=Verb, epilog=f"\b\nExamples:\n{lines}")(as_command(verb))
 
 
-_add(app, models.models, models.EXAMPLES)
-_add(app, weights.inspect, weights.INSPECT_EXAMPLES)
-_add(app, weights.convert, weights.CONVERT_EXAMPLES)
-_add(app, weights.download, weights.DOWNLOAD_EXAMPLES)
-_add(app, encode.encode, encode.EXAMPLES)
-_add(app, classify.classify, classify.EXAMPLES)
-_add(app, segment.segment, segment.EXAMPLES)
-_add(app, serve.serve, serve.EXAMPLES)
-_add(app, export.export, export.EXPORT_EXAMPLES)
-_add(app, export.verify, export.VERIFY_EXAMPLES)
-_add(app, bench.bench, bench.EXAMPLES)
+_add(app, models.models, weights.inspect, weights.convert, weights.download, encode.encode)
+_add(app, classify.classify, segment.segment, serve.serve, export.export, export.verify)
+_add(app, bench.bench)
 for _group, (_summary, _verbs) in GROUPS.items():
     _typer = typer.Typer(
         help=_summary,
@@ -126,8 +106,7 @@ for _group, (_summary, _verbs) in GROUPS.items():
         pretty_exceptions_enable=False,
         add_completion=False,
     )
-    for _name, _verb, _examples in _verbs:
-        _add(_typer, _verb, _examples, _name, GroupedCommand)
+    _add(_typer, *_verbs)
     app.add_typer(_typer, name=_group)
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-import typer
-
 from tinyvit.catalog import CHECKPOINTS, VARIANTS, Checkpoint, Variant, get_variant
 from tinyvit.cli import console
-
-EXAMPLES = ("tinyvit models", "tinyvit models --json | jq -r '.checkpoints[].name'")
+from tinyvit.cli.console import Console
 
 _TASKS = {"classification": "classify", "sam": "sam", "sam3": "sam 3"}
 
 
-def models(ctx: typer.Context, as_json: bool = False) -> None:
+def models(own: Console, as_json: bool = False) -> None:
     """List the models, and the published weights for each.
 
     The first table has the variants (sizes of TinyViT): what they are for, their parameters, the
@@ -24,10 +21,13 @@ def models(ctx: typer.Context, as_json: bool = False) -> None:
     The second has the checkpoints (files of weights) for each variant: whose form they have, the
     classes of their head, their licence, and where the file is: embedded in this package, cached on
     this machine, remote (tinyvit download NAME fetches it), or to be fetched by hand.
+
+    Examples:
+        tinyvit models
+        tinyvit models --json | jq -r '.checkpoints[].name'
     """
     from tinyvit.checkpoints.download import cache_folder
 
-    own = console.of(ctx)
     folder = cache_folder()
     states = {row.name: _state(row) for row in CHECKPOINTS}
     if as_json:

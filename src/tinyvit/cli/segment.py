@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NewType
@@ -60,48 +61,98 @@ Points = Annotated[list[Point] | None, typer.Option(parser=parse_point)]
 Boxes = Annotated[list[Box] | None, typer.Option(parser=parse_box)]
 AtMost1 = Annotated[float, typer.Option(max=1)]
 
-EXAMPLES = (
-    "tinyvit segment cat.jpg --point 320,240 -o masks",
-    "tinyvit segment cat.jpg --box 10,20,300,280 --point 50,60,0 -o masks",
-    "tinyvit segment cat.jpg --box 0,0,90,80 --box 90,0,180,80 -o masks",
-    "tinyvit segment photos --prompts prompts.json -o masks",
-    "tinyvit segment cat.jpg --everything --points-per-side 16 -o masks",
-)
-
 LOW = 0.5  # a predicted IoU below which a mask is most often wrong
-OF_EVERYTHING = (  # parameters that are arguments of SamAutomaticMaskGenerator
-    *("points_per_side", "pred_iou_thresh", "stability_score_thresh"),
-    *("crop_n_layers", "min_mask_region_area"),
-)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What is segmented.
+
+    Options:
+        point (X,Y[,LABEL]): A click, in pixels of the upright image from its upper left corner.
+            LABEL 1 (the default): it is on the object; 0: it is not. All --point together are about
+            one object.
+        box (X0,Y0,X1,Y1): A box around an object. Several --box are several objects; one goes
+            together with the points.
+        mask (FILE): Refine a mask: an image of it, white on black and as large as the input image,
+            or an .npy or .safetensors file of low-res logits (--logits writes them).
+        each: Every point and every box is an object of its own.
+        prompts (FILE): Prompts for many images. JSON: {IMAGE: [{points: [[x, y], ...], labels: [1,
+            ...], box: [x0, y0, x1, y1], mask: FILE, name: TEXT}, ...]}, each part optional. CSV:
+            columns image, x, y, label, x0, y0, x1, y1, object; rows with the same object are one
+            object, a row without is one of its own.
+        everything: Segment everything, by a grid of points.
+    """
+
+    point: Points = None
+    box: Boxes = None
+    mask: Path | None = None
+    each: bool = False
+    prompts: Path | None = None
+    everything: bool = False
+
+    def check(self) -> None:
+        """Refuse options that do not go together, and files that are not there."""
+        prompted = [f"--{name}" for name in ("point", "box", "mask", "each") if getattr(self, name)]
+        modes = [f"--{name}" for name in ("everything", "prompts") if getattr(self, name)]
+        if len(modes) > 1:
+            raise ValueError("--everything does not go together with --prompts; give one of them")
+        if prompted and modes:
+            raise ValueError(
+                f"{modes[0]} does not go together with --point, --box, --mask and --each; came "
+                f"{', '.join(prompted)}"
+            )
+        for name, file in (("mask", self.mask), ("prompts", self.prompts)):
+            if file is not None and not file.exists():
+                raise ValueError(f"there is no file {str(file)!r}; check the path of --{name}")
+
+    def items(self, listed: Sequence[ImageFile]) -> tuple[list[Item], list[tuple[str, str]]]:
+        """Images with their prompts; (name, message) of prompts for an image that is not there."""
+        from tinyvit.folders.prompt_files import prompts_of, read_prompts, share_out
+        from tinyvit.folders.runner import Item
+
+        if self.prompts is not None:
+            return share_out(listed, read_prompts(self.prompts), self.prompts)
+        same = () if self.everything else (self.point or (), self.box or (), self.mask, self.each)
+        one = prompts_of(*same) if same else ()
+        return [Item(image, one) for image in listed], []
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Arguments of ``SamAutomaticMaskGenerator``.
+
+    Options:
+        points_per_side: With --everything: points a side. [32]
+        pred_iou_thresh: With --everything: keep masks of a higher predicted IoU. [the checkpoint's
+            own, else 0.88]
+        stability_score_thresh: With --everything: keep masks at least this stable. [the
+            checkpoint's own, else 0.95]
+        crop_n_layers: With --everything: layers of crops too; layer i has 2^i a side. [0]
+        min_mask_region_area: With --everything: remove smaller holes and islands. [0 pixels]
+    """
+
+    points_per_side: args.Positive | None = None
+    pred_iou_thresh: AtMost1 | None = None
+    stability_score_thresh: AtMost1 | None = None
+    crop_n_layers: args.Natural | None = None
+    min_mask_region_area: args.Natural | None = None
 
 
 def segment(
-    ctx: typer.Context,
+    own: Console,
     images: list[Path],
     output: Path,
-    point: Points = None,
-    box: Boxes = None,
-    mask: Path | None = None,
-    each: bool = False,
-    prompts: Path | None = None,
-    everything: bool = False,
+    *,
+    what: Prompts,
     multimask: bool = False,
     logits: bool = False,
     checkpoint: str | None = None,
     size: args.Positive | None = None,
-    device: str = "auto",
-    precision: args.Precision = "fp32",
-    backend: args.Backend = "auto",
-    threads: args.Positive | None = None,
-    workers: args.Natural | None = None,
+    running: args.FolderOptions,
     batch_size: args.Positive = 1,
     max_pixels: args.Positive = args.MAX_PIXELS,
-    no_pad: bool = False,
-    points_per_side: args.Positive | None = None,
-    pred_iou_thresh: AtMost1 | None = None,
-    stability_score_thresh: AtMost1 | None = None,
-    crop_n_layers: args.Natural | None = None,
-    min_mask_region_area: args.Natural | None = None,
+    grid: Grid,
     overwrite: bool = False,
     as_json: bool = False,
 ) -> None:
@@ -122,19 +173,6 @@ def segment(
     not fit, does not stop the work: it is named, and the exit code is 1.
 
     Options:
-        point (X,Y[,LABEL]): A click, in pixels of the upright image from its upper left corner.
-            LABEL 1 (the default): it is on the object; 0: it is not. All --point together are about
-            one object.
-        box (X0,Y0,X1,Y1): A box around an object. Several --box are several objects; one goes
-            together with the points.
-        mask (FILE): Refine a mask: an image of it, white on black and as large as the input image,
-            or an .npy or .safetensors file of low-res logits (--logits writes them).
-        each: Every point and every box is an object of its own.
-        prompts (FILE): Prompts for many images. JSON: {IMAGE: [{points: [[x, y], ...], labels: [1,
-            ...], box: [x0, y0, x1, y1], mask: FILE, name: TEXT}, ...]}, each part optional. CSV:
-            columns image, x, y, label, x0, y0, x1, y1, object; rows with the same object are one
-            object, a row without is one of its own.
-        everything: Segment everything, by a grid of points.
         multimask: Write the three masks of a prompt, not the best one.
         logits: Write low-res logits too, for --mask of a later call.
         checkpoint (NAME_OR_FILE): A name of 'tinyvit models', or a file that holds a whole SAM, not
@@ -142,96 +180,56 @@ def segment(
             download.
         batch_size: Images encoded together, at most. More may be faster on a GPU; memory grows with
             it.
-        points_per_side: With --everything: points a side. [32]
-        pred_iou_thresh: With --everything: keep masks of a higher predicted IoU. [the checkpoint's
-            own, else 0.88]
-        stability_score_thresh: With --everything: keep masks at least this stable. [the
-            checkpoint's own, else 0.95]
-        crop_n_layers: With --everything: layers of crops too; layer i has 2^i a side. [0]
-        min_mask_region_area: With --everything: remove smaller holes and islands. [0 pixels]
-    """
-    own = console.of(ctx)
-    given = {name: ctx.params[name] for name in OF_EVERYTHING if ctx.params[name] is not None}
-    listed = outcomes.list_and_check(images, output, checkpoint)
-    _check_options(ctx, given)
 
-    same = None if everything else (point or (), box or (), mask, each)
-    items, missing, without = _items(listed, prompts, same)
+    Examples:
+        tinyvit segment cat.jpg --point 320,240 -o masks
+        tinyvit segment cat.jpg --box 10,20,300,280 --point 50,60,0 -o masks
+        tinyvit segment cat.jpg --box 0,0,90,80 --box 90,0,180,80 -o masks
+        tinyvit segment photos --prompts prompts.json -o masks
+        tinyvit segment cat.jpg --everything --points-per-side 16 -o masks
+    """
+    given = {name: value for name, value in asdict(grid).items() if value is not None}
+    listed = outcomes.list_and_check(images, output, checkpoint)
+    what.check()
+    if what.everything and (multimask or logits):
+        raise ValueError("--everything does not go together with --multimask and --logits")
+    if given and not what.everything:
+        option = f"--{next(iter(given)).replace('_', '-')}"
+        raise ValueError(f"{option} is for --everything; give that too, or leave it out")
+    if running.threads and running.backend not in ("auto", "torch"):
+        raise ValueError(
+            f"--threads is for torch here; leave it out with --backend {running.backend}"
+        )
+    items, missing = what.items(listed)
+    for _, words in missing:
+        console.complain(f"failed: {words}")
+    used = {item.image for item in items}
+    without = [image.name for image in listed if image not in used]
 
     from tinyvit.folders.segment import SegmentFolder
     from tinyvit.sam import Segmenter
 
-    segmenter = Segmenter(args.load_sam(own, checkpoint, size), **args.engine_arguments(ctx))
+    name = checkpoint or DEFAULT_CHECKPOINT
+    sam = args.load_sam(own, checkpoint, size)
+    segmenter = Segmenter(sam, batch_size=batch_size, **running.arguments())
     with segmenter.encoder.engine as engine:
         work = SegmentFolder(
             segmenter,
             output,
-            checkpoint or DEFAULT_CHECKPOINT,
+            name,
             multimask=multimask,
             with_logits=logits,
-            everything=given if everything else None,
+            everything=given if what.everything else None,
             progress=lambda name: own.progress(name, things="points"),
             overwrite=overwrite,
             max_pixels=max_pixels,
         )
-        args.announce_engine(own, checkpoint or DEFAULT_CHECKPOINT, engine)
-        words = "" if everything else "segmenting"  # the generator has its own bar
+        args.announce_engine(own, name, engine)
+        words = "" if what.everything else "segmenting"  # the generator has its own bar
         done, seconds = outcomes.follow(own, partial(work.run, items), len(items), words)
-    _report(own, done, seconds, without, checkpoint in (None, DEFAULT_CHECKPOINT))
+    _report(own, done, seconds, without, name == DEFAULT_CHECKPOINT)
     facts = {**work.facts, "without_prompts": without}
     outcomes.finish(done, facts, output, seconds, as_json, missing)
-
-
-def _items(
-    listed: Sequence[ImageFile],
-    prompts: Path | None,
-    same: tuple[Sequence[Point], Sequence[Box], Path | None, bool] | None,
-) -> tuple[list[Item], list[tuple[str, str]], list[str]]:
-    """Images with prompts of a file, the same ones, or none; what fits no image; images left out.
-
-    What fits no image is (name, message) of prompts for an image that is not there.
-    """
-    from tinyvit.folders.prompt_files import prompts_of, read_prompts, share_out
-    from tinyvit.folders.runner import Item
-
-    if prompts is None:
-        one = () if same is None else prompts_of(*same)
-        return [Item(image, one) for image in listed], [], []
-    items, missing = share_out(listed, read_prompts(prompts), prompts)
-    for _, words in missing:
-        console.complain(f"failed: {words}")
-    prompted = {item.image for item in items}
-    return items, missing, [image.name for image in listed if image not in prompted]
-
-
-def _check_options(ctx: typer.Context, of_everything: Mapping[str, object]) -> None:
-    """Refuse options that do not go together, and a call without prompts."""
-    given = ctx.params
-    prompted = [f"--{name}" for name in ("point", "box", "mask", "each") if given[name]]
-    modes = [f"--{name}" for name in ("everything", "prompts") if given[name]]
-    if len(modes) > 1:
-        raise ValueError("--everything does not go together with --prompts; give one of them")
-    if prompted and modes:
-        raise ValueError(
-            f"{modes[0]} does not go together with --point, --box, --mask and --each; came "
-            f"{', '.join(prompted)}"
-        )
-    if given["everything"] and (given["multimask"] or given["logits"]):
-        raise ValueError("--everything does not go together with --multimask and --logits")
-    if of_everything and not given["everything"]:
-        option = f"--{next(iter(of_everything)).replace('_', '-')}"
-        raise ValueError(f"{option} is for --everything; give that too, or leave it out")
-    if not modes and prompted in ([], ["--each"]):
-        raise ValueError(
-            "nothing is prompted; give --point X,Y or --box X0,Y0,X1,Y1, --mask FILE, --prompts "
-            "FILE for many images, or --everything"
-        )
-    if given["threads"] and given["backend"] in ("openvino", "onnx"):
-        raise ValueError(f"--threads is for torch here; leave it out with --backend "
-                         f"{given['backend']}")  # fmt: skip
-    for name in ("mask", "prompts"):
-        if given[name] is not None and not given[name].exists():
-            raise ValueError(f"there is no file {str(given[name])!r}; check the path of --{name}")
 
 
 def _report(

@@ -7,58 +7,26 @@ import logging
 import os
 import sys
 import webbrowser
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 import typer
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.cli import console
+from tinyvit.serve.settings import ServeSettings
 
-from .arguments import Positive, Precision
-
-if TYPE_CHECKING:
-    from tinyvit.serve import ServeSettings
-
-EXAMPLES = (
-    "tinyvit serve --open",
-    "tinyvit serve --checkpoint mobile_sam --port 9000",
-    "tinyvit serve --host 0.0.0.0 --token-file token.txt --allow-host images.example.org",
-    "tinyvit serve --adapter label-studio --label-studio-url http://127.0.0.1:8080",
-)
-
-
-Port = Annotated[int, typer.Option(min=0, max=65_535)]
+from .console import Console
 
 
 def serve(
-    ctx: typer.Context,
-    checkpoint: str | None = None,
-    device: str = "auto",
-    precision: Precision = "fp32",
-    backend: str = "auto",
-    no_pad: bool = False,
-    host: str = "127.0.0.1",
-    port: Port = 8765,
+    own: Console,
+    settings: ServeSettings,
+    *,
     open_page: bool = False,
     token_file: Path | None = None,
-    no_token: bool = False,
-    allow_hosts: list[str] | None = None,
-    allow_origins: list[str] | None = None,
-    proxy_prefix: str = "",
-    trust_proxy: str | None = None,
-    threads: Positive | None = None,
-    cache_mb: Positive = 512,
-    keep: Path | None = None,
-    max_image_mb: Positive = 32,
-    max_pixels: Positive = 50_000_000,
-    max_wait: float = 20.0,
-    adapters: list[str] | None = None,
-    label_studio_url: str | None = None,
-    no_page: bool = False,
-    no_metrics: bool = False,
-    log: str | None = None,
-    log_clients: bool = True,
+    log_format: str | None = None,
     as_json: bool = False,
 ) -> None:
     """Serve an HTTP API, and a page that segments by clicks.
@@ -91,16 +59,28 @@ def serve(
         label_studio_url: The one address from which images are fetched.
         no_page: Leave the page out.
         no_metrics: Leave /metrics out.
-        log: text or json; text on a terminal, else json.
+        log_format (--log): text or json; text on a terminal, else json.
         log_clients: Write addresses of clients into the log.
         as_json (--json): Print the ready line as JSON.
+
+    Examples:
+        tinyvit serve --open
+        tinyvit serve --checkpoint mobile_sam --port 9000
+        tinyvit serve --host 0.0.0.0 --token-file token.txt --allow-host images.example.org
+        tinyvit serve --adapter label-studio --label-studio-url http://127.0.0.1:8080
     """
     from tinyvit.serve.server import run
 
-    own = console.of(ctx)
-    settings = _settings(ctx.params)
+    token = os.environ.get("TINYVIT_TOKEN")
+    if token_file is not None:
+        token = token_file.read_text(encoding="utf-8").strip()
+    log: Any = log_format or ("text" if sys.stderr.isatty() else "json")
+    try:
+        settings = replace(settings, token=token, log=log)
+    except ValueError as err:
+        raise typer.BadParameter(str(err)) from err
     _log_to_stderr()
-    if no_token and not settings.is_loopback:
+    if settings.no_token and not settings.is_loopback:
         own.say("warning: no token is asked for on an address that others can reach")
 
     def ready(url: str, final: ServeSettings) -> None:
@@ -108,35 +88,15 @@ def serve(
             facts = {"url": url.partition("#")[0], "token": final.token, "pid": os.getpid()}
             console.write(json.dumps(facts))
         else:
-            count = console.counted(threads or os.cpu_count() or 1, "thread")
-            facts_ = f"{count}, {precision}, {cache_mb} MB of embeddings"
-            console.write(f"serving {checkpoint or DEFAULT_CHECKPOINT} on {url} ({facts_})")
+            threads = console.counted(final.threads or os.cpu_count() or 1, "thread")
+            facts_ = f"{threads}, {final.precision}, {final.cache_mb} MB of embeddings"
+            checkpoint = final.checkpoint or DEFAULT_CHECKPOINT
+            console.write(f"serving {checkpoint} on {url} ({facts_})")
         sys.stdout.flush()
         if open_page:
             webbrowser.open(url)
 
     run(settings, ready)
-
-
-def _settings(given: dict[str, Any]) -> ServeSettings:
-    """The options as settings; what does not go together is wrong usage."""
-    from tinyvit.serve import ServeSettings
-
-    values = dict(given)
-    for name in ("open_page", "as_json"):
-        del values[name]
-    for name in ("pad", "page", "metrics"):
-        values[name] = not values.pop(f"no_{name}")
-    for name in ("allow_hosts", "allow_origins", "adapters"):
-        values[name] = tuple(values[name] or ())
-    file = values.pop("token_file")
-    token = os.environ.get("TINYVIT_TOKEN")
-    values["token"] = file.read_text(encoding="utf-8").strip() if file is not None else token
-    values["log"] = values["log"] or ("text" if sys.stderr.isatty() else "json")
-    try:
-        return ServeSettings(**values)
-    except ValueError as err:
-        raise typer.BadParameter(str(err)) from err
 
 
 def _log_to_stderr() -> None:

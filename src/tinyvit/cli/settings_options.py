@@ -1,8 +1,8 @@
-"""Options made from settings: a field of a settings class becomes an option of a verb.
+"""Verbs as typer reads them: options come from a docstring, from a dataclass, or from settings.
 
-Flags, types, choices, groups and help are read from the class (``tinyvit.train.settings``). Every
-option is None where it was not given, so that a file or a run that is resumed can say it; the
-library's default is shown in the help.
+Of settings (``tinyvit.train.settings``) flags, types, choices, groups and help are read from the
+class. Each of their options is None where it was not given, so that a file or a run that is resumed
+can say it; the library's default is shown in the help.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import operator
 import os
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast, get_args, get_type_hints
+from typing import Annotated, Any, cast, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand
-from typer.models import OptionInfo
+from typer.models import OptionInfo, ParameterInfo
 
 from tinyvit.train.settings import Setting, Settings, settings_of
 
+from . import console
 from .arguments import SHARED, check_checkpoint, matching_checkpoints, matching_models, one_of
-from .console import translated
 
-Function = TypeVar("Function", bound=Callable[..., None])
+Function = Callable[..., None]
 
 _FIRST_GROUP = "Options"
 _WEIGHTS = "NAME_OR_FILE"  # the metavar
@@ -40,133 +40,157 @@ _COMPLETE = {
 _LINE = re.compile(r"^(\w+)(?: \((.*?)\))?:(.*(?:\n +.*)*)", re.MULTILINE)
 
 
-def with_documented_options(verb: Function) -> Function:
-    """Let typer read a verb's options from the ``Options:`` of its docstring.
+def as_command(verb: Callable[..., None]) -> Callable[..., None]:
+    """What typer calls for ``verb(own, ...)``, where ``own`` is the ``Console`` to speak by.
 
-    A line is ``name (--flag -f METAVAR): help``. Without flags they come from the name, and a
-    parameter without a default is an argument. ``arguments.SHARED`` has what several verbs share.
+    A line under ``Options:`` of the verb's docstring is ``name (--flag -f METAVAR): help``;
+    ``arguments.SHARED`` has what several verbs share. Without flags they come from the name, and a
+    parameter without a default is an argument. A parameter that is a dataclass stands for those of
+    its fields that have a line (``no_NAME`` switches off what is on), ``**values`` for the options
+    of ``with_options``.
     """
-    if hasattr(verb, "__signature__"):  # made from settings
+    hints = get_type_hints(verb).items()
+    groups = {name: kind for name, kind in hints if name != "own" and _is_group(kind)}
+    context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    options = [context, *documented(verb)]
+
+    def run(ctx: object, **values: Any) -> None:
+        with console.guarded(console.of(ctx)) as own:
+            made = {name: _made(kind, values) for name, kind in groups.items()}
+            verb(own, **values, **made)
+
+    changed = cast(Any, run)
+    changed.__name__, changed.__doc__ = verb.__name__, _parts_of(verb)[0]
+    changed.__signature__ = inspect.Signature(options)
+    changed.__annotations__ = {one.name: one.annotation for one in options}
+    return run
+
+
+def with_options(options: Sequence[inspect.Parameter]) -> Callable[[Function], Function]:
+    """Let a verb ``f(own, **values)`` take these options."""
+
+    def decorate(verb: Function) -> Function:
+        cast(Any, verb).options = options
         return verb
-    marked, plain = get_type_hints(verb, include_extras=True), get_type_hints(verb)
-    text, _, own = inspect.cleandoc(verb.__doc__ or "").partition("\n\nOptions:\n")
-    lines = {name: line for part in (SHARED, textwrap.dedent(own)) for name, *line in
-             _LINE.findall(part)}  # fmt: skip
-    changed = cast(Any, verb)
-    for name, one in inspect.signature(verb).parameters.items():
-        if name in lines:
-            info = _info_of(one, marked[name], *lines[name])
-            plain[name] = operator.getitem(cast(Any, Annotated), (plain[name], info))
-    changed.__annotations__, changed.__doc__ = plain, text
-    return verb
+
+    return decorate
 
 
-def _info_of(parameter: inspect.Parameter, hint: Any, marks: str, text: str) -> Any:
-    """What typer needs of a parameter; limits and parsers of its type stay."""
-    words, name, default = marks.split(), parameter.name.replace("_", "-"), parameter.default
-    flags = [word for word in words if word.startswith("-")]
-    metavar = " ".join(word for word in words if not word.startswith("-")) or None
-    if default is parameter.empty and not flags:
-        info: Any = typer.Argument()
-    else:
-        info = copy(_marked(hint)) or typer.Option()
-        if isinstance(default, bool) and not flags:
-            flags = [f"--{name}/--no-{name}" if default else f"--{name}"]
-        info.param_decls = flags or (f"--{name}",)
-    if (
-        metavar and (flags or hint is not Path) and Path in (hint, *get_args(hint))
-    ):  # else its type is in the help
-        info.parser = path
-    elif (metavar or "").startswith("["):
-        info.parser = one_of(*cast(str, metavar)[1:-1].split("|"))
+def _is_group(kind: object) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def _made(kind: Callable[..., Any], values: dict[str, Any]) -> Any:
+    """An object of those values that are its fields; they are taken out."""
+    found: dict[str, object] = {}
+    for name, one in inspect.signature(kind).parameters.items():
+        if f"no_{name}" in values and one.default is True:
+            found[name] = not values.pop(f"no_{name}")
+        elif name in values:
+            value = values.pop(name)
+            found[name] = tuple(value or ()) if isinstance(one.default, tuple) else value
+    try:
+        return kind(**found)
+    except ValueError as err:
+        raise typer.BadParameter(str(err)) from err
+
+
+def _parts_of(source: object) -> tuple[str, str, str]:
+    """Of a docstring: its text, what is under ``Options:``, and under ``Examples:``."""
+    text, _, examples = inspect.cleandoc(source.__doc__ or "").partition("\n\nExamples:\n")
+    text, _, options = text.partition("\n\nOptions:\n")
+    return text, textwrap.dedent(options), textwrap.dedent(examples)
+
+
+def examples_of(verb: Callable[..., None]) -> list[str]:
+    """The commands under ``Examples:`` of a verb's docstring, which end its help."""
+    return _parts_of(verb)[2].splitlines()
+
+
+def documented(source: Callable[..., Any], shared: str = SHARED) -> Iterator[inspect.Parameter]:
+    """The parameters of a verb, or the fields of a dataclass, that have a line."""
+    shared += _parts_of(source)[1] + "\n"
+    lines = {name: line for name, *line in _LINE.findall(shared)}
+    marked, plain = get_type_hints(source, include_extras=True), get_type_hints(source)
+    for one in inspect.signature(source).parameters.values():
+        name, kind, default = one.name, plain.get(one.name), one.default
+        if one.kind is one.VAR_KEYWORD:
+            yield from getattr(source, "options", ())
+        elif _is_group(kind):
+            yield from documented(cast(Any, kind), shared)
+        elif default is True and f"no_{name}" in lines:
+            yield _option_of(f"no_{name}", bool, False, bool, *lines[f"no_{name}"])
+        elif name in lines and isinstance(default, tuple):
+            yield _option_of(name, list[str] | None, None, list[str], *lines[name])
+        elif name in lines:
+            yield _option_of(name, kind, default, marked[name], *lines[name])
+
+
+def _option_of(
+    name: str, kind: Any, default: object, hint: Any, marks: str, text: str
+) -> inspect.Parameter:
+    """A parameter as typer reads it; limits and parsers in ``hint`` stay."""
+    flags = [word for word in marks.split() if word.startswith("-")]
+    metavar = " ".join(word for word in marks.split() if not word.startswith("-"))
+    is_argument = default is inspect.Parameter.empty and not flags
+    info = copy(_marked(hint)) or (typer.Argument() if is_argument else typer.Option())
+    if isinstance(info, OptionInfo):
+        flag = f"--{name.replace('_', '-')}"
+        flag += flag.replace("--", "/--no-", 1) if default is True else ""
+        info.param_decls = flags or (flag,)
+    if metavar.startswith("["):
+        info.parser = one_of(*metavar[1:-1].split("|"))
+    elif Path in (hint, *get_args(hint)) and metavar and (flags or hint is not Path):
+        info.parser = path  # else its type is in the help
     info.metavar, info.help = metavar or info.metavar, info.help or " ".join(text.split())
-    info.autocompletion = info.autocompletion or _COMPLETE.get(metavar or "")
+    info.autocompletion = info.autocompletion or _COMPLETE.get(metavar)
     info.show_default = "default" not in info.help
-    return info
+    annotation = operator.getitem(cast(Any, Annotated), (kind, info))
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=default, annotation=annotation)
 
 
 def _marked(hint: Any) -> Any:
-    """The ``typer.Option`` in a type, at any depth, or None."""
-    if isinstance(hint, OptionInfo):
+    """The ``typer.Option`` or ``typer.Argument`` in a type, at any depth, or None."""
+    if isinstance(hint, ParameterInfo):
         return hint
     inner = (*getattr(hint, "__metadata__", ()), *get_args(hint))
     return next((found for one in inner if (found := _marked(one))), None)
 
 
+# -- options of settings -----------------------------------------------------------------------
+
+
 def options_of(cls: type[Settings]) -> list[inspect.Parameter]:
     """The parameters of a verb that takes these settings."""
-    return [_option(one) for one in settings_of(cls).values() if one.flag.kind != "hidden"]
+    return [_of_setting(one) for one in settings_of(cls).values() if one.flag.kind != "hidden"]
 
 
-def option(name: str, kind: Any, info: Any) -> inspect.Parameter:
-    """A parameter of a type that typer reads from its ``info``, None where it is not given."""
-    annotation = operator.getitem(cast(Any, Annotated), (kind | None, info))
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, keyword, default=None, annotation=annotation)
-
-
-def with_options(parameters: Sequence[inspect.Parameter]) -> Callable[[Function], Function]:
-    """Let a verb ``f(ctx, **values)`` take these options."""
-
-    def decorate(verb: Function) -> Function:
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        context = inspect.Parameter("ctx", keyword, annotation=typer.Context)
-        whole = [context, *parameters]
-        changed = cast(Any, verb)
-        changed.__signature__ = inspect.Signature(whole)
-        changed.__annotations__ = {one.name: one.annotation for one in whole}
-        return verb
-
-    return decorate
+def _of_setting(setting: Setting) -> inspect.Parameter:
+    default, text, metavar = setting.default, setting.help, setting.flag.metavar or ""
+    if default not in (None, dataclasses.MISSING):
+        shown = {True: "on", False: "off"}.get(default) if isinstance(default, bool) else default
+        text += f" [{shown:g}]" if isinstance(shown, float) else f" [{shown}]"
+    text = console.translated(text)  # the docstring speaks of tinyvit.list_models()
+    kind: Any = setting.kinds[0]
+    info: Any = typer.Option(rich_help_panel=setting.group or _FIRST_GROUP)
+    if setting.flag.kind == "argument":
+        kind, info, text = list[str], typer.Argument(), f"{text} May be left out with --resume."
+    elif setting.choices:
+        metavar = f"[{'|'.join(setting.choices)}]"
+    elif kind is tuple or len(setting.kinds) > 1:
+        kind, info.parser = str, whole_numbers if kind is tuple else _number_or_text
+    flags = setting.flag.flags or (f"--{setting.name.replace('_', '-')}",)
+    if setting.kinds == (bool,):
+        flags = tuple(f"{flag}/--no-{flag.removeprefix('--')}" for flag in flags)
+    return _option_of(setting.name, kind | None, None, info, " ".join((*flags, metavar)), text)
 
 
 def flag_of(setting: Setting) -> str:
     """What the command line calls a setting in a message."""
     if setting.flag.kind == "argument":
         return setting.flag.metavar or setting.name.upper()
-    return _flags_of(setting)[0].partition("/")[0]
-
-
-def _flags_of(setting: Setting) -> tuple[str, ...]:
-    """All flags; that of a switch with its opposite."""
-    flags = setting.flag.flags or (f"--{setting.name.replace('_', '-')}",)
-    if setting.kinds == (bool,):
-        return tuple(f"{flag}/--no-{flag.removeprefix('--')}" for flag in flags)
-    return flags
-
-
-def _option(setting: Setting) -> inspect.Parameter:
-    default, help_text = setting.default, setting.help
-    if default not in (None, dataclasses.MISSING):
-        shown = {True: "on", False: "off"}.get(default) if isinstance(default, bool) else default
-        help_text += f" [{shown:g}]" if isinstance(shown, float) else f" [{shown}]"
-    help_text = translated(help_text)  # the docstring speaks of tinyvit.list_models()
-    if setting.flag.kind == "argument":
-        info = typer.Argument(
-            metavar=setting.flag.metavar,
-            show_default=False,
-            help=f"{help_text} May be left out with --resume.",
-        )
-        return option(setting.name, list[str], info)
-    kind: Any = setting.kinds[0]
-    parser: Callable[[str], object] | None = None
-    if setting.choices:
-        parser = one_of(*setting.choices)
-    elif kind is tuple:
-        kind, parser = str, whole_numbers
-    elif len(setting.kinds) > 1:
-        kind, parser = str, _number_or_text
-    metavar = setting.flag.metavar
-    info = typer.Option(
-        *_flags_of(setting),
-        metavar=f"[{'|'.join(setting.choices)}]" if setting.choices else metavar,
-        parser=parser,
-        autocompletion=_COMPLETE.get(metavar or ""),
-        rich_help_panel=setting.group or _FIRST_GROUP,
-        show_default=False,
-        help=help_text,
-    )
-    return option(setting.name, kind, info)
+    return setting.flag.flags[0] if setting.flag.flags else f"--{setting.name.replace('_', '-')}"
 
 
 def check_places(settings: Settings) -> None:
@@ -212,7 +236,7 @@ _UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])  # of click
 
 
 class Verb(TyperCommand):
-    """A verb that names only options alike in their letters when one is mistyped."""
+    """Shows options under headings, and names only those alike in letters to a mistyped one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments; of the options that click would name, those keep that are near."""
@@ -225,10 +249,6 @@ class Verb(TyperCommand):
                 near = get_close_matches(error.option_name.lstrip("-"), names)
                 error.possibilities = [f"--{name}" for name in near]
             raise
-
-
-class GroupedCommand(Verb):
-    """A verb whose help shows its options under headings."""
 
     def format_options(self, ctx: object, formatter: object) -> None:
         """Write arguments first, then each group in the order of its first option."""

@@ -18,18 +18,9 @@ from .arguments import Natural, Positive, check_checkpoint
 from .console import Console, Update, counted
 from .settings_options import check_data
 
-LOGITS_EXAMPLES = (
-    "tinyvit train write-logits photos --teacher teacher.safetensors -o answers",
-    "tinyvit train write-logits photos --teacher big.onnx --teacher-size 384 -o answers",
-)
-FEATURES_EXAMPLES = (
-    "tinyvit train store-features photos --teacher mobile_sam -o features",
-    "tinyvit train store-features photos --teacher big.onnx --teacher-size 1024 -o features",
-)
-
 
 def write_logits(
-    ctx: typer.Context,
+    own: Console,
     data: str,
     teacher: str,
     output: Path,
@@ -70,8 +61,11 @@ def write_logits(
         teacher_size: Side of the teacher's input, for ONNX files, which do not say it. Images are
             then prepared as timm's classifiers have them, or for features as SAM has them.
         batch_size: Images computed together.
+
+    Examples:
+        tinyvit train write-logits photos --teacher teacher.safetensors -o answers
+        tinyvit train write-logits photos --teacher big.onnx --teacher-size 384 -o answers
     """
-    own = console.of(ctx)
     check_data(data, "DATA")
     check_checkpoint(teacher, "--teacher")
 
@@ -102,7 +96,7 @@ def write_logits(
 
 
 def store_features(
-    ctx: typer.Context,
+    own: Console,
     images: Path,
     teacher: str,
     output: Path,
@@ -130,8 +124,11 @@ def store_features(
         teacher_images ([sam|sam3]): How images are prepared where --teacher-size is given: as for
             SAM, or squashed to a square with values from -1 to 1, as for SAM 3 (its size is 1008).
         batch_size: Images computed together.
+
+    Examples:
+        tinyvit train store-features photos --teacher mobile_sam -o features
+        tinyvit train store-features photos --teacher big.onnx --teacher-size 1024 -o features
     """
-    own = console.of(ctx)
     check_data(str(images), "IMAGES")
     check_checkpoint(teacher, "--teacher")
 

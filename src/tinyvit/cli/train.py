@@ -12,13 +12,14 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from inspect import Parameter
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -40,13 +41,10 @@ from tinyvit.train.tasks.settings import (
 )
 
 from .arguments import announce
-from .console import INTERRUPTED, Console, bar_of
-from .settings_options import check_places, flag_of, option, options_of, with_options
+from .console import INTERRUPTED, Console
+from .settings_options import check_places, documented, flag_of, options_of, with_options
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
-    from typing_extensions import Self
-
     from tinyvit.train import Progress, Result, Task
 
 TASK_FILE, SETTINGS_FILE = "task.toml", "settings.toml"
@@ -54,51 +52,11 @@ _TASK = "task"  # the name in TASK_FILE that says which verb made the run
 _NAMED = 20  # unreadable images that are named; --json has all
 _PAUSE = 60.0  # seconds between two lines where there is no bar
 
-EXAMPLES = {
-    "classify": (
-        "tinyvit train classify photos -o run --epochs 20 --batch-size 32",
-        "tinyvit train classify 'shards/*.tar' -o run --config choices.toml --lr 5e-4",
-        "tinyvit train classify -o run --resume",
-        "torchrun --nproc-per-node 2 -m tinyvit train classify photos -o run",
-    ),
-    "distill-logits": (
-        "tinyvit train write-logits photos --teacher teacher.safetensors -o answers",
-        "tinyvit train distill-logits photos --logits answers -o run",
-    ),
-    "distill-features": (
-        "tinyvit train store-features photos --teacher mobile_sam -o features",
-        "tinyvit train distill-features photos --features features -o run",
-    ),
-    "segment": (
-        "tinyvit train segment cells -o run --lr 5e-5 --epochs 30",
-        "tinyvit train segment cells.json --images photos -o run --trainable decoder",
-    ),
-}
-
-_RESUME = "Resume the run in the folder, with its settings; where there is none, begin it."
-_CONFIG = (
-    "Read settings from a file of 'name = value' lines; options go before it. The names are those "
-    "of the options with _ for -, as in settings.toml and task.toml of a run."
-)
-_JSON = "Print one JSON object on stdout at the end."
+Bf16 = Annotated[bool | None, typer.Option(rich_help_panel="What it runs on")]
+Chosen = TypeVar("Chosen", bound=Settings)
 
 
-def _switch(name: str, flags: str, words: str, group: str | None = None) -> Parameter:
-    shown = typer.Option(flags, show_default=False, rich_help_panel=group, help=words)
-    return option(name, bool, shown)
-
-
-_CONTROL = [  # what is no setting: how the command itself behaves
-    _switch("resume", "--resume/--no-resume", _RESUME),
-    option("config", str, typer.Option(metavar="FILE.toml", show_default=False, help=_CONFIG)),
-    _switch("as_json", "--json/--text", _JSON),
-]
-_BF16 = _switch(  # another way to say --precision
-    "bf16", "--bf16/--fp32", "Short for --precision bf16, and for fp32.", "What it runs on"
-)
-
-
-# -- the verbs ---------------------------------------------------------------------------------
+# -- which settings ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -109,6 +67,12 @@ class TaskVerb:
     settings: type[Settings]
     module: str
 
+    def options(self) -> list[Parameter]:
+        """Those of the command itself, of the task and of the loop."""
+        folder, *loop = options_of(TrainSettings)
+        *control, bf16 = documented(run_training)
+        return [folder, *control, *options_of(self.settings), *loop, bf16]
+
 
 CLASSIFY = TaskVerb("classify", ClassifySettings, "classify")
 SEGMENT = TaskVerb("segment", SegmentSettings, "segment")
@@ -116,97 +80,39 @@ DISTILL_LOGITS = TaskVerb("distill-logits", DistillLogitsSettings, "distill")
 DISTILL_FEATURES = TaskVerb("distill-features", DistillFeaturesRun, "distill")
 
 
-def _parameters(verb: TaskVerb) -> list[Any]:
-    folder, *loop = options_of(TrainSettings)
-    return [folder, *_CONTROL, *options_of(verb.settings), *loop, _BF16]
-
-
-@with_options(_parameters(CLASSIFY))
-def classify(ctx: typer.Context, **values: object) -> None:
-    """Train a classifier on images of named classes.
-
-    The run's folder gets best.safetensors and last.safetensors, which 'tinyvit classify' loads,
-    log.jsonl, curves.png, the settings, and the state from which a stopped run is resumed. Ctrl-C
-    ends the step, saves the state and says how to go on.
-    """
-    run_training(console.of(ctx), CLASSIFY, values)
-
-
-@with_options(_parameters(DISTILL_LOGITS))
-def distill_logits(ctx: typer.Context, **values: object) -> None:
-    """Train a classifier with a teacher's predictions.
-
-    The predictions were written by 'tinyvit train write-logits', and belong to these images, this
-    split and these random changes: --val, --val-part, --split-seed, --augment and --flip must be
-    the same. The run's folder is as with 'tinyvit train classify'.
-    """
-    run_training(console.of(ctx), DISTILL_LOGITS, values)
-
-
-@with_options(_parameters(DISTILL_FEATURES))
-def distill_features(ctx: typer.Context, **values: object) -> None:
-    """Train an encoder to give a teacher's features.
-
-    The features were written by 'tinyvit train store-features'. The student prepares images as
-    the teacher does, perhaps at another size. The run's folder is as with 'tinyvit train classify';
-    its weights are an encoder, or with --sam a whole SAM.
-    """
-    run_training(console.of(ctx), DISTILL_FEATURES, values)
-
-
-@with_options(_parameters(SEGMENT))
-def segment(ctx: typer.Context, **values: object) -> None:
-    """Train a SAM to segment by clicks and boxes.
-
-    A learning rate of 5e-4 suits new weights, a tenth of it trained ones. The run's folder is as
-    with 'tinyvit train classify'; its weights are a whole SAM, which 'tinyvit segment' loads.
-    """
-    run_training(console.of(ctx), SEGMENT, values)
-
-
-# -- which settings ----------------------------------------------------------------------------
-
-
-class Choices(NamedTuple):
-    """The settings of a run, whether it is resumed, and whether its result is JSON."""
-
-    loop: TrainSettings
-    task: Settings
-    resume: bool
-    as_json: bool
-
-
-def gather(verb: TaskVerb, given: Mapping[str, object]) -> Choices:
-    """Put the settings together; ``given`` has None where the command line has nothing."""
-    flags = {name: value for name, value in given.items() if value is not None}
-    resume, as_json = bool(flags.pop("resume", False)), bool(flags.pop("as_json", False))
-    config = flags.pop("config", None)
-    if "bf16" in flags:
-        flags["precision"] = "bf16" if flags.pop("bf16") else "fp32"
-    if isinstance(places := flags.get("data"), list | tuple):
+def gather(
+    verb: TaskVerb,
+    given: Mapping[str, object],
+    config: str | None = None,
+    is_resumed: bool = False,
+) -> tuple[TrainSettings, Settings]:
+    """The loop's settings and the task's; ``given`` has None where nothing was given."""
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if isinstance(places := chosen.get("data"), list | tuple):
         if len(places) > 1:
             raise typer.BadParameter(
                 f"{len(places)} places of data were named, and one is wanted; for many tar files "
                 "name their folder, or a pattern in quotes such as 'train-*.tar'."
             )
-        flags["data"] = places[0]
-    chosen = flags if config is None else {**_read(Path(str(config)), verb), **flags}
+        chosen["data"] = places[0]
+    if config is not None:
+        chosen = {**_read(Path(config), verb), **chosen}
     if "folder" not in chosen:
         raise typer.BadParameter("name the folder of the run with -o RUN_FOLDER.")
     folder = Path(str(chosen["folder"]))
-    before = _read_run(folder, verb) if resume else {}
+    before = _read_run(folder, verb) if is_resumed else {}
     values = {**before, **chosen}
     if "data" not in values:
         raise typer.BadParameter(
             "name the data to train on, or --resume a run that 'tinyvit train' has begun in "
             f"{folder}."
         )
-    task = verb.settings.from_mapping(_part(values, verb.settings))
+    task = _settings(verb.settings, values)
     if "data" in before:
-        begun = verb.settings.from_mapping(_part(before, verb.settings), str(folder / TASK_FILE))
+        begun = _settings(verb.settings, before, str(folder / TASK_FILE))
         if changes := task.changes(begun):
             raise ChangedSettingsError(str(folder), changes)
-    return Choices(TrainSettings.from_mapping(_part(values, TrainSettings)), task, resume, as_json)
+    return _settings(TrainSettings, values), task
 
 
 def task_toml(verb: TaskVerb, task: Settings) -> str:
@@ -217,9 +123,11 @@ def task_toml(verb: TaskVerb, task: Settings) -> str:
     return f'{_TASK} = "{verb.name}"\n{replace(task, **whole).to_toml()}'
 
 
-def _part(values: Mapping[str, object], settings: type[Settings]) -> dict[str, object]:
-    known = settings_of(settings)
-    return {name: value for name, value in values.items() if name in known}
+def _settings(cls: type[Chosen], values: Mapping[str, object], source: str = "") -> Chosen:
+    """Settings of those values that are theirs."""
+    known = settings_of(cls)
+    own = {name: value for name, value in values.items() if name in known}
+    return cls.from_mapping(own, source)
 
 
 def _read(path: Path, verb: TaskVerb) -> dict[str, object]:
@@ -233,17 +141,16 @@ def _read(path: Path, verb: TaskVerb) -> dict[str, object]:
 def _read_run(folder: Path, verb: TaskVerb) -> dict[str, object]:
     """The settings a run was begun with; none where there is no run."""
     values: dict[str, object] = {}
-    task, loop = folder / TASK_FILE, folder / SETTINGS_FILE
-    if task.is_file():
-        found = read_toml(task).get(_TASK, verb.name)
+    for file in (folder / TASK_FILE, folder / SETTINGS_FILE):
+        if not file.is_file():
+            continue
+        found = read_toml(file).get(_TASK, verb.name)
         if found != verb.name:
             raise ValueError(
                 f"{folder} holds a run of 'tinyvit train {found}', not of {verb.name}; resume it "
                 "by that, or choose another folder"
             )
-        values.update(_read(task, verb))
-    if loop.is_file():
-        values.update(_read(loop, verb))
+        values.update(_read(file, verb))
     values.pop("folder", None)
     return values
 
@@ -251,8 +158,29 @@ def _read_run(folder: Path, verb: TaskVerb) -> dict[str, object]:
 # -- the run -----------------------------------------------------------------------------------
 
 
-def run_training(own: Console, verb: TaskVerb, given: Mapping[str, object]) -> None:
-    """Train, and say what was reached; ``given`` has None where nothing was given."""
+def run_training(
+    own: Console,
+    verb: TaskVerb,
+    *,
+    resume: bool | None = None,
+    config: str | None = None,
+    as_json: bool | None = None,
+    bf16: Bf16 = None,
+    **given: object,
+) -> None:
+    """Train, and say what was reached; ``given`` has None where nothing was given.
+
+    Options:
+        resume (--resume/--no-resume): Resume the run in the folder, with its settings; where there
+            is none, begin it.
+        config (FILE.toml): Read settings from a file of 'name = value' lines; options go before it.
+            The names are those of the options with _ for -, as in settings.toml and task.toml of a
+            run.
+        as_json (--json/--text): Print one JSON object on stdout at the end.
+        bf16 (--bf16/--fp32): Short for --precision bf16, and for fp32.
+    """
+    if bf16 is not None:
+        given["precision"] = "bf16" if bf16 else "fp32"
     is_first = os.environ.get("RANK", "0") == "0"
     if not is_first:
         own = Console(is_quiet=True, is_debug=own.is_debug)
@@ -263,9 +191,9 @@ def run_training(own: Console, verb: TaskVerb, given: Mapping[str, object]) -> N
         if not is_first:  # what the first process warns of is not said again
             warnings.simplefilter("ignore")
         try:
-            choices = gather(verb, given)
-            check_places(choices.task)
-            task, result = _train(own, verb, choices)
+            loop, settings = gather(verb, given, config, bool(resume))
+            check_places(settings)
+            task, result = _train(own, verb, loop, settings, bool(resume))
         except SettingsError as err:
             said = err.said(lambda name: flag_of(names[name]) if name in names else name)
             raise ValueError(said) from err
@@ -276,10 +204,12 @@ def run_training(own: Console, verb: TaskVerb, given: Mapping[str, object]) -> N
                 _say_how_to_resume(verb, Path(str(given["folder"])), str(err))
             raise
     if is_first:
-        _summarise(own, verb, task, result, choices.as_json)
+        _summarise(own, verb, task, result, bool(as_json))
 
 
-def _train(own: Console, verb: TaskVerb, choices: Choices) -> tuple[Task[Any], Result]:
+def _train(
+    own: Console, verb: TaskVerb, loop: TrainSettings, settings: Settings, is_resumed: bool
+) -> tuple[Task[Any], Result]:
     from tinyvit.allocator import tune_allocator
     from tinyvit.checkpoints.files import write_text
     from tinyvit.train import train
@@ -287,23 +217,23 @@ def _train(own: Console, verb: TaskVerb, choices: Choices) -> tuple[Task[Any], R
     if sys.platform == "linux":
         tune_allocator()  # large tensors come and go in every step
     for name in ("checkpoint", "sam"):
-        weights = getattr(choices.task, name, None)
+        weights = getattr(settings, name, None)
         if weights is not None:
             announce(own, weights)
     tasks = importlib.import_module(f"tinyvit.train.tasks.{verb.module}")
-    task: Task[Any] = tasks.make_task(choices.task)
-    folder = Path(choices.loop.folder)
+    task: Task[Any] = tasks.make_task(settings)
+    folder = Path(loop.folder)
     own.say(f"{verb.name}: {len(task)} samples to train on, in {folder}")
     is_written: list[bool] = []
-    with TrainScreen(own) as screen:
+    with shown(own) as show:
 
         def report(progress: Progress) -> None:
             if not is_written:  # the loop has taken the folder
-                write_text(folder / TASK_FILE, task_toml(verb, choices.task))
+                write_text(folder / TASK_FILE, task_toml(verb, settings))
                 is_written.append(True)
-            screen(progress)
+            show(progress)
 
-        return task, train(task, choices.loop, resume=choices.resume, report=report)
+        return task, train(task, loop, resume=is_resumed, report=report)
 
 
 def _say_how_to_resume(verb: TaskVerb, folder: Path, words: str) -> None:
@@ -347,50 +277,31 @@ def _summarise(
 # -- the screen --------------------------------------------------------------------------------
 
 
-class TrainScreen:
-    """Shows a run: a bar on a terminal, a line a minute elsewhere; a ``report`` callback."""
+@contextmanager
+def shown(own: Console) -> Iterator[Callable[[Progress], None]]:
+    """A ``report`` callback that shows a run: a bar on a terminal, a line a minute elsewhere."""
+    was_validating, said = False, monotonic()
+    with own.progress("training", things="") as update:
 
-    def __init__(self, own: Console) -> None:
-        self._own, self._is_validating, self._said = own, False, monotonic()
-        self._bar: Bar | None = None
+        def report(progress: Progress) -> None:
+            nonlocal was_validating, said
+            if progress.words:
+                own.say(progress.words)
+            is_validating, speed = progress.phase == "validate", _speed(progress)
+            what = "validating" if is_validating else "training"
+            update(progress.step, progress.steps, what, speed)
+            has_validated = was_validating and not is_validating
+            was_validating = is_validating
+            if not has_validated and (own.shows_bars or not progress.step):
+                return
+            if has_validated or monotonic() - said > _PAUSE:
+                said = monotonic()
+                epochs = f" (epoch {progress.epoch} of {progress.epochs})" if progress.step else ""
+                metrics = f"{metrics_text(progress.metrics)}; " if has_validated else ""
+                place = f"step {progress.step} of {progress.steps}{epochs}"
+                own.say(f"{place}: {metrics}training {speed}")
 
-    def __enter__(self) -> Self:
-        if self._own.shows_bars:
-            from rich.progress import MofNCompleteColumn, TextColumn
-
-            words = TextColumn("{task.fields[words]}", markup=False)
-            self._bar = bar_of(MofNCompleteColumn(separator=" of "), words)
-            self._bar.add_task("", total=None, visible=False, words="")
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def __call__(self, progress: Progress) -> None:
-        """Show how far the run is."""
-        if progress.words:
-            self._own.say(progress.words)
-        is_validating = progress.phase == "validate"
-        if self._bar is not None:
-            self._bar.update(
-                self._bar.task_ids[0],
-                description="validating" if is_validating else "training",
-                completed=progress.step,
-                total=progress.steps,
-                words=_speed(progress),
-                visible=True,
-            )
-        if self._is_validating and not is_validating:
-            self._say(f"{_place(progress)}: {metrics_text(progress.metrics)}; training ", progress)
-        elif self._bar is None and progress.step and monotonic() - self._said > _PAUSE:
-            self._say(f"{_place(progress)}: training ", progress)
-        self._is_validating = is_validating
-
-    def _say(self, text: str, progress: Progress) -> None:
-        self._said = monotonic()
-        self._own.say(text + _speed(progress))
+        yield report
 
 
 def metrics_text(metrics: Mapping[str, float]) -> str:
@@ -403,11 +314,6 @@ def time_text(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def _place(progress: Progress) -> str:
-    epochs = f" (epoch {progress.epoch} of {progress.epochs})" if progress.step else ""
-    return f"step {progress.step} of {progress.steps}{epochs}"
-
-
 def _speed(progress: Progress) -> str:
     if progress.loss is None:
         return "not begun"
@@ -415,3 +321,67 @@ def _speed(progress: Progress) -> str:
     if progress.seconds_left is not None and progress.step < progress.steps:
         words += f", {time_text(progress.seconds_left)} left"
     return words
+
+
+# -- the verbs ---------------------------------------------------------------------------------
+
+
+@with_options(CLASSIFY.options())
+def classify(own: Console, **values: Any) -> None:
+    """Train a classifier on images of named classes.
+
+    The run's folder gets best.safetensors and last.safetensors, which 'tinyvit classify' loads,
+    log.jsonl, curves.png, the settings, and the state from which a stopped run is resumed. Ctrl-C
+    ends the step, saves the state and says how to go on.
+
+    Examples:
+        tinyvit train classify photos -o run --epochs 20 --batch-size 32
+        tinyvit train classify 'shards/*.tar' -o run --config choices.toml --lr 5e-4
+        tinyvit train classify -o run --resume
+        torchrun --nproc-per-node 2 -m tinyvit train classify photos -o run
+    """
+    run_training(own, CLASSIFY, **values)
+
+
+@with_options(DISTILL_LOGITS.options())
+def distill_logits(own: Console, **values: Any) -> None:
+    """Train a classifier with a teacher's predictions.
+
+    The predictions were written by 'tinyvit train write-logits', and belong to these images, this
+    split and these random changes: --val, --val-part, --split-seed, --augment and --flip must be
+    the same. The run's folder is as with 'tinyvit train classify'.
+
+    Examples:
+        tinyvit train write-logits photos --teacher teacher.safetensors -o answers
+        tinyvit train distill-logits photos --logits answers -o run
+    """
+    run_training(own, DISTILL_LOGITS, **values)
+
+
+@with_options(DISTILL_FEATURES.options())
+def distill_features(own: Console, **values: Any) -> None:
+    """Train an encoder to give a teacher's features.
+
+    The features were written by 'tinyvit train store-features'. The student prepares images as
+    the teacher does, perhaps at another size. The run's folder is as with 'tinyvit train classify';
+    its weights are an encoder, or with --sam a whole SAM.
+
+    Examples:
+        tinyvit train store-features photos --teacher mobile_sam -o features
+        tinyvit train distill-features photos --features features -o run
+    """
+    run_training(own, DISTILL_FEATURES, **values)
+
+
+@with_options(SEGMENT.options())
+def segment(own: Console, **values: Any) -> None:
+    """Train a SAM to segment by clicks and boxes.
+
+    A learning rate of 5e-4 suits new weights, a tenth of it trained ones. The run's folder is as
+    with 'tinyvit train classify'; its weights are a whole SAM, which 'tinyvit segment' loads.
+
+    Examples:
+        tinyvit train segment cells -o run --lr 5e-5 --epochs 30
+        tinyvit train segment cells.json --images photos -o run --trainable decoder
+    """
+    run_training(own, SEGMENT, **values)

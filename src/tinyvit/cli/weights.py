@@ -12,18 +12,13 @@ from tinyvit.catalog import Family, get_checkpoint
 from tinyvit.cli import console
 
 from .arguments import matching
-from .console import counted, megabytes
+from .console import Console, counted, megabytes
 
 if TYPE_CHECKING:
     from tinyvit.checkpoints import Detection, Inspection
 
-INSPECT_EXAMPLES = (
-    "tinyvit inspect mobile_sam.pt",
-    "tinyvit inspect mine.safetensors --json | jq .detection.variant",
-)
 
-
-def inspect(ctx: typer.Context, file: str, as_json: bool = False) -> None:
+def inspect(own: Console, file: str, as_json: bool = False) -> None:
     """Say what a file of weights is, before trusting it.
 
     Names the project whose form it has and those whose files look just the same, the variant and
@@ -33,6 +28,10 @@ def inspect(ctx: typer.Context, file: str, as_json: bool = False) -> None:
     Options:
         file (FILE): A file of weights, a folder of save_pretrained, or the name of a checkpoint
             that is here.
+
+    Examples:
+        tinyvit inspect mobile_sam.pt
+        tinyvit inspect mine.safetensors --json | jq .detection.variant
     """
     from tinyvit.checkpoints import inspect as inspect_file
     from tinyvit.checkpoints.families import get_layout
@@ -110,11 +109,6 @@ def _stages(found: Detection) -> str:
     return console.table(heads, rows, right=(2, 3, 4, 5))
 
 
-CONVERT_EXAMPLES = (
-    "tinyvit convert mobile_sam.pt encoder.safetensors --to tinyvit",
-    "tinyvit convert mine.safetensors for_cream.pth --to cream --overwrite",
-)
-
 NAMED_AT_MOST = 3
 FAMILIES: tuple[str, ...] = get_args(Family)
 
@@ -140,7 +134,7 @@ FamilyName = Annotated[
 
 
 def convert(
-    ctx: typer.Context,
+    own: Console,
     source: str,
     target: Path,
     to: FamilyName,
@@ -161,12 +155,15 @@ def convert(
         to (--to FAMILY):
         overwrite: Replace OUT if it is there; IN never is.
         into (FILE): For --to efficientsam3: a file of SAM 3 whose image encoder OUT has replaced.
+
+    Examples:
+        tinyvit convert mobile_sam.pt encoder.safetensors --to tinyvit
+        tinyvit convert mine.safetensors for_cream.pth --to cream --overwrite
     """
     from tinyvit.checkpoints import convert as convert_file
 
     from .arguments import SUFFIXES, file_of
 
-    own = console.of(ctx)
     if target.suffix.lower() not in SUFFIXES:
         raise ValueError(
             f"{str(target)!r} has no suffix that says what to write; name it with one of "
@@ -192,14 +189,8 @@ def convert(
         own.say("--json names every tensor that was dropped")
 
 
-DOWNLOAD_EXAMPLES = (
-    "tinyvit download mobile_sam",
-    "tinyvit convert $(tinyvit download mobile_sam) encoder.safetensors --to tinyvit",
-)
-
-
 def download(
-    ctx: typer.Context,
+    own: Console,
     name: str,
     cache_dir: Path | None = None,
     sha256: str | None = None,
@@ -215,12 +206,15 @@ def download(
         name (CHECKPOINT): A name of 'tinyvit models'.
         cache_dir (DIR): Folder for the file. By default $TINYVIT_CACHE, or the user's cache.
         sha256 (HASH): The hash that the file must have.
+
+    Examples:
+        tinyvit download mobile_sam
+        tinyvit convert $(tinyvit download mobile_sam) encoder.safetensors --to tinyvit
     """
     from tinyvit.checkpoints import fetch, file_sha256
 
     from .arguments import announce
 
-    own = console.of(ctx)
     row = get_checkpoint(name)
     announce(own, row.name, cache_dir)
     with own.progress("downloading", counts_bytes=True) as update:
