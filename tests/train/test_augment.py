@@ -137,10 +137,10 @@ def test_turning_keeps_the_middle_and_moves_the_rest():
 @pytest.mark.parametrize(
     "values, words",
     [
-        ({"scale": (0.0, 1.0)}, "scale must be two parts"),
-        ({"ratio": (2.0, 1.0)}, "ratio must be"),
-        ({"flip": 1.5}, "flip must be between 0 and 1"),
-        ({"magnitude": 11.0}, "RandAugment wants"),
+        ({"scale": (0.0, 1.0)}, "scale must be two parts of an area"),
+        ({"ratio": (2.0, 1.0)}, "ratio must be two numbers"),
+        ({"flip": 1.5}, "flip must be at least 0 and at most 1, got 1.5"),
+        ({"magnitude": 11.0}, "magnitude must be at least 0 and at most 10"),
     ],
 )
 def test_wrong_values(values, words):
@@ -206,7 +206,7 @@ def test_an_image_of_one_pixel():
 def test_ranges_are_checked():
     with pytest.raises(ValueError, match="smallest_crop must be above 0 and at most 1"):
         MaskAugment(smallest_crop=0)
-    with pytest.raises(ValueError, match="flip must lie in 0 to 1, but is 2"):
+    with pytest.raises(ValueError, match="flip must be at least 0 and at most 1, got 2"):
         MaskAugment(flip=2)
     with pytest.raises(ValueError, match="colour must be at least 0 and below 1"):
         MaskAugment(colour=1)

@@ -4,7 +4,7 @@ import math
 import os
 import signal
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -284,7 +284,7 @@ def test_the_best_is_the_first_of_the_best(way, values):
         taken.append(counters.validated({"figure": value, "other": step}, ("figure", way)))
     assert taken == [True, True, False, False]
     assert (counters.best, counters.best_step) == (values[1], 1)
-    assert counters.metrics == {"figure": values[3], "other": 3}
+    assert counters.figures == {"figure": values[3], "other": 3}
 
 
 def test_what_is_no_number_is_never_the_best():
@@ -304,7 +304,7 @@ def test_nothing_held_out_is_no_mistake_but_a_wrong_name_is():
 def test_it_survives_json_to_the_last_bit():
     counters = Counters(step=3, best=0.1 + 0.2, best_step=2)
     counters.add({"loss": 1 / 3})
-    assert Counters.from_facts(json.loads(json.dumps(counters.facts()))) == counters
+    assert Counters(**json.loads(json.dumps(asdict(counters)))) == counters
 
 
 CPU = torch.device("cpu")

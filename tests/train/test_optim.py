@@ -10,13 +10,13 @@ from tinyvit.train import TrainSettings, train
 from tinyvit.train.distributed import Processes
 from tinyvit.train.optim import (
     Ema,
-    Schedule,
     choose_batch_stats,
     clip_gradients,
     make_optimiser,
     merged,
     parameter_groups,
     prepare,
+    schedule,
     set_drop_path,
     set_learning_rates,
     set_trainable,
@@ -26,21 +26,25 @@ from tinyvit.train.optim import (
 from .toy_task import ToyTask, make_model
 
 
+def falling(rate, steps, **changes):
+    return schedule(TrainSettings("x", learning_rate=rate, **{"final_rate": 0.0, **changes}), steps)
+
+
 def test_rates_by_hand():
-    schedule = Schedule(1.0, steps=6, warmup_steps=2, final_rate=0.1)
+    rate = falling(1.0, steps=6, warmup_steps=2, final_rate=0.1)
     half_cosine = [0.5 * (1 + math.cos(math.pi * part)) for part in (0.25, 0.5, 0.75, 1.0)]
     wanted = [0.5, 1.0, *(0.1 + 0.9 * value for value in half_cosine)]
-    assert [schedule(step) for step in range(6)] == pytest.approx(wanted)
-    assert schedule(5) == pytest.approx(0.1)
-    assert schedule(3) == pytest.approx(0.55)  # the middle of the fall
+    assert [rate(step) for step in range(6)] == pytest.approx(wanted)
+    assert rate(5) == pytest.approx(0.1)
+    assert rate(3) == pytest.approx(0.55)  # the middle of the fall
 
 
 def test_without_a_rise_and_with_nothing_else():
-    assert Schedule(2.0, 4)(0) == pytest.approx(2.0 * 0.5 * (1 + math.cos(math.pi / 4)))
-    assert Schedule(2.0, 4)(3) == pytest.approx(0)
-    assert [Schedule(2.0, 2, 2)(step) for step in range(2)] == [1.0, 2.0]
+    assert falling(2.0, 4)(0) == pytest.approx(2.0 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert falling(2.0, 4)(3) == pytest.approx(0)
+    assert [falling(2.0, 2, warmup_steps=2)(step) for step in range(2)] == [1.0, 2.0]
     with pytest.raises(ValueError, match="warmup_steps must be at most the 4 steps"):
-        Schedule(1.0, 4, 5)
+        falling(1.0, 4, warmup_steps=5)
 
 
 def test_groups_are_complete_and_disjoint(make_tiny_vit):

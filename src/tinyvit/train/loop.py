@@ -27,32 +27,10 @@ from torch import Tensor, nn
 from tinyvit.checkpoints.files import write_text
 from tinyvit.errors import CheckpointError
 
+from . import optim, run_folder
 from .data.sampling import Key, Order, derived_seed, load_batches
 from .distributed import Processes, join_processes
-from .optim import (
-    Ema,
-    Schedule,
-    choose_batch_stats,
-    clip_gradients,
-    make_optimiser,
-    merged,
-    prepare,
-    set_learning_rates,
-    train_mode,
-)
-from .run_folder import (
-    Facts,
-    NonFiniteLossError,
-    Progress,
-    RunLog,
-    RunState,
-    keep_batch,
-    pack,
-    read_state,
-    remove_temporary_files,
-    unpack,
-    write_state,
-)
+from .run_folder import Facts, Progress, RunLog, RunState
 from .settings import BatchStats, ChangedSettingsError, TrainSettings
 from .task import Batch, Goal, Task
 
@@ -137,7 +115,7 @@ def train(
             return Result(
                 folder=run.folder,
                 steps=counters.step,
-                metrics=dict(counters.metrics),
+                metrics=dict(counters.figures),
                 best=counters.best,
                 best_step=counters.best_step,
                 last_weights=run.folder / LAST,
@@ -179,27 +157,15 @@ def stop_on_signal() -> Iterator[threading.Event]:
 
 @dataclass
 class Counters:
-    """The counters of a run."""
+    """The counters of a run, as a state holds them."""
 
     step: int = 0  # steps done
     best: float | None = None  # value of the task's goal
     best_step: int | None = None  # the step it was validated after
-    metrics: dict[str, float] = field(default_factory=dict)  # of the last validation
     # of the steps' metrics since the last line of the log, and how many steps are in each
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def from_facts(cls, facts: object) -> Counters:
-        """Counters of a state; a state calls the metrics "figures"."""
-        values = dict(cast("dict[str, Any]", facts))
-        return cls(metrics=values.pop("figures"), **values)
-
-    def facts(self) -> dict[str, object]:
-        """JSON-able values for a state."""
-        values = asdict(self)
-        values["figures"] = values.pop("metrics")
-        return values
+    figures: dict[str, float] = field(default_factory=dict)  # metrics of the last validation
 
     def add(self, metrics: Mapping[str, float]) -> None:
         """Take a step's metrics into the next means; not every step must have the same ones."""
@@ -215,7 +181,7 @@ class Counters:
 
     def validated(self, metrics: Mapping[str, float], goal: Goal) -> bool:
         """Take the metrics of a validation, if any; gives whether the goal is better than ever."""
-        self.metrics = dict(metrics)
+        self.figures = dict(metrics)
         name, way = goal
         if not metrics:
             return False
@@ -223,11 +189,10 @@ class Counters:
             raise ValueError(
                 f"the goal of this task is {name!r}, but its validation gives {', '.join(metrics)}"
             )
-        value = metrics[name]
-        if self.best is None:
-            is_better = not math.isnan(value)
-        else:  # NaN never is
-            is_better = value > self.best if way == "max" else value < self.best
+        value, sign = metrics[name], 1 if way == "max" else -1
+        is_better = not math.isnan(value)
+        if self.best is not None:  # NaN never is
+            is_better = sign * value > sign * self.best
         if is_better:
             self.best, self.best_step = value, self.step
         return is_better
@@ -319,7 +284,7 @@ class _Run(Generic[Sample]):
             len(task), one.batch_size, one.accumulate, processes.count, one.seed, one.drop_last
         )
         self.steps = one.steps or one.epochs * self.order.steps_per_epoch
-        self.schedule = Schedule(one.learning_rate, self.steps, one.warmup_steps, one.final_rate)
+        self.schedule = optim.schedule(one, self.steps)
         self.facts_of_task: Facts = {
             "task": task.name,
             "number of samples": len(task),
@@ -338,21 +303,21 @@ class _Run(Generic[Sample]):
         processes.wait()  # nobody writes before all have read
         model = self.task.model
         if state is None:
-            self.batch_stats = choose_batch_stats(model, settings.batch_stats, processes)
+            self.batch_stats = optim.choose_batch_stats(model, settings.batch_stats, processes)
         else:
             self.batch_stats = cast(BatchStats, state.facts["batch_stats"])
         torch.manual_seed(settings.seed)  # for what is added to the network
-        prepare(model, settings, processes, self.batch_stats)
-        self.optimiser = make_optimiser(model, settings)
-        self.ema = Ema(model, settings.ema_decay) if settings.ema_decay else None
+        optim.prepare(model, settings, processes, self.batch_stats)
+        self.optimiser = optim.make_optimiser(model, settings)
+        self.ema = optim.Ema(model, settings.ema_decay) if settings.ema_decay else None
         self.average = None if self.ema is None else self.ema.model
         if state is not None:
-            unpack(state.tensors, model, self.average, self.optimiser)
-            self.counters = Counters.from_facts(state.facts["tally"])
+            run_folder.unpack(state.tensors, model, self.average, self.optimiser)
+            self.counters = Counters(**cast("dict[str, Any]", state.facts["tally"]))
             self.first = self.counters.step
         self.task_loss = processes.share(TaskLoss(self.task, settings.precision, processes.device))
         if processes.is_first:
-            remove_temporary_files(self.folder)
+            run_folder.remove_temporary_files(self.folder)
             self.log = RunLog(self.folder, self.counters.step, settings.tensorboard)
             write_text(self.folder / SETTINGS, settings.to_toml())
         self._tell("train", "; ".join(state.unreadable) if state is not None else "")
@@ -365,7 +330,7 @@ class _Run(Generic[Sample]):
             raise CheckpointError(
                 f"{self.folder} cannot be made a folder for the run: {err}; choose another"
             ) from err
-        state = read_state(self.folder)
+        state = run_folder.read_state(self.folder)
         if state is None:
             return None
         if not resume:
@@ -392,7 +357,7 @@ class _Run(Generic[Sample]):
         )
         if self.settings.validate_at_start and not self.counters.step:
             self._validate()
-        train_mode(self.task.model, self.batch_stats == "frozen")
+        optim.train_mode(self.task.model, self.batch_stats == "frozen")
         self.began = time.perf_counter()
         while self.counters.step < self.steps:
             should_stop = self._step(batches, stop)
@@ -407,12 +372,12 @@ class _Run(Generic[Sample]):
         """One step of the optimiser; gives whether some process was asked to stop."""
         step = self.counters.step
         learning_rate = self.schedule(step)
-        set_learning_rates(self.optimiser, learning_rate)
+        optim.set_learning_rates(self.optimiser, learning_rate)
         self.optimiser.zero_grad(set_to_none=True)
         loss, metrics, parts = accumulate_gradient(
             self.task_loss, batches, self.order, step, self.settings, self.processes
         )
-        norm = float(clip_gradients(self.optimiser, self.settings.clip_norm))
+        norm = float(optim.clip_gradients(self.optimiser, self.settings.clip_norm))
         shared = torch.tensor(
             [loss, norm / self.processes.count, stop.is_set()],
             dtype=torch.float64,
@@ -420,9 +385,9 @@ class _Run(Generic[Sample]):
         )
         self.loss, norm, asked = self.processes.sum(shared).tolist()
         if not torch.isfinite(shared).all():  # before the optimiser spoils the weights
-            kept = keep_batch(self.folder, step + 1, self.processes.rank, parts)
+            kept = run_folder.keep_batch(self.folder, step + 1, self.processes.rank, parts)
             self.processes.wait()  # every process has kept its part before one ends all
-            raise NonFiniteLossError(
+            raise run_folder.NonFiniteLossError(
                 f"step {step + 1} gave a loss of {self.loss} and a gradient of norm {norm}; {kept}."
                 " The optimiser did not use it, and the last saved state is from before; look at "
                 "the batch, or train with a lower learning rate, a longer warm-up or more clipping"
@@ -447,7 +412,7 @@ class _Run(Generic[Sample]):
         is_validated = is_end or step % interval == 0
         if is_validated:
             self._validate()
-            train_mode(self.task.model, self.batch_stats == "frozen")
+            optim.train_mode(self.task.model, self.batch_stats == "frozen")
         is_due = step % settings.save_every == 0 if settings.save_every else is_validated
         if is_due or is_end or should_stop:
             self._save()
@@ -463,7 +428,7 @@ class _Run(Generic[Sample]):
             if metrics:
                 self.log.write("validate", self.counters.step, metrics)
             if self.counters.validated(metrics, self.task.goal):
-                self.task.save(merged(model, self.settings.trainable), self.folder / BEST)
+                self.task.save(optim.merged(model, self.settings.trainable), self.folder / BEST)
             self.log.draw()
         self.processes.wait()
 
@@ -472,14 +437,15 @@ class _Run(Generic[Sample]):
         if self.log is not None:
             model = self.task.model
             facts: Facts = {
-                "tally": self.counters.facts(),
+                "tally": asdict(self.counters),
                 "settings": {k: v for k, v in self.settings.to_dict().items() if v is not None},
                 "batch_stats": self.batch_stats,
                 **self.facts_of_task,
             }
             self.log.sync()
-            write_state(self.folder, pack(model, self.average, self.optimiser), facts)
-            weights = merged(self.average or model, self.settings.trainable)
+            tensors = run_folder.pack(model, self.average, self.optimiser)
+            run_folder.write_state(self.folder, tensors, facts)
+            weights = optim.merged(self.average or model, self.settings.trainable)
             self.task.save(weights, self.folder / LAST)
         self.processes.wait()
 
@@ -508,7 +474,7 @@ class _Run(Generic[Sample]):
                 learning_rate=self.schedule(max(0, step - 1)),
                 images_per_second=self._images_per_second(),
                 seconds_left=seconds / here * (self.steps - step) if here else None,
-                metrics=dict(self.counters.metrics),
+                metrics=dict(self.counters.figures),
                 words=words,
             )
         )

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
-from typing import TypedDict
+from collections.abc import Callable, Collection
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -169,37 +168,24 @@ class Ema:
 # -- learning rate and optimiser -------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """A straight rise of the learning rate, then half a cosine down to the last step."""
+def schedule(settings: TrainSettings, steps: int) -> Callable[[int], float]:
+    """The learning rate of each step from 0: a straight rise, then half a cosine to the last."""
+    highest, warmup, final = settings.learning_rate, settings.warmup_steps, settings.final_rate
+    if warmup > steps:
+        raise SettingError("warmup_steps", f"at most the {steps} steps of the run", warmup)
 
-    learning_rate: float  # the highest
-    steps: int
-    warmup_steps: int = 0  # of the rise; the last of them has the highest rate
-    final_rate: float = 0.0  # of the last step, as a part of the highest
-
-    def __post_init__(self) -> None:
-        if self.warmup_steps > self.steps:
-            most = f"at most the {self.steps} steps of the run"
-            raise SettingError("warmup_steps", most, self.warmup_steps)
-
-    def __call__(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        part = (step + 1 - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+    def learning_rate(step: int) -> float:
+        if step < warmup:
+            return highest * (step + 1) / warmup
+        part = (step + 1 - warmup) / max(1, steps - warmup)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, part)))
-        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * cosine)
+        return highest * (final + (1 - final) * cosine)
+
+    return learning_rate
 
 
-class NamedGroup(TypedDict):
-    """A group for a ``torch.optim`` optimiser, with the names of its parameters."""
-
-    params: list[nn.Parameter]
-    names: list[str]
-    lr: float
-    lr_scale: float
-    weight_decay: float
+Group: TypeAlias = dict[str, Any]
+"""A group for a ``torch.optim`` optimiser, with the ``names`` of its parameters."""
 
 
 def parameter_groups(
@@ -207,7 +193,7 @@ def parameter_groups(
     weight_decay: float,
     layer_decay: float = 1.0,
     apart: Collection[int] = (),
-) -> list[NamedGroup]:
+) -> list[Group]:
     """Every parameter that requires gradients, once, by its learning rate and decay.
 
     Only matrices and kernels decay: not what has one dimension (norms, biases), attention biases
@@ -221,13 +207,13 @@ def parameter_groups(
             module.set_layer_lr_decay(layer_decay)
         elif isinstance(module, nn.Embedding):
             embeddings.add(id(module.weight))
-    groups: dict[tuple[float, float, bool], NamedGroup] = {}
+    groups: dict[tuple[float, float, bool], Group] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_bare = parameter.ndim <= 1 or name.endswith(NO_DECAY) or id(parameter) in embeddings
         scale, decay = float(getattr(parameter, "lr_scale", 1.0)), 0.0 if is_bare else weight_decay
-        empty = NamedGroup(params=[], names=[], lr=0.0, lr_scale=scale, weight_decay=decay)
+        empty = {"params": [], "names": [], "lr": 0.0, "lr_scale": scale, "weight_decay": decay}
         group = groups.setdefault((scale, decay, id(parameter) in apart), empty)
         group["params"].append(parameter)
         group["names"].append(name)
@@ -240,15 +226,15 @@ class MuonAndAdamW(torch.optim.Optimizer):
     """Muon for the matrices of linear layers, AdamW for everything else, as one optimiser."""
 
     def __init__(
-        self, matrices: list[NamedGroup], others: list[NamedGroup], betas: tuple[float, float]
+        self, matrices: list[Group], others: list[Group], betas: tuple[float, float]
     ) -> None:
         if not hasattr(torch.optim, "Muon"):
             wanted = f"adamw with torch {torch.__version__} (Muon is in 2.9 and later)"
             raise SettingError("optimiser", wanted, "muon")
-        muon = torch.optim.Muon(list(map(dict, matrices)), lr=0.0, adjust_lr_fn="match_rms_adamw")
+        muon = torch.optim.Muon(matrices, lr=0.0, adjust_lr_fn="match_rms_adamw")
         self._parts: list[torch.optim.Optimizer] = [muon]
         if others:
-            self._parts.append(torch.optim.AdamW(list(map(dict, others)), lr=0.0, betas=betas))
+            self._parts.append(torch.optim.AdamW(others, lr=0.0, betas=betas))
         super().__init__([group for part in self._parts for group in part.param_groups], {})
         for part in self._parts:
             part.state = self.state
@@ -271,7 +257,7 @@ def make_optimiser(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
     groups = parameter_groups(model, settings.weight_decay, settings.layer_decay, linear)
     betas = settings.beta1, settings.beta2
     if settings.optimiser == "adamw":
-        return torch.optim.AdamW(list(map(dict, groups)), lr=0.0, betas=betas)
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas)
     matrices = [group for group in groups if id(group["params"][0]) in linear]
     others = [group for group in groups if id(group["params"][0]) not in linear]
     if not matrices:

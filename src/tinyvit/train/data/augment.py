@@ -10,10 +10,10 @@ crops, scales, mirrors and colours an image together with its masks. Pixels are 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,53 +21,42 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.preprocess import normalise
-from tinyvit.train.settings import Strength
+from tinyvit.train.settings import Range, SettingError, Settings, Strength
 
 RGB = NDArray[np.uint8]
 Masks = NDArray[np.bool_]
 Size = tuple[int, int]
+_Part = Annotated[float, Range(0, 1)]
 
 _MOST = 10.0  # the end of RandAugment's scale
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 @dataclass(frozen=True)
-class Augmentation:
+class Augmentation(Settings):
     """How much an image is changed at random, as plain data."""
 
     # least and largest part of the image's area that a crop keeps; (1, 1) keeps the whole image
     # and squashes it
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # least and largest width over height of a crop
-    flip: float = 0.5  # probability of mirroring left and right; 0 for letters and digits
-    operations: int = 2  # changes by RandAugment
-    magnitude: float = 9.0  # how strong they are, 0 to 10
-    spread: float = 0.5  # standard deviation of the magnitude
+    flip: _Part = 0.5  # probability of mirroring left and right; 0 for letters and digits
+    operations: Annotated[int, Range(0)] = 2  # changes by RandAugment
+    magnitude: Annotated[float, Range(0, _MOST)] = 9.0  # how strong they are
+    spread: Annotated[float, Range(0)] = 0.5  # standard deviation of the magnitude
     colours: bool = True  # let RandAugment change colours too (invert, ...), not only geometry
-    erase: float = 0.25  # probability of erasing a rectangle
+    erase: _Part = 0.25  # probability of erasing a rectangle
     rotate: float = 0.0  # largest turn in degrees of a small move that every image gets
-    shift: float = 0.0  # its largest shift in parts of a side
+    shift: _Part = 0.0  # its largest shift in parts of a side
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scale", (float(self.scale[0]), float(self.scale[1])))
-        object.__setattr__(self, "ratio", (float(self.ratio[0]), float(self.ratio[1])))
+        for name in ("scale", "ratio"):  # lists, when they come from JSON
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
+        super().__post_init__()
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale must be two parts of an area, 0 < a <= b <= 1: {self.scale}")
+            raise SettingError("scale", "two parts of an area, 0 < a <= b <= 1", self.scale)
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio must be 0 < a <= b, got {self.ratio}")
-        for name in ("flip", "erase", "shift"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
-        if self.operations < 0 or not 0 <= self.magnitude <= _MOST or self.spread < 0:
-            raise ValueError(
-                f"RandAugment wants operations >= 0, magnitude 0 to 10 and spread >= 0, got "
-                f"{self.operations}, {self.magnitude} and {self.spread}"
-            )
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain values for JSON."""
-        values = dataclasses.asdict(self)
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+            raise SettingError("ratio", "two numbers, 0 < a <= b", self.ratio)
 
 
 def augmentation(strength: Strength, flip: bool = True) -> Augmentation:
@@ -227,26 +216,17 @@ _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 @dataclass(frozen=True)
-class MaskAugment:
+class MaskAugment(Settings):
     """What may be changed, and how much."""
 
-    smallest_crop: float = 0.5  # the least side of a crop, as a share of the image's; 1: no crop
+    # the least side of a crop, as a share of the image's; 1: no crop
+    smallest_crop: Annotated[float, Range(above=0, most=1)] = 0.5
     # the least size in the model input, as a share of the largest that fits
-    smallest_scale: float = 0.7
-    flip: float = 0.5  # how often the image is mirrored, 0 to 1
+    smallest_scale: Annotated[float, Range(above=0, most=1)] = 0.7
+    flip: _Part = 0.5  # how often the image is mirrored
     # how far brightness, contrast and saturation go, as a share; 0 leaves them
-    colour: float = 0.3
-    grey: float = 0.05  # how often the image loses its colours, 0 to 1
-
-    def __post_init__(self) -> None:
-        for name in ("smallest_crop", "smallest_scale"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be above 0 and at most 1, not {getattr(self, name)}")
-        for name in ("flip", "grey"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in 0 to 1, but is {getattr(self, name)}")
-        if not 0 <= self.colour < 1:
-            raise ValueError(f"colour must be at least 0 and below 1, but is {self.colour}")
+    colour: Annotated[float, Range(0, below=1)] = 0.3
+    grey: _Part = 0.05  # how often the image loses its colours
 
     def __call__(
         self, image: RGB, masks: Masks, size: Size, rng: np.random.Generator
