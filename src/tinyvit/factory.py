@@ -6,15 +6,14 @@ lineage; what each step does to a state dict is known to ``tinyvit.checkpoints``
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import numpy as np
 
@@ -51,6 +50,8 @@ from tinyvit.image_spec import ImageSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor, nn
+    from typing_extensions import Unpack
 
     from tinyvit.modules import FeatureMaps, TinyViT
 
@@ -91,6 +92,22 @@ class LoadReport:
     thresholds: Mapping[str, float] = field(default_factory=dict)
 
 
+class _Arguments(TypedDict, total=False):
+    """Those of ``create_model`` that go with every kind of model."""
+
+    img_size: int | None
+    in_chans: int | None
+    drop_rate: float
+    drop_path_rate: float | None
+    use_checkpoint: bool
+    layer_lr_decay: float
+    strides: Sequence[int] | None
+    window_sizes: Sequence[int] | None
+    antialias: bool
+    sha256: str | None
+    progress: Progress | None
+
+
 @overload
 def create_model(
     name: str | None = None,
@@ -98,17 +115,7 @@ def create_model(
     *,
     features_only: Literal[True],
     out_indices: int | Sequence[int] | None = None,
-    img_size: int | None = None,
-    in_chans: int | None = None,
-    drop_rate: float = 0.0,
-    drop_path_rate: float | None = None,
-    use_checkpoint: bool = False,
-    layer_lr_decay: float = 1.0,
-    strides: Sequence[int] | None = None,
-    window_sizes: Sequence[int] | None = None,
-    antialias: bool = False,
-    sha256: str | None = None,
-    progress: Progress | None = None,
+    **arguments: Unpack[_Arguments],
 ) -> FeatureMaps: ...
 @overload
 def create_model(
@@ -116,19 +123,9 @@ def create_model(
     checkpoint: str | os.PathLike[str] | OpenedCheckpoint | None = None,
     *,
     num_classes: int | None = None,
-    img_size: int | None = None,
-    in_chans: int | None = None,
-    drop_rate: float = 0.0,
-    drop_path_rate: float | None = None,
-    use_checkpoint: bool = False,
-    layer_lr_decay: float = 1.0,
-    strides: Sequence[int] | None = None,
-    window_sizes: Sequence[int] | None = None,
     head: bool | None = None,
-    antialias: bool = False,
-    sha256: str | None = None,
-    progress: Progress | None = None,
     features_only: Literal[False] = False,
+    **arguments: Unpack[_Arguments],
 ) -> TinyViT: ...
 def create_model(
     name: str | None = None,
@@ -213,7 +210,7 @@ def create_model(
     own = None if opened is None else _own_spec(opened, name)
     if own is not None:
         chosen["img_size"] = max(own.size)
-    head = found.has_head or bool(num_classes) if found is not None and head is None else head
+    head = "head" in found.parts or bool(num_classes) if found and head is None else head
     overrides = {
         "num_classes": num_classes,
         "img_size": img_size,
@@ -328,34 +325,37 @@ def _fill(
         known, resized = resize_bias_tables(known, model.window_sizes, antialias)
         state.update(known)
     untrained = tuple(part for part in _PARTS_OF_TINYVIT if part in own_parts and part not in parts)
-    has_none = {key for part in untrained for key in own_parts[part]}
-    missing = [
-        key
-        for key in own
-        if key not in state
-        and key not in has_none
-        and key not in fresh
-        and not key.endswith("num_batches_tracked")
-    ]
-    unexpected = [key for key in state if key not in own]
-    wrong = {
-        key: (own[key], tensor.shape)
-        for key, tensor in state.items()
-        if key in own and tensor.shape != own[key]
-    }
-    if missing or unexpected or wrong:
-        problems = "; ".join(misfits(missing, unexpected, wrong))
-        raise CheckpointError(
-            f"{opened.path} ({found.family}, {found.variant or 'sizes of its own'}) does not fit "
-            f"this TinyViT of widths {model.embed_dims}: {problems}"
-        )
-    model.load_state_dict(state, strict=False)
+    load_exactly(
+        model,
+        state,
+        f"{opened.path} ({found.family}, {found.variant or 'sizes of its own'}) does not fit "
+        f"this TinyViT of widths {model.embed_dims}",
+        {*fresh, *(key for part in untrained for key in own_parts[part])},
+    )
     model.thresholds = dict(opened.thresholds)
-    classes = classes_in(opened.metadata, opened.path) or ()
-    if "head.weight" in state and len(classes) == model.num_classes:
-        model.classes = classes
+    if "head.weight" in state:
+        classes = classes_in(opened.metadata, opened.path) or ()
+        model.classes = classes if len(classes) == model.num_classes else ()
     left_out = tuple(sorted(part for part in parts if part not in own_parts))
     return left_out, untrained, tuple(resized)
+
+
+def load_exactly(
+    module: nn.Module, state: Mapping[str, Tensor], otherwise: str, untouched: Collection[str] = ()
+) -> None:
+    """Load tensors that are all of a module's, or raise a CheckpointError that names everything.
+
+    Those in ``untouched`` and counters of batches may be missing; ``otherwise`` begins the error.
+    """
+    own = {key: tensor.shape for key, tensor in module.state_dict().items()}
+    needed = [k for k in own if k not in untouched and not k.endswith("num_batches_tracked")]
+    missing = [key for key in needed if key not in state]
+    unexpected = [key for key in state if key not in own]
+    both = {key: (own[key], tensor.shape) for key, tensor in state.items() if key in own}
+    wrong = {key: shapes for key, shapes in both.items() if shapes[0] != shapes[1]}
+    if missing or unexpected or wrong:
+        raise CheckpointError(f"{otherwise}: {'; '.join(misfits(missing, unexpected, wrong))}")
+    module.load_state_dict(state, strict=False)
 
 
 def _warn_random(name: str) -> None:
@@ -386,14 +386,6 @@ def _choose_variant(
             raise ValueError(
                 f"{name!r} names a checkpoint, and another one is given; the variant is "
                 f"{get_checkpoint(name).variant!r}"
-            )
-        if name not in list_models():
-            near = [known for known in list_models() if known.startswith(f"{name}_")]
-            near += difflib.get_close_matches(name, [*list_models(), *list_checkpoints()], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ValueError(
-                f"unknown model {name!r}{hint} List them with tinyvit.list_models() and "
-                f"tinyvit.list_checkpoints()"
             )
         return get_variant(name)
     known = row.variant if row is not None else found.variant if found is not None else None
@@ -462,9 +454,7 @@ def load_folder(config_path: Path, weights_path: Path) -> TinyViT:
         return create_model(config["architecture"], weights_path)
     try:
         model = TinyViT(**config["arguments"])
-        spec = config.get("image_spec")
-        model.image_spec = None if spec is None else ImageSpec.from_dict(spec)
-        model.thresholds = check_thresholds(config.get("thresholds", {}))
+        model.image_spec, model.thresholds = _image_spec_and_thresholds(config)
         model.classes = tuple(map(str, config.get("classes", ())))
     except (KeyError, TypeError, ValueError, RuntimeError) as err:
         raise CheckpointError(
@@ -480,6 +470,14 @@ def load_folder(config_path: Path, weights_path: Path) -> TinyViT:
     except RuntimeError as err:
         raise CheckpointError(f"{weights_path} does not fit {config_path}: {err}") from err
     return model.eval()
+
+
+def _image_spec_and_thresholds(
+    config: Mapping[str, Any],
+) -> tuple[ImageSpec | None, dict[str, float]]:
+    spec = config.get("image_spec")
+    thresholds = check_thresholds(config.get("thresholds", {}))
+    return None if spec is None else ImageSpec.from_dict(spec), thresholds
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -547,10 +545,7 @@ def open_stored(source: str | os.PathLike[str]) -> StoredModel:
     for key in [key for key in own if key.endswith(".running_var")]:  # some files have no counters
         own.setdefault(key.replace("running_var", "num_batches_tracked"), np.zeros((), np.int64))
     if "arguments" in config:
-        spec = config.get("image_spec")
-        spec = None if spec is None else ImageSpec.from_dict(spec)
-        thresholds = check_thresholds(config.get("thresholds", {}))
-        return StoredModel(config["arguments"], own, spec, thresholds)
+        return StoredModel(config["arguments"], own, *_image_spec_and_thresholds(config))
     variant = _choose_variant(None, row, found)
     arguments = {**_arguments(variant, found), "head": found.has_head}
     image_spec = _image_spec(image_spec_in(header, path), variant, row, found, None)

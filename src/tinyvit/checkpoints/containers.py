@@ -1,21 +1,14 @@
-"""What files are that are no checkpoints, in words; and how tensors are laid out in safetensors."""
+"""What files are that are no checkpoints, in words."""
 
 from __future__ import annotations
 
 import codecs
-import json
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from tinyvit.errors import CheckpointError
 
 from .unwrap import wanted_imports
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
 
 _FOREIGN = (
     (b"\x89HDF", "an HDF5 file (Keras or h5py)"),
@@ -94,40 +87,3 @@ def describe(path: Path, head: bytes) -> str:
     except UnicodeDecodeError:
         pass
     return f"{what}, which is neither safetensors nor a file of torch.save"
-
-
-def read_json_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and where its data begin."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(length)), 8 + length
-
-
-def save_safetensors(tensors: dict[str, Tensor], temporary: Path, metadata: dict[str, str]) -> None:
-    """``save_file`` with the metadata in a fixed order: equal content is equal bytes."""
-    from safetensors.torch import save_file
-
-    save_file(tensors, temporary, metadata=metadata)
-    header, start = read_json_header(temporary)
-    header["__metadata__"] = dict(sorted(metadata.items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    if len(text) <= start - 8:
-        with temporary.open("rb+") as file:
-            file.seek(8)
-            file.write(text.ljust(start - 8))  # the format pads with spaces
-
-
-def own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give each tensor contiguous memory that no other tensor shares and nothing is left of."""
-    own: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for key, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        is_whole = storage.nbytes() == tensor.numel() * tensor.element_size()
-        if not is_whole or storage.data_ptr() in seen:
-            tensor = tensor.clone()
-        elif storage.nbytes():
-            seen.add(storage.data_ptr())
-        own[key] = tensor
-    return own

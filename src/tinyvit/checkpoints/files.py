@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
 
-from .containers import check_zip, describe, own_memory, read_json_header, save_safetensors
+from .containers import check_zip, describe
 from .unwrap import first_line, refusal, unwrap, wanted_imports, wrap
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _check_safetensors(path: Path, head: bytes, size: int) -> bool:
     wanted = 8 + length
     try:
         if wanted <= size:
-            header, _ = read_json_header(path)
+            header, _ = _read_header(path)
             ends = [row["data_offsets"][1] for key, row in header.items() if key != "__metadata__"]
             wanted += max(ends, default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as err:
@@ -354,7 +354,7 @@ def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]], 
             f"{path} is a file of torch.save ({kind}), which only torch can read; convert it with "
             "'tinyvit convert' where torch is installed"
         )
-    header, start = read_json_header(path)
+    header, start = _read_header(path)
     data = np.memmap(path, dtype=np.uint8, mode="r")[start:]
     metadata = header.pop("__metadata__", {})
     arrays: dict[str, NDArray[Any]] = {}
@@ -405,19 +405,58 @@ def write_state_dict(
         raise ValueError(f"wrapper={wrapper!r} is for torch files; safetensors is always flat")
     if metadata is not None and container == "torch":
         raise ValueError("metadata is for safetensors; a torch file has no header to put it in")
-    own = own_memory(tensors)
+    own = _own_memory(tensors)
 
     def write(temporary: Path) -> None:
         import torch
 
         if container == "safetensors":
-            save_safetensors(own, temporary, {"format": "pt", **(metadata or {})})
+            _save_safetensors(own, temporary, {"format": "pt", **(metadata or {})})
         else:
             with temporary.open("wb") as file:  # a path would be written into the file
                 torch.save(wrap(own, wrapper), file)
 
     replacing(path, write)
     return path
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where its data begin."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(length)), 8 + length
+
+
+def _save_safetensors(
+    tensors: dict[str, Tensor], temporary: Path, metadata: dict[str, str]
+) -> None:
+    """``save_file`` with the metadata in a fixed order: equal content is equal bytes."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, temporary, metadata=metadata)
+    header, start = _read_header(temporary)
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text) <= start - 8:
+        with temporary.open("rb+") as file:
+            file.seek(8)
+            file.write(text.ljust(start - 8))  # the format pads with spaces
+
+
+def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give each tensor contiguous memory that no other tensor shares and nothing is left of."""
+    own: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        is_whole = storage.nbytes() == tensor.numel() * tensor.element_size()
+        if not is_whole or storage.data_ptr() in seen:
+            tensor = tensor.clone()
+        elif storage.nbytes():
+            seen.add(storage.data_ptr())
+        own[key] = tensor
+    return own
 
 
 def replacing(path: Path, write: Callable[[Path], object]) -> None:

@@ -19,9 +19,9 @@ from torch import nn
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT, VARIANTS, get_checkpoint, get_variant
 from tinyvit.checkpoints.families import ORDER
-from tinyvit.checkpoints.open import OpenedCheckpoint, misfits, open_checkpoint
+from tinyvit.checkpoints.open import OpenedCheckpoint, open_checkpoint
 from tinyvit.errors import CheckpointError
-from tinyvit.factory import create_model
+from tinyvit.factory import create_model, load_exactly
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
 from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
@@ -135,7 +135,7 @@ def _assemble(encoder: TinyViT, is_hq: bool) -> Sam:
     declared = encoder.img_size
     size = (declared, declared) if isinstance(declared, int) else declared
     spec = encoder.image_spec if encoder.image_spec is not None else ImageSpec.sam(size)
-    encoder.image_spec = spec = replace(spec, size=size)
+    encoder.image_spec = spec = spec if spec.size == size else replace(spec, size=size)
     stride = encoder.patch_embed.reduction * math.prod(encoder.strides)
     grid = (-(-size[0] // stride), -(-size[1] // stride))
     # Whole strides: where the stride does not divide a side, a part of the last token is empty.
@@ -150,18 +150,10 @@ def _assemble(encoder: TinyViT, is_hq: bool) -> Sam:
 def _fill_heads(sam: Sam, opened: OpenedCheckpoint) -> None:
     """Load prompt encoder and mask decoder: all of both, or an error that names everything."""
     heads = nn.ModuleDict({"prompt_encoder": sam.prompt_encoder, "mask_decoder": sam.mask_decoder})
-    own = heads.state_dict()
     state = {k: v for k, v in opened.tensors.items() if k.partition(".")[0] in heads}
-    missing, unexpected = [k for k in own if k not in state], [k for k in state if k not in own]
-    shapes = {k: (own[k].shape, v.shape) for k, v in state.items() if k in own}
-    wrong = {k: (mine, its) for k, (mine, its) in shapes.items() if mine != its}
-    if missing or unexpected or wrong:
-        problems = "; ".join(misfits(missing, unexpected, wrong))
-        raise CheckpointError(
-            f"{opened.path} ({opened.found.family}) does not fit the heads of a SAM of width "
-            f"{sam.prompt_encoder.embed_dim}: {problems}"
-        )
-    heads.load_state_dict(state)
+    width = sam.prompt_encoder.embed_dim
+    whose = f"{opened.path} ({opened.found.family})"
+    load_exactly(heads, state, f"{whose} does not fit the heads of a SAM of width {width}")
 
 
 def _build_default(
