@@ -141,6 +141,10 @@ def test_a_model_of_timm_says_how_its_images_go_in(monkeypatch):
             "crop_pct": 0.8,
         }  # fmt: skip
 
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(8)
+
         def forward_features(self, x):
             return x.permute(0, 2, 3, 1)
 
@@ -151,6 +155,8 @@ def test_a_model_of_timm_says_how_its_images_go_in(monkeypatch):
     assert teacher.image_spec.std == (63.75, 127.5, 255.0)
     x = torch.randn(1, 3, 8, 8)
     assert torch.equal(teacher(x), x)
+    named = {f"model.{key}": value for key, value in Swin().state_dict().items()}
+    assert teacher.sha256 == weights_sha256(named)  # as of stores of earlier versions
 
 
 def test_a_sam_of_transformers_teaches_by_its_vision_encoder(monkeypatch):

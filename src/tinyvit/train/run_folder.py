@@ -12,10 +12,10 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -107,9 +107,8 @@ def keep_batch(
     tensors: dict[str, Tensor] = {}
     header: dict[str, str] = {}
     for number, (keys, batch) in enumerate(parts):
-        header[f"{number}/samples"] = json.dumps([list(key) for key in keys])
-        values: Mapping[str, object] = batch  # what the task alone reads is no tensor
-        for name, value in values.items():
+        header[f"{number}/samples"] = json.dumps(list(keys))
+        for name, value in cast("Mapping[str, object]", batch).items():  # not all are tensors
             if isinstance(value, Tensor):
                 tensors[f"{number}/{name}"] = value
             else:
@@ -184,17 +183,13 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _read_until(path: Path, step: int) -> list[Line]:
     """The lines up to a step; a last line that a kill cut off is none."""
-    if not path.exists() or not step:
-        return []
     lines: list[Line] = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-            is_early = int(line["step"]) <= step
-        except (ValueError, KeyError, TypeError):
-            continue
-        if is_early:
-            lines.append(line)
+    if path.exists() and step:
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                line = json.loads(text)
+                if int(line["step"]) <= step:
+                    lines.append(line)
     return lines
 
 
@@ -204,8 +199,8 @@ def _as_text(line: Line) -> str:
 
 # -- the curves ----------------------------------------------------------------------------------
 
-SMOOTH = 2  # drawn larger by this, then reduced, so that lines are smooth
 _Point: TypeAlias = tuple[float, float]
+SMOOTH = 2  # drawn larger by this, then reduced, so that lines are smooth
 WIDTH, HEIGHT, COLUMNS = 420, 260, 3  # pixels of a panel; panels in a row
 LEFT, RIGHT, TOP, BOTTOM = 64, 18, 36, 30  # its margins
 MOST_PANELS, FONT, TICKS = 12, 12, 4
@@ -214,7 +209,7 @@ COLOURS = {"train": (31, 98, 176), "validate": (196, 78, 28)}
 HIDDEN = {"kind", "step", "epoch", "images_per_second"}
 
 
-def draw_curves(lines: Iterable[Mapping[str, object]]) -> NDArray[np.uint8]:
+def draw_curves(lines: Iterable[Mapping[str, Any]]) -> NDArray[np.uint8]:
     """Draw the metrics of a log's lines that are finite numbers against the step, [H, W, 3].
 
     Up to twelve panels, training before validation; an empty one where there is nothing to draw.
@@ -222,51 +217,38 @@ def draw_curves(lines: Iterable[Mapping[str, object]]) -> NDArray[np.uint8]:
     curves: dict[tuple[str, str], list[_Point]] = {}
     for line in lines:
         for name, value in line.items():
-            if name in HIDDEN or isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            if math.isfinite(value):
-                key = (str(line["kind"]), name)
-                curves.setdefault(key, []).append((float(str(line["step"])), float(value)))
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if name not in HIDDEN and is_number and math.isfinite(value):
+                curves.setdefault((line["kind"], name), []).append((line["step"], value))
     shown = sorted(curves, key=lambda key: key[0])[:MOST_PANELS]  # stable: names in their order
     columns = min(COLUMNS, max(1, len(shown)))
-    rows = max(1, -(-len(shown) // columns))
-    size = columns * WIDTH, rows * HEIGHT
-    sheet = Image.new("RGB", (size[0] * SMOOTH, size[1] * SMOOTH), PAPER)
-    for number, (kind, name) in enumerate(shown):
+    sheet = Image.new("RGB", (columns * WIDTH, max(1, -(-len(shown) // columns)) * HEIGHT), PAPER)
+    for number, key in enumerate(shown):
         corner = number % columns * WIDTH, number // columns * HEIGHT
-        _draw_panel(ImageDraw.Draw(sheet), corner, kind, name, curves[kind, name])
-    return np.array(sheet.resize(size, Image.Resampling.LANCZOS))
+        sheet.paste(_draw_panel(*key, curves[key]), corner)
+    return np.array(sheet)
 
 
-def _draw_panel(
-    pen: ImageDraw.ImageDraw,
-    corner: tuple[int, int],
-    kind: str,
-    name: str,
-    points: list[_Point],
-) -> None:
+def _draw_panel(kind: str, name: str, points: list[_Point]) -> Image.Image:
     """One curve with its title, grid and numbers."""
-    font = ImageFont.load_default(size=FONT * SMOOTH)
-    x0, y0 = corner[0] + LEFT, corner[1] + TOP
-    x1, y1 = corner[0] + WIDTH - RIGHT, corner[1] + HEIGHT - BOTTOM
+    panel = Image.new("RGB", (WIDTH * SMOOTH, HEIGHT * SMOOTH), PAPER)
+    pen, font = ImageDraw.Draw(panel), ImageFont.load_default(size=FONT * SMOOTH)
+    sides = LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM
+    x0, y0, x1, y1 = (SMOOTH * side for side in sides)
     (first, last), (low, high) = (_range(list(axis)) for axis in zip(*points, strict=True))
 
     def place(step: float, value: float) -> _Point:
         x = x0 + (x1 - x0) * (step - first) / (last - first)
-        y = y1 - (y1 - y0) * (value - low) / (high - low)
-        return x * SMOOTH, y * SMOOTH
+        return x, y1 - (y1 - y0) * (value - low) / (high - low)
 
     for i in range(TICKS + 1):
         value = low + (high - low) * i / TICKS
-        left, right = place(first, value), place(last, value)
-        pen.line([left, right], fill=GRID, width=SMOOTH)
-        at = (left[0] - 6 * SMOOTH, left[1])
-        pen.text(at, f"{value:.3g}", fill=INK, font=font, anchor="rm")
-    for step, anchor in ((first, "la"), (last, "ra")):
-        x, y = place(step, low)
-        pen.text((x, y + 6 * SMOOTH), f"{step:.0f}", fill=INK, font=font, anchor=anchor)
-    title = x0 * SMOOTH, (corner[1] + TOP // 2) * SMOOTH
-    pen.text(title, f"{kind}: {name}", fill=INK, font=font, anchor="lm")
+        y = place(first, value)[1]
+        pen.line([(x0, y), (x1, y)], fill=GRID, width=SMOOTH)
+        pen.text((x0 - 6 * SMOOTH, y), f"{value:.3g}", fill=INK, font=font, anchor="rm")
+    for side, step, anchor in ((x0, first, "la"), (x1, last, "ra")):
+        pen.text((side, y1 + 6 * SMOOTH), f"{step:.0f}", fill=INK, font=font, anchor=anchor)
+    pen.text((x0, y0 // 2), f"{kind}: {name}", fill=INK, font=font, anchor="lm")
     colour = COLOURS.get(kind, INK)
     places = [place(*point) for point in points]
     if len(places) > 1:
@@ -274,6 +256,7 @@ def _draw_panel(
     if len(places) <= 40:
         for x, y in places:
             pen.ellipse([x - 5, y - 5, x + 5, y + 5], fill=colour)
+    return panel.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
 
 
 def _range(values: list[float]) -> _Point:
@@ -364,8 +347,8 @@ def pack(
     if average is not None:
         tensors.update({f"average/{key}": value for key, value in average.state_dict().items()})
     for name, parameter in _named(optimiser):
-        for key, value in optimiser.state[parameter].items():
-            tensors[f"optimiser/{name}/{key}"] = value
+        state = optimiser.state[parameter]
+        tensors.update({f"optimiser/{name}/{key}": value for key, value in state.items()})
     return tensors
 
 
@@ -376,18 +359,19 @@ def unpack(
     optimiser: torch.optim.Optimizer,
 ) -> None:
     """Put tensors back where ``pack`` took them from; CheckpointError for another network."""
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimiser": {}}
-    for key, value in tensors.items():
-        part, _, rest = key.partition("/")
-        parts.setdefault(part, {})[rest] = value
+
+    def part(name: str) -> dict[str, Tensor]:
+        start = f"{name}/"
+        return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+
     try:
-        model.load_state_dict(parts["model"])
+        model.load_state_dict(part("model"))
         if average is not None:
-            average.load_state_dict(parts["average"])
+            average.load_state_dict(part("average"))
     except RuntimeError as err:
         raise CheckpointError(f"the state is of another network: {err}") from err
     trained, unknown = dict(_named(optimiser)), set()
-    for key, value in parts["optimiser"].items():
+    for key, value in part("optimiser").items():
         name, _, what = key.rpartition("/")
         if (parameter := trained.get(name)) is None:
             unknown.add(name)

@@ -21,19 +21,8 @@ from tinyvit.errors import ImageError
 from tinyvit.evaluate.classify import LabelledImages
 from tinyvit.train.settings import OnBroken
 
-from .lists import (
-    PART_NAMES,
-    TRAIN_NAMES,
-    VAL_NAMES,
-    ImageList,
-    Labels,
-    find_shards,
-    read_csv,
-    read_folder,
-    read_shards,
-    some,
-    visible_folders,
-)
+from . import lists
+from .lists import ImageList, Labels
 
 _TRIES = 20  # unreadable images in a row that end the training
 
@@ -165,19 +154,19 @@ def open_data_set(
             validated on and not trained on.
     """
     path = Path(data)
-    inner, inner_val = _inner(path, TRAIN_NAMES), _inner(path, VAL_NAMES)
+    inner, inner_val = _inner(path, lists.TRAIN_NAMES), _inner(path, lists.VAL_NAMES)
     held = val or (inner and inner_val)
     if held is not None:
         train = open_part(inner or path)
         return _disjoint(train, open_part(held, train.classes), f"{inner or path} and {held}")
     if path.suffix.lower() in (".csv", ".tsv"):
-        listed, parts = read_csv(path)
+        listed, parts = lists.read_csv(path)
         if parts is not None:
             return _by_column(listed, parts, path)
         whole = listed
     else:
-        siblings = visible_folders(path) if inner is not None else []
-        is_alone = all(name.lower() in PART_NAMES for name in siblings)
+        siblings = lists.visible_folders(path) if inner is not None else []
+        is_alone = all(name.lower() in lists.PART_NAMES for name in siblings)
         whole = open_part(inner if inner is not None and is_alone else path)
     first: dict[Hashable, int] = {}  # place of each image where it is named first
     groups = [first.setdefault(one, place) for place, one in enumerate(whole.identities())]
@@ -197,7 +186,7 @@ def _disjoint(train: ImageList, held: ImageList, origin: str) -> DataSet:
     shared = [train.name(int(index)) for index in np.flatnonzero(is_shared)]
     warnings.warn(
         f"{len(shared)} images stand in both parts of {origin} and are not trained on: "
-        f"{some(shared)}",
+        f"{lists.some(shared)}",
         stacklevel=3,
     )
     return DataSet(train.part(np.flatnonzero(~is_shared)), held, origin)
@@ -207,16 +196,16 @@ def open_part(data: str | os.PathLike[str], classes: Sequence[str] | None = None
     """Open labelled images as they are; ``classes`` number a part that belongs to another one."""
     path = Path(data)
     if path.suffix.lower() in (".csv", ".tsv"):
-        return read_csv(path, classes)[0]
-    shards = find_shards(path)
+        return lists.read_csv(path, classes)[0]
+    shards = lists.find_shards(path)
     if shards:
-        return read_shards(shards, classes)
+        return lists.read_shards(shards, classes)
     if not path.exists():
         raise ValueError(
             f"there is no file or folder {str(path)!r}; wanted a folder of classes, a CSV file or "
             "tar files"
         )
-    return read_folder(path, classes)
+    return lists.read_folder(path, classes)
 
 
 def read_good(
@@ -259,18 +248,20 @@ def fingerprint(images: LabelledImages) -> str:
 
 def _inner(path: Path, names: tuple[str, ...]) -> Path | None:
     """The folder of a part, called so in any case, that has folders or tar files in it."""
-    folders = visible_folders(path) if path.is_dir() else []
+    folders = lists.visible_folders(path) if path.is_dir() else []
     there = {name.lower(): path / name for name in folders}
     found = (there[name] for name in names if name in there)
-    return next((one for one in found if visible_folders(one) or find_shards(one)), None)
+    return next(
+        (one for one in found if lists.visible_folders(one) or lists.find_shards(one)), None
+    )
 
 
 def _by_column(listed: ImageList, parts: tuple[str, ...], path: Path) -> DataSet:
     """Part a list as its column ``split`` says."""
     kinds = [text.lower() for text in parts]
-    strange = sorted(set(kinds) - {*TRAIN_NAMES, *VAL_NAMES})
-    train = np.flatnonzero([kind in TRAIN_NAMES for kind in kinds])
-    val = np.flatnonzero([kind in VAL_NAMES for kind in kinds])
+    strange = sorted(set(kinds) - {*lists.TRAIN_NAMES, *lists.VAL_NAMES})
+    train = np.flatnonzero([kind in lists.TRAIN_NAMES for kind in kinds])
+    val = np.flatnonzero([kind in lists.VAL_NAMES for kind in kinds])
     if strange or not len(train) or not len(val):
         came = f"the values {strange}" if strange else f"{len(train)} and {len(val)} images"
         raise ValueError(

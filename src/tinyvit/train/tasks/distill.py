@@ -36,17 +36,8 @@ from tinyvit.train.settings import SettingError
 from tinyvit.train.store import Store
 from tinyvit.train.task import Batch, Goal, Task
 
-from . import classify
+from . import classify, losses
 from .classify import Classify
-from .losses import (
-    cosine_per_cell,
-    covered_cells,
-    feature_loss,
-    fit_grid,
-    mask_ious,
-    mask_loss,
-    sparse_cross_entropy,
-)
 from .settings import DistillFeaturesRun, DistillFeaturesSettings, DistillLogitsSettings
 
 _MEAN_MAP_IMAGES = 512
@@ -179,16 +170,16 @@ class DistillFeatures:
         """Distance of the maps, plus that of the masks at random points if it is weighted."""
         found = model(batch["images"])
         teacher = batch["features"].float()
-        target = fit_grid(teacher, _size(found))
-        loss = feature_loss(found, target, self.settings.loss)
-        cosine = cosine_per_cell(found.detach(), target).mean()
+        target = losses.fit_grid(teacher, _size(found))
+        loss = losses.feature_loss(found, target, self.settings.loss)
+        cosine = losses.cosine_per_cell(found.detach(), target).mean()
         metrics = {"train_cosine": cosine, "feature_loss": loss.detach()}
         if self.heads is not None and self.settings.mask_weight > 0:
             points = random_points(batch["placed"], self.settings.points, generator)
             with torch.no_grad():
                 wanted = self.heads(teacher, points)
             masks = self.heads(found.float(), points)
-            distance = mask_loss(masks, fit_grid(wanted[:, None], _size(masks))[:, 0])
+            distance = losses.mask_loss(masks, losses.fit_grid(wanted[:, None], _size(masks))[:, 0])
             metrics["mask_loss"] = distance.detach()
             loss = loss + self.settings.mask_weight * distance
         return loss, metrics
@@ -213,19 +204,19 @@ class DistillFeatures:
                 batch[key].to(device) for key in ("images", "features", "placed")
             )
             found = model(images).float()
-            target = fit_grid(teacher.float(), _size(found))
-            mean = fit_grid(self._mean.to(device), _size(found))
-            cells = covered_cells(placed, _size(found))
+            target = losses.fit_grid(teacher.float(), _size(found))
+            mean = losses.fit_grid(self._mean.to(device), _size(found))
+            cells = losses.covered_cells(placed, _size(found))
             maps = {
-                "cosine": cosine_per_cell(found, target)[cells],
-                "cosine_floor": cosine_per_cell(mean, target)[cells],
-                "cosine_centred": cosine_per_cell(found - mean, target - mean)[cells],
+                "cosine": losses.cosine_per_cell(found, target)[cells],
+                "cosine_floor": losses.cosine_per_cell(mean, target)[cells],
+                "cosine_centred": losses.cosine_per_cell(found - mean, target - mean)[cells],
                 "mse": (found - target).square().mean(1)[cells],
             }
             if self.heads is not None:
                 points = random_points(placed, self.settings.val_points, generator)
                 wanted = self.heads(teacher.float(), points) > 0
-                maps["mask_iou"] = mask_ious(self.heads(found, points), wanted.float())
+                maps["mask_iou"] = losses.mask_ious(self.heads(found, points), wanted.float())
             for key, value in maps.items():
                 values.setdefault(key, []).append(value)
         return {key: float(torch.cat(found).double().mean()) for key, found in values.items()}
@@ -350,7 +341,9 @@ class DistillLogits(Classify):
             "train_top1": (choice == batch["labels"]).float().mean(),
             "as_teacher": (choice == batch["classes"][:, 0]).float().mean(),
         }
-        return sparse_cross_entropy(logits, batch["classes"], batch["probabilities"]), metrics
+        return losses.sparse_cross_entropy(
+            logits, batch["classes"], batch["probabilities"]
+        ), metrics
 
 
 def make_task(settings: DistillFeaturesRun | DistillLogitsSettings) -> Task[Any]:

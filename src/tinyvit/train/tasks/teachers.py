@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -160,15 +161,13 @@ def store_features(
         )
     if names is None:
         names = sorted(image.path.relative_to(root).as_posix() for image in list_images([root]))
-    store = Store(
-        folder,
-        {
-            "teacher": teacher.name,
-            "teacher_sha256": teacher.sha256,
-            "image_spec": teacher.image_spec.to_dict(),
-            "flips": flips,
-        },
-    )
+    facts = {
+        "teacher": teacher.name,
+        "teacher_sha256": teacher.sha256,
+        "image_spec": teacher.image_spec.to_dict(),
+        "flips": flips,
+    }
+    store = Store(folder, facts)
     todo = store.missing(names, root)
     done = len(names) - len(todo)
     for start in range(0, len(todo), shard_size):
@@ -197,15 +196,13 @@ def _feature_rows(teacher: Teacher, root: Path, names: Sequence[str], flips: boo
             read.append((Row(name, info=info), rgb))
     if not read:
         return rows
-
-    def features(images: Iterable[NDArray[np.uint8]]) -> Tensor:
-        spec = teacher.image_spec
-        inputs = [to_input(np.ascontiguousarray(rgb), spec)[0] for rgb in images]
-        return teacher(torch.from_numpy(np.stack(inputs)))
-
-    maps = {"features": features(rgb for _, rgb in read)}
+    views = {"features": [rgb for _, rgb in read]}
     if flips:
-        maps["flipped"] = features(rgb[:, ::-1] for _, rgb in read)
+        views["flipped"] = [np.ascontiguousarray(rgb[:, ::-1]) for _, rgb in read]
+    maps: dict[str, Tensor] = {}
+    for key, images in views.items():
+        inputs = np.stack([to_input(rgb, teacher.image_spec)[0] for rgb in images])
+        maps[key] = teacher(torch.from_numpy(inputs))
     for number, (row, _) in enumerate(read):
         arrays = {key: found[number] for key, found in maps.items()}
         if all(float(x.abs().max()) <= _LARGEST_FP16 for x in arrays.values()):  # NaN fails too
@@ -245,21 +242,19 @@ def write_logits(
     if k < 1:
         raise ValueError(f"k must be from 1 to the number of classes, {len(classes)}, got {k}")
     augment = augmentation("light") if augment is None else augment
-    store = Store(
-        folder,
-        {
-            "images": len(images),
-            "views": views,
-            "k": k,
-            "classes": classes,
-            "data": fingerprint(images),
-            "augmentation": augment.to_dict(),
-            "teacher": teacher.name,
-            "teacher_sha256": teacher.sha256,
-            "teacher_input": teacher.image_spec.to_dict(),
-            "seed": seed,
-        },
-    )
+    facts = {
+        "images": len(images),
+        "views": views,
+        "k": k,
+        "classes": classes,
+        "data": fingerprint(images),
+        "augmentation": augment.to_dict(),
+        "teacher": teacher.name,
+        "teacher_sha256": teacher.sha256,
+        "teacher_input": teacher.image_spec.to_dict(),
+        "seed": seed,
+    }
+    store = Store(folder, facts)
     todo = [int(name) for name in store.missing(map(str, range(len(images))))]
     done = (len(images) - len(todo)) * views
     workers = choose_workers() if workers is None else workers
@@ -310,32 +305,26 @@ def _logit_rows(
     batch_size: int,
 ) -> list[Row]:
     """One row for each image, by its views [V, 3, h, w]."""
-    pixels = torch.from_numpy(np.concatenate(list(shown.values())))
-    parts = torch.split(pixels, batch_size)
-    best = torch.cat([_probabilities(teacher, part, classes) for part in parts]).topk(k, dim=1)
+    best: list[tuple[Tensor, Tensor]] = []
+    for part in torch.split(torch.from_numpy(np.concatenate(list(shown.values()))), batch_size):
+        logits = teacher(part)
+        if tuple(logits.shape) != (wanted := (len(part), classes)):
+            raise ValueError(
+                f"the teacher {teacher.name} gave {list(logits.shape)}, wanted {list(wanted)}: "
+                "one logit for each class of the images"
+            )
+        if not bool(logits.isfinite().all()):
+            raise ValueError(f"the teacher {teacher.name} gave logits that are not finite")
+        best.append(logits.softmax(dim=1).topk(k, dim=1))
     kinds = np.float16, np.uint16 if classes <= 1 << 16 else np.uint32
     found = [
-        array.numpy().astype(kind).reshape(len(shown), -1, k)
-        for array, kind in zip(best, kinds, strict=True)
+        torch.cat(parts).numpy().astype(kind).reshape(len(shown), -1, k)
+        for parts, kind in zip(zip(*best, strict=True), kinds, strict=True)
     ]
     return [
         Row(str(i), {"seed": np.array(seeds[i], np.uint64), "probabilities": p, "classes": c})
         for i, p, c in zip(shown, *found, strict=True)
     ]
-
-
-def _probabilities(teacher: Teacher, images: Tensor, classes: int) -> Tensor:
-    """[N, K], checked."""
-    logits = teacher(images)
-    wanted = (len(images), classes)
-    if tuple(logits.shape) != wanted:
-        raise ValueError(
-            f"the teacher {teacher.name} gave {list(logits.shape)}, wanted {list(wanted)}: one "
-            "logit for each class of the images"
-        )
-    if not bool(logits.isfinite().all()):
-        raise ValueError(f"the teacher {teacher.name} gave logits that are not finite")
-    return logits.softmax(dim=1)
 
 
 def _onnx_teacher(path: Path, image_spec: ImageSpec) -> Teacher:
@@ -357,26 +346,13 @@ def _timm_teacher(name: str, image_spec: ImageSpec | None, device: str) -> Teach
     config = model.pretrained_cfg
     if image_spec is None:
         size = int(config["input_size"][1])
-        mean, std = (tuple(255 * float(v) for v in config[key]) for key in ("mean", "std"))
+        own: Any = {key: tuple(255 * float(v) for v in config[key]) for key in ("mean", "std")}
         shorter = int(size / float(config.get("crop_pct", 1.0)))
-        image_spec = ImageSpec(
-            (size, size), "crop", "bicubic", (mean[0], mean[1], mean[2]),
-            (std[0], std[1], std[2]), shorter_side=shorter,
-        )  # fmt: skip
+        image_spec = ImageSpec((size, size), "crop", "bicubic", shorter_side=shorter, **own)
+    model.forward = model.forward_features
+    whole = nn.Sequential(OrderedDict(model=model))  # the hash has always had this name in it
     is_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-    return module_teacher(_ForwardFeatures(model), image_spec, f"timm:{name}", device, is_last)
-
-
-class _ForwardFeatures(nn.Module):
-    """timm's ``forward_features`` as a ``forward``."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> object:
-        features: Callable[[Tensor], object] = self.model.forward_features  # type: ignore[assignment]
-        return features(x)
+    return module_teacher(whole, image_spec, f"timm:{name}", device, is_last)
 
 
 def _as_map(found: Tensor, name: str) -> Tensor:
