@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tinyvit.serve import ServeSettings, create_app, schema
@@ -111,3 +112,32 @@ def serving():
 def images():
     """The folder of the example images."""
     return IMAGES
+
+
+def read_brush(values, size):
+    """The mask [H, W] bool of a ``brushlabels`` result, read as the format's description says."""
+    bits = "".join(f"{value:08b}" for value in values)
+    at = 0
+
+    def read(count: int) -> int:
+        nonlocal at
+        if at + count > len(bits):
+            raise ValueError("the brush ends too early")
+        at += count
+        return int(bits[at - count : at], 2)
+
+    total, word = read(32), read(5) + 1
+    sizes = [read(4) + 1 for _ in range(4)]
+    if total != 4 * size[0] * size[1]:
+        raise ValueError(f"the brush has {total} values, wanted {4 * size[0] * size[1]}")
+    out, done = np.empty(total, np.uint8), 0
+    while done < total:
+        is_run, length = read(1), 0
+        length = read(sizes[read(2)]) + 1
+        if is_run:
+            out[done : done + length] = read(word)
+        else:
+            for place in range(done, done + length):
+                out[place] = read(word)
+        done += length
+    return out.reshape(*size, 4)[..., 3] > 127

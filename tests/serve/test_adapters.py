@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyvit.serve.adapters import brush_rle
+from conftest import read_brush
 from tinyvit.serve.adapters.label_studio import Config, Fetcher
 from tinyvit.serve.problems import Problem
 
@@ -63,7 +63,7 @@ def test_a_smart_key_point_becomes_a_brush(server, segmenter, images, url):
     (result,) = answer.json["results"][0]["result"]
     assert (result["from_name"], result["to_name"], result["type"]) == ("tag", "img", "brushlabels")
     assert (result["value"]["brushlabels"], result["value"]["format"]) == (["Cat"], "rle")
-    mask = brush_rle.decode(result["value"]["rle"], (300, 451))
+    mask = read_brush(result["value"]["rle"], (300, 451))
     point = [[38.1 * 451 / 100, 39.3 * 300 / 100]]
     (masks,) = segmenter.segment([images / "chelsea.png"], [[{"points": point}]])
     assert (mask == masks.mask(0)).all()

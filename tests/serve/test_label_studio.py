@@ -17,8 +17,8 @@ import urllib.request
 import numpy as np
 import pytest
 
+from conftest import read_brush
 from tinyvit.serve import ServeSettings
-from tinyvit.serve.adapters import brush_rle
 
 PROGRAM = os.environ.get("TINYVIT_LABEL_STUDIO")
 CHROMIUM = shutil.which("chromium")
@@ -74,7 +74,7 @@ def label_studio(tmp_path_factory):
     words = [PROGRAM, "start", "--no-browser", "--internal-host", "127.0.0.1", "--port", str(port)]
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
-    own, deadline = LabelStudio(port), time.monotonic() + 300
+    own, deadline = LabelStudio(port), time.monotonic() + 900
     try:
         while True:
             assert process.poll() is None, (folder / "log.txt").read_text()[-3000:]
@@ -133,7 +133,7 @@ def test_label_studio_asks_for_a_mask_and_gets_it(label_studio, backend, task, s
             "POST", f"/api/ml/{ml}/interactive-annotating", {"task": number, "context": context}
         )
     (result,) = answer["data"]["result"]
-    mask = brush_rle.decode(result["value"]["rle"], (300, 451))
+    mask = read_brush(result["value"]["rle"], (300, 451))
     point = [[38.1 * 451 / 100, 39.3 * 300 / 100]]
     (masks,) = segmenter.segment([images / "chelsea.png"], [[{"points": point}]])
     assert (mask == masks.mask(0)).all()

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from conftest import read_brush
 from tinyvit.serve import ServeSettings
-from tinyvit.serve.adapters import brush_rle
+from tinyvit.serve.adapters.label_studio import brush
 from tinyvit.serve.lanes import FairQueue, Job, Lane
 from tinyvit.serve.problems import TITLES, Problem, explain
 from tinyvit.serve.schema import pack_logits, unpack_logits
@@ -37,17 +38,17 @@ def job(client, **more):
 
 @given(masks)
 def test_the_brush_is_read_back(mask):
-    assert (brush_rle.decode(brush_rle.encode(mask), mask.shape) == mask).all()
+    assert (read_brush(brush(mask), mask.shape) == mask).all()
 
 
 def test_a_long_brush_is_split():
     mask = np.zeros((300, 400), bool)
     mask[100:280, 3:] = True
-    assert (brush_rle.decode(brush_rle.encode(mask), mask.shape) == mask).all()
+    assert (read_brush(brush(mask), mask.shape) == mask).all()
     with pytest.raises(ValueError, match="wanted 4"):
-        brush_rle.decode(brush_rle.encode(mask), (1, 1))
+        read_brush(brush(mask), (1, 1))
     with pytest.raises(ValueError, match="ends too early"):
-        brush_rle.decode(brush_rle.encode(mask)[:12], mask.shape)
+        read_brush(brush(mask)[:12], mask.shape)
 
 
 @given(arrays.arrays(np.float32, (4, 5), elements=st.floats(-15, 15, width=32)))

@@ -15,7 +15,7 @@ from tinyvit.images import mask_ops
 from tinyvit.images.mask_ops import outlines
 from tinyvit.sam.segmenter import Masks
 
-from .schema import LowRes, MaskModel, Object, RunLengths, SegmentRequest, pack_logits
+from .schema import MaskModel, Object, RunLengths, SegmentRequest, pack_logits
 
 EXACT = {"rle", "counts", "polygons", "png"}
 """What needs the mask in the image's own pixels."""
@@ -49,7 +49,9 @@ def _mask(
     if include & EXACT:
         facts |= _exact(masks.mask(number, index), include, request.tolerance)
     if "low_res" in include:
-        facts["low_res"] = low_res(masks, number, index, request)
+        logits = np.asarray(masks.low_res_logits[number][index], np.float32)
+        size = masks.placement.resized_size
+        facts["low_res"] = pack_logits(logits, size, masks.logit_stride, request.low_res_dtype)
     return MaskModel(**facts)
 
 
@@ -65,13 +67,6 @@ def _exact(mask: NDArray[np.bool_], include: set[str], tolerance: float) -> dict
     if "png" in include:
         facts["png"] = base64.b64encode(png(mask)).decode()
     return facts
-
-
-def low_res(masks: Masks, number: int, index: int, request: SegmentRequest) -> LowRes:
-    """One mask's low-res logits, packed."""
-    logits = np.asarray(masks.low_res_logits[number][index], np.float32)
-    size = masks.placement.resized_size
-    return pack_logits(logits, size, masks.logit_stride, request.low_res_dtype)
 
 
 def mask_box(mask: NDArray[np.bool_]) -> list[float]:

@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from tinyvit.errors import TinyViTError
 from tinyvit.sam.segmenter import Segmenter
 
 from . import problems, schema
-from .access import AccessLog
 from .guard import Guard
 from .problems import Problem
 from .routes import Routes
@@ -60,23 +60,15 @@ def create_app(settings: ServeSettings | None = None, segmenter: Segmenter | Non
         await asyncio.to_thread(service.close)
         await asyncio.gather(loading, return_exceptions=True)
 
-    api = FastAPI(
-        title="tinyvit",
-        version="1",
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
-        lifespan=lifespan,
-    )
+    api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     Routes(service, settings, lambda: openapi_document(api)).add_to(api)
     _add_handlers(api)
     if settings.page:
         _add_page(api)
-    if settings.adapters:
-        from . import adapters
-
-        adapters.add(api, service, settings)
-    return Guard(api, settings, AccessLog(settings), service)
+    for name in settings.adapters:
+        module = import_module(f"tinyvit.serve.adapters.{name.replace('-', '_')}")
+        module.add(api, service, settings)
+    return Guard(api, settings, service)
 
 
 async def _load(service: Service) -> None:
@@ -85,6 +77,7 @@ async def _load(service: Service) -> None:
     except (TinyViTError, ValueError, OSError, RuntimeError) as err:
         service.failure = err
         logger.error("the model could not be loaded: %s", err)
+    service.on_loaded()
 
 
 def openapi_document(api: FastAPI) -> dict[str, Any]:
@@ -114,40 +107,33 @@ def openapi_document(api: FastAPI) -> dict[str, Any]:
     return document
 
 
+def _problem_of(request: Request, err: Exception) -> Problem:
+    """What is told of a failure; one of ours says nothing but its request id."""
+    if isinstance(err, Problem):
+        return err
+    if isinstance(err, RequestValidationError):
+        first = err.errors()[0]
+        if first["loc"][0] == "path":
+            return Problem("no-such-path", "an image's id is 64 lower-case hexadecimal digits")
+        where = "/" + "/".join(str(part)[:40] for part in first["loc"])
+        return Problem("bad-parameters", f"a parameter in the URL is wrong: {first['msg']}", where)
+    if isinstance(err, HTTPException):
+        name = {404: "no-such-path", 405: "method"}.get(err.status_code, "bad-request")
+        return Problem(name, problems.TITLES[name][1], headers=dict(err.headers or {}))
+    logger.error("request %s failed", request.state.request_id, exc_info=err)
+    return Problem("our-fault", "the server's log has the rest")
+
+
 def _add_handlers(api: FastAPI) -> None:
-    """Turn every failure into a problem; a failure of ours says nothing but its request id."""
+    """Turn every failure into a problem."""
 
-    async def http(request: Request, err: Exception) -> Response:
-        status = err.status_code if isinstance(err, HTTPException) else 400
-        name = {404: "no-such-path", 405: "method"}.get(status, "bad-request")
-        headers = dict(getattr(err, "headers", None) or {})
-        return _problem(request, Problem(name, problems.TITLES[name][1], headers=headers))
+    async def answer(request: Request, err: Exception) -> Response:
+        if isinstance(err, ClientDisconnect):
+            return Response(status_code=499)
+        return _problem_of(request, err).response(request.scope["state"])
 
-    async def known(request: Request, err: Exception) -> Response:
-        return _problem(request, err if isinstance(err, Problem) else Problem("our-fault", ""))
-
-    async def parameters(request: Request, err: Exception) -> Response:
-        return _problem(request, Problem("bad-parameters", "a parameter in the URL is wrong"))
-
-    async def gone(request: Request, err: Exception) -> Response:
-        return Response(status_code=499)
-
-    async def fault(request: Request, err: Exception) -> Response:
-        logger.error("request %s failed", request.state.request_id, exc_info=err)
-        return _problem(request, Problem("our-fault", "the server's log has the rest"))
-
-    api.add_exception_handler(HTTPException, http)
-    api.add_exception_handler(Problem, known)
-    api.add_exception_handler(RequestValidationError, parameters)
-    api.add_exception_handler(ClientDisconnect, gone)
-    api.add_exception_handler(Exception, fault)
-
-
-def _problem(request: Request, problem: Problem) -> Response:
-    state = request.scope["state"]
-    state["facts"]["problem"] = problem.name
-    body = problem.body(state["request_id"])
-    return Response(body, problem.status, problem.all_headers(), problems.MEDIA_TYPE)
+    for kind in (HTTPException, Problem, RequestValidationError, ClientDisconnect, Exception):
+        api.add_exception_handler(kind, answer)
 
 
 def _add_page(api: FastAPI) -> None:

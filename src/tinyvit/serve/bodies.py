@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -120,6 +121,19 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Re
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def image_in_json(text: str) -> bytes:
+    """The bytes of an image that came as base64, or as a ``data:`` URL of it.
+
+    Raises:
+        Problem: ``not-an-image``.
+    """
+    text = text.partition(",")[2] if text.startswith("data:") else text
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as err:
+        raise Problem("not-an-image", "the image must be base64") from err
 
 
 def _no_constant(name: str) -> Any:

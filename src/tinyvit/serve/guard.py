@@ -1,7 +1,8 @@
-"""The first thing that every request meets: host, origin, token, headers, one line in the log.
+"""The first thing that every request meets: host, origin, token, headers; its line in the log.
 
 Pure ASGI. A page in another tab must not reach a server on this machine: not by a form (content
-types, Origin), not by DNS rebinding (Host), not by guessing (the token, in constant time).
+types, Origin), not by DNS rebinding (Host), not by guessing (the token, in constant time). The log
+has no names and no bodies: text for people, JSON for programs.
 """
 
 from __future__ import annotations
@@ -9,19 +10,23 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+import json
+import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
-from time import perf_counter
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 
-from .access import AccessLog
 from .problems import Problem
 from .service import Service
 from .settings import ServeSettings
+
+logger = logging.getLogger("tinyvit.serve")
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -45,6 +50,7 @@ _PAGE = ("/page/", "/problems/")
 _MOST_HEADERS = 16 * 1024
 _LOOPBACK = ("127.0.0.1", "::1")
 _ANY = ("0.0.0.0", "::")
+MOST_LINES_A_SECOND = 20  # of one kind of problem; what is over is counted
 
 
 class Guard:
@@ -53,18 +59,12 @@ class Guard:
     Args:
         app: The application.
         settings: Of the server.
-        log: Where a line for each request goes.
         service: What the application calls.
     """
 
-    def __init__(
-        self,
-        app: FastAPI,
-        settings: ServeSettings,
-        log: AccessLog,
-        service: Service,
-    ) -> None:
-        self.app, self.settings, self.log, self.service = app, settings, log, service
+    def __init__(self, app: FastAPI, settings: ServeSettings, service: Service) -> None:
+        self.app, self.settings, self.service = app, settings, service
+        self.log = AccessLog(settings)
         self.observe = service.metrics.observe_request
         own = {settings.host, "localhost", *_LOOPBACK, *settings.allow_hosts}
         self._hosts = {name.strip("[]").lower() for name in own}
@@ -83,7 +83,7 @@ class Guard:
         request_id = given if _REQUEST_ID.match(given) else secrets.token_hex(8)
         state = scope.setdefault("state", {})
         state.update(request_id=request_id, client=self._client(scope, headers), facts={})
-        start, status, sent, received = perf_counter(), 499, 0, 0
+        start, status, sent, received = time.perf_counter(), 499, 0, 0
         extra = {**HEADERS, b"x-request-id": request_id.encode(), **self._cors(headers)}
 
         async def receiving() -> MutableMapping[str, Any]:
@@ -105,7 +105,7 @@ class Guard:
         try:
             await self._answer(scope, headers, receiving, sending)
         finally:
-            seconds = perf_counter() - start
+            seconds = time.perf_counter() - start
             route = getattr(scope.get("route"), "path", "-")
             self.observe(route, status, seconds)
             size = {"status": status, "received": received, "sent": sent}
@@ -118,13 +118,11 @@ class Guard:
         try:
             self._check(scope, headers)
             if self._is_preflight(scope, headers):
-                await _send(send, 204, {}, b"")
+                await Response(status_code=204)(scope, receive, send)
             else:
                 await self.app(scope, receive, send)
         except Problem as problem:
-            state["facts"]["problem"] = problem.name
-            body = problem.body(state["request_id"])
-            await _send(send, problem.status, problem.all_headers(), body)
+            await problem.response(state)(scope, receive, send)
         except Exception:
             if state["facts"].get("problem") != "our-fault":  # else answered and logged
                 raise
@@ -172,11 +170,8 @@ class Guard:
             raise Problem("wrong-origin", "only pages of this server may call it")
         if self._is_preflight(scope, headers) or path in _OPEN or is_page:
             return
-        if (
-            path == "/metrics"
-            and self.settings.no_token
-            and scope["state"]["client"] not in _LOOPBACK
-        ):
+        is_far = scope["state"]["client"] not in _LOOPBACK
+        if path == "/metrics" and self.settings.no_token and is_far:
             raise Problem("token-wanted", "numbers are for this machine, or for who has the token")
         self._check_token(headers)
 
@@ -223,9 +218,70 @@ def _headers(scope: Scope) -> dict[str, str]:
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
 
 
-async def _send(send: Send, status: int, headers: dict[str, str], body: bytes) -> None:
-    pairs = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
-    if status != 204:
-        pairs.append((b"content-length", str(len(body)).encode()))
-    await send({"type": "http.response.start", "status": status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body})
+class AccessLog:
+    """Writes a line for each request.
+
+    Args:
+        settings: ``log`` and ``log_clients`` count.
+        clock: Seconds since 1970.
+    """
+
+    def __init__(self, settings: ServeSettings, clock: Callable[[], float] = time.time) -> None:
+        self.settings, self.clock = settings, clock
+        self._second = 0
+        self._counts: Counter[str] = Counter()
+
+    def write(
+        self,
+        method: str,
+        route: str,
+        state: Mapping[str, Any],
+        size: Mapping[str, int],
+        seconds: float,
+    ) -> None:
+        """Log one finished request.
+
+        Args:
+            method: Of the request.
+            route: Its route, never its path.
+            state: With ``request_id``, ``client`` and further ``facts``.
+            size: Its status, bytes received and sent.
+            seconds: It took.
+        """
+        facts: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.clock())),
+            "request": state["request_id"],
+            "method": method[:10],
+            "route": route,
+            **size,
+            "ms": round(1000 * seconds, 1),
+        }
+        if self.settings.log_clients:
+            facts["client"] = state["client"]
+        facts |= state["facts"]
+        status = size["status"]
+        if status >= 400 and not self._may_write(str(facts.get("problem", status))):
+            return
+        level = logging.ERROR if status == 500 else logging.INFO
+        if self.settings.log == "json":
+            logger.log(level, "%s", json.dumps(facts, ensure_ascii=True))
+        else:
+            shown = " ".join(f"{key}={_plain(value)}" for key, value in facts.items())
+            logger.log(level, "%s", shown)
+
+    def _may_write(self, kind: str) -> bool:
+        second = int(self.clock())
+        if second != self._second:
+            for name, count in self._counts.items():
+                if count > MOST_LINES_A_SECOND:
+                    logger.warning("%d more of %s", count - MOST_LINES_A_SECOND, name)
+            self._second, self._counts = second, Counter()
+        self._counts[kind] += 1
+        return self._counts[kind] <= MOST_LINES_A_SECOND
+
+
+def _plain(value: object) -> str:
+    """A value that cannot forge a line: JSON where it has anything but plain characters."""
+    text = str(value)
+    is_plain = text.isascii() and text.isprintable() and " " not in text
+    return text if is_plain else json.dumps(text)

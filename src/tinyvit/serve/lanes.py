@@ -13,6 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from .problems import Problem
@@ -181,10 +182,7 @@ class FairQueue:
 
     def refuse_all(self) -> None:
         """Answer everything that waits: the server ends."""
-        for job in [
-            *(one for jobs in self._waiting.values() for one in jobs),
-            *self._previews.values(),
-        ]:
+        for job in chain(*self._waiting.values(), self._previews.values()):
             if job.done.set_running_or_notify_cancel():
                 job.done.set_exception(draining())
         self._waiting.clear()
@@ -301,9 +299,6 @@ class Lane:
                 self.queue.finished(seconds, len(jobs))
             for job, outcome in zip(jobs, outcomes, strict=True):
                 job.ran = seconds
-                if isinstance(outcome, BaseException):
-                    self._watch(self.queue.name, job, "failed")
-                    job.done.set_exception(outcome)
-                else:
-                    self._watch(self.queue.name, job, "done")
-                    job.done.set_result(outcome)
+                has_failed = isinstance(outcome, BaseException)
+                self._watch(self.queue.name, job, "failed" if has_failed else "done")
+                (job.done.set_exception if has_failed else job.done.set_result)(outcome)

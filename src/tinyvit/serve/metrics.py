@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
@@ -10,6 +12,8 @@ from .lanes import Job, Lane
 from .schema import Model
 
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
+PIXELS = tuple(10.0**power for power in range(3, 10))
+Kind = TypeVar("Kind", Counter, Gauge, Histogram)
 
 
 class Metrics:
@@ -22,52 +26,24 @@ class Metrics:
     def __init__(self, cache: Cache) -> None:
         own = self.registry = CollectorRegistry()
         ProcessCollector(namespace="tinyvit", registry=own)
-        self._requests = Counter(
-            "tinyvit_requests", "Requests answered", ["route", "status"], registry=own
-        )
-        self._seconds = Histogram(
-            "tinyvit_request_seconds",
-            "Seconds of a request",
-            ["route"],
-            buckets=SECONDS,
-            registry=own,
-        )
-        self._jobs = Counter(
-            "tinyvit_lane_jobs", "Jobs of a lane", ["lane", "outcome"], registry=own
-        )
-        self._dropped = Gauge(
-            "tinyvit_lane_dropped", "Jobs whose client had gone", ["lane"], registry=own
-        )
-        self._wait = Histogram(
-            "tinyvit_lane_wait_seconds",
-            "Seconds a job waited",
-            ["lane"],
-            buckets=SECONDS,
-            registry=own,
-        )
-        self._run = Histogram(
-            "tinyvit_lane_run_seconds",
-            "Seconds a job ran",
-            ["lane"],
-            buckets=SECONDS,
-            registry=own,
-        )
-        self.pixels = Histogram(
-            "tinyvit_image_pixels",
-            "Pixels of an image",
-            buckets=[10.0**power for power in range(3, 10)],
-            registry=own,
-        )
-        self._waiting = Gauge("tinyvit_lane_waiting", "Jobs that wait", ["lane"], registry=own)
-        size = Gauge("tinyvit_cache_bytes", "Bytes of kept embeddings", registry=own)
-        size.set_function(lambda: cache.nbytes)
-        count = Gauge("tinyvit_cache_images", "Images with a kept embedding", registry=own)
-        count.set_function(lambda: len(cache))
-        self._events = Counter("tinyvit_cache", "What the cache did", ["event"], registry=own)
-        cache.on_event = lambda event: self._events.labels(event).inc()
-        self._model = Gauge(
-            "tinyvit_model_info", "The model", ["name", "sha256", "precision"], registry=own
-        )
+
+        def new(kind: type[Kind], name: str, words: str, *labels: str, **more: Any) -> Kind:
+            return kind(f"tinyvit_{name}", words, labels, registry=own, **more)
+
+        seconds, pixels = {"buckets": SECONDS}, {"buckets": PIXELS}
+        self._requests = new(Counter, "requests", "Requests answered", "route", "status")
+        self._seconds = new(Histogram, "request_seconds", "Of a request", "route", **seconds)
+        self._jobs = new(Counter, "lane_jobs", "Jobs of a lane", "lane", "outcome")
+        self._dropped = new(Gauge, "lane_dropped", "Jobs whose client had gone", "lane")
+        self._waiting = new(Gauge, "lane_waiting", "Jobs that wait", "lane")
+        self._wait = new(Histogram, "lane_wait_seconds", "A job waited", "lane", **seconds)
+        self._run = new(Histogram, "lane_run_seconds", "A job ran", "lane", **seconds)
+        self._model = new(Gauge, "model_info", "The model", "name", "sha256", "precision")
+        self.pixels = new(Histogram, "image_pixels", "Pixels of an image", **pixels)
+        new(Gauge, "cache_bytes", "Of kept embeddings").set_function(lambda: cache.nbytes)
+        new(Gauge, "cache_images", "Kept embeddings").set_function(lambda: len(cache))
+        events = new(Counter, "cache", "What the cache did", "event")
+        cache.on_event = lambda event: events.labels(event).inc()
 
     def watch_lane(self, lane: Lane) -> None:
         """Show how many jobs wait in a lane, and how many clients went before theirs began."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Response
 
 MEDIA_TYPE = "application/problem+json"
 MOST_CHARACTERS = 500
@@ -70,14 +73,15 @@ class Problem(Exception):
             facts["where"] = self.where
         return json.dumps(facts).encode()
 
-    def all_headers(self) -> dict[str, str]:
-        """Headers that go with the body."""
+    def response(self, state: MutableMapping[str, Any]) -> Response:
+        """The answer to the request of this ASGI state; its line in the log will have the name."""
+        state["facts"]["problem"] = self.name
         headers = {"Content-Type": MEDIA_TYPE, "Cache-Control": "no-store", **self.headers}
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
         if self.name == "token-wanted":
             headers["WWW-Authenticate"] = "Bearer"
-        return headers
+        return Response(self.body(state["request_id"]), self.status, headers)
 
 
 def explain(name: str) -> str:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 from sse_starlette.sse import EventSourceResponse
 
-from tinyvit.sam.prompts import Prompt
 from tinyvit.sam.segmenter import Masks
 
 from . import answers, bodies, problems, schema
@@ -22,7 +21,10 @@ from .problems import Problem
 from .service import Service, Stored, sha256
 from .settings import ServeSettings
 
-_ID = re.compile(r"[0-9a-f]{64}\Z")
+ImageId = Annotated[str, Path(pattern="^[0-9a-f]{64}$", description="SHA-256 of its bytes")]
+View = Annotated[
+    int | None, Query(ge=16, le=8192, description="send an upright JPEG of so many pixels a side")
+]
 _MOST_EXACT_PIXELS = 500_000_000
 """Of all masks of one request together: they are enlarged in one go, while others wait."""
 
@@ -43,50 +45,55 @@ class Routes:
 
     def add_to(self, api: FastAPI) -> None:
         """Give the application its routes, with what they take and answer for OpenAPI."""
-        image, one = _body("image/*"), "/v1/images/{image_id}"
+        image, one, text = _body("image/*"), "/v1/images/{image_id}", ("text/plain",)
         prompts = _body("application/json", schema.SegmentRequest)
         grid = _body("application/json", schema.EverythingRequest)
-        known, masks, everything = schema.Image, schema.Segmented, schema.Everything
-        click = {**image, "parameters": [_in_query(*row) for row in _QUERY]}
-        table: list[tuple[str, str, Any, str, dict[str, Any] | None, Any]] = [
-            ("GET", "/healthz", self.healthz, "Whether the process lives", None, None),
-            ("GET", "/readyz", self.readyz, "Whether images are taken", None, None),
-            ("GET", "/problems/{name}", self.problem, "What a problem means", None, None),
-            ("GET", "/v1", self.about, "Version, model, limits", None, schema.About),
-            ("GET", "/v1/openapi.json", self.openapi, "This document", None, None),
-            ("POST", "/v1/images", self.post_image, "Encode an image", image, known),
-            ("PUT", one, self.put_image, "Encode the image of this SHA-256", image, known),
-            ("GET", one, self.get_image, "A known image", None, known),
-            ("HEAD", one, self.get_image, "", None, None),
-            ("DELETE", one, self.delete_image, "Forget it", None, None),
-            ("GET", f"{one}/embedding", self.embedding, "Its embedding, safetensors", None, None),
-            ("POST", f"{one}/segment", self.segment, "Masks of prompts", prompts, masks),
-            ("POST", f"{one}/everything", self.everything, "Masks of all", grid, everything),
-            ("POST", "/v1/segment", self.segment_body, "Encode and segment", click, masks),
-            ("PUT", "/v1/segment", self.segment_body, "", None, None),
+        about, found, masks = schema.About, schema.Image, schema.Segmented
+        raw, events = "application/octet-stream", "text/event-stream"
+        # method, path, handler, body, model of the answer, other media types of it
+        table: list[tuple[str, str, Any, dict[str, Any] | None, Any, tuple[str, ...]]] = [
+            ("GET", "/healthz", self.healthz, None, None, text),
+            ("GET", "/readyz", self.readyz, None, None, text),
+            ("GET", "/problems/{name}", self.problem, None, None, text),
+            ("GET", "/v1", self.about, None, about, ()),
+            ("GET", "/v1/openapi.json", self.openapi, None, None, ("application/json",)),
+            ("POST", "/v1/images", self.post_image, image, found, ()),
+            ("PUT", one, self.put_image, image, found, ()),
+            ("GET", one, self.get_image, None, found, ()),
+            ("DELETE", one, self.delete_image, None, None, ()),
+            ("GET", f"{one}/embedding", self.embedding, None, None, (raw,)),
+            ("POST", f"{one}/segment", self.segment, prompts, masks, ("image/png", raw)),
+            ("POST", f"{one}/everything", self.everything, grid, schema.Everything, (events,)),
+            ("POST", "/v1/segment", self.segment_body, image, masks, ("image/png", raw)),
         ]
         if self.settings.metrics:
-            table.append(("GET", "/metrics", self.metrics, "Numbers for Prometheus", None, None))
-        for method, path, handler, summary, body, answer in table:
+            table.append(("GET", "/metrics", self.metrics, None, None, text))
+        for method, path, handler, body, answer, kinds in table:
+            others: dict[int | str, dict[str, Any]] = {}
+            if kinds:
+                others[200] = {"content": {kind: {} for kind in kinds}}
+            if answer is found and body:
+                others[201] = {"model": found, "description": "It was not known"}
             api.add_api_route(
                 path,
                 handler,
                 methods=[method],
-                summary=summary or None,
-                include_in_schema=bool(summary),
+                summary=handler.__doc__.rstrip("."),
                 openapi_extra=body,
                 response_model=answer,
                 response_class=Response if answer is None else JSONResponse,
-                responses=_answers(handler.__name__, body is image and answer is known),
+                responses=others,
                 status_code=204 if method == "DELETE" else 200,
             )
+        api.head(one, include_in_schema=False)(self.get_image)
+        api.put("/v1/segment", include_in_schema=False)(self.segment_body)
 
     async def healthz(self) -> Response:
-        """The process lives."""
+        """Whether the process lives."""
         return Response("ok", media_type="text/plain")
 
     async def readyz(self) -> Response:
-        """Images are taken."""
+        """Whether images are taken."""
         self.service.segmenter  # noqa: B018  # a problem while it is not ready
         return Response("ready", media_type="text/plain")
 
@@ -103,13 +110,9 @@ class Routes:
     async def about(self) -> Response:
         """Version, model, limits."""
         settings, service = self.settings, self.service
-        limits = {
-            "max_image_mb": settings.max_image_mb,
-            "max_pixels": settings.max_pixels,
-            "max_wait": settings.max_wait,
-            "prompts": schema.MOST_PROMPTS,
-            "points": schema.MOST_POINTS,
-        }
+        names = ("max_image_mb", "max_pixels", "max_wait")
+        limits: dict[str, float] = {name: getattr(settings, name) for name in names}
+        limits |= {"prompts": schema.MOST_PROMPTS, "points": schema.MOST_POINTS}
         answer = schema.About(
             version=version("tinyvit"),
             api=1,
@@ -126,59 +129,55 @@ class Routes:
         """The OpenAPI document."""
         return Response(json.dumps(self.document()), media_type="application/json")
 
-    async def post_image(self, request: Request, view: int | None = None) -> Response:
+    async def post_image(self, request: Request, view: View = None) -> Response:
         """Encode an image, or find that it is known."""
         return self._image(await self._stored(request, view))
 
-    async def put_image(self, request: Request, image_id: str) -> Response:
-        """The same, with its SHA-256 in the path."""
-        _check_id(image_id)
+    async def put_image(self, request: Request, image_id: ImageId) -> Response:
+        """Encode the image of this SHA-256."""
         found = await self.service.find(image_id)
         if found is not None:  # its body is not read
             return self._image(Stored(image_id, found, is_new=False))
         return self._image(await self._stored(request, None, image_id))
 
-    async def get_image(self, image_id: str) -> Response:
+    async def get_image(self, image_id: ImageId) -> Response:
         """A known image."""
-        _check_id(image_id)
         return self._image(Stored(image_id, await self.service.known(image_id), is_new=False))
 
-    async def delete_image(self, image_id: str) -> Response:
+    async def delete_image(self, image_id: ImageId) -> Response:
         """Forget an image, here and in the folder."""
-        _check_id(image_id)
         await asyncio.to_thread(self.service.cache.forget, image_id)
         return Response(status_code=204)
 
-    async def embedding(self, request: Request, image_id: str, dtype: str = "fp32") -> Response:
+    async def embedding(
+        self, request: Request, image_id: ImageId, dtype: Literal["fp32", "fp16"] = "fp32"
+    ) -> Response:
         """An embedding as a safetensors file."""
-        _check_id(image_id)
-        if dtype not in ("fp32", "fp16"):
-            raise Problem("bad-parameters", "dtype must be fp32 or fp16", where="/dtype")
         embedding = await self.service.known(image_id)
         tag = f'"{image_id}-{dtype}-{(self.service.model.sha256 or "")[:16]}"'
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers={"ETag": tag})
-        data = await asyncio.to_thread(embedding.to_bytes, dtype=dtype)  # type: ignore[arg-type]
+        data = await asyncio.to_thread(embedding.to_bytes, dtype=dtype)
         name = f'attachment; filename="{image_id[:12]}.safetensors"'
         headers = {"ETag": tag, "Content-Disposition": name}
         return Response(data, media_type="application/octet-stream", headers=headers)
 
-    async def segment(self, request: Request, image_id: str) -> Response:
+    async def segment(self, request: Request, image_id: ImageId) -> Response:
         """Masks of prompts on a known image."""
-        _check_id(image_id)
         self.service.decode_lane.check(_client(request))
         asked = await self._asked(request, schema.SegmentRequest)
         return await self._segmented(request, image_id, asked, {})
 
-    async def segment_body(self, request: Request) -> Response:
+    async def segment_body(
+        self, request: Request, query: Annotated[schema.SegmentQuery, Query()]
+    ) -> Response:
         """Encode and segment in one go; prompts in the query."""
-        asked = _from_query(request)
+        asked = query.to_request()
         stored = await self._stored(request, None)
         return await self._segmented(request, stored.id, asked, stored.timing)
 
-    async def everything(self, request: Request, image_id: str) -> Response:
+    async def everything(self, request: Request, image_id: ImageId) -> Response:
         """Masks of everything; with progress as server-sent events."""
-        _check_id(image_id)
         self.service.everything_lane.check(_client(request))
         asked = await self._asked(request, schema.EverythingRequest)
         embedding = await self.service.known(image_id)
@@ -251,7 +250,7 @@ class Routes:
             request,
             self.service.segment(
                 image_id,
-                [_making(one, size) for one in asked.prompts],
+                [partial(one.to_prompt, size) for one in asked.prompts],
                 asked.multimask,
                 _client(request),
                 is_preview=asked.preview,
@@ -286,8 +285,6 @@ class Routes:
     async def _stored(
         self, request: Request, view: int | None, image_id: str | None = None
     ) -> Stored:
-        if view is not None and not 16 <= view <= 8192:
-            raise Problem("bad-parameters", "view must be from 16 to 8192", where="/view")
         async with self._image_body(request) as data:
             if image_id is not None and await asyncio.to_thread(sha256, data) != image_id:
                 raise Problem("other-image", "the SHA-256 of the body is not the one of the path")
@@ -314,47 +311,6 @@ class _GoneError(Exception):
     """Nobody waits for the answer any more."""
 
 
-_KINDS = {
-    "healthz": ("text/plain",),
-    "readyz": ("text/plain",),
-    "metrics": ("text/plain",),
-    "problem": ("text/plain",),
-    "openapi": ("application/json",),
-    "embedding": ("application/octet-stream",),
-    "segment": ("image/png", "application/octet-stream"),
-    "segment_body": ("image/png", "application/octet-stream"),
-    "everything": ("text/event-stream",),
-}
-"""Media types of answers besides the JSON of a model."""
-
-_QUERY = (
-    ("point", "x,y or x,y,label; label 1 is on the object, 0 is not; all are about one object"),
-    ("box", "x0,y0,x1,y1"),
-    ("each", "true: every point and every box is an object of its own"),
-    ("multimask", "true, false or auto"),
-    ("which", "best or all"),
-    ("include", "of rle, counts, polygons, png, low_res; between commas"),
-    ("tolerance", "of polygons, in pixels"),
-)
-
-
-def _answers(handler: str, is_upload: bool) -> dict[int | str, dict[str, Any]]:
-    """What else a handler answers, for OpenAPI."""
-    found: dict[int | str, dict[str, Any]] = {}
-    if handler in _KINDS:
-        found[200] = {"content": {kind: {} for kind in _KINDS[handler]}}
-    if is_upload:
-        found[201] = {"model": schema.Image, "description": "It was not known"}
-    return found
-
-
-def _in_query(name: str, text: str) -> dict[str, Any]:
-    schema_: dict[str, Any] = {"type": "string"}
-    if name in ("point", "box", "include"):
-        schema_ = {"type": "array", "items": schema_}
-    return {"name": name, "in": "query", "description": text, "schema": schema_}
-
-
 def _body(kind: str, model: type[schema.Strict] | None = None) -> dict[str, Any]:
     """The request body of a route, for OpenAPI."""
     if model is None:
@@ -362,58 +318,6 @@ def _body(kind: str, model: type[schema.Strict] | None = None) -> dict[str, Any]
     else:
         content = {kind: {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
     return {"requestBody": {"required": True, "content": content}}
-
-
-def _from_query(request: Request) -> schema.SegmentRequest:
-    """Prompts in the query, as on the command line."""
-    query = request.query_params
-    known = [name for name, _ in _QUERY]
-    if not set(query.keys()) <= set(known):
-        raise Problem("bad-parameters", f"known are {', '.join(known)}", where="/query")
-    points = [_numbers(text, (2, 3), "point") for text in query.getlist("point")]
-    boxes = [_numbers(text, (4,), "box") for text in query.getlist("box")]
-    labels = [one[2] if len(one) == 3 else 1 for one in points]
-    if not set(labels) <= {0, 1}:
-        raise Problem("bad-prompt", "a point's label is 1 or 0", where="/query/point")
-    labels = [int(label) for label in labels]
-    coords = [one[:2] for one in points]
-    prompts: list[dict[str, Any]]
-    if query.get("each") == "true":
-        prompts = [
-            {"points": [xy], "labels": [label]} for xy, label in zip(coords, labels, strict=True)
-        ]
-        prompts += [{"box": box} for box in boxes]
-    else:
-        if len(boxes) > 1:
-            raise Problem("bad-prompt", "one object has one box; each=true for one each")
-        one: dict[str, Any] = {"points": coords, "labels": labels} if coords else {}
-        prompts = [one | ({"box": boxes[0]} if boxes else {})]
-    value: dict[str, Any] = {"prompts": prompts}
-    if "multimask" in query:
-        value["multimask"] = {"true": True, "false": False}.get(
-            query["multimask"], query["multimask"]
-        )
-    if "include" in query:
-        value["include"] = [word for text in query.getlist("include") for word in text.split(",")]
-    if "which" in query:
-        value["which"] = query["which"]
-    if "tolerance" in query:
-        value["tolerance"] = _numbers(query["tolerance"], (1,), "tolerance")[0]
-    return schema.validate(schema.SegmentRequest, value)
-
-
-def _numbers(text: str, counts: tuple[int, ...], name: str) -> list[float]:
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if len(found) not in counts:
-        raise Problem("bad-prompt", f"{name} must be {' or '.join(map(str, counts))} numbers")
-    return found
-
-
-def _making(one: schema.PromptModel, size: tuple[int, int]) -> Callable[[], Prompt]:
-    return lambda: one.to_prompt(size)
 
 
 def _check_work(asked: schema.SegmentRequest, size: tuple[int, int]) -> None:
@@ -440,11 +344,6 @@ def _wanted_kind(request: Request, prompts: int) -> str:
     if "*/*" in accept or "application/*" in accept or not accept:
         return "application/json"
     raise Problem("not-acceptable", "JSON, image/png and application/octet-stream are offered")
-
-
-def _check_id(image_id: str) -> None:
-    if not _ID.match(image_id):
-        raise Problem("no-such-path", "an image's id is 64 lower-case hexadecimal digits")
 
 
 def _found(record: dict[str, Any]) -> schema.Found:

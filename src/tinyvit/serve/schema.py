@@ -31,7 +31,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-Asked = TypeVar("Asked", bound=Strict)
+Asked = TypeVar("Asked", bound=BaseModel)
 
 
 class RunLengths(Strict):
@@ -84,29 +84,21 @@ class PromptModel(Strict):
         return Prompt(self.points, self.labels, self.box, mask, self.name)
 
 
+_TWO = [
+    {"points": [[172, 118], [150, 90]], "labels": [1, 0], "name": "left eye"},
+    {"box": [130, 80, 210, 150]},
+]
+_EXAMPLES: list[Any] = [
+    {"prompts": [{"points": [[172, 118]]}]},
+    {"prompts": _TWO, "which": "all", "include": ["rle", "low_res"]},
+    {"prompts": _TWO[1:], "include": ["polygons"], "tolerance": 1},
+]
+
+
 class SegmentRequest(Strict):
     """Prompts on one image, each about one object."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"prompts": [{"points": [[172, 118]]}]},
-                {
-                    "prompts": [
-                        {"points": [[172, 118], [150, 90]], "labels": [1, 0], "name": "left eye"},
-                        {"box": [130, 80, 210, 150]},
-                    ],
-                    "which": "all",
-                    "include": ["rle", "low_res"],
-                },
-                {
-                    "prompts": [{"box": [130, 80, 210, 150]}],
-                    "include": ["polygons"],
-                    "tolerance": 1,
-                },
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": _EXAMPLES})
 
     prompts: Annotated[list[PromptModel], Field(min_length=1, max_length=MOST_PROMPTS)]
     multimask: Literal["auto"] | bool = "auto"
@@ -115,6 +107,60 @@ class SegmentRequest(Strict):
     low_res_dtype: LowResType = "int8-root"
     tolerance: Annotated[float, Field(ge=0, le=1_000, allow_inf_nan=False)] = 0.0
     preview: bool = False
+
+
+class SegmentQuery(BaseModel):
+    """Prompts in the query, as on the command line."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    point: list[str] = Field(
+        [], description="x,y or x,y,label; label 1 is on the object, 0 is not; all are about one"
+    )
+    box: list[str] = Field([], description="x0,y0,x1,y1")
+    each: bool = Field(False, description="every point and every box is an object of its own")
+    multimask: Literal["auto"] | bool = "auto"
+    which: Literal["best", "all"] = "best"
+    include: list[str] = Field(
+        ["rle"], description="of rle, counts, polygons, png, low_res; between commas"
+    )
+    tolerance: float = Field(0.0, description="of polygons, in pixels")
+
+    def to_request(self) -> SegmentRequest:
+        """As in the body of a request.
+
+        Raises:
+            Problem: ``bad-prompt`` or ``bad-parameters``.
+        """
+        rows = [_numbers(text, (2, 3), "point") for text in self.point]
+        boxes = [{"box": _numbers(text, (4,), "box")} for text in self.box]
+        points = [row[:2] for row in rows]
+        labels = [row[2] if len(row) == 3 else 1 for row in rows]
+        if not set(labels) <= {0, 1}:
+            raise Problem("bad-prompt", "a point's label is 1 or 0", where="/query/point")
+        labels = [int(label) for label in labels]
+        prompts: list[dict[str, Any]]
+        if self.each:
+            pairs = zip(points, labels, strict=True)
+            prompts = [*({"points": [xy], "labels": [label]} for xy, label in pairs), *boxes]
+        elif len(boxes) > 1:
+            raise Problem("bad-prompt", "one object has one box; each=true for one each")
+        else:
+            prompts = [{"points": points, "labels": labels} if points else {}]
+            prompts[0] |= boxes[0] if boxes else {}
+        include = [word for text in self.include for word in text.split(",")]
+        others = self.model_dump(include={"multimask", "which", "tolerance"})
+        return validate(SegmentRequest, {"prompts": prompts, "include": include, **others})
+
+
+def _numbers(text: str, counts: tuple[int, ...], name: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if len(found) not in counts:
+        raise Problem("bad-prompt", f"{name} must be {' or '.join(map(str, counts))} numbers")
+    return found
 
 
 class EverythingRequest(Strict):

@@ -1,4 +1,4 @@
-"""Run the application by uvicorn: the socket, signals, the ready line."""
+"""Run the application by uvicorn: the socket, deadlines of requests, signals, the ready line."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any, ClassVar
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .app import create_app
-from .deadline import protocol
 from .guard import Guard
+from .problems import MEDIA_TYPE, Problem
 from .service import Service
 from .settings import ServeSettings
 
+MOST_CONNECTIONS = 1_000
+MOST_FROM_ONE_ADDRESS = 50  # loopback is not counted: a proxy on this machine
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -102,20 +107,14 @@ def run(settings: ServeSettings, on_ready: Callable[[str, ServeSettings], None])
     server = Server(config_of(guard, settings), service)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what clients do wrong is counted
 
-    async def main() -> None:
-        async def watch() -> None:
-            while service.state == "loading" and service.failure is None:
-                await asyncio.sleep(0.02)
-            if service.failure is not None:
-                server.should_exit = True
-            elif service.state == "ready":
-                on_ready(address(settings, own), settings)
+    def loaded() -> None:
+        if service.failure is not None:
+            server.should_exit = True
+        elif service.state == "ready":
+            on_ready(address(settings, own), settings)
 
-        watching = asyncio.create_task(watch())
-        await server.serve(sockets=[own])
-        watching.cancel()
-
-    asyncio.run(main())
+    service.on_loaded = loaded
+    server.run(sockets=[own])
     if service.failure is not None:
         raise service.failure
     if any(lane.is_alive for lane in service.lanes):  # it computes still, and cannot be stopped
@@ -125,9 +124,10 @@ def run(settings: ServeSettings, on_ready: Callable[[str, ServeSettings], None])
 
 def config_of(guard: Guard, settings: ServeSettings) -> uvicorn.Config:
     """The configuration of uvicorn for an application."""
+    own = {"seconds": settings.receive_seconds, "on_refused": staticmethod(guard.refused)}
     return uvicorn.Config(
         guard,
-        http=protocol(settings, guard.refused),
+        http=type("Protocol", (DeadlineProtocol,), own),
         ws="none",
         loop="asyncio",
         lifespan="on",
@@ -177,3 +177,97 @@ class Server(uvicorn.Server):
             self.should_exit = True
 
         threading.Thread(target=drain, daemon=True).start()
+
+
+class DeadlineProtocol(H11Protocol):
+    """Closes connections that take too long either way, and too many of one address.
+
+    uvicorn has no such deadlines, and middleware is too late for them: clients that send a header a
+    minute, or never read, would hold their connections for ever.
+    """
+
+    seconds: ClassVar[float] = 30.0
+    on_refused: ClassVar[Callable[[Problem, str], str]]  # gives the id of the request
+
+    def connection_made(self, transport: Any) -> None:
+        """Arm the timer; refuse one connection too many."""
+        super().connection_made(transport)
+        self._receiving: asyncio.TimerHandle | None = None
+        self._sending: asyncio.TimerHandle | None = None
+        peer = transport.get_extra_info("peername")
+        self._peer = peer[0] if isinstance(peer, tuple) else ""
+        others = [one for one in self.connections if one is not self]
+        same = sum(getattr(one, "_peer", None) == self._peer for one in others)
+        is_near = self._peer in ("127.0.0.1", "::1", "")
+        if len(others) >= MOST_CONNECTIONS or (same >= MOST_FROM_ONE_ADDRESS and not is_near):
+            transport.abort()
+            return
+        self._receiving = self.loop.call_later(self.seconds, self._too_slow)
+
+    def data_received(self, data: bytes) -> None:
+        """Arm at a request's first byte, disarm when it is whole."""
+        super().data_received(data)
+        self._watch_receiving()
+
+    def on_response_complete(self) -> None:
+        """The next request may be here already, or a part of it."""
+        super().on_response_complete()
+        self._watch_receiving()
+
+    def _watch_receiving(self) -> None:
+        state = self.conn.their_state
+        is_begun = state is h11.IDLE and bool(self.conn.trailing_data[0])
+        if state is not h11.SEND_BODY and not is_begun:
+            self._receiving = _ended(self._receiving)
+        elif self._receiving is None:
+            self._receiving = self.loop.call_later(self.seconds, self._too_slow)
+
+    def pause_writing(self) -> None:
+        """The client does not read."""
+        super().pause_writing()
+        self._sending = self.loop.call_later(self.seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It reads again."""
+        super().resume_writing()
+        self._sending = _ended(self._sending)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Disarm."""
+        self._receiving, self._sending = _ended(self._receiving), _ended(self._sending)
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP with a problem."""
+        self._refuse(Problem("bad-request", "the request is not HTTP/1.1 as it should be"))
+
+    def _too_slow(self) -> None:
+        self._receiving = None
+        self._refuse(Problem("too-slow", f"a request must arrive within {self.seconds:g} s"))
+
+    def _refuse(self, problem: Problem) -> None:
+        """Answer without the application, if nothing has been answered, and hang up."""
+        if self.transport.is_closing():
+            return
+        request_id = type(self).on_refused(problem, self._peer)
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or not cycle.response_started:
+            body = problem.body(request_id)
+            head = (
+                f"HTTP/1.1 {problem.status} Refused\r\nContent-Type: {MEDIA_TYPE}\r\n"
+                f"Content-Length: {len(body)}\r\nX-Request-Id: {request_id}\r\n"
+                "X-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + body)
+        if cycle is not None:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self.transport.close()
+        self.loop.call_later(1.0, self.transport.abort)  # it may not read this, either
+
+
+def _ended(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """No timer; the one that runs is cancelled."""
+    if timer is not None:
+        timer.cancel()
+    return None

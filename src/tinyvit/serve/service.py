@@ -85,6 +85,7 @@ class Service:
         self._segmenter = segmenter
         self.state: Literal["loading", "ready", "draining"] = "loading"
         self.failure: Exception | None = None
+        self.on_loaded: Callable[[], None] = lambda: None
         self.cache = Cache(settings.cache_mb * MEBI, settings.keep, self._check)
         self.bodies = Budget(BODIES * settings.max_image_mb * MEBI)
         self.metrics = Metrics(self.cache)
@@ -121,7 +122,7 @@ class Service:
         if self.state == "draining":
             raise draining()
         if self.state != "ready" or self._segmenter is None:
-            raise Problem("loading", "the model is being loaded", retry_after=2)
+            raise _loading()
         return self._segmenter
 
     @property
@@ -132,7 +133,7 @@ class Service:
             Problem: It is not loaded yet.
         """
         if self._model is None:
-            raise Problem("loading", "the model is being loaded", retry_after=2)
+            raise _loading()
         return self._model
 
     def load(self) -> None:
@@ -343,22 +344,20 @@ class Service:
             self._segmenter.encoder.check(embedding)
 
 
+@dataclass(eq=False)
 class _Encoding:
-    """One image that is to be encoded."""
+    """One image that is to be encoded; ``embedding`` is there where it is known."""
 
-    def __init__(
-        self,
-        segmenter: Segmenter,
-        data: bytes,
-        image_id: str,
-        known: ImageEmbedding | None,
-        view: int | None,
-        max_pixels: int,
-    ) -> None:
-        self.segmenter, self.data, self.image_id = segmenter, data, image_id
-        self.embedding, self.view, self.max_pixels = known, view, max_pixels
-        self.is_new, self.shown, self.read_seconds = False, cast("str | None", None), 0.0
-        self.prepared: tuple[NDArray[np.float32], Any] | None = None
+    segmenter: Segmenter
+    data: bytes
+    image_id: str
+    embedding: ImageEmbedding | None
+    view: int | None
+    max_pixels: int
+    is_new: bool = False
+    shown: str | None = None
+    read_seconds: float = 0.0
+    prepared: tuple[NDArray[np.float32], Any] | None = None
 
     def __call__(self) -> None:
         """Read the image and make it the model's input: its pixels are let go here."""
@@ -388,6 +387,10 @@ def _read_or_problem(task: _Encoding) -> Exception | None:
     except Exception as err:  # told to the client of this very image
         return err
     return None
+
+
+def _loading() -> Problem:
+    return Problem("loading", "the model is being loaded", retry_after=2)
 
 
 def sha256(data: bytes) -> str:

@@ -8,20 +8,21 @@ address that a request names.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import json
 import os
 import threading
 import urllib.error
 import urllib.request
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 from xml.etree import ElementTree
 
+import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from numpy.typing import NDArray
 
 from tinyvit.images.mask_ops import outlines
 from tinyvit.sam.prompts import Prompt
@@ -31,8 +32,6 @@ from tinyvit.serve.problems import Problem
 from tinyvit.serve.service import Service
 from tinyvit.serve.settings import ServeSettings
 
-from . import brush_rle
-
 SECONDS = 30
 KNOWN_URLS = 4_096  # whose image's hash is remembered, so that a second click fetches nothing
 TAGS = {
@@ -40,21 +39,17 @@ TAGS = {
     "PolygonLabels": "polygonlabels",
     "RectangleLabels": "rectanglelabels",
 }
+_RUN_BITS = np.array([3, 4, 8, 16])  # of a run's length, in the brush format
 
 
 def add(api: FastAPI, service: Service, settings: ServeSettings) -> None:
     """The routes under ``/label-studio``."""
     backend = _Backend(service, settings)
     path = "/label-studio"
-    for name, handler, methods in (
-        ("", backend.health, ["GET"]),
-        ("/", backend.health, ["GET"]),
-        ("/health", backend.health, ["GET"]),
-        ("/setup", backend.setup, ["POST"]),
-        ("/predict", backend.predict, ["POST"]),
-        ("/webhook", backend.webhook, ["POST"]),
-    ):
-        api.add_api_route(path + name, handler, methods=methods, include_in_schema=False)
+    for name in ("", "/", "/health"):
+        api.get(path + name, include_in_schema=False)(backend.health)
+    for handler in (backend.setup, backend.predict, backend.webhook):
+        api.post(f"{path}/{handler.__name__}", include_in_schema=False)(handler)
 
 
 class _Backend:
@@ -113,6 +108,7 @@ class _Backend:
         return stored.id
 
 
+@dataclass(frozen=True)
 class Config:
     """What a labelling configuration says: the image's variable, and the control to answer by.
 
@@ -123,8 +119,10 @@ class Config:
         kind: "brushlabels", "polygonlabels" or "rectanglelabels".
     """
 
-    def __init__(self, image: str, to_name: str, from_name: str, kind: str) -> None:
-        self.image, self.to_name, self.from_name, self.kind = image, to_name, from_name, kind
+    image: str
+    to_name: str
+    from_name: str
+    kind: str
 
     @classmethod
     def read(cls, text: str) -> Config:
@@ -171,35 +169,34 @@ class Fetcher:
             Problem: It is of another host, cannot be fetched, or is too large.
         """
         if url.startswith("data:"):
-            try:
-                return base64.b64decode(url.partition(",")[2], validate=True)
-            except (binascii.Error, ValueError) as err:
-                raise Problem("not-an-image", "the data: URL is not base64") from err
+            return bodies.image_in_json(url)
         if self.base is None:
             raise Problem("bad-parameters", "start the server with --label-studio-url")
         own, given = urlsplit(self.base), urlsplit(url)
         if given.netloc and (given.scheme, given.netloc) != (own.scheme, own.netloc):
             raise Problem("bad-parameters", "images are fetched from --label-studio-url alone")
         target = urljoin(self.base, given._replace(scheme="", netloc="").geturl() or "/")
-        for attempt in range(2):
-            request = urllib.request.Request(target, headers=self._headers())
+        try:
             try:
-                with self._opener.open(request, timeout=SECONDS) as answer:
-                    data: bytes = answer.read(self.most + 1)
+                return self._read(target, self._headers())
             except urllib.error.HTTPError as err:
-                if err.code == 401 and attempt == 0 and self._access is not None:
-                    self._access = None  # it has expired: exchange the key again
-                    continue
-                raise Problem(
-                    "not-an-image",
-                    f"Label Studio answered {err.code} for an image; check LABEL_STUDIO_API_KEY",
-                ) from err
-            except (OSError, ValueError) as err:
-                raise Problem("not-an-image", "Label Studio did not give the image") from err
-            if len(data) > self.most:
-                raise Problem("too-large", f"an image has more than {self.most / 2**20:g} MiB")
-            return data
-        raise Problem("not-an-image", "Label Studio did not take the key")
+                if err.code != 401 or self._access is None:
+                    raise
+                self._access = None  # it has expired: exchange the key again
+                return self._read(target, self._headers())
+        except urllib.error.HTTPError as err:
+            words = f"Label Studio answered {err.code} for an image; check LABEL_STUDIO_API_KEY"
+            raise Problem("not-an-image", words) from err
+        except (OSError, ValueError, KeyError) as err:
+            raise Problem("not-an-image", "Label Studio did not give the image") from err
+
+    def _read(self, url: str, headers: dict[str, str], body: bytes | None = None) -> bytes:
+        request = urllib.request.Request(url, data=body, headers=headers)
+        with self._opener.open(request, timeout=SECONDS) as answer:
+            data: bytes = answer.read(self.most + 1)
+        if len(data) > self.most:
+            raise Problem("too-large", f"an image has more than {self.most / 2**20:g} MiB")
+        return data
 
     def _headers(self) -> dict[str, str]:
         """A personal access token is exchanged for a short-lived one; an older key is sent."""
@@ -211,13 +208,8 @@ class Fetcher:
             if self._access is None:
                 body = json.dumps({"refresh": self._key}).encode()
                 url = urljoin(self.base or "", "/api/token/refresh")
-                headers = {"Content-Type": "application/json"}
-                request = urllib.request.Request(url, data=body, headers=headers)
-                try:
-                    with self._opener.open(request, timeout=SECONDS) as answer:
-                        self._access = str(json.load(answer)["access"])
-                except (OSError, ValueError, KeyError) as err:
-                    raise Problem("not-an-image", "Label Studio did not take the key") from err
+                answer = self._read(url, {"Content-Type": "application/json"}, body)
+                self._access = str(json.loads(answer)["access"])
             return {"Authorization": f"Bearer {self._access}"}
 
 
@@ -275,7 +267,7 @@ def _regions(masks: Masks, config: Config, label: str) -> list[dict[str, Any]]:
     percent = [100 / width, 100 / height]
     values: list[dict[str, Any]]
     if config.kind == "brushlabels":
-        values = [{"format": "rle", "rle": brush_rle.encode(mask)}]
+        values = [{"format": "rle", "rle": brush(mask)}]
     elif config.kind == "polygonlabels":
         rings = outlines(mask, 1.0)
         values = [{"points": (ring * percent).tolist(), "closed": True} for ring in rings]
@@ -300,3 +292,28 @@ def _regions(masks: Masks, config: Config, label: str) -> list[dict[str, Any]]:
         }
         for value in values
     ]
+
+
+def brush(mask: NDArray[np.bool_]) -> list[int]:
+    """A mask [H, W] bool as the bytes that a ``brushlabels`` result has in ``rle``.
+
+    Runs of RGBA values, row by row, packed bit by bit: 32 bits number of values, 5 bits word
+    size - 1, four times 4 bits size of a run's length - 1; then for each run 1 bit (a run), 2 bits
+    which size, length - 1, the value.
+    """
+    flat, longest = mask.ravel(), 1 << int(_RUN_BITS[-1])
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(flat)) + 1])
+    lengths = 4 * np.diff(np.concatenate([starts, [len(flat)]]))
+    pieces = -(-lengths // longest)
+    values = np.repeat(np.where(flat[starts], 255, 0), pieces)
+    runs = np.full(len(values), longest, np.int64)
+    runs[np.cumsum(pieces) - 1] = lengths - (pieces - 1) * longest
+    which = np.searchsorted(1 << _RUN_BITS, runs)
+    bits = _RUN_BITS[which]
+    head = np.array([(4 * mask.size, 32), (8 - 1, 5), *((one - 1, 4) for one in _RUN_BITS)])
+    codes = np.concatenate([head[:, 0], (((4 + which) << bits | (runs - 1)) << 8) | values])
+    sizes = np.concatenate([head[:, 1], 3 + bits + 8])
+    ends = np.cumsum(sizes)
+    place = np.repeat(ends, sizes) - 1 - np.arange(ends[-1])
+    packed = np.packbits((np.repeat(codes, sizes) >> place & 1).astype(np.uint8))
+    return [int(value) for value in packed]
