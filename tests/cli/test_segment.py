@@ -8,7 +8,6 @@ import typer
 from pycocotools.coco import COCO
 
 from tinyvit.cli import arguments, segment
-from tinyvit.cli.console import Console
 from tinyvit.cli.segment import parse_box, parse_point
 from tinyvit.folders.images import ImageFile
 from tinyvit.folders.runner import Item, Outcome
@@ -110,12 +109,12 @@ def test_multimask_and_logits_to_refine(run, image, tmp_path):
         assert annotations(again / "böse Katze.json")[0]["prompt"]["mask"] is True
 
 
-def test_a_low_estimate_is_told_with_the_embedded_weights_only(capsys):
+def test_a_low_estimate_is_told_with_the_embedded_weights_only():
     def said(score, is_starter):
         facts = {"count": 1, "masks": [{"score": score}], "seconds": {"read": 0}, "overlay": "o"}
         outcome = Outcome(Item(ImageFile(Path("a"), "a", "a")), "written", facts=facts)
-        segment._report(Console(), [outcome], 1.0, [], is_starter)
-        return "predicted IoU below 0.5 is low: the embedded weights" in capsys.readouterr().err
+        words = segment._summary(is_starter, [outcome], 1.0)
+        return "predicted IoU below 0.5 is low: the embedded weights" in words
 
     assert said(0.49, True)
     assert not said(0.5, True)

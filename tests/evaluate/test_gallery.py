@@ -41,8 +41,7 @@ def test_a_sheet_shows_images_found_masks_and_truth(tmp_path):
 
 def test_best_and_worst_are_kept_in_order_and_shown_once():
     sheet = collect(Gallery(2), 3)
-    assert [cell.second for *_, cell in sheet._best] == ["right", "right"]
-    assert [cell.second for *_, cell in sheet._worst] == ["left", "left"]
+    assert [cell.second for *_, cell in sheet._kept] == ["right", "right", "left", "left"]
     one = collect(Gallery(8), 1)
     assert one.draw().shape[0] > one.draw().shape[1] / 2
 

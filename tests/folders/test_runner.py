@@ -9,38 +9,38 @@ from tiny import write_image
 from tinyvit.errors import CheckpointError, ImageError
 from tinyvit.folders.images import list_images
 from tinyvit.folders.outputs import Existing
-from tinyvit.folders.runner import Item, Job, Outcome, run
+from tinyvit.folders.runner import FolderWork, Item, Job, Outcome
 
 
-class Work:
+class Work(FolderWork):
     """Reads names, computes their lengths, and remembers what it has written."""
 
     def __init__(self, **states):
         self.states, self.opened, self.seen, self.done = states, 0, [], []
 
-    def plan(self, item):
+    def _plan(self, item):
         item.image.path.stat()
         state = self.states.get(item.image.stem, "nothing")
         return Job(item, {}, Existing(state, f"it is {state}"), {"path": item.image.stem})
 
-    def read(self, job):
+    def _read(self, job):
         self.opened += 1
         if job.item.image.stem == "broken":
             raise ImageError("broken.png is broken")
 
-    def compute(self, jobs):
+    def _compute(self, jobs):
         for job in jobs:
             self.seen.append((job.item.image.stem, self.opened))
             bad = job.item.image.stem == "bad"
             yield job.failed("of no use") if bad else len(job.item.image.stem)
 
-    def write(self, job, length):
+    def _write(self, job, length):
         self.done.append(job.item.image.stem)
         return {"length": length}
 
     def run(self, items, overwrite=False, workers=1, ahead=2, tell=bool):
-        ways = {"overwrite": overwrite, "workers": workers, "ahead": ahead, "tell": tell}
-        return run(items, self.plan, self.read, self.compute, self.write, **ways)
+        self.overwrite, self.workers, self.ahead = overwrite, workers, ahead
+        return super().run(items, tell)
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_outcomes_come_in_order_with_facts(items, workers):
 def test_an_interruption_has_told_all_that_is_done(items):
     """Found by Ctrl-C in a folder: "stopped after 1 of 40 images" with 3 complete ones on disk."""
     work, told = Work(b="current"), []
-    compute = work.compute
+    compute = work._compute
 
     def stopped(jobs):
         for number, result in enumerate(compute(jobs)):
@@ -81,7 +81,7 @@ def test_an_interruption_has_told_all_that_is_done(items):
                 raise KeyboardInterrupt
             yield result
 
-    work.compute = stopped
+    work._compute = stopped
     with pytest.raises(KeyboardInterrupt):
         list(work.run(items("a", "b", "c", "d", "e"), workers=2, tell=told.append))
     assert sorted(one.item.image.stem for one in told if one.state == "written") == work.done
@@ -135,7 +135,7 @@ def test_errors_of_the_disk(items, monkeypatch):
             raise error
         return {}
 
-    monkeypatch.setattr(work, "write", fail)
+    monkeypatch.setattr(work, "_write", fail)
     error = OSError(errno.ENAMETOOLONG, "File name too long")  # of one image alone
     (first, second) = work.run(todo)
     assert (first.state, second.state) == ("failed", "written")
@@ -161,7 +161,7 @@ def test_threads_end_when_the_work_is_given_up(items, monkeypatch):
         raise RuntimeError("out of memory")
         yield
 
-    monkeypatch.setattr(work, "compute", fail)
+    monkeypatch.setattr(work, "_compute", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(work.run(items("a")))
     assert threading.active_count() == before

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 from tinyvit.errors import TinyViTError
 
@@ -22,68 +22,38 @@ Progress = Callable[[int, "int | None"], None]
 
 @dataclass(frozen=True)
 class Contestant:
-    """What is timed: a model on random images.
+    """What is timed: a model on random images."""
 
-    Attributes:
-        model: A variant, or None for the checkpoint's.
-        checkpoint: Name or file of weights; None makes every tensor random.
-        size: Side of the images in pixels, or None for the model's.
-        batch: Images in a call.
-        backend: As for ``Engine``.
-        precision: As for ``Engine``.
-        device: As for ``Engine``.
-        threads: Threads to compute with, or None for the backend's choice.
-    """
-
-    model: str | None = None
-    checkpoint: str | None = None
-    size: int | None = None
-    batch: int = 1
-    backend: str = "auto"
+    model: str | None = None  # a variant, or None for the checkpoint's
+    checkpoint: str | None = None  # name or file of weights; None makes every tensor random
+    size: int | None = None  # side of the images in pixels, or None for the model's
+    batch: int = 1  # images in a call
+    backend: str = "auto"  # as for ``Engine``, and so the next two
     precision: str = "fp32"
     device: str = "auto"
-    threads: int | None = None
+    threads: int | None = None  # to compute with, or None for the backend's choice
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a contestant did.
+    """What a contestant did."""
 
-    Attributes:
-        contestant: What was timed.
-        chose: What the engine chose and why, in words.
-        backend: What ran.
-        precision: What it computed in.
-        size: Height and width of the images.
-        threads: torch's threads.
-        gflop: Useful operations for one image, in 1e9.
-        seconds: Of a call.
-        rounds: Seconds of a call in each round.
-        images_per_s: At the median.
-        gflops: 1e9 operations a second at the median.
-        matmul_gflops: The same of a large matrix product at this precision, in this run.
-        share: Of that rate, taken round by round; the median.
-        page_faults: For each call, the median of the rounds; None where nobody counts them.
-        peak_memory: Largest resident size of the process, in bytes, or None.
-        first_result_s: From the start of the process to the first result.
-    """
-
-    contestant: Contestant
-    chose: str
-    backend: str
-    precision: str
-    size: tuple[int, int]
-    threads: int
-    gflop: float
-    seconds: Spread
-    rounds: tuple[float, ...]
-    images_per_s: float
-    gflops: float
-    matmul_gflops: float
-    share: float
-    page_faults: float | None
-    peak_memory: int | None
-    first_result_s: float
+    contestant: Contestant  # what was timed
+    chose: str  # what the engine chose and why, in words
+    backend: str  # what ran
+    precision: str  # what it computed in
+    size: tuple[int, int]  # height and width of the images
+    threads: int  # of torch
+    gflop: float  # useful operations for one image, in 1e9
+    seconds: Spread  # of a call
+    rounds: tuple[float, ...]  # seconds of a call in each round
+    images_per_s: float  # at the median
+    gflops: float  # 1e9 operations a second at the median
+    matmul_gflops: float  # the same of a large matrix product at this precision, in this run
+    share: float  # of that rate, taken round by round; the median
+    page_faults: float | None  # for each call, the median; None where nobody counts them
+    peak_memory: int | None  # largest resident size of the process in bytes, or None
+    first_result_s: float  # from the start of the process to the first result
 
     def to_dict(self) -> dict[str, object]:
         """As plain data for JSON."""
@@ -122,24 +92,22 @@ def measure(
     with ExitStack() as stack:
         started = [_start(contestant, starts, stack) for contestant in contestants]
         runners = [entry[0] for entry in started if not isinstance(entry, Exception)]
-        machines: dict[tuple[object, ...], Worker] = {}
-        for runner in runners:
-            kind = _kind(runner)
-            if kind not in machines:
-                spec = {"matmul": matmul_side, **dict(zip(_KIND, kind, strict=True))}
-                machines[kind] = stack.enter_context(Worker(_WORKER, spec))
-        workers = [*runners, *machines.values()]
+        products: dict[tuple[object, ...], Worker] = {}
+        for kind in dict.fromkeys(map(_kind, runners)):
+            spec = {"matmul": matmul_side, **dict(zip(_KIND, kind, strict=True))}
+            products[kind] = stack.enter_context(Worker(_WORKER, spec))
+        workers = [*runners, *products.values()]
         turns = take_turns(workers, rounds, least_seconds=least_seconds, progress=progress)
-        turns_of = {id(worker): own for worker, own in zip(workers, turns, strict=True)}
+        turns_of = dict(zip(workers, turns, strict=True))
         results: list[Result | Exception] = []
         for contestant, entry in zip(contestants, started, strict=True):
             if isinstance(entry, Exception):
                 results.append(entry)
                 continue
             runner, first = entry
-            machine = turns_of[id(machines[_kind(runner)])]
-            rates = [2e-9 * matmul_side**3 / turn.seconds for turn in machine]
-            results.append(_result(contestant, runner, turns_of[id(runner)], rates, first))
+            seconds = [turn.seconds for turn in turns_of[products[_kind(runner)]]]
+            rates = [2e-9 * matmul_side**3 / one for one in seconds]
+            results.append(_result(contestant, runner.facts, turns_of[runner], rates, first))
         return results
 
 
@@ -166,32 +134,25 @@ def _kind(worker: Worker) -> tuple[object, ...]:
 
 def _result(
     contestant: Contestant,
-    worker: Worker,
+    facts: Mapping[str, Any],
     turns: Sequence[Turn],
     matmul_rates: Sequence[float],
     first_result_s: float,
 ) -> Result:
-    facts = cast("dict[str, Any]", worker.facts)
     rounds = tuple(turn.seconds for turn in turns)
-    seconds = Spread.of(rounds)
-    work = facts["gflop"] * contestant.batch
+    seconds, work = Spread.of(rounds), facts["gflop"] * contestant.batch
+    shares = [work / s / rate for s, rate in zip(rounds, matmul_rates, strict=True)]
     faults = [turn.page_faults for turn in turns if turn.page_faults is not None]
     return Result(
         contestant=contestant,
-        chose=facts["chose"],
-        backend=facts["backend"],
-        precision=facts["precision"],
-        size=(facts["size"][0], facts["size"][1]),
-        threads=facts["threads"],
-        gflop=facts["gflop"],
+        **{name: facts[name] for name in ("chose", "backend", "precision", "threads", "gflop")},
+        size=tuple(facts["size"]),
         seconds=seconds,
         rounds=rounds,
         images_per_s=contestant.batch / seconds.median,
         gflops=work / seconds.median,
         matmul_gflops=statistics.median(matmul_rates),
-        share=statistics.median(
-            work / s / rate for s, rate in zip(rounds, matmul_rates, strict=True)
-        ),
+        share=statistics.median(shares),
         page_faults=statistics.median(faults) if faults else None,
         peak_memory=turns[-1].peak_memory,
         first_result_s=first_result_s,

@@ -9,9 +9,12 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from tinyvit.allocator import peak_memory as peak_memory
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,8 @@ def machine_facts(*packages: str) -> dict[str, str | int | None]:
         "python": platform.python_version(),
     }
     for package in ("torch", "tinyvit", *packages):
-        try:
+        with suppress(PackageNotFoundError):
             facts[package] = version(package)
-        except PackageNotFoundError:
-            continue
     facts["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return facts
 
@@ -92,44 +93,21 @@ def minor_faults() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def peak_memory() -> int | None:
-    """Largest resident size of this process so far, in bytes; None where it is not known.
-
-    Linux hands ``ru_maxrss`` on from the process that started this one; its own high-water mark
-    does not have that fault.
-    """
-    line = _line_of(Path("/proc/self/status"), "VmHWM")
-    if line is not None:
-        return int(line.split()[0]) * 1024
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if platform.system() == "Darwin" else 1024
-    )
-
-
 def _cpu() -> str:
     name = _line_of(_CPUINFO, "model name")
     if name is None and platform.system() == "Darwin":
         command = ("sysctl", "-n", "machdep.cpu.brand_string")
-        try:
+        with suppress(OSError, subprocess.SubprocessError):
             done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
             name = done.stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            name = None
     return name or platform.processor() or platform.machine()
 
 
 def _line_of(path: Path, name: str) -> str | None:
     """What stands behind ``name:`` in one of the kernel's files, or None."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        key, colon, value = line.partition(":")
-        if colon and key.strip() == name:
-            return value.strip()
+    with suppress(OSError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            key, colon, value = line.partition(":")
+            if colon and key.strip() == name:
+                return value.strip()
     return None

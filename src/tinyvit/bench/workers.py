@@ -15,9 +15,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from tinyvit import errors
 from tinyvit.catalog import get_checkpoint, get_variant, list_checkpoints
@@ -40,21 +41,20 @@ LONG = 5.0
 """Seconds from which on a call counts without one before it: the cold start does not matter."""
 
 
-def make(spec: Mapping[str, object]) -> tuple[Callable[[], Tensor], dict[str, object]]:
+def make(spec: Mapping[str, Any]) -> tuple[Callable[[], Tensor], dict[str, object]]:
     """From a spec (the fields of a ``Contestant``, or of a matrix product) to a call and its facts.
 
     A matrix product has {"matmul": side, "precision", "device", "threads"}. Facts are precision,
     device, threads and, for a TinyViT, chose, backend, size, gflop, invented_s.
     """
-    threads = cast("int | None", spec["threads"])
-    if threads is not None:
+    if (threads := spec["threads"]) is not None:
         if threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
         import torch
 
         torch.set_num_threads(threads)  # other backends are told by the engine
     if "matmul" in spec:
-        return _make_matmul(cast(Any, spec["matmul"]), str(spec["precision"]), str(spec["device"]))
+        return _make_matmul(spec["matmul"], spec["precision"], spec["device"])
     return _make_tiny_vit(spec)
 
 
@@ -94,14 +94,14 @@ def count_gflop(model: TinyViT, size: tuple[int, int], name: str | None = None) 
     return float(counter.get_total_flops()) / 1e9
 
 
-def _make_tiny_vit(spec: Mapping[str, object]) -> tuple[Callable[[], Tensor], dict[str, object]]:
+def _make_tiny_vit(spec: Mapping[str, Any]) -> tuple[Callable[[], Tensor], dict[str, object]]:
     import torch
 
     from tinyvit.factory import create_model
     from tinyvit.inference.engine import Engine
 
-    model_name, checkpoint = cast("tuple[Any, Any]", (spec["model"], spec["checkpoint"]))
-    model = create_model(model_name, checkpoint, img_size=cast(Any, spec["size"]))
+    model_name, checkpoint = spec["model"], spec["checkpoint"]
+    model = create_model(model_name, checkpoint, img_size=spec["size"])
     start = time.perf_counter()
     if checkpoint is None:
         fill_randomly(model)
@@ -111,15 +111,12 @@ def _make_tiny_vit(spec: Mapping[str, object]) -> tuple[Callable[[], Tensor], di
         raise ValueError("this model does not say how its images are prepared; give --size")
     size = model.image_spec.size
     gflop = count_gflop(model, size, model_name)
-    batch = torch.randn(int(cast(Any, spec["batch"])), model.in_chans, *size)
+    batch = torch.randn(spec["batch"], model.in_chans, *size)
     invented = time.perf_counter() - start
-    engine = Engine(
-        model,
-        backend=cast(Any, spec["backend"]),
-        precision=str(spec["precision"]),
-        device=str(spec["device"]),
-        threads=None if spec["backend"] in ("auto", "torch") else cast(Any, spec["threads"]),
-    )
+    ways = {name: spec[name] for name in ("backend", "precision", "device")}
+    if spec["backend"] not in ("auto", "torch"):
+        ways["threads"] = spec["threads"]
+    engine = Engine(model, **ways)
     facts = {
         "chose": engine.explain(),
         "backend": engine.backend.name,
@@ -145,8 +142,7 @@ def _make_matmul(
     from tinyvit.inference.torch_backend import DTYPES
 
     place = device if device.startswith("cuda") else "cpu"
-    dtype = DTYPES[precision]
-    a, b = (torch.randn(side, side, device=place).to(dtype) for _ in range(2))
+    a, b = (torch.randn(side, side, device=place).to(DTYPES[precision]) for _ in range(2))
     # [side, side] as [1, side, side, 1], channels-last: the same product
     image = a.reshape(1, side, 1, side).permute(0, 3, 1, 2)
     kernel = b[:, :, None, None].contiguous(memory_format=torch.channels_last)
@@ -157,16 +153,16 @@ def _make_matmul(
             torch.cuda.synchronize()
         return product
 
-    ways = (lambda: a @ b, lambda: torch.nn.functional.conv2d(image, kernel))
+    def seconds_of(way: Callable[[], Tensor]) -> float:
+        finish(way)
+        start = time.perf_counter()
+        finish(way)
+        finish(way)
+        return time.perf_counter() - start
+
     with torch.inference_mode():
-        seconds = []
-        for way in ways:
-            finish(way)
-            start = time.perf_counter()
-            finish(way)
-            finish(way)
-            seconds.append(time.perf_counter() - start)
-    quicker = ways[seconds.index(min(seconds))]
+        ways = (lambda: a @ b, lambda: torch.nn.functional.conv2d(image, kernel))
+        quicker = min(ways, key=seconds_of)
 
     def call() -> Tensor:
         with torch.inference_mode():
@@ -177,19 +173,12 @@ def _make_matmul(
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a contestant.
+    """One turn of a contestant."""
 
-    Attributes:
-        seconds: Median of its timed calls.
-        calls: How many were timed.
-        page_faults: Minor page faults for each call, or None where nobody counts them.
-        peak_memory: Largest resident size of the process so far, in bytes, or None.
-    """
-
-    seconds: float
-    calls: int
-    page_faults: float | None
-    peak_memory: int | None
+    seconds: float  # median of its timed calls
+    calls: int  # how many were timed
+    page_faults: float | None  # minor ones for each call, or None where nobody counts them
+    peak_memory: int | None  # largest resident size of the process so far in bytes, or None
 
 
 class Worker:
@@ -230,12 +219,11 @@ class Worker:
         except BaseException:
             self.close()
             raise
-        invented = float(cast(Any, self.facts.get("invented_s", 0.0)))
-        self.first_result_s = time.perf_counter() - start - invented
+        self.first_result_s = time.perf_counter() - start - self.facts.get("invented_s", 0.0)
 
     def turn(self, least_seconds: float = 0.2) -> Turn:
         """Let it have its turn; timed calls fill ``least_seconds``."""
-        return Turn(**cast(Any, self._ask({"do": "turn", "least_seconds": least_seconds})))
+        return Turn(**self._ask({"do": "turn", "least_seconds": least_seconds}))
 
     def save(self, path: Path) -> None:
         """Let it write what it computes as a ``.npy`` file."""
@@ -243,16 +231,11 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        stdin, stdout = self._process.stdin, self._process.stdout
         try:
-            if stdin is not None:
-                stdin.close()
-            self._process.wait(10)
-        except (OSError, subprocess.TimeoutExpired):
+            self._process.communicate(timeout=10)  # closes its stdin, which ends it
+        except (OSError, ValueError, subprocess.TimeoutExpired):
             self._process.kill()
-            self._process.wait()
-        if stdout is not None:
-            stdout.close()
+            self._process.communicate()
         self._stderr.close()
 
     def __enter__(self) -> Self:
@@ -261,29 +244,24 @@ class Worker:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _ask(self, request: Mapping[str, object]) -> dict[str, object]:
-        line = ""
-        if self._process.stdin is not None and self._process.stdout is not None:
-            try:
-                self._process.stdin.write(json.dumps(request) + "\n")
-                self._process.stdin.flush()
-                line = self._process.stdout.readline()
-            except BrokenPipeError:
-                pass  # it has ended; stderr says why
+    def _ask(self, request: Mapping[str, object]) -> dict[str, Any]:
+        line, stdin, stdout = "", self._process.stdin, self._process.stdout
+        if stdin is not None and stdout is not None:
+            with suppress(BrokenPipeError):  # it has ended; stderr says why
+                stdin.write(json.dumps(request) + "\n")
+                stdin.flush()
+                line = stdout.readline()
         if not line:
-            raise ChildProcessError(self._last_line())
-        reply = cast("dict[str, object]", json.loads(line))
+            code = self._process.wait()
+            self._stderr.seek(0)
+            said = self._stderr.read().strip() or "nothing on stderr, as where memory is short"
+            raise ChildProcessError(
+                f"a contestant's process ended with exit code {code}: {said.splitlines()[-1]}"
+            )
+        reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
-            raise _as_error(str(reply["error"]), str(reply["message"]))
+            raise _as_error(reply["error"], reply["message"])
         return reply
-
-    def _last_line(self) -> str:
-        code = self._process.wait()
-        self._stderr.seek(0)
-        lines = self._stderr.read().strip().splitlines() or [
-            "nothing on stderr, as where memory is short"
-        ]
-        return f"a contestant's process ended with exit code {code}: {lines[-1]}"
 
 
 def take_turns(
@@ -378,6 +356,5 @@ def _as_error(name: str, message: str) -> Exception:
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, errors.TinyViTError):
         return kind(message)
-    if name in ("ValueError", "TypeError"):
-        return ValueError(message)
-    return ChildProcessError(f"{name}: {message}")
+    is_wrong = name in ("ValueError", "TypeError")
+    return ValueError(message) if is_wrong else ChildProcessError(f"{name}: {message}")

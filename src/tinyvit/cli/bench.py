@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import product
 from typing import TYPE_CHECKING, get_args
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT, get_checkpoint, get_variant
 from tinyvit.cli import console
 
-from .arguments import Positive
+from .arguments import Positive, file_of
 from .console import Console, counted
 
 if TYPE_CHECKING:
-    from tinyvit.bench import Contestant, Result
+    from tinyvit.bench import Result
 
 _DEFAULT_MODELS = (get_checkpoint(DEFAULT_CHECKPOINT).variant, "tiny_vit_5m_sam")
 _HEADS = ("", "ms", "spread", "pictures/s", "GFLOP/s", "share", "MB", "faults", "start")
@@ -66,36 +67,30 @@ def bench(
 
     names = _models(model, checkpoint)
     pairs = _pairs(backend, precision)
-    may_leave_out = "all" in (backend, precision)
     found: list[Result] = []
-    left_out: list[tuple[Contestant, str]] = []
-    for name, side, number in [
-        (n, s, b) for n in names for s in (size or (None,)) for b in (batch or (1,))
-    ]:
+    left_out: list[dict[str, object]] = []
+    for name, side, number in product(names, size or (None,), batch or (1,)):
         heat = [
             Contestant(name, checkpoint, side, number, kind, computed, device, threads)
             for kind, computed in pairs
         ]
         where = "" if side is None else f" at {side}"
-        contestants = counted(len(heat), "contestant")
-        words = f"{name or checkpoint}{where}, batch {number}: {contestants}"
+        words = f"{name or checkpoint}{where}, batch {number}: {counted(len(heat), 'contestant')}"
         own.say(f"{words}, {counted(repeats, 'round')}")
         with own.progress("measuring", things="turns") as update:
             outcomes = measure(heat, repeats, progress=update)
         wrong = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
-        if wrong and (len(wrong) == len(heat) or not may_leave_out):
+        if wrong and (len(wrong) == len(heat) or "all" not in (backend, precision)):
             raise wrong[0]
         for contestant, outcome in zip(heat, outcomes, strict=True):
             if isinstance(outcome, Exception):
-                left_out.append((contestant, str(outcome)))
+                left_out.append({**asdict(contestant), "reason": str(outcome)})
                 own.say(f"left out {contestant.backend} {contestant.precision}: {outcome}")
             else:
                 found.append(outcome)
     facts = machine_facts("openvino", "onnxruntime")
     if as_json:
-        results = [result.to_dict() for result in found]
-        rest = [asdict(row) | {"reason": reason} for row, reason in left_out]
-        rows = {"results": results, "left_out": rest}
+        rows = {"results": [result.to_dict() for result in found], "left_out": left_out}
         console.write_json({"machine": facts, "repeats": repeats, **rows})
         return
     console.write(console.fields(_machine(facts, found)))
@@ -115,8 +110,6 @@ def _models(models: Sequence[str] | None, checkpoint: str | None) -> list[str | 
             f"one checkpoint fits one model, got {len(models)}: {', '.join(models)}; leave --model "
             "out, or leave --checkpoint out to measure random weights"
         )
-    from .arguments import file_of
-
     file_of(checkpoint)
     return [models[0] if models else None]
 
@@ -144,47 +137,34 @@ def _machine(
     """The machine's facts for a person."""
     threads = sorted({result.threads for result in results})
     memory = facts["memory"]
-    versions = [
-        f"{name} {facts[name]}"
-        for name in ("tinyvit", "torch", "openvino", "onnxruntime", "python")
-        if name in facts
-    ]
+    names = ("tinyvit", "torch", "openvino", "onnxruntime", "python")
     pairs = [
-        ("processor", str(facts["cpu"])),
+        ("processor", facts["cpu"]),
         ("cores", f"{facts['cores']}; {' and '.join(counted(n, 'thread') for n in threads)}"),
-        ("instructions", str(facts["instruction_sets"])),
+        ("instructions", facts["instruction_sets"]),
         ("memory", f"{memory / 1e9:.0f} GB" if isinstance(memory, int) else ""),
-        ("system", str(facts["os"])),
-        ("versions", ", ".join(versions)),
-        ("date", str(facts["date"])),
+        ("system", facts["os"]),
+        ("versions", ", ".join(f"{name} {facts[name]}" for name in names if name in facts)),
+        ("date", facts["date"]),
     ]
-    return [(name, text) for name, text in pairs if text]
+    return [(name, str(text)) for name, text in pairs if text]
 
 
 def _rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
     """The table: for each heat a line of its own, its contestants, and the matrix products."""
-    rows: list[tuple[str, ...]] = []
     heats: dict[str, list[Result]] = {}
     for result in results:
-        heats.setdefault(_title(result), []).append(result)
+        contestant, (height, width) = result.contestant, result.size
+        names = " ".join(name for name in (contestant.model, contestant.checkpoint) if name)
+        title = f"{names}, {height}x{width}, batch {contestant.batch}: "
+        heats.setdefault(f"{title}{result.gflop:.1f} GFLOP an image", []).append(result)
+    rows: list[tuple[str, ...]] = []
     for title, members in heats.items():
-        rows.append((title,))
-        rows += [_row(result) for result in members]
+        rows += [(title,), *map(_row, members)]
         rates = {result.precision: result.matmul_gflops for result in members}
         for precision, rate in rates.items():
-            blanks = ("",) * (len(_HEADS) - 5)
-            rows.append((f" matmul {precision}", "", "", "", f"{rate:.0f}", *blanks))
+            rows.append((f" matmul {precision}", "", "", "", f"{rate:.0f}", "", "", "", ""))
     return rows
-
-
-def _title(result: Result) -> str:
-    contestant = result.contestant
-    names = [name for name in (contestant.model, contestant.checkpoint) if name]
-    height, width = result.size
-    return (
-        f"{' '.join(names)}, {height}x{width}, batch {contestant.batch}: "
-        f"{result.gflop:.1f} GFLOP an image"
-    )
 
 
 def _row(result: Result) -> tuple[str, ...]:

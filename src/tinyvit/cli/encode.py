@@ -60,6 +60,7 @@ def encode(
 
     from tinyvit.folders.encode import EncodeFolder
     from tinyvit.folders.outputs import facts_of_engine
+    from tinyvit.folders.runner import Item
     from tinyvit.inference import Engine
 
     built = args.load_encoder(own, checkpoint, model, size)
@@ -69,11 +70,11 @@ def encode(
         facts = facts_of_engine(engine, name, **sizes, weights_sha256=engine.weights_sha256())
         args.announce_engine(own, name, engine)
         work = EncodeFolder(engine, output, facts, not no_pictures, overwrite, max_pixels)
-        run = partial(work.run, listed)
-        done, seconds = outcomes.follow(own, run, len(listed), "encoding")
-    own.say(_summary(outcomes.written(done), output, seconds))
-    outcomes.say_replaced_and_kept(own, done)
-    outcomes.finish(done, facts, output, seconds, as_json)
+        items = [Item(image) for image in listed]
+        summary = partial(_summary, output)
+        outcomes.carry_out(
+            own, work, items, output, summary, words="encoding", facts=facts, as_json=as_json
+        )
 
 
 def _check_drawings(output: Path, images: Sequence[ImageFile]) -> None:
@@ -89,7 +90,7 @@ def _check_drawings(output: Path, images: Sequence[ImageFile]) -> None:
             )
 
 
-def _summary(written: Sequence[Outcome], output: Path, seconds: float) -> str:
+def _summary(output: Path, written: Sequence[Outcome], seconds: float) -> str:
     """What was written, how fast, and where it is."""
     if not written:
         return "encoded nothing new"

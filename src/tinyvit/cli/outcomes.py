@@ -6,7 +6,7 @@ import errno
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from .arguments import check_checkpoint
 from .console import Console, counted
 
 if TYPE_CHECKING:
-    from tinyvit.folders.runner import Outcome
+    from tinyvit.folders.runner import FolderWork, Item, Outcome
 
 
 def list_and_check(images: Sequence[Path], output: Path, checkpoint: str | None) -> list[ImageFile]:
@@ -49,78 +49,63 @@ def check_folder(output: Path, flag: str) -> None:
         ) from err
 
 
-def follow(
+def carry_out(
     own: Console,
-    run: Callable[[Callable[[Outcome], object]], Iterator[Outcome]],
-    total: int,
+    work: FolderWork[Any],
+    items: Sequence[Item],
+    output: Path,
+    summary: Callable[[list[Outcome], float], str],
+    *,
     words: str,
-) -> tuple[list[Outcome], float]:
-    """Do the work, show how it goes (``words``; empty for no progress bar), and name what failed.
+    facts: Mapping[str, object],
+    as_json: bool,
+    missing: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Do the work, show how it goes (``words``; empty for no progress bar), and say what came.
 
-    ``run`` begins the work and is told where to tell what is done. Gives the outcomes, one for each
-    of the images, ``total`` in all, and the seconds it took.
+    ``summary`` has what was written, and the seconds it took, in words; ``missing`` is (name,
+    message) of what failed before. ``facts`` are of the whole, for JSON.
+
+    Raises:
+        typer.Exit: With 1, if one failed.
     """
+    for _, message in missing:
+        console.complain(f"failed: {message}")
     done: list[Outcome] = []
     complete: list[Outcome] = []  # files are written ahead of the outcomes that are yielded
     start = time.monotonic()
     try:
         with own.progress(words) if words else nullcontext(None) as update:
-            for outcome in run(complete.append):
+            for outcome in work.run(items, complete.append):
                 done.append(outcome)
                 if update is not None:
-                    update(len(done), total)
+                    update(len(done), len(items))
                 if outcome.state == "failed":
                     console.complain(f"failed: {outcome.reason}")
     except (KeyboardInterrupt, CheckpointError, OSError) as err:
         if complete or isinstance(err, KeyboardInterrupt):
-            stopped = f"stopped after {len(complete)} of {counted(total, 'image')}"
+            stopped = f"stopped after {len(complete)} of {counted(len(items), 'image')}"
             own.say(f"{stopped}; the same command goes on from there")
         raise
-    return done, time.monotonic() - start
-
-
-def written(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Those of images whose files were written."""
-    return [outcome for outcome in outcomes if outcome.state == "written"]
-
-
-def say_replaced_and_kept(own: Console, outcomes: Sequence[Outcome]) -> None:
-    """What was written in the place of older files, and what was left as it is."""
-    reasons = Counter(outcome.reason for outcome in written(outcomes) if outcome.reason)
-    for reason, number in reasons.items():
+    seconds = time.monotonic() - start
+    written = [outcome for outcome in done if outcome.state == "written"]
+    own.say(summary(written, seconds))
+    for reason, number in Counter(one.reason for one in written if one.reason).items():
         own.say(f"replaced {number} that were {reason}")
-    kept = sum(outcome.state == "skipped" for outcome in outcomes)
-    if kept:
+    if kept := sum(outcome.state == "skipped" for outcome in done):
         own.say(f"kept {kept} made before (--overwrite writes them again)")
-
-
-def finish(
-    outcomes: Sequence[Outcome],
-    facts: Mapping[str, object],
-    output: Path,
-    seconds: float,
-    as_json: bool,
-    missing: Sequence[tuple[str, str]] = (),
-) -> None:
-    """Say how many failed, ``missing`` (name, message) among them, and all as JSON if asked.
-
-    Raises:
-        typer.Exit: With 1, if one failed.
-    """
     lists: dict[str, list[dict[str, Any]]] = {"written": [], "skipped": [], "failed": []}
     lists["failed"] += [{"picture": name, "path": None, "error": text} for name, text in missing]
-    for outcome in outcomes:
+    for outcome in done:
         image = outcome.item.image
-        row: dict[str, Any] = {"picture": image.name, "path": os.fspath(image.path)}
+        row = {"picture": image.name, "path": os.fspath(image.path), **outcome.facts}
         if outcome.state == "failed":
             row["error"] = outcome.reason
-        row.update(outcome.facts)
-        if outcome.state == "written":
+        elif outcome.state == "written":
             row["instead_of"] = outcome.reason or None
         lists[outcome.state].append(row)
-    failed = len(lists["failed"])
-    if failed:
-        console.complain(f"failed {failed} of {len(outcomes) + len(missing)}, named above")
+    if failed := len(lists["failed"]):
+        console.complain(f"failed {failed} of {len(done) + len(missing)}, named above")
     if as_json:
         end = {"output": str(output), "seconds": round(seconds, 3)}
         console.write_json({**facts, **lists, **end})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, NewType
 import typer
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT
-from tinyvit.cli import console
 from tinyvit.folders.images import ImageFile
 
 from . import arguments as args
@@ -51,10 +51,9 @@ def parse_box(text: str) -> Box:
 
 def _numbers(text: str) -> list[float]:
     """Numbers between commas; none at all where one of them is no number."""
-    try:
+    with suppress(ValueError):
         return [float(word) for word in text.split(",")]
-    except ValueError:
-        return []
+    return []
 
 
 Points = Annotated[list[Point] | None, typer.Option(parser=parse_point)]
@@ -91,7 +90,7 @@ class Prompts:
     prompts: Path | None = None
     everything: bool = False
 
-    def check(self) -> None:
+    def check(self, grid: Mapping[str, object], has_candidates: bool) -> None:
         """Refuse options that do not go together, and files that are not there."""
         prompted = [f"--{name}" for name in ("point", "box", "mask", "each") if getattr(self, name)]
         modes = [f"--{name}" for name in ("everything", "prompts") if getattr(self, name)]
@@ -102,20 +101,29 @@ class Prompts:
                 f"{modes[0]} does not go together with --point, --box, --mask and --each; came "
                 f"{', '.join(prompted)}"
             )
+        if self.everything and has_candidates:
+            raise ValueError("--everything does not go together with --multimask and --logits")
+        if grid and not self.everything:
+            option = f"--{next(iter(grid)).replace('_', '-')}"
+            raise ValueError(f"{option} is for --everything; give that too, or leave it out")
         for name, file in (("mask", self.mask), ("prompts", self.prompts)):
             if file is not None and not file.exists():
                 raise ValueError(f"there is no file {str(file)!r}; check the path of --{name}")
 
-    def items(self, listed: Sequence[ImageFile]) -> tuple[list[Item], list[tuple[str, str]]]:
-        """Images with their prompts; (name, message) of prompts for an image that is not there."""
+    def items(
+        self, listed: Sequence[ImageFile]
+    ) -> tuple[list[Item], list[tuple[str, str]], list[str]]:
+        """Images with their prompts; what fits no image, as (name, message); images without."""
         from tinyvit.folders.prompt_files import prompts_of, read_prompts, share_out
         from tinyvit.folders.runner import Item
 
         if self.prompts is not None:
-            return share_out(listed, read_prompts(self.prompts), self.prompts)
+            items, missing = share_out(listed, read_prompts(self.prompts), self.prompts)
+            used = {item.image for item in items}
+            return items, missing, [image.name for image in listed if image not in used]
         same = () if self.everything else (self.point or (), self.box or (), self.mask, self.each)
         one = prompts_of(*same) if same else ()
-        return [Item(image, one) for image in listed], []
+        return [Item(image, one) for image in listed], [], []
 
 
 @dataclass(frozen=True)
@@ -190,21 +198,15 @@ def segment(
     """
     given = {name: value for name, value in asdict(grid).items() if value is not None}
     listed = outcomes.list_and_check(images, output, checkpoint)
-    what.check()
-    if what.everything and (multimask or logits):
-        raise ValueError("--everything does not go together with --multimask and --logits")
-    if given and not what.everything:
-        option = f"--{next(iter(given)).replace('_', '-')}"
-        raise ValueError(f"{option} is for --everything; give that too, or leave it out")
+    what.check(given, multimask or logits)
     if running.threads and running.backend not in ("auto", "torch"):
         raise ValueError(
             f"--threads is for torch here; leave it out with --backend {running.backend}"
         )
-    items, missing = what.items(listed)
-    for _, words in missing:
-        console.complain(f"failed: {words}")
-    used = {item.image for item in items}
-    without = [image.name for image in listed if image not in used]
+    items, missing, without = what.items(listed)
+    if without:
+        names = f"{', '.join(without[:5])}{', ...' if len(without) > 5 else ''}"
+        own.say(f"left out {counted(len(without), 'image')} without prompts: {names}")
 
     from tinyvit.folders.segment import SegmentFolder
     from tinyvit.sam import Segmenter
@@ -225,45 +227,39 @@ def segment(
             max_pixels=max_pixels,
         )
         args.announce_engine(own, name, engine)
-        words = "" if what.everything else "segmenting"  # the generator has its own bar
-        done, seconds = outcomes.follow(own, partial(work.run, items), len(items), words)
-    _report(own, done, seconds, without, name == DEFAULT_CHECKPOINT)
-    facts = {**work.facts, "without_prompts": without}
-    outcomes.finish(done, facts, output, seconds, as_json, missing)
+        outcomes.carry_out(
+            own,
+            work,
+            items,
+            output,
+            partial(_summary, name == DEFAULT_CHECKPOINT),
+            words="" if what.everything else "segmenting",  # the generator has its own bar
+            facts={**work.facts, "without_prompts": without},
+            as_json=as_json,
+            missing=missing,
+        )
 
 
-def _report(
-    own: Console,
-    done: Sequence[Outcome],
-    seconds: float,
-    without: Sequence[str],
-    is_starter: bool,
-) -> None:
-    """Say what was written, where it is, how long it and each step took, and what was left."""
-    written = outcomes.written(done)
+def _summary(is_starter: bool, written: Sequence[Outcome], seconds: float) -> str:
+    """What was written, where it is, and how long it and each step took."""
     if not written:
-        own.say("segmented nothing new")
+        return "segmented nothing new"
+    first = written[0].facts
+    scores = [mask["score"] for outcome in written for mask in outcome.facts["masks"]]
+    masks = counted(sum(outcome.facts["count"] for outcome in written), "mask")
+    line = f"segmented {counted(len(written), 'image')} in {seconds:.1f} s: {masks}"
+    if len(written) > 1:
+        line += f" in {Path(first['document']).parent}"
     else:
-        first = written[0].facts
-        masks = counted(sum(outcome.facts["count"] for outcome in written), "mask")
-        line = f"segmented {counted(len(written), 'image')} in {seconds:.1f} s: {masks}"
-        scores = [mask["score"] for mask in first["masks"]]
-        if len(written) > 1:
-            line += f" in {Path(first['document']).parent}"
-        elif 0 < len(scores) <= 3:
+        if 0 < len(scores) <= 3:
             line += f" (predicted IoU {', '.join(f'{score:.2f}' for score in scores)})"
-        own.say(line if len(written) > 1 else f"{line}, seen in {first['overlay']}")
-        scores = [mask["score"] for outcome in written for mask in outcome.facts["masks"]]
-        if min(scores, default=1) < LOW and is_starter:
-            own.say(
-                f"predicted IoU below {LOW} is low: the embedded weights are weak; add a click or "
-                "a box, or take other weights with --checkpoint"
-            )
-        steps = [outcome.facts["seconds"] for outcome in written]
-        means = {step: sum(one[step] for one in steps) / len(steps) for step in steps[0]}
-        times = ", ".join(f"{step} {mean:.3f}" for step, mean in means.items())
-        own.say(f"seconds an image: {times}")
-    outcomes.say_replaced_and_kept(own, done)
-    if without:
-        names = f"{', '.join(without[:5])}{', ...' if len(without) > 5 else ''}"
-        own.say(f"left out {counted(len(without), 'image')} without prompts: {names}")
+        line += f", seen in {first['overlay']}"
+    if min(scores, default=1) < LOW and is_starter:
+        line += (
+            f"\npredicted IoU below {LOW} is low: the embedded weights are weak; add a click or a "
+            "box, or take other weights with --checkpoint"
+        )
+    steps = [outcome.facts["seconds"] for outcome in written]
+    means = {step: sum(one[step] for one in steps) / len(steps) for step in steps[0]}
+    times = ", ".join(f"{step} {mean:.3f}" for step, mean in means.items())
+    return f"{line}\nseconds an image: {times}"

@@ -91,8 +91,7 @@ def write_logits(
             batch_size=batch_size,
             progress=update,
         )
-    facts = {"output": str(output), "pictures": len(parts.train), "views": views}
-    _finish(own, facts, broken, as_json)
+    _finish(own, output, len(parts.train), {"views": views}, broken, as_json)
 
 
 def store_features(
@@ -142,12 +141,8 @@ def store_features(
     opened = open_teacher(teacher, spec, device)
     with _running(own, opened.name, "images") as update:
         kept = store(opened, images, output, flips=flips, batch_size=batch_size, progress=update)
-    facts = {
-        "output": str(output),
-        "pictures": len(kept.good),
-        "shape": list(kept.shapes.get("features", ())),
-    }
-    _finish(own, facts, kept.unreadable, as_json)
+    shape = list(kept.shapes.get("features", ()))
+    _finish(own, output, len(kept.good), {"shape": shape}, kept.unreadable, as_json)
 
 
 @contextmanager
@@ -163,11 +158,17 @@ def _running(own: Console, teacher: str, things: str) -> Iterator[Update]:
 
 
 def _finish(
-    own: Console, facts: Mapping[str, object], unreadable: Mapping[str, str], as_json: bool
+    own: Console,
+    output: Path,
+    images: int,
+    facts: Mapping[str, object],
+    unreadable: Mapping[str, str],
+    as_json: bool,
 ) -> None:
-    own.say(f"{counted(int(str(facts['pictures'])), 'image')} are in {facts['output']}")
+    own.say(f"{counted(images, 'image')} are in {output}")
     if as_json:
-        console.write_json({**facts, "broken": dict(unreadable)})
+        head = {"output": str(output), "pictures": images}
+        console.write_json({**head, **facts, "broken": dict(unreadable)})
     for name, reason in unreadable.items():
         console.complain(f"failed: {reason if name in reason else f'{name}: {reason}'}")
     if unreadable:

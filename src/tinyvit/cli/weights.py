@@ -11,11 +11,12 @@ import typer
 from tinyvit.catalog import Family, get_checkpoint
 from tinyvit.cli import console
 
-from .arguments import matching
+from . import arguments as args
 from .console import Console, counted, megabytes
 
 if TYPE_CHECKING:
-    from tinyvit.checkpoints import Detection, Inspection
+    from tinyvit.checkpoints import Inspection
+    from tinyvit.checkpoints.detection import Architecture
 
 
 def inspect(own: Console, file: str, as_json: bool = False) -> None:
@@ -36,17 +37,15 @@ def inspect(own: Console, file: str, as_json: bool = False) -> None:
     from tinyvit.checkpoints import inspect as inspect_file
     from tinyvit.checkpoints.families import get_layout
 
-    from .arguments import file_of
-
-    report = inspect_file(file_of(file))
+    report = inspect_file(args.file_of(file))
     if as_json:
         console.write_json(report.to_dict())
         return
-    console.write(console.fields(_facts(report, get_layout(report.detection.family).title)))
-    stages = _stages(report.detection)
-    if stages:
-        console.write(f"\n{stages}")
-    remarks = [text for text in report.remarks if text != report.detection.strides_reason]
+    found = report.detection
+    console.write(console.fields(_facts(report, get_layout(found.family).title)))
+    if found.architecture is not None:
+        console.write(f"\n{_stages(found.architecture)}")
+    remarks = [text for text in report.remarks if text != found.strides_reason]
     if remarks:
         console.write("\nremarks")
         console.write(console.fields([("-", remark) for remark in remarks]))
@@ -79,34 +78,27 @@ def _facts(report: Inspection, title: str) -> list[tuple[str, str]]:
             ("head", f"{sizes.num_classes} classes" if found.has_head else "none"),
             ("neck", f"{sizes.neck_dim} channels" if found.has_neck else "none"),
         ]
-    facts.append(("complete", _completeness(found)))
-    return [(name, value) for name, value in facts if value]
-
-
-def _completeness(found: Detection) -> str:
     numbers = {
         "missing": len(found.missing),
         "left over": len(found.unexpected),
         "of a wrong shape": len(found.wrong_shapes),
     }
-    counts = [f"{number} {what}" for what, number in numbers.items() if number]
-    if not counts:
-        return "yes, nothing missing and nothing left over"
-    return f"{'yes' if found.is_complete else 'no'}: {', '.join(counts)} (--json names them)"
+    counts = ", ".join(f"{number} {what}" for what, number in numbers.items() if number)
+    complete = "yes, nothing missing and nothing left over"
+    if counts:
+        complete = f"{'yes' if found.is_complete else 'no'}: {counts} (--json names them)"
+    return [(name, value) for name, value in (*facts, ("complete", complete)) if value]
 
 
-def _stages(found: Detection) -> str:
-    """The sizes of the stages as a table; empty without an encoder."""
-    sizes = found.architecture
-    if sizes is None:
-        return ""
-    rows = []
-    for i, channels in enumerate(sizes.embed_dims):
-        kind = "attention" if i else "convolution"
-        attention = (str(sizes.num_heads[i]), str(sizes.window_sizes[i])) if i else ("-", "-")
-        rows.append((str(i + 1), kind, str(channels), str(sizes.depths[i]), *attention))
-    heads = ("stage", "of", "channels", "blocks", "heads", "window")
-    return console.table(heads, rows, right=(2, 3, 4, 5))
+def _stages(sizes: Architecture) -> str:
+    """The sizes of the stages as a table."""
+    rows = [("1", "convolution", str(sizes.embed_dims[0]), str(sizes.depths[0]), "-", "-")]
+    columns = (sizes.embed_dims, sizes.depths, sizes.num_heads, sizes.window_sizes)
+    for i, numbers in enumerate([*zip(*columns, strict=True)][1:], 2):
+        channels, blocks, heads, window = map(str, numbers)
+        rows.append((str(i), "attention", channels, blocks, heads, window))
+    names = ("stage", "of", "channels", "blocks", "heads", "window")
+    return console.table(names, rows, right=(2, 3, 4, 5))
 
 
 NAMED_AT_MOST = 3
@@ -122,7 +114,7 @@ def known_family(family: str) -> str:
     raise typer.BadParameter(f"unknown family {family!r}{hint} Choose one of {', '.join(FAMILIES)}")
 
 
-matching_families = matching(FAMILIES)
+matching_families = args.matching(FAMILIES)
 FamilyName = Annotated[
     str,
     typer.Option(
@@ -162,14 +154,12 @@ def convert(
     """
     from tinyvit.checkpoints import convert as convert_file
 
-    from .arguments import SUFFIXES, file_of
-
-    if target.suffix.lower() not in SUFFIXES:
+    if target.suffix.lower() not in args.SUFFIXES:
         raise ValueError(
             f"{str(target)!r} has no suffix that says what to write; name it with one of "
-            f"{', '.join(SUFFIXES)}"
+            f"{', '.join(args.SUFFIXES)}"
         )
-    report = convert_file(file_of(source), target, to, overwrite, into)
+    report = convert_file(args.file_of(source), target, to, overwrite, into)
     if as_json:
         console.write_json(report.to_dict())
         return
@@ -213,10 +203,8 @@ def download(
     """
     from tinyvit.checkpoints import fetch, file_sha256
 
-    from .arguments import announce
-
     row = get_checkpoint(name)
-    announce(own, row.name, cache_dir)
+    args.announce(own, row.name, cache_dir)
     with own.progress("downloading", counts_bytes=True) as update:
         path = fetch(row, cache_dir, sha256, update)
     if not as_json:

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 
 from tinyvit.errors import ImageError
 from tinyvit.images.decode import ImageSource, decode
 from tinyvit.sam.predictor import SamPredictor
 
-from .metrics import Mask, as_json, iou
+from .metrics import as_json, iou
+from .segment import Timed
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def compare(
     """
     if grid < 1:
         raise ValueError(f"grid must be at least 1 click along a side, but is {grid}")
-    sides = _Side(first), _Side(second)
+    sides = Timed(first), Timed(second)
     found: list[ImageAgreement] = []
     skipped: list[str] = []
     for number, source in enumerate(images):
@@ -104,13 +102,14 @@ def compare(
             for row in range(grid)
             for column in range(grid)
         ]
-        ious = tuple(iou(*(side.predict(click) for side in sides)) for click in clicks)
+        ious = tuple(iou(*(side.predict([click], [1]).mask for side in sides)) for click in clicks)
         found.append(ImageAgreement(name, _cosines(first, second), ious))
     if not found:
         reasons = f": {'; '.join(skipped[:5])}" if skipped else ""
         raise ValueError(f"no image could be compared{reasons}")
     cosines = [one.cosines for one in found if one.cosines is not None]
     every = [value for one in found for value in one.ious]
+    encode_seconds, prompt_seconds = zip(*(side.medians() for side in sides), strict=True)
     return Agreement(
         names=names,
         images=tuple(found),
@@ -119,33 +118,9 @@ def compare(
         least_cosine=min(least for _, least in cosines) if cosines else None,
         mean_iou=statistics.fmean(every),
         least_iou=min(every),
-        encode_seconds=_medians(*(side.encode_times for side in sides)),
-        prompt_seconds=_medians(*(side.prompt_times for side in sides)),
+        encode_seconds=encode_seconds,
+        prompt_seconds=prompt_seconds,
     )
-
-
-class _Side:
-    """One of the two, and its times."""
-
-    def __init__(self, predictor: SamPredictor) -> None:
-        self.predictor = predictor
-        self.encode_times: list[float] = []
-        self.prompt_times: list[float] = []
-
-    def encode(self, image: NDArray[np.uint8]) -> None:
-        start = time.perf_counter()
-        self.predictor.set_image(image)
-        self.encode_times.append(time.perf_counter() - start)
-
-    def predict(self, click: tuple[float, float]) -> Mask:
-        start = time.perf_counter()
-        masks, scores, _ = self.predictor.predict(np.array([click]), np.array([1]))
-        self.prompt_times.append(time.perf_counter() - start)
-        return np.asarray(masks[int(np.argmax(scores))], np.bool_)
-
-
-def _medians(first: list[float], second: list[float]) -> tuple[float, float]:
-    return statistics.median(first), statistics.median(second)
 
 
 def _cosines(first: SamPredictor, second: SamPredictor) -> tuple[float, float] | None:

@@ -15,13 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tinyvit.allocator import peak_memory
 from tinyvit.errors import ImageError
 from tinyvit.images.decode import decode
 from tinyvit.inference.engine import Engine
 from tinyvit.inference.read_ahead import read_ahead
 
 from .gallery import RGB, Cell, draw_gallery, fit_into
-from .metrics import RESAMPLES, Figure, as_json, peak_memory
+from .metrics import RESAMPLES, Figure, as_json, calibrate
 
 BINS = 15
 CELL = 220  # pixels of the error gallery
@@ -82,10 +83,10 @@ def calibration_error(
         >>> calibration_error(np.array([0.75, 0.75]), np.array([True, False]))
         0.25
     """
-    numbers = np.minimum((confidence * bins).astype(np.int64), bins - 1)
-    sure = np.bincount(numbers, weights=confidence, minlength=bins)
-    right = np.bincount(numbers, weights=hits.astype(np.float64), minlength=bins)
-    return float(np.abs(sure - right).sum() / max(len(hits), 1))
+    rows = calibrate(confidence, hits, bins).bins
+    return sum(row.count * abs(row.predicted - row.true) for row in rows if row.count) / max(
+        len(hits), 1
+    )
 
 
 def confusions(

@@ -9,7 +9,6 @@ interactive segmentation. Points are (x, y), continuous: the centre of the first
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, cast
@@ -21,6 +20,7 @@ from tinyvit.images.mask_ops import box_around
 
 Mask = NDArray[np.bool_]
 Point = tuple[float, float]
+Numbers = Sequence[float] | NDArray[Any]
 
 BOUNDARY_TOLERANCE = 0.0075
 """How far apart two boundaries may lie and still agree, as a share of the image's diagonal."""
@@ -192,7 +192,7 @@ class Calibration:
     bins: tuple[CalibrationBin, ...]  # by predicted IoU
 
 
-def calibrate(predicted: Sequence[float], true: Sequence[float], bins: int = 10) -> Calibration:
+def calibrate(predicted: Numbers, true: Numbers, bins: int = 10) -> Calibration:
     """Compare predicted with true IoU, in bins of equal width from 0 to 1; nan without any mask."""
     if len(predicted) != len(true):
         raise ValueError(f"wanted as many predicted as true; came {len(predicted)} and {len(true)}")
@@ -210,20 +210,6 @@ def calibrate(predicted: Sequence[float], true: Sequence[float], bins: int = 10)
 
 def _mean(numbers: NDArray[np.float64]) -> float:
     return float(numbers.mean()) if len(numbers) else float("nan")
-
-
-def peak_memory(device: str = "cpu") -> int | None:
-    """Most bytes held: on a GPU by torch there, else by the process; None if it is not known."""
-    import torch
-
-    if device.startswith("cuda"):
-        return int(torch.cuda.max_memory_allocated(device))
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
 
 
 _JSON_KEYS = {

@@ -12,7 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from tinyvit.allocator import peak_memory
 from tinyvit.errors import ImageError
 from tinyvit.images.draw import draw_masks, draw_points, save_png
 from tinyvit.images.mask_ops import box_around
@@ -29,7 +30,7 @@ from tinyvit.sam.model import Sam
 from tinyvit.sam.predictor import SamPredictor
 
 from .baselines import box_baselines, click_baselines
-from .gallery import INK, RGB, Cell, draw_gallery
+from .gallery import INK, RGB, Cell, draw_gallery, fit_into
 from .metrics import (
     Calibration,
     Figure,
@@ -42,7 +43,6 @@ from .metrics import (
     iou,
     most_interior_point,
     next_click,
-    peak_memory,
 )
 
 COLUMNS = ("metric", "model", "95 % interval", "baselines")
@@ -132,10 +132,8 @@ class SegmentReport:
         return rows + [(name, value, _DASH, _DASH) for name, value in single]
 
     def _baselines_of(self, prompt: str) -> str:
-        baselines = self.baselines.get(prompt, {})
-        return (
-            ", ".join(f"{name} {figure.value:.3f}" for name, figure in baselines.items()) or _DASH
-        )
+        found = self.baselines.get(prompt, {}).items()
+        return ", ".join(f"{name} {figure.value:.3f}" for name, figure in found) or _DASH
 
 
 def summarise(
@@ -161,14 +159,11 @@ def summarise(
         one: {name: mean(c.click_baselines[name] for c in cases) for name in first.click_baselines},
         "box": {name: mean(c.box_baselines[name] for c in cases) for name in first.box_baselines},
     }
+    target, most = settings.target_iou, settings.most_clicks
     needed = [
-        next((n for n, iou in enumerate(case.click_ious, 1) if iou >= settings.target_iou), None)
+        next((n for n, iou in enumerate(case.click_ious, 1) if iou >= target), None)
         for case in cases
     ]
-    estimates = {
-        one: ([c.click_predicted_iou for c in cases], [c.click_ious[0] for c in cases]),
-        "box": ([c.box_predicted_iou for c in cases], [c.box_iou for c in cases]),
-    }
     return SegmentReport(
         model=model,
         data=data,
@@ -181,11 +176,16 @@ def summarise(
             "box": mean(case.box_boundary_f for case in cases),
         },
         baselines=baselines,
-        target_iou=settings.target_iou,
-        clicks_to_target=mean(settings.most_clicks if n is None else n for n in needed),
-        most_clicks=settings.most_clicks,
+        target_iou=target,
+        clicks_to_target=mean(most if n is None else n for n in needed),
+        most_clicks=most,
         missed_target=sum(n is None for n in needed) / len(needed),
-        calibrations={prompt: calibrate(*pair) for prompt, pair in estimates.items()},
+        calibrations={
+            one: calibrate(
+                [c.click_predicted_iou for c in cases], [c.click_ious[0] for c in cases]
+            ),
+            "box": calibrate([c.box_predicted_iou for c in cases], [c.box_iou for c in cases]),
+        },
         cost=cost,
         cases=tuple(cases),
     )
@@ -303,12 +303,11 @@ def evaluate_segment(
     """
     settings = settings or EvaluateSettings()
     called = name or (str(model) if isinstance(model, (str, os.PathLike)) else type(model).__name__)
-    evaluator = _Evaluator(_predictor(model), settings)
+    asked = Timed(_predictor(model))
     total = len(images) if isinstance(images, Sized) else None
     skipped = list(faults)
     cases: list[Case] = []
     groups: list[int] = []
-    used = 0
     for number, image in enumerate(images):
         rest = None if settings.most_masks is None else settings.most_masks - len(cases)
         if rest is not None and rest <= 0:
@@ -318,16 +317,20 @@ def evaluate_segment(
         except (ImageError, ValueError) as err:
             skipped.append(f"{image.name}: {err}")
             continue
-        found = list(islice(evaluator.cases(image, rgb, masks, watch, skipped), rest))
-        cases += found
-        groups += [number] * len(found)
-        used += bool(found)
+        asked.encode(rgb)
+        for prediction in islice(_predictions(asked, settings, image, rgb, masks, skipped), rest):
+            if watch is not None:
+                watch(prediction)
+            cases.append(prediction.case)
+            groups.append(number)
         if progress is not None:
             progress(number + 1, total)
     if not cases:
         reasons = f": {'; '.join(skipped[:5])}" if skipped else ""
         raise ValueError(f"there is not one good mask to evaluate on{reasons}")
-    return summarise(called, data, used, skipped, cases, groups, evaluator.cost(), settings)
+    peak = peak_memory("cuda" if torch.cuda.max_memory_allocated() else "cpu")
+    cost = Cost(*asked.medians(), peak)
+    return summarise(called, data, len(set(groups)), skipped, cases, groups, cost, settings)
 
 
 def _predictor(model: Model) -> Predictor:
@@ -336,60 +339,82 @@ def _predictor(model: Model) -> Predictor:
     return SamPredictor(model) if isinstance(model, Sam) else model
 
 
-class _Best(NamedTuple):
+class Answer(NamedTuple):
+    """The mask of the highest predicted IoU, and all that were predicted."""
+
     mask: Mask
     predicted_iou: float
     low_res_logits: NDArray[np.float32]
     all_masks: NDArray[np.generic]
 
 
-@dataclass
-class _Evaluator:
-    """Prompts a model, and takes the time."""
+class Timed:
+    """A predictor, and the time that it takes."""
 
-    predictor: Predictor
-    settings: EvaluateSettings
-    encode_seconds: list[float] = field(default_factory=list)
-    prompt_seconds: list[float] = field(default_factory=list)
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor = predictor
+        self.encode_seconds: list[float] = []
+        self.prompt_seconds: list[float] = []
 
-    def cases(
-        self,
-        image: LabelledImage,
-        rgb: RGB,
-        masks: NDArray[np.bool_],
-        watch: Callable[[Prediction], None] | None,
-        skipped: list[str],
-    ) -> Iterator[Case]:
-        """The cases of one image, encoded once."""
+    def encode(self, image: RGB) -> None:
+        """Set the image [H, W, 3] uint8."""
         start = time.perf_counter()
-        self.predictor.set_image(rgb)
+        self.predictor.set_image(image)
         self.encode_seconds.append(time.perf_counter() - start)
-        labels = image.labels
-        for number, target in enumerate(masks):
-            if not target.any():
-                skipped.append(f"{image.name}, mask {number}: the mask is empty")
-                continue
-            label = labels[number] if number < len(labels) else ""
-            prediction = self._case(image.name, number, label, rgb, target)
-            if watch is not None:
-                watch(prediction)
-            yield prediction.case
 
-    def _case(self, image: str, number: int, label: str, rgb: RGB, target: Mask) -> Prediction:
+    def predict(
+        self,
+        points: Sequence[Point] | None,
+        labels: Sequence[int] | None = None,
+        box: Sequence[float] | None = None,
+        low_res: NDArray[np.float32] | None = None,
+        is_ambiguous: bool = True,
+    ) -> Answer:
+        """Predict for one prompt."""
+        start = time.perf_counter()
+        masks, scores, logits = self.predictor.predict(
+            point_coords=None if points is None else np.array(points),
+            point_labels=None if labels is None else np.array(labels),
+            box=None if box is None else np.array(box),
+            mask_input=low_res,
+            multimask_output=is_ambiguous,
+        )
+        self.prompt_seconds.append(time.perf_counter() - start)
+        best = int(np.argmax(scores))
+        return Answer(np.asarray(masks[best], bool), float(scores[best]), logits[best], masks)
+
+    def medians(self) -> tuple[float, float]:
+        """Seconds to encode an image, and to predict for a prompt."""
+        return statistics.median(self.encode_seconds), statistics.median(self.prompt_seconds)
+
+
+def _predictions(
+    asked: Timed,
+    settings: EvaluateSettings,
+    image: LabelledImage,
+    rgb: RGB,
+    masks: NDArray[np.bool_],
+    skipped: list[str],
+) -> Iterator[Prediction]:
+    """What is predicted for each mask of one image, which has been encoded."""
+    labels = image.labels
+    for number, target in enumerate(masks):
+        if not target.any():
+            skipped.append(f"{image.name}, mask {number}: the mask is empty")
+            continue
         point = most_interior_point(target)
         x0, y0, x1, y1 = map(float, box_around(target))
         box = x0, y0, x1, y1
-        first, ious = self._click(point, target)
-        boxed = self._predict(None, None, np.array(box), None, False)
-        by_click: Mapping[str, float] = {}
-        by_box: Mapping[str, float] = {}
-        if self.settings.with_baselines:
+        first, ious = _click(asked, settings, point, target)
+        boxed = asked.predict(None, box=box, is_ambiguous=False)
+        by_click, by_box = {}, {}
+        if settings.with_baselines:
             by_click = {name: iou(f(rgb, point), target) for name, f in click_baselines().items()}
             by_box = {name: iou(f(rgb, box), target) for name, f in box_baselines().items()}
         case = Case(
-            image=image,
+            image=image.name,
             number=number,
-            label=label,
+            label=labels[number] if number < len(labels) else "",
             area=float(target.mean()),
             click_ious=tuple(ious),
             best_of_three=max(iou(np.asarray(mask, bool), target) for mask in first.all_masks),
@@ -401,55 +426,29 @@ class _Evaluator:
             click_baselines=by_click,
             box_baselines=by_box,
         )
-        return Prediction(case, rgb, target, first.mask, point)
+        yield Prediction(case, rgb, target, first.mask, point)
 
-    def _click(self, point: Point, target: Mask) -> tuple[_Best, list[float]]:
-        """The prediction for the first click, and the IoU after each."""
-        settings = self.settings
-        points, labels = [point], [1]
-        first = best = self._predict(points, labels, None, None, True)
-        ious = [iou(best.mask, target)]
-        while len(ious) < settings.most_clicks:
-            if len(ious) >= max(settings.clicks) and max(ious) >= settings.target_iou:
-                break
-            click = next_click(best.mask, target)
-            if click is None:  # nothing left to correct
-                ious.append(ious[-1])
-                continue
-            points.append(click[0])
-            labels.append(click[1])
-            low_res = best.low_res_logits[None] if settings.feed_mask else None
-            best = self._predict(points, labels, None, low_res, False)
-            ious.append(iou(best.mask, target))
-        return first, ious
 
-    def _predict(
-        self,
-        points: list[Point] | None,
-        labels: list[int] | None,
-        box: NDArray[np.float64] | None,
-        low_res: NDArray[np.float32] | None,
-        is_ambiguous: bool,
-    ) -> _Best:
-        """The mask of the highest predicted IoU."""
-        start = time.perf_counter()
-        masks, scores, logits = self.predictor.predict(
-            point_coords=None if points is None else np.array(points),
-            point_labels=None if labels is None else np.array(labels),
-            box=box,
-            mask_input=low_res,
-            multimask_output=is_ambiguous,
-        )
-        self.prompt_seconds.append(time.perf_counter() - start)
-        best = int(np.argmax(scores))
-        return _Best(np.asarray(masks[best], bool), float(scores[best]), logits[best], masks)
-
-    def cost(self) -> Cost:
-        return Cost(
-            statistics.median(self.encode_seconds) if self.encode_seconds else float("nan"),
-            statistics.median(self.prompt_seconds) if self.prompt_seconds else float("nan"),
-            peak_memory("cuda" if torch.cuda.max_memory_allocated() else "cpu"),
-        )
+def _click(
+    asked: Timed, settings: EvaluateSettings, point: Point, target: Mask
+) -> tuple[Answer, list[float]]:
+    """The answer to the first click, and the IoU after each."""
+    points, labels = [point], [1]
+    first = best = asked.predict(points, labels)
+    ious = [iou(best.mask, target)]
+    while len(ious) < settings.most_clicks:
+        if len(ious) >= max(settings.clicks) and max(ious) >= settings.target_iou:
+            break
+        click = next_click(best.mask, target)
+        if click is None:  # nothing left to correct
+            ious.append(ious[-1])
+            continue
+        points.append(click[0])
+        labels.append(click[1])
+        low_res = best.low_res_logits[None] if settings.feed_mask else None
+        best = asked.predict(points, labels, None, low_res, False)
+        ious.append(iou(best.mask, target))
+    return first, ious
 
 
 CELL = (400, 300)  # width and height in pixels
@@ -468,30 +467,26 @@ class Gallery:
         if count < 1:
             raise ValueError(f"count must be at least 1, but is {count}")
         self.count = count
+        self._kept: list[tuple[float, int, Cell]] = []  # (-IoU, order, cell), best first
         self._seen = 0
-        self._best: list[tuple[float, int, Cell]] = []  # (-IoU, order, cell), sorted
-        self._worst: list[tuple[float, int, Cell]] = []  # (IoU, order, cell), sorted
 
     def __call__(self, prediction: Prediction) -> None:
         """Keep a prediction if it is among the best or the worst so far."""
-        value = prediction.case.click_ious[0]
         self._seen += 1
-        cell: Cell | None = None
-        for kept, rank in ((self._best, -value), (self._worst, value)):
-            if len(kept) < self.count or rank < kept[-1][0]:
-                cell = cell or _cell(prediction)
-                kept.append((rank, self._seen, cell))
-                kept.sort(key=lambda one: one[:2])
-                del kept[self.count :]
+        rank, is_full = -prediction.case.click_ious[0], len(self._kept) == 2 * self.count
+        if is_full and self._kept[self.count - 1][0] <= rank <= self._kept[self.count][0]:
+            return
+        self._kept.append((rank, self._seen, _cell(prediction)))
+        self._kept.sort(key=lambda one: one[:2])
+        if is_full:
+            del self._kept[self.count]
 
     def draw(self, title: str = "One click") -> RGB:
         """The gallery as RGB [H, W, 3] uint8; a prediction is never shown twice."""
-        if not self._best:
+        if not self._kept:
             raise ValueError("there is nothing to show: no prediction was collected")
-        best = self._best[: max(1, min(self.count, (self._seen + 1) // 2))]
-        shown = {order for _, order, _ in best}
-        worst = [one for one in self._worst if one[1] not in shown]
-        parts = (("Best", best), ("Worst", worst))
+        half = (len(self._kept) + 1) // 2
+        parts = (("Best", self._kept[:half]), ("Worst", self._kept[half:][::-1]))
         sections = [(name, [cell for *_, cell in kept]) for name, kept in parts if kept]
         legend = "filled: found     white line: truth     dot: the click"
         return draw_gallery(sections, CELL, title, legend)
@@ -503,15 +498,14 @@ class Gallery:
 
 def _cell(shown: Prediction) -> Cell:
     """One prediction, in the size of a cell or smaller."""
-    height, width = shown.image.shape[:2]
-    scale = min(CELL[0] / width, CELL[1] / height)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    small = np.array(Image.fromarray(shown.image).resize(size, Image.Resampling.LANCZOS))
+    small = fit_into(shown.image, CELL)
+    size = small.shape[1], small.shape[0]
     drawn = draw_masks(small, [_shrunk(shown.predicted, size)], [FOUND], STRENGTH, outlines=False)
     target = _shrunk(shown.target, size)
     grown = np.asarray(Image.fromarray(target).convert("L").filter(ImageFilter.MaxFilter(3))) > 127
     drawn = draw_masks(drawn, [grown], [INK], 0.0)  # or the line would vanish on white
     drawn = draw_masks(drawn, [target], [TRUTH], 0.0)
+    scale = small.shape[1] / shown.image.shape[1]
     drawn = draw_points(drawn, [[shown.point[0] * scale, shown.point[1] * scale]], [1])
     case = shown.case
     return Cell(drawn, f"IoU {case.click_ious[0]:.2f}", case.label or case.image)

@@ -7,8 +7,8 @@ about. ``STEM.png`` shows the map of each stage and the features beside the phot
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import asdict, replace
 from itertools import tee
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,8 @@ from tinyvit.images import draw
 from tinyvit.images.decode import MAX_PIXELS, decode
 from tinyvit.images.preprocess import to_input
 
-from .images import ImageFile
 from .outputs import facts_of_image, find_existing
-from .runner import Item, Job, Outcome, run, take_prepared
+from .runner import FolderWork, Item, Job, Outcome, take_prepared
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,35 +32,24 @@ if TYPE_CHECKING:
 COLUMNS = 3  # of panels in an image of features
 
 
-@dataclass(frozen=True)
-class EncodeFolder:
+class EncodeFolder(FolderWork["Encoded"]):
     """How images are encoded and where to; ``facts`` are of ``facts_of_engine``.
 
-    With ``overwrite`` what is current is encoded again, and files that are not ours are replaced.
+    Facts of an outcome: features, drawing, shape.
     """
 
-    engine: Engine
-    folder: Path
-    facts: Mapping[str, object]
-    with_drawings: bool = True
-    overwrite: bool = False
-    max_pixels: int | None = MAX_PIXELS
-
-    def run(
-        self, images: Sequence[ImageFile], tell: Callable[[Outcome], object] = bool
-    ) -> Iterator[Outcome]:
-        """Encode images as ``runner.run`` does; facts of an outcome: features, drawing, shape."""
-        return run(
-            [Item(image) for image in images],
-            self._plan,
-            self._read,
-            self._compute,
-            self._write,
-            overwrite=self.overwrite,
-            workers=self.engine.workers,
-            ahead=self.engine.ahead,
-            tell=tell,
-        )
+    def __init__(
+        self,
+        engine: Engine,
+        folder: Path,
+        facts: Mapping[str, object],
+        with_drawings: bool = True,
+        overwrite: bool = False,
+        max_pixels: int | None = MAX_PIXELS,
+    ) -> None:
+        self.engine, self.folder, self.facts = engine, folder, facts
+        self.with_drawings, self.overwrite = with_drawings, overwrite
+        self.workers, self.ahead, self.max_pixels = engine.workers, engine.ahead, max_pixels
 
     def _plan(self, item: Item) -> Job:
         target = self.folder / f"{item.image.stem}.safetensors"

@@ -14,7 +14,6 @@ import json
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from io import BytesIO
 from itertools import tee
 from pathlib import Path
@@ -27,16 +26,17 @@ from tinyvit.checkpoints.files import weights_sha256, write_bytes, write_text
 from tinyvit.images import draw, mask_ops
 from tinyvit.images.decode import MAX_PIXELS, decode
 from tinyvit.images.preprocess import to_input
+from tinyvit.sam.masks import draw_prompts
 
 from .outputs import facts_of_engine, facts_of_image, find_existing
-from .runner import Item, Job, Outcome, run, take_prepared
+from .runner import FolderWork, Item, Job, Outcome, take_prepared
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
-    from tinyvit.sam import ImageEmbedding, Masks, Prompt, SamAutomaticMaskGenerator, Segmenter
-    from tinyvit.sam.automatic import MaskRecord
+    from tinyvit.sam import ImageEmbedding, Masks, Prompt, Segmenter
+    from tinyvit.sam.automatic import MaskRecord, SamAutomaticMaskGenerator
 
     Progress: TypeAlias = Callable[[int, "int | None"], None]
     Annotation: TypeAlias = dict[str, Any]
@@ -47,13 +47,16 @@ Value = TypeVar("Value")
 NOT_TOLD = {"segmentation", "prompt", "image_id", "category_id", "iscrowd"}  # in short
 
 
-class SegmentFolder:
+class SegmentFolder(FolderWork["Masks | list[MaskRecord]"]):
     """How images are segmented and where to.
 
     ``everything`` has arguments for ``SamAutomaticMaskGenerator`` that differ from its own; with it
     there are no prompts. ``progress`` opens a progress bar for the name of an image that the
-    generator works on. With ``overwrite`` what is current is segmented again, and files that are
-    not ours are replaced.
+    generator works on.
+
+    Facts of an outcome are ``document`` and ``overlay``, the names of these files, and if they
+    were written ``count`` of masks, ``seconds`` of each step and, of prompts, ``masks``: their
+    annotations without run lengths and prompt.
     """
 
     def __init__(
@@ -69,34 +72,35 @@ class SegmentFolder:
         overwrite: bool = False,
         max_pixels: int | None = MAX_PIXELS,
     ) -> None:
-        self.segmenter, self.folder = segmenter, folder
+        engine = segmenter.encoder.engine
+        self.segmenter, self.folder, self.overwrite = segmenter, folder, overwrite
+        self.workers, self.ahead, self.max_pixels = engine.workers, engine.ahead, max_pixels
         sha256 = weights_sha256(segmenter.model.state_dict())
         known = {"made_by": "tinyvit segment", "model_sha256": sha256}
-        self.facts = facts_of_engine(segmenter.encoder.engine, checkpoint, **known)
-        self.multimask, self.with_logits, self.overwrite = multimask, with_logits, overwrite
-        self.max_pixels = max_pixels
+        self.facts = facts_of_engine(engine, checkpoint, **known)
+        self.multimask, self.with_logits = multimask, with_logits
         self.progress, self.everything = progress, everything
-        self.generator = None if everything is None else _generator(segmenter, everything)
+        self.generator: SamAutomaticMaskGenerator | None = None
+        if everything is not None:
+            from tinyvit.sam.automatic import SamAutomaticMaskGenerator
+
+            self.generator = SamAutomaticMaskGenerator(
+                segmenter.model,
+                **cast("dict[str, Any]", everything),
+                output_mode="coco_rle",
+                engine=engine,
+                device=engine.backend.device,
+            )
         self._candidates = _candidates_of(segmenter) if multimask else 1
         self._inputs: set[str] = set()
 
     def run(
         self, items: Sequence[Item], tell: Callable[[Outcome], object] = bool
     ) -> Iterator[Outcome]:
-        """Segment images as ``runner.run`` does.
-
-        Facts of an outcome are ``document`` and ``overlay``, the names of these files, and if they
-        were written ``count`` of masks, ``seconds`` of each step and, of prompts, ``masks``: their
-        annotations without run lengths and prompt.
-        """
+        """Segment images; none of them is replaced by an output."""
         self._inputs = {os.path.realpath(item.image.path) for item in items}
-        engine = self.segmenter.encoder.engine
         self.segmenter.encoder.weights_sha256()  # now, and not while the first image is timed
-        workers, ahead = engine.workers, engine.ahead
-        start = partial(run, overwrite=self.overwrite, workers=workers, ahead=ahead, tell=tell)
-        if self.generator is not None:
-            return start(items, self._plan, self._read, self._everything, self._write)
-        return start(items, self._plan, self._read, self._by_prompts, self._write)
+        return super().run(items, tell)
 
     def _path(self, item: Item, ending: str) -> Path:
         return self.folder / f"{item.image.stem}.{ending}"
@@ -135,8 +139,11 @@ class SegmentFolder:
             job.prepared = to_input(job.image, self.segmenter.encoder.image_spec)
         job.seconds["read"] = perf_counter() - start
 
-    def _by_prompts(self, jobs: Iterator[Job]) -> Generator[Masks | Outcome, None, None]:
+    def _compute(self, jobs: Iterator[Job]) -> Generator[Found | Outcome, None, None]:
         """One encoding of each image, images of one shape together, and one decoding."""
+        if self.generator is not None:
+            yield from self._everything(self.generator, jobs)
+            return
         jobs, ahead = tee(jobs)
         inputs = _Timed(take_prepared(ahead))
         embeddings = _Timed(self.segmenter.encoder.encode_prepared(inputs))
@@ -164,19 +171,19 @@ class SegmentFolder:
         job.seconds["decode"] = perf_counter() - start
         return masks
 
-    def _everything(self, jobs: Iterator[Job]) -> Generator[list[MaskRecord] | Outcome, None, None]:
+    def _everything(
+        self, generator: SamAutomaticMaskGenerator, jobs: Iterator[Job]
+    ) -> Generator[Found, None, None]:
         for job in jobs:
-            if self.generator is None or job.image is None:
-                continue
             start = perf_counter()
             name = job.item.image.name
             with nullcontext(None) if self.progress is None else self.progress(name) as update:
-                records = self.generator.generate(job.image, progress=update)
+                records = generator.generate(job.image, progress=update)
             job.seconds["generate"] = perf_counter() - start
             yield records
 
     def _write(self, job: Job, found: Found) -> dict[str, object]:
-        item, own, pixels = job.item, job.existing.own, cast("NDArray[np.uint8]", job.image)
+        item, own, pixels = job.item, job.existing.own, job.image
         overlay, masks, logits = self._beside(item)
         document, beside = self._path(item, "json"), [overlay, *masks, *logits]
         start, decoded = perf_counter(), job.seconds.get("decode", 0.0)
@@ -241,22 +248,6 @@ class SegmentFolder:
         return annotations
 
 
-def _generator(
-    segmenter: Segmenter, arguments: Mapping[str, int | float]
-) -> SamAutomaticMaskGenerator:
-    """A generator with the model and the engine of a ``Segmenter``."""
-    from tinyvit.sam import SamAutomaticMaskGenerator
-
-    engine = segmenter.encoder.engine
-    return SamAutomaticMaskGenerator(
-        segmenter.model,
-        **cast("dict[str, Any]", dict(arguments)),
-        output_mode="coco_rle",
-        engine=engine,
-        device=engine.backend.device,
-    )
-
-
 class _Timed(Generic[Value]):
     """An iterator that adds up the seconds that its values take to come."""
 
@@ -301,13 +292,7 @@ def _overlay(
     order = sorted(range(len(shown)), key=lambda number: -mask_ops.area(shown[number]))
     masks = (mask_ops.decode(shown[number]) for number in order)
     out = draw.draw_masks(image, masks, [draw.colour(number) for number in order])
-    for number, prompt in enumerate(prompts):
-        if prompt.box is not None:
-            out = draw.draw_boxes(out, prompt.box[None], [draw.colour(number)])
-    for prompt in prompts:
-        if prompt.points is not None and prompt.labels is not None:
-            out = draw.draw_points(out, prompt.points, prompt.labels)
-    return out
+    return draw_prompts(out, prompts)
 
 
 def _described(prompt: Prompt) -> dict[str, object]:

@@ -8,7 +8,7 @@ Coordinates are continuous: a box around one pixel is 1 wide.
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -174,14 +174,7 @@ class Masks:
         from tinyvit.images import draw
         from tinyvit.images.decode import decode
 
-        out = draw.draw_masks(decode(image), [*self])
-        for number, prompt in enumerate(self.prompts):
-            if prompt.box is not None:
-                out = draw.draw_boxes(out, prompt.box[None], [draw.colour(number)])
-        for prompt in self.prompts:
-            if prompt.points is not None and prompt.labels is not None:
-                out = draw.draw_points(out, prompt.points, prompt.labels)
-        return out
+        return draw_prompts(draw.draw_masks(decode(image), [*self]), self.prompts)
 
     def polygons(self, tolerance: float = 0.0) -> list[list[NDArray[np.float64]]]:
         """The outlines of the best mask of each prompt.
@@ -297,6 +290,19 @@ class Masks:
             raise IndexError(f"prompt {prompt} has {len(ious)} masks; there is no mask {token}")
         low_res = self.low_res_logits[prompt][chosen]
         return upscale(low_res, self.placement, self.logit_stride, threshold)
+
+
+def draw_prompts(image: NDArray[np.uint8], prompts: Sequence[Prompt]) -> NDArray[np.uint8]:
+    """The boxes of prompts in the colours of their masks, then the points, over an image."""
+    from tinyvit.images import draw
+
+    for number, prompt in enumerate(prompts):
+        if prompt.box is not None:
+            image = draw.draw_boxes(image, prompt.box[None], [draw.colour(number)])
+    for prompt in prompts:
+        if prompt.points is not None and prompt.labels is not None:
+            image = draw.draw_points(image, prompt.points, prompt.labels)
+    return image
 
 
 def _png(image: Image.Image) -> bytes:
