@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from tinyvit.evaluate.metrics import most_interior_point
-from tinyvit.train.tasks.prompting import (
+from tinyvit.train.tasks.segment import (
     Objects,
     check_trainable,
     correct,

@@ -4,7 +4,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tinyvit.train.data.sampling import Order, derived_seed, load_batches
+from tinyvit.train.task import Order, derived_seed, load_batches
 
 from .toy_task import ToyTask
 

@@ -28,11 +28,10 @@ from tinyvit.checkpoints.files import write_text
 from tinyvit.errors import CheckpointError
 
 from . import optim, run_folder
-from .data.sampling import Key, Order, derived_seed, load_batches
 from .distributed import Processes, join_processes
 from .run_folder import Facts, Progress, RunLog, RunState
 from .settings import BatchStats, ChangedSettingsError, TrainSettings
-from .task import Batch, Goal, Task
+from .task import Batch, Goal, Key, Order, Task, derived_seed, load_batches
 
 Report: TypeAlias = Callable[[Progress], None]
 Sample = TypeVar("Sample")

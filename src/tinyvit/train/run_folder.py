@@ -28,8 +28,7 @@ from tinyvit.checkpoints.files import check_format, read_state_dict, write_state
 from tinyvit.errors import CheckpointError, TinyViTError
 from tinyvit.images.draw import save_png
 
-from .data.sampling import Key
-from .task import Batch
+from .task import Batch, Key
 
 Kind: TypeAlias = Literal["train", "validate"]
 Line: TypeAlias = dict[str, str | int | float | None]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
 from tinyvit.image_spec import ImageSpec
-from tinyvit.images.preprocess import normalise
+from tinyvit.images.preprocess import FILTERS, normalise
 from tinyvit.train.settings import Range, SettingError, Settings, Strength
 
 RGB = NDArray[np.uint8]
@@ -29,7 +29,6 @@ Size = tuple[int, int]
 _Part = Annotated[float, Range(0, 1)]
 
 _MOST = 10.0  # the end of RandAugment's scale
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class View:
         box = _draw_box(image.shape[0], image.shape[1], settings, rng)
         is_mirrored = rng.random() < settings.flip
         resized = Image.fromarray(image).resize(
-            (width, height), _FILTERS[spec.interpolation], box=box
+            (width, height), FILTERS[spec.interpolation], box=box
         )
         if is_mirrored:
             resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -32,8 +32,7 @@ from tinyvit.inference.read_ahead import choose_workers, read_ahead
 from tinyvit.modules import TinyViT
 from tinyvit.train.data.augment import View, augmentation
 from tinyvit.train.data.images import DataSet, open_data_set, read_good
-from tinyvit.train.data.sampling import stack_samples
-from tinyvit.train.task import Batch, Goal
+from tinyvit.train.task import Batch, Goal, stack_samples
 
 from .losses import one_hot, soft_cross_entropy
 from .settings import ClassifySettings, LabelledSettings

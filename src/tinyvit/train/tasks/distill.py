@@ -31,10 +31,9 @@ from tinyvit.sam.build import build_sam
 from tinyvit.sam.model import Sam
 from tinyvit.train.data.images import fingerprint, hold_out
 from tinyvit.train.data.lists import identity, some
-from tinyvit.train.data.sampling import stack_samples
 from tinyvit.train.settings import SettingError
 from tinyvit.train.store import Store
-from tinyvit.train.task import Batch, Goal, Task
+from tinyvit.train.task import Batch, Goal, Task, stack_samples
 
 from . import classify, losses
 from .classify import Classify
