@@ -12,6 +12,7 @@ import pytest
 from tinyvit.catalog import (
     CHECKPOINTS,
     VARIANTS,
+    find_variant,
     get_checkpoint,
     get_variant,
     list_checkpoints,
@@ -151,3 +152,10 @@ def test_rows_are_frozen() -> None:
 def test_the_catalog_loads_no_torch() -> None:
     code = "import sys, tinyvit.catalog; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_variant_is_found_by_its_sizes():
+    arguments = get_variant("tiny_vit_5m_224").arguments()
+    listed = {name: list(v) if isinstance(v, tuple) else v for name, v in arguments.items()}
+    assert find_variant(listed) == find_variant(arguments) == "tiny_vit_5m_224"
+    assert find_variant({**arguments, "depths": (1, 1, 1, 1)}) is None

@@ -239,3 +239,18 @@ def test_wrong_image_sizes(size):
 
 def test_numpy_integers_are_numbers():
     assert SPECS["sam"].place(np.int64(480), np.int32(640)) == SPECS["sam"].place(480, 640)
+
+
+@pytest.mark.parametrize(
+    "spec, size, grid, cells",
+    [
+        (ImageSpec.sam(1024), (480, 640), (64, 64), (48, 64)),
+        (ImageSpec.sam(1024), (1, 1000), (64, 64), (1, 64)),
+        (ImageSpec.sam(64), (33, 64), (4, 4), (3, 4)),  # the third row covers one line of it
+        (ImageSpec.sam(64, pad=False), (33, 64), (3, 4), (3, 4)),
+        (ImageSpec.timm(224), (300, 900), (7, 7), (7, 7)),
+        (ImageSpec.sam3(), (300, 900), (72, 72), (72, 72)),
+    ],
+)
+def test_cells_that_cover_the_image(spec, size, grid, cells):
+    assert spec.place(*size).cells(grid) == cells

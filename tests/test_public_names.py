@@ -16,6 +16,7 @@ SOURCE = Path(tinyvit.__file__).parent
 NAMES = [
     "CheckpointError",
     "DownloadError",
+    "EmbeddingStore",
     "Encoded",
     "Engine",
     "ImageEmbedding",
@@ -34,6 +35,7 @@ NAMES = [
     "build_sam",
     "convert_checkpoint",
     "create_model",
+    "embed_images",
     "from_pretrained",
     "inspect_checkpoint",
     "list_checkpoints",

@@ -17,7 +17,17 @@ from typer.testing import CliRunner
 from tinyvit.cli.main import app
 
 FOLDER = Path(__file__).parent / "data" / "snapshots"
-PACKAGES = ("", ".modules", ".checkpoints", ".inference", ".sam", ".train", ".evaluate", ".bench")
+PACKAGES = (
+    "",
+    ".modules",
+    ".checkpoints",
+    ".inference",
+    ".sam",
+    ".embed",
+    ".train",
+    ".evaluate",
+    ".bench",
+)
 
 
 def compare(name, value):

@@ -43,6 +43,16 @@ def make_tiny_vit(seed=0, **changes):
     return randomise(TinyViT(**{**arguments, **changes}), seed).eval()
 
 
+def make_tiny_engine(seed=0, size=64, **changes):
+    """An engine of an encoder with SAM's preparation, in torch; features [16, size/16, size/16]."""
+    from tinyvit import Engine
+    from tinyvit.image_spec import ImageSpec
+
+    model = make_tiny_vit(seed, img_size=size, **{"head": False, **changes})
+    model.image_spec = ImageSpec.sam(size)
+    return Engine(model, backend="torch", workers=2)
+
+
 def make_tiny_classifier(classes=3, seed=0, size=16, **changes):
     """A classifier with ``timm``'s preparation, in eval mode."""
     from tinyvit.image_spec import ImageSpec

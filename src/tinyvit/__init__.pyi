@@ -4,6 +4,8 @@ from .catalog import list_checkpoints as list_checkpoints
 from .catalog import list_models as list_models
 from .checkpoints.conversion import convert_checkpoint as convert_checkpoint
 from .checkpoints.conversion import inspect_checkpoint as inspect_checkpoint
+from .embed.run import embed_images as embed_images
+from .embed.store import EmbeddingStore as EmbeddingStore
 from .errors import CheckpointError as CheckpointError
 from .errors import DownloadError as DownloadError
 from .errors import ImageError as ImageError

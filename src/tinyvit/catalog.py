@@ -45,6 +45,9 @@ Family: TypeAlias = Literal[
 ``tinyvit_sam`` its encoder, prompt encoder and mask decoder together."""
 
 
+_SIZES = ("embed_dims", "depths", "num_heads", "window_sizes", "strides", "stem", "neck_dim")
+
+
 @dataclass(frozen=True)
 class Variant:
     """One size of TinyViT: everything its constructor needs, and what it costs.
@@ -381,6 +384,19 @@ def get_variant(name: str) -> Variant:
         f"unknown model {name!r}{near} List them with tinyvit.list_models() and "
         "tinyvit.list_checkpoints()"
     )
+
+
+def find_variant(arguments: Mapping[str, object]) -> str | None:
+    """The name of the variant with these constructor arguments' sizes, or None."""
+    for row in VARIANTS:
+        own = {name: getattr(row, name) for name in _SIZES}
+        if all(_plain(arguments.get(name)) == _plain(own[name]) for name in _SIZES):
+            return row.name
+    return None
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def get_checkpoint(name: str) -> Checkpoint:

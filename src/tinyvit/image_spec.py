@@ -85,6 +85,19 @@ class Placement:
         """
         return self._to_image(boxes, 4)
 
+    def cells(self, grid: Size) -> Size:
+        """How many of a grid's (rows, columns) of features cover the image, and not padding alone.
+
+        Example:
+            >>> ImageSpec.sam(1024).place(480, 640).cells((64, 64))
+            (48, 64)
+        """
+        rows, columns = (
+            min(cells, max(1, -(-resized * cells // whole)))
+            for resized, cells, whole in zip(self.resized_size, grid, self.model_size, strict=True)
+        )
+        return rows, columns
+
     def _to_model(self, coords: Coords, last: int) -> Coords:
         (old_h, old_w), (new_h, new_w) = self.original_size, self.resized_size
         top, left = self.crop_offset

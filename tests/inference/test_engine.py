@@ -612,3 +612,39 @@ def test_without_torch_it_says_what_to_install() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "no engine is installed here; pip install 'tinyvit[native]'" in done.stderr
+
+
+@pytest.mark.parametrize("pad", [True, False])
+def test_a_pooled_vector_is_the_mean_over_what_covers_the_image(
+    make_tiny_vit: MakeModel, pad: bool
+) -> None:
+    engine = Engine(make_tiny_vit(), backend="torch", image_spec=ImageSpec.sam(64, pad=pad))
+    images = [noise(20, 40), noise(64, 33), noise(40, 40)]
+    plain = list(engine.stream(images))
+    for image, encoded, alone in zip(
+        images, engine.stream(images, pooled=True), plain, strict=True
+    ):
+        height, width = image.shape[:2]
+        scale = 64 / max(height, width)
+        rows, columns = -(-round(height * scale) // 16), -(-round(width * scale) // 16)
+        wanted = encoded.features[:, :rows, :columns].mean((1, 2))
+        np.testing.assert_allclose(encoded.pooled, wanted, rtol=1e-5)
+        np.testing.assert_array_equal(encoded.features, alone.features)
+        assert alone.pooled is None and encoded.stages is None
+
+
+def test_a_classifiers_pooled_vector_is_what_its_head_sees(make_tiny_vit: MakeModel) -> None:
+    model = make_tiny_vit(neck_dim=None)
+    model.image_spec = ImageSpec.timm(64)
+    engine = Engine(model, backend="torch")
+    (encoded,) = engine.stream(noise(70, 80), pooled=True)
+    pixels, _ = engine.prepare(noise(70, 80))
+    with torch.no_grad():
+        last = model.forward_backbone(torch.from_numpy(pixels[None]))
+        seen = model.forward_head(last, pre_logits=True)[0]
+    np.testing.assert_allclose(encoded.pooled, seen.numpy(), **CLOSE)
+    assert encoded.features.shape == (5,)
+    model.norm_head = model.head = None  # a map is given then, and its mean
+    (encoded,) = Engine(model, backend="torch").stream(noise(70, 80), pooled=True)
+    np.testing.assert_allclose(encoded.pooled, encoded.features.mean((1, 2)), rtol=1e-5)
+    assert Engine(model, backend="torch").model is model

@@ -14,8 +14,8 @@ import typer
 from tinyvit.catalog import (
     CHECKPOINTS,
     DEFAULT_CHECKPOINT,
-    VARIANTS,
     Task,
+    find_variant,
     get_checkpoint,
     get_variant,
     list_checkpoints,
@@ -121,7 +121,6 @@ class FolderOptions(EngineOptions):
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _GOOD_CLASSIFIER = "tiny_vit_5m_224.dist_in22k_ft_in1k"
-_SIZES = ("embed_dims", "depths", "num_heads", "window_sizes", "strides", "stem", "neck_dim")
 
 
 def file_of(text: str) -> Path:
@@ -241,10 +240,7 @@ def announce(own: Console, checkpoint: str, cache_dir: Path | None = None) -> No
 
 def variant_of(model: TinyViT) -> str | None:
     """The name of the catalog's variant with this model's sizes, or None."""
-    for row in VARIANTS:
-        if all(getattr(row, name) == getattr(model, name) for name in _SIZES):
-            return row.name
-    return None
+    return find_variant(model.arguments())
 
 
 def _load(own: Console, checkpoint: str, model: str | None, size: int | None) -> TinyViT:

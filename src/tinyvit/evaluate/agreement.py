@@ -128,14 +128,8 @@ def _cosines(first: SamPredictor, second: SamPredictor) -> tuple[float, float] |
     features = [side.get_image_embedding()[0].float().cpu() for side in (first, second)]
     if features[0].shape != features[1].shape:
         return None
-    grid = features[0].shape[1:]
-    placement = first.embedding.placement
-    shown = [
-        max(1, -(-resized * cells // whole))  # cells with padding alone do not count
-        for resized, cells, whole in zip(
-            placement.resized_size, grid, placement.model_size, strict=True
-        )
-    ]
+    _, *grid = features[0].shape
+    shown = first.embedding.placement.cells((grid[0], grid[1]))
     parts = [one[:, : shown[0], : shown[1]].flatten(1).to(torch.float64) for one in features]
     cosine = F.cosine_similarity(parts[0], parts[1], dim=0)
     return float(cosine.mean()), float(cosine.min())

@@ -165,11 +165,14 @@ class Encoded:
         features: [C, h, w] (or [classes] for a classifier) float32.
         placement: Where the image lies in the model's input; maps coordinates both ways.
         stages: The map of each stage, [C, h, w] float32, where asked for; else None.
+        pooled: One vector [C] float32 for the image, where asked for; else None: the mean over the
+            cells that cover the image, or, of a classifier, what its last layer sees.
     """
 
     features: NDArray[np.float32]
     placement: Placement
     stages: tuple[NDArray[np.float32], ...] | None = None
+    pooled: NDArray[np.float32] | None = None
 
     def __repr__(self) -> str:
         height, width = self.placement.original_size

@@ -61,6 +61,8 @@ WINDOW = 4
 CPU_PIXELS = 8 * 256 * 256
 """Most pixels of a batch on a CPU: more at once is not faster there, and takes more memory."""
 
+_NORM_EPS = 1e-5  # LayerNorm's own
+
 logger = logging.getLogger("tinyvit")
 
 
@@ -160,7 +162,11 @@ class Engine:
         return torch.from_numpy(np.stack(features))
 
     def stream(
-        self, images: Picture | Iterable[Picture], *, stages: bool = False
+        self,
+        images: Picture | Iterable[Picture],
+        *,
+        stages: bool = False,
+        pooled: bool = False,
     ) -> Iterator[Encoded]:
         """The features of one or many images, one by one, in order, in bounded memory.
 
@@ -170,42 +176,51 @@ class Engine:
         Args:
             images: As for ``embed``; may be a generator, which is used in the caller's thread only.
             stages: Give the maps of the stages too, from the same pass.
+            pooled: Give one vector for each image too, to compare images by.
 
         Yields:
             One ``Encoded`` for each image.
 
         Raises:
             ImageError: An image cannot be read; those before it have been yielded.
-            ValueError: ``stages`` are wanted and the backend gives none.
+            ValueError: ``stages``, or a classifier's vectors, are wanted and the backend gives no
+                stages.
         """
         with closing(self._prepared(images)) as prepared:
-            yield from self.encode(prepared, stages=stages)
+            yield from self.encode(prepared, stages=stages, pooled=pooled)
 
-    def encode(self, inputs: Iterable[PreparedImage], *, stages: bool = False) -> Iterator[Encoded]:
+    def encode(
+        self, inputs: Iterable[PreparedImage], *, stages: bool = False, pooled: bool = False
+    ) -> Iterator[Encoded]:
         """As ``stream``, for images that ``prepare`` has made ready; those of a shape together.
 
         Args:
             inputs: ([3, H, W] float32, placement) of each image; may be a generator.
             stages: Give the maps of the stages too, from the same pass.
+            pooled: Give one vector for each image too, as ``stream`` does.
 
         Yields:
             One ``Encoded`` for each input, in order.
 
         Raises:
-            ValueError: ``stages`` are wanted and the backend gives none.
+            ValueError: ``stages``, or a classifier's vectors, are wanted and the backend gives no
+                stages.
         """
-        backend = self._stage_backend() if stages else self.backend
+        norm = self._norm_head() if pooled else None
+        with_stages = stages or norm is not None
+        backend = self._stage_backend() if with_stages else self.backend
 
         def run(batch: Array) -> list[tuple[Array, tuple[Array, ...] | None]]:
-            if not isinstance(backend, StageBackend) or not stages:
+            if not isinstance(backend, StageBackend) or not with_stages:
                 return [(features, None) for features in _array(backend(self._given(batch)))]
             output, maps = backend.with_stages(self._given(batch))
             each_map = zip(*map(_array, maps), strict=True)
             return list(zip(_array(output), each_map, strict=True))
 
-        window = self.batch_size * (1 if stages else WINDOW)  # maps of stages are large
+        window = self.batch_size * (1 if with_stages else WINDOW)  # maps of stages are large
         for (features, maps), placement in run_in_batches(inputs, run, self._most, window):
-            yield Encoded(features, placement, maps)
+            vector = _pool(features, maps, placement, norm) if pooled else None
+            yield Encoded(features, placement, maps if stages else None, vector)
 
     stream_prepared = encode
 
@@ -275,6 +290,11 @@ class Engine:
         """What the backend computes in, "fp32" or "bf16"; "fp32" where it does not say."""
         return str(getattr(self.backend, "precision", "fp32"))
 
+    @property
+    def model(self) -> TinyViT | StoredModel | None:
+        """What the engine was made of; None where it has a backend of its own alone."""
+        return self._model
+
     def weights_sha256(self) -> str:
         """SHA-256 of the model's weights under their canonical names; tells models apart.
 
@@ -336,6 +356,18 @@ class Engine:
         takes_arrays = getattr(self.backend, "takes_arrays", False)
         return cast("Tensor", batch) if takes_arrays else _tensor(batch)
 
+    def _norm_head(self) -> tuple[Array, Array] | None:
+        """A classifier's last norm, (weight, bias); None of a model whose output is a map."""
+        model = self._model
+        if model is None:
+            return None
+        arguments = model.arguments if isinstance(model.arguments, Mapping) else model.arguments()
+        if arguments.get("neck_dim") is not None or not arguments.get("head", True):
+            return None
+        tensors = model.state_dict()
+        weight, bias = (tensors[f"norm_head.{name}"] for name in ("weight", "bias"))
+        return _array(weight), _array(bias)
+
     def _stage_backend(self) -> StageBackend:
         if not isinstance(self.backend, StageBackend):
             raise ValueError(f"the backend {self.backend.name!r} gives no stages; use 'torch'")
@@ -374,6 +406,23 @@ def _choose_spec(
             "image_spec=ImageSpec.sam(1024), ImageSpec.timm(224) or another"
         )
     return spec if pad is None else dataclasses.replace(spec, pad=pad)
+
+
+def _pool(
+    features: Array,
+    maps: tuple[Array, ...] | None,
+    placement: Placement,
+    norm: tuple[Array, Array] | None,
+) -> Array:
+    """One vector of an image: see ``Encoded.pooled``."""
+    if norm is not None and maps is not None:
+        mean = maps[-1].mean((1, 2), dtype=np.float64)
+        spread = np.sqrt(mean.var() + _NORM_EPS)
+        return cast("Array", ((mean - mean.mean()) / spread * norm[0] + norm[1]).astype(np.float32))
+    if features.ndim != 3:
+        return features
+    height, width = placement.cells((features.shape[1], features.shape[2]))
+    return cast("Array", features[:, :height, :width].mean((1, 2), dtype=np.float32))
 
 
 def _tensor(array: Array) -> Tensor:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from tinyvit.inference.backend import Backend, BackendName, Encoded
     from tinyvit.inference.engine import Engine, Picture
+    from tinyvit.modules import TinyViT
 
     from .model import Sam
 
@@ -381,7 +382,7 @@ class ImageEncoder:
             weights_sha256, merge = self._derived.get()
             early = None
             if encoded.stages is not None and merge is not None:
-                early = _merged(encoded.stages[1], merge)
+                early = early_map(encoded.stages[1], merge)
             values = encoded.features, encoded.placement, self.image_spec
             yield ImageEmbedding(*values, weights_sha256, early, precision)
 
@@ -399,12 +400,17 @@ class ImageEncoder:
             weights_sha256: str | None = self.engine.weights_sha256()
         except ValueError:  # an engine with a backend of its own has no weights to name
             weights_sha256 = None
-        stages = self._encoder.stages()
-        merge = copy.deepcopy(stages[1].downsample) if len(stages) > 1 else None
-        return weights_sha256, None if merge is None else merge.eval().float().cpu()
+        return weights_sha256, early_merge(self._encoder)
 
 
-def _merged(stage: ArrayLike, merge: Any) -> NDArray[np.float32]:
+def early_merge(encoder: TinyViT) -> nn.Module | None:
+    """A copy of the second stage's downsample, which ``early_map`` takes; None without one."""
+    stages = encoder.stages()
+    merge = copy.deepcopy(stages[1].downsample) if len(stages) > 1 else None
+    return None if merge is None else merge.eval().float().cpu()
+
+
+def early_map(stage: ArrayLike, merge: Any) -> NDArray[np.float32]:
     """The second stage's map [C, H, W] after its downsample, [h, w, D]; ``forward_hq``'s."""
     import torch
 
