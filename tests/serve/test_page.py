@@ -152,8 +152,8 @@ def test_01_open_click_and_see_the_server_s_mask(open_page, segmenter, images):
         shown = shown_mask(page, exact.shape)
         differences.append((shown != exact).mean())
         if exact.any():
-            assert (shown & exact).sum() / (shown | exact).sum() >= 0.97
-    assert np.median(differences) <= 0.001 and max(differences) <= 0.004
+            assert (shown & exact).sum() / (shown | exact).sum() >= 0.99
+    assert np.median(differences) <= 0.0005 and max(differences) <= 0.002
     pixels = page.evaluate(
         """() => { const c = document.getElementById('canvas'), own = c.getContext('2d');
           return Array.from(own.getImageData(c.width / 2, c.height / 2, 1, 1).data); }"""

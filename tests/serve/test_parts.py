@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as arrays
 from conftest import read_brush
 from tinyvit.serve import ServeSettings
 from tinyvit.serve.adapters.label_studio import brush
+from tinyvit.serve.guard import AccessLog
 from tinyvit.serve.lanes import FairQueue, Job, Lane
 from tinyvit.serve.problems import TITLES, Problem, explain
 from tinyvit.serve.schema import pack_logits, unpack_logits
@@ -187,3 +188,18 @@ def test_every_problem_explains_itself():
         assert title in explain(name)
         assert Problem(name, "x" * 900).status == status
         assert len(Problem(name, "x" * 900).body("id")) < 900
+
+
+def test_a_flood_of_one_problem_is_counted_and_lines_cannot_be_forged(caplog):
+    caplog.set_level("INFO", "tinyvit.serve")
+    clock = Clock()
+    log = AccessLog(ServeSettings(), clock)
+    state = {"request_id": "a", "client": "x\ny", "facts": {"problem": "busy"}}
+    for _ in range(30):
+        log.write("GET", "/v1", state, {"status": 503, "received": 0, "sent": 9}, 0.1)
+    assert len(caplog.records) == 20
+    assert 'client="x\\ny" problem=busy' in caplog.records[0].getMessage()
+    clock.now = 1.0
+    log.write("GET", "/v1", state, {"status": 503, "received": 0, "sent": 9}, 0.1)
+    assert [record.getMessage() for record in caplog.records[20:21]] == ["10 more of busy"]
+    assert len(caplog.records) == 22

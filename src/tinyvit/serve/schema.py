@@ -266,9 +266,7 @@ class Everything(Strict):
     image: ImageSize
     model: Model
     masks: list[Found]
-    hint: (
-        Annotated[str, Field(description="what to change where no mask was good enough")] | None
-    ) = None
+    hint: str | None = Field(None, description="what to change where no mask was good enough")
     timing: dict[str, float]
 
 

@@ -422,4 +422,5 @@ def _set_threads(count: int) -> None:
         import torch
     except ImportError:
         return
+    torch.get_num_threads()  # at the first call a thread takes the number that was set last
     torch.set_num_threads(count)

@@ -10,17 +10,24 @@ export function unpackLogits(lowRes, threshold = 0) {
   return { height, width, values, inputSize: lowRes.input_size, stride: lowRes.logit_stride };
 }
 
-// Places and weights along one axis: `count` samples from `first` on, `step` image pixels apart.
+// Places and weights along one axis: `count` samples from `first` on, `step` image pixels apart. The server enlarges
+// logits twice, to the model's input and from there to the image; together that is a sum of three logits in a row.
 function axis(count, first, step, imageSize, inputSize, stride, cells) {
-  const low = new Int32Array(count), high = new Int32Array(count), part = new Float32Array(count);
+  const low = new Int32Array(count), weights = new Float32Array(3 * count);
+  const limit = (value, most) => Math.min(Math.max(value, 0), most);
+  const add = (i, at, weight) => {
+    const cell = Math.floor(at), part = at - cell, place = 3 * i + cell - low[i];
+    weights[place] += weight * (1 - part);
+    if (part) weights[place + 1] += weight * part;
+  };
   for (let i = 0; i < count; i++) {
-    const at = ((first + (i + 0.5) * step) * inputSize) / imageSize / stride - 0.5;
-    const clamped = Math.min(Math.max(at, 0), cells - 1);
-    low[i] = Math.floor(clamped);
-    high[i] = Math.min(low[i] + 1, cells - 1);
-    part[i] = clamped - low[i];
+    const at = limit(((first + (i + 0.5) * step) * inputSize) / imageSize - 0.5, inputSize - 1), pixel = Math.floor(at);
+    const [a, b] = [pixel, pixel + 1].map((one) => limit((one + 0.5) / stride - 0.5, cells - 1));
+    low[i] = limit(Math.floor(a), cells - 3);
+    add(i, a, 1 - (at - pixel));
+    if (at > pixel) add(i, b, at - pixel);
   }
-  return { low, high, part };
+  return { low, weights };
 }
 
 // The mask in a window of the image: [height * width] bytes, 1 where it is.
@@ -36,14 +43,15 @@ export function enlarge(logits, image, window) {
   const firstY = Math.max(0, Math.ceil(-window.y / window.step - 0.5));
   const lastY = Math.min(height, Math.ceil((image.height - window.y) / window.step - 0.5));
   for (let y = firstY; y < lastY; y++) {
-    const a = down.low[y] * logits.width, b = down.high[y] * logits.width, p = down.part[y];
+    const a = down.low[y] * logits.width, b = a + logits.width, c = b + logits.width;
+    const [p, q, r] = down.weights.subarray(3 * y, 3 * y + 3);
     for (let i = 0; i < logits.width; i++) {
-      row[i] = logits.values[a + i] * (1 - p) + logits.values[b + i] * p;
+      row[i] = logits.values[a + i] * p + logits.values[b + i] * q + logits.values[c + i] * r;
     }
     const start = y * width;
     for (let x = firstX; x < lastX; x++) {
-      const q = across.part[x];
-      if (row[across.low[x]] * (1 - q) + row[across.high[x]] * q > 0) out[start + x] = 1;
+      const i = across.low[x], w = 3 * x, own = across.weights;
+      if (row[i] * own[w] + row[i + 1] * own[w + 1] + row[i + 2] * own[w + 2] > 0) out[start + x] = 1;
     }
   }
   return out;
