@@ -91,15 +91,7 @@ class Variant:
     head: bool = True
 
     def arguments(self) -> dict[str, object]:
-        """Return the constructor arguments of ``tinyvit.modules.TinyViT`` for this variant.
-
-        Returns:
-            A new dict of plain data; change it freely before building.
-
-        Example:
-            >>> get_variant("tiny_vit_5m_224").arguments()["embed_dims"]
-            (64, 128, 160, 320)
-        """
+        """The constructor arguments of ``TinyViT`` for this variant, a new dict of plain data."""
         others = "name", "task", "image_spec", "parameters", "gmacs"
         return {key: value for key, value in vars(self).items() if key not in others}
 
@@ -360,21 +352,7 @@ def list_checkpoints(variant: str | None = None) -> list[str]:
 
 
 def get_variant(name: str) -> Variant:
-    """Return the variant of that name.
-
-    Args:
-        name: A name of ``list_models()``.
-
-    Returns:
-        Its row.
-
-    Raises:
-        ValueError: If there is none; the text names the nearest one.
-
-    Example:
-        >>> get_variant("tiny_vit_5m_sam").strides
-        (2, 2, 1)
-    """
+    """The variant of that name; a ValueError for one that is none names the nearest."""
     for row in VARIANTS:
         if row.name == name:
             return row
@@ -400,21 +378,7 @@ def _plain(value: object) -> object:
 
 
 def get_checkpoint(name: str) -> Checkpoint:
-    """Return the checkpoint of that name.
-
-    Args:
-        name: A name of ``list_checkpoints()``.
-
-    Returns:
-        Its row.
-
-    Raises:
-        CheckpointError: If there is none; the text names the nearest one.
-
-    Example:
-        >>> get_checkpoint("mobile_sam").variant
-        'tiny_vit_5m_sam'
-    """
+    """The checkpoint of that name; a CheckpointError for one that is none names the nearest."""
     for row in CHECKPOINTS:
         if row.name == name:
             return row

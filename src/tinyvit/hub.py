@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from tinyvit.checkpoints import write_state_dict
 from tinyvit.checkpoints.files import check_thresholds, header_for, write_text
+from tinyvit.checkpoints.unwrap import first_line
 from tinyvit.errors import CheckpointError, DownloadError
 from tinyvit.factory import CONFIG, FOLDER_FORMAT, WEIGHTS, load_folder, read_config
 from tinyvit.modules import TinyViT
@@ -156,7 +157,7 @@ def push_to_hub(
         raise
     except Exception as err:  # the Hub's library lets its transport's own errors through
         raise DownloadError(
-            f"cannot upload to {repo_id!r}: {_first_line(err)}; log in with 'hf auth login' or "
+            f"cannot upload to {repo_id!r}: {first_line(err)}; log in with 'hf auth login' or "
             f"give token="
         ) from err
     return str(commit)
@@ -190,12 +191,7 @@ def _from_hub(
             )
     except (OSError, ValueError) as err:  # the Hub's own errors are among these
         raise DownloadError(
-            f"cannot fetch {file} of {repo_id!r}: {_first_line(err)}; check the name, the network "
+            f"cannot fetch {file} of {repo_id!r}: {first_line(err)}; check the name, the network "
             f"and the token"
         ) from err
     return Path(path)
-
-
-def _first_line(err: Exception) -> str:
-    lines = str(err).strip().splitlines()
-    return lines[0] if lines else type(err).__name__

@@ -28,6 +28,7 @@ from .files import (
     THRESHOLDS,
     StateFile,
     file_sha256,
+    header_for,
     non_finite,
     read_state_dict,
     read_whole,
@@ -301,15 +302,13 @@ def _merged(student: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor
         if isinstance(value, Mapping):
             wrapper, whole = name, dict(value)
             break
-    there = next((m for key in whole if (m := _TRUNK_OF_SAM3.match(key))), None)
-    if there is None:
+    trunk = next((m[0] for key in whole if (m := _TRUNK_OF_SAM3.match(key))), None)
+    if trunk is None:
         raise CheckpointError(f"{path} holds no image encoder of SAM 3 to replace (…trunk.…)")
-    trunk = there[0]
-    nested = f"{trunk}model."
     is_flat = any(key.startswith(f"{trunk}backbone.model.") for key in whole)
-    rest = {key: t for key, t in whole.items() if not key.startswith(trunk)}
-    rest = {key: t for key, t in rest.items() if hasattr(t, "detach")}
-    start = trunk if is_flat else nested
+    start = trunk if is_flat else f"{trunk}model."
+    tensors = {key: tensor for key, tensor in whole.items() if hasattr(tensor, "detach")}
+    rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(trunk)}
     note = f"{len(rest)} tensor{'s' * (len(rest) != 1)} of {path} are around the encoder"
     return {**{start + key: t for key, t in student.items()}, **rest}, wrapper, note
 
@@ -378,14 +377,11 @@ def _other_network(sizes: Architecture, layout: Layout) -> list[str]:
 def _header(file: StateFile, found: Detection, to: str) -> dict[str, str]:
     """What a safetensors file says about itself: what no key and no shape shows."""
     layout = get_layout(to)
-    header = {"tinyvit.family": to}
-    if "trunk" in layout.required:
-        header["tinyvit.strides"] = ",".join(str(stride) for stride in found.strides)
-    held = {IMAGE_SPEC: "trunk", CLASSES: "head", THRESHOLDS: "mask_decoder"}
-    for entry, part in held.items():
-        if entry in file.metadata and part in (*layout.required, *layout.optional):
-            header[entry] = file.metadata[entry]
-    return header
+    written = {**file.metadata, **header_for(to, found.strides)}
+    held = {"tinyvit.strides": "trunk", IMAGE_SPEC: "trunk"}
+    held |= {CLASSES: "head", THRESHOLDS: "mask_decoder"}
+    kept = [key for key, part in held.items() if part in (*layout.required, *layout.optional)]
+    return {key: written[key] for key in ("tinyvit.family", *kept) if key in written}
 
 
 def _notes(found: Detection, to: str, layout: Layout) -> list[str]:

@@ -67,28 +67,22 @@ class Layout:
     neck_size: int | None = None
 
 
-_SAM: tuple[Part, ...] = ("trunk", "head", "neck", "prompt_encoder", "mask_decoder")
-_HEADLESS: tuple[Part, ...] = ("trunk", "neck", "prompt_encoder", "mask_decoder")
+_CLASSIFIER: tuple[Part, ...] = ("trunk", "head")
+_HEADS: tuple[Part, ...] = ("prompt_encoder", "mask_decoder")
+_SAM: tuple[Part, ...] = ("trunk", "head", "neck", *_HEADS)
+_HEADLESS: tuple[Part, ...] = ("trunk", "neck", *_HEADS)
+_TO_32 = (2, 2, 2)
 
 LAYOUTS: MappingProxyType[Family, Layout] = MappingProxyType(
     {
-        "cream": Layout(
-            "Cream TinyViT", ("trunk", "head"), prefix="", wrapper="model", strides=(2, 2, 2)
-        ),
+        "cream": Layout("Cream TinyViT", _CLASSIFIER, prefix="", wrapper="model", strides=_TO_32),
         "timm": Layout(
-            "timm",
-            ("trunk", "head"),
-            prefix="",
-            naming="timm",
-            container="safetensors",
-            strides=(2, 2, 2),
+            "timm", _CLASSIFIER, (), "", naming="timm", container="safetensors", strides=_TO_32
         ),
         "mobile_sam": Layout("MobileSAM", _SAM),
         "mobile_sam_v2": Layout("MobileSAMv2", _SAM, wrapper="model"),
         "mobile_sam_v2_decoder": Layout(
-            "MobileSAMv2's decoder file",
-            ("prompt_encoder", "mask_decoder"),
-            wrapper="PromtEncoder",
+            "MobileSAMv2's decoder file", _HEADS, wrapper="PromtEncoder"
         ),
         "hq_sam": Layout("Light HQ-SAM", (*_SAM, "hq_decoder")),
         "tinysam": Layout("TinySAM", _SAM),
@@ -96,38 +90,23 @@ LAYOUTS: MappingProxyType[Family, Layout] = MappingProxyType(
         "ultralytics": Layout("ultralytics' mobile_sam.pt", _SAM),
         "micro_sam": Layout("micro_sam", _SAM, ("decoder_state",), wrapper="model_state"),
         "mmpretrain": Layout(
-            "mmpretrain",
-            ("trunk", "head"),
-            prefix="backbone.",
-            naming="mmpretrain",
-            wrapper="state_dict",
-            strides=(2, 2, 2),
+            "mmpretrain", _CLASSIFIER, (), "backbone.", "mmpretrain", "torch", "state_dict",
+            strides=_TO_32,
         ),
         "efficientsam3": Layout(
-            "EfficientSAM3's student",
-            ("trunk", "neck"),
-            prefix="backbone.model.",
-            naming="student",
-            strides=(2, 2, 2),
-            neck_size=72,
+            "EfficientSAM3's student", ("trunk", "neck"), (), "backbone.model.", "student",
+            strides=_TO_32, neck_size=72,
         ),
         "tinyvit": Layout(
-            "tinyvit (encoder or classifier)",
-            ("trunk",),
-            ("head", "neck"),
-            prefix="",
-            container="safetensors",
-            stem=None,
+            "tinyvit (encoder or classifier)", ("trunk",), ("head", "neck"), "",
+            container="safetensors", stem=None,
         ),
         "tinyvit_sam": Layout(
-            "tinyvit (whole SAM)",
-            _HEADLESS,
-            ("head", "hq_decoder"),
-            container="safetensors",
-            stem=None,
+            "tinyvit (whole SAM)", _HEADLESS, ("head", "hq_decoder"),
+            container="safetensors", stem=None,
         ),
     }
-)
+)  # fmt: skip
 """One row for each family."""
 
 IDENTICAL_KEYS: tuple[Family, ...] = (

@@ -68,19 +68,15 @@ def colour(index: int) -> Colour:
     long = (light + 0.3963377774 * a + 0.2158037573 * b) ** 3
     middle = (light - 0.1055613458 * a - 0.0638541728 * b) ** 3
     short = (light - 0.0894841775 * a - 1.2914855480 * b) ** 3
-
-    def encoded(*weights: float) -> int:  # sRGB's curve; what is beyond 0 to 1 is cut off
-        linear = weights[0] * long + weights[1] * middle + weights[2] * short
-        value = min(1.0, max(0.0, linear))
-        return round(
-            255 * (12.92 * value if value <= 0.0031308 else 1.055 * value ** (1 / 2.4) - 0.055)
-        )
-
-    return (
-        encoded(4.0767416621, -3.3077115913, 0.2309699292),
-        encoded(-1.2684380046, 2.6097574011, -0.3413193965),
-        encoded(-0.0041960863, -0.7034186147, 1.7076147010),
+    linear = (
+        4.0767416621 * long - 3.3077115913 * middle + 0.2309699292 * short,
+        -1.2684380046 * long + 2.6097574011 * middle - 0.3413193965 * short,
+        -0.0041960863 * long - 0.7034186147 * middle + 1.7076147010 * short,
     )
+    values = [min(1.0, max(0.0, part)) for part in linear]  # what is beyond is cut off
+    curve = [12.92 * v if v <= 0.0031308 else 1.055 * v ** (1 / 2.4) - 0.055 for v in values]
+    red, green, blue = (round(255 * part) for part in curve)  # sRGB's
+    return red, green, blue
 
 
 def draw_masks(

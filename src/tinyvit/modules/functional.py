@@ -21,11 +21,7 @@ def is_tracing() -> bool:
 
 
 def to_map(x: Tensor, size: Size) -> Tensor:
-    """Tokens [B, L, C] -> map [B, H, W, C], a view.
-
-    Raises:
-        ValueError: ``x`` does not have H*W tokens.
-    """
+    """Tokens [B, L, C] -> map [B, H, W, C], a view; ValueError for another number of tokens."""
     batch, tokens, channels = x.shape
     if not is_tracing() and tokens != size[0] * size[1]:
         raise ValueError(
@@ -41,14 +37,9 @@ def to_tokens(x: Tensor) -> Tensor:
 
 
 def partition(x: Tensor, side: int) -> Tensor:
-    """Cut a map into windows; zeros are added at the bottom and right where it does not divide.
+    """Map [B, H, W, C] -> windows [B * ceil(H/S) * ceil(W/S), S*S, C], in row-major order.
 
-    Args:
-        x: [B, H, W, C].
-        side: S.
-
-    Returns:
-        [B * ceil(H/S) * ceil(W/S), S*S, C], windows in row-major order.
+    Zeros are added at the bottom and right where the side S does not divide the map.
     """
     batch, height, width, channels = x.shape
     rows, columns = (height + side - 1) // side, (width + side - 1) // side
@@ -64,17 +55,7 @@ def partition(x: Tensor, side: int) -> Tensor:
 
 
 def unpartition(windows: Tensor, side: int, batch: int, size: Size) -> Tensor:
-    """Put windows back into a map and crop what ``partition`` added.
-
-    Args:
-        windows: [B * ceil(H/S) * ceil(W/S), S*S, C].
-        side: S.
-        batch: B.
-        size: (H, W).
-
-    Returns:
-        [B, H, W, C].
-    """
+    """Windows of ``partition`` -> map [B, H, W, C] of ``size``; what was added is cropped."""
     height, width = size
     channels = windows.shape[-1]
     rows, columns = (height + side - 1) // side, (width + side - 1) // side
@@ -112,14 +93,9 @@ def _windows_of_positions(x: Tensor, side: int, size: Size) -> Tensor:
 
 
 def activate(activation: nn.Module, x: Tensor) -> Tensor:
-    """``activation(x)`` for a map.
+    """``activation(x)`` for a map [B, C, H, W] in either memory order, which stays.
 
-    Args:
-        activation: Any; only ``nn.GELU`` is called another way.
-        x: [B, C, H, W] in either memory order.
-
-    Returns:
-        [B, C, H, W], in the same order.
+    ``nn.GELU`` is quicker on the contiguous view of a channels-last map.
     """
     y: Tensor
     if (
@@ -137,15 +113,7 @@ def activate(activation: nn.Module, x: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     """``softmax(q k^T * scale + bias) v``.
 
-    Args:
-        q: [B, h, Q, D].
-        k: [B, h, K, D].
-        v: [B, h, K, Dv].
-        scale: Factor on the scores.
-        bias: [1, h, Q, K], added to the scores.
-
-    Returns:
-        [B, h, Q, Dv].
+    q [B, h, Q, D], k [B, h, K, D], v [B, h, K, Dv], bias [1, h, Q, K] -> [B, h, Q, Dv].
     """
     if not _is_plain_quicker(q):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)

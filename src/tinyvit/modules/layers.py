@@ -35,12 +35,7 @@ _STRIDE_1_WIDTHS = frozenset({320, 448, 576})
 
 
 def to_pair(size: object, name: str) -> Size:
-    """(height, width) from one positive whole number, or from a sequence of two.
-
-    Raises:
-        TypeError: ``size`` is neither.
-        ValueError: A side is not positive, or there are not one or two of them.
-    """
+    """(height, width) from one positive whole number, or from a sequence of one or two."""
     sides = (size, size) if isinstance(size, int) else size
     if not isinstance(sides, (tuple, list)) or not all(
         isinstance(side, int) and not isinstance(side, bool) for side in sides

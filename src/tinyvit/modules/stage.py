@@ -125,17 +125,9 @@ class ConvLayer(Stage):
         out_dim: int | None = None,
         conv_expand_ratio: float = 4.0,
     ) -> None:
-        super().__init__(
-            partial(MBConv, dim, dim, conv_expand_ratio, activation),
-            dim,
-            input_resolution,
-            depth,
-            activation,
-            drop_path,
-            downsample,
-            use_checkpoint,
-            out_dim,
-        )
+        make_block = partial(MBConv, dim, dim, conv_expand_ratio, activation)
+        common = dim, input_resolution, depth, activation, drop_path
+        super().__init__(make_block, *common, downsample, use_checkpoint, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> tokens [B, L', out_dim], or the map where there is no downsample."""
@@ -155,13 +147,8 @@ class BasicLayer(Stage):
         window_size: Window side of each block.
         mlp_ratio: Hidden width of the MLPs over ``dim``.
         drop: Dropout probability in the MLPs.
-        drop_path: One rate, or one for each block.
-        downsample: Class of the module at the end, or None.
-        use_checkpoint: Recompute the blocks in the backward pass instead of keeping their
-            activations.
         local_conv_size: Odd kernel side of the depthwise convolutions.
-        activation: Makes the activations.
-        out_dim: Channels after the downsample; None means ``dim``.
+        drop_path, downsample, use_checkpoint, activation, out_dim: As for ``ConvLayer``.
 
     Raises:
         ValueError: ``drop_path`` has a wrong length, or an argument does not fit a block.
@@ -183,28 +170,12 @@ class BasicLayer(Stage):
         activation: Activation = nn.GELU,
         out_dim: int | None = None,
     ) -> None:
+        sizes = dim, input_resolution, num_heads, window_size, mlp_ratio, drop
         make_block = partial(
-            TinyViTBlock,
-            dim=dim,
-            input_resolution=input_resolution,
-            num_heads=num_heads,
-            window_size=window_size,
-            mlp_ratio=mlp_ratio,
-            drop=drop,
-            local_conv_size=local_conv_size,
-            activation=activation,
+            TinyViTBlock, *sizes, local_conv_size=local_conv_size, activation=activation
         )
-        super().__init__(
-            make_block,
-            dim,
-            input_resolution,
-            depth,
-            activation,
-            drop_path,
-            downsample,
-            use_checkpoint,
-            out_dim,
-        )
+        common = dim, input_resolution, depth, activation, drop_path
+        super().__init__(make_block, *common, downsample, use_checkpoint, out_dim)
 
     def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
         """Run the stage.
@@ -226,19 +197,14 @@ class BasicLayer(Stage):
 
 
 def drop_path_rates(drop_path: float | Sequence[float], depth: int) -> list[float]:
-    """One rate for each of ``depth`` blocks, from one number or a sequence of ``depth`` numbers.
-
-    Raises:
-        ValueError: The sequence has another length.
-    """
-    if isinstance(drop_path, Sequence):
-        if len(drop_path) != depth:
-            raise ValueError(
-                f"drop_path wants one rate for each of the {depth} blocks, got {len(drop_path)}: "
-                f"{list(drop_path)}; pass {depth} rates or a single number"
-            )
-        return [float(rate) for rate in drop_path]
-    return [float(drop_path)] * depth
+    """One rate for each of ``depth`` blocks, from one number or a sequence of ``depth`` numbers."""
+    rates = drop_path if isinstance(drop_path, Sequence) else [drop_path] * depth
+    if len(rates) != depth:
+        raise ValueError(
+            f"drop_path wants one rate for each of the {depth} blocks, got {len(rates)}: "
+            f"{list(rates)}; pass {depth} rates or a single number"
+        )
+    return [float(rate) for rate in rates]
 
 
 @contextmanager
@@ -251,8 +217,8 @@ def pause_batch_stats(module: nn.Module) -> Iterator[None]:
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
     kept = [dict(norm.named_buffers(recurse=False)) for norm in norms]
     try:
-        for norm, buffers in zip(norms, kept, strict=True):
-            for name, buffer in buffers.items():
+        for norm in norms:
+            for name, buffer in [*norm.named_buffers(recurse=False)]:
                 setattr(norm, name, buffer.clone())  # this run may write here; then it is dropped
         yield
     finally:
@@ -381,36 +347,27 @@ def make_stages(model: Any, use_checkpoint: bool) -> nn.ModuleList:
     rates = [model.drop_path_rate * i / max(total - 1, 1) for i in range(total)]
     stages = nn.ModuleList()
     for i, depth in enumerate(model.depths):
-        drop_path = rates[sum(model.depths[:i]) :][:depth]
         is_last = i == model.num_layers - 1
-        downsample = None if is_last else partial(PatchMerging, stride=model.strides[i])
-        out_dim = None if is_last else model.embed_dims[i + 1]
+        common: dict[str, Any] = {
+            "dim": model.embed_dims[i],
+            "input_resolution": 1,
+            "depth": depth,
+            "activation": nn.GELU,
+            "drop_path": rates[sum(model.depths[:i]) :][:depth],
+            "downsample": None if is_last else partial(PatchMerging, stride=model.strides[i]),
+            "use_checkpoint": use_checkpoint,
+            "out_dim": None if is_last else model.embed_dims[i + 1],
+        }
         if i == 0:
-            stage: nn.Module = ConvLayer(
-                dim=model.embed_dims[i],
-                input_resolution=1,
-                depth=depth,
-                activation=nn.GELU,
-                drop_path=drop_path,
-                downsample=downsample,
-                use_checkpoint=use_checkpoint,
-                out_dim=out_dim,
-                conv_expand_ratio=model.mbconv_expand_ratio,
-            )
-        else:
-            stage = BasicLayer(
-                dim=model.embed_dims[i],
-                input_resolution=1,
-                depth=depth,
-                num_heads=model.num_heads[i],
-                window_size=model.window_sizes[i],
-                mlp_ratio=model.mlp_ratio,
-                drop=model.drop_rate,
-                drop_path=drop_path,
-                downsample=downsample,
-                use_checkpoint=use_checkpoint,
-                local_conv_size=model.local_conv_size,
-                out_dim=out_dim,
-            )
+            stages.append(ConvLayer(**common, conv_expand_ratio=model.mbconv_expand_ratio))
+            continue
+        stage = BasicLayer(
+            **common,
+            num_heads=model.num_heads[i],
+            window_size=model.window_sizes[i],
+            mlp_ratio=model.mlp_ratio,
+            drop=model.drop_rate,
+            local_conv_size=model.local_conv_size,
+        )
         stages.append(stage)
     return stages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -553,27 +554,10 @@ class TinyViT(nn.Module):
 
     def arguments(self) -> dict[str, Any]:
         """The constructor arguments that give this architecture, as plain JSON-able data."""
-        return {
-            "img_size": self.img_size if isinstance(self.img_size, int) else list(self.img_size),
-            "in_chans": self.in_chans,
-            "num_classes": self.num_classes,
-            "embed_dims": list(self.embed_dims),
-            "depths": list(self.depths),
-            "num_heads": list(self.num_heads),
-            "window_sizes": list(self.window_sizes),
-            "mlp_ratio": self.mlp_ratio,
-            "drop_rate": self.drop_rate,
-            "drop_path_rate": self.drop_path_rate,
-            "use_checkpoint": any(stage.use_checkpoint for stage in self.stages()),
-            "mbconv_expand_ratio": self.mbconv_expand_ratio,
-            "local_conv_size": self.local_conv_size,
-            "layer_lr_decay": self.layer_lr_decay,
-            "strides": list(self.strides),
-            "stem": self.stem,
-            "neck_dim": self.neck_dim,
-            "neck_size": self.neck_size,
-            "head": self.head is not None,
-        }
+        now = {**vars(self), "head": self.head is not None}
+        now["use_checkpoint"] = any(stage.use_checkpoint for stage in self.stages())
+        values = {name: now[name] for name in inspect.signature(TinyViT).parameters}
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy or a pickle; parameters lose plain attributes on the way."""

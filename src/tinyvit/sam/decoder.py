@@ -24,7 +24,7 @@ from tinyvit.modules.sam.transformer import TwoWayTransformer
 
 from .embedding import ImageEmbedding
 from .fast_decoder import FastMaskDecoder, SharedImage, frozen
-from .model import Sam
+from .model import Sam, decode_prompts
 from .prompts import PromptBatch
 from .upscale import axes, upscale
 
@@ -213,12 +213,9 @@ class TorchDecoder:
         hq_token_only: bool,
     ) -> tuple[Tensor, Tensor]:
         """A few prompts by the modules, without gradients and autocast."""
-        prompt_encoder, mask_decoder = heads
-        like = next(mask_decoder.parameters())
-        features = prepared.features.to(like)
-        grid = features.shape[2], features.shape[3]
+        like = next(heads[1].parameters())
         more: tuple[object, ...] = ()
-        if isinstance(mask_decoder, HQMaskDecoder):
+        if isinstance(heads[1], HQMaskDecoder):
             if prepared.early is None:
                 raise ValueError(
                     "Light HQ-SAM's mask decoder wants interm_features, the encoder's early map, "
@@ -229,9 +226,8 @@ class TorchDecoder:
         with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
             placed = points and (points[0].to(like), points[1].to(like.device))
             boxes, masks = (x if x is None else x.to(like) for x in (boxes, masks))
-            sparse, dense = prompt_encoder(placed, boxes, masks, grid)
-            position = prompt_encoder.get_dense_pe(grid)
-            logits, iou = mask_decoder(features, position, sparse, dense, multimask_output, *more)
+            given, features = (placed, boxes, masks), prepared.features.to(like)
+            logits, iou = decode_prompts(heads, features, given, multimask_output, *more)
         return logits.float(), iou.float()
 
 

@@ -219,16 +219,25 @@ class Sam(nn.Module):
                 "point_coords [B, P, 2] and point_labels [B, P] go together as tensors, got "
                 f"{type(coords).__name__} and {type(labels).__name__}"
             )
-        grid = (embedding.shape[2], embedding.shape[3])
-        sparse, dense = self.prompt_encoder(
-            points=None if coords is None else (coords, labels),
-            boxes=record.get("boxes"),
-            masks=record.get("mask_inputs"),
-            embedding_size=grid,
-        )
+        points = None if coords is None or labels is None else (coords, labels)
+        prompts = points, record.get("boxes"), record.get("mask_inputs")
         more = (hq_token_only, early) if isinstance(self.mask_decoder, HQMaskDecoder) else ()
-        positions = self.prompt_encoder.get_dense_pe(grid)
-        low_res, iou = self.mask_decoder(
-            embedding, positions, sparse, dense, multimask_output, *more
-        )
-        return low_res, iou
+        heads = self.prompt_encoder, self.mask_decoder
+        return decode_prompts(heads, embedding, prompts, multimask_output, *more)
+
+
+def decode_prompts(
+    heads: tuple[PromptEncoder, MaskDecoder],
+    embedding: Tensor,
+    prompts: tuple[tuple[Tensor, Tensor] | None, Tensor | None, Tensor | None],
+    *more: object,
+) -> tuple[Tensor, Tensor]:
+    """(low-res logits, predicted IoU) of points, boxes and masks on an embedding [1, C, h, w].
+
+    ``more`` are the mask decoder's arguments after the four tensors.
+    """
+    prompt_encoder, mask_decoder = heads
+    grid = embedding.shape[2], embedding.shape[3]
+    sparse, dense = prompt_encoder(*prompts, grid)
+    logits, iou = mask_decoder(embedding, prompt_encoder.get_dense_pe(grid), sparse, dense, *more)
+    return logits, iou
