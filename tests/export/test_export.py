@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,44 +14,22 @@ from typer.testing import CliRunner
 
 from tiny import make_tiny_sam
 from tinyvit.cli.main import app
-from tinyvit.errors import CheckpointError
 from tinyvit.export import (
     PRESETS,
-    ChangedFileError,
     ParityError,
     Preset,
     Verified,
     export_model,
     graphs,
     verify,
-    writing,
 )
 from tinyvit.export.certificate import Case, compare, keep
+from tinyvit.export.verify import open_graph
 
 onnx = pytest.importorskip("onnx")
 
 
-@pytest.fixture(scope="module")
-def sam():
-    return make_tiny_sam()
-
-
-@pytest.fixture(scope="module")
-def folder(sam, tmp_path_factory):
-    target = tmp_path_factory.mktemp("export") / "pair"
-    export_model(sam, target, name="tiny", licence="Apache-2.0", is_reproducible=True)
-    return target
-
-
-def copied(folder, tmp_path):
-    target = tmp_path / "copy"
-    target.mkdir()
-    for path in folder.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
-    return target
-
-
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "torch"])  # test_programs.py
 def test_every_preset_is_certified_and_verified_again(sam, name, tmp_path):
     side = 128 if PRESETS[name].side else None
     if PRESETS[name].style == "openvino":
@@ -91,10 +70,49 @@ def test_metadata_and_names(folder):
     assert os.fspath(folder) not in decoder.SerializeToString().decode("latin-1")
 
 
-def test_a_reproducible_export_is_equal_byte_for_byte(sam, folder, tmp_path):
-    export_model(sam, tmp_path / "b", name="tiny", licence="Apache-2.0", is_reproducible=True)
-    for name in ("encoder.onnx", "decoder.onnx", "tinyvit.json", "certificate.npz"):
+EXPORT = """
+import sys
+from tiny import make_tiny_sam
+from tinyvit.export import export_model
+export_model(make_tiny_sam(), sys.argv[1], name="tiny", licence="Apache-2.0", is_reproducible=True)
+"""
+
+
+def run(code, *arguments, **changes):
+    """Run code in a process of its own that finds the tests' modules, too."""
+    paths = [str(Path(__file__).parents[1]), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **changes}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment
+    )
+
+
+def test_a_reproducible_export_is_equal_byte_for_byte_in_another_process(folder, tmp_path):
+    done = run(EXPORT, str(tmp_path / "b"), PYTHONHASHSEED="7")
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
+    for name in names:
         assert (tmp_path / "b" / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+FULL = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a larger file is an error then, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of a process, and /sys")
+def test_a_target_that_is_full_or_read_only_is_left_as_it_was(sam, tmp_path):
+    done = run(FULL + EXPORT, str(tmp_path / "a" / "out"))
+    assert done.returncode == 1 and "File too large" in done.stderr.splitlines()[-1], done.stderr
+    assert list((tmp_path / "a").iterdir()) == []
+    with pytest.raises(OSError):
+        export_model(sam, "/sys/out")
+    assert not any("out" in name for name in os.listdir("/sys"))
+    done = CliRunner().invoke(app, ["export", "tinyvit_starter", "-o", "/sys/out"])
+    assert done.exit_code == 1 and "the folder '/sys/out' cannot be written" in done.output
 
 
 def test_weights_in_half_take_half_the_room(sam, folder, tmp_path):
@@ -106,7 +124,13 @@ def test_weights_in_half_take_half_the_room(sam, folder, tmp_path):
         assert size <= most * sum(np.prod(tensor.dims) for tensor in large)
 
 
+def pooled_elsewhere(own):
+    """A mask that is shrunk one pixel off."""
+    return lambda mask, has: own(mask.roll(1, -1), has)
+
+
 MUTANTS = {
+    "a mask that is shifted": ("embed_mask", pooled_elsewhere),
     "a coordinate without its half pixel": (
         "embed_points",
         lambda own: lambda c, x: own(c - 0.5, x),
@@ -121,6 +145,23 @@ MUTANTS = {
         lambda own: lambda m, s, points: (m[:, 1:2], s[:, 1:2]),
     ),
 }
+
+
+def test_padding_beside_a_box_is_dropped_where_that_is_wanted(sam, folder, tmp_path):
+    assert export_model(sam, tmp_path / "out", drop_padding=True).passed
+    given = {
+        "image_embeddings": np.random.default_rng(1).standard_normal((1, 32, 4, 4), np.float32),
+        "point_coords": np.array([[[5, 6], [50, 40], [0, 0]]], np.float32),
+        "point_labels": np.array([[2, 3, -1]], np.float32),
+        "mask_input": np.zeros((1, 1, 16, 16), np.float32),
+        "has_mask_input": np.zeros(1, np.float32),
+        "orig_im_size": np.array([64, 64], np.float32),
+    }
+    without = {**given, **{name: given[name][:, :2] for name in ("point_coords", "point_labels")}}
+    keeps, drops = (open_graph(one / "decoder.onnx") for one in (folder, tmp_path / "out"))
+    np.testing.assert_array_equal(drops(given)[0], drops(without)[0])
+    np.testing.assert_allclose(drops(given)[0], keeps(without)[0], atol=1e-5)
+    assert np.abs(keeps(given)[0] - keeps(without)[0]).max() > 0.01
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
@@ -148,59 +189,6 @@ def test_a_swapped_channel_is_found(sam, tmp_path, monkeypatch):
     assert certificate["verdict"] == "failed"
 
 
-def test_changed_files_are_told_from_wrong_values(folder, tmp_path):
-    target = copied(folder, tmp_path)
-    data = bytearray((target / "decoder.onnx").read_bytes())
-    data[len(data) // 2] ^= 1
-    (target / "decoder.onnx").write_bytes(data)
-    with pytest.raises(ChangedFileError, match="is not the file that was certified"):
-        verify(target)
-    (target / "decoder.onnx").unlink()
-    with pytest.raises(ChangedFileError, match="is missing"):
-        verify(target)
-    (target / "certificate.json").write_text("{")
-    with pytest.raises(CheckpointError, match="is damaged"):
-        verify(target)
-    (target / "certificate.json").unlink()
-    with pytest.raises(CheckpointError, match="was not written by 'tinyvit export'"):
-        verify(target / "encoder.onnx")
-
-
-def test_a_scaled_weight_is_found(folder, tmp_path):
-    from onnx import numpy_helper
-
-    target = copied(folder, tmp_path)
-    model = onnx.load(target / "encoder.onnx")
-    kernel = next(node for node in model.graph.node if node.op_type == "Conv").input[1]
-    first = next(one for one in model.graph.initializer if one.name == kernel)  # of the stem
-    scaled = numpy_helper.to_array(first) * np.float32(1.01)
-    first.CopyFrom(numpy_helper.from_array(scaled, first.name))
-    onnx.save(model, target / "encoder.onnx")
-    certificate = json.loads((target / "certificate.json").read_text())
-    from tinyvit.export.certificate import file_facts
-
-    certificate["files"]["encoder.onnx"] = file_facts(target / "encoder.onnx")
-    (target / "certificate.json").write_text(json.dumps(certificate))
-    found = verify(target)
-    assert not found.passed
-    assert all(case.output == "image_embeddings" for case in found.cases if not case.passed)
-
-
-def test_verify_needs_no_torch(folder):
-    code = (
-        "import sys; sys.modules['torch'] = None\n"
-        "from tinyvit.export import verify\n"
-        f"assert verify({os.fspath(folder)!r}).passed\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_against_a_checkpoint(sam, folder):
-    assert writing.verify_against(folder, sam).passed
-    assert not writing.verify_against(folder, make_tiny_sam(seed=5)).passed
-
-
 def test_wrong_arguments(sam, tmp_path):
     with pytest.raises(ValueError, match="unknown preset 'labelme'; known are tinyvit, sam"):
         export_model(sam, tmp_path / "a", preset="labelme")
@@ -225,25 +213,14 @@ def test_references_are_kept_at_places_of_their_own():
     assert not wrong.passed
 
 
-@pytest.mark.slow
-def test_the_command_line(tmp_path):
-    runner, target = CliRunner(), str(tmp_path / "out")
-    done = runner.invoke(app, ["export", "tinyvit_starter", "-o", target, "--json"])
-    assert done.exit_code == 0, done.output
-    again = runner.invoke(app, ["verify", target, "--json"])
-    assert (again.exit_code, json.loads(again.stdout)["passed"]) == (0, True)
-    (tmp_path / "out" / "encoder.onnx").write_bytes(b"x")
-    assert runner.invoke(app, ["verify", target]).exit_code == 4
-    assert runner.invoke(app, ["verify", str(tmp_path)]).exit_code == 4
-    assert runner.invoke(app, ["export", "tinyvit_starter", "-o", target]).exit_code == 1
-    assert runner.invoke(app, ["export", "x", "-o", target, "--for", "me"]).exit_code == 2
+@pytest.mark.slow  # 20 s of CPU
+def test_the_newer_exporter_does_not_take_the_encoder_at_dynamic_sizes_yet(sam):
+    """When this fails, ``graphs.trace`` can change over to it."""
+    pytest.importorskip("onnxscript")
+    from torch.onnx._internal.exporter._errors import ConversionError
 
-
-@pytest.mark.xfail(strict=True, reason="torch 2.13's newer exporter fails at dynamic sizes")
-@pytest.mark.slow
-def test_the_newer_exporter_takes_the_encoder(sam):
-    size = torch.export.Dim("size", min=17)
-    torch.onnx.export(
-        sam.image_encoder, (torch.zeros(1, 3, 64, 64),), dynamo=True,
-        dynamic_shapes=({2: size, 3: size},),
-    )  # fmt: skip
+    sizes = {axis: torch.export.Dim.AUTO for axis in (0, 2, 3)}
+    with pytest.raises(ConversionError):
+        torch.onnx.export(
+            sam.image_encoder, (torch.zeros(2, 3, 75, 58),), dynamo=True, dynamic_shapes=(sizes,)
+        )

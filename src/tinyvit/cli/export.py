@@ -8,21 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinyvit.cli import console
-from tinyvit.cli.arguments import load_sam, one_of
+from tinyvit.cli.arguments import announce, check_checkpoint, one_of
 from tinyvit.cli.console import Console
+from tinyvit.cli.outcomes import check_folder
 
 if TYPE_CHECKING:
     from tinyvit.export import Verified
+    from tinyvit.modules import TinyViT
+    from tinyvit.sam import Sam
 
 NAMES = (  # tinyvit.export's PRESETS, whose package loads numpy
     "tinyvit", "sam", "samexporter", "x-anylabeling", "osam", "cvat", "transformers.js", "web",
-    "tensorrt", "openvino",
+    "tensorrt", "openvino", "torch",
 )  # fmt: skip
 Preset = Annotated[
     str, typer.Option(parser=one_of(*NAMES), help=f"Who will load it: {', '.join(NAMES)}.")
 ]
-DIFFERS, CHANGED = 3, 4
-"""Exit codes: values differ; a file was changed or is not ours."""
+LACKING, DIFFERS, CHANGED = 2, 3, 4
+"""Exit codes: a package is missing; values differ; a file was changed or is not ours."""
 
 
 def export(
@@ -30,6 +33,7 @@ def export(
     checkpoint: str,
     output: Path,
     preset: Preset = "tinyvit",
+    part: str | None = None,
     size: int | None = None,
     opset: int = 17,
     storage: str | None = None,
@@ -39,16 +43,18 @@ def export(
     keep_failed: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Write a SAM for another program, with a certificate.
+    """Write a model for another program, with a certificate.
 
     The folder holds the graphs, what its consumer wants beside them, and a certificate that
     'tinyvit verify' checks again, anywhere, without torch. Exit code 3: the graphs differ from the
     model, and the folder is not left behind.
 
     Options:
-        checkpoint: Name, file or folder of a whole SAM.
+        checkpoint: Name, file or folder of a SAM, an image encoder or a classifier.
         output (-o --output): Folder to write; new or empty.
         preset (--for CONSUMER):
+        part ([encoder|classifier|features]): An encoder, a classifier or features (the maps of all
+            stages) alone, as model.onnx. By default all that the checkpoint holds.
         size (--input-size): Run the network at this input size instead of adapting weights of
             another size in the graph.
         opset: ONNX opset, 16 to 20.
@@ -63,17 +69,20 @@ def export(
         tinyvit export mobile_sam -o exported/
         tinyvit export tinyvit_starter -o labels/ --for x-anylabeling
         tinyvit export model.safetensors -o web/ --for web --storage fp16
+        tinyvit export tiny_vit_5m_224.dist_in22k_ft_in1k -o classifier/
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    check_folder(output, "-o")
+    if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is there and not empty; choose another folder")
     from tinyvit.catalog import CHECKPOINTS
     from tinyvit.export import ParityError, export_model
 
-    sam = load_sam(own, checkpoint, None)
+    model = _load(own, checkpoint, part)
     licence = next((row.licence for row in CHECKPOINTS if row.name == checkpoint), "")
     try:
         verified = export_model(
-            sam, output, preset=preset, name=Path(checkpoint).stem, licence=licence, side=size,
+            model, output, preset=preset, part=part,  # type: ignore[arg-type]
+            name=Path(checkpoint).stem, licence=licence, side=size,
             opset=opset, storage=storage, single_mask=single_mask,  # type: ignore[arg-type]
             drop_padding=box_padding == "drop", is_reproducible=is_reproducible,
             keep_failed=keep_failed, progress=own.say,
@@ -95,11 +104,13 @@ def verify(
 ) -> None:
     """Prove an exported folder again, without torch.
 
-    Hashes first, then every case of its certificate; only --against needs torch. Exit codes:
-    0 passed, 3 values differ, 4 a file was changed or was not written by 'tinyvit export'.
+    Hashes first, then every case of its certificate. Only --against and programs of torch.export
+    need torch. Exit codes: 0 passed, 2 wrong usage or a missing package, 3 values differ, 4 a file
+    was changed or was not written by 'tinyvit export'.
 
     Options:
-        path: Folder of 'tinyvit export', or a file in it.
+        path: Folder of 'tinyvit export', or a file in it; with --against any file with such inputs
+            and outputs.
         backend ([onnx|openvino]): What runs the graphs.
         against (NAME_OR_FILE): Compare with this checkpoint anew; needs torch.
 
@@ -107,7 +118,7 @@ def verify(
         tinyvit verify exported/
         tinyvit verify exported/ --backend openvino
     """
-    from tinyvit.errors import CheckpointError
+    from tinyvit.errors import CheckpointError, MissingExtraError
     from tinyvit.export import verify as run
 
     try:
@@ -115,16 +126,36 @@ def verify(
             with own.progress("verifying", things="comparisons") as update:
                 verified = run(path, backend=backend, progress=update)  # type: ignore[arg-type]
         else:
-            from tinyvit.export.writing import verify_against
+            from tinyvit.export.comparing import verify_against
 
-            sam = load_sam(own, against, None)
-            verified = verify_against(path, sam, backend=backend)  # type: ignore[arg-type]
+            model = _load(own, against, None)
+            verified = verify_against(path, model, backend=backend)  # type: ignore[arg-type]
+    except MissingExtraError as err:
+        console.complain(f"error: {err}")
+        raise typer.Exit(LACKING) from err
     except CheckpointError as err:
         console.complain(f"error: {err}")
         raise typer.Exit(CHANGED) from err
     _report(own, verified, as_json)
     if not verified.passed:
         raise typer.Exit(DIFFERS)
+
+
+def _load(own: Console, checkpoint: str, part: str | None) -> Sam | TinyViT:
+    """All that a checkpoint holds: a SAM, an encoder or a classifier; for a part its network."""
+    from tinyvit.checkpoints.open import open_checkpoint
+    from tinyvit.factory import create_model
+    from tinyvit.hub import from_pretrained
+    from tinyvit.sam import build_sam
+
+    check_checkpoint(checkpoint)
+    if (Path(checkpoint) / "config.json").is_file():
+        return from_pretrained(checkpoint)
+    announce(own, checkpoint)
+    with own.progress("downloading", counts_bytes=True) as update:
+        opened = open_checkpoint(checkpoint, progress=update)
+    is_whole = {"prompt_encoder", "mask_decoder"} <= set(opened.found.parts)
+    return build_sam(checkpoint) if is_whole and part is None else create_model(None, opened)
 
 
 def _report(own: Console, verified: Verified, as_json: bool) -> None:

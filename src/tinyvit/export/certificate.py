@@ -35,6 +35,9 @@ MOST_VALUES = 4096
 ALLOWED = {"fp32": 1e-4, "fp16": 2e-2}
 """Largest error by the largest value; measured in fp32: 2e-6 to 1e-5."""
 
+PARTS = ("encoder", "decoder", "classifier", "features")
+"""What a file can be; facts name the file, the outputs and, of images, the input of each."""
+
 NAME, REFERENCES = "certificate.json", "certificate.npz"
 
 
@@ -44,7 +47,7 @@ class Case:
 
     Attributes:
         id: Its name, from which its inputs are made.
-        part: "encoder" or "decoder".
+        part: One of ``PARTS``.
         shape: Numbers that its inputs are made with.
     """
 
@@ -120,18 +123,18 @@ class Certificate:
             raise CheckpointError(f"{path} is damaged: {err}") from err
 
 
-def encoder_cases(facts: Mapping[str, Any]) -> list[Case]:
-    """Cases of an encoder: its own size; others, batches and odd shapes where it takes them."""
+def image_cases(part: str, facts: Mapping[str, Any]) -> list[Case]:
+    """Cases of what takes images: its own size; others, batches, odd shapes where it takes them."""
     side = int(facts["side"])
     if facts["layout"] == "hwc":
         sizes = [(side, side), (side * 3 // 4, side), (side, side // 2)]
-        return [Case(f"encoder-{h}x{w}", "encoder", (h, w, 3)) for h, w in sizes]
+        return [Case(f"{part}-{h}x{w}", part, (h, w, 3)) for h, w in sizes]
     shapes = [(1, 3, side, side)]
     if facts["style"] == "transformers":
         shapes.append((2, 3, side, side))
     elif not facts["is_static"] and facts["factor"] == 1:
         shapes += [(1, 3, 75, 58), (1, 3, 1, 1), (1, 3, 17, 300), (2, 3, 64, 96)]
-    return [Case("encoder-" + "x".join(map(str, s)), "encoder", s) for s in shapes]
+    return [Case(f"{part}-" + "x".join(map(str, s)), part, s) for s in shapes]
 
 
 def decoder_cases(facts: Mapping[str, Any]) -> list[Case]:
@@ -141,6 +144,8 @@ def decoder_cases(facts: Mapping[str, Any]) -> list[Case]:
     for number, (points, has_mask) in enumerate(
         (points, has_mask) for points in (1, 2, 7) for has_mask in (0, 1, -1)
     ):
+        if has_mask < 0 and facts.get("is_foreign"):
+            continue  # other exporters multiply by it, and their clients send 0 or 1
         height, width = sizes[number % len(sizes)]
         case = (points, number % 5, height, width, has_mask)
         found.append(Case("decoder-" + "_".join(map(str, case)), "decoder", case))
@@ -150,20 +155,20 @@ def decoder_cases(facts: Mapping[str, Any]) -> list[Case]:
 def make_inputs(case: Case, facts: Mapping[str, Any]) -> dict[str, Floats]:
     """The inputs of a case, from its name."""
     rng = np.random.Generator(np.random.PCG64(zlib.crc32(case.id.encode())))
-    if case.part == "encoder":
+    if case.part != "decoder":
         if facts["layout"] == "hwc":
             values = rng.integers(0, 256, case.shape).astype(np.float32)
         else:
             values = rng.standard_normal(case.shape, np.float32)
-        return {str(facts["encoder_input"]): values}
+        return {str(facts[f"{case.part}_input"]): values}
     points, first_label, height, width, has_mask = case.shape
     side, grid, channels = int(facts["side"]), int(facts["grid"]), int(facts["channels"])
     scale = side / max(height, width)
     reach = np.array([width, height]) * scale
     labels = (np.arange(points) + first_label) % 5 - 1
     mask = rng.standard_normal((1, 1, 4 * grid, 4 * grid), np.float32) * 4
-    if has_mask != 1:
-        mask[:] = np.nan  # what is not given must not matter
+    if has_mask != 1:  # what is not given must not matter; other exporters multiply by 0
+        mask[:] = 0 if facts.get("is_foreign") else np.nan
     k = int(facts["factor"])
     embedding = rng.standard_normal((1, channels, grid // k, grid // k), np.float32)
     inputs = {

@@ -6,7 +6,7 @@ padded input is shrunk by a whole factor before the encoder, and coordinates, ma
 are carried over in the graph.
 
 Traced by torch's TorchScript exporter: the newer one (torch 2.13) fails on the encoder at dynamic
-sizes; ``tests/export/test_graphs.py`` says when it no longer does.
+sizes; ``tests/export/test_export.py`` says when it no longer does.
 
 Shapes: P points, K masks, C channels, S the input's side, g the embedding's grid, H W the image.
 """
@@ -26,12 +26,16 @@ from torch import Tensor, nn
 
 from tinyvit.errors import MissingExtraError
 from tinyvit.image_spec import ImageSpec
+from tinyvit.modules import TinyViT
 from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
 from tinyvit.sam.model import Sam
 
 MaskOutput = Literal["full", "low-res", "crop"]
+Part = Literal["encoder", "classifier", "features"]
+"""What a network alone gives: an image embedding, logits, or the maps of all stages."""
 
+STRIDE = 16  # pixels of a cell of the embedding
 POINT_LABELS = (-1, 0, 1, 2, 3)  # padding, not the object, the object, a box's two corners
 
 
@@ -45,8 +49,7 @@ class EncoderGraph(nn.Module):
             normalised and padded in the graph.
         side: The input's side S that the consumer works with.
         factor: By which the input is shrunk before the encoder; 1 for weights of that side.
-        with_positions: Give the positions of the embedding's grid, too.
-        prompt_encoder: Knows them.
+        positions: Give these positions of the embedding's grid, too.
     """
 
     def __init__(
@@ -261,9 +264,40 @@ class PromptsOfTransformers(nn.Module):
         return scores.reshape(*shape, -1), masks.reshape(*shape, *masks.shape[1:])
 
 
+class PartGraph(nn.Module):
+    """A network alone.
+
+    Args:
+        model: The network.
+        part: What it gives.
+    """
+
+    def __init__(self, model: TinyViT, part: Part) -> None:
+        super().__init__()
+        self.model, self.part = model, part
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Normalised [N, 3, H, W] -> [N, C, g, g], [N, classes], or [N, C, h, w] of each stage."""
+        if self.part == "features":
+            maps = self.model.forward_intermediates(x, intermediates_only=True)
+            return tuple(cast("list[Tensor]", maps))
+        return self.model.classify(x) if self.part == "classifier" else self.model(x)
+
+
 def plain(module: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
     """A copy in eval mode on the CPU, which training never reaches."""
     return copy.deepcopy(module).eval().to("cpu", dtype).requires_grad_(False)
+
+
+def resized(sam: Sam, side: int) -> Sam:
+    """The same model for another input side; it is changed."""
+    own = sam.prompt_encoder
+    grid = -(-side // STRIDE)
+    channels = cast("nn.Conv2d", own.mask_downscaling[0]).out_channels * 4
+    other = PromptEncoder(own.embed_dim, (grid, grid), (side, side), channels)
+    other.load_state_dict(own.state_dict())
+    sam.prompt_encoder = other.eval()
+    return sam
 
 
 def trace(

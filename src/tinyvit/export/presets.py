@@ -54,9 +54,11 @@ class Preset:
         masks: "full", "low-res" or "crop", as ``DecoderGraph``.
         outputs: Names of the decoder's outputs.
         storage: How weights are stored.
-        style: "sam", or "transformers" for that library's own pair, "openvino" for IR files.
+        style: "sam", or "transformers" for that library's own pair, "openvino" for IR files,
+            "torch" for programs of torch.export.
         note: What its user must know.
         is_tried: It was loaded by the consumer itself.
+        takes_parts: It also takes an encoder, a classifier or features alone.
     """
 
     name: str
@@ -72,9 +74,10 @@ class Preset:
     masks: Literal["full", "low-res", "crop"] = "full"
     outputs: tuple[str, ...] = DECODER_OUTPUTS
     storage: Literal["fp32", "fp16"] = "fp32"
-    style: Literal["sam", "transformers", "openvino"] = "sam"
+    style: Literal["sam", "transformers", "openvino", "torch"] = "sam"
     note: str = ""
     is_tried: bool = False
+    takes_parts: bool = False
 
 
 _NAMED = ("{name}.encoder.onnx", "{name}.decoder.onnx")
@@ -84,7 +87,7 @@ PRESETS = {
     row.name: row
     for row in (
         Preset("tinyvit", "tinyvit.Segmenter, tinyvit.Engine", side=None, single_mask=False,
-               is_tried=True),
+               is_tried=True, takes_parts=True),
         Preset("sam", "segment-anything's notebook and web demo (decoder only)", encoder=None,
                note="The embedding is a .npy file of float32 [1, 256, 64, 64]."),
         Preset("samexporter", "samexporter 0.5.0, AnyLabeling 0.4.43", *_NAMED, layout="hwc",
@@ -100,15 +103,20 @@ PRESETS = {
                encoder_input="pixel_values", side=None, single_mask=False,
                outputs=("iou_scores", "pred_masks"), note="Points alone: it has no boxes."),
         Preset("web", "onnxruntime-web >= 1.20", side=None, masks="low-res", storage="fp16",
-               outputs=DECODER_OUTPUTS[1:]),
+               outputs=DECODER_OUTPUTS[1:], takes_parts=True),
         Preset("tensorrt", "trtexec, nanosam; static accelerators", encoder_input="image",
-               is_static=True, masks="low-res", outputs=DECODER_OUTPUTS[1:],
+               is_static=True, masks="low-res", outputs=DECODER_OUTPUTS[1:], takes_parts=True,
                note="Keep LayerNorm in fp32. Shapes for trtexec: "
                     "--minShapes=point_coords:1x1x2,point_labels:1x1 "
                     "--optShapes=point_coords:1x2x2,point_labels:1x2 "
                     "--maxShapes=point_coords:1x10x2,point_labels:1x10"),
         Preset("openvino", "OpenVINO >= 2025.0", side=None, single_mask=False, style="openvino",
-               encoder="encoder.xml", decoder="decoder.xml"),
+               encoder="encoder.xml", decoder="decoder.xml", takes_parts=True),
+        Preset("torch", "torch.export.load: AOTInductor, ExecuTorch", side=None, style="torch",
+               encoder="encoder.pt2", decoder="decoder.pt2", is_static=True, single_mask=False,
+               masks="low-res", outputs=DECODER_OUTPUTS[1:], takes_parts=True,
+               note="Programs of torch.export, of fixed size but for the number of points. "
+                    "'tinyvit verify' needs torch for them."),
     )
 }  # fmt: skip
 

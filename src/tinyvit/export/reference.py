@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,31 +12,49 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tinyvit.image_spec import ImageSpec
+from tinyvit.modules import TinyViT
 from tinyvit.sam.model import Sam
 
 from .graphs import plain
-from .presets import Preset
 
 Arrays = Mapping[str, NDArray[Any]]
 
 
 class Reference:
-    """A model in float64 with the inputs that a preset's graphs take.
+    """A model in float64 with the inputs that exported graphs take.
 
     Args:
         model: A SAM, or an image encoder or classifier alone.
         spec: How images are prepared.
-        preset: What the graphs are for.
         facts: Of the export.
     """
 
-    def __init__(
-        self, model: nn.Module, spec: ImageSpec, preset: Preset, facts: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, model: nn.Module, spec: ImageSpec, facts: Mapping[str, Any]) -> None:
         own = plain(model, torch.float64)
         self.sam = own if isinstance(own, Sam) else None
         self.encoder: nn.Module = own.image_encoder if isinstance(own, Sam) else own
-        self.spec, self.preset, self.facts = spec, preset, facts
+        self.spec, self.facts = spec, facts
+
+    def run(self, part: str, inputs: Arrays) -> list[NDArray[Any]]:
+        """Outputs of a part."""
+        if part == "decoder":
+            return self.decode(inputs)
+        return self.encode(inputs) if part == "encoder" else self.describe(part, inputs)
+
+    def positions(self) -> NDArray[np.float32]:
+        """Positions of the embedding's grid, which transformers.js hands to the decoder."""
+        return self._sam().prompt_encoder.get_dense_pe().float().numpy()
+
+    @torch.no_grad()
+    def describe(self, part: str, inputs: Arrays) -> list[NDArray[Any]]:
+        """Logits of a classifier, or the map of each stage."""
+        (values,) = inputs.values()
+        x = torch.from_numpy(np.asarray(values, np.float64))
+        model = cast(TinyViT, self.encoder)
+        if part == "classifier":
+            return [model.forward_head(model.forward_backbone(x)).numpy()]
+        return [model.forward_intermediates(x, [stage], intermediates_only=True)[0].numpy()
+                for stage in range(model.num_layers)]  # fmt: skip
 
     @torch.no_grad()
     def encode(self, inputs: Arrays) -> list[NDArray[Any]]:
@@ -44,7 +62,7 @@ class Reference:
         (values,) = inputs.values()
         x = torch.from_numpy(np.asarray(values, np.float64))
         side, factor = int(self.facts["side"]), int(self.facts["factor"])
-        if self.preset.layout == "hwc":
+        if self.facts["layout"] == "hwc":
             mean, std = (
                 torch.tensor(v, dtype=torch.float64) for v in (self.spec.mean, self.spec.std)
             )
@@ -58,7 +76,7 @@ class Reference:
         if factor > 1:
             found = F.interpolate(found, scale_factor=factor, mode="nearest")
         outputs = [found.numpy()]
-        if self.preset.style == "transformers" and self.sam is not None:
+        if self.facts["style"] == "transformers" and self.sam is not None:
             outputs.append(
                 self.sam.prompt_encoder.get_dense_pe().expand(len(x), -1, -1, -1).numpy()
             )
@@ -71,12 +89,15 @@ class Reference:
         given = {
             name: torch.from_numpy(np.asarray(value, np.float64)) for name, value in inputs.items()
         }
-        if self.preset.style == "transformers":
+        if self.facts["style"] == "transformers":
             return self._decode_transformers(sam, given)
         factor = int(self.facts["factor"])
         image = given["image_embeddings"][:, :, ::factor, ::factor]
-        coords = (given["point_coords"] + 0.5) / factor - 0.5
-        sparse = self._tokens(sam, coords, given["point_labels"])
+        coords, labels = (given["point_coords"] + 0.5) / factor - 0.5, given["point_labels"]
+        if self.facts.get("drop_padding") and 2 in labels:
+            kept = [place for place, label in enumerate(labels[0]) if label != -1]
+            coords, labels = coords[:, kept], labels[:, kept]
+        sparse = self._tokens(sam, coords, labels)
         none = sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
         dense = none.expand(1, -1, *image.shape[-2:])
         if given["has_mask_input"].item() > 0.5:
@@ -87,7 +108,7 @@ class Reference:
             dense = sam.prompt_encoder.mask_downscaling(mask)
         pe = sam.prompt_encoder.get_dense_pe()
         low_res, scores = sam.mask_decoder.predict_masks(image, pe, sparse, dense)
-        if self.preset.single_mask:
+        if self.facts["single_mask"]:
             favoured = scores.clone()
             favoured[:, 0] += (coords.shape[1] - 2.5) * 1000
             best = int(favoured[0].argmax())
@@ -95,13 +116,15 @@ class Reference:
         shown = (
             low_res if factor == 1 else F.interpolate(low_res, scale_factor=factor, mode="bilinear")
         )
-        if self.preset.masks == "low-res":
+        if "masks" not in self.facts["decoder_outputs"]:
             return [scores.numpy(), shown.numpy()]
         height, width = (int(v) for v in given["orig_im_size"])
         place = ImageSpec.sam(sam.prompt_encoder.input_image_size[0]).place(height, width)
         full = sam.postprocess_masks(low_res, place.resized_size, place.original_size)
         outputs = [full.numpy(), scores.numpy(), shown.numpy()]
-        return outputs if self.preset.masks == "full" else _cropped(outputs, sam.mask_threshold)
+        if "xtl" in self.facts["decoder_outputs"]:
+            return _cropped(outputs, sam.mask_threshold)
+        return outputs
 
     def _tokens(self, sam: Sam, coords: Tensor, labels: Tensor) -> Tensor:
         """Prompt tokens by the prompt encoder's own ways for points and boxes, one at a time."""

@@ -2,53 +2,67 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
-from tinyvit.checkpoints.files import weights_sha256, write_bytes, write_text
+from tinyvit.checkpoints.files import CLASSES, weights_sha256, write_bytes, write_text
 from tinyvit.errors import TinyViTError
 from tinyvit.image_spec import ImageSpec
-from tinyvit.images.decode import decode
-from tinyvit.images.preprocess import to_input
 from tinyvit.sam.embedding import spec_of
 from tinyvit.sam.model import Sam
 
-from . import certificate as certificates
-from .certificate import Case, Certificate
-from .graphs import DecoderGraph, EncoderGraph, PromptsOfTransformers, plain, trace
-from .presets import DECODER_INPUTS, Preset, get_preset
-from .reference import Reference
-from .verify import Verified, inputs_of, open_graph, positions_from, read_facts, run_cases
+from .comparing import certify
+from .graphs import (
+    DecoderGraph,
+    EncoderGraph,
+    Part,
+    PromptsOfTransformers,
+    plain,
+    resized,
+    trace,
+)
+from .papers import papers
+from .parts import Model, arguments_of_part, facts_of_part, part_of, spec_for
+from .presets import DECODER_INPUTS, PRESETS, Preset, get_preset
+from .verify import INDEX, Verified
 
 OPSETS = range(16, 21)
 OPSET = 17  # LayerNormalization as one operator; read by every runtime that was tried
-STRIDE = 16
 FORMAT = 1
-_CLICKS = 8  # on each photograph
-_ALLOWED_IOU = {"fp32": (0.9995, 0.995), "fp16": (0.995, 0.97)}
-"""Mean and least IoU of masks with the model's."""
-_PHOTOGRAPHS = Path(__file__).parents[1] / "serve" / "page"
-"""The example images that the page ships."""
-
 
 Graph: TypeAlias = (
     "tuple[nn.Module, Sequence[Tensor], Sequence[str], Sequence[str], Mapping[str, dict[int, str]]]"
 )
 """(module, example, inputs, outputs, axes that may have any length)."""
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What ``export_model`` was asked for, the preset's row with the caller's changes included."""
+
+    row: Preset
+    name: str
+    licence: str
+    side: int | None
+    opset: int
+    drop_padding: bool
+    is_reproducible: bool
+    progress: Callable[[str], None]
+
+    def pair(self, weights: str) -> str:
+        """What the files of one export have in common."""
+        return weights[:16] if self.is_reproducible else secrets.token_hex(8)
 
 
 class ParityError(TinyViTError):
@@ -60,10 +74,11 @@ class ParityError(TinyViTError):
 
 
 def export_model(
-    model: Sam,
+    model: Model,
     folder: str | os.PathLike[str],
     *,
     preset: str = "tinyvit",
+    part: Part | None = None,
     name: str = "model",
     licence: str = "",
     side: int | None = None,
@@ -78,9 +93,12 @@ def export_model(
     """Write a model for a consumer, compare it with the model itself, and certify that.
 
     Args:
-        model: A SAM; it is not changed.
+        model: A SAM, or an image encoder, a classifier or ``FeatureMaps``; it is not changed.
         folder: To write; it must not exist, or be empty.
         preset: A name of ``tinyvit.export.PRESETS``.
+        part: "encoder", "classifier" or "features" alone, as the file ``model.onnx``: the image
+            embedding, logits, or the maps of all stages. None: all of a SAM, and of another model
+            what it gives.
         name: What the files call the model.
         licence: Of the weights.
         side: Run the network at this input side; None adapts weights of another side in the graph.
@@ -101,12 +119,7 @@ def export_model(
         FileExistsError: The folder is there and not empty.
         MissingExtraError: onnx or onnxruntime is not installed.
     """
-    row = get_preset(preset)
-    row = replace(
-        row,
-        storage=storage or row.storage,
-        single_mask=row.single_mask if single_mask is None else single_mask,
-    )
+    row = _row(preset, storage, single_mask, is_part=part is not None or not isinstance(model, Sam))
     if opset not in OPSETS:
         raise ValueError(f"opset must be from {OPSETS[0]} to {OPSETS[-1]}, came {opset}")
     target = Path(folder)
@@ -115,9 +128,11 @@ def export_model(
     work = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     work.mkdir(parents=True)
     try:
-        verified = _write(
-            model, work, row, name, licence, side, opset, drop_padding, is_reproducible, progress
-        )
+        order = _Order(row, name, licence, side, opset, drop_padding, is_reproducible, progress)
+        if part is None and isinstance(model, Sam):
+            verified = _write_pair(model, work, order)
+        else:
+            verified = _write_part(model, part, work, order)
         if verified.passed or keep_failed:
             if target.exists():
                 target.rmdir()
@@ -134,77 +149,89 @@ def export_model(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write(
-    model: Sam,
-    folder: Path,
-    row: Preset,
-    name: str,
-    licence: str,
-    side: int | None,
-    opset: int,
-    drop_padding: bool,
-    is_reproducible: bool,
-    progress: Callable[[str], None],
-) -> Verified:
-    sam = plain(model)
+def _row(preset: str, storage: Any, single_mask: bool | None, is_part: bool) -> Preset:
+    """The row of a preset with what the caller wants otherwise."""
+    row = get_preset(preset)
+    if is_part and not row.takes_parts:
+        fitting = ", ".join(name for name, other in PRESETS.items() if other.takes_parts)
+        raise ValueError(
+            f"{row.consumer} loads a whole SAM; an encoder, a classifier or features alone are for "
+            f"{fitting}"
+        )
+    if is_part and single_mask is not None:
+        raise ValueError("single_mask is for mask decoders, and there is none here")
+    if row.style == "torch" and storage == "fp16":
+        raise ValueError("programs of torch.export are stored in fp32; leave storage='fp16' out")
+    single_mask = row.single_mask if single_mask is None else single_mask
+    return replace(row, storage=storage or row.storage, single_mask=single_mask)
+
+
+def _write_part(model: Model, part: Part | None, folder: Path, order: _Order) -> Verified:
+    """One file of a network alone."""
+    row = order.row
+    net, part = part_of(model, part)
+    spec = spec_for(model, net, order.side)
+    net = plain(net)
+    facts = facts_of_part(net, part, spec, row, order.name)
+    sha256 = weights_sha256(net.state_dict())
+    metadata = _metadata(facts, spec, sha256, order)
+    order.progress(f"tracing the {part}")
+    _save(folder, part, arguments_of_part(net, part, spec, facts), order, facts, metadata)
+    _write_index(folder, order, facts, metadata)
+    return certify(net, spec, folder, row.name, facts, sha256)
+
+
+def _write_pair(model: Sam, folder: Path, order: _Order) -> Verified:
+    """Encoder and decoder of a SAM, as the preset wants them."""
+    row, sam = order.row, plain(model)
     spec = spec_of(sam)
     own_side = max(spec.size)
-    wanted = side or row.side or own_side
-    factor = 1 if side is not None else wanted // own_side
-    if factor * own_side != wanted and side is None:
+    wanted = order.side or row.side or own_side
+    factor = 1 if order.side is not None else wanted // own_side
+    if factor * own_side != wanted and order.side is None:
         raise ValueError(
             f"{row.consumer} works with inputs of {wanted}, which is no whole multiple of the "
             f"weights' {own_side}; give side={wanted} to run the network at that size"
         )
     if factor == 1 and wanted != own_side:
-        sam = _resized(sam, wanted)
+        sam = resized(sam, wanted)
         spec = replace(spec, size=(wanted, wanted))
-    facts = _facts(sam, spec, row, name, wanted, factor)
-    encoder_hash = weights_sha256(sam.image_encoder.state_dict())
-    pair = encoder_hash[:16] if is_reproducible else secrets.token_hex(8)
-    metadata = _metadata(facts, row, spec, encoder_hash, licence, pair, opset, sam)
+    facts = _facts(sam, spec, order, wanted, factor)
+    sha256 = weights_sha256(sam.image_encoder.state_dict())
+    metadata = _metadata(facts, spec, sha256, order)
     positions = sam.prompt_encoder.get_dense_pe() if row.style == "transformers" else None
     if row.encoder is not None:
-        progress("tracing the encoder")
+        order.progress("tracing the encoder")
         graph = EncoderGraph(
             plain(sam.image_encoder), spec, row.layout, wanted, factor, positions
         ).eval()
         traced = _encoder_arguments(graph, row, wanted, factor)
-        own = {**metadata, "tinyvit.part": "encoder"}
-        _save(folder / facts["encoder"], traced, opset, own, row.storage)
-    progress("tracing the decoder")
-    traced = _decoder_arguments(sam, row, facts, factor, drop_padding)
-    own = {**metadata, "tinyvit.part": "decoder"}
-    _save(folder / facts["decoder"], traced, opset, own, row.storage)
-    write_text(folder / "tinyvit.json", json.dumps({"format": FORMAT, **facts, "preset": row.name,
-               "pair": pair, "weights_sha256": encoder_hash}, indent=1) + "\n")  # fmt: skip
-    for file, text in _papers(row, facts, folder).items():
+        _save(folder, "encoder", traced, order, facts, metadata)
+    order.progress("tracing the decoder")
+    traced = _decoder_arguments(sam, row, facts, factor, order.drop_padding)
+    _save(folder, "decoder", traced, order, facts, metadata)
+    _write_index(folder, order, facts, metadata)
+    model = model if factor > 1 or wanted == own_side else sam
+    return certify(model, spec, folder, row.name, facts, sha256)
+
+
+def _write_index(
+    folder: Path, order: _Order, facts: dict[str, Any], metadata: Mapping[str, str]
+) -> None:
+    """tinyvit.json and what the consumer wants beside the graphs; IR files where it wants them."""
+    index = {
+        "format": FORMAT, **facts, "preset": order.row.name, "pair": metadata["tinyvit.pair"],
+        "weights_sha256": metadata["tinyvit.weights_sha256"],
+    }  # fmt: skip
+    write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
+    for file, text in papers(order.row, facts, folder).items():
         write_text(folder / file, text)
-    if row.style == "openvino":
-        _to_openvino(folder, facts)
-    progress("comparing with the model in float64")
-    return _certify(
-        model if factor > 1 or wanted == own_side else sam, spec, folder, row, facts, encoder_hash
-    )
+    order.progress("comparing with the model in float64")
 
 
-def _resized(sam: Sam, side: int) -> Sam:
-    """The same weights for another input side."""
-    from tinyvit.modules.sam.prompt_encoder import PromptEncoder
-
-    own = sam.prompt_encoder
-    grid = -(-side // STRIDE)
-    channels = cast("nn.Conv2d", own.mask_downscaling[0]).out_channels * 4
-    other = PromptEncoder(own.embed_dim, (grid, grid), (side, side), channels)
-    other.load_state_dict(own.state_dict())
-    sam.prompt_encoder = other.eval()
-    return sam
-
-
-def _facts(
-    sam: Sam, spec: ImageSpec, row: Preset, name: str, side: int, factor: int
-) -> dict[str, Any]:
+def _facts(sam: Sam, spec: ImageSpec, order: _Order, side: int, factor: int) -> dict[str, Any]:
     """What a reader of the folder needs, as plain values."""
+    row, name = order.row, order.name
     grid = sam.prompt_encoder.image_embedding_size[0] * factor
     is_sam = row.style != "transformers"
     inputs: tuple[str, ...] = DECODER_INPUTS if row.masks != "low-res" else DECODER_INPUTS[:-1]
@@ -224,6 +251,7 @@ def _facts(
         "factor": factor,
         "is_static": row.is_static,
         "single_mask": row.single_mask,
+        "drop_padding": order.drop_padding,
         "storage": row.storage,
         "encoder_input": row.encoder_input,
         "encoder_outputs": encoder_outputs,
@@ -236,31 +264,33 @@ def _facts(
 
 
 def _metadata(
-    facts: Mapping[str, Any], row: Preset, spec: ImageSpec, sha256: str, licence: str, pair: str,
-    opset: int, sam: Sam,
-) -> dict[str, str]:  # fmt: skip
+    facts: Mapping[str, Any], spec: ImageSpec, sha256: str, order: _Order
+) -> dict[str, str]:
     """What every file says of itself."""
-    return {
+    is_adapted = facts["factor"] != 1
+    found = {
         "tinyvit.format": str(FORMAT),
         "tinyvit.version": version("tinyvit"),
-        "tinyvit.preset": row.name,
+        "tinyvit.preset": order.row.name,
         "tinyvit.weights_sha256": sha256,
-        "tinyvit.weights_licence": licence,
-        "tinyvit.source": str(facts["name"]),
+        "tinyvit.weights_licence": order.licence,
+        "tinyvit.source": order.name,
         "tinyvit.image_spec": json.dumps(spec.to_dict()),
-        "tinyvit.layout": "hwc-rgb-255" if row.layout == "hwc" else "nchw-normalised",
+        "tinyvit.layout": "hwc-rgb-255" if facts["layout"] == "hwc" else "nchw-normalised",
         "tinyvit.input_size": str(facts["side"]),
-        "tinyvit.grid": str(facts["grid"]),
-        "tinyvit.adapted_from": str(int(facts["side"]) // int(facts["factor"]))
-        if facts["factor"] != 1
-        else "",
-        "tinyvit.mask_threshold": str(sam.mask_threshold),
-        "tinyvit.thresholds": json.dumps(sam.thresholds),
-        "tinyvit.storage": row.storage,
-        "tinyvit.opset": str(opset),
+        "tinyvit.adapted_from": str(facts["side"] // facts["factor"]) if is_adapted else "",
+        "tinyvit.thresholds": json.dumps(facts["thresholds"]),
+        "tinyvit.storage": order.row.storage,
+        "tinyvit.opset": str(order.opset),
         "tinyvit.made_with": f"torch {torch.__version__}",
-        "tinyvit.pair": pair,
+        "tinyvit.pair": order.pair(sha256),
     }
+    if "grid" in facts:
+        found["tinyvit.grid"] = str(facts["grid"])
+        found["tinyvit.mask_threshold"] = str(facts["mask_threshold"])
+    if facts.get("classes"):
+        found[CLASSES] = json.dumps(facts["classes"])
+    return found
 
 
 def _encoder_arguments(graph: nn.Module, row: Preset, side: int, factor: int) -> Graph:
@@ -328,21 +358,35 @@ def _decoder_arguments(
     return graph, example, facts["decoder_inputs"], row.outputs, axes
 
 
-def _save(path: Path, graph: Graph, opset: int, metadata: Mapping[str, str], storage: str) -> None:
+def _save(
+    folder: Path, part: str, graph: Graph, order: _Order, facts: Mapping[str, Any],
+    metadata: Mapping[str, str],
+) -> None:  # fmt: skip
     """Trace, add metadata, store weights as wanted, write."""
+    path, metadata = folder / facts[part], {**metadata, "tinyvit.part": part}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if order.row.style == "torch":
+        from .programs import save_program
+
+        module, example, inputs, _, axes = graph
+        points = [1 if "num_points" in axes.get(name, {}).values() else None for name in inputs]
+        write_bytes(path, save_program(module, example, points, metadata))
+        return
     import onnx
 
-    model = onnx.load_from_string(trace(*graph, opset))
-    if storage == "fp16":
+    model = onnx.load_from_string(trace(*graph, order.opset))
+    if order.row.storage == "fp16":
         _store_in_half(model)
     model.producer_name = "tinyvit"
     model.producer_version = version("tinyvit")
-    model.doc_string = f"TinyViT {metadata['tinyvit.part']} for {metadata['tinyvit.preset']}"
+    model.doc_string = f"TinyViT {part} for {order.row.name}"
     for key, value in metadata.items():
         entry = model.metadata_props.add()
         entry.key, entry.value = key, value
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, model.SerializeToString(deterministic=True))
+    if order.row.style == "openvino":
+        _write_openvino(model, path)
+    else:
+        write_bytes(path, model.SerializeToString(deterministic=True))
 
 
 def _store_in_half(model: Any) -> None:
@@ -364,206 +408,15 @@ def _store_in_half(model: Any) -> None:
     model.graph.node.extend([*casts, *nodes])
 
 
-def _to_openvino(folder: Path, facts: dict[str, Any]) -> None:
-    """Turn the pair of ONNX files into OpenVINO's own."""
+def _write_openvino(model: Any, path: Path) -> None:
+    """OpenVINO's own pair of files from a graph of ONNX."""
     from tinyvit.inference.graphs import load_library
 
     library = load_library("openvino", "OpenVINO")
-    for part in ("encoder", "decoder"):
-        path = folder / facts[part]  # written as ONNX under the final name
-        source = path.with_suffix(".onnx")
-        path.rename(source)
-        library.save_model(
-            library.convert_model(os.fspath(source)), os.fspath(path), compress_to_fp16=False
-        )
-        source.unlink()
-
-
-def _papers(row: Preset, facts: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Files that a consumer or its user wants beside the graphs."""
-    lines = [
-        f"For {row.consumer}.",
-        f"Inputs of {facts['side']} x {facts['side']} pixels.",
-        row.note,
-    ]
-    papers = {"README.txt": "\n".join(line for line in lines if line) + "\n"}
-    name = facts["name"]
-    if row.name == "x-anylabeling":
-        papers[f"{name}.yaml"] = "\n".join([
-            "type: segment_anything", f"name: {name}-tinyvit", "provider: tinyvit",
-            f"display_name: {name} (tinyvit)", f"encoder_model_path: {facts['encoder']}",
-            f"decoder_model_path: {facts['decoder']}", "input_size: 1024", "max_width: 1024",
-            "max_height: 682", "",
-        ])  # fmt: skip
-    elif row.name == "samexporter":
-        papers["config.yaml"] = "\n".join([
-            "type: segment_anything", f"name: {name}", f"display_name: {name} (tinyvit)",
-            f"encoder_model_path: {facts['encoder']}", f"decoder_model_path: {facts['decoder']}",
-            "input_size: 1024", "max_width: 1024", "max_height: 682", "",
-        ])  # fmt: skip
-    elif row.name == "osam":
-        hashes = {part: hashlib.sha256((folder / facts[part]).read_bytes()).hexdigest()
-                  for part in ("encoder", "decoder")}  # fmt: skip
-        papers["README.txt"] += (
-            "\nPut the files where osam looks for them, under ~/.cache/osam/models/blobs as\n"
-            f"sha256-{hashes['encoder']} (encoder) and\nsha256-{hashes['decoder']} (decoder), and "
-            "register a class:\n\n"
-            "from osam import apis, types\nfrom osam._models import sam\n\n"
-            "class TinyViT(sam.Sam1):\n"
-            f'    name = "{name}"\n    _blobs = {{\n'
-            f'        "encoder": types.Blob(url="", hash="sha256:{hashes["encoder"]}"),\n'
-            f'        "decoder": types.Blob(url="", hash="sha256:{hashes["decoder"]}"),\n    }}\n\n'
-            "apis.registered_model_types.append(TinyViT)\n"
-        )
-    elif row.style == "transformers":
-        spec, side = facts["image_spec"], facts["side"]
-        papers["config.json"] = json.dumps({
-            "model_type": "sam", "architectures": ["SamModel"],
-            "vision_config": {"image_size": side, "patch_size": 16},
-            "prompt_encoder_config": {"image_size": side}, "mask_decoder_config": {},
-        }, indent=1)  # fmt: skip
-        papers["preprocessor_config.json"] = json.dumps({
-            "image_processor_type": "SamImageProcessor", "processor_class": "SamProcessor",
-            "do_convert_rgb": True, "do_normalize": True, "do_pad": True, "do_rescale": True,
-            "do_resize": True, "image_mean": [value / 255 for value in spec["mean"]],
-            "image_std": [value / 255 for value in spec["std"]], "rescale_factor": 1 / 255,
-            "pad_size": {"height": side, "width": side}, "resample": 2,
-            "size": {"longest_edge": side},
-        }, indent=1)  # fmt: skip
-    return papers
-
-
-def verify_against(
-    path: str | os.PathLike[str], model: Sam, *, backend: Literal["onnx", "openvino"] | None = None
-) -> Verified:
-    """Compare an exported folder with a model anew, in float64.
-
-    Args:
-        path: Of the folder, or of a file in it.
-        model: What it should have come from.
-        backend: What runs the graphs.
-
-    Raises:
-        CheckpointError: It is no folder of ``export_model``.
-    """
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    facts = read_facts(folder)
-    row = replace(
-        get_preset(str(facts["preset"])), storage=facts["storage"], single_mask=facts["single_mask"]
-    )
-    spec = ImageSpec.from_dict(facts["image_spec"])
-    sam = plain(model)
-    if facts["factor"] == 1 and facts["side"] != max(spec_of(sam).size):
-        sam = _resized(sam, int(facts["side"]))
-    return _compare(sam, spec, folder, row, facts, {}, backend)
-
-
-def _compare(
-    model: Sam, spec: ImageSpec, folder: Path, row: Preset, facts: Mapping[str, Any],
-    kept: dict[str, NDArray[Any]], backend: Literal["onnx", "openvino"] | None = None,
-) -> Verified:  # fmt: skip
-    """Run all cases against the model in float64; ``kept`` takes the references."""
-    reference = Reference(model, spec, row, facts)
-    chosen = backend or ("openvino" if row.style == "openvino" else "onnx")
-    runs = {part: open_graph(folder / facts[part], chosen)
-            for part in ("encoder", "decoder") if facts.get(part)}  # fmt: skip
-    made: dict[str, list[NDArray[Any]]] = {}
-    if row.style == "transformers":
-        kept["positions"] = model.prompt_encoder.get_dense_pe().float().numpy()
-    fill = positions_from(kept)
-
-    def look_up(case: Case, number: int) -> tuple[NDArray[Any], str]:
-        if case.id not in made:
-            made.clear()
-            inputs = inputs_of(case, facts)
-            fill(inputs)
-            run = reference.encode if case.part == "encoder" else reference.decode
-            made[case.id] = run(inputs)
-        value = made[case.id][number]
-        name = f"{case.id} {facts[f'{case.part}_outputs'][number]}"
-        kept[f"{case.id} {number}"] = certificates.keep(value, name)
-        return kept[f"{case.id} {number}"], hashlib.sha256(np.float32(value).tobytes()).hexdigest()
-
-    cases = tuple(run_cases(runs, facts, look_up, fill))
-    masks = {}
-    if row.style != "transformers" and row.masks == "full" and row.encoder:
-        masks = _agreement(runs, reference, spec, facts)
-    return Verified(str(folder), chosen, cases, masks)
-
-
-def _agreement(
-    runs: Mapping[str, certificates.Run],
-    reference: Reference,
-    spec: ImageSpec,
-    facts: Mapping[str, Any],
-) -> dict[str, Any]:
-    """IoU of the pair's masks with the model's, for clicks on photographs."""
-    side, threshold = int(facts["side"]), float(facts["mask_threshold"])
-    ious: dict[str, float] = {}
-    for path in sorted(_PHOTOGRAPHS.glob("example-*.jpg")):
-        rgb = decode(path)
-        wide = replace(ImageSpec.sam(side), mean=spec.mean, std=spec.std)
-        x, placement = to_input(rgb, wide)
-        if facts["layout"] == "hwc":
-            height, width = placement.resized_size
-            small = np.asarray(
-                Image.fromarray(rgb).resize((width, height), Image.Resampling.BILINEAR)
-            )
-            inputs = {facts["encoder_input"]: small.astype(np.float32)}
-        else:
-            inputs = {facts["encoder_input"]: x[None]}
-        came, right = runs["encoder"](inputs)[0], reference.encode(inputs)[0]
-        grid = int(facts["grid"]) * 4
-        for number in range(_CLICKS):
-            place = (np.array([[number % 4 + 0.5, number // 4 + 0.5]]) / [4, _CLICKS // 4])[None]
-            prompt = {
-                "point_coords": (place * placement.resized_size[::-1]).astype(np.float32),
-                "point_labels": np.ones((1, 1), np.float32),
-                "mask_input": np.zeros((1, 1, grid, grid), np.float32),
-                "has_mask_input": np.zeros(1, np.float32),
-                "orig_im_size": np.array(placement.original_size, np.float32),
-            }
-            mine = runs["decoder"]({"image_embeddings": came, **prompt})[0] > threshold
-            theirs = reference.decode({"image_embeddings": right, **prompt})[0] > threshold
-            ious[f"{path.stem} {number}"] = _iou(mine, theirs)
-    worst = min(ious, key=lambda name: ious[name])
-    mean, least = float(np.mean(list(ious.values()))), ious[worst]
-    allowed = _ALLOWED_IOU[str(facts["storage"])]
-    passed = bool(mean >= allowed[0] and least >= allowed[1])
-    return {
-        "mean": mean,
-        "least": least,
-        "worst_case": worst,
-        "passed": passed,
-        "clicks": len(ious),
-    }
-
-
-def _iou(mine: NDArray[Any], theirs: NDArray[Any]) -> float:
-    if mine.shape != theirs.shape:
-        return 0.0
-    either = np.count_nonzero(mine | theirs)
-    return float(np.count_nonzero(mine & theirs) / either) if either else 1.0
-
-
-def _certify(
-    model: Sam, spec: ImageSpec, folder: Path, row: Preset, facts: Mapping[str, Any], sha256: str
-) -> Verified:
-    """Compare, and write certificate and references."""
-    kept: dict[str, NDArray[Any]] = {}
-    verified = _compare(model, spec, folder, row, facts, kept)
-    own = Certificate(
-        version("tinyvit"), certificates.versions("torch", "onnx"), certificates.machine(),
-        row.name, sha256, "torch float64", dict(facts), masks=verified.masks,
-        verdict="passed" if verified.passed else "failed",
-    )  # fmt: skip
-    own.cases = [{**vars(case), "value": _number(case.value)} for case in verified.cases]
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            own.files[path.relative_to(folder).as_posix()] = certificates.file_facts(path)
-    own.write(folder, kept)
-    return verified
-
-
-def _number(value: float) -> float | str:
-    return value if np.isfinite(value) else "not finite"
+    source = path.with_suffix(".onnx")
+    try:
+        write_bytes(source, model.SerializeToString(deterministic=True))
+        read = library.Core().read_model(os.fspath(source))  # convert_model reports to its makers
+        library.save_model(read, os.fspath(path), compress_to_fp16=False)
+    finally:
+        source.unlink(missing_ok=True)
