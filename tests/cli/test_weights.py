@@ -13,7 +13,7 @@ from tinyvit.catalog import get_checkpoint
 from tinyvit.checkpoints import file_sha256, read_state_dict, write_state_dict
 from tinyvit.checkpoints.download import cache_folder
 from tinyvit.checkpoints.families import LAYOUTS
-from tinyvit.cli.weights import FAMILIES, matching_families
+from tinyvit.cli.weights import FAMILIES, to_option
 from tinyvit.hub import save_pretrained
 
 BODY = bytes(range(256)) * 1000
@@ -182,7 +182,11 @@ def test_an_unknown_family_is_wrong_usage(run, tmp_path):
 
 
 def test_families_are_completed():
-    assert matching_families("mobile") == ["mobile_sam", "mobile_sam_v2", "mobile_sam_v2_decoder"]
+    assert to_option.autocompletion("mobile") == [
+        "mobile_sam",
+        "mobile_sam_v2",
+        "mobile_sam_v2_decoder",
+    ]
 
 
 # --- download ------------------------------------------------------------------------------------

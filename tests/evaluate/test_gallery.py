@@ -5,17 +5,10 @@ import pytest
 from PIL import Image
 
 import tinyvit
-from tinyvit.evaluate import segment
-from tinyvit.evaluate.classify import (
-    CELL,
-    WrongImage,
-    draw_error_gallery,
-    evaluate_classifier,
-)
-from tinyvit.evaluate.gallery import MARGIN, TITLE
+from tinyvit.evaluate.classify import WrongImage, draw_error_gallery, evaluate_classifier
 from tinyvit.evaluate.segment import EvaluateSettings, Gallery, evaluate_segment
 from tinyvit.image_spec import ImageSpec
-from tinyvit.images.draw import save_png
+from tinyvit.images.draw import GAP, PANEL, TITLE, save_png
 
 from .segmenting import Discs, Growing
 from .test_classify import Listed
@@ -32,8 +25,8 @@ def test_a_sheet_shows_images_found_masks_and_truth(tmp_path):
     sheet.save(tmp_path / "sheet.png", "Discs")
     drawn = np.array(Image.open(tmp_path / "sheet.png"))
     np.testing.assert_array_equal(drawn, sheet.draw("Discs"))
-    assert drawn.shape[1] > 4 * segment.CELL[0]
-    assert drawn.shape[0] > 2 * segment.CELL[1]
+    assert drawn.shape[1] > 4 * PANEL
+    assert drawn.shape[0] > PANEL
     found = np.rint(0.5 * np.array([40, 60, 230]) + 0.5 * np.array([38, 110, 255]))
     assert (np.abs(drawn.astype(int) - found).max(-1) <= 1).sum() > 1000  # filled over an object
     assert (drawn == (46, 190, 84)).all(-1).sum() > 20  # clicks
@@ -41,7 +34,9 @@ def test_a_sheet_shows_images_found_masks_and_truth(tmp_path):
 
 def test_best_and_worst_are_kept_in_order_and_shown_once():
     sheet = collect(Gallery(2), 3)
-    assert [cell.second for *_, cell in sheet._kept] == ["right", "right", "left", "left"]
+    assert [caption.split("\n")[1] for *_, caption in sheet._kept] == [
+        *("right", "right", "left", "left")
+    ]
     one = collect(Gallery(8), 1)
     assert one.draw().shape[0] > one.draw().shape[1] / 2
 
@@ -70,21 +65,22 @@ def test_the_wrong_images_are_shown_in_order(measured):
     assert report.wrong  # untrained, so not all of three classes are right
     sheet = draw_error_gallery(report, images)
     columns = min(4, len(report.wrong))
-    assert sheet.shape[1] == 2 * MARGIN + columns * (CELL + 20) - 20
+    assert sheet.shape[1] >= GAP + columns * (PANEL + GAP)
+    height = max(round(PANEL * 8 / (8 + 4 * row.index)) for row in report.wrong)
     for place, row in enumerate(report.wrong[:columns]):
-        middle = sheet[MARGIN + TITLE + CELL // 2, MARGIN + place * (CELL + 20) + CELL // 2]
-        assert middle.tolist() == [200, 10 * row.index, 30]  # enlarged pixel by pixel
+        across = GAP + place * (PANEL + GAP) + PANEL // 2
+        middle = sheet[2 * TITLE + GAP + height // 2, across]
+        assert middle.tolist() == [200, 10 * row.index, 30]
 
 
 def test_long_names_stay_in_their_cell(measured):
     report, images = measured
     long = WrongImage(0, "a", "x" * 300, "y" * 300, 0.5)
     sheet = draw_error_gallery(replace(report, wrong=(long,)), images, "x")
-    assert sheet.shape[1] == 2 * MARGIN + CELL
-    assert (sheet[:, -MARGIN + 2 :] == 255).all()
-    wide = draw_error_gallery(
-        replace(report, wrong=(long,)), images, "a title wider than one cell of it"
-    )
+    assert sheet.shape[1] == GAP + PANEL + GAP
+    assert (sheet[:, -GAP + 2 :] == 255).all()
+    title = "a title wider than one cell of it, and then some words"
+    wide = draw_error_gallery(replace(report, wrong=(long,)), images, title)
     assert wide.shape[1] > sheet.shape[1]
 
 

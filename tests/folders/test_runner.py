@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,8 @@ class Work(FolderWork):
     """Reads names, computes their lengths, and remembers what it has written."""
 
     def __init__(self, **states):
+        engine = SimpleNamespace(workers=1, ahead=2)
+        super().__init__(engine, None, overwrite=False, max_pixels=None)
         self.states, self.opened, self.seen, self.done = states, 0, [], []
 
     def _plan(self, item):

@@ -64,18 +64,17 @@ def fill_randomly(model: TinyViT, seed: int = 0) -> None:
 
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
-        if not tensor.is_floating_point():
-            continue
-        noise = torch.randn(tensor.shape, generator=generator)
-        if name.endswith("running_var"):
-            noise = 0.5 + noise.abs()
-        elif name.endswith(("running_mean", "bias")):
-            noise = 0.2 * noise
-        elif tensor.ndim == 1:  # weight of a norm
-            noise = 1 + 0.2 * noise
-        elif not name.endswith("attention_biases"):
-            noise = noise * tensor[0].numel() ** -0.5
-        tensor.copy_(noise)
+        if tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=generator)
+            if name.endswith("running_var"):
+                noise = 0.5 + noise.abs()
+            elif name.endswith(("running_mean", "bias")):
+                noise = 0.2 * noise
+            elif tensor.ndim == 1:  # weight of a norm
+                noise = 1 + 0.2 * noise
+            elif not name.endswith("attention_biases"):
+                noise = noise * tensor[0].numel() ** -0.5
+            tensor.copy_(noise)
 
 
 def count_gflop(model: TinyViT, size: tuple[int, int], name: str | None = None) -> float:
@@ -334,18 +333,17 @@ def serve(make: Callable[[Mapping[str, object]], tuple[Call, Mapping[str, object
 
 
 def _take_turn(call: Call, least_seconds: float) -> Turn:
-    before, start = minor_faults(), time.perf_counter()
-    call()
-    first = time.perf_counter() - start
-    times: list[float] = []
-    if first >= LONG:
-        times.append(first)
-    else:
-        before = minor_faults()
-    while not times or sum(times) < least_seconds:
+    def timed() -> float:
         start = time.perf_counter()
         call()
-        times.append(time.perf_counter() - start)
+        return time.perf_counter() - start
+
+    before, first = minor_faults(), timed()
+    times = [first] if first >= LONG else []
+    if not times:
+        before = minor_faults()
+    while not times or sum(times) < least_seconds:
+        times.append(timed())
     after = minor_faults()
     faults = None if before is None or after is None else (after - before) / len(times)
     return Turn(statistics.median(times), len(times), faults, peak_memory())

@@ -80,6 +80,10 @@ workers: Threads that read and write images meanwhile; 0: none. By default as ma
 batch_size: Images computed together, at most.
 max_pixels: Refuse images with more pixels than this; their memory grows with it.
 overwrite: Write everything again; replace any file.
+teacher (--teacher NAME_OR_FILE): Weights of a TinyViT by name or file, or an ONNX file; for
+    features also timm:NAME and hf:NAME.
+teacher_size: Side of the teacher's input, for ONNX files, which do not say it. Images are then
+    prepared as timm's classifiers have them, or for features as SAM has them.
 no_pad: Do not pad images to a square: less work where they are not square, and results that differ
     a little from those with padding, most of all near the edges.
 """
@@ -125,24 +129,19 @@ _GOOD_CLASSIFIER = "tiny_vit_5m_224.dist_in22k_ft_in1k"
 
 def file_of(text: str) -> Path:
     """The file of a path, a folder or the name of a checkpoint; fetches nothing."""
-    from tinyvit.checkpoints import cached_path, fetch
+    from tinyvit.checkpoints import cached_path
+    from tinyvit.checkpoints.open import find_checkpoint
 
     check_checkpoint(text)
-    path = Path(text)
-    if text not in list_checkpoints():
-        if (path / _WEIGHTS).is_file():
-            return path / _WEIGHTS
-        if path.exists() or path.suffix.lower() in SUFFIXES or path.name != text:
-            return path
-    row = get_checkpoint(text)  # raises for an unknown name, and says the nearest one
-    if row.embedded:
-        return fetch(row)
-    there = cached_path(row)
-    if not there.is_file():
-        raise CheckpointError(
-            f"{text} is not on this machine yet; fetch it with: tinyvit download {text}"
-        )
-    return there
+    if text in list_checkpoints():
+        row = get_checkpoint(text)
+        if not row.embedded and not cached_path(row).is_file():
+            raise CheckpointError(
+                f"{text} is not on this machine yet; fetch it with: tinyvit download {text}"
+            )
+    elif (Path(text) / _WEIGHTS).is_file():
+        return Path(text) / _WEIGHTS
+    return find_checkpoint(text)[0]
 
 
 def check_checkpoint(text: str | None, flag: str = "") -> None:

@@ -64,15 +64,19 @@ def bench(
         tinyvit bench --backend all --json > times.json
     """
     from tinyvit.bench import Contestant, machine_facts, measure
+    from tinyvit.inference.backend import FP16_REFUSED, BackendName, Precision
 
     names = _models(model, checkpoint)
-    pairs = _pairs(backend, precision)
+    if precision == "fp16":
+        raise ValueError(FP16_REFUSED)
+    backends = _chosen("--backend", backend, get_args(BackendName))
+    precisions = _chosen("--precision", precision, get_args(Precision))
     found: list[Result] = []
     left_out: list[dict[str, object]] = []
     for name, side, number in product(names, size or (None,), batch or (1,)):
         heat = [
             Contestant(name, checkpoint, side, number, kind, computed, device, threads)
-            for kind, computed in pairs
+            for kind, computed in product(backends, precisions)
         ]
         where = "" if side is None else f" at {side}"
         words = f"{name or checkpoint}{where}, batch {number}: {counted(len(heat), 'contestant')}"
@@ -114,21 +118,13 @@ def _models(models: Sequence[str] | None, checkpoint: str | None) -> list[str | 
     return [models[0] if models else None]
 
 
-def _pairs(backend: str, precision: str) -> list[tuple[str, str]]:
-    """The backends and precisions to measure."""
-    from tinyvit.inference.backend import FP16_REFUSED, BackendName, Precision
-
-    if precision == "fp16":
-        raise ValueError(FP16_REFUSED)
-    chosen = []
-    for option, word, known in (
-        ("--backend", backend, get_args(BackendName)),
-        ("--precision", precision, get_args(Precision)),
-    ):
-        if word != "all" and word not in known:
-            raise ValueError(f"{option} must be one of {', '.join(known)} or all, got {word!r}")
-        chosen.append([name for name in known if name != "auto"] if word == "all" else [word])
-    return [(kind, computed) for kind in chosen[0] for computed in chosen[1]]
+def _chosen(option: str, word: str, known: tuple[str, ...]) -> list[str]:
+    """The backends or precisions to measure."""
+    if word == "all":
+        return [name for name in known if name != "auto"]
+    if word not in known:
+        raise ValueError(f"{option} must be one of {', '.join(known)} or all, got {word!r}")
+    return [word]
 
 
 def _machine(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -56,9 +56,10 @@ def classify(
     from tinyvit.inference import Engine
 
     built = args.load_classifier(own, checkpoint, model, size)
-    names = _names(built.num_classes, labels, checkpoint)
-    found: list[dict[str, object]] = []
-    failed: list[dict[str, object]] = []
+    own_names = None if labels is not None else built.classes
+    names = own_names or labels_for(built.num_classes, labels)
+    found: list[dict[str, Any]] = []
+    failed: list[dict[str, str]] = []
     with Engine(built, **running.arguments()) as engine:
         args.announce_engine(own, str(checkpoint), engine)
         for image in listed:
@@ -69,13 +70,17 @@ def classify(
                 console.complain(f"failed: {err}")
                 continue
             best = logits.softmax(dim=0).topk(min(top_k, len(logits)))
-            rows: list[dict[str, object]] = [
+            rows = [
                 {"class": n, "label": None if names is None else names[n], "probability": share}
                 for share, n in zip(best.values.tolist(), best.indices.tolist(), strict=True)
             ]
             found.append({"picture": str(image.path), "top": rows})
             if not as_json:
-                console.write(_for_people(str(image.path), rows))
+                lines = [
+                    f"{row['probability']:6.1%}  {row['class']:>5}  {row['label'] or ''}".rstrip()
+                    for row in rows
+                ]
+                console.write("\n  ".join([str(image.path), *lines]))
     if as_json:
         facts = {"checkpoint": checkpoint, "variant": args.variant_of(built)}
         counts = {"classes": built.num_classes, "pictures": found, "failed": failed}
@@ -83,23 +88,3 @@ def classify(
     if failed:
         console.complain(f"failed {len(failed)} of {len(listed)}, named above")
         raise typer.Exit(1)
-
-
-def _names(classes: int, labels: Path | None, checkpoint: str | None) -> Sequence[str] | None:
-    """The names of a file of labels, those in the file of weights, or ImageNet's."""
-    from tinyvit.checkpoints.files import classes_in, read_header
-
-    if labels is None and checkpoint is not None:
-        path = args.file_of(checkpoint)
-        own = classes_in(read_header(path), path)
-        if own is not None and len(own) == classes:
-            return own
-    return labels_for(classes, labels)
-
-
-def _for_people(image: str, rows: Sequence[dict[str, object]]) -> str:
-    lines = [image]
-    for row in rows:
-        label = "" if row["label"] is None else f"  {row['label']}"
-        lines.append(f"  {row['probability']:6.1%}  {row['class']:>5}{label}")
-    return "\n".join(lines)

@@ -15,24 +15,18 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 import typer
 
 from tinyvit.errors import TinyViTError
 
-
-class Update(Protocol):
-    """Shows that some are done, of so many in all."""
-
-    def __call__(  # noqa: D102
-        self, done: int, total: int | None, what: str = "", more: str = ""
-    ) -> None: ...
-
+Update = Callable[..., None]
+"""Called with done and in all, and perhaps ``what`` and ``more`` to show."""
 
 FAILED, INTERRUPTED, PIPE_CLOSED = 1, 130, 141  # the last two as a shell reports the signals
 EXPECTED = (TinyViTError, ValueError, TypeError, OSError)
@@ -175,11 +169,10 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[i
     widths = [max(len(row[i]) for row in whole) for i in range(len(heads))]
     lines = []
     for row in (heads, *rows):
-        cells = [
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
-        ]
-        lines.append(_GAP.join(cells if len(row) == len(heads) else row).rstrip())
+        if len(row) == len(heads):
+            places = enumerate(zip(row, widths, strict=True))
+            row = [f"{cell:{'>' if i in right else '<'}{width}}" for i, (cell, width) in places]
+        lines.append(_GAP.join(row).rstrip())
     if sys.stdout.isatty():
         lines[0] = typer.style(lines[0], bold=True)
     return "\n".join(lines)
@@ -189,12 +182,13 @@ def fields(pairs: Sequence[tuple[str, str]]) -> str:
     """Names and what they stand for, wrapped to a terminal and never in a pipe."""
     indent = max(len(name) for name, _ in pairs) + len(_GAP)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    wrap = textwrap.TextWrapper(
+        max(width, indent + 20), break_long_words=False, break_on_hyphens=False
+    )
     lines = []
     for name, text in pairs:
-        wrapped = textwrap.wrap(
-            text, max(20, width - indent), break_long_words=False, break_on_hyphens=False
-        )
-        lines.append((name.ljust(indent) + f"\n{' ' * indent}".join(wrapped or [""])).rstrip())
+        wrap.initial_indent, wrap.subsequent_indent = name.ljust(indent), " " * indent
+        lines.append(wrap.fill(text) or name)
     return "\n".join(lines)
 
 

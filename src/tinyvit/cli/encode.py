@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT
-from tinyvit.folders.images import ImageFile
 
 from . import arguments as args
 from . import outcomes
@@ -55,8 +53,6 @@ def encode(
         tinyvit encode photos -o features --checkpoint mobile_sam --no-pictures
     """
     listed = outcomes.list_and_check(images, output, checkpoint)
-    if not no_pictures:
-        _check_drawings(output, listed)
 
     from tinyvit.folders.encode import EncodeFolder
     from tinyvit.folders.outputs import facts_of_engine
@@ -75,19 +71,6 @@ def encode(
         outcomes.carry_out(
             own, work, items, output, summary, words="encoding", facts=facts, as_json=as_json
         )
-
-
-def _check_drawings(output: Path, images: Sequence[ImageFile]) -> None:
-    """Refuse before any work a drawing that would replace an image."""
-    inputs = {os.path.realpath(image.path) for image in images}
-    for image in images:
-        target = output / f"{image.stem}.png"
-        if os.path.realpath(target) in inputs:
-            raise ValueError(
-                f"the image of the features of {image.name!r} would replace {str(target)!r}, "
-                "which is one of the images to encode; write to another folder with -o, or give "
-                "--no-pictures"
-            )
 
 
 def _summary(output: Path, written: Sequence[Outcome], seconds: float) -> str:

@@ -6,9 +6,10 @@ may be stopped at any moment and go on by the same command.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -46,9 +47,6 @@ def write_logits(
 
     Options:
         data (DATA): Labelled images, as 'tinyvit train classify' has.
-        teacher (--teacher NAME_OR_FILE): Weights of a TinyViT by name or file, or an ONNX file; for
-            features also timm:NAME and hf:NAME.
-        output (--output -o FOLDER): Folder to write to.
         views: Views of each image.
         top_k: Probabilities kept of each view.
         augment ([none|light|full]): Random changes that make the views, as in 'tinyvit train
@@ -58,9 +56,6 @@ def write_logits(
         val_part: Part of each class that is held out and not used.
         split_seed: Seed of the choice of what is held out.
         seed: Seed of all random numbers.
-        teacher_size: Side of the teacher's input, for ONNX files, which do not say it. Images are
-            then prepared as timm's classifiers have them, or for features as SAM has them.
-        batch_size: Images computed together.
 
     Examples:
         tinyvit train write-logits photos --teacher teacher.safetensors -o answers
@@ -79,7 +74,7 @@ def write_logits(
     spec = None if teacher_size is None else ImageSpec.timm(teacher_size)
     chosen = augmentation(augment, flip)  # type: ignore[arg-type]  # one of the words
     opened = open_teacher(teacher, spec, device, gives="logits")
-    with _running(own, opened.name, "views") as update:
+    with _kept(own, opened.name, "views", output, as_json) as (update, facts):
         _, broken = write(
             output,
             parts.train,
@@ -91,7 +86,7 @@ def write_logits(
             batch_size=batch_size,
             progress=update,
         )
-    _finish(own, output, len(parts.train), {"views": views}, broken, as_json)
+        facts |= {"pictures": len(parts.train), "views": views, "broken": broken}
 
 
 def store_features(
@@ -114,15 +109,9 @@ def store_features(
 
     Options:
         images (IMAGES): A folder of images.
-        teacher (--teacher NAME_OR_FILE): Weights of a TinyViT by name or file, or an ONNX file; for
-            features also timm:NAME and hf:NAME.
-        output (--output -o FOLDER): Folder to write to.
         flips: Keep features of mirrored images too: twice the size.
-        teacher_size: Side of the teacher's input, for ONNX files, which do not say it. Images are
-            then prepared as timm's classifiers have them, or for features as SAM has them.
         teacher_images ([sam|sam3]): How images are prepared where --teacher-size is given: as for
             SAM, or squashed to a square with values from -1 to 1, as for SAM 3 (its size is 1008).
-        batch_size: Images computed together.
 
     Examples:
         tinyvit train store-features photos --teacher mobile_sam -o features
@@ -139,37 +128,32 @@ def store_features(
     if teacher_size is not None:
         spec = (ImageSpec.sam3 if teacher_images == "sam3" else ImageSpec.sam)(teacher_size)
     opened = open_teacher(teacher, spec, device)
-    with _running(own, opened.name, "images") as update:
+    with _kept(own, opened.name, "images", output, as_json) as (update, facts):
         kept = store(opened, images, output, flips=flips, batch_size=batch_size, progress=update)
-    shape = list(kept.shapes.get("features", ()))
-    _finish(own, output, len(kept.good), {"shape": shape}, kept.unreadable, as_json)
+        shape = list(kept.shapes.get("features", ()))
+        facts |= {"pictures": len(kept.good), "shape": shape, "broken": dict(kept.unreadable)}
 
 
 @contextmanager
-def _running(own: Console, teacher: str, things: str) -> Iterator[Update]:
-    """A progress bar; after Ctrl-C the words how to go on."""
+def _kept(
+    own: Console, teacher: str, things: str, output: Path, as_json: bool
+) -> Iterator[tuple[Update, dict[str, Any]]]:
+    """A progress bar, and what there is to say at the end: ``pictures``, ``broken`` and more.
+
+    After Ctrl-C it is said how to go on.
+    """
     own.say(f"running {teacher}")
+    facts: dict[str, Any] = {"output": str(output)}
     try:
         with own.progress("running", things=things) as update:
-            yield update
+            yield update, facts
     except KeyboardInterrupt:
         console.complain("stopped; the same command goes on from there")
         raise
-
-
-def _finish(
-    own: Console,
-    output: Path,
-    images: int,
-    facts: Mapping[str, object],
-    unreadable: Mapping[str, str],
-    as_json: bool,
-) -> None:
-    own.say(f"{counted(images, 'image')} are in {output}")
+    own.say(f"{counted(facts['pictures'], 'image')} are in {output}")
     if as_json:
-        head = {"output": str(output), "pictures": images}
-        console.write_json({**head, **facts, "broken": dict(unreadable)})
-    for name, reason in unreadable.items():
+        console.write_json(facts)
+    for name, reason in facts["broken"].items():
         console.complain(f"failed: {reason if name in reason else f'{name}: {reason}'}")
-    if unreadable:
+    if facts["broken"]:
         raise typer.Exit(1)

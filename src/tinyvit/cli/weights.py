@@ -55,10 +55,8 @@ def _facts(report: Inspection, title: str) -> list[tuple[str, str]]:
     """Name and value of everything that is one value."""
     found = report.detection
     sizes = found.architecture
-    dtypes = [
-        kind if len(found.dtypes) == 1 else f"{number} {kind}"
-        for kind, number in found.dtypes.items()
-    ]
+    counts = found.dtypes.items()
+    dtypes = [kind if len(counts) == 1 else f"{number} {kind}" for kind, number in counts]
     facts = [
         ("file", report.path),
         ("size", f"{megabytes(report.size)}, {report.container}"),
@@ -83,10 +81,10 @@ def _facts(report: Inspection, title: str) -> list[tuple[str, str]]:
         "left over": len(found.unexpected),
         "of a wrong shape": len(found.wrong_shapes),
     }
-    counts = ", ".join(f"{number} {what}" for what, number in numbers.items() if number)
+    wrong = ", ".join(f"{number} {what}" for what, number in numbers.items() if number)
     complete = "yes, nothing missing and nothing left over"
-    if counts:
-        complete = f"{'yes' if found.is_complete else 'no'}: {counts} (--json names them)"
+    if wrong:
+        complete = f"{'yes' if found.is_complete else 'no'}: {wrong} (--json names them)"
     return [(name, value) for name, value in (*facts, ("complete", complete)) if value]
 
 
@@ -114,22 +112,15 @@ def known_family(family: str) -> str:
     raise typer.BadParameter(f"unknown family {family!r}{hint} Choose one of {', '.join(FAMILIES)}")
 
 
-matching_families = args.matching(FAMILIES)
-FamilyName = Annotated[
-    str,
-    typer.Option(
-        callback=known_family,
-        autocompletion=matching_families,
-        help=f"Whose form to write: {', '.join(FAMILIES)}.",
-    ),
-]
+to_option = typer.Option(callback=known_family, autocompletion=args.matching(FAMILIES))
+to_option.help = f"Whose form to write: {', '.join(FAMILIES)}."
 
 
 def convert(
     own: Console,
     source: str,
     target: Path,
-    to: FamilyName,
+    to: Annotated[str, to_option],
     overwrite: bool = False,
     into: Path | None = None,
     as_json: bool = False,

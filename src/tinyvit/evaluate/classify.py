@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -17,15 +17,14 @@ from torch import Tensor
 
 from tinyvit.allocator import peak_memory
 from tinyvit.errors import ImageError
+from tinyvit.images import draw
 from tinyvit.images.decode import decode
 from tinyvit.inference.engine import Engine
 from tinyvit.inference.read_ahead import read_ahead
 
-from .gallery import RGB, Cell, draw_gallery, fit_into
 from .metrics import RESAMPLES, Figure, as_json, calibrate
 
 BINS = 15
-CELL = 220  # pixels of the error gallery
 _NAMED = 3
 _TOP = 5
 _MEBI = 1 << 20
@@ -45,13 +44,7 @@ class ClassConfusion:
 
 
 def hits_in_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Whether each of the labels [N] is among the ``k`` largest logits of [N, K]: [N] bool.
-
-    Example:
-        >>> import torch
-        >>> hits_in_top(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([2]), 2)
-        tensor([True])
-    """
+    """Whether each of the labels [N] is among the ``k`` largest logits of [N, K]: [N] bool."""
     best = logits.topk(min(k, logits.shape[1]), dim=1).indices  # [N, k]
     return (best == labels[:, None]).any(dim=1)
 
@@ -78,10 +71,6 @@ def calibration_error(
 
     ``confidence`` [N] is the probability of the class that was predicted, ``hits`` [N] whether it
     is the right one; the bins have equal width.
-
-    Example:
-        >>> calibration_error(np.array([0.75, 0.75]), np.array([True, False]))
-        0.25
     """
     rows = calibrate(confidence, hits, bins).bins
     return sum(row.count * abs(row.predicted - row.true) for row in rows if row.count) / max(
@@ -149,39 +138,22 @@ class WrongImage:
 
 @dataclass(frozen=True)
 class ClassifyReport:
-    """How good a classifier is.
+    """How good a classifier is."""
 
-    Attributes:
-        images: Images that were evaluated; unreadable ones are not among them.
-        classes: Number of classes.
-        top1: Part whose likeliest class is right.
-        top5: Part whose class is among the five likeliest; None with five classes or fewer.
-        loss: Mean cross entropy in nats.
-        calibration_error: Expected difference of confidence and accuracy, 0 to 1.
-        confidence: Mean probability of the likeliest class.
-        confusions: The classes that are found least, worst first.
-        wrong: The most confidently wrong images, worst first.
-        broken: Reason by name of each image that could not be read.
-        seconds: Time for everything, reading included.
-        milliseconds: The same for one image.
-        peak_memory: Most memory of the process in bytes, or None where it is not known.
-        engine: What computed.
-    """
-
-    images: int
-    classes: int
-    top1: Figure
-    top5: Figure | None
-    loss: float
-    calibration_error: float
-    confidence: float
-    confusions: tuple[ClassConfusion, ...]
-    wrong: tuple[WrongImage, ...]
-    broken: dict[str, str]
-    seconds: float
-    milliseconds: float
-    peak_memory: int | None
-    engine: str
+    images: int  # that were evaluated; unreadable ones are not among them
+    classes: int  # how many
+    top1: Figure  # part whose likeliest class is right
+    top5: Figure | None  # among the five likeliest; None with five classes or fewer
+    loss: float  # mean cross entropy in nats
+    calibration_error: float  # expected difference of confidence and accuracy, 0 to 1
+    confidence: float  # mean probability of the likeliest class
+    confusions: tuple[ClassConfusion, ...]  # the classes that are found least, worst first
+    wrong: tuple[WrongImage, ...]  # the most confidently wrong images, worst first
+    broken: dict[str, str]  # reason by name of each image that could not be read
+    seconds: float  # time for everything, reading included
+    milliseconds: float  # the same for one image
+    peak_memory: int | None  # most memory of the process in bytes, or None where it is not known
+    engine: str  # what computed
 
     def to_json(self) -> dict[str, object]:
         """Plain values, ready for JSON."""
@@ -190,21 +162,18 @@ class ClassifyReport:
     def rows(self) -> list[tuple[str, str]]:
         """(what, value) for a table."""
         memory = "unknown" if self.peak_memory is None else f"{self.peak_memory / _MEBI:.0f} MiB"
-        rows = [
+        top5 = [] if self.top5 is None else [("top-5", _percent(self.top5))]
+        return [
             ("images", f"{self.images} in {self.classes} classes"),
             ("unreadable", str(len(self.broken))),
             ("top-1", _percent(self.top1)),
-        ]
-        if self.top5 is not None:
-            rows.append(("top-5", _percent(self.top5)))
-        rows += [
+            *top5,
             ("cross entropy", f"{self.loss:.4f}"),
             ("calibration error", f"{self.calibration_error:.1%}"),
             ("mean confidence", f"{self.confidence:.1%}"),
             ("time", f"{self.seconds:.1f} s, {self.milliseconds:.2f} ms an image"),
             ("peak memory", memory),
         ]
-        return rows
 
 
 def evaluate_classifier(
@@ -273,16 +242,21 @@ def _run(
     broken: dict[str, str] = {}
     indices: list[int] = []
     rows: list[Tensor] = []
-    for batch in _batches(engine, images):
-        good: list[NDArray[np.uint8]] = []
-        for index, read in batch:
-            if isinstance(read, ImageError):
-                broken[images.name(index)] = str(read)
-            else:
-                indices.append(index)
-                good.append(read)
+
+    def read(index: int) -> NDArray[np.uint8] | ImageError:
+        try:
+            return decode(images.source(index))
+        except ImageError as err:
+            return err
+
+    jobs = (partial(read, index) for index in range(len(images)))
+    found = enumerate(read_ahead(jobs, workers=engine.workers, ahead=engine.ahead))
+    while batch := dict(islice(found, engine.batch_size)):
+        good = {index: one for index, one in batch.items() if not isinstance(one, ImageError)}
+        broken |= {images.name(index): str(batch[index]) for index in batch if index not in good}
+        indices += good
         if good:
-            logits = engine.classify(good)
+            logits = engine.classify(list(good.values()))
             if logits.shape[1] != len(images.classes):
                 raise ValueError(
                     f"the model has {logits.shape[1]} classes and the images have "
@@ -290,29 +264,11 @@ def _run(
                 )
             rows.append(logits)
         if progress is not None:
-            progress(batch[-1][0] + 1, len(images))
+            progress(max(batch) + 1, len(images))
     if not rows:
         first = next(iter(broken.items()), ("", "there is none"))
         raise ValueError(f"no image of {len(images)} could be read; {first[0]}: {first[1]}")
     return np.array(indices, dtype=np.int64), torch.cat(rows), broken
-
-
-_Read = tuple[int, "NDArray[np.uint8] | ImageError"]
-
-
-def _batches(engine: Engine, images: LabelledImages) -> Iterator[list[_Read]]:
-    """Images read ahead in threads, some at a time, in order."""
-
-    def read(index: int) -> _Read:
-        try:
-            return index, decode(images.source(index))
-        except ImageError as err:
-            return index, err
-
-    jobs = (partial(read, index) for index in range(len(images)))
-    found = read_ahead(jobs, workers=engine.workers, ahead=engine.ahead)
-    while batch := list(islice(found, engine.batch_size)):
-        yield batch
 
 
 def _wrong(
@@ -335,19 +291,18 @@ def _wrong(
 
 def draw_error_gallery(
     report: ClassifyReport, images: LabelledImages, title: str = "Most confidently wrong"
-) -> RGB:
+) -> NDArray[np.uint8]:
     """Draw the wrong images of a report, with what each is and was taken for: RGB [H, W, 3]."""
     if not report.wrong:
         raise ValueError("there is nothing to show: no image was taken for another class")
     cells = [
-        Cell(
-            fit_into(decode(images.source(one.index)), (CELL, CELL)),
-            f"is {one.label}",
-            f"taken for {one.predicted}, {one.probability:.0%}",
+        (
+            draw.panel(decode(images.source(one.index))),
+            f"is {one.label}\ntaken for {one.predicted}, {one.probability:.0%}",
         )
         for one in report.wrong
     ]
-    return draw_gallery([("", cells)], (CELL, CELL), title)
+    return draw.gallery([("", cells)], title)
 
 
 def _percent(figure: Figure) -> str:

@@ -27,12 +27,7 @@ BOUNDARY_TOLERANCE = 0.0075
 
 
 def iou(first: Mask, second: Mask) -> float:
-    """Intersection over union of two masks [H, W]; 1 where both are empty.
-
-    Example:
-        >>> iou(np.array([[True, True, False]]), np.array([[False, True, True]]))
-        0.3333333333333333
-    """
+    """Intersection over union of two masks [H, W]; 1 where both are empty."""
     _check_pair(first, second)
     union = int(np.count_nonzero(first | second))
     return int(np.count_nonzero(first & second)) / union if union else 1.0
@@ -65,10 +60,6 @@ def most_interior_point(mask: Mask) -> Point:
     """The point of a mask that is farthest from its outside; the image's edge is outside.
 
     Gives (x, y), the centre of a pixel; the first one, row by row, of several as far inside.
-
-    Example:
-        >>> most_interior_point(np.ones((3, 5), bool))
-        (1.5, 1.5)
     """
     if not mask.any():
         raise ValueError("an empty mask has no interior; skip it")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -23,14 +23,14 @@ from PIL import Image, ImageFilter
 
 from tinyvit.allocator import peak_memory
 from tinyvit.errors import ImageError
-from tinyvit.images.draw import draw_masks, draw_points, save_png
+from tinyvit.images import draw
+from tinyvit.images.draw import RGB
 from tinyvit.images.mask_ops import box_around
 from tinyvit.sam.build import build_sam
 from tinyvit.sam.model import Sam
 from tinyvit.sam.predictor import SamPredictor
 
 from .baselines import box_baselines, click_baselines
-from .gallery import INK, RGB, Cell, draw_gallery, fit_into
 from .metrics import (
     Calibration,
     Figure,
@@ -221,12 +221,7 @@ class Predictor(Protocol):
     def set_image(self, image: RGB) -> None: ...  # noqa: D102
 
     def predict(
-        self,
-        point_coords: NDArray[np.generic] | None = None,
-        point_labels: NDArray[np.generic] | None = None,
-        box: NDArray[np.generic] | None = None,
-        mask_input: NDArray[np.generic] | None = None,
-        multimask_output: bool = True,
+        self, *args: Any, **prompt: Any
     ) -> tuple[NDArray[np.generic], NDArray[np.float32], NDArray[np.float32]]:
         """(masks [K, H, W] bool, predicted IoU [K], low-res logits [K, h4, w4])."""
         ...
@@ -451,8 +446,8 @@ def _click(
     return first, ious
 
 
-CELL = (400, 300)  # width and height in pixels
 FOUND, TRUTH = (38, 110, 255), (255, 255, 255)
+LEGEND = "filled: found, white line: truth, dot: the click"
 STRENGTH = 0.5
 
 
@@ -467,7 +462,8 @@ class Gallery:
         if count < 1:
             raise ValueError(f"count must be at least 1, but is {count}")
         self.count = count
-        self._kept: list[tuple[float, int, Cell]] = []  # (-IoU, order, cell), best first
+        # (-IoU, order, panel, caption), best first
+        self._kept: list[tuple[float, int, RGB, str]] = []
         self._seen = 0
 
     def __call__(self, prediction: Prediction) -> None:
@@ -476,7 +472,7 @@ class Gallery:
         rank, is_full = -prediction.case.click_ious[0], len(self._kept) == 2 * self.count
         if is_full and self._kept[self.count - 1][0] <= rank <= self._kept[self.count][0]:
             return
-        self._kept.append((rank, self._seen, _cell(prediction)))
+        self._kept.append((rank, self._seen, *_cell(prediction)))
         self._kept.sort(key=lambda one: one[:2])
         if is_full:
             del self._kept[self.count]
@@ -487,30 +483,28 @@ class Gallery:
             raise ValueError("there is nothing to show: no prediction was collected")
         half = (len(self._kept) + 1) // 2
         parts = (("Best", self._kept[:half]), ("Worst", self._kept[half:][::-1]))
-        sections = [(name, [cell for *_, cell in kept]) for name, kept in parts if kept]
-        legend = "filled: found     white line: truth     dot: the click"
-        return draw_gallery(sections, CELL, title, legend)
+        sections = [(name, [cell[2:] for cell in kept]) for name, kept in parts if kept]
+        return draw.gallery(sections, f"{title} ({LEGEND})")
 
     def save(self, path: str | os.PathLike[str], title: str = "One click") -> None:
         """Write the gallery as a PNG, whole or not at all."""
-        save_png(path, self.draw(title))
+        draw.save_png(path, self.draw(title))
 
 
-def _cell(shown: Prediction) -> Cell:
-    """One prediction, in the size of a cell or smaller."""
-    small = fit_into(shown.image, CELL)
-    size = small.shape[1], small.shape[0]
-    drawn = draw_masks(small, [_shrunk(shown.predicted, size)], [FOUND], STRENGTH, outlines=False)
-    target = _shrunk(shown.target, size)
+def _cell(shown: Prediction) -> tuple[RGB, str]:
+    """One prediction as a panel, and its caption."""
+    small = draw.panel(shown.image)
+    target = _shrunk(shown.target, small)
     grown = np.asarray(Image.fromarray(target).convert("L").filter(ImageFilter.MaxFilter(3))) > 127
-    drawn = draw_masks(drawn, [grown], [INK], 0.0)  # or the line would vanish on white
-    drawn = draw_masks(drawn, [target], [TRUTH], 0.0)
-    scale = small.shape[1] / shown.image.shape[1]
-    drawn = draw_points(drawn, [[shown.point[0] * scale, shown.point[1] * scale]], [1])
-    case = shown.case
-    return Cell(drawn, f"IoU {case.click_ious[0]:.2f}", case.label or case.image)
+    found = [_shrunk(shown.predicted, small)]
+    drawn = draw.draw_masks(small, found, [FOUND], STRENGTH, outlines=False)
+    drawn = draw.draw_masks(drawn, [grown], [draw.INK], 0.0)  # or the line would vanish on white
+    drawn = draw.draw_masks(drawn, [target], [TRUTH], 0.0)
+    scale, case = small.shape[1] / shown.image.shape[1], shown.case
+    drawn = draw.draw_points(drawn, [[shown.point[0] * scale, shown.point[1] * scale]], [1])
+    return drawn, f"IoU {case.click_ious[0]:.2f}\n{case.label or case.image}"
 
 
-def _shrunk(mask: Mask, size: tuple[int, int]) -> Mask:
+def _shrunk(mask: Mask, like: RGB) -> Mask:
     grey = Image.fromarray(mask.astype(np.uint8) * np.uint8(255))
-    return np.asarray(grey.resize(size, Image.Resampling.BILINEAR)) > 127
+    return np.asarray(grey.resize(like.shape[1::-1], Image.Resampling.BILINEAR)) > 127

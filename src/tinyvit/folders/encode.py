@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, replace
-from itertools import tee
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from tinyvit.images.decode import MAX_PIXELS, decode
 from tinyvit.images.preprocess import to_input
 
 from .outputs import facts_of_image, find_existing
-from .runner import FolderWork, Item, Job, Outcome, take_prepared
+from .runner import FolderWork, Item, Job, Outcome
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,9 +47,8 @@ class EncodeFolder(FolderWork["Encoded"]):
         overwrite: bool = False,
         max_pixels: int | None = MAX_PIXELS,
     ) -> None:
-        self.engine, self.folder, self.facts = engine, folder, facts
-        self.with_drawings, self.overwrite = with_drawings, overwrite
-        self.workers, self.ahead, self.max_pixels = engine.workers, engine.ahead, max_pixels
+        super().__init__(engine, folder, overwrite, max_pixels)
+        self.facts, self.with_drawings = facts, with_drawings
 
     def _plan(self, item: Item) -> Job:
         target = self.folder / f"{item.image.stem}.safetensors"
@@ -59,7 +58,7 @@ class EncodeFolder(FolderWork["Encoded"]):
         found = find_existing(target, beside, facts, "without an image of the features")
         has_drawing = self.with_drawings or drawing in found.own
         told = {"features": str(target), "drawing": str(drawing) if has_drawing else None}
-        return Job(item, facts, found, told)
+        return Job(item, facts, found, told, (target, *beside))
 
     def _read(self, job: Job) -> None:
         rgb = decode(job.item.image.path, max_pixels=self.max_pixels)
@@ -67,14 +66,8 @@ class EncodeFolder(FolderWork["Encoded"]):
         job.prepared = to_input(rgb, self.engine.image_spec)
 
     def _compute(self, jobs: Iterator[Job]) -> Generator[Encoded | Outcome, None, None]:
-        jobs, ahead = tee(jobs)
-        stream = self.engine.encode(take_prepared(ahead), stages=self.with_drawings)
-        # in this order: images of one shape are read ahead for a batch
-        for encoded, job in zip(stream, jobs, strict=False):
-            if np.isfinite(np.asarray(encoded.features)).all():
-                yield encoded
-            else:
-                yield job.failed("its features are not all finite numbers; try --precision fp32")
+        encode = partial(self.engine.encode, stages=self.with_drawings)
+        yield from (encoded for _, encoded in self._encoded(jobs, encode))
 
     def _write(self, job: Job, encoded: Encoded) -> dict[str, object]:
         target = self.folder / f"{job.item.image.stem}.safetensors"

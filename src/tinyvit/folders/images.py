@@ -96,11 +96,12 @@ def _walk(folder: Path, output: Path | None) -> Iterator[Path]:
 
 def _apart(images: list[ImageFile]) -> list[ImageFile]:
     """Give images that share a stem their whole names instead."""
-    while True:
+
+    def clashing() -> set[ImageFile]:
         seen = Counter(image.stem.casefold() for image in images)  # some disks fold case
-        clash = {p for p in images if seen[p.stem.casefold()] > 1 and p.stem != p.name}
-        if not clash:
-            break
+        return {p for p in images if seen[p.stem.casefold()] > 1 and p.stem != p.name}
+
+    while clash := clashing():
         images = [replace(p, stem=p.name) if p in clash else p for p in images]
     first: dict[str, ImageFile] = {}
     for image in images:

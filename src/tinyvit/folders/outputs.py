@@ -34,18 +34,12 @@ _DECIDING = {  # fact -> what another value means
 
 
 class Existing(NamedTuple):
-    """What is where outputs are to be.
+    """What is where outputs are to be."""
 
-    Attributes:
-        state: ``"nothing"``; ``"current"``: what would be written now; ``"outdated"``: ours, but
-            made otherwise; ``"foreign"``: not ours.
-        reason: What makes it outdated or foreign, in words.
-        own: Files beside the main one that it names, whether they are there or not.
-    """
-
+    # current: what would be written now; outdated: ours, but made otherwise; foreign: not ours
     state: Literal["nothing", "current", "outdated", "foreign"]
-    reason: str = ""
-    own: tuple[Path, ...] = ()
+    reason: str = ""  # what makes it outdated or foreign, in words
+    own: tuple[Path, ...] = ()  # beside the main file, named by it, whether there or not
 
 
 def find_existing(

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,6 @@ from .runner import Item
 COLUMNS = ("picture", "x", "y", "label", "x0", "y0", "x1", "y1", "object")
 INSIDE = 128  # brightness from which a pixel of a mask's image is mask
 GREY_AT_MOST = 0.1  # of the pixels of a mask; soft edges and JPEG leave fewer
-BACKGROUND_ALONE = "points with the label 0 alone say only what the object is not"
 
 Prompts: TypeAlias = "tuple[Prompt, ...]"
 Point: TypeAlias = tuple[float, float, int]
@@ -64,14 +63,23 @@ def prompts_of(
 
 
 def _one(points: Sequence[Point], box: Box | None = None, mask: Path | None = None) -> Prompt:
-    if points and box is None and mask is None and not any(label for _, _, label in points):
-        raise ValueError(f"{BACKGROUND_ALONE}; give a point on it, or a box around it, too")
-    return Prompt(
-        points=[(x, y) for x, y, _ in points] if points else None,
-        labels=[label for _, _, label in points] if points else None,
-        box=box,
-        mask=None if mask is None else read_mask(mask),
+    return _checked(
+        Prompt(
+            points=[(x, y) for x, y, _ in points] if points else None,
+            labels=[label for _, _, label in points] if points else None,
+            box=box,
+            mask=None if mask is None else read_mask(mask),
+        )
     )
+
+
+def _checked(prompt: Prompt) -> Prompt:
+    if prompt.labels is not None and not prompt.labels.any() and prompt.kind[1:] == (False, False):
+        raise ValueError(
+            "points with the label 0 alone say only what the object is not; give a point on it, or "
+            "a box around it, too"
+        )
+    return prompt
 
 
 def read_mask(path: Path) -> NDArray[np.float32] | NDArray[np.bool_]:
@@ -84,9 +92,7 @@ def read_mask(path: Path) -> NDArray[np.float32] | NDArray[np.bool_]:
             raise ValueError(f"{str(path)!r} is no array of numpy: {err}") from err
         return _logits(path, [array])
     if suffix == ".safetensors":
-        return _logits(
-            path, [np.asarray(tensor) for tensor in read_state_dict(path).tensors.values()]
-        )
+        return _logits(path, [*map(np.asarray, read_state_dict(path).tensors.values())])
     brightness = decode(path).mean(axis=2)  # [H, W]
     mask: NDArray[np.bool_] = brightness >= INSIDE
     if not mask.any():
@@ -142,10 +148,7 @@ def _prompt(path: Path, dictionary: object) -> Prompt:
         if not isinstance(mask, str):
             raise TypeError(f"mask must be the name of a file; came {mask!r:.60}")
         values["mask"] = read_mask(path.parent / mask)
-    prompt = to_prompt(values)
-    if prompt.labels is not None and not prompt.labels.any() and prompt.kind[1:] == (False, False):
-        raise ValueError(BACKGROUND_ALONE)
-    return prompt
+    return _checked(to_prompt(values))
 
 
 def _of_json(path: Path, text: str) -> dict[str, Sequence[object]]:
@@ -168,7 +171,7 @@ def _of_json(path: Path, text: str) -> dict[str, Sequence[object]]:
     return content
 
 
-def _of_csv(path: Path, text: str) -> dict[str, list[dict[str, object]]]:
+def _of_csv(path: Path, text: str) -> dict[str, Sequence[object]]:
     """Rows with the same image and object are one dictionary; all others one each."""
     lines = text.splitlines()
     mark = max(",;\t", key="".join(lines[:1]).count)  # Excel writes semicolons in many countries
@@ -182,8 +185,7 @@ def _of_csv(path: Path, text: str) -> dict[str, list[dict[str, object]]]:
             f"{path}: the first line must name columns among {', '.join(COLUMNS)}; {wrong}"
         )
     rows.fieldnames = heads
-    found: dict[str, list[dict[str, object]]] = {}
-    named: dict[tuple[str, str], dict[str, object]] = {}
+    found: dict[str, dict[object, dict[str, Any]]] = {}
     for row in rows:
         place = f"{path}: line {rows.line_num}"
         if None in row or None in row.values():
@@ -194,17 +196,13 @@ def _of_csv(path: Path, text: str) -> dict[str, list[dict[str, object]]]:
         image, name = cells.pop("picture", ""), cells.pop("object", "")
         if not image:
             raise ValueError(f"{place} names no image")
-        of_image = found.setdefault(image, [])
-        entry = named.get((image, name))
-        if entry is None or not name:
-            entry = {"name": name} if name else {}
-            of_image.append(entry)
-            named[image, name] = entry
+        named = {"name": name} if name else {}
+        entry = found.setdefault(image, {}).setdefault(name or rows.line_num, named)
         _add_row(place, entry, cells)
-    return found
+    return {image: [*entries.values()] for image, entries in found.items()}
 
 
-def _add_row(place: str, entry: dict[str, object], cells: Mapping[str, str]) -> None:
+def _add_row(place: str, entry: dict[str, Any], cells: Mapping[str, str]) -> None:
     """Add a row's point and box to its object."""
     try:
         numbers = {head: float(cell) for head, cell in cells.items()}
@@ -222,10 +220,8 @@ def _add_row(place: str, entry: dict[str, object], cells: Mapping[str, str]) -> 
             raise ValueError(f"{place}: object {entry.get('name')!r} has a box already")
         entry["box"] = box
     if "x" in numbers:
-        points, labels = entry.setdefault("points", []), entry.setdefault("labels", [])
-        if isinstance(points, list) and isinstance(labels, list):
-            points.append([numbers["x"], numbers["y"]])
-            labels.append(numbers.get("label", 1))
+        entry.setdefault("points", []).append([numbers["x"], numbers["y"]])
+        entry.setdefault("labels", []).append(numbers.get("label", 1))
 
 
 def share_out(

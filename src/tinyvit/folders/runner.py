@@ -8,13 +8,19 @@ time, for images that follow each other.
 from __future__ import annotations
 
 import errno
+import os
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import tee
+from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+import numpy as np
 
 from tinyvit.errors import CheckpointError, ImageError
 from tinyvit.inference.read_ahead import read_ahead
@@ -23,10 +29,14 @@ from .images import ImageFile
 from .outputs import Existing
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from tinyvit.images.preprocess import PreparedImage
+    from tinyvit.inference import Engine
     from tinyvit.sam import Prompt
 
 Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class Job:
     facts: Mapping[str, object]  # what its outputs say of how they came about
     existing: Existing
     told: Mapping[str, object]  # for ``Outcome.facts``: where its outputs are
+    outputs: Sequence[Path] = ()
     image: Any = None  # [H, W, 3] uint8, once read, if it is needed after that
     prepared: PreparedImage | None = None  # the model's input, once read, if one is wanted
     seconds: dict[str, float] = field(default_factory=dict)  # for each step so far
@@ -64,12 +75,21 @@ class Job:
         return Outcome(self.item, "failed", f"{self.item.image.path}: {reason}")
 
 
-def take_prepared(jobs: Iterator[Job]) -> Generator[PreparedImage, None, None]:
-    """The model's inputs of jobs, which do not keep them."""
-    for job in jobs:
-        prepared, job.prepared = job.prepared, None
-        if prepared is not None:
-            yield prepared
+class _Timed(Generic[Value]):
+    """An iterator that adds up the seconds that its values take to come."""
+
+    def __init__(self, values: Iterable[Value]) -> None:
+        self._values, self.seconds = iter(values), 0.0
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Value:
+        start = perf_counter()
+        try:
+            return next(self._values)
+        finally:
+            self.seconds += perf_counter() - start
 
 
 class FolderWork(ABC, Generic[Result]):
@@ -78,12 +98,16 @@ class FolderWork(ABC, Generic[Result]):
     With ``overwrite`` what is current is made again, and files that are not ours are replaced.
     """
 
-    workers: int
-    ahead: int
-    overwrite: bool
+    def __init__(
+        self, engine: Engine, folder: Path, overwrite: bool, max_pixels: int | None
+    ) -> None:
+        self.engine, self.folder = engine, folder
+        self.overwrite, self.max_pixels = overwrite, max_pixels
+        self.workers, self.ahead = engine.workers, engine.ahead
+        self._inputs: set[str] = set()
 
     @abstractmethod
-    def _plan(self, item: Item) -> Job | Outcome:
+    def _plan(self, item: Item) -> Job:
         """What is to be done and is there already; asked again just before an image is read."""
 
     @abstractmethod
@@ -116,6 +140,7 @@ class FolderWork(ABC, Generic[Result]):
             tell(outcome)
             return outcome
 
+        self._inputs = {os.path.realpath(item.image.path) for item in items}
         wanted: list[Item] = []
         for item in items:
             found = self._planned(item)
@@ -130,13 +155,37 @@ class FolderWork(ABC, Generic[Result]):
         ):
             yield from read_ahead(writings, workers=self.workers, ahead=self.workers + 1)
 
+    def _encoded(
+        self, jobs: Iterator[Job], encode: Callable[[Iterator[PreparedImage]], Iterable[Any]]
+    ) -> Iterator[tuple[Job, Any]]:
+        """Jobs with what ``encode`` makes of their inputs, or the outcome where that is of no use.
+
+        Images of one shape are encoded together.
+        """
+        jobs, ahead = tee(jobs)
+        inputs = _Timed(_taken_from(ahead))
+        values, before = _Timed(encode(inputs)), 0.0
+        # in this order: images of one shape are read ahead for a batch
+        for value, job in zip(values, jobs, strict=False):
+            spent = values.seconds - inputs.seconds
+            job.seconds["encode"], before = spent - before, spent
+            if np.isfinite(np.asarray(value.features)).all():
+                yield job, value
+            else:
+                reason = "its features are not all finite numbers; try --precision fp32"
+                yield job, job.failed(reason)
+
     def _planned(self, item: Item) -> Job | Outcome:
         """The job for an item, or why there is nothing to do."""
         try:
             job = self._plan(item)
         except OSError as err:
             return Outcome(item, "failed", f"{item.image.path}: {err.strerror or err}")
-        if isinstance(job, Outcome) or self.overwrite:
+        for path in job.outputs:
+            if os.path.realpath(path) in self._inputs:
+                reason = f"its output {path} would replace one of the images; write to another"
+                return job.failed(f"{reason} folder with -o")
+        if self.overwrite:
             return job
         if job.existing.state == "current":
             return Outcome(item, "skipped", facts=job.told)
@@ -186,3 +235,11 @@ class FolderWork(ABC, Generic[Result]):
             return job.failed(f"its outputs have too long a name: {err}")
         reason = job.existing.reason if job.existing.state == "outdated" else ""
         return Outcome(job.item, "written", reason, {**job.told, **facts})
+
+
+def _taken_from(jobs: Iterator[Job]) -> Iterator[PreparedImage]:
+    """The model's inputs of jobs, which do not keep them."""
+    for job in jobs:
+        prepared, job.prepared = job.prepared, None
+        if prepared is not None:
+            yield prepared

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
-from itertools import tee
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
 import numpy as np
 
@@ -29,11 +27,10 @@ from tinyvit.images.preprocess import to_input
 from tinyvit.sam.masks import draw_prompts
 
 from .outputs import facts_of_engine, facts_of_image, find_existing
-from .runner import FolderWork, Item, Job, Outcome, take_prepared
+from .runner import FolderWork, Item, Job, Outcome
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from typing_extensions import Self
 
     from tinyvit.sam import ImageEmbedding, Masks, Prompt, Segmenter
     from tinyvit.sam.automatic import MaskRecord, SamAutomaticMaskGenerator
@@ -73,8 +70,8 @@ class SegmentFolder(FolderWork["Masks | list[MaskRecord]"]):
         max_pixels: int | None = MAX_PIXELS,
     ) -> None:
         engine = segmenter.encoder.engine
-        self.segmenter, self.folder, self.overwrite = segmenter, folder, overwrite
-        self.workers, self.ahead, self.max_pixels = engine.workers, engine.ahead, max_pixels
+        super().__init__(engine, folder, overwrite, max_pixels)
+        self.segmenter = segmenter
         sha256 = weights_sha256(segmenter.model.state_dict())
         known = {"made_by": "tinyvit segment", "model_sha256": sha256}
         self.facts = facts_of_engine(engine, checkpoint, **known)
@@ -92,13 +89,11 @@ class SegmentFolder(FolderWork["Masks | list[MaskRecord]"]):
                 device=engine.backend.device,
             )
         self._candidates = _candidates_of(segmenter) if multimask else 1
-        self._inputs: set[str] = set()
 
     def run(
         self, items: Sequence[Item], tell: Callable[[Outcome], object] = bool
     ) -> Iterator[Outcome]:
-        """Segment images; none of them is replaced by an output."""
-        self._inputs = {os.path.realpath(item.image.path) for item in items}
+        """Segment images."""
         self.segmenter.encoder.weights_sha256()  # now, and not while the first image is timed
         return super().run(items, tell)
 
@@ -117,20 +112,17 @@ class SegmentFolder(FolderWork["Masks | list[MaskRecord]"]):
         logits = [self._path(item, f"logits-{n}.npy") for n in numbers if self.with_logits]
         return self._path(item, "overlay.png"), masks, logits
 
-    def _plan(self, item: Item) -> Job | Outcome:
+    def _plan(self, item: Item) -> Job:
         overlay, masks, logits = self._beside(item)
         document, beside = self._path(item, "json"), [overlay, *masks, *logits]
-        for path in (document, *beside):
-            if os.path.realpath(path) in self._inputs:
-                reason = f"{item.image.path}: its output {path} would replace one of the images"
-                return Outcome(item, "failed", f"{reason}; write to another folder with -o")
         task: dict[str, object] = {"mode": "everything", **(self.everything or {})}
         if self.generator is None:
             task = {"mode": "prompts", "multimask": self.multimask, "logits": self.with_logits}
             task["prompts"] = [_described(prompt) for prompt in item.prompts]
         facts = {**self.facts, **facts_of_image(item.image), "task": task}
         told = {"document": str(document), "overlay": str(overlay)}
-        return Job(item, facts, find_existing(document, beside, facts), told)
+        found = find_existing(document, beside, facts)
+        return Job(item, facts, found, told, (document, *beside))
 
     def _read(self, job: Job) -> None:
         start = perf_counter()
@@ -140,24 +132,16 @@ class SegmentFolder(FolderWork["Masks | list[MaskRecord]"]):
         job.seconds["read"] = perf_counter() - start
 
     def _compute(self, jobs: Iterator[Job]) -> Generator[Found | Outcome, None, None]:
-        """One encoding of each image, images of one shape together, and one decoding."""
+        """One encoding of each image, and one decoding."""
         if self.generator is not None:
             yield from self._everything(self.generator, jobs)
             return
-        jobs, ahead = tee(jobs)
-        inputs = _Timed(take_prepared(ahead))
-        embeddings = _Timed(self.segmenter.encoder.encode_prepared(inputs))
-        before = 0.0
-        # in this order: images of one shape are read ahead for a batch
-        for embedding, job in zip(embeddings, jobs, strict=False):
-            spent = embeddings.seconds - inputs.seconds
-            job.seconds["encode"], before = spent - before, spent
-            yield self._decoded(job, embedding)
+        for job, embedding in self._encoded(jobs, self.segmenter.encoder.encode_prepared):
+            is_good = not isinstance(embedding, Outcome)
+            yield self._decoded(job, embedding) if is_good else embedding
 
     def _decoded(self, job: Job, embedding: ImageEmbedding) -> Masks | Outcome:
         prompts, features = job.item.prompts, embedding.features
-        if not np.isfinite(np.asarray(features)).all():
-            return job.failed("its features are not all finite numbers; try --precision fp32")
         low_res_size = 4 * features.shape[1], 4 * features.shape[2]
         for number, prompt in enumerate(prompts, 1):
             try:
@@ -246,23 +230,6 @@ class SegmentFolder(FolderWork["Masks | list[MaskRecord]"]):
             if self.with_logits:
                 write_logits(logits[number], np.asarray(found.low_res_logits[number][best]))
         return annotations
-
-
-class _Timed(Generic[Value]):
-    """An iterator that adds up the seconds that its values take to come."""
-
-    def __init__(self, values: Iterable[Value]) -> None:
-        self._values, self.seconds = iter(values), 0.0
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Value:
-        start = perf_counter()
-        try:
-            return next(self._values)
-        finally:
-            self.seconds += perf_counter() - start
 
 
 def write_logits(path: Path, logits: NDArray[np.float32]) -> None:

@@ -52,6 +52,7 @@ NOISE = 1e-6  # float32 rounding: variation below this part of the values is non
 LOW, HIGH = 0.01, 0.99  # the quantiles that become darkest and brightest
 MOST_FITTED = 100_000  # positions; a larger map is fitted to every second, third, ... one
 PANEL, GAP, CAPTION, FONT = 320, 16, 32, 15  # pixels: a panel's longer side, margins, text
+TITLE = 26  # pixels high
 FILTERS = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -271,6 +272,21 @@ def panel(image: RGB) -> RGB:
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
+def gallery(sections: Sequence[tuple[str, Sequence[tuple[RGB, str]]]], title: str) -> RGB:
+    """Draw panels over their captions, four in a row, each section under its heading."""
+    parts = [_heading(title, TITLE)]
+    for heading, cells in sections:
+        parts += [_heading(heading, TITLE * 3 // 4)] if heading else []
+        panels = [one for one, _ in cells]
+        width = max(one.shape[1] for one in panels)
+        captions = [_cut(caption, width) for _, caption in cells]
+        parts.append(_lay_out(panels, captions, min(4, len(cells))))
+    width = max(part.shape[1] for part in parts)
+    margins = [((0, 0), (0, width - part.shape[1]), (0, 0)) for part in parts]
+    padded = zip(parts, margins, strict=True)
+    return np.concatenate([np.pad(part, by, constant_values=PAPER[0]) for part, by in padded])
+
+
 def save_png(path: str | os.PathLike[str], pixels: RGB) -> None:
     """Write an image [H, W, 3] uint8 as a PNG file, whole or not at all."""
     check_rgb("pixels", pixels)
@@ -389,19 +405,39 @@ def _seen(
 
 
 def _lay_out(panels: Sequence[RGB], captions: Sequence[str], columns: int) -> RGB:
-    """Set panels of one size in rows on paper, each over its caption."""
-    height, width = panels[0].shape[:2]
+    """Set panels in rows on paper, each over its caption; all take the room of the largest."""
+    height, width = np.max([one.shape[:2] for one in panels], axis=0).tolist()
     font = ImageFont.load_default(size=FONT)
-    column = max(width, *(math.ceil(font.getlength(caption)) for caption in captions))
-    row, rows = GAP + height + CAPTION, -(-len(panels) // columns)
+    lines = [line for caption in captions for line in caption.split("\n")]
+    column = max(width, *(math.ceil(font.getlength(line)) for line in lines))
+    text = CAPTION + (max(caption.count("\n") for caption in captions) * FONT * 5) // 4
+    row, rows = GAP + height + text, -(-len(panels) // columns)
     sheet = Image.new("RGB", (GAP + columns * (column + GAP), rows * row), PAPER)
     pen = ImageDraw.Draw(sheet)
     for number, (one, caption) in enumerate(zip(panels, captions, strict=True)):
         left, top = GAP + number % columns * (column + GAP), number // columns * row + GAP
-        sheet.paste(Image.fromarray(one), (left + (column - width) // 2, top))
-        middle = left + column / 2, top + height + CAPTION / 2
-        pen.text(middle, caption, fill=INK, font=font, anchor="mm")
+        corner = left + (column - one.shape[1]) // 2, top + (height - one.shape[0]) // 2
+        sheet.paste(Image.fromarray(one), corner)
+        middle = left + column / 2, top + height + text / 2
+        pen.text(middle, caption, fill=INK, font=font, anchor="mm", align="center")
     return np.array(sheet)
+
+
+def _heading(text: str, size: int) -> RGB:
+    font = ImageFont.load_default(size=size)
+    strip = Image.new("RGB", (2 * GAP + math.ceil(font.getlength(text)), 2 * size), PAPER)
+    ImageDraw.Draw(strip).text((GAP, size), text, fill=INK, font=font, anchor="lm")
+    return np.array(strip)
+
+
+def _cut(caption: str, width: int) -> str:
+    """A caption whose lines are no longer than some pixels."""
+    font, lines = ImageFont.load_default(size=FONT), caption.split("\n")
+    for number, line in enumerate(lines):
+        while font.getlength(lines[number]) > width and len(line) > 1:
+            line = line[:-1]
+            lines[number] = f"{line}..."
+    return "\n".join(lines)
 
 
 def window(out: RGB, x0: float, y0: float, x1: float, y1: float) -> Part:
