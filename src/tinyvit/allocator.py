@@ -38,7 +38,7 @@ def tune_allocator() -> bool:
         Whether it worked. It does not with another C library (musl, macOS, Windows) or when
         another allocator has replaced glibc's; the log ("tinyvit") then says why in one line.
 
-    Example:
+    Examples:
         >>> import tinyvit
         >>> tinyvit.tune_allocator()  # doctest: +SKIP
         True

@@ -323,7 +323,7 @@ def list_models() -> list[str]:
     Returns:
         Names in the order of the table: classification first, then SAM encoders.
 
-    Example:
+    Examples:
         >>> list_models()[0]
         'tiny_vit_5m_224'
     """
@@ -342,7 +342,7 @@ def list_checkpoints(variant: str | None = None) -> list[str]:
     Raises:
         ValueError: If there is no variant of that name.
 
-    Example:
+    Examples:
         >>> list_checkpoints("tiny_vit_5m_sam")
         ['mobile_sam', 'tinysam', 'sam_hq_vit_tiny']
     """

@@ -192,7 +192,7 @@ def create_model(
         UserWarning: A part of the model is not in the checkpoint and stays untrained; or a SAM
             encoder is built without a checkpoint, whose masks would be noise.
 
-    Example:
+    Examples:
         >>> import tinyvit
         >>> model = tinyvit.create_model("tiny_vit_5m_224")
         >>> sum(p.numel() for p in model.parameters())

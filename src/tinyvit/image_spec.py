@@ -55,7 +55,7 @@ class Placement:
         Raises:
             ValueError: The last dimension is not 2.
 
-        Example:
+        Examples:
             >>> ImageSpec.sam(1024).place(480, 640).points_to_model([[320, 240]])
             [[512.0, 384.0]]
         """
@@ -88,7 +88,7 @@ class Placement:
     def cells(self, grid: Size) -> Size:
         """How many of a grid's (rows, columns) of features cover the image, and not padding alone.
 
-        Example:
+        Examples:
             >>> ImageSpec.sam(1024).place(480, 640).cells((64, 64))
             (48, 64)
         """

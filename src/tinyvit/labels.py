@@ -21,7 +21,7 @@ _IMAGENET_CLASSES = 1000
 def imagenet_labels() -> tuple[str, ...]:
     """The names of ImageNet-1k's classes, in the order of their numbers.
 
-    Example:
+    Examples:
         >>> imagenet_labels()[285]
         'Egyptian cat'
     """
@@ -76,7 +76,7 @@ def labels_for(
     Raises:
         ValueError: The file cannot be read, or has another number of names than the head classes.
 
-    Example:
+    Examples:
         >>> labels_for(21841) is None
         True
     """

@@ -32,7 +32,7 @@ class Spread:
         Raises:
             ValueError: There are none.
 
-        Example:
+        Examples:
             >>> Spread.of([1.0, 2.0, 3.0, 4.0, 50.0])
             Spread(median=3.0, lower=2.0, upper=4.0)
         """

@@ -196,7 +196,7 @@ def to_canonical(state: Mapping[str, T], family: str) -> dict[str, T]:
     Raises:
         CheckpointError: The family is unknown, or two keys would get the same name.
 
-    Example:
+    Examples:
         >>> to_canonical({"stages.1.downsample.conv1.conv.weight": 0}, "timm")
         {'layers.0.downsample.conv1.c.weight': 0}
     """
@@ -229,7 +229,7 @@ def from_canonical(state: Mapping[str, T], family: str) -> dict[str, T]:
         CheckpointError: The family is unknown, or has no place for some of the keys (all of them
             are named).
 
-    Example:
+    Examples:
         >>> from_canonical({"norm_head.bias": 0}, "mobile_sam")
         {'image_encoder.norm_head.bias': 0}
     """

@@ -39,7 +39,7 @@ def resize_bias_table(
         ValueError: The window is smaller than 1.
         CheckpointError: The table is not [heads, side * side] of floating point.
 
-    Example:
+    Examples:
         >>> resize_bias_table(torch.zeros(2, 49), 14).shape
         torch.Size([2, 196])
     """

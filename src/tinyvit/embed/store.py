@@ -63,7 +63,7 @@ class EmbeddingStore(Mapping[str, ImageEmbedding]):
     its address. What others add is seen where a path is looked up that was not there, and after
     ``refresh``.
 
-    Example:
+    Examples:
         >>> store = EmbeddingStore.open("photos.lance")  # doctest: +SKIP
         >>> store["trip/cat.jpg"]  # doctest: +SKIP
         ImageEmbedding([256, 64, 64], image 480x640)

@@ -218,7 +218,7 @@ def decode(source: ImageSource, *, max_pixels: int | None = MAX_PIXELS) -> RGB:
             large; or the pixels are none, not finite, out of range or of a type without a rule.
         TypeError: ``source`` is nothing of the above.
 
-    Example:
+    Examples:
         >>> decode(np.array([[0, 255]], dtype=np.uint8)).tolist()
         [[[0, 0, 0], [255, 255, 255]]]
     """

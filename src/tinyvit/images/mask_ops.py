@@ -142,7 +142,7 @@ class RLE(TypedDict):
 def encode(mask: Mask, compressed: bool = True) -> RLE:
     """Run lengths of a mask [H, W] bool; counts are text as in pycocotools, or numbers.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> encode(np.array([[False, True], [True, True]]), compressed=False)
         {'size': [2, 2], 'counts': [1, 3]}
@@ -208,7 +208,7 @@ def to_box(rle: Mapping[str, object]) -> tuple[int, int, int, int]:
 def compress(counts: Sequence[int] | Integers) -> str:
     """Lengths of runs as text.
 
-    Example:
+    Examples:
         >>> compress([6, 1, 40, 4, 1])
         '61X13iN'
     """
@@ -353,7 +353,7 @@ def outlines(mask: Mask, tolerance: float = 0.0) -> list[Ring]:
     give the mask back bit for bit, or with a ``tolerance`` are simplified to lie at most so many
     pixels beside the exact ones (Douglas and Peucker, 1973).
 
-    Example:
+    Examples:
         >>> outlines(np.ones((1, 2), bool))[0].tolist()
         [[0.0, 0.0], [2.0, 0.0], [2.0, 1.0], [0.0, 1.0]]
     """

@@ -58,7 +58,7 @@ def to_input(image: NDArray[np.uint8], spec: ImageSpec) -> PreparedImage:
     Raises:
         ValueError: ``image`` is no RGB uint8 image.
 
-    Example:
+    Examples:
         >>> pixels, placement = to_input(np.zeros((30, 60, 3), np.uint8), ImageSpec.sam(16))
         >>> pixels.shape, placement.resized_size
         ((3, 16, 16), (8, 16))

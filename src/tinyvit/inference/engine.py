@@ -97,7 +97,7 @@ class Engine:
         ValueError: An unknown backend, device or precision ("fp16" is refused, with the reason), a
             batch size below 1, workers below 0, or no way to tell how images are prepared.
 
-    Example:
+    Examples:
         >>> import numpy as np, tinyvit
         >>> engine = tinyvit.Engine("tinyvit_starter")
         >>> engine.embed(np.zeros((480, 640, 3), np.uint8)).shape

@@ -44,7 +44,7 @@ def read_ahead(
         ValueError: ``workers`` or ``ahead`` is out of its range.
         Exception: What a job or ``jobs`` raises, after the results before it.
 
-    Example:
+    Examples:
         >>> list(read_ahead([lambda: 1, lambda: 2], workers=1, ahead=2))
         [1, 2]
     """

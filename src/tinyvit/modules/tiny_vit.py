@@ -71,7 +71,7 @@ class FeatureMaps(nn.Module):
     Raises:
         ValueError: An index is unknown.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from tinyvit.modules import FeatureMaps, TinyViT
         >>> encoder = TinyViT(embed_dims=(16, 32, 64, 96), num_heads=(1, 1, 2, 3),
@@ -526,7 +526,7 @@ class TinyViT(nn.Module):
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[ParamGroup]:
         """Trainable parameters as optimiser groups: layer-wise rates, no decay on vectors.
 
-        Example:
+        Examples:
             >>> import torch, tinyvit
             >>> model = tinyvit.TinyViT(layer_lr_decay=0.8)
             >>> optimizer = torch.optim.AdamW(model.param_groups(lr=1e-3, weight_decay=0.05))

@@ -156,7 +156,7 @@ class SamAutomaticMaskGenerator:
         ValueError: A value is out of its range, or two do not go together.
         MissingExtraError: The package of the backend is not installed.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from tinyvit.sam import SamAutomaticMaskGenerator, build_sam
         >>> generator = SamAutomaticMaskGenerator(

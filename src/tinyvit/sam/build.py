@@ -72,7 +72,7 @@ def build_sam(
     Warns:
         UserWarning: Neither checkpoint nor variant is given, so the model is untrained.
 
-    Example:
+    Examples:
         >>> from tinyvit.sam import build_sam
         >>> sam = build_sam("tinyvit_starter")
         >>> sam.prompt_encoder.image_embedding_size, sam.prompt_encoder.mask_input_size

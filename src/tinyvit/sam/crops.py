@@ -23,7 +23,7 @@ EDGE = 20.0
 def build_point_grid(n_per_side: int) -> NDArray[np.float64]:
     """Points in the middles of equal squares: [n_per_side ** 2, 2] float64 in 0..1, row by row.
 
-    Example:
+    Examples:
         >>> build_point_grid(2).tolist()
         [[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]
     """
@@ -85,7 +85,7 @@ def generate_crop_boxes(
     Crops of layer 1 overlap by ``overlap_ratio`` of the shorter side; later layers by as much less
     as their crops are smaller. An image of few pixels has fewer crops: empty ones are left out.
 
-    Example:
+    Examples:
         >>> boxes, layers = generate_crop_boxes((100, 200), 1, 0.2)
         >>> boxes[:3], layers
         ([[0, 0, 200, 100], [0, 0, 110, 60], [0, 40, 110, 100]], [0, 1, 1, 1, 1])

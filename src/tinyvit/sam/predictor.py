@@ -60,7 +60,7 @@ class SamPredictor:
         ValueError: An engine and arguments for one, or values that ``Engine`` refuses.
         MissingExtraError: The package of the backend is not installed.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from tinyvit.sam import SamPredictor
         >>> predictor = SamPredictor.from_checkpoint()

@@ -46,7 +46,7 @@ class Prompt:
             is neither 0 nor 1; the numbers of points and labels differ; a box's x1 <= x0 or
             y1 <= y0.
 
-    Example:
+    Examples:
         >>> Prompt(points=[[320, 240]]).labels.tolist()
         [1]
     """

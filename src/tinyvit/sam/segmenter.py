@@ -43,7 +43,7 @@ class Segmenter:
         MissingExtraError: The package of the backend is not installed.
         ValueError: A value that ``Engine`` refuses.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from tinyvit.sam import Prompt, Segmenter
         >>> image = np.zeros((48, 64, 3), np.uint8)

@@ -99,7 +99,7 @@ def add_lora(
     Called again with the same choices it changes nothing but ``requires_grad``; with others it
     raises ValueError, as for unknown or missing layers. Gives the names of the layers.
 
-    Example:
+    Examples:
         >>> import tinyvit
         >>> from tinyvit.train.lora import add_lora, merge_lora
         >>> model = tinyvit.create_model("tinyvit_starter")

@@ -251,7 +251,7 @@ def _is_soft(grey: NDArray[np.int64]) -> bool:
 def fill_polygon(ring: NDArray[np.float64], size: Size) -> Mask:
     """The pixels whose centres lie inside a polygon [P, 2] (x, y), which is closed: [H, W] bool.
 
-    Example:
+    Examples:
         >>> fill_polygon(np.array([[1.0, 0.0], [3.0, 0.0], [3.0, 1.0], [1.0, 1.0]]), (1, 4))
         array([[False,  True,  True, False]])
     """

@@ -66,7 +66,7 @@ def augmentation(strength: Strength, flip: bool = True) -> Augmentation:
     image as it is. ``flip`` mirrors half of the images, not with "none"; not for letters and
     digits.
 
-    Example:
+    Examples:
         >>> augmentation("light", flip=False).flip
         0.0
     """

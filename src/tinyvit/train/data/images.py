@@ -36,7 +36,7 @@ def hold_out(names: Sequence[str], part: float | str, seed: int = 0) -> tuple[li
     About ``part`` of them is held out, above 0 and below 1, at least one name on each side; or the
     folder of that name. Which names is decided by ``seed``.
 
-    Example:
+    Examples:
         >>> train, held = hold_out([f"{n}.jpg" for n in range(100)], 0.2)
         >>> len(train), len(held)
         (80, 20)
@@ -73,7 +73,7 @@ def split(
     it for training. What has one number in ``groups`` stays together and counts once. The same
     seed gives the same split. Gives the indices to train on and to hold out, each sorted.
 
-    Example:
+    Examples:
         >>> split(np.array([0, 0, 0, 0, 1, 1]), 0.25, seed=0)[1].size
         2
     """

@@ -211,7 +211,7 @@ def number_classes(
     The order is that of ``classes``, or else sorted (as numbers, if all are whole numbers).
     ``origin`` is what to call the data in messages.
 
-    Example:
+    Examples:
         >>> number_classes(["cat", "ant", "cat"], None, "mine")
         (array([1, 0, 1]), ('ant', 'cat'))
     """

@@ -83,7 +83,7 @@ def windows_for(img_size: int) -> tuple[int, ...]:
     The published rows follow this rule: 7, 7, 14, 7 at 224; 12, 12, 24, 12 at 384; 16, 16, 32, 16
     at 512. The maps are cut into whole windows where possible; none is larger than its map.
 
-    Example:
+    Examples:
         >>> windows_for(384), windows_for(32)
         ((12, 12, 24, 12), (4, 4, 2, 1))
     """

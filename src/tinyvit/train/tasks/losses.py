@@ -159,7 +159,7 @@ def mask_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def one_hot(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
     """Distributions [B, K] float32 of labels [B], ``smoothing`` spread evenly over all classes.
 
-    Example:
+    Examples:
         >>> one_hot(torch.tensor([1]), 4, smoothing=0.2)
         tensor([[0.0500, 0.8500, 0.0500, 0.0500]])
     """
