@@ -27,6 +27,7 @@ from tinyvit.catalog import (
     list_models,
 )
 from tinyvit.checkpoints.detection import Detection, detect
+from tinyvit.checkpoints.download import Progress
 from tinyvit.checkpoints.families import group_by_part, to_canonical
 from tinyvit.checkpoints.files import (
     check_finite,
@@ -40,7 +41,6 @@ from tinyvit.checkpoints.files import (
 )
 from tinyvit.checkpoints.open import (
     OpenedCheckpoint,
-    Progress,
     find_checkpoint,
     misfits,
     open_checkpoint,

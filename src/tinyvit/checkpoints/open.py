@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,14 +16,12 @@ from tinyvit.catalog import Checkpoint, get_checkpoint, list_checkpoints
 from tinyvit.errors import CheckpointError
 
 from .detection import Detection, detect_in
-from .download import fetch
+from .download import Progress, fetch
 from .families import to_canonical
 from .files import check_finite, read_state_dict, thresholds_in
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Progress = Callable[[int, "int | None"], None]
 
 
 @dataclass(frozen=True)
@@ -104,12 +102,8 @@ def misfits(
     wrong_shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]],
 ) -> list[str]:
     """In words what keeps tensors from being a model's; ``wrong_shapes`` are (wanted, found)."""
-    problems = [
-        f"{len(keys)} {what}: {', '.join(keys)}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected))
-        if keys
+    absent_and_more = {"missing": missing, "unexpected": unexpected}
+    shapes = [
+        f"{k} has shape {[*its]} instead of {[*own]}" for k, (own, its) in wrong_shapes.items()
     ]
-    return problems + [
-        f"{key} has shape {list(found)} instead of {list(wanted)}"
-        for key, (wanted, found) in wrong_shapes.items()
-    ]
+    return [f"{len(v)} {k}: {', '.join(v)}" for k, v in absent_and_more.items() if v] + shapes

@@ -8,7 +8,6 @@ unpickling it.
 
 from __future__ import annotations
 
-import itertools
 import pickletools
 import re
 import zipfile
@@ -108,7 +107,7 @@ def unwrap(loaded: object, origin: str) -> Unwrapped:
     words = _wrapping_in_words(kept, outer)
     if encoder not in ("", "image_encoder."):
         words.append(f"{encoder!r} read as 'image_encoder.'")
-    return Unwrapped(tensors, ", ".join(words), tuple(_left_over(loaded, entries, kept)))
+    return Unwrapped(tensors, ", ".join(words), tuple(_left_over(loaded, kept)))
 
 
 def _entries(level: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[_Entry]:
@@ -203,38 +202,29 @@ def _wrapping_in_words(kept: Sequence[_Entry], outer: str) -> list[str]:
     return words + [f"without {part!r} inside" for part in sorted(inner)]
 
 
-def _left_over(
-    loaded: Mapping[Any, Any], entries: Sequence[_Entry], kept: Sequence[_Entry]
-) -> Iterator[str]:
+def _left_over(loaded: Mapping[Any, Any], kept: Sequence[_Entry]) -> list[str]:
     """What lies beside the model, in words: whole dicts where nothing in them was taken."""
-    used = {entry.path[:depth] for entry in kept for depth in range(len(entry.path) + 1)}
-    taken = {(entry.path, entry.name) for entry in kept}
-    told: set[tuple[str, ...]] = set()
-    tensors: list[str] = []
-    for entry in entries:
-        if (entry.path, entry.name) in taken:
-            continue
-        above = itertools.accumulate((name,) for name in entry.path)
-        whole = next((path for path in above if path not in used), None)
-        if whole is not None:
-            if whole not in told:
-                told.add(whole)
-                yield _in_words(whole[-1], _at(loaded, whole))
-        elif _is_tensor(entry.value):
-            tensors.append(entry.name)
-        else:
-            yield _in_words(entry.name, entry.value)
+    taken = {
+        (*entry.path, entry.name)[:depth] for entry in kept for depth in range(len(entry.path) + 2)
+    }
+    beside = list(_beside(loaded, (), taken))
+    words = [_in_words(name, value) for name, value in beside if not _is_tensor(value)]
+    tensors = [name for name, value in beside if _is_tensor(value)]
     if len(tensors) <= _NAMED_AT_MOST:
-        yield from (f"{name} (tensor)" for name in tensors)
-    else:
-        groups = Counter(name.partition(".")[0] for name in tensors)
-        yield from (f"{name}.… ({count} tensors)" for name, count in groups.items())
+        return words + [f"{name} (tensor)" for name in tensors]
+    groups = Counter(name.partition(".")[0] for name in tensors)
+    return words + [f"{name}.… ({count} tensors)" for name, count in groups.items()]
 
 
-def _at(loaded: Mapping[Any, Any], path: Sequence[str]) -> Mapping[Any, Any]:
-    for name in path:
-        loaded = next(value for key, value in loaded.items() if str(key) == name)
-    return loaded
+def _beside(
+    level: Mapping[Any, Any], path: tuple[str, ...], taken: set[tuple[str, ...]]
+) -> Iterator[tuple[str, Any]]:
+    """Names and values in nested dicts that are not taken and hold nothing that is."""
+    for name, value in level.items():
+        if (here := (*path, str(name))) not in taken:
+            yield str(name), value
+        elif isinstance(value, Mapping):
+            yield from _beside(value, here, taken)
 
 
 def wrap(tensors: Mapping[str, Tensor], wrapper: str | None) -> dict[str, object]:

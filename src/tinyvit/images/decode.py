@@ -276,12 +276,12 @@ def _opened(source: ImageFile) -> Iterator[tuple[Image.Image, _Stream, str]]:
         name = repr(os.fspath(source))
         try:
             raw = open(source, "rb")  # noqa: SIM115 (closed below, with the other sources)
-        except FileNotFoundError as err:
-            raise ImageError(f"there is no file {name}; check the path") from err
-        except IsADirectoryError as err:
-            raise ImageError(f"{name} is a folder; give the path of one image") from err
         except (OSError, ValueError) as err:
-            raise ImageError(f"{name} cannot be opened: {err}") from err
+            known: dict[type[Exception], str] = {
+                FileNotFoundError: f"there is no file {name}; check the path",
+                IsADirectoryError: f"{name} is a folder; give the path of one image",
+            }
+            raise ImageError(known.get(type(err), f"{name} cannot be opened: {err}")) from err
         with raw:
             yield *_open_image(raw, name), name
     elif isinstance(source, (bytes, bytearray, memoryview)):

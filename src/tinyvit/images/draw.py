@@ -12,6 +12,7 @@ import math
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal, TypeAlias
@@ -291,6 +292,13 @@ def save_png(path: str | os.PathLike[str], pixels: RGB) -> None:
     """Write an image [H, W, 3] uint8 as a PNG file, whole or not at all."""
     check_rgb("pixels", pixels)
     write_png(path, Image.fromarray(pixels))
+
+
+def to_png(pixels: NDArray[Any]) -> bytes:
+    """A PNG file of pixels [H, W] or [H, W, 3] uint8."""
+    data = BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    return data.getvalue()
 
 
 def write_png(path: str | os.PathLike[str], image: Image.Image) -> None:

@@ -89,15 +89,8 @@ def normalise(
 def normalise_and_pad(pixels: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
     """Normalise tensors that have been resized already, and pad them if ``spec`` does.
 
-    Args:
-        pixels: RGB in 0..255, [3, h, w] or [N, 3, h, w], uint8 or floating point.
-        spec: What the model wants; its ``size`` bounds h and w.
-
-    Returns:
-        [1, 3, H, W] or [N, 3, H, W] on the same device; float32, or the given floating-point type.
-
-    Raises:
-        ValueError: The shape is another one, or the image does not fit ``spec.size``.
+    RGB in 0..255, [3, h, w] or [N, 3, h, w], becomes [1, 3, H, W] or [N, 3, H, W] on the same
+    device; float32, or the given floating-point type. ValueError: it does not fit ``spec.size``.
     """
     import torch
 

@@ -4,38 +4,6 @@ The ten classes of TinyViT keep the names, arguments, child names and state-dict
 they are known from Cream, MobileSAM and their copies.
 """
 
-from .layers import (
-    MLP,
-    Attention,
-    Conv2d_BN,
-    DropPath,
-    LayerNorm2d,
-    MBConv,
-    Mlp,
-    PatchEmbed,
-    PatchMerging,
-    TinyViTBlock,
-    freeze_batch_stats,
-)
-from .stage import BasicLayer, ConvLayer, FeatureInfo, SAM3Neck
-from .tiny_vit import FeatureMaps, TinyViT
+import lazy_loader
 
-__all__ = [
-    "MLP",
-    "Attention",
-    "BasicLayer",
-    "Conv2d_BN",
-    "ConvLayer",
-    "DropPath",
-    "FeatureInfo",
-    "FeatureMaps",
-    "LayerNorm2d",
-    "MBConv",
-    "Mlp",
-    "PatchEmbed",
-    "PatchMerging",
-    "SAM3Neck",
-    "TinyViT",
-    "TinyViTBlock",
-    "freeze_batch_stats",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

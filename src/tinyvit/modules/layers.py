@@ -251,17 +251,7 @@ class Attention(nn.Module):
         return self.attention_biases.index_select(1, index.flatten()).view(-1, tokens, tokens)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Attend within each window.
-
-        Args:
-            x: [B, N, C] with N = height * width of ``resolution``.
-
-        Returns:
-            [B, N, C].
-
-        Raises:
-            ValueError: N is another number.
-        """
+        """Attend within each window, [B, N, C] -> [B, N, C]; ValueError for another N."""
         batch, tokens, _ = x.shape
         height, width = self.resolution
         if not is_tracing() and tokens != height * width:
@@ -426,17 +416,10 @@ class PatchMerging(nn.Module):
         return (size[0] - 1) // self.stride + 1, (size[1] - 1) // self.stride + 1
 
     def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
-        """Merge a map or its tokens.
+        """A map [B, C, H, W] or its tokens [B, L, C] -> tokens [B, L', out_dim].
 
-        Args:
-            x: A map [B, C, H, W], or tokens [B, L, C].
-            size: (height, width) of tokens; None means ``input_resolution``.
-
-        Returns:
-            Tokens [B, L', out_dim].
-
-        Raises:
-            ValueError: The number of tokens does not fit the size.
+        ``size`` is the (height, width) of tokens, None means ``input_resolution``; a ValueError
+        says that L does not fit it.
         """
         if x.ndim == 3:
             x = to_map(x, size or self.input_resolution).permute(0, 3, 1, 2)  # [B, C, H, W]
@@ -506,17 +489,10 @@ class TinyViTBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
-        """Run the block.
+        """Tokens [B, L, C] of a map of ``size`` -> [B, L, C].
 
-        Args:
-            x: [B, L, C].
-            size: (height, width) of the map; None means ``input_resolution``.
-
-        Returns:
-            [B, L, C].
-
-        Raises:
-            ValueError: L is not height * width.
+        ``size`` is (height, width), None means ``input_resolution``; a ValueError says that L is
+        not height * width.
         """
         size = size or self.input_resolution
         x = to_map(x, size)  # [B, H, W, C]

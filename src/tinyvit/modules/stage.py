@@ -178,17 +178,10 @@ class BasicLayer(Stage):
         super().__init__(make_block, *common, downsample, use_checkpoint, out_dim)
 
     def forward(self, x: Tensor, size: Size | None = None) -> Tensor:
-        """Run the stage.
+        """Tokens [B, L, C] of a map of ``size`` -> [B, L', out_dim]; without downsample [B, L, C].
 
-        Args:
-            x: [B, L, C].
-            size: (height, width) of the map; None means ``input_resolution``.
-
-        Returns:
-            [B, L', out_dim], or [B, L, C] where there is no downsample.
-
-        Raises:
-            ValueError: L is not height * width.
+        ``size`` is (height, width), None means ``input_resolution``; a ValueError says that L is
+        not height * width.
         """
         size = size or self.input_resolution
         x = self.forward_blocks(x, size)

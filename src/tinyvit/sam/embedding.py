@@ -13,14 +13,12 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import safetensors.numpy
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 from safetensors import SafetensorError
 
 from tinyvit.checkpoints.files import check_format, write_bytes
@@ -101,12 +99,9 @@ class ImageEmbedding:
         return f"ImageEmbedding({list(self.features.shape)}, image {height}x{width}{early})"
 
     def _repr_png_(self) -> bytes:
-        from tinyvit.images.draw import feature_rgb
+        from tinyvit.images.draw import feature_rgb, to_png
 
-        pixels = feature_rgb(self.features).repeat(16, 0).repeat(16, 1)
-        data = BytesIO()
-        Image.fromarray(pixels).save(data, "PNG")
-        return data.getvalue()
+        return to_png(feature_rgb(self.features).repeat(16, 0).repeat(16, 1))
 
     def check(self, weights_sha256: str | None, image_spec: ImageSpec) -> None:
         """Check that a model can decode this: its encoder would have made the same of the image.

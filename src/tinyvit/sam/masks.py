@@ -11,22 +11,19 @@ from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from tinyvit.errors import MissingExtraError
 from tinyvit.image_spec import Placement
+from tinyvit.images import draw
+from tinyvit.images.decode import ImageSource, decode
 from tinyvit.images.mask_ops import box_around, encode, is_outer, outlines
 
 from .prompts import Prompt
 from .upscale import upscale
-
-if TYPE_CHECKING:
-    from tinyvit.images.decode import ImageSource
 
 Floats: TypeAlias = NDArray[np.float32]
 
@@ -171,9 +168,6 @@ class Masks:
             ImageError: The image cannot be read.
             ValueError: It has another size.
         """
-        from tinyvit.images import draw
-        from tinyvit.images.decode import decode
-
         return draw_prompts(draw.draw_masks(decode(image), [*self]), self.prompts)
 
     def polygons(self, tolerance: float = 0.0) -> list[list[NDArray[np.float64]]]:
@@ -220,9 +214,9 @@ class Masks:
                 shape |= {"points": rings[0].tolist(), "shape_type": "polygon"}
             else:
                 x0, y0, x1, y1 = box_around(mask)
-                part = Image.fromarray(mask[y0:y1, x0:x1].astype(np.uint8) * np.uint8(255))
+                part = mask[y0:y1, x0:x1].astype(np.uint8) * np.uint8(255)
                 corners = [[x0, y0], [x1 - 1, y1 - 1]]  # the last pixel belongs to it
-                data = b64encode(_png(part)).decode("ascii")
+                data = b64encode(draw.to_png(part)).decode("ascii")
                 shape |= {"points": corners, "shape_type": "mask", "mask": data}
             shapes.append(shape)
         height, width = self.placement.original_size
@@ -275,7 +269,7 @@ class Masks:
 
     def _repr_png_(self) -> bytes:
         grey = np.full((*self.placement.original_size, 3), 64, np.uint8)
-        return _png(Image.fromarray(self.overlay(grey)))
+        return draw.to_png(self.overlay(grey))
 
     def __repr__(self) -> str:
         count, most, height, width = self.shape
@@ -294,8 +288,6 @@ class Masks:
 
 def draw_prompts(image: NDArray[np.uint8], prompts: Sequence[Prompt]) -> NDArray[np.uint8]:
     """The boxes of prompts in the colours of their masks, then the points, over an image."""
-    from tinyvit.images import draw
-
     for number, prompt in enumerate(prompts):
         if prompt.box is not None:
             image = draw.draw_boxes(image, prompt.box[None], [draw.colour(number)])
@@ -303,9 +295,3 @@ def draw_prompts(image: NDArray[np.uint8], prompts: Sequence[Prompt]) -> NDArray
         if prompt.points is not None and prompt.labels is not None:
             image = draw.draw_points(image, prompt.points, prompt.labels)
     return image
-
-
-def _png(image: Image.Image) -> bytes:
-    data = BytesIO()
-    image.save(data, "PNG")
-    return data.getvalue()

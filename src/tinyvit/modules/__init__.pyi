@@ -1,0 +1,17 @@
+from .layers import MLP as MLP
+from .layers import Attention as Attention
+from .layers import Conv2d_BN as Conv2d_BN
+from .layers import DropPath as DropPath
+from .layers import LayerNorm2d as LayerNorm2d
+from .layers import MBConv as MBConv
+from .layers import Mlp as Mlp
+from .layers import PatchEmbed as PatchEmbed
+from .layers import PatchMerging as PatchMerging
+from .layers import TinyViTBlock as TinyViTBlock
+from .layers import freeze_batch_stats as freeze_batch_stats
+from .stage import BasicLayer as BasicLayer
+from .stage import ConvLayer as ConvLayer
+from .stage import FeatureInfo as FeatureInfo
+from .stage import SAM3Neck as SAM3Neck
+from .tiny_vit import FeatureMaps as FeatureMaps
+from .tiny_vit import TinyViT as TinyViT
