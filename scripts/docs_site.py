@@ -25,7 +25,7 @@ COPIES = "repository/"
 
 PACKAGES = (
     *("tinyvit", "tinyvit.sam", "tinyvit.inference", "tinyvit.modules", "tinyvit.checkpoints"),
-    *("tinyvit.train", "tinyvit.evaluate", "tinyvit.export", "tinyvit.serve"),
+    *("tinyvit.train", "tinyvit.evaluate", "tinyvit.embed", "tinyvit.export", "tinyvit.serve"),
 )
 """Packages with public names, each a page of the reference."""
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from tinyvit.cli import bench, classify, encode, export, models, segment, serve, weights
+from tinyvit.cli import bench, classify, embed, encode, export, models, segment, serve, store
+from tinyvit.cli import weights as weights
 from tinyvit.cli.main import GROUPS, app, main, reordered
 from tinyvit.cli.settings_options import examples_of
 
@@ -26,6 +27,8 @@ VERBS = {
     "serve": serve,
     "export": export,
     "verify": export,
+    "embed": embed,
+    "search": store,
     "bench": bench,
 }
 UNSEEN = (  # wrong words that need no model to be seen

@@ -135,7 +135,7 @@ def test_a_file_without_the_right_to_read_it_fails(photos, url, engine):
 def test_a_file_that_vanishes_or_changes_while_it_is_read(photos, url, engine, monkeypatch):
     from tinyvit.embed import sources
 
-    read = sources._read
+    read = sources.read_bytes
 
     def reading(place):
         data = read(place)
@@ -146,7 +146,7 @@ def test_a_file_that_vanishes_or_changes_while_it_is_read(photos, url, engine, m
             os.unlink(place)
         return data
 
-    monkeypatch.setattr(sources, "_read", reading)
+    monkeypatch.setattr(sources, "read_bytes", reading)
     report = embed_images(photos, url, engine)
     assert report.stored == 4
     reasons = dict(report.failed)

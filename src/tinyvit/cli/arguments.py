@@ -188,7 +188,7 @@ def load_encoder(
             f"--model {model} needs a --checkpoint: the embedded {DEFAULT_CHECKPOINT} does not fit "
             f"it; {_suggestion(model)}"
         )
-    built = _load(own, checkpoint or DEFAULT_CHECKPOINT, model, size)
+    built = load_model(own, checkpoint or DEFAULT_CHECKPOINT, model, size)
     if built.neck is None:
         built.norm_head = built.head = None  # features are wanted, not logits
     return built
@@ -207,7 +207,7 @@ def load_classifier(
             raise CheckpointError(
                 f"{checkpoint} is a SAM encoder and has no trained classification head; {hint}"
             )
-    built = _load(own, checkpoint, model, size)
+    built = load_model(own, checkpoint, model, size)
     if built.head is None or not built.num_classes:
         raise CheckpointError(f"{checkpoint} has no classification head; {hint}")
     if built.neck is not None:
@@ -242,7 +242,8 @@ def variant_of(model: TinyViT) -> str | None:
     return find_variant(model.arguments())
 
 
-def _load(own: Console, checkpoint: str, model: str | None, size: int | None) -> TinyViT:
+def load_model(own: Console, checkpoint: str, model: str | None, size: int | None) -> TinyViT:
+    """A model as its file has it; fetched if need be."""
     from tinyvit.factory import create_model, load_folder
 
     path = Path(checkpoint)

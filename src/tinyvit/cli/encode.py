@@ -40,7 +40,8 @@ def encode(
 
     Files that are there already are kept if they were made of the same image by the same model in
     the same way, and replaced otherwise. An unreadable image does not stop the work: it is named,
-    and the exit code is 1. After an interruption, the same command goes on where it stopped.
+    and the exit code is 1. After an interruption, the same command goes on where it stopped. For
+    many images, 'tinyvit embed' keeps all in one store.
 
     Options:
         checkpoint (NAME_OR_FILE): A name of 'tinyvit models', a file of weights, or a folder of

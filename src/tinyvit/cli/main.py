@@ -15,12 +15,14 @@ import typer
 from tinyvit.cli import (
     bench,
     classify,
+    embed,
     encode,
     evaluate,
     export,
     models,
     segment,
     serve,
+    store,
     teachers,
     train,
     weights,
@@ -40,6 +42,10 @@ GROUPS = {
     "evaluate": (
         "Evaluate a classifier or a segmenter; compare two models.",
         (evaluate.classify, evaluate.segment, evaluate.agreement),
+    ),
+    "store": (
+        "Look after a store of embeddings.",
+        (store.info, store.verify, store.index, store.export),
     ),
 }
 """Name of each group, its help, and its verbs."""
@@ -97,7 +103,7 @@ def _add(to: typer.Typer, *verbs: Callable[..., None]) -> None:
 
 _add(app, models.models, weights.inspect, weights.convert, weights.download, encode.encode)
 _add(app, classify.classify, segment.segment, serve.serve, export.export, export.verify)
-_add(app, bench.bench)
+_add(app, embed.embed, store.search, bench.bench)
 for _group, (_summary, _verbs) in GROUPS.items():
     _typer = typer.Typer(
         help=_summary,

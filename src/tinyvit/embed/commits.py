@@ -37,6 +37,9 @@ FRAGMENT_BYTES = 4 << 30
 SMALL_FRAGMENTS = 8
 """Fragments below ``FRAGMENT_BYTES`` that are worth putting together."""
 
+VECTORS_TO_INDEX = 1_000_000
+"""Rows below which an exact search is fast enough."""
+
 BATCH_BYTES = 16 << 20
 _OTHER_BYTES = 256  # of a row: its path, hash, numbers
 _MOST_ROWS = 1 << 20
@@ -280,6 +283,15 @@ def _compact(store: EmbeddingStore) -> None:
             batch_size=max(1, BATCH_BYTES // row_bytes),
             num_threads=1,
         )
+
+
+def index_vectors(store: EmbeddingStore) -> bool:
+    """Index the vectors for a search that is fast and nearly exact; False below a million rows."""
+    if store.dataset.count_rows() < VECTORS_TO_INDEX:
+        return False
+    store.dataset.create_index("pooled", "IVF_PQ", metric="cosine", replace=True)
+    store.refresh()
+    return True
 
 
 def bytes_of_row(store: EmbeddingStore) -> int:

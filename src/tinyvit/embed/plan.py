@@ -92,16 +92,24 @@ def make_plan(
     reasons = [(row.path, row.reason) for row in store.rows("failed") if row.path in left]
     number, parts = part
     gone = have["path"].filter(pc.invert(pc.is_in(have["path"], names))).to_pylist()
-    counts = have["path"].value_counts()
-    twice = counts.filter(pc.greater(pc.struct_field(counts, "counts"), 1)).field("values")
     return Plan(
         todo,
         int((~is_there).sum()),
         int(is_done.sum()),
         reasons,
         [path for path in gone if part_of(path, parts) == number],
-        twice.to_pylist(),
+        paths_twice(have["path"]),
     )
+
+
+def paths_twice(column: Any) -> list[str]:
+    """Of a column of paths those that are in it more than once."""
+    import pyarrow.compute as pc
+
+    counts = column.value_counts()
+    many = counts.filter(pc.greater(pc.struct_field(counts, "counts"), 1))
+    twice: list[str] = many.field("values").to_pylist()
+    return twice
 
 
 class KnownContent:

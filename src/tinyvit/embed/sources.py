@@ -98,7 +98,7 @@ def read_source(source: Source) -> tuple[bytes, Source]:
     """
     try:
         for _ in range(READINGS):
-            data = _read(source.place)
+            data = read_bytes(source.place)
             now = _state(source)
             if now == source and len(data) == now.size:
                 return data, source
@@ -195,7 +195,8 @@ def _state(source: Source) -> Source:
     return replace(source, size=found.st_size, mtime_ns=found.st_mtime_ns)
 
 
-def _read(place: str) -> bytes:
+def read_bytes(place: str) -> bytes:
+    """The bytes at a path or an address."""
     if is_remote(place):
         filesystem, inner = open_place(place)
         with filesystem.open_input_file(inner) as file:
