@@ -171,21 +171,20 @@ def open_mask_set(
     """
     if on_fault not in ("skip", "error"):
         raise ValueError(f"on_fault must be 'skip' or 'error', but is {on_fault!r}")
-    found = read_samples(Path(path), None if images is None else Path(images))
-    faults = found.faults
+    faults: list[str] = []
+    raws = read_samples(Path(path), None if images is None else Path(images), faults)
     samples: dict[Hashable, MaskSample] = {}
-    for raw in found.samples:
-        sample, wrong = _checked(raw, check_pixels)
-        faults += wrong
-        if sample is not None:
-            known = samples.setdefault(identity(raw.image), sample)
-            if known is not sample:
-                samples[identity(raw.image)] = MaskSample(
-                    known.image,
-                    known.annotations + sample.annotations,
-                    known.labels + sample.labels,
-                )
-    if faults and (on_fault == "error" or not samples):
+    for raw in raws:
+        good = _good_objects(raw, check_pixels, faults)
+        if good:
+            annotations, labels = zip(*good, strict=True)
+            known = samples.get(identity(raw.image), MaskSample(raw.image, (), ()))
+            samples[identity(raw.image)] = MaskSample(
+                known.image, known.annotations + annotations, known.labels + labels
+            )
+    if not samples and not faults:
+        raise ValueError(f"{path} holds no images with masks")
+    if (on_fault == "error" and faults) or not samples:
         shown = "; ".join(faults[:SHOWN])
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         advice = "; repair them, or skip them with on_fault='skip'"
@@ -194,39 +193,38 @@ def open_mask_set(
             advice = "; say with images=... (--images) where the images are" if is_lost else ""
         what = "has faults" if samples else "has no image with a good mask"
         raise ValueError(f"{path} {what}: {shown}{more}{advice}")
-    if not samples:
-        raise ValueError(f"{path} holds no images with masks")
     return MaskSet(str(path), tuple(samples.values()), tuple(faults))
 
 
-def _checked(raw: RawSample, check_pixels: bool) -> tuple[MaskSample | None, list[str]]:
-    """The good part of a sample, if any, and what is wrong with the rest."""
+def _good_objects(
+    raw: RawSample, check_pixels: bool, faults: list[str]
+) -> list[tuple[Annotation, str]]:
+    """(annotation, label) of the good objects; what is wrong with the rest goes into faults."""
     try:
         source = image_source(raw.image)
         size = read_size(source)
         if check_pixels:
             decode(source)
     except ImageError as err:
-        return None, [str(err)]
+        faults.append(str(err))
+        return []
     if raw.size is not None and raw.size != size:
         height, width = raw.size
-        return None, [
+        faults.append(
             f"{raw.image}: its masks are for {width} x {height} pixels (width x height), but "
             f"the image is {size[1]} x {size[0]} when upright"
-        ]
-    faults: list[str] = []
+        )
+        return []
     good: list[tuple[Annotation, str]] = []
     for annotation, label, origin in raw.objects:
         try:
             annotation.check(size)
+            good.append((annotation, label))
         except (ImageError, ValueError) as err:
             faults.append(f"{raw.image}, {origin}: {err}")
-        else:
-            good.append((annotation, label))
-    if not good:
-        return None, faults or [f"{raw.image} has no masks"]
-    annotations, labels = zip(*good, strict=True)
-    return MaskSample(raw.image, annotations, labels), faults
+    if not raw.objects:
+        faults.append(f"{raw.image} has no masks")
+    return good
 
 
 # -- what a data set names ---------------------------------------------------------------------
@@ -243,35 +241,27 @@ class RawSample:
     size: tuple[int, int] | None = None
 
 
-@dataclass
-class RawSet:
-    """What a data set names, in its order."""
-
-    images: Path | None  # folder of the images; None for the one that the path implies
-    samples: list[RawSample] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)  # what was skipped and why
-
-
-def read_samples(path: Path, images: Path | None) -> RawSet:
-    """Find out which format a JSON, a CSV or a folder follows, and read it."""
+def read_samples(path: Path, images: Path | None, faults: list[str]) -> list[RawSample]:
+    """Read a JSON, a CSV or a folder of any format; what is skipped, and why, goes into faults."""
     if not path.exists():
         raise ValueError(f"there is nothing at {path}; give a JSON, a CSV or a folder of masks")
     if images is not None and not images.is_dir():
         raise ValueError(f"images={str(images)!r} is no folder; wanted the folder of the images")
-    found = RawSet(images)
-    tables, jsons = _listed(path)
-    if tables:
-        _read_csv(tables[0], found)
-        return found
+    table, jsons = _listed(path)
+    if table is not None:
+        return _read_csv(table, images, faults)
+    samples: list[RawSample] = []
     for one in jsons:
-        _read_json(one, found)
+        try:
+            samples += _read_json(one, images, faults)
+        except ValueError as err:
+            faults.append(str(err))
     masks = inner_folder(path, _MASK_FOLDERS)
     folder = images or inner_folder(path, _IMAGE_FOLDERS)
-    if found.samples or path.is_file() or (jsons and masks is None):
-        return found
+    if samples or path.is_file() or (jsons and masks is None):
+        return samples
     if folder is not None and folder != (masks or path):
-        _read_folders(folder, masks or path, found)
-        return found
+        return _read_folders(folder, masks or path, faults)
     inner = sorted(place.name for place in path.iterdir() if place.is_dir())
     raise ValueError(
         f"{path} is no data set that is known: wanted JSON files of COCO or labelme, one CSV with "
@@ -281,21 +271,21 @@ def read_samples(path: Path, images: Path | None) -> RawSet:
     )
 
 
-def _listed(path: Path) -> tuple[list[Path], list[Path]]:
-    """(the one table, JSON files) that a path means."""
+def _listed(path: Path) -> tuple[Path | None, list[Path]]:
+    """The one table, or the JSON files, that a path means."""
     if path.is_file():
         kind = path.suffix.lower()
         if kind not in (".csv", ".tsv", ".json"):
             raise ValueError(f"{path} is no JSON and no CSV; give one of these, or a folder")
-        return ([], [path]) if kind == ".json" else ([path], [])
-    tables = sorted(place for place in path.iterdir() if place.suffix.lower() in (".csv", ".tsv"))
+        return (None, [path]) if kind == ".json" else (path, [])
+    tables = [place for place in path.iterdir() if place.suffix.lower() in (".csv", ".tsv")]
     if len(tables) == 1:
-        return tables, []
+        return tables[0], []
     for folder in (path, inner_folder(path, _LABEL_FOLDERS)):
         found = [] if folder is None else sorted(folder.glob("*.json"))
         if found:  # COCO lays captions and key points of the same images beside the objects
-            return [], [one for one in found if one.name.startswith("instances_")] or found
-    return [], []
+            return None, [one for one in found if one.name.startswith("instances_")] or found
+    return None, []
 
 
 def _image_folders(path: Path, images: Path | None) -> list[Path]:
@@ -311,38 +301,33 @@ def _image_folders(path: Path, images: Path | None) -> list[Path]:
     return [*named, *roots, *insides]
 
 
-def _read_json(path: Path, found: RawSet) -> None:
-    try:
-        content = load_json(path)
-    except ValueError as err:
-        found.faults.append(str(err))
-        return
+def _read_json(path: Path, images: Path | None, faults: list[str]) -> list[RawSample]:
+    content = load_json(path)
     if not isinstance(content, dict):
-        came = type(content).__name__
-        found.faults.append(f"{path} must hold a JSON object, but holds a {came}")
-    elif "annotations" in content:
-        _read_coco(content, path, found)
-    elif "shapes" in content:
-        _read_labelme(content, path, found)
-    else:
-        found.faults.append(
-            f"{path} is neither COCO's JSON (with 'images' and 'annotations') nor labelme's (with "
-            f"'shapes'); its keys are {', '.join(sorted(content)[:6])}"
-        )
+        raise ValueError(f"{path} must hold a JSON object, but holds a {type(content).__name__}")
+    folders = _image_folders(path, images)
+    if "annotations" in content:
+        return _read_coco(content, path, folders, faults)
+    if "shapes" in content:
+        return [_read_labelme(content, path, folders, faults)]
+    raise ValueError(
+        f"{path} is neither COCO's JSON (with 'images' and 'annotations') nor labelme's (with "
+        f"'shapes'); its keys are {', '.join(sorted(content)[:6])}"
+    )
 
 
 def _rows(
-    content: Mapping[str, Any], key: str, path: Path, found: RawSet
+    content: Mapping[str, Any], key: str, path: Path, faults: list[str]
 ) -> list[tuple[int, Mapping[str, Any]]]:
     """(place, row) of the objects in a list of JSON; what is none is named."""
     value = content.get(key)
     if not isinstance(value, list):
         if value is not None:
-            found.faults.append(f"{path}: {key!r} is {_short(value)}; wanted a list")
+            faults.append(f"{path}: {key!r} is {_short(value)}; wanted a list")
         return []
     for number, row in enumerate(value):
         if not isinstance(row, Mapping):
-            found.faults.append(f"{path}, {key} {number}: {_short(row)} is no JSON object")
+            faults.append(f"{path}, {key} {number}: {_short(row)} is no JSON object")
     return [(number, row) for number, row in enumerate(value) if isinstance(row, Mapping)]
 
 
@@ -375,45 +360,45 @@ def _short(row: object) -> str:
 # -- COCO, SA-1B -------------------------------------------------------------------------------
 
 
-def _read_coco(content: dict[str, Any], path: Path, found: RawSet) -> None:
-    folders = _image_folders(path, found.images)
+def _read_coco(
+    content: dict[str, Any], path: Path, folders: list[Path], faults: list[str]
+) -> list[RawSample]:
     only = content.get("image")  # SA-1B has one image in each file
     if isinstance(only, Mapping):
         content = {**content, "images": [{"id": only.get("image_id"), **only}]}
-    categories = _rows(content, "categories", path, found)
+    categories = _rows(content, "categories", path, faults)
     names = {_key(row.get("id")): _text(row.get("name")) for _, row in categories}
     samples: dict[str, RawSample] = {}
     files: dict[str, str] = {}
     twice: set[str] = set()
-    for number, row in _rows(content, "images", path, found):
+    for number, row in _rows(content, "images", path, faults):
         key, name = _key(row.get("id")), row.get("file_name")
         if key is None or not isinstance(name, str) or not name:
-            found.faults.append(f"{path}, images {number}: no 'id' or 'file_name' in {_short(row)}")
+            faults.append(f"{path}, images {number}: no 'id' or 'file_name' in {_short(row)}")
         elif files.setdefault(key, name) != name:
             twice.add(key)
-            found.faults.append(
+            faults.append(
                 f"{path}: the id {key} is that of {files[key]!r} and of {name!r}; which annotation "
                 "belongs to which is not known"
             )
         elif key not in samples:
             image = find_file(name, folders) or folders[0] / name
             samples[key] = RawSample(image, [], _size(row, "height", "width"))
-    for number, row in _rows(content, "annotations", path, found):
+    for number, row in _rows(content, "annotations", path, faults):
         what = f"annotation {_text(row.get('id', f'number {number}'))}"
         key = next(iter(samples), None) if isinstance(only, Mapping) else _key(row.get("image_id"))
         if key is None or key not in samples or key in twice:
             why = "two images have" if key in twice else "there is no image with"
-            found.faults.append(f"{path}, {what}: {why} the id {row.get('image_id')!r}")
+            faults.append(f"{path}, {what}: {why} the id {row.get('image_id')!r}")
             continue
         try:
             annotation, wrong = _coco_annotation(row.get("segmentation"))
+            label = names.get(_key(row.get("category_id")), "")
+            samples[key].objects.append((annotation, label, what))
         except ValueError as err:
-            found.faults.append(f"{path}, {what}: {err}")
-            continue
-        found.faults += [f"{path}, {what}: {fault}" for fault in wrong]
-        label = names.get(_key(row.get("category_id")), "")
-        samples[key].objects.append((annotation, label, what))
-    found.samples += [sample for key, sample in samples.items() if key not in twice]
+            wrong = [str(err)]
+        faults += [f"{path}, {what}: {fault}" for fault in wrong]
+    return [sample for key, sample in samples.items() if key not in twice]
 
 
 def _coco_annotation(segmentation: object) -> tuple[Annotation, list[str]]:
@@ -428,20 +413,21 @@ def _coco_annotation(segmentation: object) -> tuple[Annotation, list[str]]:
 # -- labelme -----------------------------------------------------------------------------------
 
 
-def _read_labelme(content: dict[str, Any], path: Path, found: RawSet) -> None:
-    folders = _image_folders(path, found.images)
+def _read_labelme(
+    content: dict[str, Any], path: Path, folders: list[Path], faults: list[str]
+) -> RawSample:
     image = find_file(_text(content.get("imagePath")) or path.stem, folders)
     if image is None:
         image = path if content.get("imageData") else folders[0] / _text(content.get("imagePath"))
     groups: dict[object, tuple[str, str, list[Any], list[Any]]] = {}
-    for number, shape in _rows(content, "shapes", path, found):
+    for number, shape in _rows(content, "shapes", path, faults):
         label, what = _text(shape.get("label")), f"shape {number}"
         group = shape.get("group_id")  # those of one label and group are one object
         key = number if group is None else (label, str(group))
         try:
             rings, patches = _labelme_shape(shape)
         except ValueError as err:
-            found.faults.append(f"{path}, {what}: {err}")
+            faults.append(f"{path}, {what}: {err}")
             continue
         held = groups.setdefault(key, (label, what, [], []))
         held[2].extend(rings)
@@ -450,7 +436,7 @@ def _read_labelme(content: dict[str, Any], path: Path, found: RawSet) -> None:
         (Polygons(tuple(rings), tuple(patches)), label, what)
         for label, what, rings, patches in groups.values()
     ]
-    found.samples.append(RawSample(image, objects, _size(content, "imageHeight", "imageWidth")))
+    return RawSample(image, objects, _size(content, "imageHeight", "imageWidth"))
 
 
 def _labelme_shape(shape: Mapping[str, Any]) -> tuple[list[Any], list[tuple[int, int, bytes]]]:
@@ -496,7 +482,7 @@ def image_source(path: Path) -> Path | bytes:
 # -- files of masks ----------------------------------------------------------------------------
 
 
-def _read_csv(path: Path, found: RawSet) -> None:
+def _read_csv(path: Path, images: Path | None, faults: list[str]) -> list[RawSample]:
     (_, header), *rows = read_table(path)
     image_column, mask_column = (
         find_column(header, names) for names in (_IMAGE_COLUMNS, _MASK_COLUMNS)
@@ -507,7 +493,7 @@ def _read_csv(path: Path, found: RawSet) -> None:
             f"{', '.join(header)}"
         )
     label_column = find_column(header, ("label", "class", "category"))
-    folders = _image_folders(path, found.images)
+    folders = _image_folders(path, images)
     mask_folders = [path.parent, inner_folder(path.parent, _MASK_FOLDERS) or path.parent]
     samples: dict[Path, RawSample] = {}
     for line, cells in rows:
@@ -515,43 +501,40 @@ def _read_csv(path: Path, found: RawSet) -> None:
         names = cells[image_column], cells[mask_column]
         if not all(names):
             what = f"no {header[image_column]} or no mask"
-            found.faults.append(f"{path}, line {line}: {what} is named")
+            faults.append(f"{path}, line {line}: {what} is named")
             continue
         image = find_file(names[0], folders) or folders[0] / names[0]
         mask = find_file(names[1], mask_folders) or path.parent / names[1]
         label = "" if label_column is None else cells[label_column]
         sample = samples.setdefault(image, RawSample(image))
         sample.objects.append((MaskFile(mask), label, f"line {line}"))
-    found.samples += samples.values()
+    return list(samples.values())
 
 
-def _read_folders(images: Path, masks: Path, found: RawSet) -> None:
+def _read_folders(images: Path, masks: Path, faults: list[str]) -> list[RawSample]:
     samples: dict[str, RawSample] = {}
     for image in _files(images):
         if image.stem in samples:
-            found.faults.append(f"{image} has the stem of {samples[image.stem].image.name}")
+            faults.append(f"{image} has the stem of {samples[image.stem].image.name}")
         else:
             samples[image.stem] = RawSample(image)
+    named: list[tuple[str, Path]] = []  # a stem and a file of one of its objects
     for mask in _files(masks):
-        sample = samples.get(mask.stem)
-        if sample is not None:
-            _add_ids(sample, mask, found.faults)
-            continue
         stem = mask.stem
+        if stem in samples:
+            _add_ids(samples[stem], mask, faults)
+            continue
         while "_" in stem and stem not in samples:  # the longest stem that is an image's
             stem = stem.rpartition("_")[0]
-        _add_file(samples.get(stem), mask, images, found.faults)
-    for folder in sorted(place for place in masks.iterdir() if place.is_dir()):
-        for mask in _files(folder):
-            _add_file(samples.get(folder.name), mask, images, found.faults)
-    found.samples += samples.values()
-
-
-def _add_file(sample: RawSample | None, mask: Path, images: Path, faults: list[str]) -> None:
-    if sample is None:
-        faults.append(f"{mask} belongs to no image in {images}")
-    else:
-        sample.objects.append((MaskFile(mask), "", mask.name))
+        named.append((stem, mask))
+    inner = sorted(place for place in masks.iterdir() if place.is_dir())
+    named += [(folder.name, mask) for folder in inner for mask in _files(folder)]
+    for stem, mask in named:
+        if stem in samples:
+            samples[stem].objects.append((MaskFile(mask), "", mask.name))
+        else:
+            faults.append(f"{mask} belongs to no image in {images}")
+    return list(samples.values())
 
 
 def _files(folder: Path) -> list[Path]:
