@@ -62,19 +62,19 @@ def test_the_other_part_is_numbered_alike(tmp_path):
 def test_csv_with_and_without_a_header(tmp_path, text):
     write_folder(tmp_path, ("a",), count=2)
     (tmp_path / "list.csv").write_text(text, encoding="utf-8-sig")
-    listed, parts = read_csv(tmp_path / "list.csv")
+    listed = read_csv(tmp_path / "list.csv")
     assert listed.classes == ("ant", "bee")
     assert (listed.names, listed.labels.tolist()) == (("a/0.png", "a/1.png"), [1, 0])
     assert listed.source(0).is_file()
-    assert parts is None
+    assert listed.parts is None
 
 
 def test_csv_with_a_split(tmp_path):
     write_folder(tmp_path, ("a",), count=2)
     (tmp_path / "l.csv").write_text("path,label,split\na/0.png,10,train\na/1.png,9,val\n")
-    listed, parts = read_csv(tmp_path / "l.csv")
+    listed = read_csv(tmp_path / "l.csv")
     assert listed.classes == ("9", "10")  # numbers are sorted as numbers
-    assert parts == ("train", "val")
+    assert listed.parts == ("train", "val")
 
 
 @pytest.mark.parametrize(

@@ -485,6 +485,14 @@ def replacing(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder if need be; CheckpointError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise CheckpointError(f"{folder} cannot be made a folder: {err}; choose another") from err
+
+
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write a file, whole or not at all; errors as ``replacing``'s."""
     replacing(path, lambda temporary: temporary.write_bytes(data))

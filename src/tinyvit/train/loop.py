@@ -24,7 +24,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from tinyvit.checkpoints.files import write_text
+from tinyvit.checkpoints.files import make_folder, write_text
 from tinyvit.errors import CheckpointError
 
 from . import optim, run_folder
@@ -123,9 +123,6 @@ def train(
             )
 
 
-# -- stopping and counting -----------------------------------------------------------------------
-
-
 @contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
     """Catch the first Ctrl-C or SIGTERM; handlers are those of before after it and at the end.
@@ -146,7 +143,7 @@ def stop_on_signal() -> Iterator[threading.Event]:
         request.set()
         restore()
 
-    for number in _SIGNALS:
+    for number in before:
         signal.signal(number, catch)
     try:
         yield request
@@ -197,9 +194,6 @@ class Counters:
         return is_better
 
 
-# -- the gradient of a step --------------------------------------------------------------------
-
-
 class TaskLoss(nn.Module):
     """A task's loss as a ``forward``, which ``DistributedDataParallel`` needs to see."""
 
@@ -247,10 +241,9 @@ def accumulate_gradient(
             loss, metrics = loss_of(_on(batch, processes.device, settings.channels_last), seed)
             # the processes' gradients are averaged, hence their number
             (loss * (len(part) * processes.count / total)).backward()
-        names = ["loss", *metrics]
-        values = [loss.detach(), *(metric.detach() for metric in metrics.values())]
-        shown = torch.stack([value.float().reshape(()) for value in values]).tolist()
-        for name, value in zip(names, shown, strict=True):
+        metrics = {**metrics, "loss": loss}
+        values = [value.detach().float().reshape(()) for value in metrics.values()]
+        for name, value in zip(metrics, torch.stack(values).tolist(), strict=True):
             sums[name] = sums.get(name, 0.0) + value * len(part)
     loss_sum = sums.pop("loss")
     return loss_sum / total, {name: value / own for name, value in sums.items()}, parts
@@ -265,9 +258,6 @@ def _on(batch: Batch, device: torch.device, channels_last: bool) -> Batch:
             is_map = channels_last and there.ndim == 4 and there.is_floating_point()
             moved[name] = there.to(memory_format=torch.channels_last) if is_map else there
     return moved
-
-
-# -- the loop --------------------------------------------------------------------------------------
 
 
 class _Run(Generic[Sample]):
@@ -323,12 +313,7 @@ class _Run(Generic[Sample]):
 
     def _find_state(self, resume: bool) -> RunState | None:
         """The state to resume; refuses to mix two runs."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as err:
-            raise CheckpointError(
-                f"{self.folder} cannot be made a folder for the run: {err}; choose another"
-            ) from err
+        make_folder(self.folder)
         state = run_folder.read_state(self.folder)
         if state is None:
             return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Collection
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,6 @@ from .settings import BatchStats, SettingError, Trainable, TrainSettings
 
 # names of the parts in ``Sam`` and ``TinyViT``
 _PARTS = {"decoder": ("mask_decoder",), "neck": ("neck",), "head": ("norm_head", "head")}
-
-
-# -- what is trainable -----------------------------------------------------------------------------
 
 
 def set_trainable(model: nn.Module, trainable: Trainable, lora_rank: int = 8) -> None:
@@ -80,9 +77,6 @@ def merged(model: nn.Module, trainable: Trainable) -> nn.Module:
     return plain
 
 
-# -- getting a network ready -----------------------------------------------------------------------
-
-
 def prepare(
     model: nn.Module, settings: TrainSettings, processes: Processes, batch_stats: BatchStats
 ) -> None:
@@ -125,16 +119,12 @@ def choose_batch_stats(model: nn.Module, wanted: BatchStats, processes: Processe
         raise SettingError("batch_stats", f"frozen or own for {where}, not on GPUs", wanted)
     if wanted != "auto":
         return wanted
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    if any(not _is_untouched(norm) for norm in norms):
-        return "frozen"
+    for norm in model.modules():
+        if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+            is_touched = norm.running_mean.any() or (cast(Tensor, norm.running_var) != 1).any()
+            if is_touched:
+                return "frozen"
     return "synchronised" if on_gpu and processes.count > 1 else "own"
-
-
-def _is_untouched(norm: _BatchNorm) -> bool:
-    if norm.running_mean is None or norm.running_var is None:
-        return True
-    return not norm.running_mean.any() and bool((norm.running_var == 1).all())
 
 
 class Ema:
@@ -163,9 +153,6 @@ class Ema:
                 mean.copy_(parameter)
         for mine, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(buffer)
-
-
-# -- learning rate and optimiser -------------------------------------------------------------------
 
 
 def schedule(settings: TrainSettings, steps: int) -> Callable[[int], float]:

@@ -83,9 +83,6 @@ class Progress:
         return self.metrics
 
 
-# -- a loss that is not finite -------------------------------------------------------------------
-
-
 class NonFiniteLossError(TinyViTError, ArithmeticError):
     """The loss or the gradient became infinite or NaN; the batch that did it was kept."""
 
@@ -117,9 +114,6 @@ def keep_batch(
     except CheckpointError as err:
         return f"its batch could not be kept ({err})"
     return f"its batch is kept in {path}"
-
-
-# -- the log -------------------------------------------------------------------------------------
 
 
 class RunLog:
@@ -196,8 +190,6 @@ def _as_text(line: Line) -> str:
     return json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-# -- the curves ----------------------------------------------------------------------------------
-
 _Point: TypeAlias = tuple[float, float]
 SMOOTH = 2  # drawn larger by this, then reduced, so that lines are smooth
 WIDTH, HEIGHT, COLUMNS = 420, 260, 3  # pixels of a panel; panels in a row
@@ -265,9 +257,6 @@ def _range(values: list[float]) -> _Point:
         return low, high
     margin = abs(low) * 0.1 or 1.0
     return low - margin, high + margin
-
-
-# -- the state -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

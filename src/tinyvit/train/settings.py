@@ -64,9 +64,6 @@ _KINDS: dict[type, str] = {
 }
 
 
-# -- errors ------------------------------------------------------------------------------------
-
-
 class SettingsError(ValueError, TypeError):
     """Settings are wrong: ``before``, then (name, words) of each setting, then ``after``."""
 
@@ -109,9 +106,6 @@ def _words(source: str, field: str, words: str) -> tuple[str, list[tuple[str, st
     return (f"{source}: {field} {words}", []) if source else ("", [(field, words)])
 
 
-# -- what stands in ``Annotated`` ----------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Range:
     """Bounds of a number: ``least`` and ``most`` belong to it, ``above`` and ``below`` do not."""
@@ -132,7 +126,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Group:
-    """The heading that an option stands under in the help."""
+    """In ``Annotated``: the heading that an option stands under in the help."""
 
     title: str
 
@@ -157,9 +151,6 @@ FREE: Literal["free"] = "free"
 
 PLACE: Literal["place"] = "place"
 """A file, a folder or a name, which may have moved since; free as well."""
-
-
-# -- one setting, read from its field ------------------------------------------------------------
 
 
 Mark = TypeVar("Mark")
@@ -224,9 +215,6 @@ def _attribute_lines(cls: type) -> dict[str, str]:
         for name, words in re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", text, re.MULTILINE):
             found[name] = " ".join(words.split()).replace("``", "")
     return found
-
-
-# -- the class all settings share ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -320,8 +308,6 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, object]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise ValueError(f"{path} is no TOML file: {err}") from err
 
-
-# -- the loop's settings ---------------------------------------------------------------------------
 
 Class = TypeVar("Class", bound=type[Settings])
 

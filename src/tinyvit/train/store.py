@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tinyvit import __version__
-from tinyvit.checkpoints.files import check_format, replacing, write_text
+from tinyvit.checkpoints.files import check_format, make_folder, replacing, write_text
 from tinyvit.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -189,10 +189,7 @@ class Store:
                 "train store-features' or 'tinyvit train write-logits'"
             )
         else:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as err:
-                raise CheckpointError(f"{self.folder} cannot be made a folder: {err}") from err
+            make_folder(self.folder)
             self.facts, found = json.loads(json.dumps(wanted, default=list)), FORMAT
             content = {"format": FORMAT, "writer": __version__, **self.facts}
             write_text(path, json.dumps(content, indent=1) + "\n")
@@ -234,8 +231,7 @@ class Store:
 def _read_manifest(path: Path) -> tuple[dict[str, Any], int]:
     """(facts, format)."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        values = dict(values)
+        values: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError) as err:
         raise CheckpointError(f"{path} is no manifest of a store: {err!s}") from err
     writer = values.pop("writer", None)

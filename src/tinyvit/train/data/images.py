@@ -35,11 +35,6 @@ def hold_out(names: Sequence[str], part: float | str, seed: int = 0) -> tuple[li
 
     About ``part`` of them is held out, above 0 and below 1, at least one name on each side; or the
     folder of that name. Which names is decided by ``seed``.
-
-    Examples:
-        >>> train, held = hold_out([f"{n}.jpg" for n in range(100)], 0.2)
-        >>> len(train), len(held)
-        (80, 20)
     """
     if isinstance(part, str):
         prefix = part.strip("/") + "/"
@@ -72,10 +67,6 @@ def split(
     A class of two or more images gives at least one and keeps at least one; a class of one keeps
     it for training. What has one number in ``groups`` stays together and counts once. The same
     seed gives the same split. Gives the indices to train on and to hold out, each sorted.
-
-    Examples:
-        >>> split(np.array([0, 0, 0, 0, 1, 1]), 0.25, seed=0)[1].size
-        2
     """
     if not 0 < part < 1:
         raise ValueError(f"the part to hold out must be above 0 and below 1, got {part}")
@@ -159,15 +150,11 @@ def open_data_set(
     if held is not None:
         train = open_part(inner or path)
         return _disjoint(train, open_part(held, train.classes), f"{inner or path} and {held}")
-    if path.suffix.lower() in (".csv", ".tsv"):
-        listed, parts = lists.read_csv(path)
-        if parts is not None:
-            return _by_column(listed, parts, path)
-        whole = listed
-    else:
-        siblings = lists.visible_folders(path) if inner is not None else []
-        is_alone = all(name.lower() in lists.PART_NAMES for name in siblings)
-        whole = open_part(inner if inner is not None and is_alone else path)
+    siblings = lists.visible_folders(path) if inner is not None else []
+    is_alone = all(name.lower() in lists.PART_NAMES for name in siblings)
+    whole = open_part(inner if inner is not None and is_alone else path)
+    if whole.parts is not None:
+        return _by_column(whole, path)
     first: dict[Hashable, int] = {}  # place of each image where it is named first
     groups = [first.setdefault(one, place) for place, one in enumerate(whole.identities())]
     kept, out = split(whole.labels, val_part, split_seed, np.array(groups, np.int64))
@@ -196,7 +183,7 @@ def open_part(data: str | os.PathLike[str], classes: Sequence[str] | None = None
     """Open labelled images as they are; ``classes`` number a part that belongs to another one."""
     path = Path(data)
     if path.suffix.lower() in (".csv", ".tsv"):
-        return lists.read_csv(path, classes)[0]
+        return lists.read_csv(path, classes)
     shards = lists.find_shards(path)
     if shards:
         return lists.read_shards(shards, classes)
@@ -256,9 +243,9 @@ def _inner(path: Path, names: tuple[str, ...]) -> Path | None:
     )
 
 
-def _by_column(listed: ImageList, parts: tuple[str, ...], path: Path) -> DataSet:
+def _by_column(listed: ImageList, path: Path) -> DataSet:
     """Part a list as its column ``split`` says."""
-    kinds = [text.lower() for text in parts]
+    kinds = [text.lower() for text in listed.parts or ()]
     strange = sorted(set(kinds) - {*lists.TRAIN_NAMES, *lists.VAL_NAMES})
     train = np.flatnonzero([kind in lists.TRAIN_NAMES for kind in kinds])
     val = np.flatnonzero([kind in lists.VAL_NAMES for kind in kinds])

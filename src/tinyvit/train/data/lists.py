@@ -67,6 +67,7 @@ class ImageList:
     roots: tuple[Path, ...]  # the folder that ``names`` are relative to; or the tar files
     # [3, N]: number of the tar file, byte at which the image begins, its bytes; None for files
     places: Labels | None = None
+    parts: tuple[str, ...] | None = None  # what a table's column ``split`` says of each image
 
     def __len__(self) -> int:
         return len(self.names)
@@ -80,7 +81,7 @@ class ImageList:
         which = np.asarray(indices, np.int64)
         names = tuple(self.names[index] for index in which.tolist())
         places = None if self.places is None else self.places[:, which]
-        return replace(self, names=names, labels=self.labels[which], places=places)
+        return replace(self, names=names, labels=self.labels[which], places=places, parts=None)
 
     def identities(self) -> list[Hashable]:
         """What tells each image from all others, whatever names or links lead to it."""
@@ -159,10 +160,8 @@ def _images(root: Path, name: str) -> Iterator[str]:
                 yield (Path(place) / file).relative_to(root).as_posix()
 
 
-def read_csv(
-    path: str | os.PathLike[str], classes: Sequence[str] | None = None
-) -> tuple[ImageList, tuple[str, ...] | None]:
-    """List the images of a CSV file, and the text of each one's ``split`` column if there is one.
+def read_csv(path: str | os.PathLike[str], classes: Sequence[str] | None = None) -> ImageList:
+    """List the images of a CSV file.
 
     A first line that names its columns (``path``, ``label`` and, if wanted, ``split``; a few usual
     other names are understood) is a header; without one the first two columns are the path and the
@@ -200,7 +199,7 @@ def read_csv(
     )
     labels, known = number_classes([cells[what] for _, cells in rows], classes, str(path))
     parts = None if part is None else tuple(cells[part] for _, cells in rows)
-    return ImageList(names, labels, known, (path.parent,)), parts
+    return ImageList(names, labels, known, (path.parent,), parts=parts)
 
 
 def number_classes(
@@ -210,10 +209,6 @@ def number_classes(
 
     The order is that of ``classes``, or else sorted (as numbers, if all are whole numbers).
     ``origin`` is what to call the data in messages.
-
-    Examples:
-        >>> number_classes(["cat", "ant", "cat"], None, "mine")
-        (array([1, 0, 1]), ('ant', 'cat'))
     """
     distinct = set(texts)
     if classes is None:
