@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinyvit.checkpoints import write_state_dict
-from tinyvit.checkpoints.files import check_thresholds, header_for, write_text
+from tinyvit.checkpoints.files import check_thresholds, header_for, make_folder, write_text
 from tinyvit.checkpoints.unwrap import first_line
 from tinyvit.errors import CheckpointError, DownloadError
 from tinyvit.factory import CONFIG, FOLDER_FORMAT, WEIGHTS, load_folder, read_config
@@ -64,14 +64,9 @@ def save_pretrained(model: TinyViT | Sam, folder: str | os.PathLike[str]) -> Pat
     family, own_spec = ("tinyvit_sam", spec) if is_sam else ("tinyvit", None)
     classes = encoder.classes or None
     metadata = header_for(family, encoder.strides, own_spec, classes, thresholds)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_state_dict(folder / WEIGHTS, model.state_dict(), metadata=metadata)
-        write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-    except OSError as err:
-        raise CheckpointError(
-            f"cannot write the model to {folder}: {err.strerror or err}; choose another folder"
-        ) from err
+    make_folder(folder)
+    write_state_dict(folder / WEIGHTS, model.state_dict(), metadata=metadata)
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     return folder
 
 

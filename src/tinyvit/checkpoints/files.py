@@ -1,7 +1,6 @@
 """Files of weights: which container, reading without running code, writing whole or not at all.
 
-Besides tensors a safetensors header can hold JSON texts of ours: preparation, classes, thresholds.
-Files of other projects have none of them, and need none.
+Besides tensors a safetensors header may hold JSON texts of ours: preparation, classes, thresholds.
 """
 
 from __future__ import annotations
@@ -58,10 +57,7 @@ def header_for(
     thresholds: Mapping[str, float] | None = None,
 ) -> dict[str, str]:
     """Entries of a safetensors header for what belongs to weights; nothing for None or nothing."""
-    header = {
-        "tinyvit.family": family,
-        "tinyvit.strides": ",".join(str(stride) for stride in strides),
-    }
+    header = {"tinyvit.family": family, "tinyvit.strides": ",".join(map(str, strides))}
     if image_spec is not None:
         header[IMAGE_SPEC] = json.dumps(image_spec.to_dict())
     if classes is not None:
