@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -221,3 +222,17 @@ def test_the_wheel_works_without_the_tree(wheel: Path, tmp_path: Path) -> None:
     )
     assert printed.returncode == 0, printed.stderr
     assert printed.stdout == f"{tinyvit.__version__} [1, 256, 16, 16]\n"
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("native/pyproject.toml", "native/CMakeLists.txt", "native/include/tinyvit.h"),
+        *("CITATION.cff", "CHANGELOG.md"),
+    ],
+)
+def test_every_file_names_the_version_of_pyproject(file: str) -> None:
+    said = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert said and re.search(
+        rf"(?<![\d.]){re.escape(said[1])}(?![\d.])", (ROOT / file).read_text(encoding="utf-8")
+    )
