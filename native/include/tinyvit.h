@@ -35,7 +35,7 @@ extern "C" {
 #endif
 
 /* Changes when a program compiled against another header would break. */
-#define TINYVIT_ABI_VERSION 1
+#define TINYVIT_ABI_VERSION 2
 #define TINYVIT_MAX_STAGES 8
 #define TINYVIT_MAX_CHANNELS 16
 
@@ -193,8 +193,9 @@ typedef struct tinyvit_decoder_config {
 
 #define TINYVIT_DECODER_CONFIG_INIT { sizeof(tinyvit_decoder_config), 8, 64, 64, 1024, 1024, 0, NULL }
 
-/* SAM's prompt encoder and mask decoder, in fp32. One may be used by many threads, which wait for
- * each other. Tensors are those of a SAM's state dict, "prompt_encoder..." and "mask_decoder...". */
+/* SAM's prompt encoder and mask decoder, in fp32; Light HQ-SAM's where its tensors are there. One may
+ * be used by many threads, which wait for each other. Tensors are those of a SAM's state dict,
+ * "prompt_encoder..." and "mask_decoder...". */
 typedef struct tinyvit_decoder tinyvit_decoder;
 /* What all prompts on an image share; it belongs to the decoder that made it. */
 typedef struct tinyvit_prepared tinyvit_prepared;
@@ -203,10 +204,18 @@ TINYVIT_API tinyvit_status tinyvit_decoder_create(const tinyvit_decoder_config* 
                                                   const tinyvit_tensor* tensors, size_t count,
                                                   tinyvit_decoder** decoder, tinyvit_error* error);
 TINYVIT_API void tinyvit_decoder_destroy(tinyvit_decoder* decoder);
-/* Of features [channels][height][width], the encoder's embedding of one image. */
-TINYVIT_API tinyvit_status tinyvit_prepare(const tinyvit_decoder* decoder, const float* features, int32_t channels,
-                                           int32_t height, int32_t width, tinyvit_prepared** prepared,
-                                           tinyvit_error* error);
+
+/* The encoder's results for one image. */
+typedef struct tinyvit_embedding {
+  uint32_t struct_size;
+  int32_t channels, height, width;
+  const float* features; /* [channels][height][width] */
+  int32_t early_channels;
+  const float* early;    /* null, or for Light HQ-SAM [height][width][early_channels] */
+} tinyvit_embedding;
+
+TINYVIT_API tinyvit_status tinyvit_prepare(const tinyvit_decoder* decoder, const tinyvit_embedding* embedding,
+                                           tinyvit_prepared** prepared, tinyvit_error* error);
 TINYVIT_API void tinyvit_prepared_destroy(tinyvit_prepared* prepared);
 TINYVIT_API uint64_t tinyvit_prepared_bytes(const tinyvit_prepared* prepared);
 
@@ -215,11 +224,15 @@ typedef struct tinyvit_prompts {
   uint32_t struct_size;
   int32_t count;
   int32_t num_points;     /* of each prompt */
-  int32_t multimask;      /* 0: one mask; else the masks of an ambiguous prompt */
+  int32_t multimask;      /* 0: one mask; else the masks of an ambiguous prompt. Light HQ-SAM corrects
+                             the best of those, and always gives one */
+  int32_t hq_only;        /* 1: Light HQ-SAM's mask alone, instead of the correction by it */
   const float* points;    /* null, or [count][num_points][2], x and y */
   const int32_t* labels;  /* [count][num_points]: 1 the object, 0 not the object, -1 no point */
   const float* boxes;     /* null, or [count][4]: left, top, right, bottom */
   const float* masks;     /* null, or [count][4 height][4 width] logits */
+  const float* min_score; /* null, or what a mask's score must exceed: logits of others are not
+                             computed, and their place is not written to */
 } tinyvit_prompts;
 
 /* logits: [count][masks][4 height][4 width]; scores: [count][masks], the predicted IoU. `masks` is 1
@@ -227,6 +240,50 @@ typedef struct tinyvit_prompts {
 TINYVIT_API tinyvit_status tinyvit_decode(tinyvit_decoder* decoder, const tinyvit_prepared* prepared,
                                           const tinyvit_prompts* prompts, float* logits, float* scores,
                                           int32_t* num_masks, tinyvit_error* error);
+
+/* Where an image lies in the model's input, and what its logits cover of that. */
+typedef struct tinyvit_placement {
+  uint32_t struct_size;
+  int32_t covered_height, covered_width;   /* pixels of the input that all logits cover, padding too */
+  int32_t resized_height, resized_width;   /* the image's part of it */
+  int32_t original_height, original_width; /* pixels of the image */
+} tinyvit_placement;
+
+/* Logits [count][height][width] in the image's own pixels, [count][original height][original width],
+ * as segment-anything enlarges them; one of the two results. Masks are 1 above the threshold, else 0. */
+TINYVIT_API tinyvit_status tinyvit_enlarge(const float* logits, int32_t count, int32_t height, int32_t width,
+                                           const tinyvit_placement* placement, float threshold,
+                                           uint8_t* masks, float* values, tinyvit_error* error);
+
+/* How the masks of many prompts are looked at. */
+typedef struct tinyvit_search {
+  uint32_t struct_size;
+  float threshold;              /* logits above it are mask */
+  float offset;                 /* stability: the IoU of the masks this much above and below it */
+  float min_stability;          /* less stable masks get no run lengths; 0 takes all */
+  int32_t frame_height, frame_width; /* the whole image, of which this one may be a crop */
+  int32_t top, left;            /* where the crop begins */
+} tinyvit_search;
+
+typedef struct tinyvit_region {
+  int32_t prompt, mask;
+  float score, stability;  /* the stability of no pixels is no number */
+  int32_t box[4];          /* x0, y0, x1, y1 in the frame, the first and the last pixel */
+  uint64_t area;           /* pixels */
+  const int64_t* counts;   /* COCO's run lengths in the frame; null where it is not stable enough */
+  uint64_t num_counts;
+} tinyvit_region;
+
+/* Masks whose score exceeds prompts->min_score, in the order of prompts and their masks. Neither their
+ * logits in the image's size nor whole masks are ever kept. scores: [count][masks] or null. */
+typedef struct tinyvit_regions tinyvit_regions;
+TINYVIT_API tinyvit_status tinyvit_find(tinyvit_decoder* decoder, const tinyvit_prepared* prepared,
+                                        const tinyvit_prompts* prompts, const tinyvit_placement* placement,
+                                        const tinyvit_search* search, tinyvit_regions** regions,
+                                        float* scores, tinyvit_error* error);
+/* The regions, `count` of them; they belong to `regions`. */
+TINYVIT_API const tinyvit_region* tinyvit_regions_list(const tinyvit_regions* regions, uint64_t* count);
+TINYVIT_API void tinyvit_regions_destroy(tinyvit_regions* regions);
 
 #ifdef __cplusplus
 }

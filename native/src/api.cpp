@@ -7,6 +7,7 @@
 #include "cpu.hpp"
 #include "decoder.hpp"
 #include "error.hpp"
+#include "masks.hpp"
 #include "net.hpp"
 
 using tinyvit::Error;
@@ -19,6 +20,10 @@ struct tinyvit_decoder {
 };
 struct tinyvit_prepared {
   tinyvit::ImageTokens image;
+};
+struct tinyvit_regions {
+  std::vector<tinyvit::Region> found;
+  std::vector<tinyvit_region> list;
 };
 
 namespace {
@@ -101,6 +106,21 @@ void check(const tinyvit_images& i, int channels) {
     require(i.std[c] != 0.0f, "images.std must not be 0");
 }
 
+void check(const tinyvit_placement* p) {
+  check_struct(p, "placement");
+  check_size(p->covered_height, p->covered_width);
+  check_size(p->resized_height, p->resized_width);
+  check_size(p->original_height, p->original_width);
+}
+
+void check(const tinyvit_decoder& decoder, const tinyvit_prepared* prepared, const tinyvit_prompts& prompts) {
+  require(prepared != nullptr, "prepared is null");
+  require(prepared->image.channels == decoder.decoder.channels(), "prepared belongs to another decoder");
+  require(!prompts.points || (prompts.labels && prompts.num_points >= 0 && prompts.num_points <= 1 << 12),
+          got("points want labels, and at most 4096 of them", prompts.num_points));
+  require(!prompts.hq_only || decoder.decoder.is_hq(), "hq_only wants Light HQ-SAM's decoder");
+}
+
 }  // namespace
 
 extern "C" {
@@ -179,15 +199,23 @@ tinyvit_status tinyvit_decoder_create(const tinyvit_decoder_config* config, cons
 
 void tinyvit_decoder_destroy(tinyvit_decoder* decoder) { delete decoder; }
 
-tinyvit_status tinyvit_prepare(const tinyvit_decoder* decoder, const float* features, int32_t channels, int32_t height,
-                               int32_t width, tinyvit_prepared** prepared, tinyvit_error* error) {
+tinyvit_status tinyvit_prepare(const tinyvit_decoder* decoder, const tinyvit_embedding* embedding,
+                               tinyvit_prepared** prepared, tinyvit_error* error) {
   return guarded(error, [&] {
-    require(decoder && features && prepared, "decoder, features or prepared is null");
+    require(decoder && prepared, "decoder or prepared is null");
     *prepared = nullptr;
-    check_size(height, width);
-    require(channels == decoder->decoder.channels(), got("the features have the wrong channels", channels));
+    check_struct(embedding, "embedding");
+    const tinyvit_embedding& e = *embedding;
+    check_size(e.height, e.width);
+    require(e.features != nullptr, "embedding.features is null");
+    require(e.channels == decoder->decoder.channels(), got("the features have the wrong channels", e.channels));
+    if (decoder->decoder.is_hq()) {
+      require(e.early != nullptr, "Light HQ-SAM's decoder wants embedding.early");
+      require(e.early_channels == decoder->decoder.early_channels(),
+              got("the early map has the wrong channels", e.early_channels));
+    }
     std::unique_ptr<tinyvit_prepared> p(new tinyvit_prepared());
-    decoder->decoder.prepare(features, height, width, p->image);
+    decoder->decoder.prepare(e.features, e.early, e.height, e.width, p->image);
     *prepared = p.release();
   });
 }
@@ -195,7 +223,7 @@ tinyvit_status tinyvit_prepare(const tinyvit_decoder* decoder, const float* feat
 void tinyvit_prepared_destroy(tinyvit_prepared* prepared) { delete prepared; }
 
 uint64_t tinyvit_prepared_bytes(const tinyvit_prepared* prepared) {
-  return prepared ? 4ull * prepared->image.count() * prepared->image.channels * sizeof(float) : 0;
+  return prepared ? prepared->image.bytes() : 0;
 }
 
 tinyvit_status tinyvit_decode(tinyvit_decoder* decoder, const tinyvit_prepared* prepared, const tinyvit_prompts* prompts,
@@ -206,12 +234,60 @@ tinyvit_status tinyvit_decode(tinyvit_decoder* decoder, const tinyvit_prepared* 
     if (num_masks) *num_masks = decoder->decoder.masks(prompts->multimask != 0);
     require(prompts->count >= 0, got("count must not be negative", prompts->count));
     if (!prompts->count) return;
-    require(prepared && logits && scores, "prepared, logits or scores is null");
-    require(prepared->image.channels == decoder->decoder.channels(), "prepared belongs to another decoder");
-    require(!prompts->points || (prompts->labels && prompts->num_points >= 0 && prompts->num_points <= 1 << 12),
-            got("points want labels, and at most 4096 of them", prompts->num_points));
+    require(logits && scores, "logits or scores is null");
+    check(*decoder, prepared, *prompts);
     decoder->decoder.decode(prepared->image, *prompts, logits, scores);
   });
 }
+
+tinyvit_status tinyvit_enlarge(const float* logits, int32_t count, int32_t height, int32_t width,
+                               const tinyvit_placement* placement, float threshold, uint8_t* masks, float* values,
+                               tinyvit_error* error) {
+  return guarded(error, [&] {
+    require(count >= 0, got("count must not be negative", count));
+    check_size(height, width);
+    check(placement);
+    if (!count) return;
+    require(logits && (masks || values), "logits or the result is null");
+    const tinyvit::Enlarger enlarger(tinyvit::choose_kernels(false, nullptr), height, width, *placement);
+    const size_t each = static_cast<size_t>(placement->original_height) * placement->original_width;
+    for (int i = 0; i < count; ++i)
+      enlarger.enlarge(logits + static_cast<size_t>(i) * height * width, threshold, masks ? masks + i * each : nullptr,
+                       values ? values + i * each : nullptr);
+  });
+}
+
+tinyvit_status tinyvit_find(tinyvit_decoder* decoder, const tinyvit_prepared* prepared, const tinyvit_prompts* prompts,
+                            const tinyvit_placement* placement, const tinyvit_search* search,
+                            tinyvit_regions** regions, float* scores, tinyvit_error* error) {
+  return guarded(error, [&] {
+    require(decoder && regions, "decoder or regions is null");
+    *regions = nullptr;
+    check_struct(prompts, "prompts");
+    check_struct(search, "search");
+    check(placement);
+    require(prompts->count >= 0, got("count must not be negative", prompts->count));
+    check(*decoder, prepared, *prompts);
+    const tinyvit_search& s = *search;
+    require(s.offset >= 0, "search.offset must not be negative");
+    check_size(s.frame_height, s.frame_width);
+    require(s.top >= 0 && s.left >= 0 && s.top <= s.frame_height - placement->original_height &&
+                s.left <= s.frame_width - placement->original_width,
+            "the image does not lie within search's frame");
+    std::unique_ptr<tinyvit_regions> r(new tinyvit_regions());
+    r->found = decoder->decoder.find(prepared->image, *prompts, *placement, s, scores);
+    for (const tinyvit::Region& f : r->found)
+      r->list.push_back({f.prompt, f.mask, f.score, f.stability, {f.box[0], f.box[1], f.box[2], f.box[3]}, f.area,
+                         f.counts.empty() ? nullptr : f.counts.data(), f.counts.size()});
+    *regions = r.release();
+  });
+}
+
+const tinyvit_region* tinyvit_regions_list(const tinyvit_regions* regions, uint64_t* count) {
+  if (count) *count = regions ? regions->list.size() : 0;
+  return regions ? regions->list.data() : nullptr;
+}
+
+void tinyvit_regions_destroy(tinyvit_regions* regions) { delete regions; }
 
 }  // extern "C"

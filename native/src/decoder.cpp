@@ -27,7 +27,7 @@ std::vector<float> values(const tinyvit_tensor& t) {
 }
 
 // A 2x2 transposed convolution of stride 2 as a product: outputs are [dy][dx][channel].
-Folded upscaling(const Tensors& tensors, const std::string& name, int in, int out) {
+Folded transposed_conv(const Tensors& tensors, const std::string& name, int in, int out) {
   const std::vector<float> w = values(tensors.get(name + ".weight", {in, out, 2, 2}));
   const std::vector<float> b = tensors.vector(name + ".bias", out);
   Folded f;
@@ -94,6 +94,15 @@ Mlp Decoder::mlp(const Tensors& tensors, const std::string& name) {
   }
 }
 
+Upscaling Decoder::upscaling(const Tensors& tensors, const std::string& name, int in, int middle, bool activates) {
+  Upscaling u;
+  u.middle = middle, u.out = channels_ / 8, u.activates = activates;
+  u.first = pack_.matrix(transposed_conv(tensors, name + ".0", in, middle));
+  u.norm = norm(tensors, name + ".1", middle);
+  u.second = pack_.matrix(transposed_conv(tensors, name + ".3", middle, u.out));
+  return u;
+}
+
 Decoder::Decoder(const tinyvit_decoder_config& config, const Tensors& tensors)
     : config_(config),
       k_(choose_kernels(false, config.isa)),
@@ -128,9 +137,7 @@ Decoder::Decoder(const tinyvit_decoder_config& config, const Tensors& tensors)
   if (blocks_.empty()) throw Error(TINYVIT_INVALID, "tensor '" + t + "layers.0.norm1.weight' is missing");
   last_ = cross(tensors, t + "final_attn_token_to_image", true);
   last_norm_ = norm(tensors, t + "norm_final_attn", c);
-  up1_ = pack_.matrix(upscaling(tensors, d + "output_upscaling.0", c, c / 4));
-  up_norm_ = norm(tensors, d + "output_upscaling.1", c / 4);
-  up2_ = pack_.matrix(upscaling(tensors, d + "output_upscaling.3", c / 4, c / 8));
+  output_ = upscaling(tensors, d + "output_upscaling", c, c / 4, true);
   iou_head_ = mlp(tensors, d + "iou_prediction_head");
   for (int i = 0; i < num_masks_; ++i)
     hyper_.push_back(mlp(tensors, d + "output_hypernetworks_mlps." + std::to_string(i)));
@@ -147,6 +154,7 @@ Decoder::Decoder(const tinyvit_decoder_config& config, const Tensors& tensors)
   mask2_ = values(tensors.get(m + "3.weight", {many, few, 2, 2})), mask2_bias_ = tensors.vector(m + "3.bias", many);
   mask2_gamma_ = tensors.vector(m + "4.weight", many), mask2_beta_ = tensors.vector(m + "4.bias", many);
   mask3_ = pack_.matrix(tensors.conv(m + "6", "", c, many, 1));
+  if (tensors.has(d + "hf_token.weight")) load_hq(tensors);
   for (int i = 0; i < pool_.threads(); ++i) spaces_.emplace_back(new Space());
 }
 
@@ -239,7 +247,7 @@ Decoder::Floats Decoder::self_attention(const TwoWayBlock& b, const Floats& plac
 
 // -- images ------------------------------------------------------------------------------------------
 
-void Decoder::prepare(const float* features, int height, int width, ImageTokens& image) const {
+void Decoder::prepare(const float* features, const float* early, int height, int width, ImageTokens& image) const {
   const int c = channels_;
   const size_t count = static_cast<size_t>(height) * width;
   image.height = height, image.width = width, image.channels = c;
@@ -274,6 +282,7 @@ void Decoder::prepare(const float* features, int height, int width, ImageTokens&
       }
     }
   k_->add(tokens, positions, reinterpret_cast<float*>(image.placed.data()), static_cast<int>(count) * c);
+  if (is_hq_) detail(early, image);
 }
 
 // Image tokens with the embedding of a mask prompt [4h][4w] in the place of "no mask".
@@ -311,83 +320,6 @@ Decoder::Floats Decoder::masked_tokens(const ImageTokens& image, const float* ma
       finish(out, many, mask2_gamma_, mask2_beta_);
     }
   return sum_of(linear(mask3_, small, image.count()), image.features);
-}
-
-// -- one prompt ----------------------------------------------------------------------------------------
-
-void Decoder::decode(const ImageTokens& image, const tinyvit_prompts& prompts, float* logits, float* scores) {
-  const int count = masks(prompts.multimask != 0);
-  const size_t each = static_cast<size_t>(count) * image.count() * 16;
-  std::lock_guard<std::mutex> lock(mutex_);
-  const auto one = [&](int i, const Team& team, int worker) {
-    decode_one(image, prompts, i, team, *spaces_[worker], logits + i * each, scores + static_cast<size_t>(i) * count);
-  };
-  const bool is_ours = pool_.acquire();
-  std::string fault;
-  std::mutex fault_mutex;
-  if (is_ours && prompts.count > 1) {
-    pool_.run(prompts.count, [&](int i, int worker) {
-      try {
-        one(i, Team(nullptr, 0), worker);
-      } catch (const std::exception& e) {
-        std::lock_guard<std::mutex> guard(fault_mutex);
-        fault = *e.what() ? e.what() : "fault";
-      }
-    });
-  } else {
-    try {
-      for (int i = 0; i < prompts.count; ++i) one(i, Team(is_ours ? &pool_ : nullptr, 0), 0);
-    } catch (...) {
-      if (is_ours) pool_.release();
-      throw;
-    }
-  }
-  if (is_ours) pool_.release();
-  if (!fault.empty()) throw Error(TINYVIT_INTERNAL, fault);
-}
-
-void Decoder::decode_one(const ImageTokens& image, const tinyvit_prompts& prompts, int index, const Team& team,
-                         Space& space, float* logits, float* scores) const {
-  const int c = channels_;
-  const Floats prompt = prompt_tokens(prompts, index);
-  const int count = static_cast<int>(prompt.size()) / c;
-  Prompt p{image, team, space, reinterpret_cast<const float*>(image.tokens.data()), nullptr, count};
-  Floats masked;
-  if (prompts.masks) {
-    masked = masked_tokens(image, prompts.masks + static_cast<size_t>(index) * image.count() * 16);
-    p.source = masked.data();
-  }
-  p.reserve(c, scratch_bytes(round_up(count * heads_, kChannelStep)), round_up(count * heads_, kChannelStep));
-  Floats tokens = prompt;
-  std::unique_ptr<Update> update;
-  for (size_t i = 0; i < blocks_.size(); ++i) {
-    const TwoWayBlock& b = blocks_[i];
-    if (i == 0) tokens = self_attention(b, tokens, tokens, count);
-    else add_to(tokens, self_attention(b, sum_of(tokens, prompt), tokens, count));
-    normalize(tokens, count, b.norm1);
-    add_to(tokens, attend_image(b.to_image, sum_of(tokens, prompt), count, p, update.get()));
-    normalize(tokens, count, b.norm2);
-    Floats hidden = linear(b.hidden, tokens, count);
-    for (float& v : hidden) v = v > 0 ? v : 0;
-    add_to(tokens, linear(b.shrink, hidden, count));
-    normalize(tokens, count, b.norm3);
-    update.reset(new Update(b.to_tokens, b.norm4, *k_, linear(b.to_tokens.key, sum_of(tokens, prompt), count),
-                            linear(b.to_tokens.value, tokens, count), count, heads_, c));
-  }
-  add_to(tokens, attend_image(last_, sum_of(tokens, prompt), count, p, update.get()));
-  normalize(tokens, count, last_norm_);
-
-  const int first = prompts.multimask ? 1 : 0, wanted = masks(prompts.multimask != 0);
-  const Floats iou = run_mlp(iou_head_, tokens.data(), num_masks_);
-  std::copy(iou.begin() + first, iou.begin() + first + wanted, scores);
-  Floats filters;
-  for (int m = 0; m < wanted; ++m) {
-    const Floats f = run_mlp(hyper_[first + m], &tokens[static_cast<size_t>(1 + first + m) * c], c / 8);
-    filters.insert(filters.end(), f.begin(), f.end());
-  }
-  Packed packed(*k_, c / 8, wanted);
-  packed.fill(filters.data(), wanted, c / 8);
-  upscale(p, packed.matrix, wanted, logits);
 }
 
 }  // namespace tinyvit

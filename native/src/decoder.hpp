@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "layers.hpp"
+#include "masks.hpp"
 
 namespace tinyvit {
 
@@ -12,7 +13,9 @@ struct ImageTokens {
   int height = 0, width = 0, channels = 0;
   Block tokens, positions, placed;  // features + the embedding of "no mask"; positions; their sum
   std::vector<float> features;  // [L][C] alone, for mask prompts
+  std::vector<float> detail;    // [4h][4w][C / 8], Light HQ-SAM's, of features and early map
   int count() const { return height * width; }
+  size_t bytes() const { return (4 * features.size() + detail.size()) * sizeof(float); }
 };
 
 // Cross attention between few tokens and many image tokens. What multiplies image tokens is moved
@@ -39,15 +42,27 @@ struct Mlp {
   std::vector<Matrix> layers;
 };
 
+// Four times the size in two steps.
+struct Upscaling {
+  Matrix first, second;
+  Norm norm;
+  int middle = 0, out = 0;
+  bool activates = false;  // at the end too
+};
+
 class Decoder {
  public:
   Decoder(const tinyvit_decoder_config& config, const Tensors& tensors);
   ~Decoder();
   int channels() const { return channels_; }
-  int masks(bool multimask) const { return multimask ? num_masks_ - 1 : 1; }
-  void prepare(const float* features, int height, int width, ImageTokens& image) const;
+  bool is_hq() const { return is_hq_; }
+  int early_channels() const { return early_channels_; }
+  int masks(bool multimask) const { return multimask && !is_hq_ ? num_masks_ - 1 : 1; }
+  void prepare(const float* features, const float* early, int height, int width, ImageTokens& image) const;
   void decode(const ImageTokens& image, const tinyvit_prompts& prompts, float* logits,
               float* scores);
+  std::vector<Region> find(const ImageTokens& image, const tinyvit_prompts& prompts,
+                           const tinyvit_placement& placement, const tinyvit_search& search, float* scores);
 
  private:
   struct Space;
@@ -58,6 +73,8 @@ class Decoder {
   Norm norm(const Tensors& tensors, const std::string& name, int channels);
   CrossAttention cross(const Tensors& tensors, const std::string& name, bool to_image);
   Mlp mlp(const Tensors& tensors, const std::string& name);
+  Upscaling upscaling(const Tensors& tensors, const std::string& name, int in, int middle, bool activates);
+  void load_hq(const Tensors& tensors);
   Floats linear(const Matrix& m, const Floats& in, int tokens) const;
   void normalize(Floats& rows, int tokens, const Norm& norm) const;
   Floats run_mlp(const Mlp& mlp, const float* in, int outputs) const;
@@ -66,8 +83,12 @@ class Decoder {
   Floats self_attention(const TwoWayBlock& block, const Floats& placed, const Floats& tokens,
                         int count) const;
   Floats masked_tokens(const ImageTokens& image, const float* mask) const;
-  void decode_one(const ImageTokens& image, const tinyvit_prompts& prompts, int index,
-                  const Team& team, Space& space, float* logits, float* scores) const;
+  // What a prompt's tokens become; p.own is then the image.
+  Floats transform(const ImageTokens& image, const tinyvit_prompts& prompts, int index, Prompt& p) const;
+  // Whether mask m of the prompt was wanted, for each.
+  std::vector<bool> decode_one(const ImageTokens& image, const tinyvit_prompts& prompts, int index, const Team& team,
+                               Space& space, float* logits, float* scores) const;
+  void run(int count, const std::function<void(int, const Team&, Space&)>& work);
   Floats attend_image(const CrossAttention& a, const Floats& placed, int count, Prompt& prompt,
                       const Update* update) const;
   const float* place(const Prompt& prompt, const float* x, int first, int count, float* to) const;
@@ -75,7 +96,11 @@ class Decoder {
                     int chunk, int worker) const;
   void update_chunk(const Prompt& prompt, const Update& update, int first, int count, char* scratch,
                     float* x) const;
-  void upscale(const Prompt& prompt, const Matrix& filters, int masks, float* logits) const;
+  void upscale_tokens(const Upscaling& u, const float* tokens, int count, float* between, float* out) const;
+  // `map`: null, or where the upscaled tokens go too, [4h + 2][4w + 2][C / 8] with zeros around.
+  void upscale(const Prompt& prompt, const Matrix& filters, int masks, float* logits, float* map) const;
+  void detail(const float* early, ImageTokens& image) const;
+  void refine(const Prompt& prompt, const float* map, const Floats& filter, bool adds, float* logits) const;
   size_t scratch_bytes(int columns) const;
 
   tinyvit_decoder_config config_;
@@ -84,9 +109,17 @@ class Decoder {
   int channels_ = 0, heads_ = 0, num_masks_ = 0;
   std::vector<TwoWayBlock> blocks_;
   CrossAttention last_;
-  Norm last_norm_, up_norm_;
-  Matrix up1_, up2_, mask3_;
+  Norm last_norm_;
+  Upscaling output_;
+  Matrix mask3_;
   Mlp iou_head_;
+  bool is_hq_ = false;
+  int early_channels_ = 0;
+  Upscaling from_early_, from_features_;
+  Matrix fine1_;
+  Norm fine_norm_;
+  Floats fine2_, fine2_bias_;  // [C / 8][C / 4][3][3]
+  Mlp hq_mlp_;
   std::vector<Mlp> hyper_;
   Floats own_tokens_, frequencies_, points_[4], no_point_, no_mask_;
   Floats mask1_, mask1_bias_, mask1_gamma_, mask1_beta_, mask2_, mask2_bias_, mask2_gamma_, mask2_beta_;

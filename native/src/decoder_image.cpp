@@ -9,18 +9,6 @@
 #include "decoder_space.hpp"
 
 namespace tinyvit {
-namespace {
-
-struct Rows {
-  std::vector<char*> at;
-  Rows(float* first, int count, long step) : at(count) {
-    for (int i = 0; i < count; ++i) at[i] = reinterpret_cast<char*>(first + i * step);
-  }
-};
-
-const char* bytes(const float* p) { return reinterpret_cast<const char*>(p); }
-
-}  // namespace
 
 size_t Decoder::scratch_bytes(int columns) const {
   Arena arena(nullptr);
@@ -164,26 +152,38 @@ Decoder::Floats Decoder::attend_image(const CrossAttention& a, const Floats& pla
   return linear(a.out, mixed, count);
 }
 
+// Tokens [count][in] to [16 count][out], in quarters of quarters: [dy][dx][dy2][dx2].
+void Decoder::upscale_tokens(const Upscaling& u, const float* tokens, int count, float* between, float* out) const {
+  const int middle = u.middle;
+  const Rows first_out(between, count, 4L * middle), norms(between, 4 * count, middle);
+  const Rows second_out(out, 4 * count, 4L * u.out);
+  k_->linear({bytes(tokens), u.first.inputs * 4L, count, 0, count, &u.first, nullptr, false, first_out.at.data(), nullptr});
+  k_->normalize({norms.at.data(), 4 * count, middle, middle, 1e-6f, u.norm.gamma, u.norm.beta, norms.at.data(), true});
+  k_->gelu(between, between, 4 * count * middle);
+  k_->linear({bytes(between), middle * 4L, 4 * count, 0, 4 * count, &u.second, nullptr, u.activates,
+              second_out.at.data(), nullptr});
+}
+
 // Image tokens to [masks][4h][4w] logits.
-void Decoder::upscale(const Prompt& p, const Matrix& filters, int masks, float* logits) const {
-  const int c = channels_, quarter = c / 4, eighth = c / 8, at_once = 32, padded = filters.outputs;
-  const int wide = 4 * p.image.width;
+void Decoder::upscale(const Prompt& p, const Matrix& filters, int masks, float* logits, float* map) const {
+  const int c = channels_, eighth = c / 8, at_once = 32, padded = filters.outputs;
+  const int wide = 4 * p.image.width, tall = 4 * p.image.height;
   const size_t plane = static_cast<size_t>(p.image.count()) * 16;
   const int pieces = (p.image.count() + at_once - 1) / at_once;
+  const size_t line = (wide + 2) * static_cast<size_t>(eighth);
+  if (map) {
+    std::fill(map, map + line, 0.0f), std::fill(map + (tall + 1) * line, map + (tall + 2) * line, 0.0f);
+    for (int y = 1; y <= tall; ++y)
+      for (float* end : {map + y * line, map + (y + 1) * line - eighth}) std::fill(end, end + eighth, 0.0f);
+  }
   p.team.run(pieces, [&](int piece, int worker) {
     Arena arena(p.space.scratch.data() + p.each * worker);
     const int first = piece * at_once, count = std::min(at_once, p.image.count() - first);
-    float* a = arena.take<float>(static_cast<size_t>(at_once) * c);          // [4 count][C / 4]
+    float* a = arena.take<float>(static_cast<size_t>(at_once) * c);            // [4 count][C / 4]
     float* b = arena.take<float>(static_cast<size_t>(at_once) * 16 * eighth);  // [16 count][C / 8]
     float* d = arena.take<float>(static_cast<size_t>(at_once) * 16 * padded);
-    const Rows first_out(a, count, c), norms(a, 4 * count, quarter), second_out(b, 4 * count, 4 * eighth);
     const Rows last_out(d, 16 * count, padded);
-    k_->linear({bytes(p.own + static_cast<size_t>(first) * c), c * 4L, count, 0, count, &up1_, nullptr, false,
-                first_out.at.data(), nullptr});
-    k_->normalize({norms.at.data(), 4 * count, quarter, quarter, 1e-6f, up_norm_.gamma, up_norm_.beta,
-                   norms.at.data(), true});
-    k_->gelu(a, a, count * c);
-    k_->linear({bytes(a), quarter * 4L, 4 * count, 0, 4 * count, &up2_, nullptr, true, second_out.at.data(), nullptr});
+    upscale_tokens(output_, p.own + static_cast<size_t>(first) * c, count, a, b);
     k_->linear({bytes(b), eighth * 4L, 16 * count, 0, 16 * count, &filters, nullptr, false, last_out.at.data(), nullptr});
     // Logits of a row of the result lie in four rows of four each; q is [dy][dx][dy2][dx2].
     std::vector<const char*> from(4 * count);
@@ -194,8 +194,11 @@ void Decoder::upscale(const Prompt& p, const Matrix& filters, int masks, float* 
         int n = 0;
         for (int i = l; i < next; ++i)
           for (int column = 0; column < 4; ++column) {
-            const int q = (row / 2) * 8 + (column / 2) * 4 + (row % 2) * 2 + column % 2;
+            const int q = quarter(row, column);
             from[n++] = bytes(d + (static_cast<long>(i) * 16 + q) * padded);
+            if (map)
+              std::memcpy(map + (4 * y + row + 1) * line + (4 * (x + i - l) + column + 1) * static_cast<size_t>(eighth),
+                          b + (static_cast<long>(i) * 16 + q) * eighth, eighth * sizeof(float));
           }
         k_->to_planes(from.data(), n, masks, logits + (4L * y + row) * wide + 4L * x, static_cast<long>(plane));
       }

@@ -36,11 +36,24 @@ struct Packed {
   }
 };
 
+// Pointers to rows of floats.
+struct Rows {
+  std::vector<char*> at;
+  Rows(float* first, int count, long step) : at(count) {
+    for (int i = 0; i < count; ++i) at[i] = reinterpret_cast<char*>(first + i * step);
+  }
+};
+
+inline const char* bytes(const float* p) { return reinterpret_cast<const char*>(p); }
+
+// Where the result in this row and column of a token's 4x4 lies: in quarters, then their quarters.
+inline int quarter(int row, int column) { return row / 2 * 8 + column / 2 * 4 + row % 2 * 2 + column % 2; }
+
 // Image tokens are taken so many at a time; sums over chunks are added up in their order.
 constexpr int kChunk = 128;
 
 struct Decoder::Space {
-  Block image, scratch, partial;
+  Block image, scratch, partial, map;
   static char* grown(Block& b, size_t bytes) {
     if (b.bytes() < bytes) b = Block(bytes);
     return b.data();

@@ -94,6 +94,12 @@ struct Kernels {
   void (*gelu)(const float* in, float* out, int count);  // of these three counts are of whole vectors
   void (*exp2)(const float* in, float* out, int count);
   void (*add)(const float* a, const float* b, float* out, int count);
+  // Lines of logits, see masks.hpp. out = the sum of four rows by their weights; count of whole vectors.
+  void (*blend)(const float* const* rows, const float* weights, float* out, int count);
+  // out[i] = the sum of weights[k * pitch + i] * line[first[i] + k] for four k; `first` rises.
+  void (*expand)(const float* line, const int* first, const float* weights, long pitch, float* out, int count);
+  void (*above)(const float* in, int count, float bound, uint64_t* bits);  // count of whole words
+  void (*mark)(const float* in, int count, float bound, uint8_t* out);
 };
 
 // Null where the library was built without that ISA.

@@ -9,18 +9,19 @@ from kernel_door import ISAS, _library
 from native_models import randomise, tensors_of
 from tinyvit_native import Decoder, NativeError
 
-from tinyvit.modules.sam.mask_decoder import MaskDecoder
+from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
 from tinyvit.modules.sam.transformer import TwoWayTransformer
 
 GRID, INPUT = (16, 16), (256, 256)
 
 
-def heads() -> torch.nn.ModuleDict:
+def heads(early: int = 0) -> torch.nn.ModuleDict:
     transformer = TwoWayTransformer(2, 256, 8, 2048)
+    how = {"transformer_dim": 256, "transformer": transformer}
     parts = {
         "prompt_encoder": PromptEncoder(256, GRID, INPUT, 16),
-        "mask_decoder": MaskDecoder(transformer_dim=256, transformer=transformer),
+        "mask_decoder": HQMaskDecoder(**how, vit_dim=early) if early else MaskDecoder(**how),
     }
     return randomise(torch.nn.ModuleDict(parts))
 
@@ -29,7 +30,13 @@ def native(model: torch.nn.ModuleDict, **how: object) -> Decoder:
     return Decoder(tensors_of(model), grid=GRID, input_size=INPUT, **how)
 
 
-def plain(model: torch.nn.ModuleDict, features: np.ndarray, multimask: bool, **prompts: object):
+def plain(
+    model: torch.nn.ModuleDict,
+    features: np.ndarray,
+    multimask: bool,
+    *more: object,
+    **prompts: object,
+):
     model = model.double()
     others = ("boxes", "masks")
     exact = {k: torch.from_numpy(prompts[k]).double() for k in others if k in prompts}
@@ -44,7 +51,7 @@ def plain(model: torch.nn.ModuleDict, features: np.ndarray, multimask: bool, **p
             tuple(x.shape[2:]),
         )
         place = model["prompt_encoder"].get_dense_pe(tuple(x.shape[2:]))
-        masks, iou = model["mask_decoder"](x, place, sparse, dense, multimask)
+        masks, iou = model["mask_decoder"](x, place, sparse, dense, multimask, *more)
     model.float()
     return masks.numpy(), iou.numpy()
 
@@ -95,6 +102,37 @@ def test_every_isa(isa):
     check(decoder.decode(decoder.prepare(x), **prompts), plain(model, x, True, **prompts))
 
 
+@pytest.mark.parametrize("early", [64, 40])
+@pytest.mark.parametrize("size", [(16, 16), (9, 15), (1, 2)])
+def test_light_hq_sam(early, size):
+    model, x, prompts = heads(early), features(size), some("points boxes", size)
+    map_ = np.random.default_rng(3).normal(size=(*size, early)).astype(np.float32)
+    exact = torch.from_numpy(map_)[None].double()
+    for threads in (1, 3):
+        decoder = native(model, threads=threads)
+        prepared = decoder.prepare(x, map_)
+        for multimask in (True, False):
+            for hq_only in (True, False):
+                ours = decoder.decode(prepared, **prompts, multimask=multimask, hq_only=hq_only)
+                check(ours, plain(model, x, multimask, hq_only, exact, **prompts))
+    with pytest.raises(ValueError, match=r"wants embedding\.early"):
+        decoder.prepare(x)
+    with pytest.raises(ValueError, match=r"early must be \["):
+        decoder.prepare(x, map_[:, :, 0])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_only_masks_of_a_good_score(threads):
+    model, x, prompts = heads(), features(GRID), some("points", GRID, 4)
+    decoder = native(model, threads=threads)
+    prepared = decoder.prepare(x)
+    logits, scores = decoder.decode(prepared, **prompts)
+    for bound in (-np.inf, float(np.median(scores)), float(scores[1, 2]), np.inf):
+        some_logits, again = decoder.decode(prepared, **prompts, min_score=bound)
+        assert np.array_equal(again, scores)
+        assert np.array_equal(some_logits, logits[scores > np.float32(bound)])
+
+
 def test_same_bits_for_any_threads_and_number_of_prompts():
     model, x, prompts = heads(), features(GRID), some("points", GRID, 5)
     first = None
@@ -136,5 +174,7 @@ def test_errors_say_what_was_wanted():
     prepared = decoder.prepare(features(GRID))
     with pytest.raises(ValueError, match=r"masks must be \[N, 1, 64, 64\]"):
         decoder.decode(prepared, masks=np.zeros((1, 1, 4, 4), np.float32))
+    with pytest.raises(ValueError, match="hq_only wants Light HQ-SAM"):
+        decoder.decode(prepared, boxes=np.zeros((1, 4)), hq_only=True)
     with pytest.raises(ValueError, match="another decoder"):
         native(model).decode(prepared, boxes=np.zeros((1, 4)))

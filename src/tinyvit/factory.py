@@ -42,6 +42,7 @@ from tinyvit.checkpoints.files import (
 from tinyvit.checkpoints.open import (
     OpenedCheckpoint,
     find_checkpoint,
+    is_sam_folder,
     misfits,
     open_checkpoint,
 )
@@ -57,6 +58,9 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, FOLDER_FORMAT = "config.json", "model.safetensors", 1
 """The files of a folder of ``save_pretrained``, and the newest format of the first."""
+
+HEADS = ("prompt_encoder", "mask_decoder")
+"""What makes an encoder a SAM."""
 
 _PARTS_OF_TINYVIT = ("trunk", "head", "neck")
 _FRESH_HEAD = ("head.weight", "head.bias")
@@ -509,30 +513,38 @@ class StoredModel:
         tensors: Those of ``TinyViT``'s state dict, as arrays.
         image_spec: How images are prepared; None where the file does not say.
         thresholds: Of the masks of these weights.
+        heads: A SAM's prompt encoder and mask decoder, under its names; empty without them.
+        path: The file.
+        family: Whose key names it has.
     """
 
     arguments: Mapping[str, Any]
     tensors: Mapping[str, NDArray[Any]]
     image_spec: ImageSpec | None
     thresholds: Mapping[str, float]
+    heads: Mapping[str, NDArray[Any]]
+    path: Path
+    family: str
 
     def state_dict(self) -> Mapping[str, NDArray[Any]]:
         """The tensors."""
         return self.tensors
 
 
-def open_stored(source: str | os.PathLike[str]) -> StoredModel:
+def open_stored(
+    source: str | os.PathLike[str], img_size: int | None = None, progress: Progress | None = None
+) -> StoredModel:
     """The model of a checkpoint's name, a safetensors file or a folder; torch is not loaded.
 
     Sizes are read off the tensors, but not compared with a network's: who runs it does that.
-    Errors are ``create_model``'s.
+    ``img_size``, ``progress`` and errors are ``create_model``'s.
     """
     folder = Path(source)
     config: dict[str, Any] = {}
-    if folder.is_dir():
+    if folder.is_dir() and not is_sam_folder(folder):  # which says all in its weights' header
         path, row, config = folder / WEIGHTS, None, read_config(folder / CONFIG)
     else:
-        path, row = find_checkpoint(source)
+        path, row = find_checkpoint(source, progress=progress)
     arrays, header = read_arrays(path)
     check_finite(arrays, path)
     found = detect(arrays, path.name, header, compare=False)
@@ -544,10 +556,13 @@ def open_stored(source: str | os.PathLike[str]) -> StoredModel:
     own = {key: tensors[key] for keys in kept for key in keys}
     for key in [key for key in own if key.endswith(".running_var")]:  # some files have no counters
         own.setdefault(key.replace("running_var", "num_batches_tracked"), np.zeros((), np.int64))
+    heads = {key: value for key, value in tensors.items() if key.partition(".")[0] in HEADS}
+    rest = heads, path, found.family
     if "arguments" in config:
-        return StoredModel(config["arguments"], own, *_image_spec_and_thresholds(config))
+        image_spec, thresholds = _image_spec_and_thresholds(config)
+        return StoredModel(config["arguments"], own, image_spec, thresholds, *rest)
     variant = _choose_variant(None, row, found)
     arguments = {**_arguments(variant, found), "head": found.has_head}
-    image_spec = _image_spec(image_spec_in(header, path), variant, row, found, None)
+    image_spec = _image_spec(image_spec_in(header, path), variant, row, found, img_size)
     thresholds = {**(row.thresholds if row else {}), **thresholds_in(header, path)}
-    return StoredModel(arguments, own, image_spec, thresholds)
+    return StoredModel(arguments, own, image_spec, thresholds, *rest)

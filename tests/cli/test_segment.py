@@ -13,14 +13,14 @@ from tinyvit.folders.images import ImageFile
 from tinyvit.folders.runner import Item, Outcome
 from tinyvit.images.decode import decode
 
-LOAD = arguments.load_sam
+OPEN = arguments.open_sam
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch, make_tiny_sam):
     """A tiny model in the place of every checkpoint."""
     sam = make_tiny_sam()
-    monkeypatch.setattr("tinyvit.cli.arguments.load_sam", lambda own, checkpoint, size: sam)
+    monkeypatch.setattr("tinyvit.cli.arguments.open_sam", lambda *arguments: sam)
     return sam
 
 
@@ -53,7 +53,7 @@ def annotations(path):
 
 def test_a_click(run, image, tmp_path):
     out = tmp_path / "out"
-    result = run("segment", image, "--point", "20,10", "-o", out)
+    result = run("segment", image, "--point", "20,10", "-o", out, "--backend", "torch")
     assert (result.code, result.out) == (0, "")
     assert names(out) == [f"böse Katze.{end}" for end in ("json", "mask-1.png", "overlay.png")]
     (found,) = annotations(out / "böse Katze.json")
@@ -315,7 +315,7 @@ def test_boxes():
 @pytest.fixture
 def real(monkeypatch, tiny):
     """The checkpoint's own model after all."""
-    monkeypatch.setattr("tinyvit.cli.arguments.load_sam", LOAD)
+    monkeypatch.setattr("tinyvit.cli.arguments.open_sam", OPEN)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import tinyvit
 from tinyvit.errors import CheckpointError, MissingExtraError
@@ -227,8 +228,12 @@ def test_masks_of_a_segmenter() -> None:
 
 WITHOUT_TORCH = """
 import sys
-sys.modules["torch"] = None
 import importlib.util
+class Blocked:
+    def find_spec(self, name, *a):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocked())
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "torch" else find(name, *a)
 import numpy as np, tinyvit
@@ -239,10 +244,57 @@ for backend in ("native", "auto"):
     assert shapes == {(256, 16, 16)}, shapes
     assert "native" in engine.explain(), engine.explain()
     engine.weights_sha256()
+    segmenter = tinyvit.Segmenter(backend=backend)
+    prompts = [{"points": [[60, 40]]}, {"box": [10, 10, 60, 60]}]
+    (masks,) = segmenter.segment([photos[0]], [prompts])
+    assert [mask.shape for mask in masks] == [(90, 120)] * 2, masks
+    predictor = tinyvit.SamPredictor.from_checkpoint(backend=backend)
+    predictor.set_image(photos[1])
+    assert predictor.predict(box=np.array([10, 10, 60, 60]))[0].shape == (3, 90, 120)
+    generator = tinyvit.SamAutomaticMaskGenerator("tinyvit_starter", 2, backend=backend)
+    generator.pred_iou_thresh = generator.stability_score_thresh = 0
+    assert generator.generate(photos[0])
+    try:
+        segmenter.model
+    except tinyvit.errors.MissingExtraError as err:
+        assert "tinyvit[torch]" in str(err), err
+    else:
+        raise AssertionError("a Sam without torch")
+from tinyvit.cli.main import main
+photo = sys.argv[1]
+prompts = ["--point", "60,40", "--box", "10,10,60,60"]
+sys.argv = ["tinyvit", "segment", photo, *prompts, "-o", sys.argv[2]]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
 assert not [name for name in sys.modules if name.startswith("torch.")]
 """
 
 
 @needs_library
-def test_torch_is_not_needed() -> None:
-    subprocess.run([sys.executable, "-c", WITHOUT_TORCH], check=True)
+def test_torch_is_not_needed(tmp_path: Path) -> None:
+    photo, out = tmp_path / "photo.png", tmp_path / "out"
+    Image.fromarray(np.full((90, 120, 3), 99, np.uint8)).save(photo)
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(photo), str(out)], check=True)
+    assert sorted(path.name for path in out.iterdir()) == [
+        f"photo.{end}" for end in ("json", "mask-1.png", "overlay.png")
+    ]
+
+
+@needs_library
+def test_torch_is_not_loaded_where_it_is_there(tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.full((90, 120, 3), 99, np.uint8)).save(photo)
+    program = """
+import sys
+from tinyvit.cli.main import main
+sys.argv[:] = ["tinyvit", "segment", sys.argv[1], "--everything", "--points-per-side", "2",
+               "--pred-iou-thresh", "0", "--stability-score-thresh", "0", "-o", sys.argv[2]]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program, str(photo), str(tmp_path / "out")], check=True)

@@ -319,7 +319,7 @@ def test_small_regions_go(make_tiny_sam, photo, monkeypatch):
         made = []
         for score, mask in ((0.9, holed), (0.8, tidy), (0.7, island), (0.6, close)):
             crop = [0, 0, 40, 40]
-            counts, box = candidates._runs_and_box(mask, 0, 0, size, crop)
+            counts, box = rle.runs_and_box(mask, 0, 0, size, (0, 0))
             made.append(candidates.Candidate(counts, box, score, 1.0, (1.0, 1.0), crop))
         return made
 
@@ -405,7 +405,7 @@ def a_region(mask, inner=3, outer=4):
 
 def test_a_mask_of_a_crop_is_placed_in_the_image():
     mask, crop = np.array([[0, 1, 1], [0, 0, 1]], bool), [10, 20, 40, 40]
-    counts, box = candidates._runs_and_box(mask, 21, 12, (60, 80), crop)
+    counts, box = rle.runs_and_box(mask, 21, 12, (60, 80), (crop[1], crop[0]))
     assert box == (10 + 2 + 1, 20 + 1, 10 + 2 + 2, 20 + 2)
     whole = np.zeros((60, 80), bool)
     whole[21:23, 12:15] = mask
@@ -416,7 +416,7 @@ def test_a_mask_of_a_crop_is_placed_in_the_image():
 def test_an_empty_mask_is_a_point_in_its_crop():
     """segment-anything gives it the box 0, 0, 0, 0 of the crop."""
     empty, crop = np.zeros((2, 2), bool), [10, 20, 40, 40]
-    counts, box = candidates._runs_and_box(empty, 21, 12, (60, 80), crop)
+    counts, box = rle.runs_and_box(empty, 21, 12, (60, 80), (crop[1], crop[0]))
     assert box == (10, 20, 10, 20)
     assert not rle.fill((60, 80), counts).any()
 
@@ -425,7 +425,7 @@ def test_a_candidate_is_small():
     """A disc in 12 megapixels: two numbers for each of its columns."""
     y, x = np.ogrid[:1000, :1000]
     disc = (y - 500) ** 2 + (x - 500) ** 2 < 400**2
-    counts, _ = candidates._runs_and_box(disc, 2000, 1000, (3000, 4000), [0, 0, 4000, 3000])
+    counts, _ = rle.runs_and_box(disc, 2000, 1000, (3000, 4000), (0, 0))
     assert counts.nbytes < disc.size / 50
     assert counts[1::2].sum() == disc.sum()
 

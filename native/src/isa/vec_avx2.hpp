@@ -47,6 +47,23 @@ TINYVIT_INLINE Vec first(Vec a, int n, Vec other) {
   return {_mm256_blendv_ps(other.v, a.v, _mm256_castsi256_ps(keep))};
 }
 
+TINYVIT_INLINE uint32_t exceeds(Vec a, Vec b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)));
+}
+TINYVIT_INLINE void neighbours(const float* line, const int* first, Vec (&x)[4]) {
+  const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
+  if (first[kLanes - 1] - first[0] + 3 < kLanes) {
+    const __m256 window = _mm256_loadu_ps(line + first[0]);
+    const __m256i from = _mm256_sub_epi32(at, _mm256_set1_epi32(first[0]));
+TINYVIT_UNROLL(4)
+    for (int k = 0; k < 4; ++k)
+      x[k].v = _mm256_permutevar8x32_ps(window, _mm256_add_epi32(from, _mm256_set1_epi32(k)));
+  } else {
+TINYVIT_UNROLL(4)
+    for (int k = 0; k < 4; ++k) x[k].v = _mm256_i32gather_ps(line + k, at, 4);
+  }
+}
+
 // -- bf16 ---------------------------------------------------------------------------------------
 
 TINYVIT_INLINE Vec load_bf16(const uint16_t* p) {

@@ -42,6 +42,23 @@ TINYVIT_INLINE Vec first(Vec a, int n, Vec other) {
   return {_mm512_mask_blend_ps(static_cast<__mmask16>((1u << n) - 1), other.v, a.v)};
 }
 
+// A bit for each lane of a that is above b's; none where one is no number.
+TINYVIT_INLINE uint32_t exceeds(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+// x[k] = line[first[lane] + k] for four k; `first` rises.
+TINYVIT_INLINE void neighbours(const float* line, const int* first, Vec (&x)[4]) {
+  const __m512i at = _mm512_loadu_si512(first);
+  if (first[kLanes - 1] - first[0] + 3 < kLanes) {  // one vector has them all
+    const __m512 window = _mm512_loadu_ps(line + first[0]);
+    const __m512i from = _mm512_sub_epi32(at, _mm512_set1_epi32(first[0]));
+TINYVIT_UNROLL(4)
+    for (int k = 0; k < 4; ++k)
+      x[k].v = _mm512_permutexvar_ps(_mm512_add_epi32(from, _mm512_set1_epi32(k)), window);
+  } else {
+TINYVIT_UNROLL(4)
+    for (int k = 0; k < 4; ++k) x[k].v = _mm512_i32gather_ps(at, line + k, 4);
+  }
+}
+
 // -- bf16 ---------------------------------------------------------------------------------------
 
 TINYVIT_INLINE Vec load_bf16(const uint16_t* p) {

@@ -85,6 +85,15 @@ TINYVIT_INLINE Vec first(Vec a, int n, Vec other) {
   return a;
 }
 
+TINYVIT_INLINE uint32_t exceeds(Vec a, Vec b) {
+  uint32_t bits = 0;
+  TINYVIT_LANES bits |= static_cast<uint32_t>(a.v[i] > b.v[i]) << i;
+  return bits;
+}
+TINYVIT_INLINE void neighbours(const float* line, const int* first, Vec (&x)[4]) {
+  for (int k = 0; k < 4; ++k) TINYVIT_LANES x[k].v[i] = line[first[i] + k];
+}
+
 // -- bf16 ---------------------------------------------------------------------------------------
 
 TINYVIT_INLINE float widen(uint32_t upper) {

@@ -12,27 +12,25 @@ Environment variables, read when needed and never kept:
 from __future__ import annotations
 
 import errno
-import http.client
 import os
 import re
-import socket
 import sys
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from tinyvit.catalog import Checkpoint, get_checkpoint
 from tinyvit.errors import DownloadError
 
 from .containers import looks_like_web_page
 from .files import file_sha256, write_text
+
+if TYPE_CHECKING:
+    import http.client
 
 _POLL_SECONDS = 0.1
 
@@ -158,6 +156,12 @@ def transfer(
 
 def _continue(url: str, part: Path, progress: Progress | None, timeout: float) -> None:
     """One request: fetch what is missing of a file."""
+    import http.client  # here: with ssl it takes a tenth of the time that a click takes
+    import socket
+    import urllib.error
+    import urllib.parse
+    import urllib.request
+
     have = _size(part)
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "tinyvit", "Accept": "*/*"})

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tinyvit.inference import Engine
     from tinyvit.modules import TinyViT
     from tinyvit.sam import Sam
+    from tinyvit.sam.open import StoredSam
 
 MAX_PIXELS = 178_956_970  # images.decode's, which loads numpy
 
@@ -101,8 +102,11 @@ class EngineOptions:
 
     def arguments(self) -> dict[str, Any]:
         """What they mean for ``Engine``; torch's threads are set here."""
+        from tinyvit.inference.backend import takes_native
+
         found = {name: one for name, one in asdict(self).items() if one is not None}
-        if self.threads is not None and self.backend in ("auto", "torch"):
+        is_torch = self.backend in ("auto", "torch") and not takes_native(self.backend, self.device)
+        if self.threads is not None and is_torch:
             import torch
 
             torch.set_num_threads(found.pop("threads"))  # one number for the whole process
@@ -164,8 +168,15 @@ def check_checkpoint(text: str | None, flag: str = "") -> None:
 
 def load_sam(own: Console, checkpoint: str | None, size: int | None) -> Sam:
     """A whole SAM of a name or a file; None is the embedded one."""
+    return cast("Sam", open_sam(own, checkpoint, size, "torch"))
+
+
+def open_sam(
+    own: Console, checkpoint: str | None, size: int | None, backend: str, device: str = "auto"
+) -> Sam | StoredSam:
+    """As ``load_sam``, for a backend: torch is not loaded where it does not need it."""
     from tinyvit.checkpoints.open import is_sam_folder
-    from tinyvit.sam import build_sam
+    from tinyvit.sam import open as sams
 
     name = checkpoint or DEFAULT_CHECKPOINT
     if name not in list_checkpoints() and Path(name).is_dir() and not is_sam_folder(name):
@@ -175,7 +186,7 @@ def load_sam(own: Console, checkpoint: str | None, size: int | None) -> Sam:
         )
     announce(own, name)
     with own.progress("downloading", counts_bytes=True) as update:
-        return build_sam(name, img_size=size, progress=update)
+        return sams.open_sam(name, "tinyvit", backend, device, img_size=size, progress=update)
 
 
 def load_encoder(

@@ -199,10 +199,6 @@ def segment(
     given = {name: value for name, value in asdict(grid).items() if value is not None}
     listed = outcomes.list_and_check(images, output, checkpoint)
     what.check(given, multimask or logits)
-    if running.threads and running.backend not in ("auto", "torch"):
-        raise ValueError(
-            f"--threads is for torch here; leave it out with --backend {running.backend}"
-        )
     items, missing, without = what.items(listed)
     if without:
         names = f"{', '.join(without[:5])}{', ...' if len(without) > 5 else ''}"
@@ -212,7 +208,7 @@ def segment(
     from tinyvit.sam import Segmenter
 
     name = checkpoint or DEFAULT_CHECKPOINT
-    sam = args.load_sam(own, checkpoint, size)
+    sam = args.open_sam(own, checkpoint, size, running.backend, running.device)
     segmenter = Segmenter(sam, batch_size=batch_size, **running.arguments())
     with segmenter.encoder.engine as engine:
         work = SegmentFolder(

@@ -25,6 +25,7 @@ from tinyvit.images import draw, mask_ops
 from tinyvit.images.decode import MAX_PIXELS, decode
 from tinyvit.images.preprocess import to_input
 from tinyvit.sam.masks import draw_prompts
+from tinyvit.sam.open import StoredSam
 
 from .outputs import facts_of_engine, facts_of_image, find_existing
 from .runner import FolderWork, Item, Job, Outcome
@@ -72,7 +73,7 @@ class SegmentFolder(FolderWork["Masks | list[MaskRecord]"]):
         engine = segmenter.encoder.engine
         super().__init__(engine, folder, overwrite, max_pixels)
         self.segmenter = segmenter
-        sha256 = weights_sha256(segmenter.model.state_dict())
+        sha256 = weights_sha256(segmenter.source.state_dict())
         known = {"made_by": "tinyvit segment", "model_sha256": sha256}
         self.facts = facts_of_engine(engine, checkpoint, **known)
         self.multimask, self.with_logits = multimask, with_logits
@@ -82,7 +83,7 @@ class SegmentFolder(FolderWork["Masks | list[MaskRecord]"]):
             from tinyvit.sam.automatic import SamAutomaticMaskGenerator
 
             self.generator = SamAutomaticMaskGenerator(
-                segmenter.model,
+                segmenter.source,
                 **cast("dict[str, Any]", everything),
                 output_mode="coco_rle",
                 engine=engine,
@@ -245,9 +246,11 @@ def _write_json(path: Path, content: Mapping[str, object]) -> None:
 
 def _candidates_of(segmenter: Segmenter) -> int:
     """Masks that one prompt may mean; Light HQ-SAM picks one itself."""
+    if isinstance(segmenter.source, StoredSam):
+        return 1 if segmenter.source.is_hq else segmenter.source.num_multimask_outputs
     from tinyvit.sam import HQMaskDecoder
 
-    decoder = segmenter.model.mask_decoder
+    decoder = segmenter.source.mask_decoder
     return 1 if isinstance(decoder, HQMaskDecoder) else decoder.num_multimask_outputs
 
 

@@ -9,6 +9,7 @@ five bits, from the third on as the difference from the one before the last.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypedDict, get_args
 
 import numpy as np
@@ -173,6 +174,38 @@ def runs(mask: Mask, top: int, left: int, size: tuple[int, int]) -> Integers:
         )
     counts = np.diff(_changes(mask, top, left, height), prepend=0, append=height * width)
     return counts[:-1] if len(counts) > 1 and counts[-1] == 0 else counts
+
+
+@dataclass(frozen=True)
+class Found:
+    """A mask that a decoder found among those of many points.
+
+    Attributes:
+        prompt: Of which point.
+        token: Which of its masks.
+        score: Predicted IoU.
+        stability: IoU of the masks at a higher and a lower threshold; nan for no pixels.
+        box: First and last pixels, x0, y0, x1, y1; of a mask without any, the crop's corner.
+        counts: Run lengths; None where it is not stable enough.
+    """
+
+    prompt: int
+    token: int
+    score: float
+    stability: float
+    box: tuple[int, int, int, int]
+    counts: Integers | None
+
+
+def runs_and_box(
+    mask: Mask, top: int, left: int, size: tuple[int, int], corner: tuple[int, int]
+) -> tuple[Integers, tuple[int, int, int, int]]:
+    """``Found``'s ``counts`` and ``box`` of the mask that is this part of an image of ``size``."""
+    x0, y0, x1, y1 = box_around(mask)
+    counts = runs(mask[y0:y1, x0:x1], top + y0, left + x0, size)
+    if not x1:  # without pixels
+        return counts, (corner[1], corner[0], corner[1], corner[0])
+    return counts, (left + x0, top + y0, left + x1 - 1, top + y1 - 1)
 
 
 def decode(rle: Mapping[str, object]) -> Mask:

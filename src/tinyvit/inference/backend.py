@@ -145,6 +145,18 @@ class StageBackend(Backend, Protocol):
 
 
 @runtime_checkable
+class EarlyBackend(Backend, Protocol):
+    """A backend that also gives the early map that Light HQ-SAM's decoder wants."""
+
+    def with_early(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, 3, H, W] float32 -> what a call gives, and the map behind the second merge.
+
+        That map is [N, h, w, D] float32.
+        """
+        ...
+
+
+@runtime_checkable
 class LogitsBackend(Backend, Protocol):
     """A backend that also gives a classifier's logits."""
 
@@ -167,12 +179,14 @@ class Encoded:
         stages: The map of each stage, [C, h, w] float32, where asked for; else None.
         pooled: One vector [C] float32 for the image, where asked for; else None: the mean over the
             cells that cover the image, or, of a classifier, what its last layer sees.
+        early: Light HQ-SAM's early map [h, w, D] float32, where asked for; else None.
     """
 
     features: NDArray[np.float32]
     placement: Placement
     stages: tuple[NDArray[np.float32], ...] | None = None
     pooled: NDArray[np.float32] | None = None
+    early: NDArray[np.float32] | None = None
 
     def __repr__(self) -> str:
         height, width = self.placement.original_size

@@ -27,6 +27,7 @@ from tinyvit.images.preprocess import PreparedImage, to_input
 from .backend import (
     Backend,
     BackendName,
+    EarlyBackend,
     Encoded,
     LogitsBackend,
     StageBackend,
@@ -106,7 +107,7 @@ class Engine:
 
     def __init__(
         self,
-        model: TinyViT | str | os.PathLike[str] | None = None,
+        model: TinyViT | StoredModel | str | os.PathLike[str] | None = None,
         *,
         backend: BackendName | Backend = "auto",
         device: str = "auto",
@@ -167,6 +168,7 @@ class Engine:
         *,
         stages: bool = False,
         pooled: bool = False,
+        early: bool = False,
     ) -> Iterator[Encoded]:
         """The features of one or many images, one by one, in order, in bounded memory.
 
@@ -177,6 +179,7 @@ class Engine:
             images: As for ``embed``; may be a generator, which is used in the caller's thread only.
             stages: Give the maps of the stages too, from the same pass.
             pooled: Give one vector for each image too, to compare images by.
+            early: Instead of them, give the early map of an ``EarlyBackend``.
 
         Yields:
             One ``Encoded`` for each image.
@@ -187,10 +190,15 @@ class Engine:
                 stages.
         """
         with closing(self._prepared(images)) as prepared:
-            yield from self.encode(prepared, stages=stages, pooled=pooled)
+            yield from self.encode(prepared, stages=stages, pooled=pooled, early=early)
 
     def encode(
-        self, inputs: Iterable[PreparedImage], *, stages: bool = False, pooled: bool = False
+        self,
+        inputs: Iterable[PreparedImage],
+        *,
+        stages: bool = False,
+        pooled: bool = False,
+        early: bool = False,
     ) -> Iterator[Encoded]:
         """As ``stream``, for images that ``prepare`` has made ready; those of a shape together.
 
@@ -198,6 +206,7 @@ class Engine:
             inputs: ([3, H, W] float32, placement) of each image; may be a generator.
             stages: Give the maps of the stages too, from the same pass.
             pooled: Give one vector for each image too, as ``stream`` does.
+            early: Instead of them, give the early map of an ``EarlyBackend``.
 
         Yields:
             One ``Encoded`` for each input, in order.
@@ -210,17 +219,23 @@ class Engine:
         with_stages = stages or norm is not None
         backend = self._stage_backend() if with_stages else self.backend
 
-        def run(batch: Array) -> list[tuple[Array, tuple[Array, ...] | None]]:
+        def run(batch: Array) -> list[tuple[Array, tuple[Array, ...] | None, Array | None]]:
+            given = self._given(batch)
+            if early and isinstance(backend, EarlyBackend):
+                features, first = backend.with_early(given)
+                pairs = zip(_array(features), _array(first), strict=True)
+                return [(one, None, map_) for one, map_ in pairs]
             if not isinstance(backend, StageBackend) or not with_stages:
-                return [(features, None) for features in _array(backend(self._given(batch)))]
-            output, maps = backend.with_stages(self._given(batch))
+                return [(one, None, None) for one in _array(backend(given))]
+            output, maps = backend.with_stages(given)
             each_map = zip(*map(_array, maps), strict=True)
-            return list(zip(_array(output), each_map, strict=True))
+            return [(one, some, None) for one, some in zip(_array(output), each_map, strict=True)]
 
         window = self.batch_size * (1 if with_stages else WINDOW)  # maps of stages are large
-        for (features, maps), placement in run_in_batches(inputs, run, self._most, window):
+        for found, placement in run_in_batches(inputs, run, self._most, window):
+            features, maps, first = found
             vector = _pool(features, maps, placement, norm) if pooled else None
-            yield Encoded(features, placement, maps if stages else None, vector)
+            yield Encoded(features, placement, maps if stages else None, vector, first)
 
     stream_prepared = encode
 

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 Batch = TypeVar("Batch", "Tensor", NDArray[np.float32])
 
-_ABI = 1
+_ABI = 2
 """Of the package ``tinyvit_native`` that this file is written for."""
 
-_TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
 """Largest error of the self-check, relative to the largest output, as for the fast form in torch:
 3e-6 in fp32 and 2e-2 in bf16 were measured; a mistake gives 1."""
 
@@ -71,7 +71,7 @@ class NativeBackend:
         falls_back: bool = False,
     ) -> None:
         check_settings(self.name, device, threads)
-        library = _library()
+        library = native_library()
         self.precision: Literal["fp32", "bf16"]
         if precision == "auto":
             self.precision = "bf16" if library.has_bf16() else "fp32"
@@ -80,7 +80,7 @@ class NativeBackend:
         else:
             self.precision, reason = choose_precision(precision, "cpu")
         self.choice = f"native {library.version()} on cpu, {self.precision} ({reason})"
-        self._threads = _default_threads() if threads is None else threads
+        self._threads = default_threads() if threads is None else threads
         self._model = model
         self._falls_back = falls_back
         self._derived = Derived(self._modules, self._make)
@@ -111,6 +111,22 @@ class NativeBackend:
     def with_stages(self, batch: Batch) -> tuple[Batch, list[Batch]]:
         """What a call and ``stages`` give, from one pass."""
         return self._network().with_stages(batch)
+
+    def with_early(self, batch: Batch) -> tuple[Batch, Batch]:
+        """What a call gives, and the map behind the second merge, [N, h, w, D].
+
+        Raises:
+            ValueError: Torch runs the model instead, and gives none.
+        """
+        network = self._network()
+        if not isinstance(network, NativeNetwork):
+            raise ValueError("torch runs this model, and gives no early map; use with_stages")
+        return network.with_early(batch)
+
+    @property
+    def threads(self) -> int:
+        """How many threads compute; 0: as many as the process has CPUs."""
+        return self._threads
 
     def explain(self) -> str:
         """What runs, and why, in words."""
@@ -145,7 +161,7 @@ class NativeBackend:
             try:
                 network = self._make_network(self._model.arguments(), arrays_of(self._model))
                 error = _error_of(network, self._model)
-                if error <= _TOLERANCE[self.precision]:
+                if error <= TOLERANCE[self.precision]:
                     return network, f"{network.words} (checked: error {error:.0e})"
                 reason = f"the native form differs by {error:.1e}"
             except ValueError as err:
@@ -173,7 +189,7 @@ class NativeNetwork:
         precision: Literal["fp32", "bf16"],
         threads: int,
     ) -> None:
-        library = _library()
+        library = native_library()
         end = None if arguments["neck_dim"] is None else "sam"
         size = arguments.get("neck_size")
         config = library.Config(
@@ -210,6 +226,11 @@ class NativeNetwork:
         found = self._run(batch, stages=range(self._count), **{self._output: True})
         return found[self._output], [found[f"stage{i}"] for i in range(self._count)]
 
+    def with_early(self, batch: Batch) -> tuple[Batch, Batch]:
+        """A call's, and the map behind the second merge, [N, h, w, D]."""
+        found = self._run(batch, early=True, **{self._output: True})
+        return found[self._output], found["early"]
+
     def features(self, batch: Batch) -> Batch:
         """The neck's output, or the last stage's map."""
         return self._run(batch, embedding=True)["embedding"]
@@ -223,7 +244,7 @@ class NativeNetwork:
         return {name: torch.from_numpy(array) for name, array in found.items()}
 
 
-def _library() -> Any:
+def native_library() -> Any:
     """The package ``tinyvit_native``."""
     library = load_library("tinyvit_native", "native")
     if library.abi_version() != _ABI:
@@ -234,7 +255,8 @@ def _library() -> Any:
     return library
 
 
-def _default_threads() -> int:
+def default_threads() -> int:
+    """The number in OMP_NUM_THREADS; 0, as many as there are CPUs, without one."""
     number = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     return int(number) if number.isdigit() else 0
 

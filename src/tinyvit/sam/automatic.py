@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, cast, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,11 +19,10 @@ from tinyvit.images.decode import ImageSource, decode
 from tinyvit.images.mask_ops import (
     RLE,
     RegionKind,
-    box_around,
     fill,
     non_maximum_suppression,
     remove_small_regions,
-    runs,
+    runs_and_box,
     to_rle,
 )
 
@@ -35,8 +34,8 @@ from .crops import (
     is_box_near_crop_edge,
 )
 from .embedding import ImageEmbedding, ImageEncoder
+from .open import StoredSam, choose_decoder, open_sam
 from .prompts import PromptBatch, Size
-from .upscale import upscale_region
 
 if TYPE_CHECKING:
     import torch
@@ -79,17 +78,6 @@ class Candidate:
     stability: float  # IoU of the masks at a higher and a lower threshold; nan for no pixels
     point: tuple[float, float]  # (x, y) that was prompted, in pixels of the image
     crop_box: CropBox
-
-
-def _runs_and_box(
-    mask: NDArray[np.bool_], top: int, left: int, size: Size, crop_box: CropBox
-) -> tuple[NDArray[np.int64], tuple[int, int, int, int]]:
-    """``counts`` and ``box`` of the mask that is this part of an image, and empty outside of it."""
-    x0, y0, x1, y1 = box_around(mask)
-    counts = runs(mask[y0:y1, x0:x1], top + y0, left + x0, size)
-    if not x1:  # without pixels: a point at the crop's corner
-        return counts, (crop_box[0], crop_box[1], crop_box[0], crop_box[1])
-    return counts, (left + x0, top + y0, left + x1 - 1, top + y1 - 1)
 
 
 class MaskRecord(TypedDict):
@@ -167,7 +155,7 @@ class SamAutomaticMaskGenerator:
 
     def __init__(
         self,
-        model: Sam | str | os.PathLike[str],
+        model: Sam | StoredSam | str | os.PathLike[str],
         points_per_side: int | None = 32,
         points_per_batch: int = 64,
         pred_iou_thresh: float | None = None,
@@ -189,9 +177,6 @@ class SamAutomaticMaskGenerator:
         pad: bool | None = None,
         workers: int | None = None,
     ) -> None:
-        from .build import as_sam
-        from .decoder import TorchDecoder
-
         if output_mode not in get_args(OutputMode):
             raise ValueError(
                 f"output_mode must be one of {get_args(OutputMode)}, came {output_mode!r}"
@@ -199,8 +184,10 @@ class SamAutomaticMaskGenerator:
         self.point_grids = _grids(
             points_per_side, point_grids, crop_n_layers, crop_n_points_downscale_factor
         )
-        self.model = as_sam(model, "SamAutomaticMaskGenerator")
-        thresholds = {**THRESHOLDS, **self.model.thresholds}
+        kind = backend if engine is None else "torch"
+        self._model = open_sam(model, "SamAutomaticMaskGenerator", kind, device)
+        self._encoding = engine, backend, precision, device, pad, workers
+        thresholds = {**THRESHOLDS, **self._model.thresholds}
         self.points_per_batch = points_per_batch
         given = pred_iou_thresh, stability_score_thresh, stability_score_offset
         self.pred_iou_thresh, self.stability_score_thresh, self.stability_score_offset = (
@@ -218,8 +205,19 @@ class SamAutomaticMaskGenerator:
             value = getattr(self, name)
             if not np.isfinite(value) or not least <= value <= most:
                 raise ValueError(f"{name} must be {wanted}, came {value}")
-        self._encoder = ImageEncoder(self.model, engine, backend, precision, device, pad, workers)
-        self._decoder = TorchDecoder(self.model, self._encoder.device)
+        self._use(self._model)
+
+    def _use(self, model: Sam | StoredSam) -> None:
+        self._model = model
+        self._encoder = ImageEncoder(model, *self._encoding)
+        self._decoder = choose_decoder(model, self._encoder.engine, self._encoder.device)
+
+    @property
+    def model(self) -> Sam:
+        """The model; one that was opened without torch is built when it is asked for."""
+        if isinstance(self._model, StoredSam):
+            self._use(self._model.build())
+        return cast("Sam", self._model)
 
     def generate(
         self, image: ImageSource | ImageEmbedding, progress: Progress | None = None
@@ -288,29 +286,32 @@ class SamAutomaticMaskGenerator:
         points = grid * np.array([width, height])
         in_model = embedding.placement.points_to_model(points).astype(np.float32)
         in_image = points + np.array(box[:2])
-        decoder, prepared = self._decoder, self._decoder.prepare(embedding)
-        sizes = embedding.placement, decoder.logit_stride
-        threshold, offset = self.model.mask_threshold, self.stability_score_offset
+        prepared: Any = self._decoder.prepare(embedding)
+        crop_box = np.array([*box[:2], *box[:2]])
         min_iou = self.pred_iou_thresh if self.pred_iou_thresh > 0 else -np.inf
-        min_stability = float(np.float32(self.stability_score_thresh))
         orig_box = [0, 0, size[1], size[0]]
         for start in range(0, len(points), self.points_per_batch):
             few = in_model[start : start + self.points_per_batch, None]  # [n, 1, 2]
             batch = PromptBatch((few, np.ones((len(few), 1), np.int64)))
-            masks, scores = decoder.decode(prepared, batch, min_iou=min_iou)
-            for logits, (number, token) in zip(masks, np.argwhere(scores > min_iou), strict=True):
-                region = upscale_region(logits, *sizes, threshold, offset)
-                rejected.stabilities.append(region.stability)
-                if min_stability > 0 and not region.stability >= min_stability:  # nan is unstable
+            found, scores = self._decoder.find(
+                prepared,
+                batch,
+                embedding.placement,
+                min_iou=min_iou,
+                threshold=self._model.mask_threshold,
+                offset=self.stability_score_offset,
+                min_stability=float(np.float32(self.stability_score_thresh)),
+                frame=size,
+                corner=(box[1], box[0]),
+            )
+            for one in found:
+                rejected.stabilities.append(one.stability)
+                if one.counts is None:
                     continue
-                top, left = region.top + box[1], region.left + box[0]
-                counts, around = _runs_and_box(region.mask, top, left, size, box)
-                in_crop = np.array(around) - np.array([*box[:2], *box[:2]])
-                if is_box_near_crop_edge(in_crop, box, orig_box)[0]:
+                if is_box_near_crop_edge(np.array(one.box) - crop_box, box, orig_box)[0]:
                     continue
-                x, y = in_image[start + number].tolist()
-                score = float(scores[number, token])
-                yield Candidate(counts, around, score, region.stability, (x, y), box)
+                x, y = in_image[start + one.prompt].tolist()
+                yield Candidate(one.counts, one.box, one.score, one.stability, (x, y), box)
             rejected.add(scores)
 
     def _without_small_regions(self, candidates: list[Candidate], size: Size) -> list[Candidate]:
@@ -323,7 +324,8 @@ class SamAutomaticMaskGenerator:
                 mask, changes = remove_small_regions(mask, self.min_mask_region_area, mode)
                 is_changed |= changes
             if is_changed:
-                counts, around = _runs_and_box(mask, 0, 0, size, one.crop_box)
+                corner = one.crop_box[1], one.crop_box[0]
+                counts, around = runs_and_box(mask, 0, 0, size, corner)
                 one = replace(one, counts=counts, box=around)
             tidied.append(one)
             scores.append(0.0 if is_changed else 1.0)

@@ -18,9 +18,7 @@ from types import MappingProxyType
 from torch import nn
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT, VARIANTS, get_checkpoint, get_variant
-from tinyvit.checkpoints.families import ORDER
 from tinyvit.checkpoints.open import OpenedCheckpoint, open_checkpoint
-from tinyvit.errors import CheckpointError
 from tinyvit.factory import create_model, load_exactly
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
@@ -29,6 +27,7 @@ from tinyvit.modules.sam.prompt_encoder import PromptEncoder
 from tinyvit.modules.sam.transformer import TwoWayTransformer
 
 from .model import Sam
+from .open import check_parts
 
 Size = tuple[int, int]
 
@@ -91,7 +90,7 @@ def build_sam(
         encoder = create_model(variant if variant is not None else _UNTRAINED)
     else:
         opened = open_checkpoint(checkpoint, sha256, progress)
-        _check_parts(opened)
+        check_parts(set(opened.found.parts), opened.path, opened.found.family)
         encoder = create_model(variant, opened)
         is_hq = "hq_decoder" in opened.found.parts
     if img_size is not None:
@@ -114,19 +113,6 @@ def as_sam(given: Sam | str | os.PathLike[str] | None, wanted_by: str) -> Sam:
             f"came {type(given).__name__}"
         )
     return build_sam(DEFAULT_CHECKPOINT if given is None else given)
-
-
-def _check_parts(opened: OpenedCheckpoint) -> None:
-    """Refuse a file without the heads that make an encoder a SAM."""
-    parts = opened.found.parts
-    lacking = [part for part in ("prompt_encoder", "mask_decoder") if part not in parts]
-    if lacking:
-        held = ", ".join(part for part in ORDER if part in parts)
-        raise CheckpointError(
-            f"{opened.path} ({opened.found.family}) holds no {' and no '.join(lacking)}, only "
-            f"{held}: it is an encoder and no SAM; give a file with all parts, such as "
-            f"{DEFAULT_CHECKPOINT!r}, or use tinyvit.create_model for the encoder alone"
-        )
 
 
 def _assemble(encoder: TinyViT, is_hq: bool) -> Sam:

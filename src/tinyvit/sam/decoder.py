@@ -8,8 +8,8 @@ Numpy at the surface, see ``inference.backend``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tinyvit.image_spec import Placement
+from tinyvit.images.mask_ops import Found, runs_and_box
 from tinyvit.inference.derived import Derived
 from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
@@ -26,7 +27,7 @@ from .embedding import ImageEmbedding
 from .fast_decoder import FastMaskDecoder, SharedImage, frozen
 from .model import Sam, decode_prompts
 from .prompts import PromptBatch
-from .upscale import axes, upscale
+from .upscale import axes, upscale, upscale_region
 
 CHUNK = 8
 """Prompts that are computed together where each has image-side work of its own, which is large."""
@@ -87,6 +88,10 @@ class TorchDecoder:
         """Input pixels per low-res logit."""
         encoder = self._model.prompt_encoder
         return encoder.input_image_size[0] / encoder.mask_input_size[0]
+
+    def explain(self) -> str:
+        """What runs, in a word."""
+        return "torch"
 
     def prepare(self, embedding: ImageEmbedding) -> PreparedEmbedding:
         """What all prompts on this embedding share, computed once."""
@@ -183,6 +188,40 @@ class TorchDecoder:
             target[...] = (logits if threshold is None else logits > threshold).cpu().numpy()
         return masks
 
+    def find(
+        self,
+        prepared: PreparedEmbedding,
+        prompts: PromptBatch,
+        placement: Placement,
+        *,
+        min_iou: float,
+        threshold: float,
+        offset: float,
+        min_stability: float,
+        frame: tuple[int, int],
+        corner: tuple[int, int],
+    ) -> tuple[Iterator[Found], NDArray[np.float32]]:
+        """The masks of many points whose predicted IoU exceeds ``min_iou``, one at a time.
+
+        ``offset`` is that of the stability, ``frame`` the size (H, W) of the image that this one is
+        a crop of, which begins at ``corner`` (y, x). Also gives the predicted IoU [N, K] of all.
+        """
+        masks, scores = self.decode(prepared, prompts, min_iou=min_iou)
+        stride = self.logit_stride
+
+        def each() -> Iterator[Found]:
+            for logits, (number, token) in zip(masks, np.argwhere(scores > min_iou), strict=True):
+                region = upscale_region(logits, placement, stride, threshold, offset)
+                counts, box = runs_and_box(
+                    region.mask, region.top + corner[0], region.left + corner[1], frame, corner
+                )
+                is_stable = min_stability <= 0 or region.stability >= min_stability
+                kept = counts if is_stable else None
+                score = float(scores[number, token])
+                yield Found(int(number), int(token), score, region.stability, box, kept)
+
+        return each(), scores
+
     def _modules(self) -> Sequence[nn.Module]:
         return self._model.prompt_encoder, self._model.mask_decoder
 
@@ -229,6 +268,61 @@ class TorchDecoder:
             given, features = (placed, boxes, masks), prepared.features.to(like)
             logits, iou = decode_prompts(heads, features, given, multimask_output, *more)
         return logits.float(), iou.float()
+
+
+def why_unknown(model: Sam) -> str | None:
+    """Why a form made of a SAM's weights alone cannot stand for its heads; None where it can."""
+    masks = model.mask_decoder
+    if type(masks) not in (MaskDecoder, HQMaskDecoder):
+        return f"its mask decoder is a {type(masks).__qualname__}"
+    if type(masks.transformer) is not TwoWayTransformer:
+        return f"its transformer is a {type(masks.transformer).__qualname__}"
+    for head in (model.prompt_encoder, masks):
+        for name, module in head.named_modules():
+            if module._forward_hooks or module._forward_pre_hooks:
+                return f"{name or 'a head'} has a forward hook"
+    return None
+
+
+def compare(
+    model: Sam,
+    run: Callable[
+        [NDArray[np.float32], NDArray[np.float32] | None, PromptBatch, bool],
+        tuple[NDArray[np.float32], NDArray[np.float32]],
+    ],
+) -> float:
+    """The largest error of another form of a SAM's heads on a small image, relative to the output.
+
+    ``run`` takes features [C, h, w], the early map or None, prompts, and ``multimask_output``.
+    """
+    heads = tuple(
+        frozen(head, "cpu", torch.float32) for head in (model.prompt_encoder, model.mask_decoder)
+    )
+    prompt_encoder, masks = cast("tuple[PromptEncoder, MaskDecoder]", heads)
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(masks.transformer_dim, 5, 7)).astype(np.float32)
+    early = None
+    if isinstance(masks, HQMaskDecoder):
+        early = rng.normal(size=(5, 7, masks.vit_dim)).astype(np.float32)
+    height, width = prompt_encoder.input_image_size
+    places = np.array([[[0.3, 0.6], [0.7, 0.1]]], np.float32) * np.array(
+        [width, height], np.float32
+    )
+    prompts = PromptBatch((places, np.array([[1, 0]])))
+    plain = TorchDecoder(model, fast=False)
+    prepared = PreparedEmbedding(
+        torch.from_numpy(features)[None], None if early is None else torch.from_numpy(early)[None]
+    )
+    worst = 0.0
+    for multimask in (True, False):
+        wanted = plain._decode_plain(heads, prepared, prompts, multimask, False)  # type: ignore[arg-type]
+        for got, exact in zip(run(features, early, prompts, multimask), wanted, strict=True):
+            true = exact.numpy()
+            if got.shape != true.shape:
+                return float("inf")
+            error = float(np.abs(got - true).max()) / max(float(np.abs(true).max()), 1e-12)
+            worst = max(worst, error if error == error else float("inf"))
+    return worst
 
 
 def _tensors(

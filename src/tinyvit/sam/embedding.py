@@ -29,6 +29,7 @@ from tinyvit.images.preprocess import PreparedImage, normalise_and_pad, to_input
 from tinyvit.inference.backend import choose_device
 from tinyvit.inference.derived import Derived
 
+from .open import StoredSam
 from .prompts import Size
 
 if TYPE_CHECKING:
@@ -303,7 +304,7 @@ class ImageEncoder:
 
     def __init__(
         self,
-        model: Sam,
+        model: Sam | StoredSam,
         engine: Engine | None = None,
         backend: BackendName | Backend = "auto",
         precision: str = "fp32",
@@ -312,6 +313,7 @@ class ImageEncoder:
         workers: int | None = None,
         batch_size: int = 8,
         fast: bool = True,
+        threads: int | None = None,
     ) -> None:
         from tinyvit.inference.engine import Engine
 
@@ -326,15 +328,18 @@ class ImageEncoder:
             )
         self._model = model
         self._encoder = model.image_encoder
-        self.device = choose_device(str(model.device if device is None else device))
+        self.device = "cpu"
+        if not isinstance(model, StoredSam):
+            self.device = choose_device(str(model.device if device is None else device))
         self.engine = engine or Engine(
             model.image_encoder,
-            backend=backend if fast else _PlainEncoder(model),
+            backend=backend if fast else _PlainEncoder(cast("Sam", model)),
             device=self.device if fast and isinstance(backend, str) else "auto",
             precision=precision,
             batch_size=batch_size,
             image_spec=spec_of(model),
             pad=pad,
+            threads=threads,
             workers=workers,
         )
         self._derived = Derived(self._modules, self._derive)
@@ -346,11 +351,11 @@ class ImageEncoder:
 
     def encode(self, images: Picture | Iterable[Picture]) -> Iterator[ImageEmbedding]:
         """Encode images one by one, in order, in bounded memory; see ``Engine.stream``."""
-        yield from self._embeddings(self.engine.stream(images, stages=self._wants_early))
+        yield from self._embeddings(self.engine.stream(images, **self._wanted()))
 
     def encode_prepared(self, inputs: Iterable[PreparedImage]) -> Iterator[ImageEmbedding]:
         """As ``encode``, for inputs ([3, H, W] float32, placement) that are ready."""
-        yield from self._embeddings(self.engine.encode(inputs, stages=self._wants_early))
+        yield from self._embeddings(self.engine.encode(inputs, **self._wanted()))
 
     def weights_sha256(self) -> str | None:
         """Hash of the encoder's weights as they are now; None where the engine has no model."""
@@ -365,8 +370,15 @@ class ImageEncoder:
                 "interm_features; encode the image again with this model"
             )
 
+    def _wanted(self) -> dict[str, bool]:
+        """What of a pass is wanted: the early map, or the stages to make it of."""
+        early = isinstance(self._model, StoredSam)
+        return {"stages": self._wants_early and not early, "early": self._wants_early and early}
+
     @property
     def _wants_early(self) -> bool:
+        if isinstance(self._model, StoredSam):
+            return self._model.is_hq
         from tinyvit.modules.sam.mask_decoder import HQMaskDecoder
 
         return isinstance(self._model.mask_decoder, HQMaskDecoder)
@@ -375,19 +387,21 @@ class ImageEncoder:
         precision = self.engine.precision
         for encoded in stream:
             weights_sha256, merge = self._derived.get()
-            early = None
+            early = encoded.early
             if encoded.stages is not None and merge is not None:
                 early = early_map(encoded.stages[1], merge)
             values = encoded.features, encoded.placement, self.image_spec
             yield ImageEmbedding(*values, weights_sha256, early, precision)
 
-    def _modules(self) -> tuple[nn.Module]:
+    def _modules(self) -> tuple[nn.Module, ...]:
+        if isinstance(self._model, StoredSam):
+            return ()
         if self._model.image_encoder is not self._encoder:
             raise RuntimeError(
                 "the model has been given another image encoder; make a new predictor (or "
                 "Segmenter) for it"
             )
-        return (self._encoder,)
+        return (self._model.image_encoder,)
 
     def _derive(self) -> tuple[str | None, nn.Module | None]:
         """The hash of the weights, and a copy of what makes the early map."""
@@ -395,7 +409,9 @@ class ImageEncoder:
             weights_sha256: str | None = self.engine.weights_sha256()
         except ValueError:  # an engine with a backend of its own has no weights to name
             weights_sha256 = None
-        return weights_sha256, early_merge(self._encoder)
+        if isinstance(self._model, StoredSam):
+            return weights_sha256, None
+        return weights_sha256, early_merge(self._model.image_encoder)
 
 
 def early_merge(encoder: TinyViT) -> nn.Module | None:
@@ -447,8 +463,10 @@ class _PlainEncoder:
         pass
 
 
-def spec_of(model: Sam) -> ImageSpec:
+def spec_of(model: Sam | StoredSam) -> ImageSpec:
     """How a ``Sam``'s images are prepared: as its encoder says, with the ``Sam``'s own pixels."""
+    if isinstance(model, StoredSam):
+        return cast(ImageSpec, model.image_encoder.image_spec)
     encoder = model.image_encoder
     spec = encoder.image_spec or ImageSpec.sam(encoder.img_size)
     mean, std = (v.flatten().tolist() for v in (model.pixel_mean, model.pixel_std))

@@ -20,6 +20,7 @@ from tinyvit.images.preprocess import ResizeLongestSide
 from tinyvit.inference.derived import version_of
 
 from .embedding import ImageEmbedding, ImageEncoder, prepare_image, prepare_resized
+from .open import StoredSam, choose_decoder, open_sam
 from .prompts import Prompt, PromptBatch, Size, stack_prompts
 
 if TYPE_CHECKING:
@@ -27,10 +28,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
-    from tinyvit.inference.backend import Backend, BackendName
+    from tinyvit.inference.backend import Backend, BackendName, Prepared
     from tinyvit.inference.engine import Engine
 
-    from .decoder import PreparedEmbedding
     from .model import Sam
 
 _NOT_SET = "An image must be set with .set_image(...) before mask prediction."
@@ -73,12 +73,12 @@ class SamPredictor:
     original_size: Size | None
     input_size: Size | None
     _embedding: ImageEmbedding | None
-    _prepared: PreparedEmbedding | None
+    _prepared: Prepared | None
     _features: Tensor | None
 
     def __init__(
         self,
-        sam_model: Sam | str | os.PathLike[str],
+        sam_model: Sam | StoredSam | str | os.PathLike[str],
         *,
         engine: Engine | None = None,
         backend: BackendName | Backend = "auto",
@@ -88,14 +88,27 @@ class SamPredictor:
         decoder_precision: str = "fp32",
         fast: bool = True,
     ) -> None:
-        from .build import as_sam
-        from .decoder import TorchDecoder
-
-        self.model = as_sam(sam_model, "SamPredictor")
-        self._encoder = ImageEncoder(self.model, engine, backend, precision, device, pad, fast=fast)
+        is_plain = engine is not None or not fast or decoder_precision != "fp32"
+        model = open_sam(sam_model, "SamPredictor", "torch" if is_plain else backend, device)
+        self._encoding = engine, backend, precision, device, pad, None, 8, fast
+        self._decoding = decoder_precision, fast
+        self._use(model)
         self.transform = ResizeLongestSide(max(self._encoder.image_spec.size))
-        self._decoder = TorchDecoder(self.model, self._encoder.device, decoder_precision, fast)
         self.reset_image()
+
+    def _use(self, model: Sam | StoredSam) -> None:
+        self._model = model
+        self._encoder = ImageEncoder(model, *self._encoding)
+        engine, device = self._encoder.engine, self._encoder.device
+        self._decoder = choose_decoder(model, engine, device, *self._decoding)
+
+    @property
+    def model(self) -> Sam:
+        """The model; one that was opened without torch is built when it is asked for."""
+        if isinstance(self._model, StoredSam):
+            self._use(self._model.build())
+            self._prepared = None
+        return cast("Sam", self._model)
 
     @classmethod
     def from_checkpoint(
@@ -120,10 +133,9 @@ class SamPredictor:
             DownloadError: The checkpoint cannot be fetched.
             ValueError: A value that the class refuses.
         """
-        from .build import as_sam
-
+        is_plain = engine is not None or decoder_precision != "fp32"
         return cls(
-            as_sam(checkpoint, cls.__name__),
+            open_sam(checkpoint, cls.__name__, "torch" if is_plain else backend, device),
             engine=engine,
             backend=backend,
             precision=precision,
@@ -147,7 +159,7 @@ class SamPredictor:
         """
         self.reset_image()
         spec = self._encoder.image_spec
-        prepared = prepare_image(image, image_format, self.model.image_format, spec)
+        prepared = prepare_image(image, image_format, self._model.image_format, spec)
         self._take(*self._encoder.encode_prepared([prepared]))
 
     def set_torch_image(self, transformed_image: Tensor, original_image_size: Size) -> None:
@@ -293,7 +305,7 @@ class SamPredictor:
         low_res, scores = self._decoder.decode(
             self._prepare(embedding), batch, multimask_output, hq_token_only=hq_token_only
         )
-        threshold = None if return_logits else self.model.mask_threshold
+        threshold = None if return_logits else self._model.mask_threshold
         if not is_many:
             low_res, scores = low_res[0], scores[0]
         return self._decoder.masks(low_res, placement, threshold), scores, low_res
@@ -349,7 +361,7 @@ class SamPredictor:
         low_res, scores = self._decoder.decode_tensors(
             self._prepare(embedding), batch, multimask_output, hq_token_only=hq_token_only
         )
-        threshold = None if return_logits else self.model.mask_threshold
+        threshold = None if return_logits else self._model.mask_threshold
         masks = self._decoder.masks(low_res.cpu().numpy(), self._placement(), threshold)
         return torch.from_numpy(masks).to(self.device), scores, low_res
 
@@ -377,7 +389,7 @@ class SamPredictor:
             )
         return embedding
 
-    def _prepare(self, embedding: ImageEmbedding) -> PreparedEmbedding:
+    def _prepare(self, embedding: ImageEmbedding) -> Any:
         """What the decoder prepared of the image; computed once."""
         if self._prepared is None:
             self._prepared = self._decoder.prepare(embedding)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 from .embedding import ImageEmbedding, ImageEncoder
 from .masks import Floats
 from .masks import Masks as Masks
+from .open import StoredSam, choose_decoder, open_sam
 from .prompts import Kind, Prompt, PromptLike, stack_prompts, to_prompt
 
 if TYPE_CHECKING:
-    from tinyvit.inference.backend import Backend, BackendName
+    from tinyvit.inference.backend import Backend, BackendName, Prepared
     from tinyvit.inference.engine import Picture
 
-    from .decoder import PreparedEmbedding
     from .model import Sam
 
 Multimask: TypeAlias = "bool | Literal['auto']"
@@ -36,6 +36,7 @@ class Segmenter:
         device: Where to compute: a torch device, or "auto".
         batch_size: Images that are encoded together, at most.
         pad: As for ``tinyvit.Engine``: False spends no work on padding, with other numbers.
+        threads: As for ``tinyvit.Engine``.
 
     Raises:
         CheckpointError: The file cannot be read, or holds no whole SAM.
@@ -55,30 +56,46 @@ class Segmenter:
 
     def __init__(
         self,
-        sam: Sam | str | os.PathLike[str] | None = None,
+        sam: Sam | StoredSam | str | os.PathLike[str] | None = None,
         *,
         backend: BackendName | Backend = "auto",
         precision: str = "fp32",
         device: str = "auto",
         batch_size: int = 8,
         pad: bool | None = None,
+        threads: int | None = None,
         workers: int | None = None,
     ) -> None:
-        from .build import as_sam
-        from .decoder import TorchDecoder
+        self._encoding = backend, precision, device, pad, workers, batch_size, True, threads
+        self._use(open_sam(sam, "Segmenter", backend, device))
 
-        self.model = as_sam(sam, "Segmenter")
-        self._encoder = ImageEncoder(
-            self.model, None, backend, precision, device, pad, workers, batch_size
-        )
-        self._decoder = TorchDecoder(self.model, self._encoder.device)
-        self._last: tuple[ImageEmbedding, PreparedEmbedding] | None = None
+    def _use(self, model: Sam | StoredSam) -> None:
+        self._model = model
+        self._encoder = ImageEncoder(model, None, *self._encoding)
+        self._decoder = choose_decoder(model, self._encoder.engine, self._encoder.device)
+        self._last: tuple[ImageEmbedding, Any] | None = None
+
+    @property
+    def model(self) -> Sam:
+        """The model; one that was opened without torch is built when it is asked for."""
+        if isinstance(self._model, StoredSam):
+            self._use(self._model.build())
+        return cast("Sam", self._model)
+
+    @property
+    def source(self) -> Sam | StoredSam:
+        """The model as it runs, which may be one of a file, opened without torch."""
+        return self._model
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}
 
     def __repr__(self) -> str:
         return f"Segmenter({self._encoder.engine!r})"
+
+    def explain(self) -> str:
+        """What runs the encoder and the decoder, and why, in words."""
+        return f"{self._encoder.engine.explain()}; the decoder runs in {self._decoder.explain()}"
 
     @property
     def encoder(self) -> ImageEncoder:
@@ -178,7 +195,7 @@ class Segmenter:
             self._encoder.check(item)
             yield item
 
-    def prepare(self, embedding: ImageEmbedding) -> PreparedEmbedding:
+    def prepare(self, embedding: ImageEmbedding) -> Prepared:
         """What all prompts on one image share, for ``predict``; who alternates images keeps it.
 
         Args:
@@ -199,7 +216,7 @@ class Segmenter:
         prompts: Sequence[PromptLike],
         multimask: Multimask = "auto",
         *,
-        prepared: PreparedEmbedding | None = None,
+        prepared: Prepared | None = None,
     ) -> Masks:
         """The masks of prompts on one image that is encoded.
 
@@ -222,7 +239,7 @@ class Segmenter:
         embedding: ImageEmbedding,
         prompts: tuple[Prompt, ...],
         multimask: Multimask,
-        prepared: PreparedEmbedding | None = None,
+        prepared: Prepared | None = None,
     ) -> Masks:
         """The masks of all prompts on one image."""
         decoder, placement, last = self._decoder, embedding.placement, self._last
@@ -239,13 +256,13 @@ class Segmenter:
             own = [prompts[i] for i in members]
             batch = stack_prompts(own, placement, embedding.low_res_size, decoder.logit_stride)
             many = kind == (1, False, False) if multimask == "auto" else multimask  # ambiguous
-            low_res, scores = decoder.decode(cast("PreparedEmbedding", prepared), batch, many)
+            low_res, scores = decoder.decode(cast(Any, prepared), batch, many)
             logits.update(zip(members, low_res, strict=True))
             ious.update(zip(members, scores, strict=True))
         low_res_logits, predicted_ious = (
             tuple(found[i] for i in range(len(prompts))) for found in (logits, ious)
         )
-        stride, threshold = decoder.logit_stride, self.model.mask_threshold
+        stride, threshold = decoder.logit_stride, self._model.mask_threshold
         return Masks(prompts, low_res_logits, predicted_ious, placement, stride, threshold)
 
 

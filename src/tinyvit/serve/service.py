@@ -170,7 +170,7 @@ class Service:
     @property
     def thresholds(self) -> dict[str, float]:
         """Thresholds that belong to the weights."""
-        return {} if self._segmenter is None else dict(self._segmenter.model.thresholds)
+        return {} if self._segmenter is None else dict(self._segmenter.source.thresholds)
 
     def close(self) -> None:
         """Take no more work; wait for what runs, within ``drain_seconds`` of the first call."""
@@ -321,7 +321,7 @@ class Service:
 
         def work() -> Any:
             generator = SamAutomaticMaskGenerator(
-                segmenter.model,
+                segmenter.source,
                 output_mode="coco_rle",
                 engine=segmenter.encoder.engine,
                 device=self.settings.device,

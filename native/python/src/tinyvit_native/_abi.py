@@ -23,7 +23,7 @@ from ctypes import (
 )
 from pathlib import Path
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_STAGES = 8
 MAX_CHANNELS = 16
 
@@ -149,6 +149,20 @@ class DecoderConfig(_Sized):
     ]
 
 
+class Embedding(_Sized):
+    """``tinyvit_embedding``."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("channels", c_int32),
+        ("height", c_int32),
+        ("width", c_int32),
+        ("features", c_void_p),
+        ("early_channels", c_int32),
+        ("early", c_void_p),
+    ]
+
+
 class Prompts(_Sized):
     """``tinyvit_prompts``."""
 
@@ -157,10 +171,56 @@ class Prompts(_Sized):
         ("count", c_int32),
         ("num_points", c_int32),
         ("multimask", c_int32),
+        ("hq_only", c_int32),
         ("points", c_void_p),
         ("labels", c_void_p),
         ("boxes", c_void_p),
         ("masks", c_void_p),
+        ("min_score", POINTER(c_float)),
+    ]
+
+
+class Placement(_Sized):
+    """``tinyvit_placement``."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("covered_height", c_int32),
+        ("covered_width", c_int32),
+        ("resized_height", c_int32),
+        ("resized_width", c_int32),
+        ("original_height", c_int32),
+        ("original_width", c_int32),
+    ]
+
+
+class Search(_Sized):
+    """``tinyvit_search``."""
+
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("threshold", c_float),
+        ("offset", c_float),
+        ("min_stability", c_float),
+        ("frame_height", c_int32),
+        ("frame_width", c_int32),
+        ("top", c_int32),
+        ("left", c_int32),
+    ]
+
+
+class Region(Structure):
+    """``tinyvit_region``."""
+
+    _fields_ = [
+        ("prompt", c_int32),
+        ("mask", c_int32),
+        ("score", c_float),
+        ("stability", c_float),
+        ("box", c_int32 * 4),
+        ("area", c_uint64),
+        ("counts", POINTER(c_int64)),
+        ("num_counts", c_uint64),
     ]
 
 
@@ -205,15 +265,22 @@ def load(path: Path) -> ctypes.CDLL:
     lib.tinyvit_decoder_create.argtypes = [
         POINTER(DecoderConfig), POINTER(Tensor), c_size_t, POINTER(handle), error,
     ]  # fmt: skip
-    lib.tinyvit_prepare.argtypes = [
-        handle, c_void_p, c_int32, c_int32, c_int32, POINTER(handle), error,
-    ]  # fmt: skip
+    lib.tinyvit_prepare.argtypes = [handle, POINTER(Embedding), POINTER(handle), error]
     lib.tinyvit_decode.argtypes = [
         handle, handle, POINTER(Prompts), c_void_p, c_void_p, POINTER(c_int32), error,
     ]  # fmt: skip
-    for name in ("tinyvit_decoder_destroy", "tinyvit_prepared_destroy"):
-        getattr(lib, name).argtypes = [handle]
-        getattr(lib, name).restype = None
+    lib.tinyvit_enlarge.argtypes = [
+        c_void_p, c_int32, c_int32, c_int32, POINTER(Placement), c_float, c_void_p, c_void_p, error,
+    ]  # fmt: skip
+    lib.tinyvit_find.argtypes = [
+        handle, handle, POINTER(Prompts), POINTER(Placement), POINTER(Search), POINTER(handle),
+        c_void_p, error,
+    ]  # fmt: skip
+    lib.tinyvit_regions_list.argtypes = [handle, POINTER(c_uint64)]
+    lib.tinyvit_regions_list.restype = POINTER(Region)
+    for name in ("decoder", "prepared", "regions"):
+        destroy = getattr(lib, f"tinyvit_{name}_destroy")
+        destroy.argtypes, destroy.restype = [handle], None
     lib.tinyvit_prepared_bytes.argtypes = [handle]
     lib.tinyvit_prepared_bytes.restype = c_uint64
     return lib

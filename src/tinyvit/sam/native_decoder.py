@@ -1,0 +1,287 @@
+"""A SAM's decoder in the native engine: prompts on an embedding -> low-res logits, scores, masks.
+
+It follows the weights of a ``Sam``, and leaves what it does not know to torch's decoder; for a
+``StoredSam`` torch is never loaded. Numpy at the surface, see ``inference.backend``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyvit.errors import CheckpointError
+from tinyvit.image_spec import Placement
+from tinyvit.images.mask_ops import Found
+from tinyvit.inference.derived import Derived
+from tinyvit.inference.native_backend import TOLERANCE, default_threads, native_library
+
+from .embedding import ImageEmbedding
+from .open import StoredSam
+from .prompts import PromptBatch
+from .upscale import upscale
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .decoder import TorchDecoder
+    from .model import Sam
+
+Floats: TypeAlias = NDArray[np.float32]
+
+BATCH = 64
+"""Prompts whose logits are made before they are joined: 50 MB with three masks of 256x256."""
+
+
+class NativePrepared:
+    """What ``NativeDecoder.prepare`` made of an embedding; held by the caller, kept up to date."""
+
+    def __init__(self, embedding: ImageEmbedding) -> None:
+        self.embedding = embedding
+        self.heads: object = None  # that made `image`
+        self.image: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory it holds."""
+        early = self.embedding.interm_features
+        given = self.embedding.features.nbytes + (0 if early is None else early.nbytes)
+        return given + (0 if self.image is None else int(self.image.nbytes))
+
+
+class NativeDecoder:
+    """Decodes prompts in the native library; may be used by several threads.
+
+    Args:
+        model: The model, of torch or as its file has it; it is never changed.
+        threads: How many threads compute; None as for ``NativeBackend``.
+
+    Raises:
+        MissingExtraError: tinyvit_native is not installed, or is of another version.
+        CheckpointError: The tensors of a ``StoredSam`` make no decoder.
+    """
+
+    device = "cpu"
+
+    def __init__(self, model: Sam | StoredSam, threads: int | None = None) -> None:
+        native_library()
+        self._model = model
+        self._threads = default_threads() if threads is None else threads
+        self._derived = Derived(self._modules, self._make)
+        if isinstance(model, StoredSam):
+            self._derived.get()  # says what is wrong with the file
+
+    @property
+    def logit_stride(self) -> float:
+        """Input pixels per low-res logit."""
+        (height, _), (covered, _) = self._grids()
+        return covered / (4 * height)
+
+    def explain(self) -> str:
+        """What runs, and why, in words."""
+        return self._derived.get()[1]
+
+    def prepare(self, embedding: ImageEmbedding) -> NativePrepared:
+        """What all prompts on this embedding share, computed once."""
+        prepared = NativePrepared(embedding)
+        self._share(prepared)
+        return prepared
+
+    def decode(
+        self,
+        prepared: NativePrepared,
+        prompts: PromptBatch,
+        multimask_output: bool = True,
+        *,
+        min_iou: float | None = None,
+        hq_token_only: bool = False,
+    ) -> tuple[Floats, Floats]:
+        """As ``TorchDecoder.decode``."""
+        heads = self._share(prepared)
+        size = prepared.embedding.low_res_size
+        if prompts.masks is not None and prompts.masks.shape[2:] != size:
+            raise ValueError(
+                f"mask_input must be low-res logits of this image, [B, 1, {size[0]}, {size[1]}]; "
+                f"came {list(prompts.masks.shape)}"
+            )
+        if hq_token_only and not self._is_hq():
+            raise ValueError("hq_token_only=True wants a model with Light HQ-SAM's mask decoder")
+        if not isinstance(heads, _Heads):
+            return heads.decode(
+                prepared.image,
+                prompts,
+                multimask_output,
+                min_iou=min_iou,
+                hq_token_only=hq_token_only,
+            )
+        found = [
+            heads.library.decode(
+                prepared.image,
+                **_of_library(prompts.part(start, start + BATCH)),
+                multimask=multimask_output,
+                min_score=min_iou,
+                hq_only=hq_token_only,
+            )
+            for start in range(0, max(len(prompts), 1), BATCH)
+        ]
+        if len(found) == 1:
+            return cast("tuple[Floats, Floats]", found[0])
+        logits, scores = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        return logits, scores
+
+    def decode_tensors(
+        self, prepared: NativePrepared, prompts: PromptBatch, *more: Any, **named: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As ``decode``, tensors of torch."""
+        import torch
+
+        logits, scores = self.decode(prepared, prompts, *more, **named)
+        return torch.from_numpy(logits), torch.from_numpy(scores)
+
+    def masks(
+        self, low_res_logits: Floats, placement: Placement, threshold: float | None
+    ) -> NDArray[Any]:
+        """Low-res logits [..., h4, w4] -> masks [..., H, W] bool; float32 logits for None."""
+        return upscale(low_res_logits, placement, self.logit_stride, threshold)
+
+    def find(
+        self,
+        prepared: NativePrepared,
+        prompts: PromptBatch,
+        placement: Placement,
+        *,
+        min_iou: float,
+        threshold: float,
+        offset: float,
+        min_stability: float,
+        frame: tuple[int, int],
+        corner: tuple[int, int],
+    ) -> tuple[Iterator[Found], Floats]:
+        """As ``TorchDecoder.find``; neither masks nor their logits are ever kept."""
+        heads = self._share(prepared)
+        how: dict[str, Any] = {
+            "threshold": threshold,
+            "offset": offset,
+            "min_stability": min_stability,
+            "frame": frame,
+            "corner": corner,
+        }
+        if not isinstance(heads, _Heads):
+            return heads.find(prepared.image, prompts, placement, min_iou=min_iou, **how)
+        h4, w4 = prepared.embedding.low_res_size
+        stride = self.logit_stride
+        covered = round(h4 * stride), round(w4 * stride)
+        lies = native_library().Placement(covered, placement.resized_size, placement.original_size)
+        points = cast("tuple[Floats, NDArray[np.int64]]", prompts.points)
+        regions, scores = heads.library.find(
+            prepared.image, lies, points=points, min_score=min_iou, **how
+        )
+        found = (
+            Found(one.prompt, one.mask, one.score, one.stability, one.box, one.counts)
+            for one in regions
+        )
+        return found, scores
+
+    def _share(self, prepared: NativePrepared) -> _Heads | TorchDecoder:
+        """The heads as they are now, with the embedding made ready for them."""
+        heads = self._derived.get()[0]
+        if prepared.heads is not heads:
+            embedding, early = prepared.embedding, prepared.embedding.interm_features
+            if not isinstance(heads, _Heads):
+                prepared.image = heads.prepare(embedding)
+            elif self._is_hq() and early is None:
+                raise ValueError(
+                    "Light HQ-SAM's mask decoder wants interm_features, the encoder's early map, "
+                    "and this embedding has none; encode the image with the HQ model"
+                )
+            else:
+                more = early if self._is_hq() else None
+                prepared.image = heads.library.prepare(embedding.features, more)
+            prepared.heads = heads
+        return heads
+
+    def _modules(self) -> Sequence[nn.Module]:
+        model = self._model
+        if isinstance(model, StoredSam):
+            return []
+        return model.prompt_encoder, model.mask_decoder
+
+    def _grids(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The encoder's grid for a padded image, and the pixels of the input that it covers."""
+        if isinstance(self._model, StoredSam):
+            return self._model.grids
+        prompts = self._model.prompt_encoder
+        return prompts.image_embedding_size, prompts.input_image_size
+
+    def _is_hq(self) -> bool:
+        if isinstance(self._model, StoredSam):
+            return self._model.is_hq
+        return hasattr(self._model.mask_decoder, "hf_token")
+
+    def _make(self) -> tuple[_Heads | TorchDecoder, str]:
+        model = self._model
+        if isinstance(model, StoredSam):
+            try:
+                return _Heads(model.heads, 8, self._grids(), self._threads), "native"
+            except (ValueError, RuntimeError) as err:
+                raise CheckpointError(f"these weights make no mask decoder: {err}") from err
+        from .decoder import TorchDecoder, compare, why_unknown
+
+        reason = why_unknown(model)
+        if reason is None:
+            try:
+                heads = _Heads(_tensors_of(model), _num_heads(model), self._grids(), self._threads)
+                error = compare(model, heads.on_a_small_image)
+                if error <= TOLERANCE["fp32"]:
+                    return heads, f"native (checked: error {error:.0e})"
+                reason = f"the native form differs by {error:.1e}"
+            except (ValueError, RuntimeError) as err:
+                reason = str(err)
+        return TorchDecoder(model), f"torch ({reason})"
+
+
+class _Heads:
+    """Prompt encoder and mask decoder in the library, with the weights of a moment."""
+
+    def __init__(
+        self,
+        tensors: dict[str, NDArray[Any]] | Any,
+        num_heads: int,
+        grids: tuple[tuple[int, int], tuple[int, int]],
+        threads: int,
+    ) -> None:
+        self.library = native_library().Decoder(
+            tensors, num_heads=num_heads, grid=grids[0], input_size=grids[1], threads=threads
+        )
+
+    def on_a_small_image(
+        self, features: Floats, early: Floats | None, prompts: PromptBatch, multimask: bool
+    ) -> tuple[Floats, Floats]:
+        """What ``compare`` compares."""
+        image = self.library.prepare(features, early)
+        found = self.library.decode(image, **_of_library(prompts), multimask=multimask)
+        return cast("tuple[Floats, Floats]", found)
+
+
+def _of_library(prompts: PromptBatch) -> dict[str, Any]:
+    return {"points": prompts.points, "boxes": prompts.boxes, "masks": prompts.masks}
+
+
+def _tensors_of(model: Sam) -> dict[str, NDArray[Any]]:
+    from tinyvit.inference.fast_encoder import arrays_of
+
+    heads = {"prompt_encoder": model.prompt_encoder, "mask_decoder": model.mask_decoder}
+    return {
+        f"{name}.{key}": value
+        for name, head in heads.items()
+        for key, value in arrays_of(head).items()
+    }
+
+
+def _num_heads(model: Sam) -> int:
+    from tinyvit.modules.sam.transformer import TwoWayTransformer
+
+    transformer = cast(TwoWayTransformer, model.mask_decoder.transformer)
+    return int(transformer.final_attn_token_to_image.num_heads)

@@ -1,0 +1,183 @@
+"""What runs a SAM: a ``Sam`` of torch, or its file as it is for the native engine; and its decoder.
+
+Imports no torch. ``open_sam`` is the one place that decides between the two.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from numpy.typing import NDArray
+
+from tinyvit.catalog import DEFAULT_CHECKPOINT
+from tinyvit.checkpoints.families import ORDER
+from tinyvit.errors import CheckpointError, MissingExtraError
+from tinyvit.factory import HEADS, StoredModel, open_stored
+from tinyvit.image_spec import ImageSpec
+from tinyvit.inference.backend import takes_native
+
+from .prompts import Size
+
+if TYPE_CHECKING:
+    from tinyvit.inference.engine import Engine
+
+    from .decoder import TorchDecoder
+    from .model import Sam
+    from .native_decoder import NativeDecoder
+
+WIDTHS = 256
+"""The native decoder takes multiples of it."""
+
+Progress = Callable[[int, "int | None"], None]
+
+
+@dataclass(frozen=True, eq=False)
+class StoredSam:
+    """A SAM as its file has it, for the native engine. Torch is not loaded.
+
+    Attributes:
+        image_encoder: Its encoder; ``image_spec`` is never None here.
+        source: What it was opened from: a name, a file or a folder.
+        img_size: Side of the model's input that was asked for; None takes the file's.
+        mask_threshold: Logits above it are mask.
+    """
+
+    image_encoder: StoredModel
+    source: str | os.PathLike[str]
+    img_size: int | None = None
+    mask_threshold: float = 0.0
+    image_format: str = "RGB"
+
+    @property
+    def thresholds(self) -> Mapping[str, float]:
+        """Of these weights' masks, as the file states them."""
+        return self.image_encoder.thresholds
+
+    @property
+    def heads(self) -> Mapping[str, NDArray[Any]]:
+        """Tensors of prompt encoder and mask decoder."""
+        return self.image_encoder.heads
+
+    @property
+    def is_hq(self) -> bool:
+        """Whether the mask decoder is Light HQ-SAM's."""
+        return "mask_decoder.hf_token.weight" in self.heads
+
+    @property
+    def num_multimask_outputs(self) -> int:
+        """Masks of an ambiguous prompt."""
+        return len(self.heads["mask_decoder.mask_tokens.weight"]) - 1
+
+    @property
+    def grids(self) -> tuple[Size, Size]:
+        """The encoder's grid for a padded image, and the pixels of the input that it covers."""
+        encoder = self.image_encoder
+        height, width = cast(ImageSpec, encoder.image_spec).size
+        stem = 1 if encoder.arguments["stem"] == "pointwise" else 4
+        stride = stem * math.prod(encoder.arguments["strides"])
+        grid = -(-height // stride), -(-width // stride)
+        return grid, (grid[0] * stride, grid[1] * stride)
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """All tensors under the names of ``Sam.state_dict``."""
+        encoder = {f"image_encoder.{key}": x for key, x in self.image_encoder.tensors.items()}
+        return {**encoder, **self.heads}
+
+    def build(self) -> Sam:
+        """The same as a ``Sam`` of torch."""
+        return _built(self.source, self.img_size)
+
+
+def open_sam(
+    given: Sam | StoredSam | str | os.PathLike[str] | None,
+    wanted_by: str,
+    backend: object = "auto",
+    device: object = "auto",
+    *,
+    img_size: int | None = None,
+    progress: Progress | None = None,
+) -> Sam | StoredSam:
+    """A SAM as it is given, or of a name, file or folder; None takes the embedded weights.
+
+    It is a ``StoredSam`` where the native engine is to run it and can: files of torch's own, other
+    widths and what cannot be read without torch are built by torch.
+    """
+    if isinstance(given, StoredSam):
+        return given
+    if given is not None and not isinstance(given, (str, os.PathLike)):
+        from .build import as_sam
+
+        return as_sam(given, wanted_by)
+    source = DEFAULT_CHECKPOINT if given is None else given
+    has_torch = find_spec("torch") is not None
+    if takes_native(backend, "cpu" if device is None else str(device)):
+        try:
+            stored = _open_stored(source, img_size, progress)
+        except CheckpointError:  # torch may read it, or say more of what is wrong
+            if not has_torch:
+                raise
+        else:
+            width = stored.heads["mask_decoder.mask_tokens.weight"].shape[1]
+            if width % WIDTHS == 0 or not has_torch:
+                return stored
+    return _built(source, img_size, progress)
+
+
+def _open_stored(
+    source: str | os.PathLike[str], img_size: int | None, progress: Progress | None
+) -> StoredSam:
+    encoder = open_stored(source, img_size, progress)
+    heads = {key.partition(".")[0] for key in encoder.heads}
+    check_parts({"trunk", *heads}, encoder.path, encoder.family)
+    if encoder.image_spec is None:
+        encoder = replace(encoder, image_spec=ImageSpec.sam(encoder.arguments["img_size"]))
+    threshold = encoder.thresholds.get("mask_threshold", 0.0)
+    return StoredSam(encoder, source, img_size, threshold)
+
+
+def _built(
+    source: str | os.PathLike[str], img_size: int | None, progress: Progress | None = None
+) -> Sam:
+    if find_spec("torch") is None:
+        raise MissingExtraError(
+            "a Sam of torch wants torch, which is not installed; pip install 'tinyvit[torch]'"
+        )
+    from .build import build_sam
+
+    return build_sam(source, img_size=img_size, progress=progress)
+
+
+def check_parts(parts: set[str], path: Path, family: str) -> None:
+    """Refuse a file without the heads that make an encoder a SAM."""
+    lacking = [part for part in HEADS if part not in parts]
+    if lacking:
+        held = ", ".join(part for part in ORDER if part in parts)
+        raise CheckpointError(
+            f"{path} ({family}) holds no {' and no '.join(lacking)}, only "
+            f"{held}: it is an encoder and no SAM; give a file with all parts, such as "
+            f"{DEFAULT_CHECKPOINT!r}, or use tinyvit.create_model for the encoder alone"
+        )
+
+
+def choose_decoder(
+    model: Sam | StoredSam,
+    engine: Engine,
+    device: str = "cpu",
+    precision: str = "fp32",
+    fast: bool = True,
+) -> NativeDecoder | TorchDecoder:
+    """The decoder that goes with an engine: native where that runs the encoder, else torch's."""
+    is_native = isinstance(model, StoredSam) or engine.backend.name == "native"
+    if is_native and fast and precision == "fp32":
+        from .native_decoder import NativeDecoder
+
+        return NativeDecoder(model, getattr(engine.backend, "threads", None))
+    from .decoder import TorchDecoder
+
+    return TorchDecoder(cast("Sam", model), device, precision, fast)
