@@ -210,10 +210,10 @@ def create_model(
     name, opened = _open(name, checkpoint, sha256, progress)
     row, found = (opened.row, opened.found) if opened is not None else (None, None)
     variant = _choose_variant(name, row, found)
-    chosen = _arguments(variant, found)
-    own = None if opened is None else _own_spec(opened, name)
-    if own is not None:
-        chosen["img_size"] = max(own.size)
+    own: ImageSpec | None = None
+    if opened is not None and name in (None, opened.found.variant):  # of no other variant's sizes
+        own = image_spec_in(opened.metadata, opened.path)
+    chosen = {**_arguments(variant, found), **({"img_size": max(own.size)} if own else {})}
     head = "head" in found.parts or bool(num_classes) if found and head is None else head
     overrides = {
         "num_classes": num_classes,
@@ -407,12 +407,6 @@ def _arguments(variant: Variant | None, found: Detection | None) -> dict[str, An
         if sizes.num_classes is not None:
             arguments["num_classes"] = sizes.num_classes
     return arguments
-
-
-def _own_spec(opened: OpenedCheckpoint, name: str | None) -> ImageSpec | None:
-    """How the file says images are prepared, unless another variant's sizes are wanted."""
-    is_same = name is None or opened.found.variant == name
-    return image_spec_in(opened.metadata, opened.path) if is_same else None
 
 
 def _image_spec(

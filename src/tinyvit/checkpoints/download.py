@@ -218,15 +218,11 @@ def _receive(
         if isinstance(err, ConnectionError | TimeoutError):
             raise
         part.unlink(missing_ok=True)
+        words = f"{part.parent} cannot be written ({err});"
         if err.errno in (errno.ENOSPC, errno.EDQUOT):
             size = f"{total} bytes are" if total else "more space is"
-            raise DownloadError(
-                f"no space left in {part.parent}: {size} needed; free some, or set TINYVIT_CACHE "
-                "to another folder"
-            ) from err
-        raise DownloadError(
-            f"{part.parent} cannot be written ({err}); set TINYVIT_CACHE to another folder"
-        ) from err
+            words = f"no space left in {part.parent}: {size} needed; free some, or"
+        raise DownloadError(f"{words} set TINYVIT_CACHE to another folder") from err
     if total is not None and done != total:
         raise _BrokenError(f"the connection broke after {done} of {total} bytes")
 
@@ -305,17 +301,13 @@ def fetch(
 def _embedded(row: Checkpoint, wanted: str | None) -> Path:
     """The file inside the package, checked."""
     path = cached_path(row)
-    if not path.is_file():
-        raise DownloadError(
-            f"{path} is not in this installation although {row.name!r} ships with the package; "
-            "install tinyvit again"
-        )
-    came = file_sha256(path)
-    if wanted is not None and came != wanted:
-        raise DownloadError(
-            f"{path} was changed: its sha256 is {came}, wanted {wanted}; install tinyvit again"
-        )
-    return path
+    words = f"is not in this installation although {row.name!r} ships with the package"
+    if path.is_file():
+        came = file_sha256(path)
+        if wanted in (None, came):
+            return path
+        words = f"was changed: its sha256 is {came}, wanted {wanted}"
+    raise DownloadError(f"{path} {words}; install tinyvit again")
 
 
 def _is_good(target: Path, wanted: str | None) -> bool:

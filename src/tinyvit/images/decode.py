@@ -362,20 +362,21 @@ def _factory(prefix: bytes, name: str) -> Callable[[BinaryIO, str], Image.Image]
 
 
 def _damaged(name: str, err: Exception) -> ImageError:
-    if isinstance(err, _TruncatedFileError) or "truncated" in str(err).lower():
-        return ImageError(
-            f"{name} is cut short (truncated): the file ends before the image does; "
-            "copy or download it again"
-        )
-    if isinstance(err, Image.DecompressionBombError):  # WebP and growing GIF only
-        return ImageError(f"{name} is above Pillow's own limit, PIL.Image.MAX_IMAGE_PIXELS: {err}")
     reason = str(err) or type(err).__name__
-    if "unknown pixel mode" in reason:
-        return ImageError(
-            f"{name} has bands or pixels that are neither grey nor RGB; choose one band or three "
-            "and save them as grey or RGB, or pass an array [H, W, 3]"
+    words = f"is damaged or of a kind that cannot be decoded: {reason}"
+    if isinstance(err, _TruncatedFileError) or "truncated" in reason.lower():
+        words = (
+            "is cut short (truncated): the file ends before the image does; copy or download it "
+            "again"
         )
-    return ImageError(f"{name} is damaged or of a kind that cannot be decoded: {reason}")
+    elif isinstance(err, Image.DecompressionBombError):  # WebP and growing GIF only
+        words = f"is above Pillow's own limit, PIL.Image.MAX_IMAGE_PIXELS: {err}"
+    elif "unknown pixel mode" in reason:
+        words = (
+            "has bands or pixels that are neither grey nor RGB; choose one band or three and save "
+            "them as grey or RGB, or pass an array [H, W, 3]"
+        )
+    return ImageError(f"{name} {words}")
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int | None) -> None:
