@@ -1,19 +1,16 @@
-"""Measure ``tinyvit serve`` beside a direct loop over ``Segmenter`` and a bare FastAPI handler.
+"""Measure ``tinyvit serve`` beside a direct loop, a bare FastAPI handler and osam's server.
 
-Server, bare handler and loop have the same weights and threads and take turns, so that a busy
-machine does not matter; clients run in this process, on the same cores. The bare handler is what
-people write: one route, the image in every request, decoding in the event loop, masks as lists.
-
-Every line that has a bound says whether it holds. Writes ``serve.md`` and ``serve.json``.
+All have the same weights and take turns, so that a busy machine does not matter; their clients run
+on the same cores. Every line that has a bound says whether it holds. Writes ``serve.md`` and
+``serve.json``.
 """
 
 import argparse
-import http.client
+import base64
 import io
 import json
 import os
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
@@ -21,8 +18,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,25 @@ import numpy as np
 import torch
 from PIL import Image
 from sam_weights import write_weights
+from serve_tools import (
+    BARE,
+    BASELINE,
+    JSON,
+    OSAM,
+    Asker,
+    Sampler,
+    free_port,
+    health,
+    image_of,
+    meanwhile,
+    p95,
+    png_of,
+    process,
+    requests_of,
+    resident,
+    seconds_of,
+    together,
+)
 
 from tinyvit import Segmenter
 from tinyvit.bench import machine_facts
@@ -39,165 +55,8 @@ IMAGES = [
     HERE.parent / "examples" / "pictures" / name
     for name in ("chelsea.png", "coffee.png", "rocket.jpg")
 ]
-JSON = {"Content-Type": "application/json"}
-BARE = """
-import base64, io, sys
-import numpy as np, uvicorn
-from fastapi import FastAPI
-from PIL import Image
-from tinyvit import Segmenter
-segmenter = Segmenter(sys.argv[2] or None)
-app = FastAPI()
-@app.get("/healthz")
-async def health(): return "ok"
-@app.post("/predict")
-async def predict(body: dict):
-    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(body["image"]))).convert("RGB"))
-    for masks in segmenter.segment([image], [[{"points": body["points"]}]]):
-        return {"mask": masks.mask(0).tolist(), "score": float(masks.scores[0].max())}
-uvicorn.run(app, port=int(sys.argv[1]), log_level="error")
-"""
-BASELINE = """
-import sys, time
-import numpy as np
-from tinyvit import Segmenter
-image = np.full((64, 64, 3), 128, np.uint8)
-for masks in Segmenter(sys.argv[1] or None).segment([image], [[{"points": [[32, 32]]}]]):
-    masks.mask(0)
-"""
-
-
-class Asker:
-    """One client with a connection and an address of its own."""
-
-    count = 0
-
-    def __init__(self, port: int) -> None:
-        Asker.count += 1
-        self.address = {"X-Forwarded-For": f"10.0.{Asker.count // 250}.{Asker.count % 250}"}
-        self.refused, self.statuses = 0, set()
-        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-
-    def __call__(self, method: str, path: str, body: Any = None, **headers: str) -> bytes:
-        """The answer's body; waits as long as a refusal says."""
-        while True:
-            self.connection.request(method, path, body, headers | self.address)
-            answer = self.connection.getresponse()
-            found = answer.read()
-            self.statuses.add(answer.status)
-            if answer.status not in (429, 503):
-                if answer.status >= 400:
-                    raise RuntimeError(found.decode())
-                return found
-            self.refused += 1
-            time.sleep(int(answer.headers["Retry-After"]) * np.random.uniform(0.8, 1.2))
-
-    def upload(self, data: bytes) -> str:
-        """The id of an image that is sent."""
-        return str(
-            json.loads(self("POST", "/v1/images", data, **{"Content-Type": "image/png"}))["id"]
-        )
-
-    def click(self, image_id: str, x: float, y: float) -> bytes:
-        """A click, answered by low-res logits."""
-        asked = {"prompts": [{"points": [[x, y]]}], "include": ["low_res"]}
-        return self("POST", f"/v1/images/{image_id}/segment", json.dumps(asked), **JSON)
-
-
-@contextmanager
-def process(argv: Sequence[str], port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A server, ready."""
-    with tempfile.TemporaryFile() as log:
-        own = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=log)
-        own.log = log  # type: ignore[attr-defined]
-        try:
-            while True:
-                with suppress(OSError):
-                    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-                    connection.request("GET", "/readyz" if "serve" in argv else "/healthz")
-                    if connection.getresponse().status == 200:
-                        break
-                if own.poll() is not None:
-                    log.seek(0)
-                    raise RuntimeError(log.read().decode()[-2000:])
-                time.sleep(0.02)
-            yield own
-        finally:
-            own.send_signal(signal.SIGTERM)
-            own.wait(30)
-
-
-def free_port() -> int:
-    """A port nobody uses."""
-    with socket.create_server(("127.0.0.1", 0)) as own:
-        return int(own.getsockname()[1])
-
-
-def resident(own: subprocess.Popen[bytes]) -> float:
-    """MB of a process."""
-    pages = int(Path(f"/proc/{own.pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE") / 1e6
-
-
-def requests_of(asker: Asker) -> float:
-    """How many requests a server has answered."""
-    rows = asker("GET", "/metrics").decode().splitlines()
-    counts = [row for row in rows if row.startswith("tinyvit_requests_total{")]
-    return sum(float(row.split()[-1]) for row in counts)
-
-
-def seconds_of(work: Callable[[], Any]) -> float:
-    """How long it takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def together(count: int, work: Callable[[int], Any]) -> list[float]:
-    """Seconds of each of so many threads."""
-    spent = [0.0] * count
-
-    def run(number: int) -> None:
-        spent[number] = seconds_of(lambda: work(number))
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return spent
-
-
-@contextmanager
-def meanwhile(work: Callable[[], Any]) -> Iterator[None]:
-    """Does something again and again."""
-    stop = threading.Event()
-
-    def run() -> None:
-        while not stop.is_set():
-            work()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-def image_of(seed: int, size: tuple[int, int] = (300, 450)) -> bytes:
-    """A PNG of an image that no other seed gives."""
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 255, (12, 18, 3), np.uint8))
-    stream = io.BytesIO()
-    small.resize(size[::-1], Image.Resampling.BICUBIC).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def p95(numbers: Sequence[float]) -> float:
-    """The 95th percentile."""
-    return float(np.percentile(numbers, 95))
+BOUND = 512 + 16 * 32 + 1100
+"""MB over the process at rest: embeddings, bodies, one image of 50 million pixels being read."""
 
 
 class Report:
@@ -216,9 +75,11 @@ class Report:
 class Bench:
     """All measurements with one kind of weights."""
 
-    def __init__(self, name: str, weights: str | None, quick: bool, report: Report) -> None:
-        self.name, self.weights, self.quick, self.report = name, weights, quick, report
-        self.segmenter = Segmenter(weights)
+    def __init__(
+        self, name: str, weights: str | None, osam: str | None, quick: bool, report: Report
+    ) -> None:
+        self.name, self.weights, self.osam, self.quick = name, weights, osam, quick
+        self.report, self.segmenter = report, Segmenter(weights)
         self.rounds, self.clicks = (2, 8) if quick else (5, 30)
         self.seed = 0
 
@@ -231,8 +92,12 @@ class Bench:
         self.seed += 1
         return image_of(self.seed)
 
-    def run(self) -> None:
-        """Everything."""
+    def run(self, folder: Path) -> None:
+        """Everything.
+
+        Args:
+            folder: For what osam's server is given.
+        """
         port, bare_port = free_port(), free_port()
         serve = [sys.executable, "-m", "tinyvit", "serve", "--port", str(port), "--log", "text"]
         serve += ["--trust-proxy", "127.0.0.1"]
@@ -240,19 +105,69 @@ class Bench:
             serve += ["--checkpoint", self.weights]
         bare = [sys.executable, "-c", BARE, str(bare_port), self.weights or ""]
         self.start(serve, port)
-        with process(serve, port) as server, process(bare, bare_port) as other:
-            self.rest = resident(server)
+        with ExitStack() as running:
+            server = running.enter_context(process(serve, port))
+            self.rest, sampler = resident(server), Sampler(server)
             self.one_client(port)
             self.throughput(port)
-            self.beside_an_encoding(port, bare_port)
+            self.beside_an_encoding(port)
             self.many_images(port)
-            self.bare(bare_port, port, other, server)
             self.hundred(port)
             self.busy(port)
             self.hang_up(port, server)
+            self.cut_off(port)
             self.memory(port, server)
             if self.name == "starter":
                 self.page(port)
+            most = sampler.close()
+            shown = f"{self.rest:.0f} MB at rest, at most {most:.0f} MB"
+            must = f"<= at rest + {BOUND} MB"
+            self.say(
+                "memory, ten times a second, all the above", shown, must, most <= self.rest + BOUND
+            )
+            self.peer("tinyvit serve", port, server)
+            other = running.enter_context(process(bare, bare_port))
+            self.peer("bare FastAPI handler", bare_port, other)
+        if self.osam is not None:
+            self.beside_osam(folder)
+
+    def beside_osam(self, folder: Path) -> None:
+        """The same weights in osam's server."""
+        exported, port = folder / f"osam-{self.name}", free_port()
+        argv = [sys.executable, "-m", "tinyvit", "export", self.weights or "tinyvit_starter"]
+        argv += ["-o", str(exported), "--for", "osam", "--keep-failed"]  # only its speed counts
+        subprocess.run(argv, stdout=subprocess.DEVNULL, check=False)
+        environment = {"HOME": str(folder), "PATH": os.environ["PATH"]}
+        with process([self.osam, "-c", OSAM, str(port), str(exported)], port, environment) as own:
+            self.peer("osam 0.8.1", port, own)
+
+    def peer(self, name: str, port: int, own: Any) -> None:
+        """A server with one client that clicks, alone and beside one that sends new images."""
+        asker, other, data = Asker(port), Asker(port), png_of(self.seed)
+        text = base64.b64encode(data).decode()
+        asked, path = {"image": text, "points": [[100, 90]]}, "/predict"
+        if name == "tinyvit serve":
+            image_id = asker.upload(data)
+            asked, path = {"prompts": [{"points": [[100, 90]]}]}, f"/v1/images/{image_id}/segment"
+        elif name != "bare FastAPI handler":
+            prompt = {"points": [[100, 90]], "point_labels": [1]}
+            asked, path = {"model": "tinyvit", "image": text, "prompt": prompt}, "/api/generate"
+        body, count = json.dumps(asked), max(3, self.clicks // 3)
+        click = lambda: asker("POST", path, body, **JSON)  # noqa: E731
+        encode = lambda: other("POST", path, body, **JSON)  # noqa: E731
+        if name == "tinyvit serve":
+            encode = lambda: other.upload(self.new_image())  # noqa: E731
+        size = len(click())  # the first one is for warming up
+        alone = [seconds_of(click) for _ in range(count)]
+        with meanwhile(encode):
+            beside, healthy = [seconds_of(click) for _ in range(count)], health(port, 4 * count)
+        self.say(
+            name,
+            f"{1 / statistics.median(alone):.1f} clicks/s, p95 {1000 * p95(alone):.0f} ms, "
+            f"{1000 * p95(beside):.0f} ms beside another client's images, /healthz then "
+            f"{p95(healthy):.0f} ms; {len(body) / 1e3:.1f} + {size / 1e3:.1f} kB a click, "
+            f"{resident(own):.0f} MB",
+        )
 
     def start(self, serve: Sequence[str], port: int) -> None:
         """From nothing to ready, against a process with a bare Segmenter."""
@@ -319,7 +234,7 @@ class Bench:
         shown = f"{served:.0f} clicks/s, {ratio:.2f}x"
         self.say("throughput, 8 clients, against the direct loop", shown, ">= 0.85x", ratio >= 0.85)
 
-    def beside_an_encoding(self, port: int, bare_port: int) -> None:
+    def beside_an_encoding(self, port: int) -> None:
         """p95 of clicks while another client encodes without pause, against idle."""
         asker, encoder = Asker(port), Asker(port)
         image_id = asker.upload(self.new_image())
@@ -355,33 +270,6 @@ class Bench:
         must, holds = ("<= 1.1x", ratio <= 1.1) if self.name == "5m" else ("", None)
         self.say("8 clients on 8 images against 8 on one", f"{ratio:.2f}x a click", must, holds)
 
-    def bare(self, bare_port: int, port: int, other: Any, server: Any) -> None:
-        """The common way, for comparison."""
-        import base64
-
-        asker, data = Asker(bare_port), self.new_image()
-        asked = json.dumps({"image": base64.b64encode(data).decode(), "points": [[100, 90]]})
-        ask = lambda: asker("POST", "/predict", asked, **JSON)  # noqa: E731
-        count = max(2, self.clicks // 4)
-        spent = [seconds_of(ask) for _ in range(count)]
-        second = Asker(bare_port)
-        with meanwhile(lambda: second("POST", "/predict", asked, **JSON)):
-            beside = [seconds_of(ask) for _ in range(count)]
-        own = Asker(port)
-        image_id = own.upload(data)
-        mine = [seconds_of(lambda: own.click(image_id, 100, 90)) for _ in range(self.clicks)]
-        sizes = f"{len(asked) / 1e3:.0f} + {len(ask()) / 1e3:.0f} kB"
-        self.say(
-            "bare FastAPI handler",
-            f"{1 / statistics.median(spent):.1f} clicks/s, p95 {1000 * p95(beside):.0f} ms beside "
-            f"another client, {sizes} a click, {resident(other):.0f} MB",
-        )
-        size = f"0.1 + {len(own.click(image_id, 100, 90)) / 1e3:.0f} kB"
-        shown = (
-            f"{1 / statistics.median(mine):.1f} clicks/s, {size} a click, {resident(server):.0f} MB"
-        )
-        self.say("tinyvit serve", shown)
-
     def hundred(self, port: int) -> None:
         """A hundred clients, an image and five clicks each."""
         askers = [Asker(port) for _ in range(100)]
@@ -404,78 +292,96 @@ class Bench:
 
     def busy(self, port: int) -> None:
         """``/healthz`` while three clients encode and click."""
-        askers = [Asker(port) for _ in range(3)]
+        stop = threading.Event()
 
-        def load() -> None:
-            def work(number: int) -> None:
-                image_id = askers[number].upload(self.new_image())
-                askers[number].click(image_id, 100, 90)
+        def work(number: int) -> None:
+            asker = Asker(port)
+            while not stop.is_set():
+                asker.click(asker.upload(self.new_image()), 100, 90)
 
-            together(3, work)
-
-        spent, asker = [], Asker(port)
-        with meanwhile(load):
-            for _ in range(40 if self.quick else 300):
-                spent.append(1000 * seconds_of(lambda: asker("GET", "/healthz")))
-                time.sleep(0.01)
+        load = threading.Thread(target=together, args=(3, work))
+        load.start()
+        spent = health(port, 60 if self.quick else 500)
+        stop.set()
+        load.join()
         shown = f"p95 {p95(spent):.0f} ms, most {max(spent):.0f} ms"
         holds = p95(spent) <= 50 and max(spent) < 1000
         self.say("/healthz while three clients encode", shown, "p95 <= 50 ms, < 1 s", holds)
 
     def hang_up(self, port: int, server: Any) -> None:
-        """Five hundred clients that do not wait for their answers."""
-        image_id = Asker(port).upload(self.new_image())
+        """Five hundred clients, each with an address of its own, that do not wait for answers."""
+        asker = Asker(port)
+        image_id = asker.upload(self.new_image())
         body = json.dumps({"prompts": [{"points": [[100, 90]]}]}).encode()
         head = f"POST /v1/images/{image_id}/segment HTTP/1.1\r\nHost: localhost\r\n"
-        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        before = requests_of(Asker(port))
-        for _ in range(500):
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        job = max(seconds_of(lambda: asker.click(image_id, 100, 90)) for _ in range(10))
+        look = max(seconds_of(lambda: asker("GET", "/metrics")) for _ in range(10))
+        before = requests_of(asker)
+        for number in range(500):
+            address = f"X-Forwarded-For: 10.9.{number // 250}.{number % 250}\r\n\r\n"
             with socket.create_connection(("127.0.0.1", port)) as own:
-                own.sendall(head.encode() + body)
-        asker, name, seen = Asker(port), 'tinyvit_lane_waiting{lane="decode"} 0.0', 0.0
-        while seen < 500:  # until the server has looked at all of them
-            seen = requests_of(asker) - before
-            start = time.perf_counter()
+                own.sendall((head + address).encode() + body)
+        name, count = 'tinyvit_lane_waiting{lane="decode"} 0.0', 0.0
+        while count < 500:  # until the server has looked at all of them
+            count = requests_of(asker) - before
+        start = time.perf_counter()
         while name not in asker("GET", "/metrics").decode():
-            time.sleep(0.002)
+            pass
         seconds = time.perf_counter() - start
         server.log.seek(0)
         longest = max(map(len, server.log.read().decode().splitlines()))
-        shown = (
-            f"the lane is empty after {1000 * seconds:.0f} ms, longest line of the log {longest}"
-        )
-        must = "within one job, <= 300"
-        self.say("500 clients hang up", shown, must, seconds < 0.3 and longest <= 300)
+        shown = f"the lane is empty after {1000 * seconds:.0f} ms (a job {1000 * job:.0f}, a look "
+        shown += f"{1000 * look:.0f}), longest line of the log {longest}"
+        holds = seconds <= job + 2 * look and longest <= 300
+        self.say("500 clients hang up", shown, "one job and a look, <= 300", holds)
+
+    def cut_off(self, port: int) -> None:
+        """Thirty-two clients; three of ten requests are cut off, nobody waits as long as told."""
+        statuses: set[int] = set()
+        until = time.monotonic() + (3 if self.quick else 20)
+
+        def work(number: int) -> None:
+            rng, asker = np.random.default_rng(number), Asker(port, patient=False)
+            while time.monotonic() < until:
+                if rng.random() < 0.3:
+                    with socket.create_connection(("127.0.0.1", port)) as own:
+                        data = self.new_image()
+                        head = "POST /v1/images HTTP/1.1\r\nHost: localhost\r\n"
+                        head += f"X-Forwarded-For: 10.8.0.{number}\r\n"
+                        head += f"Content-Length: {len(data)}\r\n\r\n"
+                        own.sendall(head.encode() + data[: rng.integers(1, len(data))])
+                        time.sleep(rng.uniform(0, 0.1))
+                else:
+                    asker.click(asker.upload(self.new_image()), 100, 90)
+            statuses.update(asker.statuses)
+
+        together(32, work)
+        shown = f"statuses {sorted(statuses)}; the next click is answered"
+        Asker(port).click(Asker(port).upload(self.new_image()), 100, 90)
+        holds = not {status for status in statuses if status >= 500} - {503}
+        self.say("32 clients, 30 % cut off, none waits as told", shown, "no 5xx but 503", holds)
 
     def memory(self, port: int, server: Any) -> None:
         """More requests: the process must not grow."""
         count = 500 if self.quick else 10_000
-        asker = Asker(port)
-        image_id = asker.upload(self.new_image())
-        for _ in range(50):
-            asker.click(image_id, 100, 90)
-        before = resident(server)
         askers = [Asker(port) for _ in range(4)]
-        limit = time.monotonic() + (20 if self.quick else 150)
-
-        def work(number: int) -> int:
-            for done in range(count // 4):
-                if time.monotonic() > limit:
-                    return done
-                askers[number].click(image_id, 100, 90)
-            return count // 4
-
+        image_id = askers[0].upload(self.new_image())
+        for _ in range(50):
+            askers[0].click(image_id, 100, 90)
+        before = resident(server)
+        limit = time.monotonic() + (20 if self.quick else 240 if self.name == "starter" else 60)
         done = [0] * 4
 
-        def note(number: int) -> None:
-            done[number] = work(number)
+        def work(number: int) -> None:
+            while done[number] < count // 4 and time.monotonic() < limit:
+                askers[number].click(image_id, 100, 90)
+                done[number] += 1
 
-        together(4, note)
+        together(4, work)
         grown = resident(server) - before
-        shown = f"{self.rest:.0f} MB at rest, {before:.0f} after the above, {grown:+.0f} MB after "
-        shown += f"{sum(done)} requests more"
-        must = "<= +30 MB, and the bound of docs/serving.md"
-        self.say("memory", shown, must, grown <= 30 and before <= self.rest + 512 + 1600)
+        shown = f"{before:.0f} MB, {grown:+.0f} MB after {sum(done)} requests more"
+        self.say("memory after many requests", shown, "<= +30 MB", grown <= 30)
 
     def page(self, port: int) -> None:
         """From the pointer's release to the mask on the screen, over the server's own time."""
@@ -493,14 +399,31 @@ class Bench:
             page.wait_for_timeout(1500)
             page.locator("#preview").uncheck()
             over = page.evaluate(PAGE, self.clicks)
+            ratios = [self.large(page, number) for number in range(2 if self.quick else 3)]
             browser.close()
-        added = statistics.median(over)
-        self.say(
-            "page: pointer up to mask drawn, over the server's time",
-            f"{added:.0f} ms",
-            "<= 25 ms",
-            added <= 25,
+        added, ratio = statistics.median(over), statistics.median(ratios)
+        what = "page: pointer up to mask drawn, over the server's time"
+        self.say(what, f"{added:.0f} ms", "<= 25 ms", added <= 25)
+        what = (
+            "page: a 30 MP image, file given to mask drawn, over the server's reading and encoding"
         )
+        self.say(what, f"{ratio:.1f}x", "< 3x", ratio < 3)
+
+    def large(self, page: Any, number: int) -> float:
+        """How long until a click on a large image is drawn, over the time of encoding it."""
+        rows, columns = np.mgrid[:5000, :6000]
+        pixels = np.stack([columns + number, rows, columns + rows], -1).astype(np.uint8)
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "JPEG", quality=60)
+        file = {"name": f"{number}.jpg", "mimeType": "image/jpeg", "buffer": stream.getvalue()}
+        with page.expect_response("**/v1/images") as answered:
+            start = time.perf_counter()
+            page.set_input_files("#file", file)
+        timing = answered.value.json()["timing"]
+        page.wait_for_selector("body[data-state=ready]")
+        page.evaluate(PAGE, 1)
+        seconds = time.perf_counter() - start - 0.5  # which PAGE rests after a click
+        return 1000 * seconds / (timing["read_ms"] + timing["encode_ms"])
 
 
 PAGE = """async (count) => {
@@ -532,6 +455,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two rounds; does everything run?")
     parser.add_argument("--weights", action="append", choices=("starter", "5m"))
+    parser.add_argument("--osam", help="python of an environment with osam[serve]==0.8.1")
     parser.add_argument("--output", type=Path, default=HERE)
     options = parser.parse_args()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # as the lane that decodes
@@ -542,25 +466,29 @@ def main() -> None:
             if name == "5m":
                 write_weights(Path(folder), "5m", [str(path) for path in IMAGES])
                 weights = str(Path(folder) / "sam.safetensors")
-            Bench(name, weights, options.quick, report).run()
+            Bench(name, weights, options.osam, options.quick, report).run(Path(folder))
     facts = machine_facts("fastapi", "uvicorn")
     load = os.getloadavg()[0]
     (options.output / "serve.json").write_text(
         json.dumps({"machine": facts, "load": load, "rows": report.rows}, indent=1) + "\n"
     )
-    words = " ".join(f"--weights {one}" for one in options.weights or ())
+    words = "".join(f" --weights {one}" for one in options.weights or ())
+    words += " --osam PYTHON" * (options.osam is not None) + " --quick" * options.quick
     lines = [
         "# tinyvit serve",
         "",
-        "Written by `benchmarks/serve.py`: the server, a direct loop over `Segmenter` and a bare",
-        "FastAPI handler in turn, on the same cores as their clients. *starter* are the embedded",
-        "weights (256 px), *5m* is MobileSAM's network at 1024 px (a random encoder: its speed",
-        "counts, see `sam_weights.py`).",
+        "Written by `benchmarks/serve.py`: the server, a direct loop over `Segmenter`, a bare",
+        "FastAPI handler and osam's server in turn, on the same cores as their clients.",
+        "*starter* are the embedded weights (256 px), *5m* is MobileSAM's network at 1024 px (a",
+        "random encoder: its speed counts, see `sam_weights.py`).",
         "",
-        "osam's HTTP server (0.8.1) installs, but fetches each of its models from the network at",
-        "the first request; without one it answers nothing that could be timed.",
+        "osam's server (0.8.1) fetches its own models from the network at the first request;",
+        "here it has the same weights, by `tinyvit export --for osam` (a graph of 1024 px).",
+        "Like the bare handler it gets the image with every click, and computes in its event",
+        "loop. Its answer holds the embedding as lists of numbers; sent back instead of the",
+        "image, that is slower still.",
         "",
-        f"    python benchmarks/serve.py {'--quick ' if options.quick else ''}{words}".rstrip(),
+        f"    python benchmarks/serve.py{words}",
         "",
         f"- {', '.join(f'{key} {value}' for key, value in facts.items())}",
         f"- load at the end {load:.1f}",

@@ -1,15 +1,23 @@
 """The adapters, asked as their clients ask (requests written from the protocols' descriptions)."""
 
 import base64
+import importlib
+import logging
+import os
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
 from conftest import read_brush
+from tinyvit.images.mask_ops import is_outer, outlines
 from tinyvit.serve.adapters.label_studio import Config, Fetcher
 from tinyvit.serve.problems import Problem
 
+UNPACKED = os.environ.get("TINYVIT_X_ANYLABELING")  # a folder
+CLIENT = UNPACKED and Path(UNPACKED) / "anylabeling" / "services" / "auto_labeling"
 CONFIG = """<View><Image name="img" value="$image"/>
 <{tag} name="tag" toName="img"><Label value="Cat"/></{tag}>
 <KeyPointLabels name="kp" toName="img" smart="true"><Label value="Cat"/></KeyPointLabels></View>"""
@@ -140,3 +148,70 @@ def test_x_anylabeling(server, images):
     wrong_params = ({"marks": [{"type": "circle"}]}, {"marks": 3}, {"epsilon_factor": "1"})
     for wrong in ({"image": "?"}, *({"params": params} for params in wrong_params)):
         assert 400 <= server("POST", "/x-anylabeling/v1/predict", {**asked, **wrong}).status < 500
+
+
+@pytest.fixture
+def x_anylabeling(monkeypatch):
+    """X-AnyLabeling's class that asks remote servers; its window is stood in for."""
+    own = "anylabeling.services.auto_labeling"
+    stands_in = {"cv2": {}, "PyQt6": {"QtCore": SimpleNamespace(QPointF=lambda x, y: (x, y))}}
+    translate = SimpleNamespace(translate=lambda context, text: text)
+    stands_in |= {"PyQt6.QtCore": {"QCoreApplication": translate}}
+    stands_in |= {"PyQt6.QtWidgets": {"QApplication": None}}
+    stands_in |= {"anylabeling": {"__path__": []}, "anylabeling.services": {"__path__": []}}
+    stands_in |= {own: {"__path__": [str(CLIENT)]}, f"{own}.model": {"Model": Model}}
+    views = "anylabeling.views.labeling"
+    stands_in |= {"anylabeling.views": {"__path__": []}, views: {"__path__": []}}
+    stands_in |= {f"{views}.utils": {"__path__": []}, f"{views}.shape": {"Shape": Shape}}
+    stands_in |= {f"{views}.logger": {"logger": logging.getLogger("x-anylabeling")}}
+    stands_in |= {f"{views}.utils.opencv": {"qt_img_to_rgb_cv_img": None}}
+    for name, facts in stands_in.items():
+        module = ModuleType(name)
+        module.__dict__.update(facts)
+        monkeypatch.setitem(sys.modules, name, module)
+    yield importlib.import_module(f"{own}.remote_server").RemoteServer
+    for name in [name for name in sys.modules if name.startswith(own)]:
+        sys.modules.pop(name)
+
+
+class Model:
+    def __init__(self, config, on_message):
+        self.config = self._config = config
+        self.on_message = on_message
+
+
+class Shape:
+    def __init__(self, **facts):
+        self.facts, self.points = facts, []
+
+    def add_point(self, point):
+        self.points.append(point)
+
+
+@pytest.mark.slow  # a second; wants ``pip download --no-deps x-anylabeling-cvhub==4.2.1``, unpacked
+@pytest.mark.skipif(CLIENT is None, reason="TINYVIT_X_ANYLABELING names no folder")
+def test_x_anylabeling_s_own_client(server, segmenter, images, x_anylabeling):
+    said = []
+    base = f"http://127.0.0.1:{server.port}/x-anylabeling"
+    config = {"remote_server_settings": {"server_url": base, "api_key": ""}}
+    client = x_anylabeling(config, said.append)
+    assert list(client.get_available_models()) == ["tinyvit"]
+    client.set_model_id("tinyvit")
+    assert client.get_batch_processing_mode() is None
+    client.set_mask_fineness(0.0)
+    client.set_auto_labeling_marks([
+        {"type": "point", "data": [172, 118], "label": 1},
+        {"type": "rectangle", "data": [130, 80, 210, 150], "label": 1},
+    ])  # fmt: skip
+    result = client.predict_shapes(object(), str(images / "chelsea.png"))
+    assert said == [] and result.replace is False
+    prompt = {"points": [[172, 118]], "box": [130, 80, 210, 150]}
+    (masks,) = segmenter.segment([images / "chelsea.png"], [[prompt]])
+    wanted = [ring for ring in outlines(masks.mask(0)) if is_outer(ring)]
+    assert [shape.points[:-1] for shape in result.shapes] == [
+        [tuple(point) for point in ring.tolist()] for ring in wanted
+    ]
+    assert {shape.facts["label"] for shape in result.shapes} == {"AUTOLABEL_OBJECT"}
+    client.set_auto_labeling_marks([{"type": "point", "data": [9_000, 1], "label": 1}])
+    assert client.predict_shapes(object(), str(images / "chelsea.png")).shapes == []
+    assert "422" in said[0]

@@ -2,20 +2,30 @@
 
 import asyncio
 import contextlib
+import hashlib
+import http.client
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from conftest import Client
 from tinyvit.serve import ServeSettings
 from tinyvit.serve.server import listen
+
+ROOT = Path(__file__).parents[2]
+NGINX = shutil.which("nginx") or shutil.which("/usr/sbin/nginx")
 
 
 @contextlib.contextmanager
@@ -172,3 +182,101 @@ def test_two_workers_share_a_folder_and_outlive_a_kill(tmp_path):
         assert "client=" not in err and f"image={image_id[:12]}" in err
     left = [file.name for file in (tmp_path / "kept").rglob("*") if file.is_file()]
     assert left == [f"{image_id}.safetensors"]
+
+
+class Proxied(Client):
+    """What every client should do: send an image again that is not known."""
+
+    def __init__(self, port):
+        super().__init__(port)
+        self.sent = 0
+        self.context = ssl.create_default_context()
+        self.context.check_hostname, self.context.verify_mode = False, ssl.CERT_NONE
+
+    def __call__(self, method, path, body=None, kind="application/octet-stream"):
+        own = http.client.HTTPSConnection("127.0.0.1", self.port, context=self.context, timeout=60)
+        headers = {"Host": "images.example.org", "Content-Type": kind}
+        headers["Origin"] = "https://images.example.org"
+        with contextlib.closing(own):
+            own.request(method, path, body, headers)
+            answer = own.getresponse()
+            return answer.status, answer.read()
+
+    def click(self, data):
+        path = f"/v1/images/{hashlib.sha256(data).hexdigest()}"
+        body = json.dumps({"prompts": [{"points": [[9, 9]]}], "include": ["low_res"]})
+        asked = ("POST", f"{path}/segment", body, "application/json")
+        status, found = self(*asked)
+        if status == 404:
+            self.sent += 1
+            assert self("PUT", path, data)[0] in (200, 201)
+            status, found = self(*asked)
+        assert status == 200, found
+
+
+@pytest.mark.slow  # half a minute alone, five on a busy machine
+@pytest.mark.skipif(None in (NGINX, shutil.which("openssl")), reason="no nginx, or no openssl")
+def test_nginx_sends_an_image_to_the_worker_that_has_it(tmp_path):
+    """The committed configuration with TLS, two workers, and one of them killed."""
+    words = ("--trust-proxy", "127.0.0.1", "--allow-host", "images.example.org")
+    key, certificate = tmp_path / "own.key", tmp_path / "own.pem"
+    names = ["-subj", "/CN=images.example.org", "-keyout", str(key), "-out", str(certificate)]
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *names]
+    subprocess.run(make, check=True, capture_output=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with command(*words) as (first, one), command(*words) as (_, two):
+        text = (ROOT / "deploy" / "nginx.conf").read_text(encoding="utf-8")
+        for old, new in (
+            ("127.0.0.1:8765", f"127.0.0.1:{client_of(one).port}"),
+            ("127.0.0.1:8766", f"127.0.0.1:{client_of(two).port}"),
+            ("listen 443 ssl", f"listen 127.0.0.1:{port} ssl"),
+            ("/etc/ssl/images.example.org.pem", str(certificate)),
+            ("/etc/ssl/images.example.org.key", str(key)),
+        ):
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        folders = "".join(
+            f"{kind}_temp_path {tmp_path};"
+            for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        head = f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/error.log; events {{}}"
+        file = tmp_path / "nginx.conf"
+        file.write_text(f"{head} http {{ access_log off; {folders} {text} }}", encoding="utf-8")
+        nginx = subprocess.Popen([NGINX, "-p", str(tmp_path), "-c", str(file)])
+        try:
+            client, images = Proxied(port), [image_of(seed) for seed in range(30)]
+            deadline = time.monotonic() + 20
+            while True:
+                with contextlib.suppress(OSError):
+                    assert client("GET", "/readyz")[0] == 200
+                    break
+                assert nginx.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            for _ in range(3):
+                for data in images:
+                    client.click(data)
+            assert client.sent == 30  # each once: its clicks found the worker that has it
+            knows = [gauge(client_of(line), "tinyvit_cache_images") for line in (one, two)]
+            assert sum(knows) == 30 and min(knows) >= 5
+            first.kill()
+            for data in images:
+                client.click(data)
+            assert client.sent == 30 + knows[0]
+            path = f"/v1/images/{hashlib.sha256(images[0]).hexdigest()}/everything"
+            assert client("POST", path, b'{"points_per_side": 4}', "application/json")[0] == 200
+            assert client("GET", "/")[0] == 200
+        finally:
+            nginx.terminate()
+            nginx.wait(10)
+
+
+def image_of(seed):
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 30), (seed, 0, 0)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def gauge(client, name):
+    rows = client("GET", "/metrics").body.decode().splitlines()
+    return int(float(next(row for row in rows if row.startswith(name + " ")).split()[1]))
