@@ -13,14 +13,12 @@ from pathlib import Path
 import pytest
 import typer
 
-from tinyvit.cli import bench, classify, embed, encode, export, models, segment, serve, store
-from tinyvit.cli import weights as weights
+from tinyvit.cli import bench, classify, embed, encode, export, segment, serve, store, weights
 from tinyvit.cli.main import GROUPS, app, main, reordered
 from tinyvit.cli.settings_options import examples_of
 
 VERBS = {
-    "models": models,
-    **dict.fromkeys(("inspect", "convert", "download"), weights),
+    **dict.fromkeys(("models", "inspect", "convert", "download"), weights),
     "encode": encode,
     "classify": classify,
     "segment": segment,

@@ -71,6 +71,8 @@ images (PICTURE_OR_FOLDER): JPEG, PNG, WebP, TIFF, BMP, GIF or PPM files. Folder
     folders in them; hidden files and folders are left out.
 output (--output -o DIR): Folder to write to.
 model (VARIANT): Build this variant for the checkpoint. By default the checkpoint says which.
+checkpoint (NAME_OR_FILE): A name of 'tinyvit models', or a file that holds a whole SAM, not an
+    encoder alone. By default tinyvit_starter, which is small, weak, and needs no download.
 size: Side of the model's input in pixels. By default the one it was trained for.
 device: auto (a GPU if there is one), or a torch device: cpu, cuda, cuda:1, mps.
 precision ([fp32|bf16|auto]): What to compute in; auto is bf16 where the hardware has it built in.
@@ -138,12 +140,13 @@ def file_of(text: str) -> Path:
 
     check_checkpoint(text)
     if text in list_checkpoints():
-        row = get_checkpoint(text)
-        if not row.embedded and not cached_path(row).is_file():
+        there = cached_path(get_checkpoint(text))
+        if not there.is_file():
             raise CheckpointError(
                 f"{text} is not on this machine yet; fetch it with: tinyvit download {text}"
             )
-    elif (Path(text) / _WEIGHTS).is_file():
+        return there
+    if (Path(text) / _WEIGHTS).is_file():
         return Path(text) / _WEIGHTS
     return find_checkpoint(text)[0]
 

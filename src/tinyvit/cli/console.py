@@ -16,7 +16,7 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -218,31 +218,23 @@ def guarded(own: Console) -> Iterator[Console]:
     except KeyboardInterrupt as err:
         complain("interrupted")
         raise typer.Exit(INTERRUPTED) from err
-    except EXPECTED as err:
-        raise _failed(err, own) from err
-    except (MemoryError, RuntimeError) as err:
+    except (*EXPECTED, MemoryError, RuntimeError) as err:
+        text = str(err) or type(err).__name__
         if isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError":
-            hint = MemoryError(
-                f"out of memory: {err}; try a smaller --batch-size, a smaller --size or "
-                "--device cpu"
-            )
-            raise _failed(hint, own) from err
-        raise
-
-
-def _failed(err: Exception, own: Console) -> typer.Exit:
-    """Say what is wrong; the exit to raise."""
-    if own.is_debug:
-        complain("".join(traceback.format_exception(err)).rstrip())
-    text = str(err) or type(err).__name__
-    if isinstance(err, OSError) and err.strerror:
-        text = f"{err.filename}: {err.strerror}" if err.filename else err.strerror
-    complain(f"error: {one_line(text, is_whole=own.is_debug)}")
-    try:
-        sys.stdout.flush()
-    except OSError:  # such as a full disk behind it
-        _forget_stdout()
-    return typer.Exit(FAILED)
+            text = f"out of memory: {err}; try a smaller --batch-size, a smaller --size or "
+            text += "--device cpu"
+        elif not isinstance(err, EXPECTED):
+            raise
+        elif isinstance(err, OSError) and err.strerror:
+            text = f"{err.filename}: {err.strerror}" if err.filename else err.strerror
+        if own.is_debug:
+            complain("".join(traceback.format_exception(err)).rstrip())
+        complain(f"error: {one_line(text, is_whole=own.is_debug)}")
+        try:
+            sys.stdout.flush()
+        except OSError:  # such as a full disk behind it
+            _forget_stdout()
+        raise typer.Exit(FAILED) from err
 
 
 def translated(text: str) -> str:
@@ -267,10 +259,5 @@ def _warnings_as_lines() -> Iterator[None]:
 
 def _forget_stdout() -> None:
     """Let nothing more be written to a stdout that takes nothing more, also at the exit."""
-    try:
-        descriptor = sys.stdout.fileno()
-    except (OSError, ValueError):
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+    with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -164,8 +164,6 @@ def segment(
     Options:
         data (DATA): Images with masks: COCO's JSON, a CSV of images and masks, labelme's JSON
             files, or a folder with images and masks in it.
-        checkpoint (NAME_OR_FILE): A name of 'tinyvit models', or a file with a whole SAM. By
-            default tinyvit_starter.
         images (--images FOLDER): The images, where DATA does not say.
         clicks (N,N,...): After how many clicks IoU is wanted.
         target_iou: Clicks are counted until this IoU.

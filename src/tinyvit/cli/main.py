@@ -19,7 +19,6 @@ from tinyvit.cli import (
     encode,
     evaluate,
     export,
-    models,
     segment,
     serve,
     store,
@@ -101,7 +100,7 @@ def _add(to: typer.Typer, *verbs: Callable[..., None]) -> None:
         to.command(name, cls=Verb, epilog=f"\b\nExamples:\n{lines}")(as_command(verb))
 
 
-_add(app, models.models, weights.inspect, weights.convert, weights.download, encode.encode)
+_add(app, weights.models, weights.inspect, weights.convert, weights.download, encode.encode)
 _add(app, classify.classify, segment.segment, serve.serve, export.export, export.verify)
 _add(app, embed.embed, store.search, bench.bench)
 for _group, (_summary, _verbs) in GROUPS.items():

@@ -65,7 +65,7 @@ LOW = 0.5  # a predicted IoU below which a mask is most often wrong
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is segmented.
+    """What is segmented, and what is written of it.
 
     Options:
         point (X,Y[,LABEL]): A click, in pixels of the upright image from its upper left corner.
@@ -81,6 +81,8 @@ class Prompts:
             columns image, x, y, label, x0, y0, x1, y1, object; rows with the same object are one
             object, a row without is one of its own.
         everything: Segment everything, by a grid of points.
+        multimask: Write the three masks of a prompt, not the best one.
+        logits: Write low-res logits too, for --mask of a later call.
     """
 
     point: Points = None
@@ -89,20 +91,21 @@ class Prompts:
     each: bool = False
     prompts: Path | None = None
     everything: bool = False
+    multimask: bool = False
+    logits: bool = False
 
-    def check(self, grid: Mapping[str, object], has_candidates: bool) -> None:
+    def check(self, grid: Mapping[str, object]) -> None:
         """Refuse options that do not go together, and files that are not there."""
-        prompted = [f"--{name}" for name in ("point", "box", "mask", "each") if getattr(self, name)]
-        modes = [f"--{name}" for name in ("everything", "prompts") if getattr(self, name)]
-        if len(modes) > 1:
-            raise ValueError("--everything does not go together with --prompts; give one of them")
-        if prompted and modes:
-            raise ValueError(
-                f"{modes[0]} does not go together with --point, --box, --mask and --each; came "
-                f"{', '.join(prompted)}"
-            )
-        if self.everything and has_candidates:
-            raise ValueError("--everything does not go together with --multimask and --logits")
+        clicks = ("point", "box", "mask", "each")
+        for mode, others in (
+            ("everything", ("prompts", *clicks, "multimask", "logits")),
+            ("prompts", clicks),
+        ):
+            wrong = [f"--{name}" for name in others if getattr(self, name)]
+            if getattr(self, mode) and wrong:
+                raise ValueError(
+                    f"--{mode} does not go together with {', '.join(wrong)}; leave one of them out"
+                )
         if grid and not self.everything:
             option = f"--{next(iter(grid)).replace('_', '-')}"
             raise ValueError(f"{option} is for --everything; give that too, or leave it out")
@@ -153,8 +156,6 @@ def segment(
     output: Path,
     *,
     what: Prompts,
-    multimask: bool = False,
-    logits: bool = False,
     checkpoint: str | None = None,
     size: args.Positive | None = None,
     running: args.FolderOptions,
@@ -181,11 +182,6 @@ def segment(
     not fit, does not stop the work: it is named, and the exit code is 1.
 
     Options:
-        multimask: Write the three masks of a prompt, not the best one.
-        logits: Write low-res logits too, for --mask of a later call.
-        checkpoint (NAME_OR_FILE): A name of 'tinyvit models', or a file that holds a whole SAM, not
-            an encoder alone. By default tinyvit_starter, which is small, weak, and needs no
-            download.
         batch_size: Images encoded together, at most. More may be faster on a GPU; memory grows with
             it.
 
@@ -198,7 +194,7 @@ def segment(
     """
     given = {name: value for name, value in asdict(grid).items() if value is not None}
     listed = outcomes.list_and_check(images, output, checkpoint)
-    what.check(given, multimask or logits)
+    what.check(given)
     items, missing, without = what.items(listed)
     if without:
         names = f"{', '.join(without[:5])}{', ...' if len(without) > 5 else ''}"
@@ -215,8 +211,8 @@ def segment(
             segmenter,
             output,
             name,
-            multimask=multimask,
-            with_logits=logits,
+            multimask=what.multimask,
+            with_logits=what.logits,
             everything=given if what.everything else None,
             progress=lambda name: own.progress(name, things="points"),
             overwrite=overwrite,

@@ -37,8 +37,6 @@ def serve(
     stderr.
 
     Options:
-        checkpoint (NAME_OR_FILE): A name of 'tinyvit models', or a file that holds a whole SAM. By
-            default tinyvit_starter, which is small, weak, and needs no download.
         backend: What runs the encoder: auto, torch, openvino, onnx.
         host: Address to listen on.
         port: Port; 0 takes a free one.

@@ -250,19 +250,15 @@ class Verb(TyperCommand):
                 error.possibilities = [f"--{name}" for name in near]
             raise
 
-    def format_options(self, ctx: object, formatter: object) -> None:
+    def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments first, then each group in the order of its first option."""
         groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], _FIRST_GROUP: []}
-        for parameter in self.get_params(cast(Any, ctx)):
-            record = parameter.get_help_record(cast(Any, ctx))
-            if record is None:
-                continue
-            heading = getattr(parameter, "rich_help_panel", None) or _FIRST_GROUP
-            if parameter.param_type_name == "argument":
-                heading = "Arguments"
-            groups.setdefault(heading, []).append(record)
-        writer = cast(Any, formatter)  # click's, of which typer may have a copy
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                panel = getattr(parameter, "rich_help_panel", None) or _FIRST_GROUP
+                is_argument = parameter.param_type_name == "argument"
+                groups.setdefault("Arguments" if is_argument else panel, []).append(record)
         for heading, records in groups.items():
             if records:
-                with writer.section(heading):
-                    writer.write_dl(records)
+                with formatter.section(heading):
+                    formatter.write_dl(records)
