@@ -124,7 +124,13 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int = 0, tensorboard: bool = False) -> None:
         self.folder = folder
-        self.lines = _read_until(folder / LOG, step)
+        self.lines: list[Line] = []
+        if step and (folder / LOG).exists():
+            for text in (folder / LOG).read_text("utf-8", "replace").splitlines():
+                with suppress(ValueError, KeyError, TypeError):  # a kill may cut off the last line
+                    line = json.loads(text)
+                    if int(line["step"]) <= step:
+                        self.lines.append(line)
         write_text(folder / LOG, "".join(map(_as_text, self.lines)))
         self._tensorboard: Any = None
         if tensorboard and importlib.util.find_spec("tensorboard") is not None:
@@ -172,18 +178,6 @@ def _writing(path: Path) -> Iterator[None]:
             f"{path} could not be written: {err.strerror or err}; free space, then resume the run: "
             "the last saved state is whole"
         ) from err
-
-
-def _read_until(path: Path, step: int) -> list[Line]:
-    """The lines up to a step; a last line that a kill cut off is none."""
-    lines: list[Line] = []
-    if path.exists() and step:
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError, KeyError, TypeError):
-                line = json.loads(text)
-                if int(line["step"]) <= step:
-                    lines.append(line)
-    return lines
 
 
 def _as_text(line: Line) -> str:
@@ -269,7 +263,7 @@ class RunState:
     unreadable: tuple[str, ...] = ()  # newer files that could not be read, in words
 
 
-def write_state(folder: Path, tensors: Mapping[str, Tensor], facts: Facts) -> Path:
+def write_state(folder: Path, tensors: Mapping[str, Tensor], facts: Facts) -> None:
     """Write what ``pack`` gives, and the facts; the state before stays beside it.
 
     Where that fails (CheckpointError), the files are as they were.
@@ -292,7 +286,6 @@ def write_state(folder: Path, tensors: Mapping[str, Tensor], facts: Facts) -> Pa
             os.fsync(handle)
         finally:
             os.close(handle)
-    return current
 
 
 def read_state(folder: Path) -> RunState | None:

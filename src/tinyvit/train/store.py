@@ -182,7 +182,12 @@ class Store:
         if self._old_logits is not None:
             self.facts, found = self._old_logits.facts, 1
         elif path.is_file():
-            self.facts, found = _read_manifest(path)
+            try:
+                self.facts = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, TypeError, ValueError) as err:
+                raise CheckpointError(f"{path} is no manifest of a store: {err!s}") from err
+            writer = self.facts.pop("writer", None)
+            found = check_format(self.facts.pop("format", None), FORMAT, writer, str(path))
         elif wanted is None:
             raise CheckpointError(
                 f"{self.folder} holds no store: there is no {MANIFEST}; write one with 'tinyvit "
@@ -228,16 +233,6 @@ class Store:
             place += not reason
 
 
-def _read_manifest(path: Path) -> tuple[dict[str, Any], int]:
-    """(facts, format)."""
-    try:
-        values: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as err:
-        raise CheckpointError(f"{path} is no manifest of a store: {err!s}") from err
-    writer = values.pop("writer", None)
-    return values, check_format(values.pop("format", None), FORMAT, writer, str(path))
-
-
 def _text(value: object) -> str:
     return json.dumps(value, sort_keys=True, default=list)
 
@@ -247,9 +242,6 @@ def _short(value: object) -> str:
         return f"{len(value)} names from {value[0]!r} to {value[-1]!r}"
     text = repr(value)
     return text if len(text) <= 300 else f"{text[:300]}..."
-
-
-# -- folders of the first versions -----------------------------------------------------------------
 
 
 def _read_index(metadata: Mapping[str, str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

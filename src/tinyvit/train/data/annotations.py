@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -109,13 +110,10 @@ class RunLengths:
     def read(cls, record: Mapping[str, object]) -> RunLengths:
         """Run lengths from JSON."""
         counts, size = record.get("counts"), record.get("size")
-        try:
-            if isinstance(counts, list) and isinstance(size, list):
-                counts = tuple(int(count) for count in counts)
-            if isinstance(counts, (str, tuple)) and isinstance(size, list) and len(size) == 2:
-                return cls(counts, (int(size[0]), int(size[1])))
-        except (TypeError, ValueError, OverflowError):
-            pass
+        with suppress(TypeError, ValueError, OverflowError):
+            if isinstance(counts, (str, list)) and isinstance(size, list) and len(size) == 2:
+                numbers = counts if isinstance(counts, str) else tuple(map(int, counts))
+                return cls(numbers, (int(size[0]), int(size[1])))
         raise ValueError('run lengths want {"size": [height, width], "counts": ...} of numbers')
 
     def mask(self, size: Size) -> Mask:

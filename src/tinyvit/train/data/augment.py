@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,16 +70,13 @@ def augmentation(strength: Strength, flip: bool = True) -> Augmentation:
         >>> augmentation("light", flip=False).flip
         0.0
     """
-    half = 0.5 if flip else 0.0
+    half, calm = 0.5 if flip else 0.0, cast(Any, {"operations": 0, "erase": 0.0})
     if strength == "full":
         return Augmentation(flip=half)
     if strength == "light":
-        return Augmentation(
-            scale=(0.6, 1.0), ratio=(0.9, 1.1), flip=half, operations=0, erase=0.0,
-            rotate=10.0, shift=0.06,
-        )  # fmt: skip
+        return Augmentation((0.6, 1.0), (0.9, 1.1), half, rotate=10.0, shift=0.06, **calm)
     if strength == "none":
-        return Augmentation((1, 1), (1, 1), flip=0.0, operations=0, erase=0.0)
+        return Augmentation((1, 1), (1, 1), 0.0, **calm)
     raise ValueError(f"augmentation must be 'none', 'light' or 'full', got {strength!r}")
 
 

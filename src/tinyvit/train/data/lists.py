@@ -272,7 +272,16 @@ def read_shards(shards: Sequence[Path], classes: Sequence[str] | None = None) ->
         beside = (shards[0].parent / name for name in _CLASS_FILES)
         file = next((path for path in beside if path.is_file()), None)
         classes = None if file is None else read_labels(file)
-    labels, known = _labels(texts, classes, str(shards[0].parent))
+    origin = str(shards[0].parent)
+    if classes and not set(texts) <= set(classes) and all(text.isdecimal() for text in texts):
+        highest = max(map(int, texts))  # they count positions among the given classes
+        if highest >= len(classes):
+            raise ValueError(
+                f"{origin} has the label {highest}, but there are {len(classes)} classes (0 to "
+                f"{len(classes) - 1})"
+            )
+        texts = [classes[int(text)] for text in texts]
+    labels, known = number_classes(texts, classes, origin)
     return ImageList(tuple(names), labels, known, tuple(shards), places)
 
 
@@ -330,24 +339,17 @@ def _members(path: Path) -> Iterator[tuple[str, str, tarfile.TarInfo, bytes | No
                     file = tar.extractfile(member)
                     content = None if file is None else file.read()
                 yield str(plain.parent / stem), suffix, member, content
-            _check_end(path, tar.offset)
+            # it ends with blocks of zeros; ``tarfile`` takes a header that is cut for the end, too
+            with path.open("rb") as raw:
+                raw.seek(tar.offset)
+                block = raw.read(tarfile.BLOCKSIZE)
+            if len(block) < tarfile.BLOCKSIZE or any(block):
+                raise tarfile.ReadError("unexpected end of data")
     except (tarfile.TarError, OSError) as err:
         raise ValueError(
             f"{str(path)!r} is cut short, damaged or compressed ({err}) after {count} members; "
             "copy or download it again, and unpack .gz first"
         ) from err
-
-
-def _check_end(path: Path, offset: int) -> None:
-    """A tar file ends with blocks of zeros; one without them was cut between two members.
-
-    ``tarfile`` takes a header that is cut, too, for the end.
-    """
-    with path.open("rb") as file:
-        file.seek(offset)
-        block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE or any(block):
-        raise tarfile.ReadError("unexpected end of data")
 
 
 def _label(content: bytes, suffix: str, name: str) -> str:
@@ -364,21 +366,6 @@ def _label(content: bytes, suffix: str, name: str) -> str:
         f"the label {name!r} is {text[:60]!r}; wanted a number or a name, in .json under one of "
         f"{', '.join(_LABEL_KEYS)}"
     )
-
-
-def _labels(
-    texts: Sequence[str], classes: Sequence[str] | None, origin: str
-) -> tuple[Labels, tuple[str, ...]]:
-    """Numbers of classes; labels that are numbers count positions among given classes."""
-    if classes is None or not all(text.isdecimal() for text in texts) or set(texts) <= set(classes):
-        return number_classes(texts, classes, origin)
-    highest = max(int(text) for text in texts)
-    if highest >= len(classes):
-        raise ValueError(
-            f"{origin} has the label {highest}, but there are {len(classes)} classes (0 to "
-            f"{len(classes) - 1})"
-        )
-    return number_classes([classes[int(text)] for text in texts], classes, origin)
 
 
 def _read_index(place: Path, marks: list[Any]) -> _Index | None:

@@ -227,9 +227,6 @@ def _good_objects(
     return good
 
 
-# -- what a data set names ---------------------------------------------------------------------
-
-
 @dataclass
 class RawSample:
     """One image and its annotations as a data set names them; nothing is checked yet."""
@@ -357,9 +354,6 @@ def _short(row: object) -> str:
     return text if len(text) < 80 else text[:77] + "..."
 
 
-# -- COCO, SA-1B -------------------------------------------------------------------------------
-
-
 def _read_coco(
     content: dict[str, Any], path: Path, folders: list[Path], faults: list[str]
 ) -> list[RawSample]:
@@ -408,9 +402,6 @@ def _coco_annotation(segmentation: object) -> tuple[Annotation, list[str]]:
     if isinstance(segmentation, Mapping):
         return RunLengths.read(segmentation), []
     return Polygons.read(segmentation)
-
-
-# -- labelme -----------------------------------------------------------------------------------
 
 
 def _read_labelme(
@@ -477,9 +468,6 @@ def image_source(path: Path) -> Path | bytes:
         return base64.b64decode(load_json(path)["imageData"])
     except (TypeError, KeyError, ValueError, binascii.Error) as err:
         raise ImageError(f"{path} holds no image as imageData: {err}") from err
-
-
-# -- files of masks ----------------------------------------------------------------------------
 
 
 def _read_csv(path: Path, images: Path | None, faults: list[str]) -> list[RawSample]:

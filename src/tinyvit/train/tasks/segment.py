@@ -143,25 +143,22 @@ class Segment:
     def _features(self, sam: Sam, batch: Batch) -> Tensor:
         """[B, C, h, w]; without gradient where the encoder does not learn."""
         encoder, images = sam.image_encoder, batch["images"]
-        learns = any(parameter.requires_grad for parameter in encoder.parameters())
-        if learns and (kept := self.settings.cached_features):
-            wanted = "0 where the encoder is trained (train the decoder alone to keep embeddings)"
-            raise SettingError("cached_features", wanted, kept)
-        if learns:
+        most = self.settings.cached_features
+        if any(parameter.requires_grad for parameter in encoder.parameters()):
+            if most:
+                wanted = "0 where the encoder is trained (train the decoder alone for embeddings)"
+                raise SettingError("cached_features", wanted, most)
             return cast(Tensor, encoder(images))
         indices = batch["index"].tolist()
-        missing = [row for row, index in enumerate(indices) if index not in self._kept]
-        fresh: dict[int, Tensor] = {}
-        if missing:
+        found = {i: self._kept[i].to(images.device) for i in indices if i in self._kept}
+        if missing := [row for row, index in enumerate(indices) if index not in found]:
             with torch.no_grad():
                 encoded = encoder(images[missing])
-            fresh = {indices[row]: one for row, one in zip(missing, encoded, strict=True)}
-            for index, one in fresh.items():
-                if len(self._kept) < self.settings.cached_features:
-                    self._kept[index] = one.cpu()
-        return torch.stack(
-            [fresh[i] if i in fresh else self._kept[i].to(images.device) for i in indices]
-        )
+            for row, one in zip(missing, encoded, strict=True):
+                found[indices[row]] = one
+                if len(self._kept) < most:
+                    self._kept[indices[row]] = one.cpu()
+        return torch.stack([found[index] for index in indices])
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Mean IoU on the held-out part, by the model as it is.
@@ -233,8 +230,6 @@ def _open(settings: SegmentSettings) -> tuple[MaskSet, MaskSet]:
 def _warn(text: str) -> None:
     warnings.warn(text, stacklevel=4)
 
-
-# -- simulated prompts -----------------------------------------------------------------------------
 
 Mask = NDArray[np.bool_]
 Point = tuple[float, float]
