@@ -129,6 +129,14 @@ def pooled_elsewhere(own):
     return lambda mask, has: own(mask.roll(1, -1), has)
 
 
+def test_transformers_js_finds_halves_under_the_name_of_their_dtype(sam, tmp_path):
+    assert export_model(sam, tmp_path / "out", preset="transformers.js", storage="fp16").passed
+    assert {path.name for path in (tmp_path / "out" / "onnx").iterdir()} == {
+        "vision_encoder_fp16.onnx", "prompt_encoder_mask_decoder_fp16.onnx"
+    }  # fmt: skip
+    assert verify(tmp_path / "out").passed
+
+
 MUTANTS = {
     "a mask that is shifted": ("embed_mask", pooled_elsewhere),
     "a coordinate without its half pixel": (

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,6 +150,13 @@ def test_a_newer_certificate(copied):
     (target / "tinyvit.json").write_text("{")
     with pytest.raises(CheckpointError, match="is no folder of 'tinyvit export'"):
         read_facts(target)
+
+
+def test_a_folder_of_format_1_stays_verified():
+    folder = Path(__file__).parents[1] / "data" / "formats" / "exported_1"
+    found = verify(folder)
+    assert found.passed and len(found.cases) == 5
+    assert read_facts(folder)["classes"] == ["cat", "dog", "gnu"]
 
 
 def test_against_a_checkpoint(sam, folder):

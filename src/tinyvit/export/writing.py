@@ -239,10 +239,12 @@ def _facts(sam: Sam, spec: ImageSpec, order: _Order, side: int, factor: int) -> 
     if not is_sam:
         inputs = ("image_embeddings", "image_positional_embeddings", "input_points", "input_labels")
         encoder_outputs.append("image_positional_embeddings")
+    dtype = "_fp16" if not is_sam and row.storage == "fp16" else ""  # as transformers.js names it
+    files = {part: file and file.format(name=name).replace(".onnx", f"{dtype}.onnx")
+             for part, file in (("encoder", row.encoder), ("decoder", row.decoder))}  # fmt: skip
     return {
         "name": name,
-        "encoder": row.encoder and row.encoder.format(name=name),
-        "decoder": row.decoder.format(name=name),
+        **files,
         "layout": row.layout,
         "style": row.style,
         "side": side,
