@@ -28,7 +28,7 @@ from tinyvit.catalog import (
 )
 from tinyvit.checkpoints.detection import Detection, detect
 from tinyvit.checkpoints.download import Progress
-from tinyvit.checkpoints.families import group_by_part, to_canonical
+from tinyvit.checkpoints.families import HEADS, group_by_part, to_canonical
 from tinyvit.checkpoints.files import (
     check_finite,
     check_format,
@@ -59,8 +59,6 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS, FOLDER_FORMAT = "config.json", "model.safetensors", 1
 """The files of a folder of ``save_pretrained``, and the newest format of the first."""
 
-HEADS = ("prompt_encoder", "mask_decoder")
-"""What makes an encoder a SAM."""
 
 _PARTS_OF_TINYVIT = ("trunk", "head", "neck")
 _FRESH_HEAD = ("head.weight", "head.bias")

@@ -68,9 +68,9 @@ class Layout:
 
 
 _CLASSIFIER: tuple[Part, ...] = ("trunk", "head")
-_HEADS: tuple[Part, ...] = ("prompt_encoder", "mask_decoder")
-_SAM: tuple[Part, ...] = ("trunk", "head", "neck", *_HEADS)
-_HEADLESS: tuple[Part, ...] = ("trunk", "neck", *_HEADS)
+HEADS: tuple[Part, ...] = ("prompt_encoder", "mask_decoder")
+_SAM: tuple[Part, ...] = ("trunk", "head", "neck", *HEADS)
+_HEADLESS: tuple[Part, ...] = ("trunk", "neck", *HEADS)
 _TO_32 = (2, 2, 2)
 
 LAYOUTS: MappingProxyType[Family, Layout] = MappingProxyType(
@@ -82,7 +82,7 @@ LAYOUTS: MappingProxyType[Family, Layout] = MappingProxyType(
         "mobile_sam": Layout("MobileSAM", _SAM),
         "mobile_sam_v2": Layout("MobileSAMv2", _SAM, wrapper="model"),
         "mobile_sam_v2_decoder": Layout(
-            "MobileSAMv2's decoder file", _HEADS, wrapper="PromtEncoder"
+            "MobileSAMv2's decoder file", HEADS, wrapper="PromtEncoder"
         ),
         "hq_sam": Layout("Light HQ-SAM", (*_SAM, "hq_decoder")),
         "tinysam": Layout("TinySAM", _SAM),

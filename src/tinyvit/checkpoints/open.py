@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinyvit.catalog import Checkpoint, get_checkpoint, list_checkpoints
+from tinyvit.catalog import DEFAULT_CHECKPOINT, Checkpoint, get_checkpoint, list_checkpoints
 from tinyvit.errors import CheckpointError
 
 from .detection import Detection, detect_in
 from .download import Progress, fetch
-from .families import to_canonical
+from .families import HEADS, ORDER, to_canonical
 from .files import check_finite, read_state_dict, thresholds_in
 
 if TYPE_CHECKING:
@@ -94,6 +94,18 @@ def open_checkpoint(
         )
     tensors = to_canonical(file.tensors, found.family)
     return OpenedCheckpoint(path, row, found, tensors, file.metadata, thresholds)
+
+
+def check_parts(parts: Collection[str], path: Path, family: str) -> None:
+    """Refuse a file without the heads that make an encoder a SAM."""
+    lacking = [part for part in HEADS if part not in parts]
+    if lacking:
+        held = ", ".join(part for part in ORDER if part in parts)
+        raise CheckpointError(
+            f"{path} ({family}) holds no {' and no '.join(lacking)}, only "
+            f"{held}: it is an encoder and no SAM; give a file with all parts, such as "
+            f"{DEFAULT_CHECKPOINT!r}, or use tinyvit.create_model for the encoder alone"
+        )
 
 
 def misfits(

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from torch import nn
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT, VARIANTS, get_checkpoint, get_variant
-from tinyvit.checkpoints.open import OpenedCheckpoint, open_checkpoint
+from tinyvit.checkpoints.open import OpenedCheckpoint, check_parts, open_checkpoint
 from tinyvit.factory import create_model, load_exactly
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
@@ -27,7 +27,6 @@ from tinyvit.modules.sam.prompt_encoder import PromptEncoder
 from tinyvit.modules.sam.transformer import TwoWayTransformer
 
 from .model import Sam
-from .open import check_parts
 
 Size = tuple[int, int]
 
@@ -90,7 +89,7 @@ def build_sam(
         encoder = create_model(variant if variant is not None else _UNTRAINED)
     else:
         opened = open_checkpoint(checkpoint, sha256, progress)
-        check_parts(set(opened.found.parts), opened.path, opened.found.family)
+        check_parts(opened.found.parts, opened.path, opened.found.family)
         encoder = create_model(variant, opened)
         is_hq = "hq_decoder" in opened.found.parts
     if img_size is not None:

@@ -10,15 +10,14 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from numpy.typing import NDArray
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT
-from tinyvit.checkpoints.families import ORDER
+from tinyvit.checkpoints.open import check_parts
 from tinyvit.errors import CheckpointError, MissingExtraError
-from tinyvit.factory import HEADS, StoredModel, open_stored
+from tinyvit.factory import StoredModel, open_stored
 from tinyvit.image_spec import ImageSpec
 from tinyvit.inference.backend import takes_native
 
@@ -151,18 +150,6 @@ def _built(
     from .build import build_sam
 
     return build_sam(source, img_size=img_size, progress=progress)
-
-
-def check_parts(parts: set[str], path: Path, family: str) -> None:
-    """Refuse a file without the heads that make an encoder a SAM."""
-    lacking = [part for part in HEADS if part not in parts]
-    if lacking:
-        held = ", ".join(part for part in ORDER if part in parts)
-        raise CheckpointError(
-            f"{path} ({family}) holds no {' and no '.join(lacking)}, only "
-            f"{held}: it is an encoder and no SAM; give a file with all parts, such as "
-            f"{DEFAULT_CHECKPOINT!r}, or use tinyvit.create_model for the encoder alone"
-        )
 
 
 def choose_decoder(
