@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tinyvit.train import TrainSettings, train
-from tinyvit.train.distributed import Processes, _own_device, join_processes
+from tinyvit.train.optim import Processes, _own_device, join_processes
 from tinyvit.train.run_folder import read_state
 
 from .toy_task import ToyTask, make_model, numbers

@@ -15,9 +15,8 @@ from tinyvit.checkpoints.files import read_state_dict
 from tinyvit.errors import CheckpointError
 from tinyvit.modules import TinyViT
 from tinyvit.train import NonFiniteLossError, TrainSettings, train
-from tinyvit.train.distributed import Processes
 from tinyvit.train.loop import Counters, TaskLoss, accumulate_gradient, stop_on_signal
-from tinyvit.train.optim import train_mode
+from tinyvit.train.optim import Processes, train_mode
 from tinyvit.train.run_folder import read_state
 from tinyvit.train.task import Order, load_batches
 

@@ -7,9 +7,9 @@ from torch import nn
 
 from tinyvit.modules import Conv2d_BN, TinyViT
 from tinyvit.train import TrainSettings, train
-from tinyvit.train.distributed import Processes
 from tinyvit.train.optim import (
     Ema,
+    Processes,
     choose_batch_stats,
     clip_gradients,
     make_optimiser,

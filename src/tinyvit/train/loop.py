@@ -1,11 +1,9 @@
 """``train``: one loop for every task, in one process or several, that can be stopped at any moment.
 
-The numbers of a run depend on its settings and its data alone. Every random number comes from the
-seed and from what is done with it (epoch and sample, or step and part), so neither the number of
-worker processes nor a stop in between changes anything, and a state holds no generators.
-
-Ctrl-C and SIGTERM let the step end and the state be saved. A second one stops at once; then, as
-after a kill, what was done since the last saved state is done again when the run is resumed.
+Every random number comes from the seed and from what is done with it (epoch and sample, or step and
+part), so neither the number of worker processes nor a stop in between changes anything. Ctrl-C and
+SIGTERM let the step end and the state be saved. A second one stops at once; then, as after a kill,
+what was done since the last saved state is done again when the run is resumed.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from tinyvit.checkpoints.files import make_folder, write_text
 from tinyvit.errors import CheckpointError
 
 from . import optim, run_folder
-from .distributed import Processes, join_processes
+from .optim import Processes, join_processes
 from .run_folder import Facts, Progress, RunLog, RunState
 from .settings import BatchStats, ChangedSettingsError, TrainSettings
 from .task import Batch, Goal, Key, Order, Task, derived_seed, load_batches
@@ -125,10 +123,7 @@ def train(
 
 @contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """Catch the first Ctrl-C or SIGTERM; handlers are those of before after it and at the end.
-
-    Only the main thread can; elsewhere nothing is changed.
-    """
+    """Catch the first Ctrl-C or SIGTERM in the main thread; earlier handlers come back after it."""
     request = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield request

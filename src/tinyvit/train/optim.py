@@ -1,24 +1,34 @@
-"""How a network is trained: which parameters, with which optimiser and schedule, and their average.
+"""How a network is trained: which parameters, by which optimiser and schedule, in which processes.
 
 A frozen part does not require gradients *and* is in eval mode, so that neither batch statistics nor
-dropout act in it, whatever ``train()`` says: ``train_mode`` takes the place of ``train()``.
+dropout act in it, whatever ``train()`` says: ``train_mode`` takes the place of ``train()``. Of the
+processes that ``torchrun`` starts only the first writes files, and each reads the state of a run
+that is resumed, so all must see the run's folder. Parameters are not sharded (FSDP): the largest
+model here takes 0.35 GB with gradients and AdamW's state.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection
+import os
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeAlias, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
+from tinyvit.inference.backend import choose_device
 from tinyvit.modules import TinyViT
 from tinyvit.modules.tiny_vit import NO_DECAY
 
-from .distributed import Processes
 from .lora import add_lora, merge_lora
 from .settings import BatchStats, SettingError, Trainable, TrainSettings
 
@@ -27,10 +37,7 @@ _PARTS = {"decoder": ("mask_decoder",), "neck": ("neck",), "head": ("norm_head",
 
 
 def set_trainable(model: nn.Module, trainable: Trainable, lora_rank: int = 8) -> None:
-    """Set ``requires_grad`` of every parameter; SettingError where there is no such part.
-
-    "full" and "lora" take other models than Sam and TinyViT too.
-    """
+    """Set ``requires_grad`` of every parameter; SettingError where there is no such part."""
     model.requires_grad_(trainable == "full")
     if trainable == "full":
         return
@@ -56,10 +63,7 @@ def _parameters_of(model: nn.Module, part: str) -> list[nn.Parameter]:
 
 
 def train_mode(model: nn.Module, freeze_batch_stats: bool) -> None:
-    """Put what is trained into train mode and all else into eval mode.
-
-    ``freeze_batch_stats`` keeps every batch norm on its running statistics, trained or not.
-    """
+    """Put what is trained into train mode; all else, and batch norms if asked, into eval mode."""
     model.train()
     for module in model.modules():
         trained = [parameter.requires_grad for parameter in module.parameters()]
@@ -128,11 +132,7 @@ def choose_batch_stats(model: nn.Module, wanted: BatchStats, processes: Processe
 
 
 class Ema:
-    """An exponential moving average of a network, in a copy; ``decay`` is what stays in each step.
-
-    Early on the decay is smaller, (1 + step) / (10 + step), so that the first, random weights are
-    soon forgotten.
-    """
+    """An exponential moving average of a network, in a copy; early on the decay is smaller."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -171,8 +171,7 @@ def schedule(settings: TrainSettings, steps: int) -> Callable[[int], float]:
     return learning_rate
 
 
-Group: TypeAlias = dict[str, Any]
-"""A group for a ``torch.optim`` optimiser, with the ``names`` of its parameters."""
+Group: TypeAlias = dict[str, Any]  # for ``torch.optim``, with the ``names`` of its parameters
 
 
 def parameter_groups(
@@ -233,11 +232,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 def make_optimiser(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """The chosen optimiser over what is trainable.
-
-    ValueError where nothing is; or Muon was chosen, and no matrix of a linear layer is trainable,
-    or this torch has none.
-    """
+    """The chosen optimiser over what is trainable; ValueError where it has nothing to train."""
     linear: set[int] = set()
     if settings.optimiser == "muon":
         linear = {id(one.weight) for one in model.modules() if isinstance(one, nn.Linear)}
@@ -262,3 +257,90 @@ def clip_gradients(optimiser: torch.optim.Optimizer, most: float) -> Tensor:
     """Scale the whole gradient down to a norm, if it is not 0; gives the norm before that."""
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     return nn.utils.clip_grad_norm_(parameters, most if most > 0 else math.inf)
+
+
+# -- the processes that train together -----------------------------------------------------------
+
+_PATIENCE = timedelta(hours=12)  # the others wait while the first process validates
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process, ``rank``, among the ``count`` that train together."""
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files."""
+        return self.rank == 0
+
+    def share(self, module: nn.Module) -> nn.Module:
+        """Let a module, whose ``forward`` gives the loss, start as the first process's.
+
+        Its gradients are added up with the others'. Buffers are the first process's: batch
+        statistics that are updated and not synchronised are those of its samples.
+        """
+        if self.count == 1:
+            return module
+        # a prompt that is not there leaves its weights out
+        return DistributedDataParallel(module, find_unused_parameters=True)
+
+    def gradient_sync(self, module: nn.Module, is_last: bool) -> AbstractContextManager[None]:
+        """Add up gradients over the processes in the last of a step's parts only."""
+        if isinstance(module, DistributedDataParallel) and not is_last:
+            context: AbstractContextManager[None] = module.no_sync()
+            return context
+        return nullcontext()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums over all processes, the same in each; changes ``values``."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+@contextmanager
+def join_processes(device: str = "auto") -> Iterator[Processes]:
+    """Join the processes that ``torchrun`` started with this one, and leave them at the end.
+
+    "auto" and "cuda" give each process a GPU of its own; ValueError where there are too few.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Processes(device=torch.device(choose_device(device)))
+        return
+    rank, place = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    own = _own_device(choose_device(device), place)
+    is_ours = not dist.is_initialized()
+    if is_ours:
+        backend = "nccl" if own.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=_PATIENCE)
+    try:
+        with warnings.catch_warnings():
+            # torch says so where all parameters happen to be used; that is no fault
+            warnings.filterwarnings("ignore", message=".*find_unused_parameters=True.*")
+            yield Processes(rank, count, own)
+    finally:
+        if is_ours:
+            dist.destroy_process_group()
+
+
+def _own_device(device: str, place: int) -> torch.device:
+    """The device of the process at a place of this machine."""
+    if device != "cuda":
+        return torch.device(device)
+    if place >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {place} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+            "start that many processes, or take device='cpu'"
+        )
+    torch.cuda.set_device(place)
+    return torch.device("cuda", place)

@@ -94,11 +94,7 @@ DivergedError = NonFiniteLossError
 def keep_batch(
     folder: Path, step: int, rank: int, parts: Sequence[tuple[Sequence[Key], Batch]]
 ) -> str:
-    """Write a process's (keys, batch) of a step, from 1; gives in words where, or why it cannot.
-
-    Tensors are called ``part/name``; the samples' keys and what is no tensor stand as text in the
-    header.
-    """
+    """Write a process's (keys, batch) of a step, from 1; gives in words where, or why it cannot."""
     path = folder / f"diverged_step_{step}_rank_{rank}.safetensors"
     tensors: dict[str, Tensor] = {}
     header: dict[str, str] = {}
@@ -264,10 +260,7 @@ class RunState:
 
 
 def write_state(folder: Path, tensors: Mapping[str, Tensor], facts: Facts) -> None:
-    """Write what ``pack`` gives, and the facts; the state before stays beside it.
-
-    Where that fails (CheckpointError), the files are as they were.
-    """
+    """Write what ``pack`` gives, and the facts, beside the state before; or change nothing."""
     current, fresh = folder / CURRENT, folder / NEXT
     header = json.dumps({"format": FORMAT, "version": __version__, **facts})
     try:

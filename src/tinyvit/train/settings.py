@@ -1,12 +1,10 @@
 """What can be chosen about a training run: the class all settings share, and the loop's settings.
 
-A setting is a field of a dataclass, and all about it stands there: type and choices in the
-annotation, bounds and flags in ``Annotated``, the explanation in the line under ``Attributes:``.
-Checks, TOML, the comparison with a run that is resumed and the options of the command line
-(``cli/settings_options.py``) are derived from that. No torch is loaded here.
-
-A 0 turns a thing off. None means "choose for me" and is always the default, since TOML has no word
-for it.
+A setting is a field of a dataclass: type and choices stand in the annotation, bounds and flags in
+``Annotated``, the explanation under ``Attributes:``. Checks, TOML, the comparison with a run that
+is resumed and the options of the command line (``cli/settings_options.py``) are derived from that.
+No torch is loaded here. A 0 turns a thing off. None means "choose for me" and is always the
+default, since TOML has no word for it.
 """
 
 from __future__ import annotations

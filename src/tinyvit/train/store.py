@@ -3,13 +3,11 @@
     manifest.json             the format and the facts: which teacher, which preparation, ...
     shard-00000.safetensors   some rows: arrays [n, ...], and in the header which rows they are
 
-A shard is there whole or not at all and says by itself what it holds, so a job that was killed goes
-on where it stopped. A row that could not be computed is an entry with a reason. Rows of features
-are named by the image's path and hold ``features`` [C, h, w] float16 (2 * C * h * w bytes: 2 MB for
-SAM's 256 x 64 x 64), with flips also ``flipped``, those of the mirrored image. Rows of logits are
-named by the image's number and hold ``seed`` [V], ``probabilities`` [V, k] and ``classes`` [V, k]
-of V views. Folders of the first versions (features of format 1, logits of version 1) are read and
-never written.
+A shard is there whole or not at all and says by itself what it holds. Rows of features are named by
+the image's path and hold ``features`` [C, h, w] float16 (2 * C * h * w bytes: 2 MB for SAM's 256 x
+64 x 64), with flips also ``flipped``, those of the mirrored image. Rows of logits are named by the
+image's number and hold ``seed`` [V], ``probabilities`` [V, k] and ``classes`` [V, k] of V views.
+Folders of the first versions (features of format 1, logits of version 1) are read, never written.
 """
 
 from __future__ import annotations

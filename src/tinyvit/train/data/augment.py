@@ -1,11 +1,9 @@
-"""Random augmentation of images to train on, and of images with masks.
+"""Random augmentation of images to train on, and of images with masks, by Pillow.
 
-A ``View`` turns one RGB image into one input and draws everything from the generator it is given.
 What is drawn does not depend on the size of the input, apart from the noise of erasing, which comes
 last: so one seed means the same crop and the same changes for a teacher and a student that want
 other sizes. RandAugment is of Cubuk et al., 2020 (arXiv 1909.13719), random erasing of Zhong et
-al., 2020 (arXiv 1708.04896), the crop that of Inception (Szegedy et al., 2015). ``MaskAugment``
-crops, scales, mirrors and colours an image together with its masks. Pixels are changed by Pillow.
+al., 2020 (arXiv 1708.04896), the crop that of Inception (Szegedy et al., 2015).
 """
 
 from __future__ import annotations
@@ -227,10 +225,7 @@ class MaskAugment(Settings):
     def __call__(
         self, image: RGB, masks: Masks, size: Size, rng: np.random.Generator
     ) -> tuple[RGB, Masks]:
-        """Change an image [H, W, 3] uint8 and its masks [N, H, W], as ``fit_sample``.
-
-        At least a part of one object stays in it, if there was any.
-        """
+        """Change an image [H, W, 3] uint8 and its masks [N, H, W]; a part of one object stays."""
         rows, columns = self._crop(masks, rng)
         image, masks = image[rows, columns], masks[:, rows, columns]
         if rng.random() < self.flip:
@@ -269,10 +264,7 @@ class MaskAugment(Settings):
 
 
 def fit_sample(image: RGB, masks: Masks, size: Size, part: float = 1.0) -> tuple[RGB, Masks]:
-    """Fit an image and its masks into a part of the model input: [h, w, 3] and [N, h, w] bool.
-
-    The shape is kept; some masks may be empty then.
-    """
+    """Fit an image and its masks into a part of the model input: [h, w, 3], [N, h, w] bool."""
     height, width = image.shape[:2]
     scale = part * min(size[0] / height, size[1] / width)
     new_h, new_w = (

@@ -1,14 +1,11 @@
 """Lists of labelled images in folders, CSV files and tar files; where each image is.
 
-A folder has one subfolder for each class; a CSV file has a path and a label in each line. Images
-are listed here and never opened: what is wrong with one shows when it is read. At the end are the
-readers that data sets of masks need too: JSON, tables and names of files as other tools write them.
-
-Tar files have the layout of WebDataset: a sample is the members that share a name up to the first
-dot, ``000000.jpg`` and ``000000.cls`` (or ``000000.json``). They are walked once, for an index of
-where each image's bytes lie; it is kept in a file beside them, so that the next start takes no
-time. Reading an image afterwards is one seek, in any order and in any process. Compressed tar files
-cannot be read so.
+Images are listed here and never opened: what is wrong with one shows when it is read. Tar files
+have the layout of WebDataset: a sample is the members that share a name up to the first dot,
+``000000.jpg`` and ``000000.cls`` (or ``000000.json``). They are walked once, for an index of where
+each image's bytes lie, which is kept in a file beside them; reading an image afterwards is one
+seek. Compressed tar files cannot be read so. At the end are readers of JSON, tables and names of
+files as other tools write them.
 """
 
 from __future__ import annotations

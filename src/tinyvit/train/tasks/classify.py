@@ -237,10 +237,7 @@ class Classify:
         return soft_cross_entropy(logits, targets), {"train_top1": hits.float().mean()}
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """``top1``, ``loss`` and, with more than five classes, ``top5`` on the held-out part.
-
-        Of a model in eval mode as it is, without an engine around it.
-        """
+        """``top1``, ``loss`` and, with more than five classes, ``top5``, by the model as it is."""
         images, size = self.data.val, self.settings.val_batch_size
         place = next(model.parameters())
         broken: dict[str, str] = {}

@@ -234,10 +234,7 @@ class DistillFeatures:
         write_state_dict(path, state, metadata=header)
 
     def _read(self, name: str, flip: bool) -> dict[str, Any]:
-        """``images`` [3, H, W] normalised, ``features`` [C, h, w] fp16, ``placed``.
-
-        The last is (height, width) of the image within the model input, as parts of it.
-        """
+        """``images`` [3, H, W], ``features`` [C, h, w] fp16, ``placed``: the part of the input."""
         image = decode(self.root / name)
         if flip:
             image = np.ascontiguousarray(image[:, ::-1])
@@ -300,10 +297,7 @@ class DistillLogits(Classify):
         )
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """One of the views of an image, which ``rng`` draws, with the teacher's k classes.
-
-        The view's own randomness is that of its stored seed.
-        """
+        """One stored view of an image, which ``rng`` draws, with the teacher's k classes."""
         index, image, broken = self.read(index, rng)
         seed, probabilities, classes = (
             self.store.read(str(index), key) for key in ("seed", "probabilities", "classes")
@@ -329,10 +323,7 @@ class DistillLogits(Classify):
     def loss(
         self, model: nn.Module, batch: Batch, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross entropy with the teacher's distribution; labels are only counted.
-
-        ``as_teacher`` is how often both choose one class.
-        """
+        """Cross entropy with the teacher's distribution; ``as_teacher``: how often both agree."""
         self.broken.update(cast("dict[str, str]", batch.get("broken", {})))
         logits = model(batch["images"])
         choice = logits.detach().argmax(dim=1)
@@ -346,11 +337,7 @@ class DistillLogits(Classify):
 
 
 def make_task(settings: DistillFeaturesRun | DistillLogitsSettings) -> Task[Any]:
-    """The task of a whole run, as a command line has it: images, what is stored, and the student.
-
-    The student's new weights come from ``settings.seed``. Errors are those of ``create_model``,
-    ``build_sam``, ``classify.make_task`` and ``make_features_task``.
-    """
+    """The task of a whole run: images, what is stored, and the student; weights by the seed."""
     if isinstance(settings, DistillLogitsSettings):
         return classify.make_task(settings, DistillLogits)
     start = settings.checkpoint or (None if settings.model else DEFAULT_CHECKPOINT)

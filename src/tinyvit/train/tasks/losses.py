@@ -2,10 +2,9 @@
 
 Masks, on low-res logits: focal loss (Lin et al., 2017), dice loss (Milletari et al., 2016), the
 error of the predicted IoU, and Segment Anything's rule for ambiguous prompts: of several masks only
-the best one learns, the predicted IoU of all of them. Feature maps: distances of a student from a
-teacher. Classes: cross entropy with soft targets, and with a teacher's k largest probabilities,
-what is missing to 1 spread evenly over the other classes (TinyViT's fast distillation, Wu et al.,
-ECCV 2022, equation 2).
+the best one learns, the predicted IoU of all of them. Classes: cross entropy with soft targets, or
+with a teacher's k largest probabilities, what is missing to 1 spread evenly over the other classes
+(TinyViT's fast distillation, Wu et al., ECCV 2022, equation 2).
 """
 
 from __future__ import annotations

@@ -161,10 +161,7 @@ class Segment:
         return torch.stack([found[index] for index in indices])
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Mean IoU on the held-out part, by the model as it is.
-
-        ``predicted_iou_error`` is the mean distance of predicted and true IoU at one click.
-        """
+        """Mean IoU on the held-out part; ``predicted_iou_error`` is that at one click."""
         settings = EvaluateSettings(
             (1, 3), most_clicks=3, with_baselines=False, most_masks=self.settings.val_masks
         )
@@ -255,10 +252,7 @@ def first_click(mask: Mask, rng: np.random.Generator) -> Point:
 
 
 def noisy_box(mask: Mask, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """The box (x0, y0, x1, y1) around an object [H, W] as a person would draw it.
-
-    It lies inside the model input and is at least one pixel wide and high.
-    """
+    """The box (x0, y0, x1, y1) around an object [H, W] as a person would draw it, in the input."""
     if not mask.any():
         raise ValueError("an empty mask has no box; skip it")
     height, width = mask.shape
@@ -274,11 +268,7 @@ def noisy_box(mask: Mask, rng: np.random.Generator) -> tuple[float, float, float
 
 
 def correct(predicted: Mask, target: Mask, rng: np.random.Generator) -> tuple[Point, int] | None:
-    """A click that corrects a mask, somewhere in one connected error, most often the largest.
-
-    Gives ((x, y), 1 where the object was missed or 0 where there was too much); None without
-    errors.
-    """
+    """A click in an error: ((x, y), 1 where the object was missed, else 0); None without errors."""
     from scipy.ndimage import label
 
     missed, count = label(target & ~predicted)
