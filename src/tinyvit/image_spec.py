@@ -34,7 +34,8 @@ class Placement:
     """Where one image lies in a model's frame; maps coordinates both ways.
 
     Coordinates may be nested lists or tuples, numpy arrays or torch tensors with a last dimension
-    of 2 (points) or 4 (boxes). The same kind of container comes back, with floating-point numbers.
+    of 2 (points) or 4 (boxes), else a ValueError is raised. The same kind of container comes back,
+    with floating-point numbers.
 
     Args:
         original_size: (height, width) of the image in pixels.
@@ -62,27 +63,15 @@ class Placement:
         return self._to_model(points, 2)
 
     def points_to_image(self, points: Coords) -> Coords:
-        """Map points [..., 2] (x, y) from the model's frame to the original image.
-
-        Raises:
-            ValueError: The last dimension is not 2.
-        """
+        """Map points [..., 2] (x, y) from the model's frame to the original image."""
         return self._to_image(points, 2)
 
     def boxes_to_model(self, boxes: Coords) -> Coords:
-        """Map boxes [..., 4] (x0, y0, x1, y1) from the original image to the model's frame.
-
-        Raises:
-            ValueError: The last dimension is not 4.
-        """
+        """Map boxes [..., 4] (x0, y0, x1, y1) from the original image to the model's frame."""
         return self._to_model(boxes, 4)
 
     def boxes_to_image(self, boxes: Coords) -> Coords:
-        """Map boxes [..., 4] (x0, y0, x1, y1) from the model's frame to the original image.
-
-        Raises:
-            ValueError: The last dimension is not 4.
-        """
+        """Map boxes [..., 4] (x0, y0, x1, y1) from the model's frame to the original image."""
         return self._to_image(boxes, 4)
 
     def cells(self, grid: Size) -> Size:

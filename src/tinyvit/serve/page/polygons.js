@@ -1,5 +1,5 @@
 // Outlines of masks: exact along the edges of pixels, or simplified. Pure.
-// Exact outlines of a mask: corners pair up by row and by column (as tinyvit.sam.contours).
+// Exact outlines of a mask: corners pair up by row and by column (as tinyvit.images.mask_ops).
 export function ringsOf({ width, height, data }) {
   const at = (x, y) => (x >= 0 && y >= 0 && x < width && y < height ? data[y * width + x] : 0);
   const xs = [], ys = [];
