@@ -106,3 +106,28 @@ def image():
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """``exported(preset="tinyvit", **arguments)``: a folder of ``export_model``, made once each.
+
+    Of the tiny SAM of seed 0 at 64 pixels; without a certificate, whose cases take seconds.
+    """
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from tinyvit.export import Verified, export_model, writing
+
+    made = {}
+
+    def make(preset="tinyvit", **arguments):
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        key = (preset, *sorted(arguments.items()))
+        if key not in made:
+            made[key] = folder = tmp_path_factory.mktemp("exported") / preset
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(writing, "certify", lambda *a: Verified("", "onnx", ()))
+                export_model(tiny.make_tiny_sam(), folder, preset=preset, **arguments)
+        return made[key]
+
+    return make

@@ -16,7 +16,7 @@ SRC = ROOT / "src" / "tinyvit"
 TESTS = ROOT / "tests"
 
 LAYERS = (
-    {"modules", "errors", "image_spec", "allocator", "__about__"},
+    {"modules", "errors", "image_spec", "allocator", "lazy", "__about__"},
     {"catalog", "checkpoints", "images", "labels", "factory"},
     {"inference", "sam"},
     {"hub", "compat"},
@@ -28,6 +28,8 @@ LAYER = {package: number for number, packages in enumerate(LAYERS) for package i
 
 DOORS = {
     ("checkpoints", "catalog"),
+    ("lazy", "errors"),
+    ("modules", "lazy"),
     ("factory", "catalog"),
     ("factory", "checkpoints"),
     ("compat", "hub"),
@@ -83,6 +85,7 @@ WITHOUT_TORCH = (
     "images.mask_ops",
     "images.preprocess",
     "inference.backend",
+    "inference.bundle",
     "inference.derived",
     "inference.engine",
     "inference.fold",
@@ -93,6 +96,7 @@ WITHOUT_TORCH = (
     "sam.crops",
     "sam.embedding",
     "sam.masks",
+    "sam.graph_decoder",
     "sam.predictor",
     "sam.prompts",
     "sam.segmenter",

@@ -5,6 +5,6 @@ torch. Everything else is reached by its package: ``tinyvit.modules`` has the te
 ``tinyvit.checkpoints`` reads and converts files of weights, ``tinyvit.images`` decodes and draws.
 """
 
-import lazy_loader
+from tinyvit.lazy import attach
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -242,7 +242,7 @@ def test_a_read_only_folder_is_one_line(run, tmp_path, photo, tiny, monkeypatch)
         def refuse(*args, **kwargs):
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr("tinyvit.folders.encode.write_state_dict", refuse)
+        monkeypatch.setattr("tinyvit.folders.encode.write_bytes", refuse)
     result = run("encode", photo(tmp_path / "a.jpg"), "-o", out, "-q", *tiny)
     assert result.code == 1
     assert "error: " in result.err

@@ -17,11 +17,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tinyvit import errors
 from tinyvit.catalog import get_checkpoint, get_variant, list_checkpoints
+from tinyvit.inference.bundle import is_exported
 
 from .machine import minor_faults, peak_memory
 
@@ -41,7 +45,7 @@ LONG = 5.0
 """Seconds from which on a call counts without one before it: the cold start does not matter."""
 
 
-def make(spec: Mapping[str, Any]) -> tuple[Callable[[], Tensor], dict[str, object]]:
+def make(spec: Mapping[str, Any]) -> tuple[Call, dict[str, object]]:
     """From a spec (the fields of a ``Contestant``, or of a matrix product) to a call and its facts.
 
     A matrix product has {"matmul": side, "precision", "device", "threads"}. Facts are precision,
@@ -50,11 +54,14 @@ def make(spec: Mapping[str, Any]) -> tuple[Callable[[], Tensor], dict[str, objec
     if (threads := spec["threads"]) is not None:
         if threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
-        import torch
+        if find_spec("torch") is not None:
+            import torch
 
-        torch.set_num_threads(threads)  # other backends are told by the engine
+            torch.set_num_threads(threads)  # other backends are told by the engine
     if "matmul" in spec:
         return _make_matmul(spec["matmul"], spec["precision"], spec["device"])
+    if is_exported(spec["checkpoint"]):
+        return _make_exported(spec)
     return _make_tiny_vit(spec)
 
 
@@ -129,13 +136,45 @@ def _make_tiny_vit(spec: Mapping[str, Any]) -> tuple[Callable[[], Tensor], dict[
     return lambda: engine.backend(batch), facts
 
 
-def _make_matmul(
-    side: int, precision: str, device: str
-) -> tuple[Callable[[], Tensor], dict[str, object]]:
+def _make_exported(spec: Mapping[str, Any]) -> tuple[Call, dict[str, object]]:
+    """The encoder of an exported folder, without torch."""
+    from tinyvit.inference.engine import Engine
+
+    names = ("backend", "precision", "device", "threads")
+    engine = Engine(spec["checkpoint"], **{name: spec[name] for name in names})
+    encoder: Any = engine.backend
+    size = engine.image_spec.size
+    facts = encoder.facts
+    row = None if facts.variant is None else get_variant(facts.variant)
+    pixels = (facts.network_side or max(size)) ** 2
+    rng = np.random.default_rng(0)
+    batch = rng.standard_normal((spec["batch"], 3, *size), np.float32)
+    return lambda: encoder(batch), {
+        "chose": engine.explain(),
+        "backend": encoder.name,
+        "precision": encoder.precision,
+        "device": encoder.device,
+        "size": size,
+        "threads": spec["threads"] or os.cpu_count(),
+        "gflop": 0.0 if row is None else 2 * row.gmacs * pixels / row.img_size**2,
+    }
+
+
+def _make_matmul(side: int, precision: str, device: str) -> tuple[Call, dict[str, object]]:
     """The quicker of two ways to a product of square matrices: torch's own and a 1x1 convolution.
 
     They go by different libraries on a CPU, and which one is better depends on the precision.
+    Without torch it is numpy's product.
     """
+    if find_spec("torch") is None:
+        if precision != "fp32":
+            raise errors.MissingExtraError(
+                f"a matrix product in {precision} to compare with needs torch; pip install "
+                "'tinyvit[torch]', or measure fp32"
+            )
+        left, right = np.random.default_rng(0).standard_normal((2, side, side), np.float32)
+        threads = os.cpu_count()
+        return lambda: left @ right, {"precision": precision, "device": device, "threads": threads}
     import torch
 
     from tinyvit.inference.torch_backend import DTYPES
@@ -326,8 +365,6 @@ def serve(make: Callable[[Mapping[str, object]], tuple[Call, Mapping[str, object
         if request["do"] == "turn":
             reply(asdict(_take_turn(call, request["least_seconds"])))
         else:
-            import numpy as np
-
             np.save(request["path"], np.asarray(call()))
             reply({})
 

@@ -9,6 +9,6 @@ file to file, and no step builds a model::
 no tensors (the cache's paths, say) loads no torch.
 """
 
-import lazy_loader
+from tinyvit.lazy import attach
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tinyvit.errors import CheckpointError
+from tinyvit.lazy import need_torch
 
 from .detection import Architecture, Detection, detect_in
 from .families import (
@@ -94,6 +95,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     Raises:
         CheckpointError: The file cannot be read, or is no TinyViT.
     """
+    need_torch("inspecting a checkpoint")
     file = read_state_dict(path)
     found = detect_in(file)
     return Inspection(
@@ -235,6 +237,7 @@ def convert(
     source, target = Path(source), Path(target)
     layout = get_layout(to)
     _check_target(source, target, overwrite)
+    need_torch("converting a checkpoint")
     file = read_state_dict(source)
     found = detect_in(file)
     tensors, dropped = convert_tensors(file.tensors, found, to)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT, Checkpoint, get_checkpoint, list_checkpoints
 from tinyvit.errors import CheckpointError
+from tinyvit.lazy import need_torch
 
 from .detection import Detection, detect_in
 from .download import Progress, fetch
@@ -77,6 +78,7 @@ def open_checkpoint(
     progress: Progress | None = None,
 ) -> OpenedCheckpoint:
     """Find a checkpoint by name or path, read it, and refuse what is damaged or no encoder."""
+    need_torch("reading a checkpoint into a model of torch")
     path, row = find_checkpoint(checkpoint, sha256, progress)
     file = read_state_dict(path)
     check_finite(file.tensors, path)

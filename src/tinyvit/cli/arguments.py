@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tinyvit.inference import Engine
     from tinyvit.modules import TinyViT
     from tinyvit.sam import Sam
-    from tinyvit.sam.open import StoredSam
+    from tinyvit.sam.open import AnySam
 
 MAX_PIXELS = 178_956_970  # images.decode's, which loads numpy
 
@@ -71,12 +71,13 @@ images (PICTURE_OR_FOLDER): JPEG, PNG, WebP, TIFF, BMP, GIF or PPM files. Folder
     folders in them; hidden files and folders are left out.
 output (--output -o DIR): Folder to write to.
 model (VARIANT): Build this variant for the checkpoint. By default the checkpoint says which.
-checkpoint (NAME_OR_FILE): A name of 'tinyvit models', or a file that holds a whole SAM, not an
-    encoder alone. By default tinyvit_starter, which is small, weak, and needs no download.
+checkpoint (NAME_OR_PATH): A name of 'tinyvit models', a file that holds a whole SAM, not an encoder
+    alone, or for segment and serve a folder of 'tinyvit export', which needs no torch. By default
+    tinyvit_starter, which is small, weak, and needs no download.
 size: Side of the model's input in pixels. By default the one it was trained for.
 device: auto (a GPU if there is one), or a torch device: cpu, cuda, cuda:1, mps.
 precision ([fp32|bf16|auto]): What to compute in; auto is bf16 where the hardware has it built in.
-backend ([auto|torch|native|openvino|onnx]): What runs the encoder; auto is torch.
+backend ([auto|torch|native|openvino|onnx]): What runs the encoder; auto takes what is installed.
 threads: Threads that compute. By default the library chooses.
 workers: Threads that read and write images meanwhile; 0: none. By default as many as there are
     cores, at most 4.
@@ -102,16 +103,22 @@ class EngineOptions:
     backend: str = "auto"
     threads: Positive | None = None
 
-    def arguments(self) -> dict[str, Any]:
-        """What they mean for ``Engine``; torch's threads are set here."""
-        from tinyvit.inference.backend import takes_native
+    def arguments(self, checkpoint: str | None) -> dict[str, Any]:
+        """What they mean for an ``Engine`` of this checkpoint; torch's threads are set here.
+
+        Raises:
+            MissingExtraError: What would run it is not installed.
+        """
+        from tinyvit.inference.bundle import engine_for, is_exported
 
         found = {name: one for name, one in asdict(self).items() if one is not None}
-        is_torch = self.backend in ("auto", "torch") and not takes_native(self.backend, self.device)
-        if self.threads is not None and is_torch:
+        engine = engine_for(checkpoint, self.backend, self.device)
+        if engine == "torch":
+            found.pop("threads", None)
+        if self.threads is not None and engine != "native" and not is_exported(checkpoint):
             import torch
 
-            torch.set_num_threads(found.pop("threads"))  # one number for the whole process
+            torch.set_num_threads(self.threads)  # one number for the whole process
         return found
 
 
@@ -122,9 +129,9 @@ class FolderOptions(EngineOptions):
     workers: Natural | None = None
     pad: bool = True
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self, checkpoint: str | None) -> dict[str, Any]:
         """The same; a model that pads or does not by itself is left to it."""
-        found = super().arguments()
+        found = super().arguments(checkpoint)
         return found if found.pop("pad") else found | {"pad": False}
 
 
@@ -169,19 +176,40 @@ def check_checkpoint(text: str | None, flag: str = "") -> None:
     raise CheckpointError(f"unknown checkpoint {text!r}{hint} List them with 'tinyvit models'")
 
 
+def is_exported(checkpoint: str | None, size: int | None = None, model: str | None = None) -> bool:
+    """Whether this is a folder of 'tinyvit export', which says itself what --size and --model do.
+
+    Raises:
+        ValueError: It is, and one of these was given.
+    """
+    from tinyvit.inference.bundle import is_exported as found
+
+    if not found(checkpoint):
+        return False
+    if size is not None or model is not None:
+        raise ValueError(
+            f"{checkpoint} was exported at one size of one model; leave "
+            f"{'--size' if size is not None else '--model'} out"
+        )
+    return True
+
+
 def load_sam(own: Console, checkpoint: str | None, size: int | None) -> Sam:
     """A whole SAM of a name or a file; None is the embedded one."""
     return cast("Sam", open_sam(own, checkpoint, size, "torch"))
 
 
 def open_sam(
-    own: Console, checkpoint: str | None, size: int | None, backend: str, device: str = "auto"
-) -> Sam | StoredSam:
+    own: Console, checkpoint: str | None, size: int | None, backend: str, device: str = "auto",
+    precision: str = "fp32", threads: int | None = None,
+) -> AnySam:  # fmt: skip
     """As ``load_sam``, for a backend: torch is not loaded where it does not need it."""
     from tinyvit.checkpoints.open import is_sam_folder
     from tinyvit.sam import open as sams
 
     name = checkpoint or DEFAULT_CHECKPOINT
+    if is_exported(checkpoint, size) and backend != "torch":
+        return sams.open_sam(name, "tinyvit", backend, device, precision=precision, threads=threads)
     if name not in list_checkpoints() and Path(name).is_dir() and not is_sam_folder(name):
         raise CheckpointError(
             f"{name!r} is a folder without a whole SAM; give a file or a name with one, or such a "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 from tinyvit.catalog import DEFAULT_CHECKPOINT, get_checkpoint, get_variant
 from tinyvit.cli import console
 
-from .arguments import Positive, file_of
+from .arguments import Positive, file_of, is_exported
 from .console import Console, counted
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def bench(
     Options:
         model (VARIANT): May be given more than once; tiny_vit_2m_sam and tiny_vit_5m_sam by
             default.
-        checkpoint (NAME_OR_FILE): Weights that are on this machine. By default every tensor is
-            random.
+        checkpoint (NAME_OR_PATH): Weights that are on this machine, or a folder of 'tinyvit
+            export', whose encoder is run. By default every tensor is random.
         size (PIXELS): Side of the model's input; may be given more than once.
         batch (NUMBER): Images in a call, 1 by default; may be given more than once.
         backend: auto, torch, or another of the engine's, or all.
@@ -66,7 +66,7 @@ def bench(
     from tinyvit.bench import Contestant, machine_facts, measure
     from tinyvit.inference.backend import FP16_REFUSED, BackendName, Precision
 
-    names = _models(model, checkpoint)
+    names = _models(model, checkpoint, size)
     if precision == "fp16":
         raise ValueError(FP16_REFUSED)
     backends = _chosen("--backend", backend, get_args(BackendName))
@@ -103,7 +103,9 @@ def bench(
     own.say(_LEGEND)
 
 
-def _models(models: Sequence[str] | None, checkpoint: str | None) -> list[str | None]:
+def _models(
+    models: Sequence[str] | None, checkpoint: str | None, sizes: Sequence[int] | None = None
+) -> list[str | None]:
     """The variants to measure; None for the one that the checkpoint says."""
     for name in models or ():
         get_variant(name)
@@ -114,7 +116,8 @@ def _models(models: Sequence[str] | None, checkpoint: str | None) -> list[str | 
             f"one checkpoint fits one model, got {len(models)}: {', '.join(models)}; leave --model "
             "out, or leave --checkpoint out to measure random weights"
         )
-    file_of(checkpoint)
+    if not is_exported(checkpoint, max(sizes or (0,)) or None, (models or (None,))[0]):
+        file_of(checkpoint)
     return [models[0] if models else None]
 
 

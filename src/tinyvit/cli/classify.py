@@ -60,7 +60,7 @@ def classify(
     names = own_names or labels_for(built.num_classes, labels)
     found: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
-    with Engine(built, **running.arguments()) as engine:
+    with Engine(built, **running.arguments(checkpoint)) as engine:
         args.announce_engine(own, str(checkpoint), engine)
         for image in listed:
             try:

@@ -24,6 +24,7 @@ from typing import Any
 import typer
 
 from tinyvit.errors import TinyViTError
+from tinyvit.lazy import missing
 
 Update = Callable[..., None]
 """Called with done and in all, and perhaps ``what`` and ``more`` to show."""
@@ -218,9 +219,14 @@ def guarded(own: Console) -> Iterator[Console]:
     except KeyboardInterrupt as err:
         complain("interrupted")
         raise typer.Exit(INTERRUPTED) from err
-    except (*EXPECTED, MemoryError, RuntimeError) as err:
+    except (*EXPECTED, MemoryError, RuntimeError, ModuleNotFoundError) as err:
         text = str(err) or type(err).__name__
-        if isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError":
+        if isinstance(err, ModuleNotFoundError):
+            known = missing(err, "this command")
+            if known is err:
+                raise
+            text = str(known)
+        elif isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError":
             text = f"out of memory: {err}; try a smaller --batch-size, a smaller --size or "
             text += "--device cpu"
         elif not isinstance(err, EXPECTED):

@@ -90,7 +90,7 @@ def embed(
     from tinyvit.embed import EmbeddingStore, embed_images, estimate
 
     found = EmbeddingStore.find(store)
-    arguments = {**running.arguments(), "batch_size": batch_size}
+    arguments = {**running.arguments(checkpoint), "batch_size": batch_size}
     given: dict[str, Any] = {
         **{"dtype": dtype, "keep": keep, "check": check, "retry_failed": retry_failed},
         **{"part": part or (0, 1), "max_pixels": max_pixels},

@@ -15,6 +15,7 @@ from .console import Console, counted
 
 if TYPE_CHECKING:
     from tinyvit.folders.runner import Outcome
+    from tinyvit.modules import TinyViT
 
 
 def encode(
@@ -44,9 +45,9 @@ def encode(
     many images, 'tinyvit embed' keeps all in one store.
 
     Options:
-        checkpoint (NAME_OR_FILE): A name of 'tinyvit models', a file of weights, or a folder of
-            save_pretrained. By default tinyvit_starter, which is small, weak, and needs no
-            download.
+        checkpoint (NAME_OR_PATH): A name of 'tinyvit models', a file of weights, or a folder of
+            save_pretrained or 'tinyvit export'. By default tinyvit_starter, which is small, weak,
+            and needs no download.
         no_pictures: Write features only, which is faster.
 
     Examples:
@@ -59,11 +60,19 @@ def encode(
     from tinyvit.folders.outputs import facts_of_engine
     from tinyvit.folders.runner import Item
     from tinyvit.inference import Engine
+    from tinyvit.inference.bundle import ExportedEncoder
 
-    built = args.load_encoder(own, checkpoint, model, size)
-    with Engine(built, batch_size=batch_size, **running.arguments()) as engine:
-        name = checkpoint or DEFAULT_CHECKPOINT
+    arguments = running.arguments(checkpoint)
+    source: TinyViT | str | None = checkpoint
+    sizes: dict[str, object] = {}
+    if not args.is_exported(checkpoint, size, model):
+        source = built = args.load_encoder(own, checkpoint, model, size)
         sizes = {"variant": args.variant_of(built), "strides": built.strides}
+    with Engine(source, batch_size=batch_size, **arguments) as engine:
+        name = checkpoint or DEFAULT_CHECKPOINT
+        exported: object = engine.backend
+        if isinstance(exported, ExportedEncoder):
+            sizes = {"variant": exported.facts.variant}
         facts = facts_of_engine(engine, name, **sizes, weights_sha256=engine.weights_sha256())
         args.announce_engine(own, name, engine)
         work = EncodeFolder(engine, output, facts, not no_pictures, overwrite, max_pixels)

@@ -204,8 +204,10 @@ def segment(
     from tinyvit.sam import Segmenter
 
     name = checkpoint or DEFAULT_CHECKPOINT
-    sam = args.open_sam(own, checkpoint, size, running.backend, running.device)
-    segmenter = Segmenter(sam, batch_size=batch_size, **running.arguments())
+    arguments = running.arguments(checkpoint)
+    kind = running.backend, running.device, running.precision, running.threads
+    sam = args.open_sam(own, checkpoint, size, *kind)
+    segmenter = Segmenter(sam, batch_size=batch_size, **arguments)
     with segmenter.encoder.engine as engine:
         work = SegmentFolder(
             segmenter,

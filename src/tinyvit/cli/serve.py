@@ -37,7 +37,7 @@ def serve(
     stderr.
 
     Options:
-        backend: What runs the encoder: auto, torch, openvino, onnx.
+        backend: What runs the encoder: auto, native, torch, onnx, openvino.
         host: Address to listen on.
         port: Port; 0 takes a free one.
         open_page (--open): Open the page in a browser.

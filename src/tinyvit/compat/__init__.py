@@ -3,3 +3,7 @@
 Code written for them runs when ``segment_anything`` becomes ``tinyvit.compat.segment_anything`` and
 ``mobile_sam`` becomes ``tinyvit.compat.mobile_sam``.
 """
+
+from tinyvit.lazy import need_torch
+
+need_torch(__name__)

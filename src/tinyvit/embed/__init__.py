@@ -5,6 +5,6 @@ three steps of filling, which may run in processes of their own. Needs the extra
 (pylance). Names are found on first use.
 """
 
-import lazy_loader
+from tinyvit.lazy import attach
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

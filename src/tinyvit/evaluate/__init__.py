@@ -3,6 +3,6 @@
 Each job is one function in a file of its own; names are found on first use.
 """
 
-import lazy_loader
+from tinyvit.lazy import attach
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

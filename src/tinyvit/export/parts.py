@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from tinyvit.catalog import find_variant
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import FeatureMaps, TinyViT
 from tinyvit.sam.embedding import spec_of
@@ -75,6 +76,7 @@ def facts_of_part(
         "layout": "nchw",
         "style": row.style,
         "side": max(spec.size),
+        "variant": find_variant(net.arguments()),
         "factor": 1,
         "is_static": row.is_static,
         "storage": row.storage,

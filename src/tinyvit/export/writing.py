@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tinyvit.catalog import find_variant
 from tinyvit.checkpoints.files import CLASSES, weights_sha256, write_bytes, write_text
 from tinyvit.errors import TinyViTError
 from tinyvit.image_spec import ImageSpec
@@ -250,6 +251,7 @@ def _facts(sam: Sam, spec: ImageSpec, order: _Order, side: int, factor: int) -> 
         "side": side,
         "grid": grid,
         "channels": sam.prompt_encoder.embed_dim,
+        "variant": find_variant(sam.image_encoder.arguments()),
         "factor": factor,
         "is_static": row.is_static,
         "single_mask": row.single_mask,
@@ -274,6 +276,7 @@ def _metadata(
         "tinyvit.format": str(FORMAT),
         "tinyvit.version": version("tinyvit"),
         "tinyvit.preset": order.row.name,
+        "tinyvit.variant": facts.get("variant") or "",
         "tinyvit.weights_sha256": sha256,
         "tinyvit.weights_licence": order.licence,
         "tinyvit.source": order.name,

@@ -13,11 +13,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import safetensors.numpy
 
-from tinyvit.checkpoints import write_state_dict
+from tinyvit.checkpoints.files import write_bytes
 from tinyvit.images import draw
 from tinyvit.images.decode import MAX_PIXELS, decode
 from tinyvit.images.preprocess import to_input
+from tinyvit.inference.backend import StageBackend
 
 from .outputs import facts_of_image, find_existing
 from .runner import FolderWork, Item, Job, Outcome
@@ -66,7 +68,8 @@ class EncodeFolder(FolderWork["Encoded"]):
         job.prepared = to_input(rgb, self.engine.image_spec)
 
     def _compute(self, jobs: Iterator[Job]) -> Generator[Encoded | Outcome, None, None]:
-        encode = partial(self.engine.encode, stages=self.with_drawings)
+        has_stages = isinstance(self.engine.backend, StageBackend)
+        encode = partial(self.engine.encode, stages=self.with_drawings and has_stages)
         yield from (encoded for _, encoded in self._encoded(jobs, encode))
 
     def _write(self, job: Job, encoded: Encoded) -> dict[str, object]:
@@ -76,7 +79,7 @@ class EncodeFolder(FolderWork["Encoded"]):
         # first, since it names the drawing: a PNG of the user's own is never taken for one of ours
         facts = {**job.facts, **asdict(encoded.placement), "drawing": name}
         write_features(target, encoded.features, facts)
-        if job.image is not None and encoded.stages is not None:
+        if job.image is not None:
             draw.save_png(drawing, draw_features(job.image, encoded))
         elif drawing in job.existing.own:
             drawing.unlink(missing_ok=True)
@@ -86,22 +89,22 @@ class EncodeFolder(FolderWork["Encoded"]):
 
 def write_features(target: Path, features: Any, facts: Mapping[str, object]) -> None:
     """Write features [C, h, w] float32 with facts as JSON in the header, whole or not at all."""
-    import torch
-
     target.parent.mkdir(parents=True, exist_ok=True)
     header = {key: json.dumps(value) for key, value in facts.items()}
-    write_state_dict(target, {"features": torch.as_tensor(features)}, metadata=header)
+    arrays = {"features": np.ascontiguousarray(features)}
+    write_bytes(target, safetensors.numpy.save(arrays, metadata=header))
 
 
 def draw_features(image: NDArray[np.uint8], encoded: Encoded) -> NDArray[np.uint8]:
     """The photograph [H, W, 3] uint8, the map of each stage, and the features, in rows of three.
 
-    Features that are the last map are not drawn again.
+    A backend without stages has the features alone. Features that are the last map are not drawn
+    again.
     """
     maps = [np.asarray(stage) for stage in encoded.stages or ()]
     features = np.asarray(encoded.features)
     captions = ["photograph", *(f"stage {n}: {_shape(stage)}" for n, stage in enumerate(maps, 1))]
-    if not np.array_equal(features, maps[-1]):
+    if not maps or not np.array_equal(features, maps[-1]):
         maps.append(features)
         captions.append(f"features: {_shape(features)}")
     placement = replace(encoded.placement, original_size=image.shape[:2])

@@ -25,7 +25,7 @@ from tinyvit.images import draw, mask_ops
 from tinyvit.images.decode import MAX_PIXELS, decode
 from tinyvit.images.preprocess import to_input
 from tinyvit.sam.masks import draw_prompts
-from tinyvit.sam.open import StoredSam
+from tinyvit.sam.open import ExportedSam
 
 from .outputs import facts_of_engine, facts_of_image, find_existing
 from .runner import FolderWork, Item, Job, Outcome
@@ -73,7 +73,11 @@ class SegmentFolder(FolderWork["Masks | list[MaskRecord]"]):
         engine = segmenter.encoder.engine
         super().__init__(engine, folder, overwrite, max_pixels)
         self.segmenter = segmenter
-        sha256 = weights_sha256(segmenter.source.state_dict())
+        model = segmenter.source
+        if isinstance(model, ExportedSam):
+            sha256 = model.pair.sha256
+        else:
+            sha256 = weights_sha256(model.state_dict())
         known = {"made_by": "tinyvit segment", "model_sha256": sha256}
         self.facts = facts_of_engine(engine, checkpoint, **known)
         self.multimask, self.with_logits = multimask, with_logits
@@ -89,7 +93,7 @@ class SegmentFolder(FolderWork["Masks | list[MaskRecord]"]):
                 engine=engine,
                 device=engine.backend.device,
             )
-        self._candidates = _candidates_of(segmenter) if multimask else 1
+        self._candidates = segmenter.candidates if multimask else 1
 
     def run(
         self, items: Sequence[Item], tell: Callable[[Outcome], object] = bool
@@ -242,16 +246,6 @@ def write_logits(path: Path, logits: NDArray[np.float32]) -> None:
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def _candidates_of(segmenter: Segmenter) -> int:
-    """Masks that one prompt may mean; Light HQ-SAM picks one itself."""
-    if isinstance(segmenter.source, StoredSam):
-        return 1 if segmenter.source.is_hq else segmenter.source.num_multimask_outputs
-    from tinyvit.sam import HQMaskDecoder
-
-    decoder = segmenter.source.mask_decoder
-    return 1 if isinstance(decoder, HQMaskDecoder) else decoder.num_multimask_outputs
 
 
 def _overlay(

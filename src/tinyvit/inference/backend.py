@@ -22,8 +22,8 @@ from typing import (
     runtime_checkable,
 )
 
-from tinyvit.errors import MissingExtraError
 from tinyvit.image_spec import ImageSpec, Placement
+from tinyvit.lazy import need_torch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +38,11 @@ if TYPE_CHECKING:
 BackendName = Literal["auto", "torch", "native", "openvino", "onnx"]
 Precision = Literal["fp32", "bf16", "auto"]
 
-_DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+PRECISION_OF_DTYPE = {  # as text, so that torch is not loaded
+    "torch.float32": "fp32",
+    "torch.bfloat16": "bf16",
+    "torch.float16": "fp16",
+}
 
 FP16_REFUSED = (
     "precision 'fp16' is refused: it ends at 65504, and sums of squares in the neck's LayerNorm "
@@ -198,8 +202,10 @@ def choose_device(device: str) -> str:
     """The device to use; "auto" takes a GPU if there is one.
 
     Raises:
+        MissingExtraError: torch is not installed.
         ValueError: torch does not know the device, or it is not there.
     """
+    need_torch(f"device={device!r}")
     import torch
 
     if device == "auto":
@@ -275,7 +281,7 @@ def choose_backend(
     "auto" is the native engine on a CPU where it is installed, else torch; OpenVINO and ONNX
     Runtime are taken only by name. Arguments and errors are those of ``Engine``.
     """
-    precision = _DTYPES.get(str(precision), str(precision))
+    precision = PRECISION_OF_DTYPE.get(str(precision), str(precision))
     if not isinstance(backend, str):
         if not isinstance(backend, Backend):
             raise TypeError(
@@ -323,19 +329,6 @@ def choose_backend(
     if backend == "auto" and place == "cpu":
         words += "; auto is torch: measured level with openvino, and native is not installed"
     return TorchBackend(model, place, chosen), words
-
-
-def check_installed() -> None:
-    """Refuse to open a checkpoint where nothing can run it.
-
-    Raises:
-        MissingExtraError: Neither torch nor another engine is installed.
-    """
-    if find_spec("torch") is None:
-        raise MissingExtraError(
-            "no engine is installed here; pip install 'tinyvit[native]' (segment, encode, serve) "
-            "or 'tinyvit[torch]' (everything)"
-        )
 
 
 def is_tiny_vit(model: object) -> TypeGuard[TinyViT]:

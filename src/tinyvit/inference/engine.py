@@ -23,6 +23,7 @@ from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec, Placement
 from tinyvit.images.decode import decode
 from tinyvit.images.preprocess import PreparedImage, to_input
+from tinyvit.lazy import need_torch
 
 from .backend import (
     Backend,
@@ -31,10 +32,9 @@ from .backend import (
     Encoded,
     LogitsBackend,
     StageBackend,
-    check_installed,
     choose_backend,
-    takes_native,
 )
+from .bundle import ExportedEncoder, engine_for, is_exported, open_encoder
 from .read_ahead import choose_workers, read_ahead
 
 if TYPE_CHECKING:
@@ -72,11 +72,12 @@ class Engine:
 
     Args:
         model: The model, as ``tinyvit.create_model`` gives it; it is never changed. Also the name
-            of a checkpoint, the path of a file of weights, or a folder of ``save_pretrained``. None
-            takes the embedded weights, or nothing where ``backend`` is an object.
-        backend: "auto": "native" on a CPU where tinyvit-native is installed, else "torch".
-            "native", "openvino" or "onnx" (ONNX Runtime), each with the extra of that name; or any
-            object that is a ``Backend``.
+            of a checkpoint, the path of a file of weights, a folder of ``save_pretrained`` or one
+            of ``tinyvit export``, which needs no torch. None takes the embedded weights, or nothing
+            where ``backend`` is an object.
+        backend: "auto": "native" on a CPU where tinyvit-native is installed, else "torch"; for an
+            exported folder "onnx", else "openvino". "native", "openvino" or "onnx" (ONNX Runtime),
+            each with the extra of that name; or any object that is a ``Backend``.
         device: "auto", or a torch device such as "cpu" or "cuda".
         precision: "fp32", "bf16", or "auto" (bf16 where the device computes it natively); also
             torch.float32 or torch.bfloat16. Nothing changes it unless asked, no autocast either.
@@ -107,7 +108,7 @@ class Engine:
 
     def __init__(
         self,
-        model: TinyViT | StoredModel | str | os.PathLike[str] | None = None,
+        model: TinyViT | StoredModel | ExportedEncoder | str | os.PathLike[str] | None = None,
         *,
         backend: BackendName | Backend = "auto",
         device: str = "auto",
@@ -124,14 +125,21 @@ class Engine:
             raise ValueError(f"workers must be at least 0, got {workers}")
         self.batch_size = batch_size
         self.workers = choose_workers() if workers is None else workers
-        self._model: TinyViT | StoredModel | None
-        if isinstance(model, (str, os.PathLike)) or (model is None and isinstance(backend, str)):
+        self._model: TinyViT | StoredModel | ExportedEncoder | None
+        if is_exported(model) and isinstance(backend, str):
+            folder = cast("str", model)
+            self._model = open_encoder(folder, backend, device, str(precision), threads)
+        elif isinstance(model, (str, os.PathLike)) or (model is None and isinstance(backend, str)):
             source = DEFAULT_CHECKPOINT if model is None else model
-            self._model = _open_model(source, takes_native(backend, device))
+            is_native = isinstance(backend, str) and engine_for(source, backend, device) == "native"
+            self._model = _open_model(source, is_native)
         else:
             self._model = model
-        chosen = choose_backend(self._model, backend, device, precision, threads)
-        self.backend, self._choice = chosen
+        if isinstance(self._model, ExportedEncoder):
+            self.backend, self._choice = cast("Backend", self._model), self._model.explain()
+        else:
+            chosen = choose_backend(self._model, backend, device, precision, threads)
+            self.backend, self._choice = chosen
         self.image_spec = _choose_spec(self._model, image_spec, pad)
         logger.info("%s", self._in_one_line())
 
@@ -146,9 +154,11 @@ class Engine:
 
         Raises:
             ImageError: An image cannot be read.
+            MissingExtraError: torch is not installed; ``stream`` gives arrays.
             ValueError: The features have different shapes, as they may where images are not
                 padded: take them one by one with ``stream``.
         """
+        need_torch("Engine.embed")
         import torch
 
         features = [encoded.features for encoded in self.stream(images)]
@@ -187,10 +197,13 @@ class Engine:
         Raises:
             ImageError: An image cannot be read; those before it have been yielded.
             ValueError: ``stages``, or a classifier's vectors, are wanted and the backend gives no
-                stages.
+                stages; or what it gives is not finite.
         """
         with closing(self._prepared(images)) as prepared:
-            yield from self.encode(prepared, stages=stages, pooled=pooled, early=early)
+            wanted = {"stages": stages, "pooled": pooled, "early": early}
+            for encoded in self.encode(prepared, **wanted):
+                check_finite(encoded.features, self.backend.name)
+                yield encoded
 
     def encode(
         self,
@@ -307,8 +320,8 @@ class Engine:
 
     @property
     def model(self) -> TinyViT | StoredModel | None:
-        """What the engine was made of; None where it has a backend of its own alone."""
-        return self._model
+        """What the engine was made of; None for an exported folder or a backend of its own."""
+        return None if isinstance(self._model, ExportedEncoder) else self._model
 
     def weights_sha256(self) -> str:
         """SHA-256 of the model's weights under their canonical names; tells models apart.
@@ -320,6 +333,8 @@ class Engine:
         """
         if self._model is None:
             raise ValueError("this engine has a backend of its own and no model to hash")
+        if isinstance(self._model, ExportedEncoder):
+            return self._model.weights_sha256()
         return weights_sha256(self._model.state_dict())
 
     def close(self) -> None:
@@ -373,7 +388,7 @@ class Engine:
 
     def _norm_head(self) -> tuple[Array, Array] | None:
         """A classifier's last norm, (weight, bias); None of a model whose output is a map."""
-        model = self._model
+        model = self.model
         if model is None:
             return None
         arguments = model.arguments if isinstance(model.arguments, Mapping) else model.arguments()
@@ -399,7 +414,6 @@ def _open_model(source: str | os.PathLike[str], is_native: bool) -> TinyViT | St
         except CheckpointError:  # torch may read it, or say more of what is wrong
             if find_spec("torch") is None:
                 raise
-    check_installed()
     folder = Path(source)
     if folder.is_dir():
         return load_folder(folder / CONFIG, folder / WEIGHTS)
@@ -407,7 +421,9 @@ def _open_model(source: str | os.PathLike[str], is_native: bool) -> TinyViT | St
 
 
 def _choose_spec(
-    model: TinyViT | StoredModel | None, image_spec: ImageSpec | None, pad: bool | None
+    model: TinyViT | StoredModel | ExportedEncoder | None,
+    image_spec: ImageSpec | None,
+    pad: bool | None,
 ) -> ImageSpec:
     if image_spec is not None and not isinstance(image_spec, ImageSpec):
         raise TypeError(
@@ -442,6 +458,7 @@ def _pool(
 
 def _tensor(array: Array) -> Tensor:
     """What a backend takes: a tensor on the same memory, which torch wants to be writable."""
+    need_torch("an engine that gives or takes tensors")
     import torch
 
     return torch.from_numpy(array if array.flags.writeable else array.copy())
@@ -453,6 +470,19 @@ def _array(output: Tensor | Array) -> Array:
         return output
     array: Array = output.detach().to("cpu").float().numpy()
     return array
+
+
+def check_finite(values: Array, backend: str) -> None:
+    """Refuse what a backend gave that is no number.
+
+    Raises:
+        ValueError: There is a NaN or an infinity.
+    """
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"backend {backend} gave values that are not finite; try precision='fp32' or another "
+            "backend"
+        )
 
 
 # -- images ----------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ these classes alone::
 
     run = OpenVINOGraph("encoder.onnx", precision="fp32")
     features = run(images)  # [N, 3, H, W] float32 -> [N, C, h, w] float32
+
+``run.run(inputs)`` takes several inputs by name and gives every output by name.
 """
 
 from __future__ import annotations
@@ -12,11 +14,14 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import re
 import threading
 import warnings
 from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +29,9 @@ from numpy.typing import NDArray
 from tinyvit.errors import MissingExtraError
 
 OpenVINOPrecision = Literal["fp32", "bf16"]
+Arrays: TypeAlias = "dict[str, NDArray[np.float32]]"
+Shapes: TypeAlias = "dict[str, tuple[int | None, ...]]"
+"""Of each input or output by its name; None for a side of any length."""
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 _OWN_FORMS = 4
@@ -59,17 +67,29 @@ def load_library(module: str, name: str) -> Any:
 class OnnxGraph:
     """A graph run by ONNX Runtime: arrays in, arrays out, of any size and batch.
 
+    It can be copied and pickled, and then opens its source again.
+
     Args:
         source: The path of an ONNX file, or its bytes.
         threads: How many threads compute; None leaves it to ONNX Runtime.
+
+    Attributes:
+        inputs: Names and shapes of what the graph takes.
+        outputs: Names and shapes of what it gives.
+        metadata: Texts that the file holds about itself.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
         ValueError: ONNX Runtime cannot read the graph, or ``threads`` is below 1.
     """
 
+    inputs: Shapes
+    outputs: Shapes
+    metadata: dict[str, str]
+
     def __init__(self, source: str | os.PathLike[str] | bytes, threads: int | None = None) -> None:
         _check_threads(threads)
+        self._arguments = source, threads
         library = load_library("onnxruntime", "ONNX Runtime")
         options = library.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
@@ -81,9 +101,15 @@ class OnnxGraph:
                 graph, options, providers=["CPUExecutionProvider"]
             )
         except Exception as err:  # its errors have no common class of their own
-            name = "these bytes" if isinstance(source, bytes) else os.fspath(source)
-            raise ValueError(f"ONNX Runtime cannot read {name} as a graph: {err}") from err
-        self._input = self._session.get_inputs()[0].name
+            raise _unreadable("ONNX Runtime", library, source, str(err)) from err
+        self.inputs, self.outputs = (
+            {one.name: tuple(n if isinstance(n, int) else None for n in one.shape) for one in found}
+            for found in (self._session.get_inputs(), self._session.get_outputs())
+        )
+        self.metadata = dict(self._session.get_modelmeta().custom_metadata_map)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return OnnxGraph, self._arguments
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """[N, C, H, W] float32 -> the graph's first output; may be called by several threads.
@@ -91,11 +117,14 @@ class OnnxGraph:
         Raises:
             RuntimeError: The graph was closed.
         """
+        return next(iter(self.run({next(iter(self.inputs)): images}).values()))
+
+    def run(self, inputs: Mapping[str, NDArray[np.float32]]) -> Arrays:
+        """Inputs by name -> every output by name; as a call otherwise."""
         session = self._session
         if session is None:
             raise RuntimeError("this OnnxGraph was closed")
-        result: NDArray[np.float32] = session.run(None, {self._input: images})[0]
-        return result
+        return dict(zip(self.outputs, session.run(None, dict(inputs)), strict=True))
 
     def close(self) -> None:
         """Give back the session; the graph is not used afterwards."""
@@ -107,7 +136,8 @@ class OpenVINOGraph:
 
     What runs at first is compiled once for all shapes. A shape that comes again and again gets a
     form of its own, which is faster; the four used last are kept. Calls from several threads wait
-    for each other: each uses all threads of the machine.
+    for each other: each uses all threads of the machine. It can be copied and pickled, and then
+    opens its source again.
 
     Args:
         source: The path of an ONNX or OpenVINO file, or the bytes of an ONNX one.
@@ -117,6 +147,11 @@ class OpenVINOGraph:
         cache_dir: Folder for the compiled form, so that the next start is faster. None takes
             ``<file>.compiled`` beside a file that is in a folder one may write to, and keeps
             nothing for bytes.
+
+    Attributes:
+        inputs: Names and shapes of what the graph takes.
+        outputs: Names and shapes of what it gives.
+        metadata: Texts that the file holds about itself.
 
     Raises:
         MissingExtraError: openvino is not installed.
@@ -137,6 +172,9 @@ class OpenVINOGraph:
                 f"precision must be one of {get_args(OpenVINOPrecision)}, got {precision!r}"
             )
         _check_threads(threads)
+        self._again = partial(
+            OpenVINOGraph, source, precision=precision, threads=threads, cache_dir=cache_dir
+        )
         self.precision = precision
         self._settings: dict[str, object] = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -148,8 +186,20 @@ class OpenVINOGraph:
         self._own: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         self._core = load_library("openvino", "OpenVINO").Core()
         self._model = self._read(source)
+        self.inputs, self.outputs = (
+            {
+                one.any_name: tuple(n.get_length() if n.is_static else None
+                                    for n in one.partial_shape)
+                for one in found
+            }
+            for found in (self._model.inputs, self._model.outputs)
+        )  # fmt: skip
+        self.metadata = _texts_of(self._model)
         cache = self._cache(source, cache_dir)
         self._any = self._compile(self._model, {} if cache is None else {"CACHE_DIR": str(cache)})
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return self._again, ()
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Run the graph.
@@ -165,8 +215,7 @@ class OpenVINOGraph:
             RuntimeError: The graph was closed.
         """
         shape = images.shape
-        channels = self._model.inputs[0].partial_shape[1]
-        wanted = channels.get_length() if channels.is_static else "channels"
+        wanted = next(iter(self.inputs.values()))[1] or "channels"
         if len(shape) != 4 or 0 in shape or wanted not in ("channels", shape[1]):
             raise ValueError(
                 f"the graph wants images [batch, {wanted}, height, width] of at least 1x1, got "
@@ -177,6 +226,18 @@ class OpenVINOGraph:
         with self._lock:
             result = self._request(shape).infer({0: np.ascontiguousarray(images)})
             return np.array(result[0], np.float32)
+
+    def run(self, inputs: Mapping[str, NDArray[np.float32]]) -> Arrays:
+        """Inputs by name -> every output by name, by the form for all shapes.
+
+        Raises:
+            RuntimeError: The graph was closed.
+        """
+        with self._lock:
+            if self._any is None:
+                raise RuntimeError("this OpenVINOGraph was closed")
+            result = self._any.infer(dict(inputs))
+            return {name: np.array(result[name], np.float32) for name in self.outputs}
 
     def close(self) -> None:
         """Give back the compiled forms; the graph is not used afterwards."""
@@ -210,8 +271,8 @@ class OpenVINOGraph:
         try:
             return self._core.read_model(source if isinstance(source, bytes) else str(source))
         except RuntimeError as err:
-            name = "these bytes" if isinstance(source, bytes) else os.fspath(source)
-            raise ValueError(f"OpenVINO cannot read {name} as a graph: {_last(err)}") from err
+            library = load_library("openvino", "OpenVINO")
+            raise _unreadable("OpenVINO", library, source, _last(err)) from err
 
     def _cache(
         self, source: str | os.PathLike[str] | bytes, chosen: str | os.PathLike[str] | None
@@ -252,6 +313,28 @@ class OpenVINOGraph:
                 f"for; use precision='fp32'"
             )
         return compiled.create_infer_request()
+
+
+def _texts_of(model: Any) -> dict[str, str]:
+    """What an ONNX file holds about itself, which OpenVINO's own files keep."""
+    if not model.has_rt_info(["framework"]):
+        return {}
+    found = model.get_rt_info(["framework"]).value
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def _unreadable(
+    name: str, library: Any, source: str | os.PathLike[str] | bytes, words: str
+) -> ValueError:
+    """The error for a file that a library cannot read; of a newer opset it says what to do."""
+    what = "these bytes" if isinstance(source, bytes) else os.fspath(source)
+    if re.search(r"opset|ir version", words, re.IGNORECASE):
+        package = library.__name__
+        return ValueError(
+            f"{what} is of a newer opset than {name} {library.__version__} reads; pip install "
+            f"--upgrade {package}, or export again with a lower --opset"
+        )
+    return ValueError(f"{name} cannot read {what} as a graph: {words}")
 
 
 def _last(err: Exception) -> str:

@@ -4,6 +4,6 @@ The ten classes of TinyViT keep the names, arguments, child names and state-dict
 they are known from Cream, MobileSAM and their copies.
 """
 
-import lazy_loader
+from tinyvit.lazy import attach
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

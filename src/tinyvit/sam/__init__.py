@@ -3,6 +3,6 @@
 Names are found on first use.
 """
 
-import lazy_loader
+from tinyvit.lazy import attach
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -25,6 +25,7 @@ from tinyvit.images.mask_ops import (
     runs_and_box,
     to_rle,
 )
+from tinyvit.inference.bundle import is_exported
 
 from .crops import (
     CropBox,
@@ -34,7 +35,7 @@ from .crops import (
     is_box_near_crop_edge,
 )
 from .embedding import ImageEmbedding, ImageEncoder
-from .open import StoredSam, choose_decoder, open_sam
+from .open import AnySam, ExportedSam, StoredSam, choose_decoder, open_sam
 from .prompts import PromptBatch, Size
 
 if TYPE_CHECKING:
@@ -113,8 +114,8 @@ class SamAutomaticMaskGenerator:
 
     Args:
         model: The model, which is never changed; or the name of a checkpoint, or the path of a file
-            or folder that holds a whole SAM. When its weights change, what was derived of them is
-            rebuilt.
+            or folder that holds a whole SAM; or a folder of ``tinyvit export`` with all masks. When
+            its weights change, what was derived of them is rebuilt.
         points_per_side: Points along each side of the image; None where ``point_grids`` are
             given.
         points_per_batch: Points decoded between two filterings: more take more memory.
@@ -155,7 +156,7 @@ class SamAutomaticMaskGenerator:
 
     def __init__(
         self,
-        model: Sam | StoredSam | str | os.PathLike[str],
+        model: AnySam | str | os.PathLike[str],
         points_per_side: int | None = 32,
         points_per_batch: int = 64,
         pred_iou_thresh: float | None = None,
@@ -184,8 +185,9 @@ class SamAutomaticMaskGenerator:
         self.point_grids = _grids(
             points_per_side, point_grids, crop_n_layers, crop_n_points_downscale_factor
         )
-        kind = backend if engine is None else "torch"
-        self._model = open_sam(model, "SamAutomaticMaskGenerator", kind, device)
+        kind = backend if engine is None or is_exported(model) else "torch"
+        name = "SamAutomaticMaskGenerator"
+        self._model = open_sam(model, name, kind, device, precision=precision)
         self._encoding = engine, backend, precision, device, pad, workers
         thresholds = {**THRESHOLDS, **self._model.thresholds}
         self.points_per_batch = points_per_batch
@@ -207,10 +209,15 @@ class SamAutomaticMaskGenerator:
                 raise ValueError(f"{name} must be {wanted}, came {value}")
         self._use(self._model)
 
-    def _use(self, model: Sam | StoredSam) -> None:
+    def _use(self, model: AnySam) -> None:
         self._model = model
         self._encoder = ImageEncoder(model, *self._encoding)
         self._decoder = choose_decoder(model, self._encoder.engine, self._encoder.device)
+        if isinstance(model, ExportedSam) and model.num_multimask_outputs == 1:
+            raise ValueError(
+                "everything mode wants all masks of a point, and this exported decoder gives the "
+                "best one alone; export again with --all-masks"
+            )
 
     @property
     def model(self) -> Sam:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tinyvit.image_spec import Placement
-from tinyvit.images.mask_ops import Found, runs_and_box
+from tinyvit.images.mask_ops import Found
 from tinyvit.inference.derived import Derived
 from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
@@ -27,7 +27,7 @@ from .embedding import ImageEmbedding
 from .fast_decoder import FastMaskDecoder, SharedImage, frozen
 from .model import Sam, decode_prompts
 from .prompts import PromptBatch
-from .upscale import axes, upscale, upscale_region
+from .upscale import axes, find_regions, upscale
 
 CHUNK = 8
 """Prompts that are computed together where each has image-side work of its own, which is large."""
@@ -207,20 +207,19 @@ class TorchDecoder:
         a crop of, which begins at ``corner`` (y, x). Also gives the predicted IoU [N, K] of all.
         """
         masks, scores = self.decode(prepared, prompts, min_iou=min_iou)
-        stride = self.logit_stride
-
-        def each() -> Iterator[Found]:
-            for logits, (number, token) in zip(masks, np.argwhere(scores > min_iou), strict=True):
-                region = upscale_region(logits, placement, stride, threshold, offset)
-                counts, box = runs_and_box(
-                    region.mask, region.top + corner[0], region.left + corner[1], frame, corner
-                )
-                is_stable = min_stability <= 0 or region.stability >= min_stability
-                kept = counts if is_stable else None
-                score = float(scores[number, token])
-                yield Found(int(number), int(token), score, region.stability, box, kept)
-
-        return each(), scores
+        found = find_regions(
+            masks,
+            scores,
+            np.argwhere(scores > min_iou),
+            placement,
+            self.logit_stride,
+            threshold=threshold,
+            offset=offset,
+            min_stability=min_stability,
+            frame=frame,
+            corner=corner,
+        )
+        return found, scores
 
     def _modules(self) -> Sequence[nn.Module]:
         return self._model.prompt_encoder, self._model.mask_decoder

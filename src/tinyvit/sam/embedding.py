@@ -29,7 +29,7 @@ from tinyvit.images.preprocess import PreparedImage, normalise_and_pad, to_input
 from tinyvit.inference.backend import choose_device
 from tinyvit.inference.derived import Derived
 
-from .open import StoredSam
+from .open import WITHOUT_TORCH, AnySam, ExportedSam, StoredSam
 from .prompts import Size
 
 if TYPE_CHECKING:
@@ -304,7 +304,7 @@ class ImageEncoder:
 
     def __init__(
         self,
-        model: Sam | StoredSam,
+        model: AnySam,
         engine: Engine | None = None,
         backend: BackendName | Backend = "auto",
         precision: str = "fp32",
@@ -326,10 +326,14 @@ class ImageEncoder:
             raise ValueError(
                 "fast=False runs the model as it is; leave engine, backend and precision out"
             )
+        if isinstance(model, ExportedSam) and pad is False:
+            raise ValueError(
+                "an exported decoder takes padded images; leave pad=False (--no-pad) out"
+            )
         self._model = model
         self._encoder = model.image_encoder
         self.device = "cpu"
-        if not isinstance(model, StoredSam):
+        if not isinstance(model, WITHOUT_TORCH):
             self.device = choose_device(str(model.device if device is None else device))
         self.engine = engine or Engine(
             model.image_encoder,
@@ -377,7 +381,7 @@ class ImageEncoder:
 
     @property
     def _wants_early(self) -> bool:
-        if isinstance(self._model, StoredSam):
+        if isinstance(self._model, WITHOUT_TORCH):
             return self._model.is_hq
         from tinyvit.modules.sam.mask_decoder import HQMaskDecoder
 
@@ -394,7 +398,7 @@ class ImageEncoder:
             yield ImageEmbedding(*values, weights_sha256, early, precision)
 
     def _modules(self) -> tuple[nn.Module, ...]:
-        if isinstance(self._model, StoredSam):
+        if isinstance(self._model, WITHOUT_TORCH):
             return ()
         if self._model.image_encoder is not self._encoder:
             raise RuntimeError(
@@ -409,7 +413,7 @@ class ImageEncoder:
             weights_sha256: str | None = self.engine.weights_sha256()
         except ValueError:  # an engine with a backend of its own has no weights to name
             weights_sha256 = None
-        if isinstance(self._model, StoredSam):
+        if isinstance(self._model, WITHOUT_TORCH):
             return weights_sha256, None
         return weights_sha256, early_merge(self._model.image_encoder)
 
@@ -463,9 +467,9 @@ class _PlainEncoder:
         pass
 
 
-def spec_of(model: Sam | StoredSam) -> ImageSpec:
+def spec_of(model: AnySam) -> ImageSpec:
     """How a ``Sam``'s images are prepared: as its encoder says, with the ``Sam``'s own pixels."""
-    if isinstance(model, StoredSam):
+    if isinstance(model, WITHOUT_TORCH):
         return cast(ImageSpec, model.image_encoder.image_spec)
     encoder = model.image_encoder
     spec = encoder.image_spec or ImageSpec.sam(encoder.img_size)

@@ -1,6 +1,6 @@
-"""What runs a SAM: a ``Sam`` of torch, or its file as it is for the native engine; and its decoder.
+"""What runs a SAM: a ``Sam`` of torch, its file for the native engine, exported files; its decoder.
 
-Imports no torch. ``open_sam`` is the one place that decides between the two.
+Imports no torch. ``open_sam`` is the one place that decides between them.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from numpy.typing import NDArray
 
@@ -19,7 +20,7 @@ from tinyvit.checkpoints.open import check_parts
 from tinyvit.errors import CheckpointError, MissingExtraError
 from tinyvit.factory import StoredModel, open_stored
 from tinyvit.image_spec import ImageSpec
-from tinyvit.inference.backend import takes_native
+from tinyvit.inference.bundle import ExportedPair, engine_for, is_exported, open_pair
 
 from .prompts import Size
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from tinyvit.inference.engine import Engine
 
     from .decoder import TorchDecoder
+    from .graph_decoder import GraphDecoder
     from .model import Sam
     from .native_decoder import NativeDecoder
 
@@ -93,29 +95,74 @@ class StoredSam:
         return _built(self.source, self.img_size)
 
 
+class ExportedSam:
+    """A whole SAM as exported files, open. Torch is not loaded.
+
+    Args:
+        pair: Encoder and decoder.
+
+    Attributes:
+        image_encoder: Its encoder.
+        mask_threshold: Logits above it are mask.
+        thresholds: Of these weights' masks, as the files state them.
+    """
+
+    image_format = "RGB"
+    is_hq = False
+
+    def __init__(self, pair: ExportedPair) -> None:
+        self.pair, self.image_encoder = pair, pair.encoder
+        self.thresholds: Mapping[str, float] = dict(pair.encoder.facts.thresholds)
+        self.mask_threshold = self.thresholds.get("mask_threshold", 0.0)
+
+    @cached_property
+    def decoder(self) -> GraphDecoder:
+        """What decodes prompts."""
+        from .graph_decoder import GraphDecoder
+
+        return GraphDecoder(self.pair)
+
+    @property
+    def num_multimask_outputs(self) -> int:
+        """Masks of an ambiguous prompt."""
+        return self.decoder.num_multimask_outputs
+
+
+AnySam: TypeAlias = "Sam | StoredSam | ExportedSam"
+
+
 def open_sam(
-    given: Sam | StoredSam | str | os.PathLike[str] | None,
+    given: AnySam | str | os.PathLike[str] | None,
     wanted_by: str,
     backend: object = "auto",
     device: object = "auto",
     *,
+    precision: str = "fp32",
+    threads: int | None = None,
     img_size: int | None = None,
     progress: Progress | None = None,
-) -> Sam | StoredSam:
+) -> AnySam:
     """A SAM as it is given, or of a name, file or folder; None takes the embedded weights.
 
     It is a ``StoredSam`` where the native engine is to run it and can: files of torch's own, other
-    widths and what cannot be read without torch are built by torch.
+    widths and what cannot be read without torch are built by torch. It is an ``ExportedSam`` for a
+    folder of ``tinyvit export``, which is opened with ``precision`` and ``threads``.
     """
-    if isinstance(given, StoredSam):
+    if isinstance(given, WITHOUT_TORCH):
         return given
+    if is_exported(given):
+        if not isinstance(backend, str):
+            raise ValueError(f"{wanted_by} runs exported files by 'onnx' or 'openvino' alone")
+        place = "auto" if device is None else str(device)
+        return ExportedSam(open_pair(cast(str, given), backend, place, precision, threads))
     if given is not None and not isinstance(given, (str, os.PathLike)):
         from .build import as_sam
 
         return as_sam(given, wanted_by)
     source = DEFAULT_CHECKPOINT if given is None else given
     has_torch = find_spec("torch") is not None
-    if takes_native(backend, "cpu" if device is None else str(device)):
+    place = "cpu" if device is None else str(device)
+    if isinstance(backend, str) and engine_for(source, backend, place) == "native":
         try:
             stored = _open_stored(source, img_size, progress)
         except CheckpointError:  # torch may read it, or say more of what is wrong
@@ -126,6 +173,10 @@ def open_sam(
             if width % WIDTHS == 0 or not has_torch:
                 return stored
     return _built(source, img_size, progress)
+
+
+WITHOUT_TORCH = (StoredSam, ExportedSam)
+"""What runs without torch."""
 
 
 def _open_stored(
@@ -153,13 +204,23 @@ def _built(
 
 
 def choose_decoder(
-    model: Sam | StoredSam,
+    model: AnySam,
     engine: Engine,
     device: str = "cpu",
     precision: str = "fp32",
     fast: bool = True,
-) -> NativeDecoder | TorchDecoder:
-    """The decoder that goes with an engine: native where that runs the encoder, else torch's."""
+) -> NativeDecoder | TorchDecoder | GraphDecoder:
+    """The decoder that goes with an engine: native where that runs the encoder, else torch's.
+
+    That of exported files is their own.
+    """
+    if isinstance(model, ExportedSam):
+        if precision != "fp32" or not fast:
+            raise ValueError(
+                "exported files run as they are, in fp32 for the decoder; leave decoder_precision "
+                "and fast out"
+            )
+        return model.decoder
     is_native = isinstance(model, StoredSam) or engine.backend.name == "native"
     if is_native and fast and precision == "fp32":
         from .native_decoder import NativeDecoder

@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.image_spec import Placement
 from tinyvit.images.decode import ImageSource
 from tinyvit.images.preprocess import ResizeLongestSide
+from tinyvit.inference.bundle import is_exported
 from tinyvit.inference.derived import version_of
+from tinyvit.lazy import need_torch
 
 from .embedding import ImageEmbedding, ImageEncoder, prepare_image, prepare_resized
-from .open import StoredSam, choose_decoder, open_sam
+from .open import AnySam, StoredSam, choose_decoder, open_sam
 from .prompts import Prompt, PromptBatch, Size, stack_prompts
 
 if TYPE_CHECKING:
@@ -44,8 +47,9 @@ class SamPredictor:
 
     Args:
         sam_model: The model, which is never changed; or the name of a checkpoint, or the path of a
-            file or folder that holds a whole SAM. When its weights change, what was derived of them
-            is rebuilt, and an image that was encoded before must be set again.
+            file or folder that holds a whole SAM; or a folder of ``tinyvit export``, for which
+            torch is not needed. When its weights change, what was derived of them is rebuilt, and
+            an image that was encoded before must be set again.
         engine: Runs ``sam_model.image_encoder``; None makes one from the arguments that follow.
         backend: As for ``tinyvit.Engine``.
         precision: As for ``tinyvit.Engine``.
@@ -78,7 +82,7 @@ class SamPredictor:
 
     def __init__(
         self,
-        sam_model: Sam | StoredSam | str | os.PathLike[str],
+        sam_model: AnySam | str | os.PathLike[str],
         *,
         engine: Engine | None = None,
         backend: BackendName | Backend = "auto",
@@ -89,14 +93,15 @@ class SamPredictor:
         fast: bool = True,
     ) -> None:
         is_plain = engine is not None or not fast or decoder_precision != "fp32"
-        model = open_sam(sam_model, "SamPredictor", "torch" if is_plain else backend, device)
+        kind = "torch" if is_plain and not is_exported(sam_model) else backend
+        model = open_sam(sam_model, "SamPredictor", kind, device, precision=precision)
         self._encoding = engine, backend, precision, device, pad, None, 8, fast
         self._decoding = decoder_precision, fast
         self._use(model)
         self.transform = ResizeLongestSide(max(self._encoder.image_spec.size))
         self.reset_image()
 
-    def _use(self, model: Sam | StoredSam) -> None:
+    def _use(self, model: AnySam) -> None:
         self._model = model
         self._encoder = ImageEncoder(model, *self._encoding)
         engine, device = self._encoder.engine, self._encoder.device
@@ -133,9 +138,8 @@ class SamPredictor:
             DownloadError: The checkpoint cannot be fetched.
             ValueError: A value that the class refuses.
         """
-        is_plain = engine is not None or decoder_precision != "fp32"
         return cls(
-            open_sam(checkpoint, cls.__name__, "torch" if is_plain else backend, device),
+            DEFAULT_CHECKPOINT if checkpoint is None else checkpoint,
             engine=engine,
             backend=backend,
             precision=precision,
@@ -173,6 +177,7 @@ class SamPredictor:
         Raises:
             ValueError: Another shape.
         """
+        need_torch("SamPredictor.set_torch_image")
         self.reset_image()
         spec = self._encoder.image_spec
         prepared = prepare_resized(transformed_image, original_image_size, spec)
@@ -206,6 +211,7 @@ class SamPredictor:
         They may be set by hand, with ``original_size``, ``input_size`` and ``is_image_set``.
         """
         if self._features is None and self._embedding is not None:
+            need_torch("SamPredictor.features")
             import torch
 
             self._features = torch.from_numpy(self._embedding.features)[None].to(self.device)
@@ -235,6 +241,7 @@ class SamPredictor:
     @property
     def device(self) -> torch.device:
         """Where masks are computed."""
+        need_torch("SamPredictor.device")
         import torch
 
         return torch.device(self._decoder.device)
@@ -339,6 +346,7 @@ class SamPredictor:
             RuntimeError: No image is set, or the encoder's weights have changed since.
             ValueError: The prompts are none, not finite, or of a wrong shape.
         """
+        need_torch("SamPredictor.predict_torch")
         import torch
 
         embedding = self._current()

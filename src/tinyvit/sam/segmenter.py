@@ -7,13 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
+from tinyvit.inference.bundle import open_pair
+
 from .embedding import ImageEmbedding, ImageEncoder
 from .masks import Floats
 from .masks import Masks as Masks
-from .open import StoredSam, choose_decoder, open_sam
+from .open import WITHOUT_TORCH, AnySam, ExportedSam, StoredSam, choose_decoder, open_sam
 from .prompts import Kind, Prompt, PromptLike, stack_prompts, to_prompt
 
 if TYPE_CHECKING:
+    from tinyvit.image_spec import ImageSpec
     from tinyvit.inference.backend import Backend, BackendName, Prepared
     from tinyvit.inference.engine import Picture
 
@@ -30,16 +33,23 @@ class Segmenter:
 
     Args:
         sam: A ``Sam``, which is never changed; or the name of a checkpoint, or the path of a file
-            or folder that holds a whole SAM; None takes the embedded weights.
-        backend: As for ``tinyvit.Engine``; it runs the image encoder.
+            or folder that holds a whole SAM; or a folder of ``tinyvit export``, for which torch is
+            not needed. None takes the embedded weights.
+        backend: As for ``tinyvit.Engine``; it runs the image encoder, of an exported folder the
+            decoder, too.
         precision: As for ``tinyvit.Engine``; the decoder always computes in fp32.
         device: Where to compute: a torch device, or "auto".
         batch_size: Images that are encoded together, at most.
         pad: As for ``tinyvit.Engine``: False spends no work on padding, with other numbers.
         threads: As for ``tinyvit.Engine``.
+        workers: As for ``tinyvit.Engine``.
+        encoder: Instead of ``sam``, an exported file: images [N, 3, H, W] -> [N, C, h, w].
+        decoder: With ``encoder``: a decoder with the inputs of segment-anything's exporter.
+        image_spec: How images are prepared for an ``encoder`` without our metadata.
 
     Raises:
-        CheckpointError: The file cannot be read, or holds no whole SAM.
+        CheckpointError: The file cannot be read, or holds no whole SAM; an exported folder lacks a
+            part, or its files are of different exports.
         DownloadError: The checkpoint cannot be fetched.
         MissingExtraError: The package of the backend is not installed.
         ValueError: A value that ``Engine`` refuses.
@@ -56,7 +66,7 @@ class Segmenter:
 
     def __init__(
         self,
-        sam: Sam | StoredSam | str | os.PathLike[str] | None = None,
+        sam: AnySam | str | os.PathLike[str] | None = None,
         *,
         backend: BackendName | Backend = "auto",
         precision: str = "fp32",
@@ -65,11 +75,26 @@ class Segmenter:
         pad: bool | None = None,
         threads: int | None = None,
         workers: int | None = None,
+        encoder: str | os.PathLike[str] | None = None,
+        decoder: str | os.PathLike[str] | None = None,
+        image_spec: ImageSpec | None = None,
     ) -> None:
         self._encoding = backend, precision, device, pad, workers, batch_size, True, threads
-        self._use(open_sam(sam, "Segmenter", backend, device))
+        if encoder is None and decoder is None:
+            if image_spec is not None:
+                raise ValueError("image_spec= is for encoder= and decoder=; a model says it itself")
+            more = {"precision": precision, "threads": threads}
+            self._use(open_sam(sam, "Segmenter", backend, device, **more))  # type: ignore[arg-type]
+            return
+        if encoder is None or decoder is None or sam is not None or not isinstance(backend, str):
+            raise ValueError(
+                "give encoder= and decoder= together and no model, or a model alone, such as "
+                "Segmenter('exported/')"
+            )
+        pair = open_pair((encoder, decoder), backend, device, precision, threads, image_spec)
+        self._use(ExportedSam(pair))
 
-    def _use(self, model: Sam | StoredSam) -> None:
+    def _use(self, model: AnySam) -> None:
         self._model = model
         self._encoder = ImageEncoder(model, None, *self._encoding)
         self._decoder = choose_decoder(model, self._encoder.engine, self._encoder.device)
@@ -83,7 +108,18 @@ class Segmenter:
         return cast("Sam", self._model)
 
     @property
-    def source(self) -> Sam | StoredSam:
+    def candidates(self) -> int:
+        """Masks of an ambiguous prompt: 3, or 1 where the decoder picks one itself."""
+        model = self._model
+        if isinstance(model, WITHOUT_TORCH):
+            return 1 if model.is_hq else model.num_multimask_outputs
+        from tinyvit.modules.sam.mask_decoder import HQMaskDecoder
+
+        decoder = model.mask_decoder
+        return 1 if isinstance(decoder, HQMaskDecoder) else decoder.num_multimask_outputs
+
+    @property
+    def source(self) -> AnySam:
         """The model as it runs, which may be one of a file, opened without torch."""
         return self._model
 

@@ -9,6 +9,7 @@ low-res logit near by exceeds a threshold, no pixel does.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyvit.image_spec import Placement
+from tinyvit.images.mask_ops import Found, runs_and_box
 
 Floats = NDArray[np.float32]
 
@@ -92,6 +94,31 @@ def upscale_region(
     logits = tall @ columns.matrix[across, from_columns].T
     inner, outer = (int(np.count_nonzero(logits > threshold + x)) for x in (offset, -offset))
     return Region(logits > threshold, down.start, across.start, inner, outer)
+
+
+def find_regions(
+    masks: Floats,
+    scores: Floats,
+    places: NDArray[np.int64],
+    placement: Placement,
+    logit_stride: float,
+    *,
+    threshold: float,
+    offset: float,
+    min_stability: float,
+    frame: tuple[int, int],
+    corner: tuple[int, int],
+) -> Iterator[Found]:
+    """What ``Decoder.find`` gives of low-res logits [M, h4, w4] at ``places`` [M, 2] of scores."""
+    for logits, (number, token) in zip(masks, places, strict=True):
+        region = upscale_region(logits, placement, logit_stride, threshold, offset)
+        counts, box = runs_and_box(
+            region.mask, region.top + corner[0], region.left + corner[1], frame, corner
+        )
+        is_stable = min_stability <= 0 or region.stability >= min_stability
+        kept = counts if is_stable else None
+        score = float(scores[number, token])
+        yield Found(int(number), int(token), score, region.stability, box, kept)
 
 
 def axes(size: tuple[int, ...], placement: Placement, logit_stride: float) -> tuple[_Axis, _Axis]:

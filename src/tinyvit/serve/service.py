@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.errors import ImageError
 from tinyvit.images.decode import decode
+from tinyvit.inference.bundle import engine_for
 from tinyvit.inference.engine import CPU_PIXELS
 from tinyvit.sam.automatic import SamAutomaticMaskGenerator
 from tinyvit.sam.embedding import ImageEmbedding
@@ -144,13 +145,7 @@ class Service:
             ValueError: A setting does not go with it.
         """
         settings = self.settings
-        own = self._segmenter = self._segmenter or Segmenter(
-            settings.checkpoint,
-            backend=settings.backend,  # type: ignore[arg-type]
-            precision=settings.precision,
-            device=settings.device,
-            pad=None if settings.pad else False,
-        )
+        own = self._segmenter = self._segmenter or _open(settings)
         for masks in own.segment([np.full((64, 64, 3), 128, np.uint8)], [[{"points": [[32, 32]]}]]):
             masks.mask(0)
         encoder = own.encoder
@@ -391,6 +386,19 @@ def _read_or_problem(task: _Encoding) -> Exception | None:
 
 def _loading() -> Problem:
     return Problem("loading", "the model is being loaded", retry_after=2)
+
+
+def _open(settings: ServeSettings) -> Segmenter:
+    """The model; torch's threads are those of the lanes, other engines have their own."""
+    engine = engine_for(settings.checkpoint, settings.backend, settings.device)
+    return Segmenter(
+        settings.checkpoint,
+        backend=settings.backend,  # type: ignore[arg-type]
+        precision=settings.precision,
+        device=settings.device,
+        pad=None if settings.pad else False,
+        threads=None if engine == "torch" else settings.threads,
+    )
 
 
 def sha256(data: bytes) -> str:

@@ -5,6 +5,6 @@ together; ``open_data_set`` and ``open_mask_set`` read labelled images and image
 are found on first use: ``TrainSettings`` loads no torch.
 """
 
-import lazy_loader
+from tinyvit.lazy import attach
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

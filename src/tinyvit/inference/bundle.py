@@ -1,0 +1,420 @@
+"""Exported folders: what they hold, what their files say of themselves, and what runs them.
+
+``tinyvit export`` writes such folders; here they are read without torch and without onnx. A file
+without our metadata is run, too, where the caller says how images are prepared. ``engine_for`` is
+where it is decided which backend runs a checkpoint or a folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyvit.catalog import list_checkpoints
+from tinyvit.checkpoints.files import check_format, check_thresholds, file_sha256
+from tinyvit.errors import CheckpointError, MissingExtraError
+from tinyvit.image_spec import ImageSpec
+
+from .backend import (
+    PRECISION_OF_DTYPE,
+    BackendName,
+    check_settings,
+    choose_precision,
+    takes_native,
+)
+from .graphs import OnnxGraph, OpenVINOGraph, load_library
+
+Graph: TypeAlias = OnnxGraph | OpenVINOGraph
+EngineName = Literal["native", "torch", "onnx", "openvino"]
+RuntimeName = Literal["onnx", "openvino"]
+Array: TypeAlias = NDArray[np.float32]
+
+INDEX = "tinyvit.json"
+"""The file by which a folder of ``tinyvit export`` is known; it names the others."""
+
+FORMAT = 1
+"""The newest form of the metadata that is read here."""
+
+PARTS = ("encoder", "decoder")
+_PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino"}
+
+
+def is_exported(source: object) -> bool:
+    """Whether this is a folder of ``tinyvit export``."""
+    if not isinstance(source, (str, os.PathLike)) or os.fspath(source) in ("", *list_checkpoints()):
+        return False
+    return (Path(source) / INDEX).is_file()
+
+
+def engine_for(source: object, backend: str = "auto", device: str = "auto") -> EngineName:
+    """Which backend runs a checkpoint or an exported folder; torch is not loaded to find out.
+
+    A checkpoint is run by the native engine (on a CPU) or else by torch, an exported folder by
+    ONNX Runtime or else by OpenVINO. ONNX Runtime and OpenVINO run a checkpoint only by name: torch
+    makes the graph.
+
+    Args:
+        source: Name or path of a checkpoint, an exported folder, or None for the embedded weights.
+        backend: A ``BackendName``; "auto" takes what is installed.
+        device: A torch device, or "auto".
+
+    Raises:
+        MissingExtraError: What would run it is not installed.
+        ValueError: An unknown backend, or one that does not run this.
+    """
+    if backend not in get_args(BackendName):
+        raise ValueError(f"backend must be one of {get_args(BackendName)}, got {backend!r}")
+    if is_exported(source):
+        return _runtime_for(files_of(Path(cast(str, source))).values(), backend)
+    if takes_native(backend, device):
+        return "native"
+    if find_spec("torch") is None:
+        if backend != "auto":
+            raise MissingExtraError(
+                f"backend {backend!r} runs a checkpoint with the help of torch, which is not "
+                "installed; pip install 'tinyvit[torch]', or run a folder of 'tinyvit export'"
+            )
+        raise MissingExtraError(
+            "no engine is installed here; pip install 'tinyvit[native]' (segment, encode, serve) "
+            "or 'tinyvit[torch]' (everything)"
+        )
+    return "torch" if backend == "auto" else cast(EngineName, backend)
+
+
+def _runtime_for(files: Any, backend: str) -> RuntimeName:
+    """ONNX Runtime or else OpenVINO, whichever is installed and reads these files."""
+    is_ir = any(path.suffix == ".xml" for path in files)
+    known: tuple[RuntimeName, ...] = ("openvino",) if is_ir else ("onnx", "openvino")
+    if backend != "auto" and backend not in known:
+        raise ValueError(
+            f"backend {backend!r} does not run these exported files; "
+            f"{' and '.join(map(repr, known))} {'does' if len(known) == 1 else 'do'}"
+        )
+    if backend != "auto":
+        return cast(RuntimeName, backend)
+    for name in known:
+        if find_spec(_PACKAGES[name]) is not None:
+            return name
+    lines = " or ".join(f"'tinyvit[{name}]'" for name in known)
+    raise MissingExtraError(
+        f"no engine for an exported folder is installed here; pip install {lines}"
+    )
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """The graphs of an exported folder by their part: "encoder", "decoder".
+
+    Raises:
+        CheckpointError: The folder's index is damaged or of a newer format, or a file is missing.
+    """
+    path = folder / INDEX
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        check_format(facts.get("format"), FORMAT, facts.get("tinyvit"), str(path))
+        found = {part: folder / facts[part] for part in PARTS if facts.get(part)}
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError) as err:
+        raise CheckpointError(f"{path} is damaged: {err}; export again") from err
+    if facts.get("style") == "transformers":
+        raise CheckpointError(
+            f"{folder} is for transformers.js and is not run here; export again without --for"
+        )
+    for part, file in found.items():
+        if not file.is_file():
+            raise CheckpointError(f"{folder} lacks its {part} {file.name}; export again")
+    return found
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a graph says of itself, or what its user says of it.
+
+    Attributes:
+        image_spec: How images are prepared.
+        layout: What an encoder takes: "nchw" normalised, "hwc" RGB in 0..255.
+        weights_sha256: Of the image encoder; None where the file does not say.
+        pair: Common to the encoder and the decoder of one export; "" where the file has none.
+        thresholds: Of the masks of these weights.
+        variant: Whose sizes the weights have, by its name in the catalog; None for no such.
+        network_side: Of the input as the network sees it, where the graph shrinks it; else None.
+    """
+
+    image_spec: ImageSpec
+    layout: Literal["nchw", "hwc"] = "nchw"
+    weights_sha256: str | None = None
+    pair: str = ""
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    variant: str | None = None
+    network_side: int | None = None
+
+
+def facts_of(texts: Mapping[str, str], path: Path, part: str, given: ImageSpec | None) -> Facts:
+    """The facts in a graph's metadata.
+
+    Args:
+        texts: The metadata.
+        path: Of the file, for messages.
+        part: What it should be: "encoder" or "decoder".
+        given: How images are prepared where the file does not say.
+
+    Raises:
+        CheckpointError: It is another part, damaged, of a newer format, or it does not say how
+            images are prepared and nobody else does.
+    """
+    if "tinyvit.format" not in texts:
+        if given is None:
+            raise CheckpointError(
+                f"{path} has no metadata of 'tinyvit export'; say how images are prepared, for "
+                f"example image_spec=ImageSpec.sam(1024)"
+            )
+        return Facts(given)
+    found = texts["tinyvit.format"]
+    number = int(found) if found.isdigit() else found
+    check_format(number, FORMAT, texts.get("tinyvit.version"), str(path))
+    if texts.get("tinyvit.part") != part:
+        raise CheckpointError(
+            f"{path} is {_with_article(texts.get('tinyvit.part', ''))} and no {part}; give the "
+            f"{part} of the same export"
+        )
+    try:
+        spec = ImageSpec.from_dict(json.loads(texts["tinyvit.image_spec"]))
+        side = int(texts["tinyvit.input_size"])
+        thresholds = check_thresholds(json.loads(texts.get("tinyvit.thresholds", "{}")))
+        mask_threshold = float(texts.get("tinyvit.mask_threshold", "0"))
+    except (KeyError, TypeError, ValueError) as err:
+        raise CheckpointError(f"{path} has damaged metadata: {err}; export again") from err
+    network_side = max(spec.size)
+    if network_side != side:  # the graph adapts weights of another size
+        spec = replace(spec, size=(side, side))
+    layout: Literal["nchw", "hwc"] = "nchw"
+    if texts.get("tinyvit.layout", "").startswith("hwc"):
+        layout = "hwc"
+    if mask_threshold:
+        thresholds.setdefault("mask_threshold", mask_threshold)
+    sha256 = texts.get("tinyvit.weights_sha256") or None
+    pair, variant = texts.get("tinyvit.pair", ""), texts.get("tinyvit.variant") or None
+    return Facts(given or spec, layout, sha256, pair, thresholds, variant, network_side)
+
+
+def _with_article(part: str) -> str:
+    return f"{'an' if part[:1] in 'aeiou' else 'a'} {part}" if part else "no part that is known"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What opens files: the library with its settings."""
+
+    name: RuntimeName
+    precision: Literal["fp32", "bf16"]
+    threads: int | None
+    words: str
+
+    def open(self, path: Path) -> Graph:
+        """The graph of a file; a CheckpointError where it cannot be read."""
+        try:
+            if self.name == "onnx":
+                return OnnxGraph(path, self.threads)
+            return OpenVINOGraph(path, precision=self.precision, threads=self.threads)
+        except ValueError as err:
+            raise CheckpointError(str(err)) from err
+
+
+def choose_runtime(
+    name: RuntimeName, device: str = "auto", precision: str = "fp32", threads: int | None = None
+) -> Runtime:
+    """ONNX Runtime or OpenVINO with its settings; arguments and errors are those of ``Engine``."""
+    check_settings(name, device, threads)
+    precision = PRECISION_OF_DTYPE.get(precision, precision)
+    reason = "the only precision of this backend"
+    title = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}[name]
+    library = load_library(_PACKAGES[name], title)
+    if precision == "auto":
+        has_bf16 = name == "openvino" and "BF16" in library.Core().get_property(
+            "CPU", "OPTIMIZATION_CAPABILITIES"
+        )
+        precision = "bf16" if has_bf16 else "fp32"
+        reason = "what this machine computes natively" if name == "openvino" else reason
+    elif name == "openvino" or precision != "fp32":
+        precision, reason = choose_precision(precision, "cpu")
+        if name == "onnx":
+            raise ValueError(
+                f"backend 'onnx' computes in precision 'fp32' only, got {precision!r}; 'openvino' "
+                "computes in bf16"
+            )
+    version = library.__version__.split("-")[0]
+    words = f"{_PACKAGES[name]} {version} on cpu, {precision} ({reason}), an exported graph"
+    return Runtime(name, cast(Any, precision), threads, words)
+
+
+class ExportedEncoder:
+    """An exported image encoder as an engine's backend, on arrays; threads may share it.
+
+    Args:
+        path: Of the file.
+        runtime: What runs it.
+        image_spec: How images are prepared; None where the file says so.
+
+    Raises:
+        CheckpointError: The file cannot be read, or is no encoder.
+    """
+
+    device = "cpu"
+    takes_arrays = True
+
+    def __init__(self, path: Path, runtime: Runtime, image_spec: ImageSpec | None = None) -> None:
+        self.path, self.runtime = path, runtime
+        self.name: str = runtime.name
+        self.precision = runtime.precision
+        self.graph = runtime.open(path)
+        self.facts = facts_of(self.graph.metadata, path, "encoder", image_spec)
+        self.image_spec = self.facts.image_spec
+        self._input, self._sides = next(iter(self.graph.inputs.items()))
+        self._output = next(iter(self.graph.outputs))
+
+    def __call__(self, batch: Array) -> Array:
+        """[N, 3, H, W] float32 -> [N, C, h, w].
+
+        Raises:
+            ValueError: The graph takes images of one size alone, and these have another.
+        """
+        if self.facts.layout == "hwc":
+            return np.concatenate([self._run(self._pixels(image)) for image in batch])
+        fixed = self._sides[2:]
+        if any(a not in (None, b) for a, b in zip(fixed, batch.shape[2:], strict=True)):
+            raise ValueError(
+                f"{self.path.name} takes images of {fixed[0]} x {fixed[1]} alone, got "
+                f"{batch.shape[2]} x {batch.shape[3]}; leave pad=False (--no-pad) out"
+            )
+        if self._sides[0] == 1:
+            return np.concatenate([self._run(image[None]) for image in batch])
+        return self._run(batch)
+
+    def weights_sha256(self) -> str:
+        """Hash of the weights that were exported.
+
+        Raises:
+            ValueError: The file does not say.
+        """
+        if self.facts.weights_sha256 is None:
+            raise ValueError(f"{self.path.name} does not say which weights it has")
+        return self.facts.weights_sha256
+
+    def explain(self) -> str:
+        """What runs, and why, in words."""
+        return self.runtime.words
+
+    def close(self) -> None:
+        """Give the session back."""
+        self.graph.close()
+
+    def _run(self, images: Array) -> Array:
+        if images.ndim == 4:
+            return self.graph(images)
+        return self.graph.run({self._input: images})[self._output]
+
+    def _pixels(self, image: Array) -> Array:
+        """A prepared image [3, H, W] as the RGB [H, W, 3] in 0..255 that its graph prepares again.
+
+        Padding becomes the mean, of which the graph makes zeros.
+        """
+        spec = self.image_spec
+        return np.ascontiguousarray(
+            image.transpose(1, 2, 0) * np.array(spec.std, np.float32)
+            + np.array(spec.mean, np.float32)
+        )
+
+
+@dataclass(frozen=True)
+class ExportedPair:
+    """An encoder and a decoder of one export, open.
+
+    Attributes:
+        encoder: The encoder.
+        decoder: The decoder's graph.
+        path: Of the decoder.
+    """
+
+    encoder: ExportedEncoder
+    decoder: Graph
+    path: Path
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of both files; tells models apart."""
+        return f"{file_sha256(self.encoder.path)[:32]}{file_sha256(self.path)[:32]}"
+
+
+def open_encoder(
+    folder: str | os.PathLike[str],
+    backend: str = "auto",
+    device: str = "auto",
+    precision: str = "fp32",
+    threads: int | None = None,
+) -> ExportedEncoder:
+    """The encoder of an exported folder; other arguments and errors are those of ``Engine``."""
+    files = files_of(Path(folder))
+    runtime = choose_runtime(_runtime_for(files.values(), backend), device, precision, threads)
+    return ExportedEncoder(_part_in(folder, files, "encoder"), runtime)
+
+
+def open_pair(
+    source: str | os.PathLike[str] | tuple[str | os.PathLike[str], str | os.PathLike[str]],
+    backend: str = "auto",
+    device: str = "auto",
+    precision: str = "fp32",
+    threads: int | None = None,
+    image_spec: ImageSpec | None = None,
+) -> ExportedPair:
+    """The pair of an exported folder, or of the paths of an encoder and a decoder.
+
+    Args:
+        source: The folder, or both paths.
+        backend: As for ``Engine``, like what follows.
+        device: "auto" or "cpu".
+        precision: Of the encoder; the decoder computes in fp32.
+        threads: How many threads compute.
+        image_spec: How images are prepared; wanted where the files do not say.
+
+    Raises:
+        CheckpointError: A file is missing, cannot be read, or is not what it should be; or the two
+            are of different exports.
+    """
+    if isinstance(source, tuple):
+        files = dict(zip(PARTS, map(Path, source), strict=True))
+        for part, path in files.items():
+            if not path.is_file():
+                raise CheckpointError(f"no such file: {path} for {part}=")
+    else:
+        files = files_of(Path(source))
+        for part in PARTS:
+            _part_in(source, files, part)
+    runtime = choose_runtime(_runtime_for(files.values(), backend), device, precision, threads)
+    encoder = ExportedEncoder(files["encoder"], runtime, image_spec)
+    decoder = replace(runtime, precision="fp32").open(files["decoder"])
+    own = facts_of(decoder.metadata, files["decoder"], "decoder", encoder.image_spec)
+    if own.pair != encoder.facts.pair:
+        raise CheckpointError(
+            f"{files['encoder'].name} and {files['decoder'].name} are not of one export (pairs "
+            f"{encoder.facts.pair or 'none'} and {own.pair or 'none'}); take both from one folder"
+        )
+    return ExportedPair(encoder, decoder, files["decoder"])
+
+
+def _part_in(folder: str | os.PathLike[str], files: Mapping[str, Path], part: str) -> Path:
+    """The file of a part, or an error that says what its folder is for."""
+    if part not in files:
+        raise CheckpointError(
+            f"{os.fspath(folder)} has no {part}, only {' and '.join(files) or 'other parts'}; "
+            f"export again {'as a whole SAM' if part == 'decoder' else 'with an encoder'}"
+        )
+    return files[part]

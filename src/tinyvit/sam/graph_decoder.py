@@ -1,0 +1,194 @@
+"""A SAM's decoder as an exported graph: prompts on an embedding -> low-res logits, scores, masks.
+
+Imports no torch. Numpy at the surface, see ``inference.backend``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyvit.errors import CheckpointError
+from tinyvit.image_spec import Placement
+from tinyvit.images.mask_ops import Found
+from tinyvit.inference.bundle import ExportedPair
+from tinyvit.inference.engine import check_finite
+
+from .embedding import ImageEmbedding
+from .prompts import PromptBatch
+from .upscale import find_regions, upscale
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Floats: TypeAlias = NDArray[np.float32]
+
+_INPUTS = ("image_embeddings", "point_coords", "point_labels", "mask_input", "has_mask_input")
+_LOGITS, _SCORES = "low_res_masks", "iou_predictions"
+_ALL = 4
+"""Masks of a decoder that gives all: that of a clear prompt, and three of an ambiguous one."""
+
+
+class PreparedFeatures:
+    """What ``GraphDecoder.prepare`` keeps of an embedding: [1, C, g, g], as its graph takes it."""
+
+    def __init__(self, features: Floats) -> None:
+        self.features = features
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory it holds."""
+        return int(self.features.nbytes)
+
+
+class GraphDecoder:
+    """Decodes prompts by an exported graph, one after the other; threads may share it.
+
+    A graph that gives the best mask alone chooses it itself: of a box without points the best of
+    three, where a model gives its single one.
+    """
+
+    device = "cpu"
+
+    def __init__(self, pair: ExportedPair) -> None:
+        self._graph, self._name = pair.decoder, pair.encoder.name
+        self._words = pair.encoder.runtime.words
+        inputs, outputs = self._graph.inputs, self._graph.outputs
+        lacking = [name for name in _INPUTS if name not in inputs]
+        lacking += [name for name in (_SCORES, _LOGITS) if name not in outputs]
+        if lacking:
+            raise CheckpointError(
+                f"{pair.path.name} is no decoder as segment-anything's exporter writes it: it "
+                f"lacks {', '.join(lacking)}"
+            )
+        self._wanted = inputs["image_embeddings"]
+        side = cast(int, inputs["mask_input"][3])
+        self._no_mask = np.zeros((1, 1, side, side), np.float32)
+        self.logit_stride = pair.encoder.image_spec.size[0] / side
+        self._count = outputs[_SCORES][-1] or self._count_masks()
+
+    @property
+    def num_multimask_outputs(self) -> int:
+        """Masks of an ambiguous prompt."""
+        return max(self._count - 1, 1)
+
+    def explain(self) -> str:
+        """What runs, and why, in words."""
+        return self._words
+
+    def prepare(self, embedding: ImageEmbedding) -> PreparedFeatures:
+        """The embedding as the graph takes it.
+
+        Raises:
+            ValueError: It has another shape, or values that are not finite.
+        """
+        features = embedding.features[None]
+        wanted = zip(self._wanted, features.shape, strict=True)
+        if any(a not in (None, b) for a, b in wanted):
+            raise ValueError(
+                f"the exported decoder takes embeddings {list(self._wanted[1:])}, came "
+                f"{list(features.shape[1:])}; encode images with the encoder of the same folder, "
+                "padded to a square"
+            )
+        check_finite(features, self._name)
+        return PreparedFeatures(np.ascontiguousarray(features))
+
+    def decode(
+        self,
+        prepared: PreparedFeatures,
+        prompts: PromptBatch,
+        multimask_output: bool = True,
+        *,
+        min_iou: float | None = None,
+        hq_token_only: bool = False,
+    ) -> tuple[Floats, Floats]:
+        """As ``TorchDecoder.decode``; a graph with the best mask alone gives that in any case.
+
+        Raises:
+            ValueError: A mask prompt has another size, or the graph gives what is not finite.
+        """
+        if hq_token_only:
+            raise ValueError("hq_token_only=True wants a model with Light HQ-SAM's mask decoder")
+        masks, size = prompts.masks, self._no_mask.shape[2:]
+        if masks is not None and masks.shape[2:] != size:
+            raise ValueError(
+                f"mask_input must be low-res logits of this image, [B, 1, {size[0]}, {size[1]}]; "
+                f"came {list(masks.shape)}"
+            )
+        which = slice(None)
+        if self._count == _ALL:
+            which = slice(1, None) if multimask_output else slice(0, 1)
+        kept = range(self._count)[which]
+        logits = np.empty((len(prompts), len(kept), *size), np.float32)
+        scores = np.empty((len(prompts), len(kept)), np.float32)
+        for number in range(len(prompts)):
+            found = self._graph.run(self._inputs(prepared, prompts, number))
+            logits[number], scores[number] = found[_LOGITS][0, which], found[_SCORES][0, which]
+        check_finite(scores, self._name)
+        check_finite(logits, self._name)
+        return (logits if min_iou is None else logits[scores > min_iou]), scores
+
+    def decode_tensors(
+        self, prepared: PreparedFeatures, prompts: PromptBatch, multimask_output: bool = True,
+        *, min_iou: float | None = None, hq_token_only: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """As ``decode``, as tensors."""
+        import torch
+
+        found = self.decode(
+            prepared, prompts, multimask_output, min_iou=min_iou, hq_token_only=hq_token_only
+        )
+        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+    def find(
+        self,
+        prepared: PreparedFeatures,
+        prompts: PromptBatch,
+        placement: Placement,
+        *,
+        min_iou: float,
+        **more: Any,
+    ) -> tuple[Iterator[Found], Floats]:
+        """As ``TorchDecoder.find``."""
+        logits, scores = self.decode(prepared, prompts, min_iou=min_iou)
+        places = np.argwhere(scores > min_iou)
+        return find_regions(logits, scores, places, placement, self.logit_stride, **more), scores
+
+    def masks(
+        self, low_res_logits: Floats, placement: Placement, threshold: float | None
+    ) -> NDArray[Any]:
+        """Low-res logits [..., h4, w4] -> masks [..., H, W] bool; float32 logits for None."""
+        return upscale(low_res_logits, placement, self.logit_stride, threshold)
+
+    def _inputs(
+        self, prepared: PreparedFeatures, prompts: PromptBatch, number: int
+    ) -> dict[str, Floats]:
+        """The graph's inputs for one prompt: points, padding where there is no box, and corners."""
+        coords, labels = np.zeros((0, 2), np.float32), np.zeros(0, np.float32)
+        if prompts.points is not None:
+            coords, labels = (part[number] for part in prompts.points)
+        if prompts.boxes is not None:
+            coords = np.concatenate([coords, prompts.boxes[number].reshape(2, 2)])
+            labels = np.concatenate([labels, [2, 3]])
+        elif prompts.points is not None:
+            coords, labels = np.concatenate([coords, [[0, 0]]]), np.concatenate([labels, [-1]])
+        mask = self._no_mask if prompts.masks is None else prompts.masks[number, None]
+        given = {
+            "image_embeddings": prepared.features,
+            "point_coords": coords[None].astype(np.float32),
+            "point_labels": labels[None].astype(np.float32),
+            "mask_input": mask.astype(np.float32),
+            "has_mask_input": np.array([prompts.masks is not None], np.float32),
+            "orig_im_size": np.ones(2, np.float32),  # masks are enlarged here, where they are used
+        }
+        return {name: given[name] for name in self._graph.inputs}
+
+    def _count_masks(self) -> int:
+        """Masks of a prompt, of a graph that does not say."""
+        features = np.zeros([side or 1 for side in self._wanted], np.float32)
+        corner = PromptBatch((np.zeros((1, 1, 2), np.float32), np.ones((1, 1), np.int64)))
+        found = self._graph.run(self._inputs(PreparedFeatures(features), corner, 0))
+        return int(found[_SCORES].shape[-1])
