@@ -4,6 +4,8 @@ import base64
 import hashlib
 import io
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -347,3 +349,21 @@ def test_requests_that_would_take_too_long_are_refused(server):
     assert (answer.status, answer.json["type"]) == (422, "/problems/bad-parameters")
     assert "at most 41 masks" in answer.json["detail"]
     assert server("POST", path, {"prompts": [CLICK] * 200, "include": ["low_res"]}).status == 200
+
+
+SCHEMATHESIS = os.environ.get("TINYVIT_SCHEMATHESIS")
+CHECKS = (
+    "not_a_server_error,status_code_conformance,content_type_conformance,"
+    "response_headers_conformance,response_schema_conformance,unsupported_method"
+)
+
+
+@pytest.mark.slow  # two minutes alone
+@pytest.mark.skipif(SCHEMATHESIS is None, reason="TINYVIT_SCHEMATHESIS names no program")
+def test_what_schemathesis_makes_of_the_document(server):
+    """``python -m venv s && s/bin/pip install schemathesis==4.32.5``: s/bin/schemathesis."""
+    document = f"http://127.0.0.1:{server.port}/v1/openapi.json"
+    words = ["--phases", "coverage,fuzzing", "--max-examples", "150", "--seed", "1"]
+    words += ["--checks", CHECKS, "--request-timeout", "300", "--continue-on-failure"]
+    done = subprocess.run([SCHEMATHESIS, "run", document, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:]

@@ -65,6 +65,7 @@ class Routes:
             ("POST", f"{one}/segment", self.segment, prompts, masks, ("image/png", raw)),
             ("POST", f"{one}/everything", self.everything, grid, schema.Everything, (events,)),
             ("POST", "/v1/segment", self.segment_body, image, masks, ("image/png", raw)),
+            ("PUT", "/v1/segment", self.segment_body, image, masks, ("image/png", raw)),
         ]
         if self.settings.metrics:
             table.append(("GET", "/metrics", self.metrics, None, None, text))
@@ -86,7 +87,6 @@ class Routes:
                 status_code=204 if method == "DELETE" else 200,
             )
         api.head(one, include_in_schema=False)(self.get_image)
-        api.put("/v1/segment", include_in_schema=False)(self.segment_body)
 
     async def healthz(self) -> Response:
         """Whether the process lives."""
