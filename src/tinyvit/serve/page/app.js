@@ -285,15 +285,15 @@ async function preview(at, { x, y }) {
   const object = currentOf(history.state) ?? changes.begin(history.state).objects.at(-1);
   const points = [...object.points.map((p) => [p.x, p.y]), [x, y]], labels = [...object.points.map((p) => p.label), tool === "minus" ? 0 : 1];
   const prompt = { points, labels, ...(object.box ? { box: object.box } : {}) };
-  const start = performance.now();
+  const start = performance.now(), before = history.state, isStale = () => history.state !== before; // a click came between
   try {
     const answer = await api.segment(history.state.image.id, { prompts: [prompt], include: ["low_res"], preview: true }, { isPreview: true });
     const mask = answer.objects[0].masks[0];
-    hover = { at, entry: { logits: unpackLogits(mask.low_res, asker.threshold), score: mask.score, version: `h${start}` } };
+    if (!isStale()) hover = { at, entry: { logits: unpackLogits(mask.low_res, asker.threshold), score: mask.score, version: `h${start}` } };
     redraw();
-    if (performance.now() - start > 300) slow();
+    if (performance.now() - start > 300 && !isStale()) slow();
   } catch (error) {
-    if (error instanceof Problem && error.status === 503) slow();
+    if (error instanceof Problem && error.status === 503 && !isStale()) slow();
   }
   await new Promise((done) => setTimeout(done, 100));
   isPreviewing = false;
