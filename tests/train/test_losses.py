@@ -15,7 +15,6 @@ from tinyvit.train.tasks.losses import (
     mask_loss,
     one_hot,
     prompt_losses,
-    shrink_masks,
     soft_cross_entropy,
     sparse_cross_entropy,
 )
@@ -27,13 +26,6 @@ def dense_distribution(indices, probabilities, classes):
     others = classes - indices.shape[1]
     rest = (1 - probabilities.sum(dim=1, keepdim=True)).clamp_min(0) / max(others, 1)
     return rest.expand(-1, classes).contiguous().scatter_(1, indices, probabilities)
-
-
-def test_shrunk_masks_hold_the_covered_share():
-    mask = torch.zeros(1, 4, 8, dtype=torch.bool)
-    mask[0, :2, :3] = True
-    expected = torch.tensor([[[1.0, 0.5, 0, 0], [0, 0, 0, 0]]])
-    torch.testing.assert_close(shrink_masks(mask, (2, 4)), expected)
 
 
 def test_focal_loss_by_hand():

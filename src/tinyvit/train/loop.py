@@ -125,10 +125,8 @@ def train(
 def stop_on_signal() -> Iterator[threading.Event]:
     """Catch the first Ctrl-C or SIGTERM in the main thread; earlier handlers come back after it."""
     request = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in _SIGNALS}
+    numbers = _SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
 
     def restore() -> None:
         for number, handler in before.items():

@@ -175,10 +175,7 @@ Group: TypeAlias = dict[str, Any]  # for ``torch.optim``, with the ``names`` of 
 
 
 def parameter_groups(
-    model: nn.Module,
-    weight_decay: float,
-    layer_decay: float = 1.0,
-    apart: Collection[int] = (),
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, apart: Collection[int] = ()
 ) -> list[Group]:
     """Every parameter that requires gradients, once, by its learning rate and decay.
 

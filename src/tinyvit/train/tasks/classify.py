@@ -168,9 +168,7 @@ def save_classifier(model: TinyViT, path: str | os.PathLike[str], classes: Seque
     return write_state_dict(path, model.state_dict(), metadata=header)
 
 
-def load_classifier(
-    path: str | os.PathLike[str],
-) -> tuple[TinyViT, tuple[str, ...] | None]:
+def load_classifier(path: str | os.PathLike[str]) -> tuple[TinyViT, tuple[str, ...] | None]:
     """Load a classifier's checkpoint: the model in eval mode, its classes' names if any."""
     opened = open_checkpoint(_file_of(path))
     if not opened.found.has_head:
@@ -291,10 +289,7 @@ class Classify:
 def make_task(settings: LabelledSettings, task: type[Classify] = Classify) -> Classify:
     """Open the data, build the classifier, and put both together."""
     data = open_data_set(
-        settings.data,
-        settings.val,
-        val_part=settings.val_part,
-        split_seed=settings.split_seed,
+        settings.data, settings.val, val_part=settings.val_part, split_seed=settings.split_seed
     )
     if len(data.classes) < 2:
         raise ValueError(

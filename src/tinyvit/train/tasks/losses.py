@@ -21,11 +21,6 @@ FOCAL_GAMMA = 2.0
 FOCAL_ALPHA = 0.25
 
 
-def shrink_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks [N, H, W] of the model input as targets [N, h, w] float32: the covered share."""
-    return F.adaptive_avg_pool2d(masks.float()[:, None], size)[:, 0]
-
-
 def focal_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Focal loss of logits [..., h, w], averaged over pixels: [...].
 

@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -40,7 +41,7 @@ from tinyvit.train.data.masks import MaskSet, open_mask_set
 from tinyvit.train.settings import SettingError
 from tinyvit.train.task import Batch, Goal, stack_samples
 
-from .losses import prompt_losses, shrink_masks
+from .losses import prompt_losses
 from .settings import SegmentSettings
 
 _SAME = "is trained and validated on, so the metrics say nothing about others"
@@ -88,14 +89,9 @@ class Segment:
         ``masks`` [K, H, W] bool, ``points`` [K, 2] a first click for each object, ``boxes`` [K, 4],
         ``index`` which image, ``broken`` reasons by name.
         """
-        index, (image, masks), broken = read_good(
-            lambda i: self._fitted(i, rng),
-            index,
-            lambda i: self.data[i].name,
-            len(self.data),
-            rng,
-            self.settings.on_broken,
-        )
+        data, on_broken = self.data, self.settings.on_broken
+        load, name_of = partial(self._fitted, rng=rng), lambda i: data[i].name
+        index, (image, masks), broken = read_good(load, index, name_of, len(data), rng, on_broken)
         areas = masks.sum((1, 2))
         good = np.flatnonzero(areas >= min(self.settings.least_pixels, int(areas.max())))
         chosen = masks[np.resize(rng.permutation(good), self.settings.objects)]
@@ -169,11 +165,8 @@ class Segment:
         if report.skipped and self.settings.on_broken == "error":
             raise ImageError(report.skipped[0])
         self.broken.update({text.partition(":")[0]: text for text in report.skipped})
-        ious = {
-            "iou_1_click": report.ious["1 click"].value,
-            "iou_3_clicks": report.ious["3 clicks"].value,
-            "iou_box": report.ious["box"].value,
-        }
+        kinds = {"iou_1_click": "1 click", "iou_3_clicks": "3 clicks", "iou_box": "box"}
+        ious = {name: report.ious[kind].value for name, kind in kinds.items()}
         error = report.calibrations["1 click"].mean_absolute_error
         return {"mean_iou": sum(ious.values()) / 3, **ious, "predicted_iou_error": error}
 
@@ -314,7 +307,7 @@ class Objects(NamedTuple):
         inside = (y[:, None] < sizes[:, 0, None, None]) & (x < sizes[:, 1, None, None])
         return cls(
             torch.arange(batch, device=masks.device).repeat_interleave(count),
-            shrink_masks(flat, low_res),
+            F.adaptive_avg_pool2d(flat.float()[:, None], low_res)[:, 0],
             inside.float().repeat_interleave(count, dim=0),
             samples["points"].flatten(0, 1),
             samples["boxes"].flatten(0, 1),
