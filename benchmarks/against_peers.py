@@ -34,6 +34,7 @@ BASELINES = {
 OTHERS = {"sam": ("mobile_sam",), "classification": ()}
 FOR_ALL = (
     *("onnxruntime", "openvino-fp32", "openvino-bf16"),
+    *("tinyvit-native-fp32", "tinyvit-native-bf16"),
     *("tinyvit-torch-fp32", "tinyvit-torch-bf16"),
     *("tinyvit-openvino-fp32", "tinyvit-openvino-bf16", "tinyvit-onnx-fp32"),
     *("tinyvit-openvinograph-fp32", "tinyvit-openvinograph-bf16"),

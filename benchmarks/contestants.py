@@ -148,6 +148,14 @@ def _tinyvit(spec, batch, rest):
         graph = OpenVINOGraph(path, precision=precision, threads=spec["threads"])
         return lambda: graph(batch)
 
+    if backend == "native":  # of the file; torch is not loaded
+        from tinyvit.factory import open_stored
+        from tinyvit.inference.native_backend import NativeBackend
+
+        stored = open_stored(Path(spec["folder"]) / "tinyvit.safetensors", spec["size"])
+        native = NativeBackend(stored, precision=precision, threads=spec["threads"])
+        return lambda: native(batch)
+
     import torch
 
     import tinyvit

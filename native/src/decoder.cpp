@@ -135,6 +135,13 @@ Decoder::Decoder(const tinyvit_decoder_config& config, const Tensors& tensors)
     blocks_.push_back(b);
   }
   if (blocks_.empty()) throw Error(TINYVIT_INVALID, "tensor '" + t + "layers.0.norm1.weight' is missing");
+  const int inner = blocks_[0].to_image.inner;
+  const auto projection = [&](const char* name) {
+    return pack_.matrix(tensors.linear(t + "layers.0." + name, "", inner, c));
+  };
+  shared_key_ = projection("cross_attn_token_to_image.k_proj");
+  shared_value_ = projection("cross_attn_token_to_image.v_proj");
+  shared_query_ = projection("cross_attn_image_to_token.q_proj");
   last_ = cross(tensors, t + "final_attn_token_to_image", true);
   last_norm_ = norm(tensors, t + "norm_final_attn", c);
   output_ = upscaling(tensors, d + "output_upscaling", c, c / 4, true);
@@ -282,6 +289,7 @@ void Decoder::prepare(const float* features, const float* early, int height, int
       }
     }
   k_->add(tokens, positions, reinterpret_cast<float*>(image.placed.data()), static_cast<int>(count) * c);
+  share(image);
   if (is_hq_) detail(early, image);
 }
 

@@ -12,10 +12,14 @@ namespace tinyvit {
 struct ImageTokens {
   int height = 0, width = 0, channels = 0;
   Block tokens, positions, placed;  // features + the embedding of "no mask"; positions; their sum
+  Block keys, values, queries;      // [L][inner] of the first block's attentions, the same for all prompts
+  int inner = 0;
   std::vector<float> features;  // [L][C] alone, for mask prompts
   std::vector<float> detail;    // [4h][4w][C / 8], Light HQ-SAM's, of features and early map
   int count() const { return height * width; }
-  size_t bytes() const { return (4 * features.size() + detail.size()) * sizeof(float); }
+  size_t bytes() const {
+    return (4 * features.size() + 3 * static_cast<size_t>(count()) * inner + detail.size()) * sizeof(float);
+  }
 };
 
 // Cross attention between few tokens and many image tokens. What multiplies image tokens is moved
@@ -91,8 +95,13 @@ class Decoder {
   void run(int count, const std::function<void(int, const Team&, Space&)>& work);
   Floats attend_image(const CrossAttention& a, const Floats& placed, int count, Prompt& prompt,
                       const Update* update) const;
+  // The same in the first block, where the image is the same for all prompts.
+  Floats attend_shared(const CrossAttention& a, const Floats& placed, int count, Prompt& prompt) const;
+  void share(ImageTokens& image) const;
+  void merge(const Prompt& prompt, int columns, int used, int width, Floats& total, Floats& sums) const;
+  int group(int count) const;
   const float* place(const Prompt& prompt, const float* x, int first, int count, float* to) const;
-  void attend_chunk(Prompt& prompt, const Update* update, const Matrix& scores, int columns,
+  void attend_chunk(Prompt& prompt, const Update* update, const Matrix& scores, int used,
                     int chunk, int worker) const;
   void update_chunk(const Prompt& prompt, const Update& update, int first, int count, char* scratch,
                     float* x) const;
@@ -109,6 +118,7 @@ class Decoder {
   int channels_ = 0, heads_ = 0, num_masks_ = 0;
   std::vector<TwoWayBlock> blocks_;
   CrossAttention last_;
+  Matrix shared_key_, shared_value_, shared_query_;
   Norm last_norm_;
   Upscaling output_;
   Matrix mask3_;

@@ -27,7 +27,7 @@ void Decoder::load_hq(const Tensors& tensors) {
 }
 
 void Decoder::detail(const float* early, ImageTokens& image) const {
-  const int c = channels_, eighth = c / 8, at_once = 32, wide = 4 * image.width;
+  const int c = channels_, eighth = c / 8, at_once = kUpscaled, wide = 4 * image.width;
   image.detail.resize(static_cast<size_t>(image.count()) * 16 * eighth);
   Floats tokens(static_cast<size_t>(at_once) * from_early_.first.inputs + kReadBeyond / 4, 0.0f);
   Floats between(static_cast<size_t>(at_once) * 4 * c + kReadBeyond / 4), a(static_cast<size_t>(at_once) * 16 * eighth), b(a);

@@ -12,9 +12,12 @@ namespace tinyvit {
 
 size_t Decoder::scratch_bytes(int columns) const {
   Arena arena(nullptr);
-  arena.take<float>(static_cast<size_t>(kChunk) * channels_ * 2);  // placed tokens and packed ones; or upscaling
+  arena.take<float>(static_cast<size_t>(kChunk) * channels_ * 2);  // placed tokens and packed ones
   arena.take<float>(static_cast<size_t>(kChunk) * columns * 2);    // scores, and turned
-  return arena.used() + kReadBeyond;
+  Arena other(nullptr);  // see upscale
+  other.take<float>(static_cast<size_t>(kUpscaled) * (channels_ + 2 * channels_));
+  other.take<float>(static_cast<size_t>(kUpscaled) * 16 * round_up(num_masks_, kChannelStep) + 256);
+  return std::max(arena.used(), other.used()) + kReadBeyond;
 }
 
 // Tokens x = [first, first + count) with their positions; for the image as it came they are there.
@@ -28,33 +31,26 @@ const float* Decoder::place(const Prompt& p, const float* x, int first, int coun
 
 // Tokens [first, first + count) of the image, changed as the block before wants it.
 void Decoder::update_chunk(const Prompt& p, const Update& u, int first, int count, char* scratch, float* x) const {
-  const int c = channels_, columns = u.scores.matrix.outputs, used = u.count * u.heads;
+  const int c = channels_, columns = u.columns();
   Arena arena(scratch);
   float* placed = arena.take<float>(static_cast<size_t>(kChunk) * c * 2);
   float* scores = arena.take<float>(static_cast<size_t>(kChunk) * columns * 2);
   const float* from = p.source + static_cast<size_t>(first) * c;
-  const float* read = place(p, from, first, count, placed);
-  const Rows rows(scores, count, columns);
-  k_->linear({bytes(read), c * 4L, count, 0, count, &u.scores.matrix, nullptr, false, rows.at.data(), nullptr});
-  std::vector<float> most(u.heads), total(u.heads);
-  for (int l = 0; l < count; ++l) {
-    float* s = scores + static_cast<long>(l) * columns;
-    for (int h = 0; h < u.heads; ++h) most[h] = s[h];
-    for (int t = 1; t < u.count; ++t)
-      for (int h = 0; h < u.heads; ++h) most[h] = std::max(most[h], s[t * u.heads + h]);
-    for (int t = 0; t < u.count; ++t)
-      for (int h = 0; h < u.heads; ++h) s[t * u.heads + h] -= most[h];
-  }
-  k_->exp2(scores, scores, count * columns);
-  for (int l = 0; l < count; ++l) {
-    float* s = scores + static_cast<long>(l) * columns;
-    std::fill(total.begin(), total.end(), 0.0f);
-    for (int t = 0; t < u.count; ++t)
-      for (int h = 0; h < u.heads; ++h) total[h] += s[t * u.heads + h];
-    for (int h = 0; h < u.heads; ++h) total[h] = 1.0f / total[h];
-    for (int t = 0; t < u.count; ++t)
-      for (int h = 0; h < u.heads; ++h) s[t * u.heads + h] *= total[h];
-    for (int i = used; i < columns; ++i) s[i] = 0;
+  if (u.group) {
+    const int inner = p.image.inner;
+    const float* queries = reinterpret_cast<const float*>(p.image.queries.data()) + static_cast<size_t>(first) * inner;
+    for (size_t g = 0; g < u.scores.size(); ++g) {
+      float* part = scores + g * kGroupColumns;
+      const Rows rows(part, count, columns);
+      k_->linear({bytes(queries + g * u.group * u.width), inner * 4L, count, 0, count, &u.scores[g]->matrix, nullptr, false,
+                  rows.at.data(), nullptr});
+      k_->soften(part, count, columns, kGroupColumns, u.count * u.group, u.group);
+    }
+  } else {
+    const float* read = place(p, from, first, count, placed);
+    const Rows rows(scores, count, columns);
+    k_->linear({bytes(read), c * 4L, count, 0, count, &u.scores[0]->matrix, nullptr, false, rows.at.data(), nullptr});
+    k_->soften(scores, count, columns, columns, u.count * u.heads, u.heads);
   }
   const Rows out(x, count, c), add(const_cast<float*>(from), count, c);
   k_->linear({bytes(scores), columns * 4L, count, 0, count, &u.values.matrix, nullptr, false, out.at.data(),
@@ -62,9 +58,111 @@ void Decoder::update_chunk(const Prompt& p, const Update& u, int first, int coun
   k_->normalize({out.at.data(), count, c, c, 1e-5f, u.norm.gamma, u.norm.beta, out.at.data(), true});
 }
 
+// Rows [count][width] as weights of `inputs` inputs, one for each row; zeros behind the last one.
+static Matrix as_weights(const Kernels& k, const float* rows, int count, int inputs, int width, float* packed) {
+  for (int n = 0; n < width; n += k.panel)
+    for (int l = 0; l < inputs; ++l) {
+      float* to = packed + static_cast<long>(n) * inputs + static_cast<long>(l) * k.panel;
+      if (l < count) std::memcpy(to, rows + static_cast<long>(l) * width + n, k.panel * sizeof(float));
+      else std::memset(to, 0, k.panel * sizeof(float));
+    }
+  static const std::vector<float> none(1 << 14, 0.0f);
+  Matrix m;
+  m.panels = packed, m.bias = const_cast<float*>(none.data()), m.inputs = inputs, m.outputs = width;
+  return m;
+}
+
+// Sums over all chunks of `width` values for each used column, and of the weights.
+void Decoder::merge(const Prompt& p, int columns, int used, int width, Floats& total, Floats& sums) const {
+  const float* partial = reinterpret_cast<const float*>(p.space.partial.data());
+  Floats most(partial, partial + used);
+  total.assign(used, 0.0f), sums.assign(static_cast<size_t>(used) * width, 0.0f);
+  for (int k = 1; k < p.chunks(); ++k)
+    for (int i = 0; i < used; ++i) most[i] = std::max(most[i], partial[p.partial_each * k + i]);
+  for (int k = 0; k < p.chunks(); ++k) {
+    const float* part = partial + p.partial_each * k;
+    for (int i = 0; i < used; ++i) {
+      const float share = std::exp2(part[i] - most[i]);
+      if (share < 1e-30f) continue;
+      total[i] += share * part[columns + i];
+      k_->add_scaled(part + 2 * columns + static_cast<long>(i) * width, share, &sums[static_cast<size_t>(i) * width], width);
+    }
+  }
+}
+
+// How many heads share a panel for so many tokens; 0: there are too many tokens for that.
+int Decoder::group(int count) const {
+  const int inner = blocks_[0].to_image.inner, width = inner / heads_;
+  if (inner % kChannelStep || blocks_[0].to_tokens.inner != inner) return 0;
+  for (int g : {8, 4, 2, 1})
+    if (heads_ % g == 0 && g * width % kChannelStep == 0 && g * count <= kGroupColumns) return g;
+  return 0;
+}
+
+// The first block's projections of the image.
+void Decoder::share(ImageTokens& image) const {
+  const int c = channels_, inner = image.inner = shared_key_.outputs;
+  for (Block* b : {&image.keys, &image.values, &image.queries})
+    *b = Block(static_cast<size_t>(image.count()) * inner * sizeof(float));
+  const Block *from[] = {&image.placed, &image.tokens, &image.placed}, *to[] = {&image.keys, &image.values, &image.queries};
+  const Matrix* weights[] = {&shared_key_, &shared_value_, &shared_query_};
+  for (int first = 0; first < image.count(); first += kChunk)
+    for (int i = 0; i < 3; ++i) {
+      const int count = std::min(kChunk, image.count() - first);
+      const Rows rows(reinterpret_cast<float*>(to[i]->data()) + static_cast<size_t>(first) * inner, count, inner);
+      k_->linear({from[i]->data() + static_cast<size_t>(first) * c * sizeof(float), c * 4L, count, 0, count, weights[i],
+                  nullptr, false, rows.at.data(), nullptr});
+    }
+}
+
+Decoder::Floats Decoder::attend_shared(const CrossAttention& a, const Floats& placed, int count, Prompt& p) const {
+  const int inner = p.image.inner, width = inner / heads_, g = group(count), groups = heads_ / g, part = g * width;
+  const int columns = groups * kGroupColumns;
+  const Floats queries = linear(a.query, placed, count);
+  const float scale = 1.44269504f / std::sqrt(static_cast<float>(width));
+  std::vector<std::unique_ptr<Packed>> weights;
+  for (int i = 0; i < groups; ++i)
+    weights.push_back(grouped(*k_, &queries[static_cast<size_t>(i) * part], inner, count, g, width, scale));
+  p.team.run(p.chunks(), [&](int chunk, int worker) {
+    const int first = chunk * kChunk, rows = std::min(kChunk, p.image.count() - first), inputs = round_up(rows, kChannelStep);
+    Arena arena(p.space.scratch.data() + p.each * worker);
+    float* packed = arena.take<float>(static_cast<size_t>(kChunk) * channels_ * 2);
+    float* scores = arena.take<float>(static_cast<size_t>(kChunk) * columns * 2);
+    float* turned = scores + static_cast<size_t>(kChunk) * columns;
+    const size_t at = static_cast<size_t>(first) * inner;
+    for (int i = 0; i < groups; ++i) {
+      const Rows out(scores + i * kGroupColumns, rows, columns);
+      k_->linear({p.image.keys.data() + (at + i * part) * sizeof(float), inner * 4L, rows, 0, rows, &weights[i]->matrix,
+                  nullptr, false, out.at.data(), nullptr});
+    }
+    float* most = reinterpret_cast<float*>(p.space.partial.data()) + p.partial_each * chunk;
+    float *total = most + columns, *sums = total + columns;
+    k_->largest(scores, rows, columns, most);
+    k_->weigh(scores, rows, columns, most, turned, inputs, total);
+    const float* values = reinterpret_cast<const float*>(p.image.values.data()) + at;
+    const Matrix all = as_weights(*k_, values, rows, inputs, inner, packed);
+    for (int i = 0; i < groups; ++i) {
+      Matrix own = all;
+      own.panels = packed + static_cast<size_t>(i) * part * inputs, own.outputs = part;
+      const Rows out(sums + static_cast<size_t>(i) * kGroupColumns * part, kGroupColumns, part);
+      k_->linear({bytes(turned + static_cast<size_t>(i) * kGroupColumns * inputs), inputs * 4L, kGroupColumns, 0,
+                  kGroupColumns, &own, nullptr, false, out.at.data(), nullptr});
+    }
+  });
+  Floats total, sums, mixed(static_cast<size_t>(count) * inner);
+  merge(p, columns, columns, part, total, sums);
+  for (int t = 0; t < count; ++t)
+    for (int n = 0; n < inner; ++n) {
+      const int h = n / width, column = h / g * kGroupColumns + t * g + h % g;
+      mixed[static_cast<size_t>(t) * inner + n] = sums[static_cast<size_t>(column) * part + h % g * width + n % width] / total[column];
+    }
+  return linear(a.out, mixed, count);
+}
+
 // The scores of one chunk, and with 2^(score - largest) the sums of its tokens.
-void Decoder::attend_chunk(Prompt& p, const Update* update, const Matrix& weights, int columns, int chunk,
+void Decoder::attend_chunk(Prompt& p, const Update* update, const Matrix& weights, int used, int chunk,
                            int worker) const {
+  const int columns = weights.outputs;
   const int c = channels_, first = chunk * kChunk, count = std::min(kChunk, p.image.count() - first);
   char* scratch = p.space.scratch.data() + p.each * worker;
   const float* x = p.source + static_cast<size_t>(first) * c;
@@ -84,33 +182,12 @@ void Decoder::attend_chunk(Prompt& p, const Update* update, const Matrix& weight
 
   float* most = reinterpret_cast<float*>(p.space.partial.data()) + p.partial_each * chunk;
   float *total = most + columns, *sums = total + columns;
-  std::copy(scores, scores + columns, most);
-  for (int l = 1; l < count; ++l)
-    for (int i = 0; i < columns; ++i) most[i] = std::max(most[i], scores[static_cast<long>(l) * columns + i]);
-  for (int l = 0; l < count; ++l)
-    for (int i = 0; i < columns; ++i) scores[static_cast<long>(l) * columns + i] -= most[i];
-  k_->exp2(scores, scores, count * columns);
-  std::fill(total, total + columns, 0.0f);
   const int inputs = round_up(count, kChannelStep);
-  for (int i = 0; i < columns; i += 8)  // eight columns at a time: whole cache lines on one side
-    for (int l = 0; l < inputs; ++l)
-      for (int j = i; j < i + 8; ++j) {
-        const float s = l < count ? scores[static_cast<long>(l) * columns + j] : 0.0f;
-        turned[static_cast<long>(j) * inputs + l] = s;
-        total[j] += s;
-      }
-  const int panel = k_->panel;
-  for (int n = 0; n < c; n += panel)  // tokens are weights here, of one input each
-    for (int l = 0; l < inputs; ++l) {
-      float* to = packed + static_cast<long>(n) * inputs + static_cast<long>(l) * panel;
-      if (l < count) std::memcpy(to, x + static_cast<long>(l) * c + n, panel * sizeof(float));
-      else std::memset(to, 0, panel * sizeof(float));
-    }
-  static const std::vector<float> none(1 << 14, 0.0f);
-  Matrix tokens;
-  tokens.panels = packed, tokens.bias = const_cast<float*>(none.data()), tokens.inputs = inputs, tokens.outputs = c;
-  const Rows out(sums, columns, c);
-  k_->linear({bytes(turned), inputs * 4L, columns, 0, columns, &tokens, nullptr, false, out.at.data(), nullptr});
+  k_->largest(scores, count, columns, most);
+  k_->weigh(scores, count, columns, most, turned, inputs, total);
+  const Matrix tokens = as_weights(*k_, x, count, inputs, c, packed);
+  const Rows out(sums, used, c);
+  k_->linear({bytes(turned), inputs * 4L, used, 0, used, &tokens, nullptr, false, out.at.data(), nullptr});
 }
 
 // Attention of the prompt's tokens to the image, which is changed by `update` on the way.
@@ -120,24 +197,11 @@ Decoder::Floats Decoder::attend_image(const CrossAttention& a, const Floats& pla
   Packed weights(*k_, c, used);
   Update::spread(a, linear(a.query, placed, count), weights, count, heads_, c);
   const int columns = weights.matrix.outputs;
-  p.team.run(p.chunks(), [&](int chunk, int worker) { attend_chunk(p, update, weights.matrix, columns, chunk, worker); });
+  p.team.run(p.chunks(), [&](int chunk, int worker) { attend_chunk(p, update, weights.matrix, used, chunk, worker); });
   if (update) p.source = p.own;
 
-  const float* partial = reinterpret_cast<const float*>(p.space.partial.data());
-  Floats most(partial, partial + columns), total(columns, 0.0f), sums(static_cast<size_t>(used) * c, 0.0f);
-  for (int k = 1; k < p.chunks(); ++k)
-    for (int i = 0; i < used; ++i) most[i] = std::max(most[i], partial[p.partial_each * k + i]);
-  for (int k = 0; k < p.chunks(); ++k) {
-    const float* part = partial + p.partial_each * k;
-    for (int i = 0; i < used; ++i) {
-      const float share = std::exp2(part[i] - most[i]);
-      if (share < 1e-30f) continue;
-      total[i] += share * part[columns + i];
-      const float* from = part + 2 * columns + static_cast<long>(i) * c;
-      float* to = &sums[static_cast<size_t>(i) * c];
-      for (int j = 0; j < c; ++j) to[j] += share * from[j];
-    }
-  }
+  Floats total, sums;
+  merge(p, columns, used, c, total, sums);
   Floats mixed(static_cast<size_t>(count) * round_up(a.inner, kChannelStep));
   for (int t = 0; t < count; ++t)
     for (int n = 0; n < a.inner; ++n) {
@@ -166,7 +230,7 @@ void Decoder::upscale_tokens(const Upscaling& u, const float* tokens, int count,
 
 // Image tokens to [masks][4h][4w] logits.
 void Decoder::upscale(const Prompt& p, const Matrix& filters, int masks, float* logits, float* map) const {
-  const int c = channels_, eighth = c / 8, at_once = 32, padded = filters.outputs;
+  const int c = channels_, eighth = c / 8, at_once = kUpscaled, padded = filters.outputs;
   const int wide = 4 * p.image.width, tall = 4 * p.image.height;
   const size_t plane = static_cast<size_t>(p.image.count()) * 16;
   const int pieces = (p.image.count() + at_once - 1) / at_once;

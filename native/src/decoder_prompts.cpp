@@ -87,7 +87,10 @@ Decoder::Floats Decoder::transform(const ImageTokens& image, const tinyvit_promp
     masked = masked_tokens(image, prompts.masks + static_cast<size_t>(index) * image.count() * 16);
     p.source = masked.data();
   }
-  p.reserve(c, scratch_bytes(round_up(count * heads_, kChannelStep)), round_up(count * heads_, kChannelStep));
+  const int shared = prompts.masks ? 0 : group(count);
+  int columns = round_up(count * heads_, kChannelStep);
+  if (shared) columns = std::max(columns, heads_ / shared * kGroupColumns);
+  p.reserve(c, scratch_bytes(columns), columns);
   Floats tokens = prompt;
   std::unique_ptr<Update> update;
   for (size_t i = 0; i < blocks_.size(); ++i) {
@@ -95,14 +98,16 @@ Decoder::Floats Decoder::transform(const ImageTokens& image, const tinyvit_promp
     if (i == 0) tokens = self_attention(b, tokens, tokens, count);
     else add_to(tokens, self_attention(b, sum_of(tokens, prompt), tokens, count));
     normalize(tokens, count, b.norm1);
-    add_to(tokens, attend_image(b.to_image, sum_of(tokens, prompt), count, p, update.get()));
+    const Floats placed = sum_of(tokens, prompt);
+    add_to(tokens, i == 0 && shared ? attend_shared(b.to_image, placed, count, p)
+                                    : attend_image(b.to_image, placed, count, p, update.get()));
     normalize(tokens, count, b.norm2);
     Floats hidden = linear(b.hidden, tokens, count);
     for (float& v : hidden) v = v > 0 ? v : 0;
     add_to(tokens, linear(b.shrink, hidden, count));
     normalize(tokens, count, b.norm3);
     update.reset(new Update(b.to_tokens, b.norm4, *k_, linear(b.to_tokens.key, sum_of(tokens, prompt), count),
-                            linear(b.to_tokens.value, tokens, count), count, heads_, c));
+                            linear(b.to_tokens.value, tokens, count), count, heads_, c, i == 0 ? shared : 0));
   }
   add_to(tokens, attend_image(last_, sum_of(tokens, prompt), count, p, update.get()));
   normalize(tokens, count, last_norm_);

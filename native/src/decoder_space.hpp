@@ -1,6 +1,8 @@
 // What decoding one prompt needs in between: memory, packed matrices, the pending change of the image.
 #pragma once
+#include <cmath>
 #include <cstring>
+#include <memory>
 
 #include "decoder.hpp"
 
@@ -50,7 +52,8 @@ inline const char* bytes(const float* p) { return reinterpret_cast<const char*>(
 inline int quarter(int row, int column) { return row / 2 * 8 + column / 2 * 4 + row % 2 * 2 + column % 2; }
 
 // Image tokens are taken so many at a time; sums over chunks are added up in their order.
-constexpr int kChunk = 128;
+// 96: whole tiles of 12 rows and of 32 inputs.
+constexpr int kChunk = 96, kUpscaled = 48;
 
 struct Decoder::Space {
   Block image, scratch, partial, map;
@@ -79,31 +82,56 @@ struct Decoder::Prompt {
   }
 };
 
+// Heads that share a panel of 32 columns where an image token has a projection for each head; column
+// t * heads + h belongs to token t and head h of the group.
+constexpr int kGroupColumns = 32;
+
+// Weights of one group: projections [group * width] of an image token give its scores.
+inline std::unique_ptr<Packed> grouped(const Kernels& k, const float* few, int pitch, int count, int heads, int width,
+                                       float scale) {
+  std::unique_ptr<Packed> to(new Packed(k, heads * width, kGroupColumns));
+  for (int t = 0; t < count; ++t)
+    for (int h = 0; h < heads; ++h)
+      for (int i = 0; i < width; ++i)
+        to->at(h * width + i, t * heads + h) = scale * few[static_cast<size_t>(t) * pitch + h * width + i];
+  return to;
+}
+
 // What attention of the image to the tokens will change, applied when the image is read next:
-// x + softmax((x + position) . scores) . values, normalised. Columns are [token][head].
+// x + softmax((x + position) . scores) . values, normalised. Columns are [token][head], or those of
+// groups in the first block, where the image's projections are there.
 struct Decoder::Update {
-  Packed scores, values;
+  std::vector<std::unique_ptr<Packed>> scores;  // one for all, or one for each group
+  Packed values;
   const Norm& norm;
-  int count, heads;
+  int count, heads, group, width;
 
   Update(const CrossAttention& a, const Norm& norm, const Kernels& k, const Floats& keys, const Floats& vs,
-         int count, int heads, int channels)
-      : scores(k, channels, count * heads), values(k, count * heads, channels), norm(norm), count(count), heads(heads) {
-    spread(a, keys, scores, count, heads, channels);
-    const int width = a.inner / heads, padded = round_up(a.inner, kChannelStep);
+         int count, int heads, int channels, int group)
+      : values(k, group ? heads / group * kGroupColumns : count * heads, channels), norm(norm), count(count),
+        heads(heads), group(group), width(a.inner / heads) {
+    const int padded = round_up(a.inner, kChannelStep);
+    if (group) {
+      const float scale = 1.44269504f / std::sqrt(static_cast<float>(width));
+      for (int h = 0; h < heads; h += group)
+        scores.push_back(grouped(k, &keys[static_cast<size_t>(h) * width], padded, count, group, width, scale));
+    } else {
+      scores.emplace_back(new Packed(k, channels, count * heads));
+      spread(a, keys, *scores[0], count, heads, channels);
+    }
     std::vector<float> row(channels);
     for (int t = 0; t < count; ++t)
       for (int h = 0; h < heads; ++h) {
         std::fill(row.begin(), row.end(), 0.0f);
-        for (int i = 0; i < width; ++i) {
-          const float v = vs[static_cast<size_t>(t) * padded + h * width + i];
-          const float* w = &a.wide_values[static_cast<size_t>(h * width + i) * channels];
-          for (int c = 0; c < channels; ++c) row[c] += v * w[c];
-        }
-        for (int c = 0; c < channels; ++c) values.at(t * heads + h, c) = row[c];
+        for (int i = 0; i < width; ++i)
+          k.add_scaled(&a.wide_values[static_cast<size_t>(h * width + i) * channels],
+                       vs[static_cast<size_t>(t) * padded + h * width + i], row.data(), channels);
+        const int column = group ? h / group * kGroupColumns + t * group + h % group : t * heads + h;
+        for (int c = 0; c < channels; ++c) values.at(column, c) = row[c];
       }
     for (int c = 0; c < channels; ++c) values.bias[c] = a.out_bias[c];
   }
+  int columns() const { return values.matrix.inputs; }
 
   // The weights with which an image token gives its scores, one column for each token and head.
   static void spread(const CrossAttention& a, const Floats& few, Packed& to, int count, int heads, int channels) {

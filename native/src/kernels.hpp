@@ -94,6 +94,13 @@ struct Kernels {
   void (*gelu)(const float* in, float* out, int count);  // of these three counts are of whole vectors
   void (*exp2)(const float* in, float* out, int count);
   void (*add)(const float* a, const float* b, float* out, int count);
+  // Softmax in two parts. The largest value of each column of rows [rows][columns]:
+  void (*largest)(const float* scores, int rows, int columns, float* most);
+  // 2^(score - most) as turned[column * pitch + row], with zeros behind the last row, and their sums.
+  void (*weigh)(const float* scores, int rows, int columns, const float* most, float* turned, int pitch, float* total);
+  // Softmax of a row's values h, heads + h, ... below `used` for each head, in place; zeros behind those.
+  void (*soften)(float* scores, int rows, long pitch, int columns, int used, int heads);
+  void (*add_scaled)(const float* from, float scale, float* to, int count);
   // Lines of logits, see masks.hpp. out = the sum of four rows by their weights; count of whole vectors.
   void (*blend)(const float* const* rows, const float* weights, float* out, int count);
   // out[i] = the sum of weights[k * pitch + i] * line[first[i] + k] for four k; `first` rises.

@@ -161,7 +161,9 @@ void check_isa(const char* isa, int precision, int end) {
   tinyvit_destroy(net), tinyvit_destroy(single);
 }
 
-Weights make_decoder_weights() {
+constexpr int kEarly = 40;
+
+Weights make_decoder_weights(bool is_hq) {
   Weights w;
   const int c = 256;
   const std::string t = "mask_decoder.transformer.", p = "prompt_encoder.";
@@ -190,17 +192,57 @@ Weights make_decoder_weights() {
   w.conv(p + "mask_downscaling.0", 4, 1, 2), norm(p + "mask_downscaling.1", 4);
   w.conv(p + "mask_downscaling.3", 16, 4, 2), norm(p + "mask_downscaling.4", 16);
   w.conv(p + "mask_downscaling.6", c, 16, 1);
+  if (!is_hq) return w;
+  const std::string d = "mask_decoder.";
+  w.add(d + "hf_token.weight", {1, c}), w.linear(d + "hf_mlp.layers.0", 32, c);
+  const auto upscaling = [&](const std::string& name, int in, int middle) {
+    w.add(name + ".0.weight", {in, middle, 2, 2}), w.add(name + ".0.bias", {middle}), norm(name + ".1", middle);
+    w.add(name + ".3.weight", {middle, 32, 2, 2}), w.add(name + ".3.bias", {32});
+  };
+  upscaling(d + "compress_vit_feat", kEarly, c), upscaling(d + "embedding_encoder", c, 64);
+  w.conv(d + "embedding_maskfeature.0", 64, 32, 3), norm(d + "embedding_maskfeature.1", 64);
+  w.conv(d + "embedding_maskfeature.3", 32, 64, 3);
   return w;
 }
 
-void check_decoder(const char* isa) {
-  const Weights w = make_decoder_weights();
+// Masks of the prompts in an image, as run lengths and whole.
+void check_masks(tinyvit_decoder* decoder, const tinyvit_prepared* prepared, const tinyvit_prompts& prompts, int number,
+                 int height, int width, const std::vector<float>& logits) {
+  tinyvit_error error;
+  tinyvit_placement place = {sizeof place, 16 * height, 16 * width, 16 * height - 9, 16 * width, 203, 511};
+  tinyvit_search search = {sizeof search, 0.1f, 0.2f, 0, 210, 600, 7, 80};
+  std::vector<uint8_t> masks(size_t(prompts.count) * number * 203 * 511);
+  expect(!tinyvit_enlarge(logits.data(), prompts.count * number, 4 * height, 4 * width, &place, 0.1f, masks.data(), nullptr,
+                          &error), error.message);
+  tinyvit_regions* regions = nullptr;
+  expect(!tinyvit_find(decoder, prepared, &prompts, &place, &search, &regions, nullptr, &error), error.message);
+  uint64_t count = 0;
+  const tinyvit_region* list = tinyvit_regions_list(regions, &count);
+  expect(count == static_cast<uint64_t>(prompts.count * number), "regions");
+  for (uint64_t i = 0; i < count; ++i) {
+    uint64_t area = 0, sum = 0;
+    for (size_t k = 0; k < 203 * 511; ++k) area += masks[i * 203 * 511 + k];
+    for (uint64_t k = 0; k < list[i].num_counts; ++k) sum += list[i].counts[k];
+    expect(area == list[i].area && sum == 210 * 600, "the area of a region");
+  }
+  search.left = 200;
+  tinyvit_regions* none = nullptr;
+  expect(tinyvit_find(decoder, prepared, &prompts, &place, &search, &none, nullptr, &error) == TINYVIT_INVALID, "the frame");
+  place.covered_width = 3;
+  expect(tinyvit_enlarge(logits.data(), 1, 4 * height, 4 * width, &place, 0, masks.data(), nullptr, &error) == TINYVIT_INVALID,
+         "logits that do not cover the image");
+  tinyvit_regions_destroy(regions), tinyvit_regions_destroy(none);
+}
+
+void check_decoder(const char* isa, bool is_hq) {
+  const Weights w = make_decoder_weights(is_hq);
   tinyvit_decoder_config c = TINYVIT_DECODER_CONFIG_INIT;
   tinyvit_error error;
   std::vector<float> bits[2];
   const int height = 5, width = 30, count = 3;  // more than one chunk of tokens
-  std::vector<float> features(256 * height * width), masks(count * 16 * height * width);
+  std::vector<float> features(256 * height * width), early(kEarly * height * width), masks(count * 16 * height * width);
   for (size_t i = 0; i < features.size(); ++i) features[i] = (i * 37 % 251 - 125) / 70.0f;
+  for (size_t i = 0; i < early.size(); ++i) early[i] = (i * 29 % 231 - 115) / 60.0f;
   for (size_t i = 0; i < masks.size(); ++i) masks[i] = (i * 31 % 241 - 120) / 20.0f;
   const float points[] = {3, 4, 500, 20, 90, 80, 0, 0, 1000, 1, 33, 44}, boxes[] = {1, 2, 3, 4, 9, 8, 700, 600, 5, 5, 90, 95};
   const int32_t labels[] = {1, 0, 1, -1, 0, 1};
@@ -212,7 +254,8 @@ void check_decoder(const char* isa) {
     if (isa && (status == TINYVIT_UNSUPPORTED || std::strstr(error.message, "unknown instruction set"))) return;
     expect(!status, error.message);
     if (status) return;
-    expect(!tinyvit_prepare(decoder, features.data(), 256, height, width, &prepared, &error), error.message);
+    tinyvit_embedding e = {sizeof e, 256, height, width, features.data(), kEarly, is_hq ? early.data() : nullptr};
+    expect(!tinyvit_prepare(decoder, &e, &prepared, &error), error.message);
     for (int kind = 0; kind < 8; ++kind) {
       tinyvit_prompts prompts = {};
       prompts.struct_size = sizeof prompts, prompts.num_points = 2, prompts.multimask = kind & 1;
@@ -224,11 +267,13 @@ void check_decoder(const char* isa) {
       prompts.count = count;
       std::vector<float> logits(size_t(count) * number * 16 * height * width), scores(count * number);
       expect(!tinyvit_decode(decoder, prepared, &prompts, logits.data(), scores.data(), nullptr, &error), error.message);
+      if (kind == 1) check_masks(decoder, prepared, prompts, number, height, width, logits);
       std::vector<float>& all = bits[threads - 1];
       all.insert(all.end(), logits.begin(), logits.end()), all.insert(all.end(), scores.begin(), scores.end());
     }
     tinyvit_prepared_destroy(prepared);
-    expect(tinyvit_prepare(decoder, features.data(), 64, height, width, &prepared, &error) == TINYVIT_INVALID && !prepared, "channels");
+    e.channels = 64;
+    expect(tinyvit_prepare(decoder, &e, &prepared, &error) == TINYVIT_INVALID && !prepared, "channels");
     tinyvit_decoder_destroy(decoder);
   }
   for (float v : bits[0]) expect(std::isfinite(v), "a logit is not finite");
@@ -257,7 +302,8 @@ int main() {
   for (const char* isa : {"generic", "avx2", "avx512", "avx512bf16", "amx"})
     for (int precision : {TINYVIT_FP32, TINYVIT_BF16}) check_isa(isa, precision, TINYVIT_END_SAM);
   check_isa(nullptr, TINYVIT_FP32, TINYVIT_END_SAM3);
-  for (const char* isa : {"generic", "avx2", "avx512"}) check_decoder(isa);
+  for (const char* isa : {"generic", "avx2", "avx512"}) check_decoder(isa, false);
+  for (const char* isa : {"generic", "avx2", "avx512"}) check_decoder(isa, true);
   check_errors();
   return failures != 0;
 }

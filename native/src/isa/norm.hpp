@@ -90,7 +90,16 @@ static void to_planes(const char* const* rows, int tokens, int channels, float* 
 
 template <class P>
 static void gelu_many(const float* in, float* out, int count) {
-  for (int i = 0; i + kLanes <= count; i += kLanes) {
+  int i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    Vec x[4];
+TINYVIT_UNROLL(4)
+    for (int k = 0; k < 4; ++k) x[k] = load(in + i + k * kLanes);
+    P::template gelu<4>(x);
+TINYVIT_UNROLL(4)
+    for (int k = 0; k < 4; ++k) store(out + i + k * kLanes, x[k]);
+  }
+  for (; i + kLanes <= count; i += kLanes) {
     Vec x = load(in + i);
     P::template gelu<1>(&x);
     store(out + i, x);

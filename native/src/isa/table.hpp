@@ -9,6 +9,7 @@
 #include "attention.hpp"
 #include "depthwise.hpp"
 #include "lines.hpp"
+#include "softmax.hpp"
 #include "norm.hpp"
 
 namespace tinyvit {
@@ -20,8 +21,8 @@ struct Table {
       TINYVIT_ISA_NAME,  kLanes,         2 * kLanes,    kTileRows,     P::kBf16,
       sizeof(typename P::T), kLinear,    depthwise<P>,  normalize<P>,  attend<P>,
       attend_scratch<P>, from_float<P>,  to_float<P>,   to_planes<P>,  gelu_many<P>,
-      exp2_many<P>,      add_many,      blend,         expand,        above,
-      mark};
+      exp2_many<P>,      add_many,      largest_of,    weigh,         soften,
+      add_scaled,        blend,         expand,        above,         mark};
 };
 
 }  // namespace TINYVIT_ISA

@@ -204,7 +204,7 @@ class NativeNetwork:
         )
         self._net = library.Net(config, tensors, precision=precision, threads=threads)
         self._output = "logits" if end is None and arguments["head"] else "embedding"
-        self._count = len(config.depths)
+        self._count, self._has_head = len(config.depths), bool(arguments["head"])
         facts = self._net.describe()
         self.words = f"{facts['isa']} kernels, {facts['threads']} threads"
 
@@ -214,6 +214,8 @@ class NativeNetwork:
 
     def logits(self, batch: Batch) -> Batch:
         """[N, classes]."""
+        if not self._has_head:
+            raise ValueError("the model was built without a classification head")
         return self._run(batch, logits=True)["logits"]
 
     def stages(self, batch: Batch) -> list[Batch]:

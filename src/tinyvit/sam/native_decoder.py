@@ -21,7 +21,6 @@ from tinyvit.inference.native_backend import TOLERANCE, default_threads, native_
 from .embedding import ImageEmbedding
 from .open import StoredSam
 from .prompts import PromptBatch
-from .upscale import upscale
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -144,7 +143,11 @@ class NativeDecoder:
         self, low_res_logits: Floats, placement: Placement, threshold: float | None
     ) -> NDArray[Any]:
         """Low-res logits [..., h4, w4] -> masks [..., H, W] bool; float32 logits for None."""
-        return upscale(low_res_logits, placement, self.logit_stride, threshold)
+        library = native_library()
+        return cast(
+            "NDArray[Any]",
+            library.enlarge(low_res_logits, self._lies(low_res_logits.shape, placement), threshold),
+        )
 
     def find(
         self,
@@ -170,10 +173,7 @@ class NativeDecoder:
         }
         if not isinstance(heads, _Heads):
             return heads.find(prepared.image, prompts, placement, min_iou=min_iou, **how)
-        h4, w4 = prepared.embedding.low_res_size
-        stride = self.logit_stride
-        covered = round(h4 * stride), round(w4 * stride)
-        lies = native_library().Placement(covered, placement.resized_size, placement.original_size)
+        lies = self._lies(prepared.embedding.low_res_size, placement)
         points = cast("tuple[Floats, NDArray[np.int64]]", prompts.points)
         regions, scores = heads.library.find(
             prepared.image, lies, points=points, min_score=min_iou, **how
@@ -201,6 +201,12 @@ class NativeDecoder:
                 prepared.image = heads.library.prepare(embedding.features, more)
             prepared.heads = heads
         return heads
+
+    def _lies(self, shape: tuple[int, ...], placement: Placement) -> Any:
+        """Where an image lies in what logits [..., h4, w4] cover, as the library has it."""
+        covered = tuple(round(side * self.logit_stride) for side in shape[-2:])
+        sizes = placement.resized_size, placement.original_size
+        return native_library().Placement(covered, *sizes)
 
     def _modules(self) -> Sequence[nn.Module]:
         model = self._model
