@@ -134,7 +134,7 @@ def test_transformers_js_finds_halves_under_the_name_of_their_dtype(sam, tmp_pat
     assert {path.name for path in (tmp_path / "out" / "onnx").iterdir()} == {
         "vision_encoder_fp16.onnx", "prompt_encoder_mask_decoder_fp16.onnx"
     }  # fmt: skip
-    assert verify(tmp_path / "out").passed
+    assert verify(tmp_path / "out" / "onnx" / "vision_encoder_fp16.onnx").passed
 
 
 MUTANTS = {

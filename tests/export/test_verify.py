@@ -175,6 +175,10 @@ def test_files_of_ours_alone(sam, copied, tmp_path):
             verify(tmp_path / name)
         assert comparing.verify_against(tmp_path / name, sam).passed
         assert not comparing.verify_against(tmp_path / name, make_tiny_sam(seed=5)).passed
+    assert verify(target / "encoder.onnx").passed  # by the folder's certificate
+    (target / "encoder.onnx").rename(target / "other.onnx")
+    with pytest.raises(CheckpointError, match=r"other\.onnx has no certificate"):
+        verify(target / "other.onnx")  # beside a certificate that does not name it
 
 
 def test_a_file_of_segment_anythings_exporter(tmp_path):
@@ -236,6 +240,9 @@ def test_an_interface_that_is_not_known(sam, tmp_path):
     with pytest.raises(CheckpointError, match=r"takes [ab], [ab] and gives c, which is no inter"):
         comparing.verify_against(tmp_path / "sum.onnx", sam)
     with pytest.raises(CheckpointError, match="cannot be read as a graph"):
+        (tmp_path / "empty.onnx").write_bytes(b"")
+        comparing.verify_against(tmp_path / "empty.onnx", sam)
+    with pytest.raises(CheckpointError, match=r"there is no file or folder .*nothing\.onnx"):
         comparing.verify_against(tmp_path / "nothing.onnx", sam)
 
 

@@ -29,10 +29,10 @@ from .parts import Model, part_of, spec_for
 from .presets import DECODER_INPUTS, DECODER_OUTPUTS
 from .reference import Reference
 from .verify import (
-    INDEX,
     Backend,
     OpenedGraph,
     Verified,
+    exported_folder,
     inputs_of,
     open_graph,
     open_parts,
@@ -69,10 +69,11 @@ def verify_against(
         ValueError: The model does not have the part that it holds.
     """
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir() or (folder / INDEX).is_file():
+    folder = exported_folder(path)
+    if folder is not None:
         facts = read_facts(folder)
     else:
+        folder = path.parent
         facts = _facts_of_file(path, open_graph(path, backend or "onnx"), model)
     part = facts.get("part", "encoder" if not facts.get("decoder") else None)
     if part is not None:

@@ -240,8 +240,8 @@ def verify(
         MissingExtraError: The runtime is not installed.
     """
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    if path.is_file() and not (folder / own.NAME).is_file():
+    folder = exported_folder(path)
+    if folder is None:
         raise CheckpointError(without_certificate(path, backend))
     certificate = Certificate.read(folder)
     for name, facts in certificate.files.items():
@@ -313,6 +313,24 @@ def _check_metadata(
             raise ChangedFileError(f"{name} is of other weights than those that were certified")
     if len({texts.get("tinyvit.pair") for texts in found.values()}) > 1:
         raise ChangedFileError(f"the files of {folder} come from different exports; export again")
+
+
+def exported_folder(path: Path) -> Path | None:
+    """The exported folder of a path: itself, or the one whose index names this file; or None.
+
+    Raises:
+        CheckpointError: There is nothing at the path.
+    """
+    if not path.exists():
+        raise CheckpointError(f"there is no file or folder {path}; check the path")
+    if path.is_dir():
+        return path
+    for folder in path.absolute().parents[:2]:  # transformers.js has its graphs one folder deeper
+        if (folder / INDEX).is_file():
+            facts = read_facts(folder)
+            if path.absolute() in [folder / facts[part] for part in own.PARTS if facts.get(part)]:
+                return folder
+    return None
 
 
 def without_certificate(path: Path, backend: Backend | None = None) -> str:
