@@ -396,7 +396,8 @@ class Bench:
             page = browser.new_page(viewport={"width": 1450, "height": 900})
             page.goto(f"http://127.0.0.1:{port}/")
             page.set_input_files("#file", IMAGES[0])
-            page.wait_for_timeout(1500)
+            page.wait_for_selector("body[data-state=ready]")
+            page.on("dialog", lambda dialog: dialog.accept())  # leave what is not saved
             page.locator("#preview").uncheck()
             over = page.evaluate(PAGE, self.clicks)
             ratios = [self.large(page, number) for number in range(2 if self.quick else 3)]

@@ -418,7 +418,7 @@ def test_two_thousand_wrong_requests(server):
     fuzz(server, 2000, 1)
 
 
-@pytest.mark.slow  # three minutes on two busy cores
+@pytest.mark.slow  # ten minutes on two busy cores
 def test_ten_thousand_wrong_requests(server):
     fuzz(server, 10_000, 2)
 
