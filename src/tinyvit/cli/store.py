@@ -178,8 +178,8 @@ def search(
     """Find the images of a store that are like one.
 
     The image is one of the store, by its path there, or any file, which is encoded by the store's
-    own encoder. Vectors of a SAM encoder find textures and layouts; those of a classifier find
-    things.
+    own encoder. A SAM encoder was trained to see outlines, a classifier to tell things apart: for
+    things, embed with a classifier's weights.
 
     Options:
         store (STORE): A path or an address.

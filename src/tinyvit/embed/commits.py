@@ -14,12 +14,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tinyvit.errors import CheckpointError
 
 from .rows import StoreRow, schema_of, to_batch
-from .store import INDEXED, EmbeddingStore, first_line, load_lance, one_of
+from .store import INDEXED, EmbeddingStore, first_line, load_lance, one_of, unless_conflict
 
 if TYPE_CHECKING:
     import lance
@@ -167,11 +168,9 @@ def commit(
         if removed or updated:
             operation = lance.LanceOperation.Update(removed, updated, new, [])
         transaction = lance.Transaction(read, operation, transaction_properties=dict(facts or {}))
-        committed = _unless_conflict(
-            lambda transaction=transaction: lance.LanceDataset.commit(
-                store.dataset, transaction, storage_options=store.storage_options
-            )
-        )
+        options = {"storage_options": store.storage_options}
+        write = partial(lance.LanceDataset.commit, store.dataset, transaction, **options)
+        committed = unless_conflict(write)
         if committed is not None:
             store.refresh()
             if committed.version != read + 1:  # another writer was here; it may have these, too
@@ -231,16 +230,6 @@ def _without(
     return removed, updated
 
 
-def _unless_conflict(work: Any) -> Any:
-    """What it gives; None where another writer came first, or what was read is gone."""
-    try:
-        return work()
-    except (OSError, ValueError, RuntimeError) as err:
-        if "conflict" in str(err).lower() or "not found" in str(err).lower():
-            return None
-        raise
-
-
 # -- upkeep ----------------------------------------------------------------------------------------
 
 
@@ -251,11 +240,11 @@ def keep_up(store: EmbeddingStore, kept: timedelta = KEPT) -> None:
     read it. Nothing outside the dataset's own folders is touched.
     """
     store.refresh()
-    _unless_conflict(lambda: _index(store.dataset))
+    unless_conflict(lambda: _index(store.dataset))
     store.refresh()
-    _unless_conflict(lambda: _compact(store))
+    unless_conflict(lambda: _compact(store))
     store.refresh()
-    _unless_conflict(
+    unless_conflict(
         lambda: store.dataset.cleanup_old_versions(
             older_than=kept, error_if_tagged_old_versions=False
         )

@@ -38,6 +38,7 @@ COMMIT_BYTES = 512 << 20
 COMMITS_BETWEEN = 100  # times of upkeep
 SOURCES = "tinyvit.sources"  # in the dataset's configuration: the folders embedded last
 
+CREATED_BY_OTHERS = 10  # seconds to wait for that
 TRIED = 3  # images of a dry run
 
 
@@ -374,8 +375,10 @@ def _created(
             store, engine, dtype=recipe.dtype, keep=recipe.keep, early=recipe.early
         )
     except CheckpointError:
-        found = EmbeddingStore.find(store)  # another writer may have made it just now
-        if found is None:
-            raise
-        recipe.check(found.recipe, found.url)
-        return found
+        for _ in range(CREATED_BY_OTHERS):  # another writer may be making it
+            found = EmbeddingStore.find(store)
+            if found is not None:
+                found.recipe.check(recipe, found.url)
+                return found
+            time.sleep(1)
+        raise

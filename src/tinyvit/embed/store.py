@@ -39,6 +39,7 @@ CHUNK = 16
 """Rows read together."""
 
 _NAMES_COMPARED = 10_000
+_PARTS = ("data", "_versions", "_transactions", "_indices", "_deletions", "_attempts")
 
 
 class UnknownImageError(TinyViTError, KeyError):
@@ -147,14 +148,15 @@ class EmbeddingStore(Mapping[str, ImageEmbedding]):
         recipe = Recipe.of(engine, dtype, keep, early)
         options = None if storage_options is None else dict(storage_options)
         files = encoder_files(engine)
-        if not is_remote(url) and Path(url).exists() and not _is_unfinished(Path(url)):
+        is_taken = not is_remote(url) and Path(url).exists() and not _is_unfinished(Path(url))
+        if is_taken or cls.find(url, options) is not None:
             raise CheckpointError(f"{url} is there already; open it, or choose another name")
         try:
             write_files(url, options, {f"{ENCODER}/{name}": files[name] for name in files})
             empty = schema_of(recipe).empty_table()
             dataset = lance.write_dataset(empty, url, mode="create", storage_options=options)
             for column in INDEXED:
-                dataset.create_scalar_index(column, "BTREE")
+                unless_conflict(partial(dataset.create_scalar_index, column, "BTREE"))
         except (OSError, ValueError) as err:
             raise CheckpointError(f"{url} cannot be made: {first_line(err)}") from err
         return cls(dataset, url, options)
@@ -502,6 +504,19 @@ def read_files(
             ) from err
 
 
+def unless_conflict(work: Callable[[], Value]) -> Value | None:
+    """What it gives; None where another writer came first, or what was read is gone."""
+    try:
+        return work()
+    except (OSError, ValueError, RuntimeError) as err:
+        if "conflict" in str(err).lower() or is_missing(err):
+            return None
+        raise
+
+
 def _is_unfinished(folder: Path) -> bool:
-    """Whether a folder is empty, or has nothing but an encoder: what a killed ``create`` leaves."""
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {ENCODER}
+    """Whether a folder has no files but a store's own: another writer is making it, or was killed.
+
+    Where a store is there already, Lance refuses to make another one.
+    """
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {ENCODER, *_PARTS}
