@@ -1,5 +1,5 @@
 # Sourced by the other scripts: creates .venv and installs the package into it, once.
-# Usage: . scripts/env.sh EXTRAS   (EXTRAS is "" or e.g. "[dev]"; "none" installs nothing)
+# Usage: . scripts/env.sh EXTRAS   (e.g. "[torch]" or "[dev]"; "none" installs nothing)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=${1-}
 python=${PYTHON:-python3}

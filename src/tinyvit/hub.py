@@ -21,6 +21,7 @@ from tinyvit.checkpoints.files import check_thresholds, header_for, make_folder,
 from tinyvit.checkpoints.unwrap import first_line
 from tinyvit.errors import CheckpointError, DownloadError
 from tinyvit.factory import CONFIG, FOLDER_FORMAT, WEIGHTS, load_folder, read_config
+from tinyvit.lazy import need
 from tinyvit.modules import TinyViT
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ def push_to_hub(
     Raises:
         DownloadError: The Hub cannot be reached or refuses.
     """
+    need("huggingface_hub", "push_to_hub")
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
@@ -171,6 +173,7 @@ def _from_hub(
     local_files_only: bool,
     token: str | bool | None,
 ) -> Path:
+    need("huggingface_hub", f"fetching {repo_id!r} from the Hub")
     from huggingface_hub import hf_hub_download
 
     try:

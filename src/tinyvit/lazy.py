@@ -21,6 +21,10 @@ EXTRAS = {
     "onnx": "export",
     "onnxruntime": "onnx",
     "openvino": "openvino",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "sse_starlette": "serve",
 }
 """Package that may be missing -> the extra that brings it."""
 
@@ -52,10 +56,15 @@ def missing(err: ModuleNotFoundError, what: str) -> ImportError:
 
 
 def need_torch(what: str) -> None:
-    """Say that something needs torch, before it is imported.
+    """``need`` for torch."""
+    need("torch", what)
+
+
+def need(package: str, what: str) -> None:
+    """Say that something needs a package of ``EXTRAS``, before it is imported.
 
     Raises:
-        MissingExtraError: torch is not installed.
+        MissingExtraError: It is not installed.
     """
-    if find_spec("torch") is None:
-        raise missing(ModuleNotFoundError(name="torch"), what)
+    if find_spec(package) is None:
+        raise missing(ModuleNotFoundError(name=package), what)

@@ -62,7 +62,7 @@ def export_onnx(model: TinyViT) -> bytes:
     if importlib.util.find_spec("onnx") is None:
         raise MissingExtraError(
             "making a graph of a model needs the package onnx, which is not installed; "
-            "pip install 'tinyvit[openvino]' or 'tinyvit[onnx]'"
+            "pip install 'tinyvit[export]'"
         )
     frozen = frozen_copy(model)
     example = torch.zeros(2, model.in_chans, 75, 58)
