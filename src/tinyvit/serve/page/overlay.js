@@ -53,17 +53,27 @@ export class Overlay {
     const pixels = new ImageData(window_.width, window_.height);
     const words = new Uint32Array(pixels.data.buffer);
     const seen = new Set();
-    for (const { id, entry, isCurrent, dashed } of masks) {
+    const draw = (target, { id, entry, isCurrent, dashed }) => {
       const name = `${id}:${entry.version}:${key}`;
-      seen.add(name);
       let mask = this.cache.get(name);
       if (!mask) {
         mask = entry.exact ? sampleExact(entry.exact, window_) : enlarge(entry.logits, image, window_);
         mask.box = boxOf(mask, window_.width, window_.height);
         this.cache.set(name, mask);
       }
-      paint(words, mask, window_.width, window_.height, colourOf(id), id, isCurrent, dashed, this.opacity, ratio);
+      paint(target, mask, window_.width, window_.height, colourOf(id), id, isCurrent, dashed, this.opacity, ratio);
+    };
+    for (const { id, entry } of masks) seen.add(`${id}:${entry.version}:${key}`);
+    // Masks that nobody works on are painted once: only new ones are added, until something else changes.
+    const still = masks.filter((m) => !m.isCurrent && !m.dashed);
+    const names = still.map((m) => `${m.id}:${m.entry.version}`), frame = `${key}:${this.opacity}`;
+    if (this.still?.frame !== frame || this.still.names.some((name, i) => name !== names[i])) {
+      this.still = { frame, names: [], words: new Uint32Array(words.length) };
     }
+    for (const mask of still.slice(this.still.names.length)) draw(this.still.words, mask);
+    this.still.names = names;
+    words.set(this.still.words);
+    for (const mask of masks) if (!still.includes(mask)) draw(words, mask);
     for (const name of this.cache.keys()) if (!seen.has(name)) this.cache.delete(name);
     this.layer.getContext("2d").putImageData(pixels, 0, 0);
     this.context.drawImage(this.layer, 0, 0);
