@@ -148,7 +148,11 @@ class BasicLayer(Stage):
         mlp_ratio: Hidden width of the MLPs over ``dim``.
         drop: Dropout probability in the MLPs.
         local_conv_size: Odd kernel side of the depthwise convolutions.
-        drop_path, downsample, use_checkpoint, activation, out_dim: As for ``ConvLayer``.
+        drop_path: One rate, or one for each block.
+        downsample: Class of the module at the end, or None.
+        use_checkpoint: As for ``ConvLayer``.
+        activation: Makes the activations.
+        out_dim: Channels after the downsample; None means ``dim``.
 
     Raises:
         ValueError: ``drop_path`` has a wrong length, or an argument does not fit a block.
