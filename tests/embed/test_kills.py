@@ -178,6 +178,24 @@ def test_a_full_disk(many, url, engine, monkeypatch):
     assert check_rows(url, engine, many) == 150
 
 
+def test_rows_are_on_the_disk_before_they_are_reported(photos, url, engine, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def noting(handle):
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        return fsync(handle)
+
+    EmbeddingStore.create(url, engine)
+    monkeypatch.setattr(os, "fsync", noting)
+    there = []
+    embed_images(photos, url, engine, tell=lambda outcome: there.append(list(synced)))
+    folders = [Path(name).parent.name for name in there[0]]
+    assert folders.index("data") < folders.index("_versions")
+    assert str(url / "data") in there[0] and str(url / "_versions") in there[0]
+    version = EmbeddingStore.open(url).dataset.version
+    assert version > 0 and any(name.endswith(".manifest") for name in there[0])
+
+
 # -- images that end the process -------------------------------------------------------------------
 
 

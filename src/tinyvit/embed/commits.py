@@ -8,19 +8,31 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import queue
+import random
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tinyvit.errors import CheckpointError
 
 from .rows import StoreRow, schema_of, to_batch
-from .store import INDEXED, EmbeddingStore, first_line, load_lance, one_of, unless_conflict
+from .store import (
+    INDEXED,
+    EmbeddingStore,
+    first_line,
+    is_remote,
+    load_lance,
+    one_of,
+    unless_conflict,
+)
 
 if TYPE_CHECKING:
     import lance
@@ -86,7 +98,13 @@ class FragmentWriter:
         self._put(None)
         self._thread.join()
         self._raise()
-        return [json.dumps(fragment.to_json()) for fragment in self._fragments]
+        found = [fragment.to_json() for fragment in self._fragments]
+        names = [Path(file["path"]) for fragment in found for file in fragment["files"]]
+        if not is_remote(self._store.url):
+            data = Path(self._store.url) / "data"
+            blobs = [blob for name in names for blob in (data / name.stem).glob("*")]
+            _sync([*(data / name for name in names), *blobs])
+        return [json.dumps(fragment) for fragment in found]
 
     def abandon(self) -> None:
         """Stop, and let what is written go."""
@@ -158,7 +176,9 @@ def commit(
     from lance.fragment import FragmentMetadata
 
     new = [FragmentMetadata.from_json(text) for text in fragments]
-    for _ in range(ATTEMPTS):
+    for attempt in range(ATTEMPTS):
+        time.sleep(random.uniform(0, min(attempt, 20) / 10))  # let others finish
+        start = time.time() - 1  # of clocks and disks that round
         store.refresh()
         read = store.dataset.version
         removed, updated = _without(store.dataset, paths)
@@ -172,6 +192,10 @@ def commit(
         write = partial(lance.LanceDataset.commit, store.dataset, transaction, **options)
         committed = unless_conflict(write)
         if committed is not None:
+            if not is_remote(store.url):
+                folders = (Path(store.url) / name for name in ("_deletions", "_versions"))
+                files = [file for folder in folders for file in folder.glob("*")]
+                _sync([file for file in files if _changed(file) >= start])
             store.refresh()
             if committed.version != read + 1:  # another writer was here; it may have these, too
                 remove_twice(store, paths)
@@ -180,6 +204,26 @@ def commit(
         f"{store.url}: other writers committed before this one {ATTEMPTS} times; let fewer write "
         "at once, or give them parts of their own (--part)"
     )
+
+
+def _sync(files: Sequence[Path]) -> None:
+    """Have the disk keep files and their names, as a machine that loses power forgets them."""
+    if os.name != "posix":  # where folders cannot be opened
+        return
+    for path in [*files, *{file.parent for file in files}]:
+        with suppress(FileNotFoundError):  # another writer has cleaned it away
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def delete(store: EmbeddingStore, paths: Sequence[str]) -> None:
