@@ -32,7 +32,7 @@ def test_the_table_has_every_preset():
     assert shown == PRESETS.keys() - {"tinyvit"}
 
 
-@pytest.mark.slow  # 200 s of CPU
+@pytest.mark.slow  # 120 s of CPU
 def test_every_command_runs(tmp_path, monkeypatch):
     pytest.importorskip("openvino")
     monkeypatch.chdir(tmp_path)
