@@ -1,4 +1,4 @@
-"""Every command of docs/export.md runs, in the order of the page, with tiny weights."""
+"""Every block of docs/export.md runs, in the order of the page, with tiny weights."""
 
 import re
 import shlex
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tiny import make_tiny_classifier, write_tiny_sam
+from tiny import make_tiny_classifier, write_image, write_tiny_sam
 from tinyvit.cli.main import app
 from tinyvit.export import PRESETS
 from tinyvit.hub import save_pretrained
@@ -17,12 +17,16 @@ pytest.importorskip("onnx")
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
 
 
+def steps():
+    """(kind of block, a line of commands or a whole block of Python), in the order of the page."""
+    for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", PAGE.read_text(), flags=re.M | re.S):
+        assert kind in ("", "python"), "no other language, which nobody would run"
+        yield from [(kind, block)] if kind else [("", line) for line in block.splitlines()]
+
+
 def commands():
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", PAGE.read_text(), flags=re.M | re.S)
-    assert {kind for kind, _ in blocks} == {""}  # no other language that nobody would run
-    lines = [line for _, block in blocks for line in block.splitlines()]
-    assert lines and all(line.startswith("tinyvit ") for line in lines)
-    return [shlex.split(line, comments=True)[1:] for line in lines]
+    lines = [shlex.split(line, comments=True) for kind, line in steps() if not kind]
+    return [words[1:] for words in lines if words[0] == "tinyvit"]
 
 
 def test_the_table_has_every_preset():
@@ -33,17 +37,25 @@ def test_the_table_has_every_preset():
 
 
 @pytest.mark.slow  # 120 s of CPU
-def test_every_command_runs(tmp_path, monkeypatch):
+def test_every_block_runs(tmp_path, monkeypatch):
     pytest.importorskip("openvino")
     monkeypatch.chdir(tmp_path)
     sam, classifier = tmp_path / "sam.safetensors", tmp_path / "classifier_weights"
     write_tiny_sam(sam, size=64)
     save_pretrained(make_tiny_classifier(size=32), classifier)
-    weights = {"tinyvit_starter": sam, "mobile_sam": sam}
-    for words in commands():
+    write_image(tmp_path / "cat.jpg", 480, 640)
+    weights = {"tinyvit_starter": sam}
+    for kind, text in steps():
+        if kind == "python":
+            exec(text, {})
+            continue
+        program, *words = shlex.split(text, comments=True)
+        if program == "pip" or words[0] == "serve":  # tests/test_package.py, tests/serve
+            continue
+        assert program == "tinyvit"
         given = [str(weights.get(word, classifier if word.startswith("tiny_vit_") else word))
                  for word in words]  # fmt: skip
-        if given[:1] == ["export"] and Path(given[given.index("-o") + 1]).is_dir():
+        if words[0] == "export" and Path(given[given.index("-o") + 1]).is_dir():
             continue  # shown again under its recipe
         done = CliRunner().invoke(app, given)
         assert done.exit_code == 0, (words, done.output)

@@ -57,7 +57,6 @@ class Preset:
         style: "sam", or "transformers" for that library's own pair, "openvino" for IR files,
             "torch" for programs of torch.export.
         note: What its user must know.
-        is_tried: It was loaded by the consumer itself.
         takes_parts: It also takes an encoder, a classifier or features alone.
     """
 
@@ -76,7 +75,6 @@ class Preset:
     storage: Literal["fp32", "fp16"] = "fp32"
     style: Literal["sam", "transformers", "openvino", "torch"] = "sam"
     note: str = ""
-    is_tried: bool = False
     takes_parts: bool = False
 
 
@@ -87,7 +85,7 @@ PRESETS = {
     row.name: row
     for row in (
         Preset("tinyvit", "tinyvit.Segmenter, tinyvit.Engine", side=None, single_mask=False,
-               is_tried=True, takes_parts=True),
+               takes_parts=True),
         Preset("sam", "segment-anything's notebook and web demo (decoder only)", encoder=None,
                note="The embedding is a .npy file of float32 [1, 256, 64, 64]."),
         Preset("samexporter", "samexporter 0.5.0, AnyLabeling 0.4.43", *_NAMED, layout="hwc",
