@@ -50,6 +50,7 @@ def serve(
         threads: For encoding; decoding takes half of them.
         cache_mb: MB of embeddings kept in memory.
         keep: Folder in which embeddings are kept, too.
+        store: Embedding store of 'tinyvit embed', whose images are not encoded again.
         max_image_mb: MB of one upload, at most.
         max_pixels: Pixels of one image, at most.
         max_wait: Seconds; what would wait longer is refused at once.
@@ -64,6 +65,7 @@ def serve(
     Examples:
         tinyvit serve --open
         tinyvit serve --checkpoint mobile_sam --port 9000
+        tinyvit serve --checkpoint mobile_sam --store photos.lance
         tinyvit serve --host 0.0.0.0 --token-file token.txt --allow-host images.example.org
         tinyvit serve --adapter label-studio --label-studio-url http://127.0.0.1:8080
     """

@@ -368,7 +368,7 @@ class ImageEncoder:
     def check(self, embedding: ImageEmbedding) -> None:
         """Check that the model can decode an embedding; ``ValueError`` says why it cannot."""
         embedding.check(self.weights_sha256(), self.image_spec)
-        if self._wants_early and embedding.interm_features is None:
+        if self.wants_early and embedding.interm_features is None:
             raise ValueError(
                 "this model has Light HQ-SAM's mask decoder, and the embedding has no "
                 "interm_features; encode the image again with this model"
@@ -377,10 +377,11 @@ class ImageEncoder:
     def _wanted(self) -> dict[str, bool]:
         """What of a pass is wanted: the early map, or the stages to make it of."""
         early = isinstance(self._model, StoredSam)
-        return {"stages": self._wants_early and not early, "early": self._wants_early and early}
+        return {"stages": self.wants_early and not early, "early": self.wants_early and early}
 
     @property
-    def _wants_early(self) -> bool:
+    def wants_early(self) -> bool:
+        """Whether the mask decoder, Light HQ-SAM's, wants the encoder's early map, too."""
         if isinstance(self._model, WITHOUT_TORCH):
             return self._model.is_hq
         from tinyvit.modules.sam.mask_decoder import HQMaskDecoder

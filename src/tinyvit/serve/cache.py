@@ -11,10 +11,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tinyvit.errors import CheckpointError
+from tinyvit.errors import CheckpointError, TinyViTError
 from tinyvit.sam.embedding import ImageEmbedding
+
+if TYPE_CHECKING:
+    from tinyvit.embed import EmbeddingStore
 
 logger = logging.getLogger("tinyvit.serve")
 
@@ -30,12 +33,17 @@ class Cache:
         most_bytes: Of embeddings and what their prompts share.
         keep: Folder in which embeddings are kept, too; shared by the workers of one model.
         check: Raises ValueError for an embedding of another model.
+
+    Attributes:
+        store: Where images are looked up, too, that are neither in memory nor in the folder; only
+            read, and of this model.
     """
 
     def __init__(
         self, most_bytes: int, keep: Path | None, check: Callable[[ImageEmbedding], None]
     ) -> None:
         self.most_bytes, self.keep, self._check = most_bytes, keep, check
+        self.store: EmbeddingStore | None = None
         self.on_event: Callable[[str], None] = lambda event: None
         self._lock = threading.Lock()
         self._embeddings: OrderedDict[str, ImageEmbedding] = OrderedDict()
@@ -44,6 +52,11 @@ class Cache:
 
     def __len__(self) -> int:
         return len(self._embeddings)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether ``load`` may know images that are not in memory."""
+        return self.keep is not None or self.store is not None
 
     @property
     def nbytes(self) -> int:
@@ -56,12 +69,12 @@ class Cache:
             found = self._embeddings.get(image_id)
             if found is not None:
                 self._embeddings.move_to_end(image_id)
-        if found is not None or self.keep is None:
+        if found is not None or not self.has_more:
             self.on_event("miss" if found is None else "hit")
         return found
 
     def load(self, image_id: str) -> ImageEmbedding | None:
-        """An image's embedding from the folder; None for one that is not there, or not usable."""
+        """An image's embedding from the folder or the store; None where none of it is usable."""
         found = None
         if self.keep is not None and (path := self._path(self.keep, image_id)).is_file():
             try:
@@ -70,6 +83,8 @@ class Cache:
             except (CheckpointError, ValueError, OSError) as err:
                 logger.warning("a kept embedding is not used: %s", str(err)[:200])
                 found = None
+        if found is None and self.store is not None:
+            found = _look_up(self.store, image_id)
         self.on_event("miss" if found is None else "hit")
         if found is not None:
             self.put(image_id, found, is_new=False)
@@ -132,6 +147,19 @@ class Cache:
     @staticmethod
     def _path(folder: Path, image_id: str) -> Path:
         return folder / image_id[:2] / f"{image_id}.safetensors"
+
+
+def _look_up(store: EmbeddingStore, image_id: str) -> ImageEmbedding | None:
+    """An image by its content; what others have stored since the last look is seen."""
+    try:
+        row = store.find_content(image_id)
+        if row is None:
+            store.refresh()
+            row = store.find_content(image_id)
+        return None if row is None else row.to_embedding(store.recipe)
+    except (TinyViTError, ValueError, OSError) as err:
+        logger.warning("the store is not used for an image: %s", str(err)[:200])
+        return None
 
 
 def size_of(embedding: ImageEmbedding) -> int:

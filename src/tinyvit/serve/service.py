@@ -12,15 +12,15 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic, perf_counter
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT
-from tinyvit.errors import ImageError
+from tinyvit.errors import CheckpointError, ImageError
 from tinyvit.images.decode import decode
 from tinyvit.inference.bundle import engine_for
 from tinyvit.inference.engine import CPU_PIXELS
@@ -37,6 +37,9 @@ from .metrics import Metrics
 from .problems import Problem
 from .schema import EverythingRequest, Model
 from .settings import ServeSettings
+
+if TYPE_CHECKING:
+    from tinyvit.embed import EmbeddingStore
 
 logger = logging.getLogger("tinyvit.serve")
 
@@ -141,11 +144,13 @@ class Service:
         """Load the model, and answer one click on a grey image, which warms everything up.
 
         Raises:
-            TinyViTError: The checkpoint cannot be had.
+            TinyViTError: The checkpoint cannot be had, or the store does not go with it.
             ValueError: A setting does not go with it.
         """
         settings = self.settings
         own = self._segmenter = self._segmenter or _open(settings)
+        if settings.store is not None:
+            self.cache.store = _open_store(settings.store, own)
         for masks in own.segment([np.full((64, 64, 3), 128, np.uint8)], [[{"points": [[32, 32]]}]]):
             masks.mask(0)
         encoder = own.encoder
@@ -178,9 +183,9 @@ class Service:
             lane.join(self._ends - monotonic())
 
     async def find(self, image_id: str) -> ImageEmbedding | None:
-        """The embedding of an image, from memory or the folder; None for an unknown one."""
+        """The embedding of an image, from memory, folder or store; None for an unknown one."""
         found = self.cache.get(image_id)
-        if found is None and self.settings.keep is not None:
+        if found is None and self.cache.has_more:
             found = await asyncio.to_thread(self.cache.load, image_id)
         return found
 
@@ -399,6 +404,33 @@ def _open(settings: ServeSettings) -> Segmenter:
         pad=None if settings.pad else False,
         threads=None if engine == "torch" else settings.threads,
     )
+
+
+def _open_store(url: str, segmenter: Segmenter) -> EmbeddingStore:
+    """A store whose embeddings are those that the model would make.
+
+    Raises:
+        CheckpointError: There is none, or it was made in another way; each differing fact is named.
+        MissingExtraError: pylance is not installed.
+    """
+    from tinyvit.embed import EmbeddingStore
+
+    store, encoder = EmbeddingStore.open(url), segmenter.encoder
+    own = replace(
+        store.recipe,
+        weights_sha256=encoder.weights_sha256(),
+        image_spec=encoder.image_spec,
+        precision=encoder.engine.precision,
+        keep="all",
+        early=store.recipe.early or encoder.wants_early,
+    )
+    differing = store.recipe.differences(own)
+    if differing:
+        raise CheckpointError(
+            f"{url} does not go with the model that is served: {'; '.join(differing)}. Serve what "
+            "the store was made with (--checkpoint, --precision), or leave --store out"
+        )
+    return store
 
 
 def sha256(data: bytes) -> str:

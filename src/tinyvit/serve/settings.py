@@ -44,6 +44,7 @@ class ServeSettings:
         threads: For encoding; None takes the number of cores.
         cache_mb: Embeddings kept in memory, with what their prompts share.
         keep: Folder in which embeddings are kept, too.
+        store: Where an embedding store is, whose images are not encoded again; it is only read.
         max_image_mb: Of one upload.
         max_pixels: Of one image.
         max_wait: Seconds; what would wait longer is refused at once.
@@ -73,6 +74,7 @@ class ServeSettings:
     threads: int | None = None
     cache_mb: int = 512
     keep: Path | None = None
+    store: str | None = None
     max_image_mb: int = 32
     max_pixels: int = 50_000_000
     max_wait: float = 20.0
