@@ -34,11 +34,11 @@ def tiny(checkpoints):
 
 def test_an_image_becomes_features_that_say_how_they_came_about(run, tmp_path, photo):
     image = photo(tmp_path / "böse Katze [1].jpg", 30, 60)
-    result = run("encode", image, "-o", tmp_path / "out")
+    result = run("encode", image, "-o", tmp_path / "out", "--backend", "torch")
     assert (result.code, result.out) == (0, "")
     assert names(tmp_path / "out") == ["böse Katze [1].png", "böse Katze [1].safetensors"]
     features, header = read(tmp_path / "out" / "böse Katze [1].safetensors")
-    engine = Engine(create_model(checkpoint="tinyvit_starter"))
+    engine = Engine(create_model(checkpoint="tinyvit_starter"), backend="torch")
     torch.testing.assert_close(features, engine.embed(image)[0], atol=1e-5, rtol=1e-5)
     stat = image.stat()
     assert header == {

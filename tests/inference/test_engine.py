@@ -9,7 +9,6 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -330,13 +329,15 @@ def test_models_and_backends_that_cannot(make_tiny_vit: MakeModel) -> None:
 # --- what the engine chooses ----------------------------------------------------------------------
 
 
-def test_explain(model: TinyViT, caplog: pytest.LogCaptureFixture) -> None:
+def test_explain(
+    model: TinyViT, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinyvit.inference.backend.takes_native", lambda *arguments: False)
     with caplog.at_level(logging.INFO, "tinyvit"):
         engine = Engine(model, device="cpu")
-    native = ", and native is not installed" if find_spec("tinyvit_native") is None else ""
     text = (
         f"torch {torch.__version__} on cpu, fp32 (exact; the default); auto is torch: measured "
-        f"level with openvino{native}; images longest_side to 64x64"
+        f"level with openvino, and native is not installed; images longest_side to 64x64"
     )
     assert engine.explain().startswith(f"{text}; runs folded, ")
     assert repr(engine) == f"Engine({text})"
@@ -348,15 +349,15 @@ def test_explain(model: TinyViT, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_precision_reaches_the_backend(model: TinyViT, monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = Engine(model, device="cpu")
-    rough = Engine(model, device="cpu", precision="bf16")
+    exact = Engine(model, backend="torch", device="cpu")
+    rough = Engine(model, backend="torch", device="cpu", precision="bf16")
     assert isinstance(exact.backend, TorchBackend)
     assert (exact.backend.precision, rough.backend.precision) == ("fp32", "bf16")
     image = noise(40, 56)
     # bf16 keeps 8 bits: each of some dozen layers errs by 2**-9 of values near 1 to 4
     torch.testing.assert_close(rough.embed(image), exact.embed(image), rtol=0.05, atol=0.15)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    auto = Engine(model, device="cpu", precision="auto")
+    auto = Engine(model, backend="torch", device="cpu", precision="auto")
     assert "bf16 (this device computes bf16 natively)" in auto.explain()
     assert torch.equal(auto.embed(image), rough.embed(image))
 
@@ -403,7 +404,7 @@ def test_the_model_stays_as_it_is(model: TinyViT) -> None:
             "got 'tensorrt'",
         ),
         (
-            {"threads": 2},
+            {"backend": "torch", "threads": 2},
             ValueError,
             "torch has one number for the whole process; call torch.set_num_threads(2)",
         ),
@@ -606,7 +607,7 @@ def test_errors_come_when_the_image_is_read(tmp_path: Path) -> None:
 
 def test_without_torch_it_says_what_to_install() -> None:
     code = (
-        "import sys; sys.modules['torch'] = None\n"
+        "import sys; sys.modules['torch'] = sys.modules['tinyvit_native'] = None\n"
         "from tinyvit.inference.engine import Engine\n"
         "Engine('tinyvit_starter')"
     )

@@ -207,5 +207,7 @@ def test_which_files_need_torch(sam, tmp_path, make_tiny_sam):
     larger = open_sam(STARTER, "test", "native", img_size=512)
     assert isinstance(larger, StoredSam) and larger.grids == ((32, 32), (512, 512))
     assert larger.build().image_encoder.img_size == 512
+    limited = Segmenter(STARTER, backend="native", threads=2)
+    assert "2 threads" in limited.explain() and limited._decoder._threads == 2
     with pytest.raises(CheckpointError, match="no such file"):
         open_sam(tmp_path / "none.safetensors", "test", "native")
