@@ -418,7 +418,7 @@ def _open_store(url: str, segmenter: Segmenter) -> EmbeddingStore:
     store, encoder = EmbeddingStore.open(url), segmenter.encoder
     own = replace(
         store.recipe,
-        weights_sha256=encoder.weights_sha256(),
+        weights_sha256=encoder.weights_sha256() or "",
         image_spec=encoder.image_spec,
         precision=encoder.engine.precision,
         keep="all",
