@@ -320,9 +320,17 @@ def _compact(store: EmbeddingStore) -> None:
 
 def index_vectors(store: EmbeddingStore) -> bool:
     """Index the vectors for a search that is fast and nearly exact; False below a million rows."""
-    if store.dataset.count_rows() < VECTORS_TO_INDEX:
+    rows, dim = store.dataset.count_rows(), store.recipe.pooled_dim
+    if rows < VECTORS_TO_INDEX:
         return False
-    store.dataset.create_index("pooled", "IVF_PQ", metric="cosine", replace=True)
+    store.dataset.create_index(
+        "pooled",
+        "IVF_PQ",
+        metric="cosine",
+        replace=True,
+        num_partitions=math.isqrt(rows),
+        num_sub_vectors=dim // 8 if dim % 8 == 0 else 1,  # a byte for each
+    )
     store.refresh()
     return True
 
