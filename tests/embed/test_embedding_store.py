@@ -262,7 +262,7 @@ def test_light_hq_sam_has_its_early_map(photos, url, dtype):
         for one in (wanted, got)
     ]
     assert_allclose(*masks, atol=1e-4 if dtype == "fp32" else 1)
-    assert embed_images(photos, url).kept == 6  # its recipe says what is kept
+    assert embed_images(photos, url, encoder.engine).kept == 6  # its recipe says what is kept
 
 
 def test_segmenter_and_predictor_take_what_it_gives(photos, url):
