@@ -65,6 +65,7 @@ WITHOUT_TORCH = (
     "checkpoints.files",
     "checkpoints.open",
     "checkpoints.unwrap",
+    "embed.actors",
     "embed.attempts",
     "embed.commits",
     "embed.plan",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,9 @@ def embed(
     retry_failed: bool = False,
     prune: bool = False,
     part: Part = None,
+    ray: str | None = None,
+    cpus_per_worker: float = 1.0,
+    gpus_per_worker: float = 0.0,
     dry_run: bool = False,
     as_json: bool = False,
 ) -> None:
@@ -78,17 +82,27 @@ def embed(
         retry_failed: Try again what failed before.
         prune: Delete rows whose file is not among the sources any more.
         part: Work on this part of the images only, as one of several commands at the same time.
+        ray (--ray ADDRESS): Let --workers actors of Ray do the work; needs the extra 'ray'. local
+            starts Ray here; auto, as under 'ray job submit', or an address joins a cluster.
+        workers: Threads that read and write images meanwhile; with --ray the actors that embed. By
+            default as the cores, or as Ray's CPUs or GPUs, are enough for.
+        cpus_per_worker: CPUs of each actor, and its threads.
+        gpus_per_worker: GPUs of each actor.
         dry_run: Say what would be done, how large it gets and how long it takes, after three
             images.
 
     Examples:
         tinyvit embed photos -o photos.lance
         tinyvit embed photos -o photos.lance --checkpoint mobile_sam --dtype int8
+        tinyvit embed photos -o photos.lance --ray local --workers 4
         tinyvit embed @list.txt s3://bucket/more -o s3://bucket/photos.lance --part 1/8
     """
     args.check_checkpoint(checkpoint)
-    from tinyvit.embed import EmbeddingStore, embed_images, estimate
+    from tinyvit.embed import EmbeddingStore, RayWorkers, embed_images, estimate
 
+    actors = None
+    if ray is not None:
+        actors = RayWorkers(ray, running.workers, cpus_per_worker, gpus_per_worker)
     found = EmbeddingStore.find(store)
     arguments = {**running.arguments(checkpoint), "batch_size": batch_size}
     given: dict[str, Any] = {
@@ -102,10 +116,14 @@ def embed(
             _show_estimate(estimate(sources, store, engine, **given), as_json)
             return
         words = "embedding"
-        with _stopped_by_signals(), own.progress(words, things="") as update:
+        with (
+            _stopped_by_signals(),
+            redirect_stdout(sys.stderr),  # where Ray says that an actor died
+            own.progress(words, things="") as update,
+        ):
             show = _Shown(own, words, update)
             report = embed_images(
-                sources, found or store, engine, **given, prune=prune, progress=show
+                sources, found or store, engine, **given, ray=actors, prune=prune, progress=show
             )
     _finish(own, store, report, prune, as_json)
 

@@ -1,3 +1,4 @@
+from .actors import RayWorkers as RayWorkers
 from .run import EmbedEstimate as EmbedEstimate
 from .run import EmbedReport as EmbedReport
 from .run import embed_images as embed_images

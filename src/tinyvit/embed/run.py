@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from tinyvit.errors import CheckpointError
 from tinyvit.images.decode import MAX_PIXELS
 
+from .actors import RayRun, RayWorkers
 from .attempts import Attempts
 from .commits import FragmentWriter, commit, delete, explain, keep_up, remove_twice
 from .plan import Check, KnownContent, Plan, make_plan
@@ -101,6 +102,7 @@ def embed_images(
     prune: bool = False,
     part: tuple[int, int] = (0, 1),
     max_pixels: int | None = MAX_PIXELS,
+    ray: RayWorkers | None = None,
     tell: Callable[[EmbedOutcome], object] = bool,
     progress: Callable[[int, int, int], object] | None = None,
 ) -> EmbedReport:
@@ -120,6 +122,7 @@ def embed_images(
         prune: Delete rows whose file is not among the sources.
         part: (number from 0, parts in all): work on one part of the images, beside others.
         max_pixels: Most pixels of an image; None: no limit.
+        ray: Let actors of Ray do the work, each with the encoder in the store; None: this process.
         tell: Is given what became of each image that was read, once that is committed.
         progress: Is given (images done, images in all, images failed) as the work goes on.
 
@@ -129,7 +132,7 @@ def embed_images(
     Raises:
         CheckpointError: The store is of another recipe, or cannot be read or written; what is
             committed stays, and the same call goes on from there.
-        MissingExtraError: pylance is not installed.
+        MissingExtraError: pylance, or Ray where it is asked for, is not installed.
         ValueError: A source is not there, two have one name, or a value is out of its range.
     """
     start = time.monotonic()
@@ -143,7 +146,10 @@ def embed_images(
         committer = Committer(opened, running, tell)
         committer.report.kept = plan.kept
         committer.report.failed += plan.failed
-        if plan.todo:
+        if plan.todo and ray is not None:
+            leader = EmbedWorker(recipe, running)
+            RayRun(ray, committer, leader, roots, progress, len(listed)).run(plan.todo, max_pixels)
+        elif plan.todo:
             with Attempts(None if is_remote(url) else Path(url)) as attempts:
                 known = KnownContent(opened)
                 worker = EmbedWorker(recipe, running, opened, known, attempts, max_pixels)

@@ -237,7 +237,7 @@ def _now() -> datetime:
 
 def write_piece(
     worker: EmbedWorker, store: EmbeddingStore, sources: Sequence[Source]
-) -> tuple[list[str], list[EmbedOutcome]]:
+) -> tuple[list[str], list[EmbedOutcome], int]:
     """A piece of the plan from its sources to fragments that wait for their commit.
 
     Args:
@@ -246,7 +246,8 @@ def write_piece(
         sources: The piece.
 
     Returns:
-        (fragments, outcomes) for ``commits.commit``, as plain data that another process takes.
+        (fragments, outcomes, bytes of the rows) for ``commits.commit``, as plain data that another
+        process takes.
 
     Raises:
         OSError: The fragments could not be written; nothing of the piece counts.
@@ -258,7 +259,7 @@ def write_piece(
             outcomes.append(outcome)
             if row is not None:
                 writer.add(row)
-        return writer.finish(), outcomes
+        return writer.finish(), outcomes, writer.nbytes
     except BaseException:
         writer.abandon()
         raise
