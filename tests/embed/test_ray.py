@@ -198,6 +198,7 @@ def test_ray_is_an_extra(photos, url, engine, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'tinyvit\[ray\]'"):
         embed_images(photos, url, engine, ray=RayWorkers())
+    assert not url.exists()
 
 
 def test_workers_that_cannot_be():

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from tinyvit.errors import CheckpointError
 from tinyvit.images.decode import MAX_PIXELS
 
-from .actors import RayRun, RayWorkers
+from .actors import RayRun, RayWorkers, load_ray
 from .attempts import Attempts
 from .commits import FragmentWriter, commit, delete, explain, keep_up, remove_twice
 from .plan import Check, KnownContent, Plan, make_plan
@@ -136,6 +136,8 @@ def embed_images(
         ValueError: A source is not there, two have one name, or a value is out of its range.
     """
     start = time.monotonic()
+    if ray is not None:
+        load_ray()  # or an empty store would be made before its absence is told
     given = {"dtype": dtype, "keep": keep, "early": early}
     with _opened(store, engine, given) as (url, found, running, recipe):
         listed, roots = list_sources(sources, url, part)
