@@ -40,7 +40,8 @@ def test_a_store_is_made_kept_and_brought_up_to_date(run, photos, url, small, ph
     made = run("embed", photos, "-o", url, *small)
     assert (made.code, made.out) == (1, "")
     lines = made.err.splitlines()
-    assert f"{small[1]}: torch, cpu, fp32, input 64x64" in lines[0]
+    backends = ("native", "torch")  # whichever is installed here
+    assert any(f"{small[1]}: {name}, cpu, fp32, input 64x64" in lines[0] for name in backends)
     assert lines[-3].startswith("failed: empty.jpg: the image in ")
     assert lines[-2].startswith("stored 6, kept 0, taken over 0, failed 1, gone 0; 0.0 MB in ")
     assert lines[-2].endswith(f": {url}")
@@ -120,7 +121,7 @@ def test_info_says_what_a_store_is(run, photos, url, small):
     assert "failed: empty.jpg: the image in" in told.out
     found = run("store", "info", url, "--json").json
     assert found["images"] == 6 and found["recipe"]["dtype"] == "int8"
-    assert found["made_by"]["backend"] == "torch"
+    assert found["made_by"]["backend"] in ("native", "torch")  # what is installed here
 
 
 def test_verify_finds_and_repairs_damage(run, photos, url, small):

@@ -67,7 +67,7 @@ def test_a_model_that_cannot_be_traced(make_tiny_vit: MakeModel) -> None:
 def test_without_onnx(make_tiny_vit: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'tinyvit\[openvino\]' or 'tinyvit\["):
+    with pytest.raises(MissingExtraError, match=r"pip install 'tinyvit\[export\]'"):
         export_onnx(make_tiny_vit())
 
 

@@ -334,6 +334,8 @@ class EmbeddingStore(Mapping[str, ImageEmbedding]):
 
         arguments = {"precision": self._recipe.precision, **arguments}
         arguments["image_spec"] = self._recipe.image_spec
+        if self._recipe.early and arguments.get("backend", "auto") == "auto":
+            arguments["backend"] = "torch"  # which alone gives a stage beside the embedding
         with tempfile.TemporaryDirectory() as folder:
             names = [f"{ENCODER}/{name}" for name in (CONFIG, WEIGHTS)]
             read_files(self.url, self.storage_options, names, Path(folder))
