@@ -13,7 +13,7 @@ from torch import Tensor
 from tinyvit.errors import MissingExtraError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.inference import Backend, Engine, LogitsBackend, OpenVINOBackend, OpenVINOGraph
-from tinyvit.inference.graphs import load_library
+from tinyvit.inference.graphs import kept_core, load_library
 from tinyvit.modules import TinyViT
 
 MakeModel = Callable[..., TinyViT]
@@ -22,8 +22,8 @@ MakeImage = Callable[..., Tensor]
 # fp32: other orders of summing; bf16 keeps 8 bits, see test_torch_backend.py
 TOLERANCE = {"fp32": {"rtol": 1e-4, "atol": 1e-4}, "bf16": {"rtol": 0.05, "atol": 0.15}}
 
-CAPABLE = (
-    load_library("openvino", "OpenVINO").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+CAPABLE = kept_core(load_library("openvino", "OpenVINO")).get_property(
+    "CPU", "OPTIMIZATION_CAPABILITIES"
 )
 needs_bf16 = pytest.mark.skipif("BF16" not in CAPABLE, reason="this CPU does not compute bf16")
 

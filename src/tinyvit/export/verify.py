@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tinyvit.checkpoints.files import check_format
 from tinyvit.errors import CheckpointError, MissingExtraError
-from tinyvit.inference.graphs import load_library
+from tinyvit.inference.graphs import kept_core, load_library
 
 from . import certificate as own
 from .certificate import Case, Certificate, Compared
@@ -131,7 +131,7 @@ def _open_onnx(path: Path) -> OpenedGraph:
 
 def _open_openvino(path: Path) -> OpenedGraph:
     library = load_library("openvino", "OpenVINO")
-    core = library.Core()
+    core = kept_core(library)
     read = core.read_model(os.fspath(path))
     model = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     has_texts = read.has_rt_info(["framework"])

@@ -415,13 +415,14 @@ def _store_in_half(model: Any) -> None:
 
 def _write_openvino(model: Any, path: Path) -> None:
     """OpenVINO's own pair of files from a graph of ONNX."""
-    from tinyvit.inference.graphs import load_library
+    from tinyvit.inference.graphs import kept_core, load_library
 
     library = load_library("openvino", "OpenVINO")
     source = path.with_suffix(".onnx")
     try:
         write_bytes(source, model.SerializeToString(deterministic=True))
-        read = library.Core().read_model(os.fspath(source))  # convert_model reports to its makers
+        # convert_model reports to its makers
+        read = kept_core(library).read_model(os.fspath(source))
         library.save_model(read, os.fspath(path), compress_to_fp16=False)
     finally:
         source.unlink(missing_ok=True)

@@ -31,7 +31,7 @@ from .backend import (
     choose_precision,
     takes_native,
 )
-from .graphs import OnnxGraph, OpenVINOGraph, load_library
+from .graphs import OnnxGraph, OpenVINOGraph, kept_core, load_library
 
 Graph: TypeAlias = OnnxGraph | OpenVINOGraph
 EngineName = Literal["native", "torch", "onnx", "openvino"]
@@ -239,7 +239,7 @@ def choose_runtime(
     title = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}[name]
     library = load_library(_PACKAGES[name], title)
     if precision == "auto":
-        has_bf16 = name == "openvino" and "BF16" in library.Core().get_property(
+        has_bf16 = name == "openvino" and "BF16" in kept_core(library).get_property(
             "CPU", "OPTIMIZATION_CAPABILITIES"
         )
         precision = "bf16" if has_bf16 else "fp32"

@@ -19,7 +19,7 @@ import threading
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -32,6 +32,18 @@ OpenVINOPrecision = Literal["fp32", "bf16"]
 Arrays: TypeAlias = "dict[str, NDArray[np.float32]]"
 Shapes: TypeAlias = "dict[str, tuple[int | None, ...]]"
 """Of each input or output by its name; None for a side of any length."""
+
+
+@cache
+def kept_core(library: Any) -> Any:
+    """The one ``Core`` of OpenVINO in this process, never given back.
+
+    When the last one goes in another thread than the first came in, OpenVINO (2026.4) leaves a
+    signal stack behind that is unmapped, and the next Ctrl-C ends the process by a segmentation
+    fault.
+    """
+    return library.Core()
+
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 _OWN_FORMS = 4
@@ -184,7 +196,7 @@ class OpenVINOGraph:
         self._lock = threading.Lock()
         self._counts: Counter[tuple[int, ...]] = Counter()
         self._own: OrderedDict[tuple[int, ...], Any] = OrderedDict()
-        self._core = load_library("openvino", "OpenVINO").Core()
+        self._core = kept_core(load_library("openvino", "OpenVINO"))
         self._model = self._read(source)
         self.inputs, self.outputs = (
             {
