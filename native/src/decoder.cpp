@@ -41,15 +41,6 @@ Folded transposed_conv(const Tensors& tensors, const std::string& name, int in, 
   return f;
 }
 
-void add_to(std::vector<float>& a, const std::vector<float>& b) {
-  for (size_t i = 0; i < a.size(); ++i) a[i] += b[i];
-}
-
-std::vector<float> sum_of(std::vector<float> a, const std::vector<float>& b) {
-  add_to(a, b);
-  return a;
-}
-
 }  // namespace
 
 Norm Decoder::norm(const Tensors& tensors, const std::string& name, int channels) {

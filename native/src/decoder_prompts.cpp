@@ -5,19 +5,6 @@
 #include "decoder_space.hpp"
 
 namespace tinyvit {
-namespace {
-
-void add_to(std::vector<float>& a, const std::vector<float>& b) {
-  for (size_t i = 0; i < a.size(); ++i) a[i] += b[i];
-}
-
-std::vector<float> sum_of(std::vector<float> a, const std::vector<float>& b) {
-  add_to(a, b);
-  return a;
-}
-
-}  // namespace
-
 // Calls work for each prompt: many go to one thread each, one is shared by all.
 void Decoder::run(int count, const std::function<void(int, const Team&, Space&)>& work) {
   std::lock_guard<std::mutex> lock(mutex_);

@@ -8,6 +8,15 @@
 
 namespace tinyvit {
 
+inline void add_to(std::vector<float>& a, const std::vector<float>& b) {
+  for (size_t i = 0; i < a.size(); ++i) a[i] += b[i];
+}
+
+inline std::vector<float> sum_of(std::vector<float> a, const std::vector<float>& b) {
+  add_to(a, b);
+  return a;
+}
+
 // A matrix of weights that is made anew for each prompt.
 struct Packed {
   Matrix matrix;

@@ -295,7 +295,7 @@ def save_png(path: str | os.PathLike[str], pixels: RGB) -> None:
 
 
 def to_png(pixels: NDArray[Any]) -> bytes:
-    """A PNG file of pixels [H, W] or [H, W, 3] uint8."""
+    """A PNG file of pixels [H, W] bool (one bit a pixel), or [H, W] or [H, W, 3] uint8."""
     data = BytesIO()
     Image.fromarray(pixels).save(data, "PNG")
     return data.getvalue()

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image as PilImage
 
 from tinyvit.images import mask_ops
+from tinyvit.images.draw import to_png
 from tinyvit.images.mask_ops import outlines
 from tinyvit.sam.segmenter import Masks
 
@@ -65,7 +66,7 @@ def _exact(mask: NDArray[np.bool_], include: set[str], tolerance: float) -> dict
     if "polygons" in include:
         facts["polygons"] = [ring.tolist() for ring in outlines(mask, tolerance)]
     if "png" in include:
-        facts["png"] = base64.b64encode(png(mask)).decode()
+        facts["png"] = base64.b64encode(to_png(mask)).decode()
     return facts
 
 
@@ -73,13 +74,6 @@ def mask_box(mask: NDArray[np.bool_]) -> list[float]:
     """x, y, width, height of the box around a mask, as ``Masks.to_coco`` has it."""
     x0, y0, x1, y1 = map(float, mask_ops.box_around(mask))
     return [x0, y0, x1 - x0, y1 - y0]
-
-
-def png(mask: NDArray[np.bool_]) -> bytes:
-    """A mask as a PNG of one bit a pixel."""
-    stream = io.BytesIO()
-    PilImage.fromarray(mask).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def jpeg_view(rgb: NDArray[np.uint8], side: int) -> str:

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 from sse_starlette.sse import EventSourceResponse
 
+from tinyvit.images.draw import to_png
 from tinyvit.sam.segmenter import Masks
 
 from . import answers, bodies, problems, schema
@@ -241,7 +242,7 @@ class Routes:
             if kind == "image/png":
                 best = int(masks.predicted_ious[0].argmax())
                 score = float(masks.predicted_ious[0][best])
-                return answers.png(masks.mask(0, best)), {"X-Tinyvit-Score": f"{score:.6f}"}
+                return to_png(masks.mask(0, best)), {"X-Tinyvit-Score": f"{score:.6f}"}
             if kind == "application/octet-stream":
                 return answers.tensors(masks), {}
             return answers.describe(masks, asked)
