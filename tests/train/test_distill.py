@@ -142,7 +142,7 @@ def test_the_student_comes_nearer_to_the_teacher(images, tmp_path):
     assert saved.embed_dims == (16,) * 4 and saved.neck_dim == 16
 
 
-@pytest.mark.parametrize("loss", ["mse", "huber", "cosine"])
+@pytest.mark.parametrize("loss", ["mse", "huber", "whitened", "cosine"])
 def test_other_channels_and_another_grid_are_brought_together(images, tmp_path, loss):
     student = tiny(seed=1, neck_dim=4, size=64)
     task = make_task(student, stored(images), images, DistillFeaturesSettings(loss=loss))
@@ -233,6 +233,8 @@ def test_what_does_not_go_together_is_said(images):
     student.image_spec = ImageSpec.timm(32)
     with pytest.raises(ValueError, match="prepare images alike"):
         make_task(student, store, images)
+    student.image_spec = replace(SPEC, mean=(127.0, 127.0, 127.0), std=(128.0, 128.0, 128.0))
+    make_task(student, store, images)  # each normalises in its own way
     student.image_spec = ImageSpec.sam((32, 64))
     with pytest.raises(ValueError, match=r"student \(32, 64\) and teacher \(32, 32\)"):
         make_task(student, store, images)

@@ -107,7 +107,19 @@ def test_losses_are_what_they_say():
     assert torch.allclose(cosine_per_cell(a, b), dots, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["mse", "huber", "cosine"])
+def test_whitened_counts_each_channel_by_its_variance():
+    student, teacher = maps(0, 2, 4, 3, 3), maps(1, 2, 4, 3, 3)
+    spread = teacher.var((0, 2, 3), correction=0)
+    wanted = ((student - teacher).square().mean((0, 2, 3)) / spread).mean()
+    assert torch.isclose(feature_loss(student, teacher, "whitened"), wanted, rtol=1e-4)
+    loud = torch.tensor([1.0, 1.0, 50.0, 1.0])[None, :, None, None]  # in both: no difference
+    same = feature_loss(student * loud, teacher * loud, "whitened")
+    assert torch.isclose(same, wanted, rtol=0.01)
+    still = torch.zeros_like(teacher)  # no variance at all, so no division by 0
+    assert torch.isfinite(feature_loss(student, still, "whitened"))
+
+
+@pytest.mark.parametrize("kind", ["mse", "huber", "whitened", "cosine"])
 def test_equal_maps_cost_nothing_and_half_precision_is_computed_in_float32(kind):
     a = maps(0, 1, 4, 2, 2).bfloat16()
     loss = feature_loss(a, a.clone(), kind)
@@ -118,7 +130,7 @@ def test_equal_maps_cost_nothing_and_half_precision_is_computed_in_float32(kind)
 def test_wrong_shapes_and_names_are_said():
     with pytest.raises(ValueError, match=r"\[1, 4, 2, 2\] and \[1, 4, 2, 3\]; bring them together"):
         feature_loss(maps(0, 1, 4, 2, 2), maps(0, 1, 4, 2, 3))
-    with pytest.raises(ValueError, match="mse, huber, cosine; got 'l1'"):
+    with pytest.raises(ValueError, match="mse, huber, whitened, cosine; got 'l1'"):
         feature_loss(maps(0, 1, 4, 2, 2), maps(0, 1, 4, 2, 2), "l1")
 
 

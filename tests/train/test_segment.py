@@ -1,3 +1,4 @@
+import copy
 import pickle
 from dataclasses import replace
 
@@ -10,7 +11,9 @@ from tinyvit.errors import ImageError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.sam.build import build_sam
 from tinyvit.train.data.masks import open_mask_set
-from tinyvit.train.tasks.segment import Segment, SegmentSettings, make_task, save_sam
+from tinyvit.train.tasks import segment
+from tinyvit.train.tasks.segment import Objects, Segment, SegmentSettings, make_task, save_sam
+from tinyvit.train.tasks.teachers import open_maps
 
 from .shapes import write_shapes
 
@@ -206,7 +209,7 @@ def test_wrong_choices(tmp_path):
         SegmentSettings(folder, box_share=2)
     with pytest.raises(ValueError, match="most_corrections must be at least 1"):
         SegmentSettings(folder, most_corrections=0)
-    with pytest.raises(ValueError, match="focal must be above 0 where dice is 0"):
+    with pytest.raises(ValueError, match="focal must be above 0 where dice and embedding are 0"):
         SegmentSettings(folder, focal=0, dice=0)
     with pytest.raises(ValueError, match="dice must be at least 0"):
         SegmentSettings(folder, dice=-1)
@@ -259,3 +262,125 @@ def test_images_that_are_cropped_are_refused(make_tiny_sam, data):
     sam.image_encoder.image_spec = ImageSpec.timm(224)
     with pytest.raises(ValueError, match="fitted by their longest side, not 'crop'"):
         task_of(sam, data)
+
+
+class Soft:
+    """Two images whose objects are probabilities; no box stands for the first object."""
+
+    name, labels, boxed = "soft", ("one", "two"), np.array([False, True])
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return self
+
+    def load(self):
+        y, x = np.mgrid[-1:1:64j, -1:1:64j].astype(np.float32)
+        near = np.stack([np.hypot(x - at, y) for at in (-0.5, 0.5)])
+        masks = np.clip(1.5 - 3 * near, 0, 1)
+        return (masks.sum(0)[..., None] * (200, 90, 40)).astype(np.uint8), masks
+
+
+def test_probabilities_are_targets(make_tiny_sam):
+    task = task_of(make_tiny_sam(64), Soft(), objects=2)
+    sample = task.sample(0, np.random.default_rng(0))
+    wanted = Soft().load()[1]
+    order = [int(np.isfinite(box).all()) for box in sample["boxes"]]  # the second has a box
+    assert sorted(order) == [0, 1]
+    np.testing.assert_allclose(sample["masks"], wanted[order], atol=1e-6)
+    for mask, (x, y) in zip(sample["masks"], sample["points"], strict=True):
+        assert mask[int(y), int(x)] > 0.5
+    objects = Objects.of(task.model, (4, 4), task.collate([sample]))
+    low_res = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(wanted[order]), 16)
+    torch.testing.assert_close(objects.targets, low_res)
+
+
+def test_probabilities_can_be_augmented(make_tiny_sam):
+    task = task_of(make_tiny_sam(64), Soft(), objects=2, augment="full")
+    masks = task.sample(0, np.random.default_rng(1))["masks"]
+    assert masks.dtype == np.float32 and ((masks > 0.1) & (masks < 0.9)).any()
+
+
+def test_no_box_where_none_may_be(make_tiny_sam, monkeypatch):
+    task = task_of(make_tiny_sam(64), Soft(), objects=2, box_share=1.0)
+    batch = task.collate([task.sample(0, np.random.default_rng(0))])
+    seen = {}
+
+    def learn(sam, features, objects, by_box, *rest):
+        seen[by_box] = objects.boxes
+        return {"total": torch.zeros(len(objects.rows))}
+
+    monkeypatch.setattr(segment, "_learn_one_kind", learn)
+    task.loss(task.model, batch, torch.Generator().manual_seed(0))
+    assert seen[False].isnan().all() and seen[True].isfinite().all()
+    assert len(seen[False]) == len(seen[True]) == 1
+
+
+def test_a_teacher_is_learnt_from_less_and_less(make_tiny_sam, data, tmp_path):
+    sam = make_tiny_sam(64, loadable=True)
+    own = [parameter.clone() for parameter in sam.image_encoder.parameters()]
+    maps = [torch.randn(1, 16, 4, 4), torch.randn(1, 5, 2, 2)]
+    choices = SegmentSettings(
+        "", augment="none", least_pixels=4, focal=0, dice=0, embedding=2.0, final_embedding=0.5
+    )
+    task = Segment(
+        sam,
+        data,
+        data,
+        choices,
+        lambda images: [one.expand(len(images), -1, -1, -1) for one in maps],
+    )
+    batch = task.collate([task.sample(i, np.random.default_rng(i)) for i in (0, 1)])
+
+    def loss_at(progress):
+        batch["progress"] = progress
+        return task.loss(task.model, batch, torch.Generator())
+
+    loss, metrics = loss_at(0.0)
+    assert loss.item() == pytest.approx(2 * metrics["embedding_distance"].item())
+    assert loss_at(1.0)[0].item() == pytest.approx(loss.item() / 2, rel=1e-5)
+    losses = learn(task, 30, 3e-3)
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    moved = [
+        not torch.equal(a, b) for a, b in zip(own, sam.image_encoder.parameters(), strict=True)
+    ]
+    assert any(moved)
+    change(task, focal=10.0, dice=1.0)  # masks and the teacher together
+    both, metrics = loss_at(0.0)
+    assert {"train_iou", "embedding_distance"} <= set(metrics) and both > loss_at(1.0)[0]
+    task.save(task.model, tmp_path / "sam.safetensors")
+    assert build_sam(tmp_path / "sam.safetensors").image_encoder.neck is not None
+    pickle.loads(pickle.dumps(replace_model(task)))
+
+
+def replace_model(task):
+    """As the loader hands a task to other processes: without its network."""
+    light = copy.copy(task)
+    light.model = torch.nn.Identity()
+    return light
+
+
+def test_an_onnx_file_teaches(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    value, tensor = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    nodes = [
+        onnx.helper.make_node("AveragePool", ["x"], [name], kernel_shape=[n, n], strides=[n, n])
+        for name, n in (("first", 16), ("second", 32))
+    ]
+    outputs = [value(name, tensor, ["n", 3, "h", "w"]) for name in ("first", "second")]
+    graph = onnx.helper.make_graph(nodes, "g", [value("x", tensor, ["n", 3, 64, 64])], outputs)
+    opset = [onnx.helper.make_opsetid("", 17)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
+    path = tmp_path / "teacher.onnx"
+    onnx.save(model, path)
+    images = torch.randn(2, 3, 64, 64)
+    first, second = open_maps(path)(images)
+    torch.testing.assert_close(first, torch.nn.functional.avg_pool2d(images, 16))
+    assert second.shape == (2, 3, 2, 2)
+    (tmp_path / "data").mkdir()
+    write_shapes(tmp_path / "data", 2)
+    with pytest.raises(ValueError, match="embedding must be above 0 where there is a teacher"):
+        SegmentSettings(str(tmp_path / "data"), teacher=str(path))
+    with pytest.raises(ValueError, match="embedding must be 0 without a teacher"):
+        make_task(SegmentSettings(str(tmp_path / "data"), embedding=1.0))

@@ -213,11 +213,13 @@ def accumulate_gradient(
     step: int,
     settings: TrainSettings,
     processes: Processes,
+    progress: float = 0.0,
 ) -> tuple[float, dict[str, float], list[tuple[list[Key], Batch]]]:
     """Compute the gradient of the mean loss over a step's samples, of all processes together.
 
     Each part counts by its number of samples, so parts of different sizes give the same mean as
-    one large batch. ``loss_of`` is a ``TaskLoss``, shared with the other processes. Gives the loss,
+    one large batch. ``loss_of`` is a ``TaskLoss``, shared with the other processes; the task reads
+    ``progress``, the part of the run's steps that is done, in its batch. Gives the loss,
     a mean over this process's samples times its part of all samples of the step; the metrics, means
     over its samples; and the parts: keys, and batch on the CPU.
     """
@@ -231,7 +233,8 @@ def accumulate_gradient(
         # the same in all processes, so that stochastic depth gives each as much to do
         seed = derived_seed(settings.seed, step, number, 0)
         with processes.gradient_sync(loss_of, is_last=number == len(keys) - 1):
-            loss, metrics = loss_of(_on(batch, processes.device, settings.channels_last), seed)
+            there = _on(batch, processes.device, settings.channels_last)
+            loss, metrics = loss_of({**there, "progress": progress}, seed)
             # the processes' gradients are averaged, hence their number
             (loss * (len(part) * processes.count / total)).backward()
         metrics = {**metrics, "loss": loss}
@@ -352,7 +355,13 @@ class _Run(Generic[Sample]):
         optim.set_learning_rates(self.optimiser, learning_rate)
         self.optimiser.zero_grad(set_to_none=True)
         loss, metrics, parts = accumulate_gradient(
-            self.task_loss, batches, self.order, step, self.settings, self.processes
+            self.task_loss,
+            batches,
+            self.order,
+            step,
+            self.settings,
+            self.processes,
+            step / self.steps,
         )
         norm = float(optim.clip_gradients(self.optimiser, self.settings.clip_norm))
         shared = torch.tensor(

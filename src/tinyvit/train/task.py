@@ -74,7 +74,8 @@ class Task(Protocol[Sample]):
 
         Args:
             model: The network to call, on the device of ``batch``.
-            batch: What ``collate`` gave, moved to the device.
+            batch: What ``collate`` gave, moved to the device; ``progress`` in it is the part of the
+                run's steps that is done, a float.
             generator: On the CPU, seeded by (seed, step, rank); the only source of random numbers.
 
         Returns:

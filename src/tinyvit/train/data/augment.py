@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from tinyvit.images.preprocess import FILTERS, normalise
 from tinyvit.train.settings import Range, SettingError, Settings, Strength
 
 RGB = NDArray[np.uint8]
-Masks = NDArray[np.bool_]
+Masks: TypeAlias = "NDArray[np.bool_] | NDArray[np.float32]"  # or probabilities in 0..1
 Size = tuple[int, int]
 _Part = Annotated[float, Range(0, 1)]
 
@@ -236,7 +236,7 @@ class MaskAugment(Settings):
     def _crop(self, masks: Masks, rng: np.random.Generator) -> tuple[slice, slice]:
         """A window that holds a random pixel of a random object."""
         sides = masks.shape[1:]
-        shown = [mask for mask in masks if mask.any()]
+        shown = [mask for mask in masks > 0.5 if mask.any()]
         if shown:
             places = np.flatnonzero(shown[rng.integers(len(shown))])
             centre = divmod(int(places[rng.integers(len(places))]), sides[1])
@@ -264,7 +264,7 @@ class MaskAugment(Settings):
 
 
 def fit_sample(image: RGB, masks: Masks, size: Size, part: float = 1.0) -> tuple[RGB, Masks]:
-    """Fit an image and its masks into a part of the model input: [h, w, 3], [N, h, w] bool."""
+    """Fit an image and its masks into a part of the model input: [h, w, 3], [N, h, w]."""
     height, width = image.shape[:2]
     scale = part * min(size[0] / height, size[1] / width)
     new_h, new_w = (
@@ -273,8 +273,9 @@ def fit_sample(image: RGB, masks: Masks, size: Size, part: float = 1.0) -> tuple
     )
     bilinear = Image.Resampling.BILINEAR
     pixels = np.array(Image.fromarray(np.ascontiguousarray(image)).resize((new_w, new_h), bilinear))
-    small = np.zeros((len(masks), new_h, new_w), np.bool_)
+    small = np.zeros((len(masks), new_h, new_w), masks.dtype)
     for target, mask in zip(small, masks, strict=True):
-        whole = Image.fromarray(mask.astype(np.uint8) * np.uint8(255))
-        target[...] = np.asarray(whole.resize((new_w, new_h), bilinear)) > 127  # half is covered
+        whole = Image.fromarray(mask if mask.dtype == np.float32 else mask.astype(np.uint8) * 255)
+        resized = np.asarray(whole.resize((new_w, new_h), bilinear))
+        target[...] = resized if mask.dtype == np.float32 else resized > 127  # half is covered
     return pixels, small

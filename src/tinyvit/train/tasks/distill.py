@@ -255,7 +255,7 @@ make_features_task = DistillFeatures
 
 
 def _spec_of(student: TinyViT, teacher: ImageSpec) -> ImageSpec:
-    """How the student's images are prepared: as the teacher's, at a size of its own."""
+    """How the student's images are prepared: as the teacher's, at size, mean and std of its own."""
     own = student.image_spec
     if own is None:
         size = student.img_size
@@ -263,10 +263,10 @@ def _spec_of(student: TinyViT, teacher: ImageSpec) -> ImageSpec:
         student.image_spec = own
     if own.resize == "longest_side":
         own = replace(own, pad=True)
-    if replace(own, size=teacher.size) != teacher:
+    if replace(own, size=teacher.size, mean=teacher.mean, std=teacher.std) != teacher:
         raise ValueError(
-            f"teacher and student must prepare images alike, but for the size; the teacher has "
-            f"{teacher}, the student {own}. Set student.image_spec"
+            "teacher and student must prepare images alike, but for size, mean and std; the "
+            f"teacher has {teacher}, the student {own}. Set student.image_spec"
         )
     (a, b), (c, d) = own.size, teacher.size
     if a * d != b * c:

@@ -108,8 +108,9 @@ def fit_grid(features: Tensor, grid: tuple[int, int]) -> Tensor:
 def feature_loss(student: Tensor, teacher: Tensor, kind: FeatureLoss = "mse") -> Tensor:
     """Mean distance of two maps [N, C, h, w], a scalar in float32.
 
-    "mse" is the mean square over all numbers, "huber" the same but linear beyond 1, "cosine" 1
-    minus the cosine of the channel vectors, mean over the cells.
+    "mse" is the mean square over all numbers, "huber" the same but linear beyond 1, "whitened" the
+    mean square in units of each channel's variance in the teacher's maps, so that no loud channel
+    drowns the others; "cosine" 1 minus the cosine of the channel vectors, mean over the cells.
     """
     if student.shape != teacher.shape:
         raise ValueError(
@@ -119,6 +120,9 @@ def feature_loss(student: Tensor, teacher: Tensor, kind: FeatureLoss = "mse") ->
     student, teacher = student.float(), teacher.float()
     if kind == "mse":
         return F.mse_loss(student, teacher)
+    if kind == "whitened":
+        spread = teacher.var((0, 2, 3), correction=0, keepdim=True)
+        return ((student - teacher).square() / (spread + 1e-6 * spread.mean() + 1e-12)).mean()
     if kind == "huber":
         return F.smooth_l1_loss(student, teacher)
     if kind == "cosine":

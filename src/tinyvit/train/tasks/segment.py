@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -41,10 +41,30 @@ from tinyvit.train.data.masks import MaskSet, open_mask_set
 from tinyvit.train.settings import SettingError
 from tinyvit.train.task import Batch, Goal, stack_samples
 
-from .losses import prompt_losses
+from .losses import feature_loss, fit_grid, prompt_losses
 from .settings import SegmentSettings
+from .teachers import open_maps
 
 _SAME = "is trained and validated on, so the metrics say nothing about others"
+
+
+Maps = Callable[[Tensor], Sequence[Tensor]]
+"""A teacher: normalised images [B, 3, H, W] -> its embedding, and other maps, [B, C, h, w] each."""
+
+
+class MaskedImage(Protocol):
+    """An image to train on, such as a ``MaskSample``.
+
+    Masks may be probabilities, which are then the targets; above a half is the object. It may have
+    an attribute ``boxed``, [N] bool: which of its objects may be prompted by a box.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    def load(self) -> tuple[RGB, Masks]:
+        """(RGB [H, W, 3] uint8, masks [N, H, W], bool or float32 in 0..1)."""
+        ...
 
 
 class MaskSamples(Protocol):
@@ -52,7 +72,7 @@ class MaskSamples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> LabelledImage: ...
+    def __getitem__(self, index: int, /) -> MaskedImage: ...
 
 
 @dataclass
@@ -63,6 +83,7 @@ class Segment:
     data: MaskSamples  # what is trained on
     val: Iterable[LabelledImage]  # what is validated on
     settings: SegmentSettings  # all but the places of data and weights
+    teacher: Maps | None = None  # what the embedding is to resemble
     # reason by name of each unreadable image met so far, in this process
     broken: dict[str, str] = field(default_factory=dict)
     name: str = "segment"
@@ -77,6 +98,12 @@ class Segment:
         self.spec = replace(spec, pad=True)
         self.augment = MaskAugment() if self.settings.augment == "full" else None
         self._kept: dict[int, Tensor] = {}
+        if self.settings.embedding:
+            if self.teacher is None:
+                wanted = "0 without a teacher, whose embedding is learnt"
+                raise SettingError("embedding", wanted, self.settings.embedding)
+            self.model = Taught(cast(Sam, self.model), self.teacher, self.spec.size)
+        self.teacher = None  # the model has it; samples are made without
 
     def __len__(self) -> int:
         """Training images in an epoch."""
@@ -86,50 +113,71 @@ class Segment:
         """One image and some of its objects; those of an image with few come again.
 
         ``images`` [3, H, W] normalised and padded, ``sizes`` (height, width) of the image in it,
-        ``masks`` [K, H, W] bool, ``points`` [K, 2] a first click for each object, ``boxes`` [K, 4],
-        ``index`` which image, ``broken`` reasons by name.
+        ``masks`` [K, H, W] bool or float32, ``points`` [K, 2] a first click for each object,
+        ``boxes`` [K, 4], NaN where no box may be, ``index`` which image, ``broken`` reasons by
+        name.
         """
         data, on_broken = self.data, self.settings.on_broken
         load, name_of = partial(self._fitted, rng=rng), lambda i: data[i].name
-        index, (image, masks), broken = read_good(load, index, name_of, len(data), rng, on_broken)
-        areas = masks.sum((1, 2))
+        index, (image, masks, boxed), broken = read_good(
+            load, index, name_of, len(data), rng, on_broken
+        )
+        areas = (masks > 0.5).sum((1, 2))
         good = np.flatnonzero(areas >= min(self.settings.least_pixels, int(areas.max())))
-        chosen = masks[np.resize(rng.permutation(good), self.settings.objects)]
+        order = np.resize(rng.permutation(good), self.settings.objects)
+        chosen = masks[order]
         height, width = image.shape[:2]
-        padded = np.zeros((len(chosen), *self.spec.size), np.bool_)
+        padded = np.zeros((len(chosen), *self.spec.size), masks.dtype)
         padded[:, :height, :width] = chosen
+        points = np.array([first_click(mask > 0.5, rng) for mask in chosen], np.float32)
+        boxes = np.array([noisy_box(mask > 0.5, rng) for mask in chosen], np.float32)
         return {
             "index": index,
             "broken": broken,
             "images": normalise_and_pad(torch.from_numpy(image).permute(2, 0, 1), self.spec)[0],
             "sizes": (height, width),
             "masks": padded,
-            "points": np.array([first_click(mask, rng) for mask in chosen], np.float32),
-            "boxes": np.array([noisy_box(mask, rng) for mask in chosen], np.float32),
+            "points": points,
+            "boxes": np.where(boxed[order, None], boxes, np.float32(np.nan)),
         }
 
-    def _fitted(self, index: int, rng: np.random.Generator) -> tuple[RGB, Masks]:
-        """An image in the model input with at least one object that is large enough."""
-        image, masks = self.data[index].load()
+    def _fitted(self, index: int, rng: np.random.Generator) -> tuple[RGB, Masks, Mask]:
+        """An image in the model input with at least one large object; which may have a box."""
+        one = self.data[index]
+        image, masks = one.load()
+        boxed: Mask = getattr(one, "boxed", np.ones(len(masks), np.bool_))
         if self.augment is not None:
             fitted = self.augment(image, masks, self.spec.size, rng)
-            if (fitted[1].sum((1, 2)) >= self.settings.least_pixels).any():
-                return fitted
+            if ((fitted[1] > 0.5).sum((1, 2)) >= self.settings.least_pixels).any():
+                return *fitted, boxed
         fitted = fit_sample(image, masks, self.spec.size)
-        if not fitted[1].any():
+        if not (fitted[1] > 0.5).any():
             height, width = self.spec.size
             raise ValueError(f"all its objects vanish at {width} x {height} pixels")
-        return fitted
+        return *fitted, boxed
 
     collate = staticmethod(stack_samples)
 
     def loss(
         self, model: nn.Module, batch: Batch, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Focal, dice and IoU loss of every object's last prediction."""
+        """Losses of every object's last prediction, and the distance from the teacher."""
         self.broken.update(cast("dict[str, str]", batch.get("broken", {})))
-        sam = cast(Sam, model)
-        features = self._features(sam, batch)
+        settings, sam = self.settings, sam_of(model)
+        if not settings.embedding:
+            return self._mask_loss(sam, self._features(sam, batch), batch, generator)
+        features, distance = cast(Taught, model).compare(batch["images"])
+        done = float(batch.get("progress", 0.0))
+        weight = settings.embedding * (1 - done * (1 - settings.final_embedding))
+        metrics = {"embedding_distance": distance.detach()}
+        if not settings.focal + settings.dice:
+            return weight * distance, metrics
+        loss, of_masks = self._mask_loss(sam, features, batch, generator)
+        return loss + weight * distance, {**of_masks, **metrics}
+
+    def _mask_loss(
+        self, sam: Sam, features: Tensor, batch: Batch, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         grid = int(features.shape[2]), int(features.shape[3])
         objects = Objects.of(sam, grid, batch)
         found = prompt_and_learn(sam, features, objects, self.settings, generator)
@@ -161,7 +209,7 @@ class Segment:
         settings = EvaluateSettings(
             (1, 3), most_clicks=3, with_baselines=False, most_masks=self.settings.val_masks
         )
-        report = evaluate_segment(SamPredictor(cast(Sam, model), fast=False), self.val, settings)
+        report = evaluate_segment(SamPredictor(sam_of(model), fast=False), self.val, settings)
         if report.skipped and self.settings.on_broken == "error":
             raise ImageError(report.skipped[0])
         self.broken.update({text.partition(":")[0]: text for text in report.skipped})
@@ -172,9 +220,47 @@ class Segment:
 
     def save(self, model: nn.Module, path: Path) -> None:
         """Write the whole model under the names of segment-anything."""
-        if not isinstance(model, Sam):
-            raise TypeError(f"wanted a Sam to save, got {type(model).__name__}")
-        save_sam(model, path)
+        save_sam(sam_of(model), path)
+
+
+class Taught(nn.Module):
+    """A Sam that is compared with a teacher, and a 1x1 convolution for each further map of it."""
+
+    def __init__(self, sam: Sam, teacher: Maps, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.sam, encoder = sam, sam.image_encoder
+        self._teacher = (teacher,)  # in a tuple, since it is no part of what is trained
+        _, *others = self._wanted(torch.zeros(1, 3, *size))
+        if others and encoder.neck is None:
+            raise ValueError("a teacher's further maps are compared before the neck; there is none")
+        own = encoder.embed_dims[-1]
+        self.heads = nn.ModuleList(nn.Conv2d(own, one.shape[1], 1) for one in others)
+
+    def _wanted(self, images: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return [one.to(images.device) for one in self._teacher[0](images)]
+
+    def compare(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(embedding, its distance from the teacher's plus those of the other maps, a scalar)."""
+        encoder, (wanted, *others) = self.sam.image_encoder, self._wanted(images)
+        last = encoder.forward_backbone(images)
+        found: Tensor = last if encoder.neck is None else encoder.neck(last)
+        distance = feature_loss(found, fit_grid(wanted, _size(found)), "whitened")
+        for head, other in zip(self.heads, others, strict=True):
+            distance = distance + feature_loss(head(last), fit_grid(other, _size(last)), "cosine")
+        return found, distance
+
+
+def sam_of(model: nn.Module) -> Sam:
+    """The Sam that a task trains, without what is beside it; TypeError where there is none."""
+    sam = model.sam if isinstance(model, Taught) else model
+    if not isinstance(sam, Sam):
+        raise TypeError(f"wanted a Sam, got {type(sam).__name__}")
+    return sam
+
+
+def _size(features: Tensor) -> tuple[int, int]:
+    return features.shape[-2], features.shape[-1]
 
 
 def save_sam(model: Sam, path: str | os.PathLike[str]) -> Path:
@@ -191,7 +277,8 @@ def make_task(settings: SegmentSettings) -> Segment:
         torch.manual_seed(settings.seed)
         sam = build_sam(settings.checkpoint, settings.model, img_size=settings.img_size)
     check_trainable(sam)
-    return Segment(sam, data, val, settings)
+    teacher = open_maps(settings.teacher) if settings.teacher else None
+    return Segment(sam, data, val, settings, teacher)
 
 
 def _open(settings: SegmentSettings) -> tuple[MaskSet, MaskSet]:
@@ -294,8 +381,9 @@ class Objects(NamedTuple):
     def of(cls, sam: Sam, grid: tuple[int, int], samples: Batch) -> Objects:
         """Objects of samples as ``Segment`` makes them, whose embeddings have this grid.
 
-        ``masks`` are [B, K, H, W] in the model input, ``sizes`` [B, 2] (height, width) of each
-        image in it without padding, ``points`` [B, K, 2] and ``boxes`` [B, K, 4].
+        ``masks`` are [B, K, H, W] in the model input, bool or in 0..1, ``sizes`` [B, 2] (height,
+        width) of each image in it without padding, ``points`` [B, K, 2] and ``boxes`` [B, K, 4],
+        NaN for objects that no box may stand for.
         """
         masks, sizes = samples["masks"], samples["sizes"]
         batch, count, height, width = masks.shape
@@ -337,6 +425,7 @@ def prompt_and_learn(
     if torch.rand((), generator=generator).item() < settings.corrective_share:
         corrections = 1 + steps % settings.most_corrections
     by_box = torch.rand(len(objects.rows), generator=generator) < settings.box_share
+    by_box &= objects.boxes.isfinite().all(1).cpu()
     found = []
     for chosen, kind in ((~by_box, False), (by_box, True)):
         if chosen.any():

@@ -22,7 +22,7 @@ from tinyvit.train.settings import (
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-FeatureLoss: TypeAlias = Literal["mse", "huber", "cosine"]
+FeatureLoss: TypeAlias = Literal["mse", "huber", "whitened", "cosine"]
 
 _DATA, _START, _TASK = Group("Data"), Group("What it starts from"), Group("What is learnt")
 
@@ -115,7 +115,8 @@ class DistillFeaturesSettings(Settings):
     """The settings of distillation of features.
 
     Attributes:
-        loss: Distance of the maps; mse is MobileSAM's.
+        loss: Distance of the maps; mse is MobileSAM's, whitened counts each channel by its
+            variance.
         held_out: What is validated on and not trained on: a part of the images, or the name of a
             folder below the images' (best where images resemble each other).
         split_seed: Seed of the choice of what is held out; an image stays on its side when others
@@ -189,6 +190,12 @@ class SegmentSettings(Settings):
         focal: Weight of the focal loss.
         dice: Weight of the dice loss.
         iou: Weight of the predicted IoU's error.
+        teacher: What the embedding is to resemble: a name or file of a SAM or its encoder, or an
+            ONNX file that takes the same input and gives an embedding, and after it any maps.
+        embedding: Weight of the distance from the teacher's embedding, each channel by its
+            variance, plus 1 minus the cosine of the other maps; 0 for none.
+        final_embedding: The weight of the last step, as a part of the first; it falls in a straight
+            line.
         cached_features: Images whose embeddings are kept in memory, where the encoder is not
             trained and images are not changed (augment none); 0 keeps none.
         on_broken: What cannot be read is named and skipped, or ends the run.
@@ -214,6 +221,9 @@ class SegmentSettings(Settings):
     focal: _Weight = 10.0
     dice: _Weight = 1.0
     iou: _Weight = 1.0
+    teacher: _Weights = None
+    embedding: _Weight = 0.0
+    final_embedding: _Share = 1.0
     cached_features: Annotated[int, Range(0), _TASK] = 0
     on_broken: _OnBroken = "skip"
     val_masks: Annotated[int, Range(1), _DATA] = 200
@@ -221,8 +231,10 @@ class SegmentSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.focal + self.dice:
-            raise SettingError("focal", "above 0 where dice is 0", self.focal)
+        if not self.focal + self.dice + self.embedding:
+            raise SettingError("focal", "above 0 where dice and embedding are 0", self.focal)
+        if self.teacher and not self.embedding:
+            raise SettingError("embedding", "above 0 where there is a teacher", self.embedding)
         if self.cached_features and self.augment != "none":
             wanted = "0 without augment='none', since embeddings are kept of unchanged images"
             raise SettingError("cached_features", wanted, self.cached_features)

@@ -105,6 +105,25 @@ def open_teacher(
     return Teacher(TorchBackend(model, place), spec, name, sha256)
 
 
+def open_maps(source: str | os.PathLike[str]) -> Callable[[Tensor], list[Tensor]]:
+    """What ``source`` makes of images [N, 3, H, W] that are normalised for the student.
+
+    A checkpoint gives its embedding, an ``.onnx`` file each of its outputs, [N, C, h, w] on the
+    CPU; an ONNX file that is normalised otherwise has to do that itself.
+    """
+    if not os.fspath(source).lower().endswith(".onnx"):
+        teacher = open_teacher(source)
+        return lambda images: [teacher(images)]
+    graph = OnnxGraph(source)
+    (name,) = graph.inputs
+
+    def compute(images: Tensor) -> list[Tensor]:
+        pixels = np.ascontiguousarray(images.float().cpu().numpy())
+        return [torch.from_numpy(found) for found in graph.run({name: pixels}).values()]
+
+    return compute
+
+
 def module_teacher(
     module: nn.Module,
     image_spec: ImageSpec,
