@@ -41,6 +41,7 @@ from tinyvit.checkpoints.files import (
 )
 from tinyvit.checkpoints.open import (
     OpenedCheckpoint,
+    check_encoder,
     find_checkpoint,
     is_sam_folder,
     misfits,
@@ -61,6 +62,7 @@ CONFIG, WEIGHTS, FOLDER_FORMAT = "config.json", "model.safetensors", 1
 
 
 _PARTS_OF_TINYVIT = ("trunk", "head", "neck")
+_OF_HEAD = ("norm_head.", "head.")
 _FRESH_HEAD = ("head.weight", "head.bias")
 _OF_TIMM = {  # arguments of timm.create_model that are none here -> what to do instead
     "pretrained": "name weights instead of a size, such as 'tiny_vit_5m_224.dist_in22k_ft_in1k' "
@@ -508,6 +510,7 @@ class StoredModel:
         heads: A SAM's prompt encoder and mask decoder, under its names; empty without them.
         path: The file.
         family: Whose key names it has.
+        classes: Names of the head's classes; empty where the file does not say.
     """
 
     arguments: Mapping[str, Any]
@@ -517,19 +520,38 @@ class StoredModel:
     heads: Mapping[str, NDArray[Any]]
     path: Path
     family: str
+    classes: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the classification head; 0 without one."""
+        return len(self.tensors.get("head.weight", ()))
+
+    def without_head(self) -> StoredModel:
+        """The same, without a classification head."""
+        kept = {key: x for key, x in self.tensors.items() if not key.startswith(_OF_HEAD)}
+        return replace(self, arguments={**self.arguments, "head": False}, tensors=kept, classes=())
 
     def state_dict(self) -> Mapping[str, NDArray[Any]]:
         """The tensors."""
         return self.tensors
 
 
+def arguments_of(model: TinyViT | StoredModel) -> Mapping[str, Any]:
+    """The constructor arguments of a model."""
+    return model.arguments if isinstance(model, StoredModel) else model.arguments()
+
+
 def open_stored(
-    source: str | os.PathLike[str], img_size: int | None = None, progress: Progress | None = None
+    source: str | os.PathLike[str],
+    img_size: int | None = None,
+    progress: Progress | None = None,
+    name: str | None = None,
 ) -> StoredModel:
     """The model of a checkpoint's name, a safetensors file or a folder; torch is not loaded.
 
-    Sizes are read off the tensors, but not compared with a network's: who runs it does that.
-    ``img_size``, ``progress`` and errors are ``create_model``'s.
+    A variant ``name`` must be that of the file. ``img_size``, ``progress`` and errors are
+    ``create_model``'s; a SAM's heads are compared with a network by who runs them.
     """
     folder = Path(source)
     config: dict[str, Any] = {}
@@ -540,8 +562,7 @@ def open_stored(
     arrays, header = read_arrays(path)
     check_finite(arrays, path)
     found = detect(arrays, path.name, header, compare=False)
-    if not found.has_encoder:
-        raise CheckpointError(f"{path} holds no image encoder ({found.family})")
+    check_encoder(found, path)
     tensors = to_canonical(arrays, found.family)
     parts = group_by_part(tensors)
     kept = (keys for part, keys in parts.items() if part in _PARTS_OF_TINYVIT)
@@ -549,11 +570,17 @@ def open_stored(
     for key in [key for key in own if key.endswith(".running_var")]:  # some files have no counters
         own.setdefault(key.replace("running_var", "num_batches_tracked"), np.zeros((), np.int64))
     heads = {key: value for key, value in tensors.items() if key.partition(".")[0] in HEADS}
-    rest = heads, path, found.family
+    classes = tuple(map(str, config.get("classes") or classes_in(header, path) or ()))
+    if len(classes) != len(own.get("head.weight", ())):
+        classes = ()
+    rest = heads, path, found.family, classes
     if "arguments" in config:
         image_spec, thresholds = _image_spec_and_thresholds(config)
         return StoredModel(config["arguments"], own, image_spec, thresholds, *rest)
     variant = _choose_variant(None, row, found)
+    if name is not None and get_variant(name) != variant:
+        itself = "no known variant" if variant is None else variant.name
+        raise CheckpointError(f"{path} is {itself} and not {name}, and torch would have to fit it")
     arguments = {**_arguments(variant, found), "head": found.has_head}
     image_spec = _image_spec(image_spec_in(header, path), variant, row, found, img_size)
     thresholds = {**(row.thresholds if row else {}), **thresholds_in(header, path)}

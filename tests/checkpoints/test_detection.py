@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tinyvit.checkpoints.detection import (
 )
 from tinyvit.checkpoints.families import part_of
 from tinyvit.errors import CheckpointError
+from tinyvit.modules import TinyViT
 
 
 def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
@@ -66,6 +68,15 @@ def test_sizes_survive_being_written_as_shapes(sizes: Architecture) -> None:
     assert found.embed_dims == sizes.embed_dims
     assert found.num_heads[1:] == sizes.num_heads[1:]
     assert found.window_sizes[1:] == sizes.window_sizes[1:]
+
+
+@given(architectures(), st.sampled_from([None, 5]))
+def test_shapes_are_the_networks_own(sizes: Architecture, neck_size: int | None) -> None:
+    sizes = replace(sizes, neck_size=neck_size)
+    with torch.device("meta"):
+        model = TinyViT(**sizes.arguments(), strides=(2,) * (len(sizes.depths) - 1))
+    own = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    assert list(encoder_shapes(sizes).items()) == list(own.items())
 
 
 @given(st.data())
@@ -116,6 +127,8 @@ def test_sizes_of_no_network_are_named() -> None:
     odd = Architecture(**{**vars(SMALL), "num_heads": (1, 3, 2, 4)})
     with pytest.raises(CheckpointError, match="make no TinyViT: num_heads must divide dim"):
         encoder_shapes(odd)
+    with pytest.raises(CheckpointError, match="make no TinyViT: local_conv_size must be odd"):
+        encoder_shapes(replace(SMALL, local_conv_size=4))
 
 
 def test_shapes_cost_no_memory_and_no_compiler() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,8 +16,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 import tinyvit
+from tinyvit.checkpoints.files import header_for, write_state_dict
+from tinyvit.cli.main import main
 from tinyvit.errors import CheckpointError, MissingExtraError
 from tinyvit.factory import open_stored
 from tinyvit.image_spec import ImageSpec
@@ -207,7 +213,9 @@ def test_a_file_that_makes_no_network(tmp_path: Path) -> None:
     tensors = dict(open_stored(starter()).tensors)
     del tensors["layers.1.blocks.0.attn.qkv.bias"]
     save_file(tensors, tmp_path / "short.safetensors")
-    stored = open_stored(tmp_path / "short.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 missing: layers\.1\.blocks\.0\.attn\.qkv\.bias"):
+        open_stored(tmp_path / "short.safetensors")
+    stored = replace(open_stored(starter()), tensors=tensors)
     with pytest.raises(CheckpointError, match=r"blocks\.0\.attn\.qkv\.bias' is missing"):
         NativeBackend(stored)
     with pytest.raises(CheckpointError, match="no such file"):
@@ -226,7 +234,7 @@ def test_masks_of_a_segmenter() -> None:
     assert np.abs(ours.low_res_logits[0] - theirs.low_res_logits[0]).max() < 1e-2
 
 
-WITHOUT_TORCH = """
+BLOCKED = """
 import sys
 import importlib.util
 class Blocked:
@@ -236,6 +244,10 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "torch" else find(name, *a)
+"""
+
+WITHOUT_TORCH = """
+import sys
 import numpy as np, tinyvit
 for backend in ("native", "auto"):
     engine = tinyvit.Engine("tinyvit_starter", backend=backend)
@@ -276,10 +288,101 @@ assert not [name for name in sys.modules if name.startswith("torch.")]
 def test_torch_is_not_needed(tmp_path: Path) -> None:
     photo, out = tmp_path / "photo.png", tmp_path / "out"
     Image.fromarray(np.full((90, 120, 3), 99, np.uint8)).save(photo)
-    subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(photo), str(out)], check=True)
+    code = BLOCKED + WITHOUT_TORCH
+    subprocess.run([sys.executable, "-c", code, str(photo), str(out)], check=True)
     assert sorted(path.name for path in out.iterdir()) == [
         f"photo.{end}" for end in ("json", "mask-1.png", "overlay.png")
     ]
+
+
+@pytest.fixture
+def without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """``without_torch("encode", ...)``: what a command prints that has no torch in any process."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(BLOCKED)
+    places = [str(tmp_path / "site"), str(Path(tinyvit.__file__).parents[1])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(places))
+
+    def run(*words: object) -> str:
+        command = [sys.executable, "-m", "tinyvit", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["starter", "classifier"])
+def test_encode_without_torch(
+    name: str, tmp_path: Path, make_tiny_vit: MakeModel, without_torch: Callable[..., str]
+) -> None:
+    photo = tmp_path / "photo.png"
+    pixels = np.random.default_rng(1).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(photo)
+    file, more = starter(), ()
+    if name == "classifier":
+        file, more = write_classifier(tmp_path, make_tiny_vit), ("--size", 64)
+    words = ("encode", photo, "--checkpoint", file, *more, "-o")
+    without_torch(*words, tmp_path / "native")
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in (*words, tmp_path / "torch", "--backend", "torch", "-q")])
+    assert not end.value.code
+    found = {}
+    for folder in ("native", "torch"):
+        assert (tmp_path / folder / "photo.png").is_file()
+        with safe_open(tmp_path / folder / "photo.safetensors", framework="numpy") as stored:
+            found[folder] = stored.get_tensor("features"), stored.metadata()
+    (ours, about), (theirs, about_theirs) = found["native"], found["torch"]
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * abs(theirs).max())
+    assert about == about_theirs
+
+
+@needs_library
+def test_classify_without_torch(
+    tmp_path: Path, make_tiny_vit: MakeModel, without_torch: Callable[..., str]
+) -> None:
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.full((90, 120, 3), 99, np.uint8)).save(photo)
+    file = write_classifier(tmp_path, make_tiny_vit)
+    found = json.loads(without_torch("classify", photo, "--checkpoint", file, "--json"))
+    top = found["pictures"][0]["top"]
+    logits = Engine(tinyvit.create_model(checkpoint=file), backend="torch").classify(photo)[0]
+    shares = logits.softmax(0)
+    assert [row["class"] for row in top] == shares.argsort(descending=True).tolist()
+    assert [row["label"] for row in top] == [CLASSES[row["class"]] for row in top]
+    for row in top:
+        assert row["probability"] == pytest.approx(float(shares[row["class"]]), abs=1e-5)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("words", "gflop"),
+    [
+        (("--model", "tiny_vit_2m_sam"), 2 * 0.83 / 16),
+        (("--checkpoint", "tinyvit_starter", "--precision", "bf16"), 2 * 0.83 / 16),
+    ],
+)
+def test_bench_without_torch(
+    words: tuple[str, ...], gflop: float, without_torch: Callable[..., str]
+) -> None:
+    how = ("--size", 64, "--repeats", 1, "--threads", 1, "--json")
+    [result] = json.loads(without_torch("bench", *words, *how))["results"]
+    assert result["backend"] == "native" and "1 threads" in result["chose"]
+    assert (result["size"], result["threads"], result["gflop"]) == ([64, 64], 1, gflop)
+    assert result["first_result_s"] > 0 and result["peak_memory"] < 200e6
+    is_exact = "bf16" not in words
+    assert (result["share"] is not None) is (result["matmul_gflops"] is not None) is is_exact
+
+
+def write_classifier(folder: Path, make_tiny_vit: MakeModel) -> Path:
+    model = make_tiny_vit(neck_dim=None, strides=(2, 2, 2))
+    header = header_for("tinyvit", model.strides, classes=CLASSES)
+    write_state_dict(folder / "classifier.safetensors", model.state_dict(), metadata=header)
+    return folder / "classifier.safetensors"
+
+
+CLASSES = ("ant", "bee", "cat", "dog", "elk")
 
 
 @needs_library

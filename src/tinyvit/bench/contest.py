@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tinyvit.errors import TinyViTError
+from tinyvit.errors import MissingExtraError, TinyViTError
 
 from .machine import Spread
 from .workers import Turn, Worker, take_turns
@@ -49,8 +49,9 @@ class Result:
     rounds: tuple[float, ...]  # seconds of a call in each round
     images_per_s: float  # at the median
     gflops: float  # 1e9 operations a second at the median
-    matmul_gflops: float  # the same of a large matrix product at this precision, in this run
-    share: float  # of that rate, taken round by round; the median
+    # the same of a large matrix product at this precision, in this run; None where none was had
+    matmul_gflops: float | None
+    share: float | None  # of that rate, taken round by round; the median
     page_faults: float | None  # for each call, the median; None where nobody counts them
     peak_memory: int | None  # largest resident size of the process in bytes, or None
     first_result_s: float  # from the start of the process to the first result
@@ -95,7 +96,8 @@ def measure(
         products: dict[tuple[object, ...], Worker] = {}
         for kind in dict.fromkeys(map(_kind, runners)):
             spec = {"matmul": matmul_side, **dict(zip(_KIND, kind, strict=True))}
-            products[kind] = stack.enter_context(Worker(_WORKER, spec))
+            with suppress(MissingExtraError):  # bf16 without torch
+                products[kind] = stack.enter_context(Worker(_WORKER, spec))
         workers = [*runners, *products.values()]
         turns = take_turns(workers, rounds, least_seconds=least_seconds, progress=progress)
         turns_of = dict(zip(workers, turns, strict=True))
@@ -105,7 +107,8 @@ def measure(
                 results.append(entry)
                 continue
             runner, first = entry
-            seconds = [turn.seconds for turn in turns_of[products[_kind(runner)]]]
+            product = products.get(_kind(runner))
+            seconds = [turn.seconds for turn in turns_of[product]] if product is not None else []
             rates = [2e-9 * matmul_side**3 / one for one in seconds]
             results.append(_result(contestant, runner.facts, turns_of[runner], rates, first))
         return results
@@ -141,7 +144,7 @@ def _result(
 ) -> Result:
     rounds = tuple(turn.seconds for turn in turns)
     seconds, work = Spread.of(rounds), facts["gflop"] * contestant.batch
-    shares = [work / s / rate for s, rate in zip(rounds, matmul_rates, strict=True)]
+    shares = [work / s / rate for s, rate in zip(rounds, matmul_rates, strict=False)]
     faults = [turn.page_faults for turn in turns if turn.page_faults is not None]
     return Result(
         contestant=contestant,
@@ -151,8 +154,8 @@ def _result(
         rounds=rounds,
         images_per_s=contestant.batch / seconds.median,
         gflops=work / seconds.median,
-        matmul_gflops=statistics.median(matmul_rates),
-        share=statistics.median(shares),
+        matmul_gflops=statistics.median(matmul_rates) if matmul_rates else None,
+        share=statistics.median(shares) if shares else None,
         page_faults=statistics.median(faults) if faults else None,
         peak_memory=turns[-1].peak_memory,
         first_result_s=first_result_s,

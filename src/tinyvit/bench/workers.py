@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -16,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,15 +25,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinyvit import errors
-from tinyvit.catalog import get_checkpoint, get_variant, list_checkpoints
-from tinyvit.inference.bundle import is_exported
+from tinyvit.catalog import find_variant, get_checkpoint, get_variant, list_checkpoints
+from tinyvit.checkpoints.detection import Architecture, encoder_shapes
+from tinyvit.checkpoints.families import part_of
+from tinyvit.inference.bundle import ExportedEncoder, engine_for, is_exported
 
 from .machine import minor_faults, peak_memory
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
     from typing_extensions import Self
 
+    from tinyvit.factory import StoredModel
     from tinyvit.modules import TinyViT
 
 
@@ -51,37 +56,53 @@ def make(spec: Mapping[str, Any]) -> tuple[Call, dict[str, object]]:
     A matrix product has {"matmul": side, "precision", "device", "threads"}. Facts are precision,
     device, threads and, for a TinyViT, chose, backend, size, gflop, invented_s.
     """
-    if (threads := spec["threads"]) is not None:
-        if threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
-        if find_spec("torch") is not None:
-            import torch
-
-            torch.set_num_threads(threads)  # other backends are told by the engine
+    if (threads := spec["threads"]) is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
     if "matmul" in spec:
-        return _make_matmul(spec["matmul"], spec["precision"], spec["device"])
+        return _make_matmul(spec["matmul"], spec["precision"], spec["device"], threads)
     if is_exported(spec["checkpoint"]):
-        return _make_exported(spec)
+        return _make_on_arrays(spec, spec["checkpoint"])
+    if engine_for(spec["checkpoint"], spec["backend"], spec["device"]) == "native":
+        start = time.perf_counter()
+        try:
+            stored = _open_stored(spec)
+        except errors.CheckpointError:  # torch may read it, or say more of what is wrong
+            if find_spec("torch") is None:
+                raise
+        else:
+            invented = time.perf_counter() - start if spec["checkpoint"] is None else 0.0
+            return _make_on_arrays(spec, stored, invented)
     return _make_tiny_vit(spec)
 
 
+def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, NDArray[Any]]:
+    """Random tensors of a TinyViT, its batch statistics too; values stay of order one."""
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, NDArray[Any]] = {}
+    for name, shape in shapes.items():
+        noise = rng.standard_normal(shape, np.float32)
+        if name.endswith("num_batches_tracked"):
+            noise = np.zeros(shape, np.int64)
+        elif name.endswith("running_var"):
+            noise = 0.5 + abs(noise)
+        elif name.endswith(("running_mean", "bias")):
+            noise *= 0.2
+        elif len(shape) == 1:  # weight of a norm
+            noise = 1 + 0.2 * noise
+        elif not name.endswith("attention_biases"):
+            noise *= math.prod(shape[1:]) ** -0.5
+        tensors[name] = noise
+    return tensors
+
+
 def fill_randomly(model: TinyViT, seed: int = 0) -> None:
-    """Make every tensor of a model random, its batch statistics too; values stay of order one."""
+    """Give every tensor of a model the values of ``random_tensors``."""
     import torch
 
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            noise = torch.randn(tensor.shape, generator=generator)
-            if name.endswith("running_var"):
-                noise = 0.5 + noise.abs()
-            elif name.endswith(("running_mean", "bias")):
-                noise = 0.2 * noise
-            elif tensor.ndim == 1:  # weight of a norm
-                noise = 1 + 0.2 * noise
-            elif not name.endswith("attention_biases"):
-                noise = noise * tensor[0].numel() ** -0.5
-            tensor.copy_(noise)
+    own = model.state_dict()
+    found = random_tensors({name: tuple(tensor.shape) for name, tensor in own.items()}, seed)
+    for name, tensor in own.items():
+        tensor.copy_(torch.from_numpy(found[name]))
 
 
 def count_gflop(model: TinyViT, size: tuple[int, int], name: str | None = None) -> float:
@@ -106,6 +127,8 @@ def _make_tiny_vit(spec: Mapping[str, Any]) -> tuple[Callable[[], Tensor], dict[
     from tinyvit.factory import create_model
     from tinyvit.inference.engine import Engine
 
+    if spec["threads"] is not None:
+        torch.set_num_threads(spec["threads"])  # other backends are told by the engine
     model_name, checkpoint = spec["model"], spec["checkpoint"]
     model = create_model(model_name, checkpoint, img_size=spec["size"])
     start = time.perf_counter()
@@ -136,17 +159,45 @@ def _make_tiny_vit(spec: Mapping[str, Any]) -> tuple[Callable[[], Tensor], dict[
     return lambda: engine.backend(batch), facts
 
 
-def _make_exported(spec: Mapping[str, Any]) -> tuple[Call, dict[str, object]]:
-    """The encoder of an exported folder, without torch."""
+def _open_stored(spec: Mapping[str, Any]) -> StoredModel:
+    """A contestant for the native engine: of its file, or with random tensors."""
+    from tinyvit.factory import StoredModel, open_stored
+
+    if spec["checkpoint"] is not None:
+        return open_stored(spec["checkpoint"], spec["size"], name=spec["model"])
+    row = get_variant(spec["model"])
+    names = (field.name for field in fields(Architecture))
+    sizes = {name: getattr(row, name) for name in names if hasattr(row, name)}
+    ratios: dict[str, Any] = {
+        "mlp_ratio": 4.0,
+        "mbconv_expand_ratio": 4.0,
+        "local_conv_size": 3,
+        "in_chans": 3,
+    }
+    shapes = encoder_shapes(Architecture(**sizes, **ratios))
+    parts = {"trunk", *(["head"] if row.head else []), *(["neck"] if row.neck_dim else [])}
+    own = {key: shape for key, shape in shapes.items() if part_of(key) in parts}
+    side = spec["size"] or row.img_size
+    image_spec = replace(row.image_spec, size=(side, side))
+    tensors = random_tensors(own)
+    return StoredModel(row.arguments(), tensors, image_spec, {}, {}, Path(row.name), "tinyvit")
+
+
+def _make_on_arrays(
+    spec: Mapping[str, Any], source: StoredModel | str, invented: float = 0.0
+) -> tuple[Call, dict[str, object]]:
+    """What runs without torch: the encoder of an exported folder, or the native engine."""
     from tinyvit.inference.engine import Engine
 
     names = ("backend", "precision", "device", "threads")
-    engine = Engine(spec["checkpoint"], **{name: spec[name] for name in names})
+    engine = Engine(source, **{name: spec[name] for name in names})
     encoder: Any = engine.backend
     size = engine.image_spec.size
-    facts = encoder.facts
-    row = None if facts.variant is None else get_variant(facts.variant)
-    pixels = (facts.network_side or max(size)) ** 2
+    if isinstance(encoder, ExportedEncoder):
+        variant, sides = encoder.facts.variant, (encoder.facts.network_side or max(size),) * 2
+    else:
+        variant, sides = find_variant(source.arguments), size  # type: ignore[union-attr]
+    row = None if variant is None else get_variant(variant)
     rng = np.random.default_rng(0)
     batch = rng.standard_normal((spec["batch"], 3, *size), np.float32)
     return lambda: encoder(batch), {
@@ -156,11 +207,14 @@ def _make_exported(spec: Mapping[str, Any]) -> tuple[Call, dict[str, object]]:
         "device": encoder.device,
         "size": size,
         "threads": spec["threads"] or os.cpu_count(),
-        "gflop": 0.0 if row is None else 2 * row.gmacs * pixels / row.img_size**2,
+        "gflop": 0.0 if row is None else 2 * row.gmacs * math.prod(sides) / row.img_size**2,
+        "invented_s": invented,
     }
 
 
-def _make_matmul(side: int, precision: str, device: str) -> tuple[Call, dict[str, object]]:
+def _make_matmul(
+    side: int, precision: str, device: str, threads: int | None
+) -> tuple[Call, dict[str, object]]:
     """The quicker of two ways to a product of square matrices: torch's own and a 1x1 convolution.
 
     They go by different libraries on a CPU, and which one is better depends on the precision.
@@ -173,12 +227,14 @@ def _make_matmul(side: int, precision: str, device: str) -> tuple[Call, dict[str
                 "'tinyvit[torch]', or measure fp32"
             )
         left, right = np.random.default_rng(0).standard_normal((2, side, side), np.float32)
-        threads = os.cpu_count()
-        return lambda: left @ right, {"precision": precision, "device": device, "threads": threads}
+        count = threads or os.cpu_count()
+        return lambda: left @ right, {"precision": precision, "device": device, "threads": count}
     import torch
 
     from tinyvit.inference.torch_backend import DTYPES
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     place = device if device.startswith("cuda") else "cpu"
     a, b = (torch.randn(side, side, device=place).to(DTYPES[precision]) for _ in range(2))
     # [side, side] as [1, side, side, 1], channels-last: the same product

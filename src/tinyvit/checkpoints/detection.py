@@ -2,7 +2,7 @@
 
 Sizes are read off the shapes of the tensors, each from every tensor that shows it; the majority
 wins, so that one damaged tensor is later named instead of believed. Strides leave no trace in any
-shape. The shapes to compare with are those of the networks themselves, built on torch's meta
+shape. The shapes of a SAM's heads are those of the networks themselves, built on torch's meta
 device; everything else here takes tensors of torch or numpy and imports no torch.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import PurePath
@@ -24,7 +24,7 @@ from .families import IDENTICAL_KEYS, LAYOUTS, Part, group_by_part, key_from_can
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from .files import StateFile
 
@@ -177,15 +177,72 @@ def encoder_shapes(sizes: Architecture) -> Mapping[str, Shape]:
     Raises:
         CheckpointError: No network has these sizes.
     """
-    from tinyvit.modules import TinyViT
+    shapes: dict[str, Shape] = {}
+    dims = sizes.embed_dims
+    stem, mid = (3 if sizes.stem == "conv" else 1), dims[0] // 2
+    _add_conv(shapes, "patch_embed.seq.0", (mid, sizes.in_chans, stem, stem))
+    _add_conv(shapes, "patch_embed.seq.2", (dims[0], mid, stem, stem))
+    for i, (dim, depth) in enumerate(zip(dims, sizes.depths, strict=True)):
+        for name in (f"layers.{i}.blocks.{block}" for block in range(depth)):
+            if i:
+                _add_tokens(shapes, name, sizes, i)
+            else:
+                _add_bottleneck(shapes, name, dim, int(dim * sizes.mbconv_expand_ratio), dim)
+        if i + 1 < len(dims):
+            _add_bottleneck(shapes, f"layers.{i}.downsample", dim, dims[i + 1], dims[i + 1])
+    _add_affine(shapes, "norm_head", (dims[-1],))
+    _add_affine(shapes, "head", (sizes.arguments()["num_classes"], dims[-1]))
+    width = 256 if sizes.neck_dim is None else sizes.neck_dim
+    shapes["neck.0.weight"] = width, dims[-1], 1, 1
+    if sizes.neck_size is not None:
+        _add_batch_norm(shapes, "neck.1", width)
+        _add_affine(shapes, "neck.3", (width, width, 3, 3))
+        return shapes
+    _add_affine(shapes, "neck.1", (width,))
+    shapes["neck.2.weight"] = width, width, 3, 3
+    _add_affine(shapes, "neck.3", (width,))
+    return shapes
 
-    neck_dim = 256 if sizes.neck_dim is None else sizes.neck_dim
-    strides = (2,) * (len(sizes.depths) - 1)
-    arguments = {**sizes.arguments(), "neck_dim": neck_dim, "strides": strides}
-    try:
-        return _shapes_of(lambda: {"": TinyViT(**arguments)})
-    except ValueError as err:
-        raise CheckpointError(f"the shapes in this file make no TinyViT: {err}") from err
+
+def _add_affine(shapes: dict[str, Shape], name: str, weight: Shape) -> None:
+    shapes[f"{name}.weight"], shapes[f"{name}.bias"] = weight, weight[:1]
+
+
+def _add_batch_norm(shapes: dict[str, Shape], name: str, channels: int) -> None:
+    _add_affine(shapes, name, (channels,))
+    shapes[f"{name}.running_mean"] = shapes[f"{name}.running_var"] = (channels,)
+    shapes[f"{name}.num_batches_tracked"] = ()
+
+
+def _add_conv(shapes: dict[str, Shape], name: str, weight: Shape) -> None:
+    shapes[f"{name}.c.weight"] = weight
+    _add_batch_norm(shapes, f"{name}.bn", weight[0])
+
+
+def _add_bottleneck(
+    shapes: dict[str, Shape], name: str, first: int, hidden: int, last: int
+) -> None:
+    _add_conv(shapes, f"{name}.conv1", (hidden, first, 1, 1))
+    _add_conv(shapes, f"{name}.conv2", (hidden, 1, 3, 3))
+    _add_conv(shapes, f"{name}.conv3", (last, hidden, 1, 1))
+
+
+def _add_tokens(shapes: dict[str, Shape], name: str, sizes: Architecture, stage: int) -> None:
+    """A block of attention, a depthwise convolution and an MLP."""
+    dim, heads, side = sizes.embed_dims[stage], sizes.num_heads[stage], sizes.local_conv_size
+    if heads < 1 or dim % heads or side % 2 == 0:
+        wrong = f"num_heads must divide dim, got dim={dim}, num_heads={heads}"
+        wrong = wrong if side % 2 else f"local_conv_size must be odd, got {side}"
+        raise CheckpointError(f"the shapes in this file make no TinyViT: {wrong}")
+    hidden = int(dim * sizes.mlp_ratio)
+    shapes[f"{name}.attn.attention_biases"] = heads, sizes.window_sizes[stage] ** 2
+    _add_affine(shapes, f"{name}.attn.norm", (dim,))
+    _add_affine(shapes, f"{name}.attn.qkv", (3 * dim, dim))
+    _add_affine(shapes, f"{name}.attn.proj", (dim, dim))
+    _add_affine(shapes, f"{name}.mlp.norm", (dim,))
+    _add_affine(shapes, f"{name}.mlp.fc1", (hidden, dim))
+    _add_affine(shapes, f"{name}.mlp.fc2", (dim, hidden))
+    _add_conv(shapes, f"{name}.local_conv", (dim, 1, side, side))
 
 
 @lru_cache(maxsize=16)
@@ -194,35 +251,16 @@ def sam_shapes(width: int = 256, vit_dim: int = 160) -> Mapping[str, Shape]:
 
     ``width`` is that of the embedding, ``vit_dim`` that after the encoder's second stage and merge.
     """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
     from tinyvit.modules.sam.mask_decoder import HQMaskDecoder
     from tinyvit.modules.sam.prompt_encoder import PromptEncoder
     from tinyvit.modules.sam.transformer import TwoWayTransformer
 
-    def build() -> dict[str, nn.Module]:
-        transformer = TwoWayTransformer(2, width, 8, 2048)
-        return {
-            "prompt_encoder.": PromptEncoder(width, (1, 1), (16, 16), 16),
-            "mask_decoder.": HQMaskDecoder(
-                transformer_dim=width,
-                transformer=transformer,
-                iou_head_hidden_dim=width,
-                vit_dim=vit_dim,
-            ),
-        }
-
-    return _shapes_of(build)
-
-
-def _shapes_of(build: Callable[[], Mapping[str, nn.Module]]) -> dict[str, Shape]:
-    """Shapes of the tensors of modules under prefixes, without memory and first values.
-
-    First values are skipped, not only for speed: on the meta device the first of them makes torch
-    import its decompositions, 822 modules in 2.3 s.
-    """
-    import torch
-    from torch.overrides import TorchFunctionMode
-
     class SkipInit(TorchFunctionMode):
+        """Without first values: the first on the meta device makes torch import 822 modules."""
+
         def __torch_function__(
             self, function: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
@@ -232,7 +270,16 @@ def _shapes_of(build: Callable[[], Mapping[str, nn.Module]]) -> dict[str, Shape]
             return function(*args, **kwargs)
 
     with torch.device("meta"), SkipInit():
-        modules = build()
+        transformer = TwoWayTransformer(2, width, 8, 2048)
+        modules = {
+            "prompt_encoder.": PromptEncoder(width, (1, 1), (16, 16), 16),
+            "mask_decoder.": HQMaskDecoder(
+                transformer_dim=width,
+                transformer=transformer,
+                iou_head_hidden_dim=width,
+                vit_dim=vit_dim,
+            ),
+        }
     return {
         prefix + key: tuple(tensor.shape)
         for prefix, module in modules.items()
@@ -339,8 +386,8 @@ def detect(
         filename: The file's name; tells apart projects whose files are identical.
         metadata: The file's header texts; ``tinyvit.family`` there tells such projects apart too,
             and ``tinyvit.strides`` settles the strides.
-        compare: Compare with the shapes of a network, which needs torch; without that nothing is
-            missing, unexpected or wrong.
+        compare: Compare a SAM's heads too with the shapes of their networks, which needs torch;
+            without that nothing of them is missing, unexpected or wrong.
 
     Returns:
         Family, variant, sizes and parts, with everything missing or left over at once.
@@ -365,7 +412,9 @@ def detect(
     embeddings = ("prompt_encoder.no_mask_embed.weight", "mask_decoder.iou_token.weight")
     width = next((shapes[key][-1] for key in embeddings if shapes.get(key)), 256)
     wanted = frozenset((*LAYOUTS[family].required, *parts))
-    expected = _expected(wanted, sizes, width) if compare else shapes
+    expected = dict(_expected(wanted if compare else wanted - _HEADS, sizes, width))
+    if not compare:
+        expected |= {key: shapes[key] for part in _HEADS & {*there} for key in there[part]}
     missing = [
         key for key in expected if key not in shapes and not key.endswith("num_batches_tracked")
     ]
@@ -389,7 +438,7 @@ def detect(
         wrong_shapes={
             spelt[key]: (shape, shapes[key])
             for key, shape in expected.items()
-            if key in shapes and shapes[key] != shape
+            if key in shapes and shapes[key] != shape and not key.endswith("num_batches_tracked")
         },
         ignored=tuple(name for name in tensors if name not in loaded),
     )
@@ -403,6 +452,7 @@ def detect_in(file: StateFile) -> Detection:
         raise CheckpointError(f"{file.path}: {err}") from err
 
 
+_HEADS: frozenset[Part] = frozenset(("prompt_encoder", "mask_decoder", "hq_decoder"))
 _BUFFERS = (
     "running_mean",
     "running_var",
@@ -540,7 +590,7 @@ def _expected(
         shapes.update(encoder_shapes(sizes))
         width = sizes.neck_dim if sizes.neck_dim is not None else width
         vit_dim = sizes.embed_dims[min(2, len(sizes.embed_dims) - 1)]
-    if not wanted.isdisjoint(("prompt_encoder", "mask_decoder", "hq_decoder")):
+    if not wanted.isdisjoint(_HEADS):
         shapes.update(sam_shapes(width, vit_dim))
     groups = group_by_part(shapes)
     return {key: shapes[key] for part in groups if part in wanted for key in groups[part]}

@@ -84,6 +84,13 @@ def open_checkpoint(
     check_finite(file.tensors, path)
     thresholds = {**(row.thresholds if row else {}), **thresholds_in(file.metadata, path)}
     found = detect_in(file)
+    check_encoder(found, path)
+    tensors = to_canonical(file.tensors, found.family)
+    return OpenedCheckpoint(path, row, found, tensors, file.metadata, thresholds)
+
+
+def check_encoder(found: Detection, path: Path) -> None:
+    """Refuse a file that is damaged, or no image encoder."""
     if found.missing or found.unexpected or found.wrong_shapes:
         problems = misfits(found.missing, found.unexpected, found.wrong_shapes)
         raise CheckpointError(
@@ -94,8 +101,6 @@ def open_checkpoint(
             f"{path} holds no image encoder ({found.family}: {', '.join(found.parts)}); "
             f"give the file with the encoder"
         )
-    tensors = to_canonical(file.tensors, found.family)
-    return OpenedCheckpoint(path, row, found, tensors, file.metadata, thresholds)
 
 
 def check_parts(parts: Collection[str], path: Path, family: str) -> None:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -26,6 +27,7 @@ from tinyvit.errors import CheckpointError
 from .console import Console
 
 if TYPE_CHECKING:
+    from tinyvit.factory import StoredModel
     from tinyvit.inference import Engine
     from tinyvit.modules import TinyViT
     from tinyvit.sam import Sam
@@ -221,25 +223,33 @@ def open_sam(
 
 
 def load_encoder(
-    own: Console, checkpoint: str | None, model: str | None, size: int | None
-) -> TinyViT:
+    own: Console, checkpoint: str | None, model: str | None, size: int | None,
+    running: EngineOptions,
+) -> TinyViT | StoredModel:  # fmt: skip
     """A model whose ``forward`` gives a map: the neck's, or the last stage's without one."""
+    from tinyvit.factory import StoredModel
+
     default = get_checkpoint(DEFAULT_CHECKPOINT).variant
     if checkpoint is None and model is not None and get_variant(model).name != default:
         raise ValueError(
             f"--model {model} needs a --checkpoint: the embedded {DEFAULT_CHECKPOINT} does not fit "
             f"it; {_suggestion(model)}"
         )
-    built = load_model(own, checkpoint or DEFAULT_CHECKPOINT, model, size)
+    built = open_model(own, checkpoint or DEFAULT_CHECKPOINT, model, size, running)
+    if isinstance(built, StoredModel):
+        return built if built.arguments["neck_dim"] is not None else built.without_head()
     if built.neck is None:
         built.norm_head = built.head = None  # features are wanted, not logits
     return built
 
 
 def load_classifier(
-    own: Console, checkpoint: str | None, model: str | None, size: int | None
-) -> TinyViT:
+    own: Console, checkpoint: str | None, model: str | None, size: int | None,
+    running: EngineOptions,
+) -> TinyViT | StoredModel:  # fmt: skip
     """A model with a classification head; warns where it is a SAM encoder's."""
+    from tinyvit.factory import arguments_of
+
     hint = f"choose another with --checkpoint, {_suggestion(model, 'classification')}"
     if checkpoint is None:
         raise ValueError(f"the embedded {DEFAULT_CHECKPOINT} has no classification head; {hint}")
@@ -249,10 +259,11 @@ def load_classifier(
             raise CheckpointError(
                 f"{checkpoint} is a SAM encoder and has no trained classification head; {hint}"
             )
-    built = load_model(own, checkpoint, model, size)
-    if built.head is None or not built.num_classes:
+    built = open_model(own, checkpoint, model, size, running)
+    sizes = arguments_of(built)
+    if not sizes["head"] or not built.num_classes:
         raise CheckpointError(f"{checkpoint} has no classification head; {hint}")
-    if built.neck is not None:
+    if sizes["neck_dim"] is not None:
         warnings.warn(
             f"{checkpoint} is a SAM encoder; the classification head in such files was mostly "
             "never trained",
@@ -279,26 +290,52 @@ def announce(own: Console, checkpoint: str, cache_dir: Path | None = None) -> No
         own.say(f"fetching {row.name} ({row.licence}), published at {row.source}")
 
 
-def variant_of(model: TinyViT) -> str | None:
+def variant_of(model: TinyViT | StoredModel) -> str | None:
     """The name of the catalog's variant with this model's sizes, or None."""
-    return find_variant(model.arguments())
+    from tinyvit.factory import arguments_of
+
+    return find_variant(arguments_of(model))
+
+
+def open_model(
+    own: Console, checkpoint: str, model: str | None, size: int | None, running: EngineOptions
+) -> TinyViT | StoredModel:
+    """As ``load_model``; torch is not loaded where the native engine runs the file as it is."""
+    from tinyvit.factory import open_stored
+    from tinyvit.inference.bundle import engine_for
+
+    if engine_for(checkpoint, running.backend, running.device) == "native":
+        _announce_model(own, checkpoint, model, size)
+        try:
+            with own.progress("downloading", counts_bytes=True) as update:
+                return open_stored(checkpoint, size, update, model)
+        except CheckpointError:  # torch may read it, or say more of what is wrong
+            if find_spec("torch") is None:
+                raise
+    return load_model(own, checkpoint, model, size)
 
 
 def load_model(own: Console, checkpoint: str, model: str | None, size: int | None) -> TinyViT:
     """A model as its file has it; fetched if need be."""
     from tinyvit.factory import create_model, load_folder
 
-    path = Path(checkpoint)
-    if checkpoint not in list_checkpoints() and (path / _CONFIG).is_file():
-        if model is not None or size is not None:
-            raise ValueError(
-                f"{checkpoint} is a folder that says itself which model it is and how images "
-                "are prepared; leave --model and --size out"
-            )
-        return load_folder(path / _CONFIG, path / _WEIGHTS)
-    announce(own, checkpoint)
+    if _announce_model(own, checkpoint, model, size):
+        return load_folder(Path(checkpoint) / _CONFIG, Path(checkpoint) / _WEIGHTS)
     with own.progress("downloading", counts_bytes=True) as update:
         return create_model(model, checkpoint, img_size=size, progress=update)
+
+
+def _announce_model(own: Console, checkpoint: str, model: str | None, size: int | None) -> bool:
+    """Whether it is a folder of ``save_pretrained``; else say what is about to be fetched."""
+    if checkpoint in list_checkpoints() or not (Path(checkpoint) / _CONFIG).is_file():
+        announce(own, checkpoint)
+        return False
+    if model is not None or size is not None:
+        raise ValueError(
+            f"{checkpoint} is a folder that says itself which model it is and how images "
+            "are prepared; leave --model and --size out"
+        )
+    return True
 
 
 def _suggestion(variant: str | None, task: Task | None = None) -> str:

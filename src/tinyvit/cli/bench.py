@@ -162,6 +162,8 @@ def _rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
         rows += [(title,), *map(_row, members)]
         rates = {result.precision: result.matmul_gflops for result in members}
         for precision, rate in rates.items():
+            if rate is None:
+                continue
             rows.append((f" matmul {precision}", "", "", "", f"{rate:.0f}", "", "", "", ""))
     return rows
 
@@ -173,7 +175,7 @@ def _row(result: Result) -> tuple[str, ...]:
         f"{100 * result.seconds.relative:.0f}%",
         f"{result.images_per_s:.{1 if result.images_per_s < 1000 else 0}f}",
         f"{result.gflops:.0f}",
-        f"{100 * result.share:.0f}%",
+        "" if result.share is None else f"{100 * result.share:.0f}%",
         "" if result.peak_memory is None else f"{result.peak_memory / 1e6:.0f}",
         "" if result.page_faults is None else f"{result.page_faults:.0f}",
         f"{result.first_result_s:.1f}",

@@ -52,10 +52,12 @@ def classify(
     if labels is not None:
         read_labels(labels)  # complain before a model is fetched
 
+    import numpy as np
+
     from tinyvit.images.decode import decode
     from tinyvit.inference import Engine
 
-    built = args.load_classifier(own, checkpoint, model, size)
+    built = args.load_classifier(own, checkpoint, model, size, running)
     own_names = None if labels is not None else built.classes
     names = own_names or labels_for(built.num_classes, labels)
     found: list[dict[str, Any]] = []
@@ -64,15 +66,16 @@ def classify(
         args.announce_engine(own, str(checkpoint), engine)
         for image in listed:
             try:
-                logits = engine.classify(decode(image.path, max_pixels=max_pixels))[0]  # [classes]
+                logits = engine.logits(decode(image.path, max_pixels=max_pixels))[0]  # [classes]
             except ImageError as err:
                 failed.append({"picture": str(image.path), "error": str(err)})
                 console.complain(f"failed: {err}")
                 continue
-            best = logits.softmax(dim=0).topk(min(top_k, len(logits)))
+            shares = np.exp(logits - logits.max(), dtype=np.float64)
+            shares /= shares.sum()
             rows = [
-                {"class": n, "label": None if names is None else names[n], "probability": share}
-                for share, n in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+                {"class": n, "label": names[n] if names else None, "probability": float(shares[n])}
+                for n in np.argsort(-shares, kind="stable")[:top_k].tolist()
             ]
             found.append({"picture": str(image.path), "top": rows})
             if not as_json:

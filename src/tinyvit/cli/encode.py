@@ -14,6 +14,7 @@ from . import outcomes
 from .console import Console, counted
 
 if TYPE_CHECKING:
+    from tinyvit.factory import StoredModel
     from tinyvit.folders.runner import Outcome
     from tinyvit.modules import TinyViT
 
@@ -56,6 +57,7 @@ def encode(
     """
     listed = outcomes.list_and_check(images, output, checkpoint)
 
+    from tinyvit.factory import arguments_of
     from tinyvit.folders.encode import EncodeFolder
     from tinyvit.folders.outputs import facts_of_engine
     from tinyvit.folders.runner import Item
@@ -63,11 +65,11 @@ def encode(
     from tinyvit.inference.bundle import ExportedEncoder
 
     arguments = running.arguments(checkpoint)
-    source: TinyViT | str | None = checkpoint
+    source: TinyViT | StoredModel | str | None = checkpoint
     sizes: dict[str, object] = {}
     if not args.is_exported(checkpoint, size, model):
-        source = built = args.load_encoder(own, checkpoint, model, size)
-        sizes = {"variant": args.variant_of(built), "strides": built.strides}
+        source = built = args.load_encoder(own, checkpoint, model, size, running)
+        sizes = {"variant": args.variant_of(built), "strides": arguments_of(built)["strides"]}
     with Engine(source, batch_size=batch_size, **arguments) as engine:
         name = checkpoint or DEFAULT_CHECKPOINT
         exported: object = engine.backend

@@ -20,7 +20,7 @@ import safetensors.numpy
 from tinyvit.catalog import find_variant
 from tinyvit.checkpoints.files import check_format, header_for
 from tinyvit.errors import CheckpointError
-from tinyvit.factory import CONFIG, FOLDER_FORMAT, WEIGHTS, StoredModel
+from tinyvit.factory import CONFIG, FOLDER_FORMAT, WEIGHTS, StoredModel, arguments_of
 from tinyvit.image_spec import ImageSpec
 
 if TYPE_CHECKING:
@@ -177,11 +177,6 @@ class Recipe:
         ]
 
 
-def arguments_of(model: Any) -> Mapping[str, Any]:
-    """The constructor arguments of an engine's model."""
-    return model.arguments if isinstance(model, StoredModel) else model.arguments()
-
-
 def _short(value: object) -> str:
     text = str(value)
     return f"{text[:12]}…" if len(text) == 64 and text.isalnum() else text
@@ -204,12 +199,12 @@ def write_encoder(engine: Engine, folder: Path) -> None:
         "arguments": dict(model.arguments),
         "image_spec": engine.image_spec.to_dict(),
         "thresholds": dict(model.thresholds),
-        "classes": [],
+        "classes": [*model.classes],
     }
     folder.mkdir(parents=True, exist_ok=True)
     strides, thresholds = model.arguments["strides"], dict(model.thresholds)
     header = header_for("tinyvit", strides, thresholds=thresholds)
-    tensors = {name: np.ascontiguousarray(array) for name, array in model.tensors.items()}
+    tensors = {name: np.asarray(array, order="C") for name, array in model.tensors.items()}
     (folder / WEIGHTS).write_bytes(safetensors.numpy.save(tensors, metadata=header))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

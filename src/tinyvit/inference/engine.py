@@ -6,13 +6,12 @@ import dataclasses
 import logging
 import os
 import sys
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from contextlib import closing
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +34,7 @@ from .backend import (
     choose_backend,
 )
 from .bundle import ExportedEncoder, engine_for, is_exported, open_encoder
-from .read_ahead import choose_workers, read_ahead
+from .read_ahead import choose_workers, read_ahead, run_in_batches
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -49,8 +48,6 @@ if TYPE_CHECKING:
     from tinyvit.modules import TinyViT
 
 Array: TypeAlias = NDArray[np.float32]
-Label = TypeVar("Label")
-Result = TypeVar("Result")
 
 Picture: TypeAlias = "str | Path | bytes | BinaryIO | Image | np.ndarray[Any, Any] | Tensor"
 """One image: a path, encoded bytes, an open file, a PIL image, RGB [H, W, 3], or a tensor
@@ -263,6 +260,22 @@ class Engine:
 
         Raises:
             ImageError: An image cannot be read.
+            MissingExtraError: torch is not installed; ``logits`` gives an array.
+            ValueError: The backend gives no logits, or there is no image.
+        """
+        return _tensor(self.logits(images))
+
+    def logits(self, images: Picture | Iterable[Picture]) -> Array:
+        """As ``classify``, as an array of numpy: torch is not needed where the backend needs none.
+
+        Args:
+            images: As for ``embed``.
+
+        Returns:
+            [N, classes] float32.
+
+        Raises:
+            ImageError: An image cannot be read.
             ValueError: The backend gives no logits, or there is no image.
         """
         backend = self.backend
@@ -278,7 +291,7 @@ class Engine:
             rows = [logits for logits, _ in results]
         if not rows:
             raise ValueError("classify wants at least one image, got none")
-        return _tensor(np.stack(rows))
+        return np.stack(rows)
 
     def stages(self, image: Picture) -> tuple[list[Tensor], Placement]:
         """The maps of the stages of one image.
@@ -388,10 +401,12 @@ class Engine:
 
     def _norm_head(self) -> tuple[Array, Array] | None:
         """A classifier's last norm, (weight, bias); None of a model whose output is a map."""
+        from tinyvit.factory import arguments_of
+
         model = self.model
         if model is None:
             return None
-        arguments = model.arguments if isinstance(model.arguments, Mapping) else model.arguments()
+        arguments = arguments_of(model)
         if arguments.get("neck_dim") is not None or not arguments.get("head", True):
             return None
         tensors = model.state_dict()
@@ -526,75 +541,3 @@ def preparations(
         if isinstance(image, np.ndarray) or _is_tensor(image):
             pixels = pixels.copy()  # it may share the memory of one that is used again
         yield partial(to_input, pixels, spec)
-
-
-# -- batches ---------------------------------------------------------------------------------------
-
-
-def run_in_batches(
-    inputs: Iterable[tuple[Array, Label]],
-    run: Callable[[Array], Sequence[Result]],
-    most: Callable[[Array], int],
-    window: int,
-) -> Iterator[tuple[Result, Label]]:
-    """Run inputs, grouped by shape within a window.
-
-    A batch is run as soon as it is full, or when its oldest image holds up a full window. So
-    images of one shape wait for no more than their own batch.
-
-    Args:
-        inputs: (image [3, H, W], what goes with it); may be a generator. An error of it comes
-            after the results before it.
-        run: [N, 3, H, W] -> N results.
-        most: Most images of a shape in one batch, from one of them [3, H, W].
-        window: Most images held: read and not yet yielded.
-
-    Yields:
-        (result, what goes with it) for each input, in order.
-    """
-    order: deque[tuple[int, tuple[int, ...], Label]] = deque()  # number of the image, its shape
-    groups: dict[tuple[int, ...], dict[int, Array]] = {}  # images by number, not computed yet
-    results: dict[int, Result] = {}
-
-    def compute(shape: tuple[int, ...]) -> None:
-        group = groups.pop(shape)
-        numbers, images = [*group], [*group.values()]
-        del group
-        batch = images[0][None] if len(images) == 1 else np.stack(images)
-        del images  # the batch is a copy, and memory is bounded
-        results.update(zip(numbers, run(batch), strict=True))
-
-    def taken() -> tuple[Result, Label]:
-        number, _, label = order.popleft()
-        return results.pop(number), label
-
-    source, count = iter(inputs), 0
-    error: Exception | None = None
-    try:
-        while True:
-            try:
-                image, label = next(source)
-            except StopIteration:
-                break
-            except Exception as err:  # after the good ones before it
-                error = err
-                break
-            shape = image.shape
-            order.append((count, shape, label))
-            groups.setdefault(shape, {})[count] = image
-            count += 1
-            if len(groups[shape]) >= most(image):
-                compute(shape)
-            del image, label
-            if len(order) >= window and order[0][0] not in results:
-                compute(order[0][1])
-            while order and order[0][0] in results:
-                yield taken()
-        while order:
-            if order[0][0] not in results:
-                compute(order[0][1])
-            yield taken()
-        if error is not None:
-            raise error
-    finally:
-        del error  # it refers to this frame, and this frame to it

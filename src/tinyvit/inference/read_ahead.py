@@ -1,5 +1,6 @@
 """Work done ahead of who needs it, in threads: in order, bounded, and ended with its consumer.
 
+And what comes in order put together in batches of one shape.
 Only work that releases Python's lock for most of its time (decoding, resizing, compressing, writing
 files) is faster this way.
 """
@@ -10,11 +11,16 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[np.float32]
+Label = TypeVar("Label")
 Result = TypeVar("Result")
 
 _NICE = 5
@@ -120,3 +126,72 @@ def choose_workers() -> int:
     """Threads that read ahead: as many as there are cores, at most 4; for a GPU more may pay."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(cores or 1, 4)
+
+
+def run_in_batches(
+    inputs: Iterable[tuple[Array, Label]],
+    run: Callable[[Array], Sequence[Result]],
+    most: Callable[[Array], int],
+    window: int,
+) -> Iterator[tuple[Result, Label]]:
+    """Run inputs, grouped by shape within a window.
+
+    A batch is run as soon as it is full, or when its oldest image holds up a full window. So
+    images of one shape wait for no more than their own batch.
+
+    Args:
+        inputs: (image [3, H, W], what goes with it); may be a generator. An error of it comes
+            after the results before it.
+        run: [N, 3, H, W] -> N results.
+        most: Most images of a shape in one batch, from one of them [3, H, W].
+        window: Most images held: read and not yet yielded.
+
+    Yields:
+        (result, what goes with it) for each input, in order.
+    """
+    order: deque[tuple[int, tuple[int, ...], Label]] = deque()  # number of the image, its shape
+    groups: dict[tuple[int, ...], dict[int, Array]] = {}  # images by number, not computed yet
+    results: dict[int, Result] = {}
+
+    def compute(shape: tuple[int, ...]) -> None:
+        group = groups.pop(shape)
+        numbers, images = [*group], [*group.values()]
+        del group
+        batch = images[0][None] if len(images) == 1 else np.stack(images)
+        del images  # the batch is a copy, and memory is bounded
+        results.update(zip(numbers, run(batch), strict=True))
+
+    def taken() -> tuple[Result, Label]:
+        number, _, label = order.popleft()
+        return results.pop(number), label
+
+    source, count = iter(inputs), 0
+    error: Exception | None = None
+    try:
+        while True:
+            try:
+                image, label = next(source)
+            except StopIteration:
+                break
+            except Exception as err:  # after the good ones before it
+                error = err
+                break
+            shape = image.shape
+            order.append((count, shape, label))
+            groups.setdefault(shape, {})[count] = image
+            count += 1
+            if len(groups[shape]) >= most(image):
+                compute(shape)
+            del image, label
+            if len(order) >= window and order[0][0] not in results:
+                compute(order[0][1])
+            while order and order[0][0] in results:
+                yield taken()
+        while order:
+            if order[0][0] not in results:
+                compute(order[0][1])
+            yield taken()
+        if error is not None:
+            raise error
+    finally:
+        del error  # it refers to this frame, and this frame to it
