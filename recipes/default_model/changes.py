@@ -32,8 +32,13 @@ def crop(
     return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else part
 
 
-def changed(cutout: Image.Image, side: float, rng: np.random.Generator) -> Image.Image:
-    """Mirrored, stretched, turned, recoloured, at a longest side of ``side`` pixels."""
+def changed(
+    cutout: Image.Image, side: float, rng: np.random.Generator, *, is_oblique: bool = False
+) -> Image.Image:
+    """Mirrored, stretched, turned, recoloured, at a longest side of ``side`` pixels.
+
+    It is turned a little most of the time; where ``is_oblique`` says so, by any angle.
+    """
     if rng.random() < 0.5:
         cutout = cutout.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     scale = side / max(cutout.size)
@@ -41,7 +46,8 @@ def changed(cutout: Image.Image, side: float, rng: np.random.Generator) -> Image
     width = max(4, round(cutout.width * scale * stretch))
     height = max(4, round(cutout.height * scale / stretch))
     cutout = cutout.resize((width, height), _BILINEAR, reducing_gap=2.0)
-    angle = rng.normal(0, 12) if rng.random() < 0.7 else rng.uniform(-180, 180)
+    is_little = rng.random() < 0.7 and not is_oblique
+    angle = rng.normal(0, 12) if is_little else rng.uniform(-180, 180)
     if abs(angle) > 3:
         cutout = cutout.rotate(angle, _BILINEAR, expand=True)
     alpha = cutout.getchannel("A")
@@ -91,6 +97,19 @@ def gradient(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
     if rng.random() < 0.5:
         corners[:] = corners[0, 0]
     return Image.fromarray(corners).resize(size, _BILINEAR)
+
+
+def studio(size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+    """A wall above a floor of other brightness, with a soft seam, lit from one place."""
+    width, height = size
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    colour = rng.uniform(60, 250) * rng.uniform(0.9, 1.1, 3)
+    seam = np.clip((y - rng.uniform(0.45, 0.85)) / rng.uniform(0.01, 0.3) + 0.5, 0, 1)
+    floor = 1 + seam * rng.uniform(-0.35, 0.25)
+    distance = np.hypot(x - rng.uniform(-0.2, 1.2), y - rng.uniform(-0.2, 0.8))
+    light = floor * (1 - rng.uniform(0.0, 0.5) * distance)
+    pixels = np.clip(light[..., None] * colour, 0, 255).astype(np.uint8)
+    return Image.fromarray(pixels)
 
 
 def blob(side: int, rng: np.random.Generator) -> Image.Image:

@@ -18,11 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from changes import as_a_camera, blob, changed, crop, gradient, recoloured, towards
+from changes import as_a_camera, blob, changed, crop, gradient, recoloured, studio, towards
+from label import draw_label
 from manifest import Background, Row, read_rows
 from regions import draw_regions, open_photograph, regions_path
 
 Plane = NDArray[np.float32]
+Flags = NDArray[np.bool_]
 
 
 class Canvas:
@@ -34,9 +36,19 @@ class Canvas:
         self.areas: list[float] = []
         self.labelled: list[bool] = []
 
-    def paste(self, cutout: Image.Image, rng: np.random.Generator, *, is_labelled: bool) -> None:
-        """Lay a cut-out over everything, at a random place, sometimes with a shadow."""
-        x, y = (_place(*sides, rng) for sides in zip(cutout.size, self.image.size, strict=True))
+    def paste(
+        self,
+        cutout: Image.Image,
+        rng: np.random.Generator,
+        *,
+        is_labelled: bool,
+        middle: tuple[float, float] | None = None,
+    ) -> None:
+        """Lay a cut-out over everything, around ``middle`` or anywhere, sometimes with a shadow."""
+        if middle is None:
+            x, y = (_place(*sides, rng) for sides in zip(cutout.size, self.image.size, strict=True))
+        else:
+            x, y = (round(at - s / 2) for at, s in zip(middle, cutout.size, strict=True))
         cutout = towards(cutout, self.image, (x, y), rng)
         alpha = cutout.getchannel("A")
         if rng.random() < 0.6:  # the softness of a real edge
@@ -104,6 +116,10 @@ class CompositeSettings:
         distractors: Unlabelled patches at most.
         least_visible: Objects of which less can be seen, as a share, are not labelled.
         least_pixels: Objects with fewer pixels are not labelled.
+        plain: Share of plain grounds.
+        studio: Share of grounds with a floor and a wall, as in a studio.
+        crowds: Share of composites that show 3 to 7 things of one kind that touch or overlap.
+        oblique: Share of objects drawn from the long, thin ones alone, which lie at any angle.
     """
 
     most_objects: int = 7
@@ -112,6 +128,27 @@ class CompositeSettings:
     distractors: int = 3
     least_visible: float = 0.3
     least_pixels: int = 64
+    plain: float = 0.08
+    studio: float = 0.0
+    crowds: float = 0.0
+    oblique: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is drawn: an image and its masks.
+
+    Attributes:
+        image: RGB [H, W, 3] uint8.
+        masks: [N, H, W] bool, or float32 probabilities in 0..1.
+        labels: What each object is called.
+        boxed: [N] bool: which a box may stand for.
+    """
+
+    image: RGB
+    masks: Flags | Plane
+    labels: tuple[str, ...]
+    boxed: Flags
 
 
 @dataclass(frozen=True)
@@ -134,15 +171,19 @@ class Composite:
     @property
     def labels(self) -> tuple[str, ...]:
         """What each object is called."""
-        return self._drawn[2]
+        return self._drawn.labels
 
-    def load(self) -> tuple[RGB, NDArray[np.bool_]]:
-        """(RGB [H, W, 3] uint8, masks [N, H, W] bool)."""
-        pixels, masks, _ = self._drawn
-        return pixels, masks
+    @property
+    def boxed(self) -> Flags:
+        """[N] bool: which objects may be prompted by a box."""
+        return self._drawn.boxed
+
+    def load(self) -> tuple[RGB, Flags | Plane]:
+        """(RGB [H, W, 3] uint8, masks [N, H, W] bool or float32 in 0..1)."""
+        return self._drawn.image, self._drawn.masks
 
     @cached_property
-    def _drawn(self) -> tuple[RGB, NDArray[np.bool_], tuple[str, ...]]:
+    def _drawn(self) -> Sample:
         return self.owner.draw(self.number)
 
 
@@ -160,6 +201,8 @@ class CompositeSet(Sequence[Composite]):
         settings: How they are drawn.
         regions: Probability that a sample is an unchanged photo with its regions as masks instead
             of a composite; see ``regions.py``.
+        things: Probability that it is a photo with a thing that a network labelled; see
+            ``label.py``.
 
     Raises:
         ValueError: The supply has no object or background of that split.
@@ -175,6 +218,7 @@ class CompositeSet(Sequence[Composite]):
     )
     settings: CompositeSettings = field(default_factory=CompositeSettings)
     regions: float = 0.0
+    things: float = 0.0
 
     def __post_init__(self) -> None:
         kinds = {kind: _objects(self.work, kind, self.split) for kind in self.weights}
@@ -199,29 +243,50 @@ class CompositeSet(Sequence[Composite]):
             raise IndexError(f"composite {index} of {self.length}")
         return Composite(index % self.length, self)
 
-    def draw(self, number: int) -> tuple[RGB, NDArray[np.bool_], tuple[str, ...]]:
-        """(RGB [H, W, 3] uint8, masks [N, H, W] bool with N >= 1, a label for each)."""
+    def draw(self, number: int) -> Sample:
+        """One sample, with at least one mask."""
         for attempt in range(20):
             rng = np.random.default_rng([self.seed, number, attempt])
-            if self.regions and rng.random() < self.regions:
-                if (found := self._photograph(rng)) is not None:
-                    return found
-                continue
-            canvas = self._canvas(rng)
-            drawn = self._paste_all(canvas, rng)
-            if drawn is not None:
-                masks, labels = drawn
-                return as_a_camera(canvas.image, rng), masks, labels
+            share = rng.random() if self.regions or self.things else 1.0
+            if share < self.regions:
+                found = self._photograph(rng)
+            elif share < self.regions + self.things:
+                found = self._thing(rng)
+            else:
+                found = self._composite(rng)
+            if found is not None:
+                return found
         raise ValueError(f"composite {number}: no object stays visible; is the supply empty?")
 
-    def _photograph(
-        self, rng: np.random.Generator
-    ) -> tuple[RGB, NDArray[np.bool_], tuple[str, ...]] | None:
+    def _photograph(self, rng: np.random.Generator) -> Sample | None:
         """An unchanged photo, with its regions as masks."""
         files = _backgrounds(self.work, self.split)
         file = files[rng.integers(len(files))]
         found = draw_regions(file, regions_path(self.work, file.name), self._sides(rng), rng)
-        return None if found is None else (*found, ("region",) * len(found[1]))
+        if found is None:
+            return None
+        image, masks, boxed = found
+        return Sample(image, masks, ("region",) * len(masks), boxed)
+
+    def _thing(self, rng: np.random.Generator) -> Sample | None:
+        """A photo with a thing in it; every photo as often, however many of its crops are good."""
+        photographs = _things(self.work, self.split)
+        crops = photographs[rng.integers(len(photographs))]
+        found = draw_label(crops[rng.integers(len(crops))], self._sides(rng), rng)
+        return None if found is None else Sample(*found, ("thing",), np.ones(1, np.bool_))
+
+    def _composite(self, rng: np.random.Generator) -> Sample | None:
+        """Objects pasted on a background."""
+        canvas = self._canvas(rng)
+        if self.settings.crowds and rng.random() < self.settings.crowds:
+            labels = self._paste_crowd(canvas, rng)
+        else:
+            labels = self._paste_all(canvas, rng)
+        masks, kept = canvas.masks(self.settings.least_visible, self.settings.least_pixels)
+        if not kept:
+            return None
+        names = tuple(labels[i] for i in kept)
+        return Sample(as_a_camera(canvas.image, rng), masks, names, np.ones(len(kept), np.bool_))
 
     def _sides(self, rng: np.random.Generator) -> tuple[int, int]:
         """(width, height) of an image."""
@@ -233,15 +298,17 @@ class CompositeSet(Sequence[Composite]):
     def _canvas(self, rng: np.random.Generator) -> Canvas:
         """A crop of a background, sometimes a plain one."""
         sides = self._sides(rng)
-        if rng.random() < 0.08:
+        share, settings = rng.random(), self.settings
+        if share < settings.plain:
             return Canvas(gradient(sides, rng))
+        if share < settings.plain + settings.studio:
+            return Canvas(studio(sides, rng))
         files = _backgrounds(self.work, self.split)
         image = crop(open_photograph(files[rng.integers(len(files))]), sides, rng)
         return Canvas(recoloured(image, 0.25, rng))
 
-    def _paste_all(
-        self, canvas: Canvas, rng: np.random.Generator
-    ) -> tuple[NDArray[np.bool_], tuple[str, ...]] | None:
+    def _paste_all(self, canvas: Canvas, rng: np.random.Generator) -> list[str]:
+        """Objects and patches anywhere; gives what each object is called."""
         settings = self.settings
         count = int(rng.choice([1, 1, 1, 2, 2, 3, 4, 5, 6, 7]))
         count = min(count, settings.most_objects)
@@ -255,23 +322,47 @@ class CompositeSet(Sequence[Composite]):
                 cutout, label = self._cutout(count, rng)
                 canvas.paste(cutout, rng, is_labelled=True)
                 labels.append(label)
-        masks, kept = canvas.masks(settings.least_visible, settings.least_pixels)
-        return (masks, tuple(labels[i] for i in kept)) if len(kept) else None
+        return labels
+
+    def _paste_crowd(self, canvas: Canvas, rng: np.random.Generator) -> list[str]:
+        """Things of one kind, each beside or partly on one before it."""
+        views = self._group(rng, is_long=False)
+        count = int(rng.integers(3, 8))
+        side = self.size * rng.uniform(0.18, 0.45)
+        middles = [tuple(rng.uniform(0.3, 0.7, 2) * canvas.image.size)]
+        labels = []
+        for number in range(count):
+            file, label = views[rng.integers(len(views))]
+            cutout = changed(_rgba(file), side * rng.uniform(0.8, 1.2), rng)
+            if number:
+                turn, near = rng.uniform(0, 2 * np.pi), middles[rng.integers(number)]
+                step = rng.uniform(0.55, 1.0) * np.array(cutout.size)
+                middles.append((near[0] + step[0] * np.cos(turn), near[1] + step[1] * np.sin(turn)))
+            canvas.paste(cutout, rng, is_labelled=True, middle=middles[-1])
+            labels.append(label)
+        return labels
+
+    def _group(self, rng: np.random.Generator, is_long: bool) -> tuple[tuple[Path, str], ...]:
+        """The views of a random object of a random kind, or of a long one where there are any."""
+        kinds = [k for k in self.weights if _objects(self.work, k, self.split, is_long)]
+        if not kinds:
+            return self._group(rng, False)
+        shares = np.array([self.weights[kind] for kind in kinds])
+        kind = kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))]
+        groups = _objects(self.work, kind, self.split, is_long)
+        return groups[rng.integers(len(groups))]
 
     def _cutout(self, count: int, rng: np.random.Generator) -> tuple[Image.Image, str]:
         """An object, randomly changed and resized."""
-        kinds = [k for k in self.weights if _objects(self.work, k, self.split)]
-        shares = np.array([self.weights[kind] for kind in kinds])
-        kind = kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))]
-        groups = _objects(self.work, kind, self.split)
-        views = groups[rng.integers(len(groups))]
+        is_long = bool(self.settings.oblique) and rng.random() < self.settings.oblique
+        views = self._group(rng, is_long)
         file, label = views[rng.integers(len(views))]
-        smallest = self.settings.smallest
+        smallest = max(self.settings.smallest, 0.3 * is_long)
         largest = self.settings.largest if count <= 2 else 0.6
         side = self.size * float(np.exp(rng.uniform(np.log(smallest), np.log(largest))))
         if count == 1:
             side = self.size * rng.uniform(0.25, largest)
-        return changed(_rgba(file), side, rng), label
+        return changed(_rgba(file), side, rng, is_oblique=is_long), label
 
     def _patch(self, rng: np.random.Generator) -> Image.Image:
         """A piece of another photo in a shape that is no object."""
@@ -285,15 +376,21 @@ class CompositeSet(Sequence[Composite]):
 # --- the supply -----------------------------------------------------------------------------------
 
 
+_LONG = 3.0  # times as long as wide
+
+
 @lru_cache(maxsize=64)
-def _objects(work: Path, kind: str, split: str) -> tuple[tuple[tuple[Path, str], ...], ...]:
-    """The views of each group of objects: (file, label)."""
+def _objects(
+    work: Path, kind: str, split: str, is_long: bool = False
+) -> tuple[tuple[tuple[Path, str], ...], ...]:
+    """The views of each group of objects, all or the long ones: (file, label)."""
     table = work / "objects" / f"{kind}.csv"
     if not table.exists():
         return ()
     groups: dict[str, list[tuple[Path, str]]] = {}
     for row in read_rows(table, Row):
-        if row.split == split:
+        sides = row.width, row.height
+        if row.split == split and (not is_long or max(sides) >= _LONG * min(sides)):
             groups.setdefault(row.group, []).append((table.parent / row.file, row.label))
     return tuple(tuple(views) for views in groups.values())
 
@@ -304,6 +401,20 @@ def _backgrounds(work: Path, split: str) -> tuple[Path, ...]:
     wanted = "val" if split == "test" else split
     rows = read_rows(table, Background) if table.exists() else []
     return tuple(table.parent / row.file for row in rows if row.split == wanted)
+
+
+@lru_cache(maxsize=8)
+def _things(work: Path, split: str) -> tuple[tuple[Path, ...], ...]:
+    """The labelled crops of each photograph."""
+    table = work / "labels" / "manifest.csv"
+    photographs: dict[str, list[Path]] = {}
+    for row in read_rows(table, Background):
+        if row.split == split:
+            name = row.file.rpartition("_")[0]
+            photographs.setdefault(name, []).append(table.parent / row.file)
+    if not photographs:
+        raise ValueError(f"{table} has no thing of split {split!r}")
+    return tuple(tuple(crops) for crops in photographs.values())
 
 
 @lru_cache(maxsize=8192)  # all of them: a few 100 MB in each process that draws

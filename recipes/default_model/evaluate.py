@@ -1,4 +1,4 @@
-"""Evaluate weights on photos with masks, and on held-out composites.
+"""Evaluate weights on photos with masks, on held-out composites, and on held-out regions.
 
 One report for each file of weights and set of images; the baselines that need no network are in
 the same table. ``tinyvit.evaluate`` computes everything. Written are ``evaluation.json`` (metrics),
@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
+from lite import is_lite, open_lite
 from tinyvit.bench.machine import machine_facts
 from tinyvit.checkpoints.files import file_sha256, write_text
 from tinyvit.checkpoints.open import find_checkpoint
@@ -28,6 +29,7 @@ from tinyvit.evaluate.segment import (
     SegmentReport,
     evaluate_segment,
 )
+from tinyvit.sam import SamPredictor
 from tinyvit.train.data.masks import open_mask_set
 
 JSON, MARKDOWN, CASES = "evaluation.json", "evaluation.md", "cases.json"
@@ -41,11 +43,12 @@ class Choices:
 
     Attributes:
         photographs: A folder with ``manifest.csv``, ``images`` and ``masks``; None for none.
-        work: The folder of the supply, for composites; None for none.
-        composites: How many composites.
+        work: The folder of the supply, for composites and regions; None for none.
+        composites: How many composites; and of photographs with regions as many, if any.
         size: Their longest side in pixels.
         seed: Of the composites.
         most_masks: Stop after so many masks of each set; None takes all.
+        split: "test", or "val" to choose by: its objects are others.
         baselines: An earlier ``evaluation.json`` of the same images, whose baselines are taken:
             they do not depend on the model, and GrabCut is slow. None computes them.
     """
@@ -56,6 +59,7 @@ class Choices:
     size: int = 256
     seed: int = 2024
     most_masks: int | None = None
+    split: Literal["val", "test"] = "test"
     baselines: Path | None = None
 
 
@@ -85,9 +89,15 @@ def open_sets(choices: Choices) -> list[Images]:
     if choices.work is not None:
         from composites import CompositeSet
 
-        composites = CompositeSet(choices.work, "test", choices.size, choices.seed)
-        drawn = composites[: choices.composites]
-        found.append(Images("composites", drawn, note="Objects held out, pasted on photographs."))
+        common = choices.work, choices.split, choices.size, choices.seed
+        for name, share, note in (
+            ("composites", 0.0, "Objects held out, pasted on photographs."),
+            ("regions", 1.0, "Regions that an algorithm found in photographs held out."),
+        ):
+            if share and not (choices.work / "regions").is_dir():
+                continue
+            drawn = CompositeSet(*common, regions=share)[: choices.composites]
+            found.append(Images(name, cast("Sequence[LabelledImage]", drawn), note=note))
     if not found:
         raise ValueError("there is nothing to evaluate on: give --photographs DIR or --work WORK")
     return found
@@ -109,6 +119,7 @@ def evaluate(
     *,
     out: Path | None = None,
     most_masks: int | None = None,
+    work: Path | None = None,
     earlier: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -132,7 +143,7 @@ def evaluate(
                 most_masks=most_masks,
             )
             reports[name] = evaluate_segment(
-                path,
+                open_weights(path, work),
                 images.images,
                 settings,
                 name=name,
@@ -147,6 +158,13 @@ def evaluate(
             metrics["floors"] = _baselines_of(earlier, images.name, metrics)
         results["sets"][images.name] = metrics
     return results
+
+
+def open_weights(path: str, work: Path | None) -> str | SamPredictor:
+    """What a checkpoint or file is evaluated as; a teacher of the recipe is built in ``work``."""
+    if work is None or not is_lite(Path(path)):
+        return path
+    return SamPredictor(open_lite(work, Path(path), Choices.size), fast=False)
 
 
 def _baselines_of(
@@ -245,6 +263,7 @@ def build(
         open_sets(choices),
         out=out,
         most_masks=choices.most_masks,
+        work=choices.work,
         earlier=earlier,
         say=say,
     )

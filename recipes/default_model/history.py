@@ -47,8 +47,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def read_stages(path: Path) -> dict[str, dict[str, Any]]:
-    """The stages by name, in order."""
+    """The stages by name, in order; each has what stands in [common] and not in itself."""
     stages: dict[str, dict[str, Any]] = read_toml(path)
+    common = stages.pop("common", {})
+    stages = {name: {**common, **stage} for name, stage in stages.items()}
     if not stages:
         raise ValueError(f"{path} has no stage; write a table [NAME] for each")
     return stages

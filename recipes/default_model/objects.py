@@ -1,8 +1,9 @@
-"""Objects with alpha out of packages: photographs, emoji of a spatial look, drawings.
+"""Objects with alpha out of packages: photographs, pictures of 3D models, emoji, drawings.
 
 Leaves ``WORK/objects/KIND/*.png`` and, last of all, ``WORK/objects/KIND.csv``: a table is there if
-all its images are. Photographs and emoji are lists chosen by eye (``selection/*.csv``); drawings
-are chosen by a rule, less a list of those left out by eye. Packages must have been fetched.
+all its images are. Photographs, 3D models and emoji are lists chosen by eye (``selection/*.csv``);
+drawings are chosen by a rule, less a list of those left out by eye. The picture of a 3D model is
+the one that its library shows in its catalogue. Packages must have been fetched.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import hashlib
 import io
 import re
 import warnings
+import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -121,6 +124,52 @@ def _photo(work: Path) -> Iterator[Row]:
                 category=row["category"], group=row["group"], split=row["split"],
                 package=package.title, source=source, license=row["license"],
             )  # fmt: skip
+
+
+RENDER_LICENSES = {
+    "BlendSwap-CC-0": "CC0",
+    "BlendSwap-CC-BY": "CC-BY-3.0",
+    "KatorLegaz": "CC-BY-3.0-US",
+    "Reallusion": "CC-BY-3.0-US",
+    "Scopia": "CC-BY-3.0",
+}
+
+
+def _render(work: Path) -> Iterator[Row]:
+    """The catalogue's pictures of 3D models; what is not in its list is passed over."""
+    package, path = package_path(work, "sweethome3d-furniture")
+    splits = {(row["library"], row["model"]): row["split"] for row in read_selection("render")}
+    for member, data in read_members(path, lambda name: name.endswith(".sh3f")):
+        library = Path(member).stem
+        for model, icon in _catalogue_icons(library, data).items():
+            if (split := splits.pop((library, model), None)) is None:
+                continue
+            group = f"sh:{library}/{model}"
+            yield _keep(
+                work, f"render/{library}__{model}.png", _cut(icon, group), label=model,
+                kind="render", category=library, group=group, split=split, package=package.title,
+                source=f"{library}.sh3f/{model}", license=RENDER_LICENSES[library],
+            )  # fmt: skip
+    if splits:
+        raise ValueError(f"{path} lacks {len(splits)} models, first {min(splits)}")
+
+
+def _catalogue_icons(library: str, data: bytes) -> dict[str, bytes]:
+    """The picture of each model, by the name of its folder, of a furniture library (a zip)."""
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        text = archive.read("PluginFurnitureCatalog.properties").decode("latin-1")
+    except (zipfile.BadZipFile, KeyError) as err:
+        raise ValueError(
+            f"{library} is no furniture library: {err}; fetch its package again"
+        ) from err
+    entries: dict[str, dict[str, str]] = defaultdict(dict)
+    for key, number, value in re.findall(r"^(icon|model)#(\d+)=(.*?)\s*$", text, re.MULTILINE):
+        entries[number][key] = value
+    return {
+        Path(entry["model"]).parent.name: archive.read(entry["icon"].lstrip("/"))
+        for entry in entries.values()
+    }
 
 
 def _emoji(work: Path) -> Iterator[Row]:
@@ -235,6 +284,7 @@ def _lines(path: Path) -> frozenset[str]:
 
 KINDS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "photo": _photo,
+    "render": _render,
     "emoji": _emoji,
     "clipart": _clipart,
 }

@@ -8,7 +8,9 @@ cannot.
 
 ``build`` writes ``WORK/regions/NAME.png`` for each row of ``WORK/backgrounds/manifest.csv``: RGB, a
 stage in each channel from fine to coarse, a region's number in its pixels. If interrupted, it
-continues with the remaining photos. ``draw_regions`` makes a training sample of them.
+continues with the remaining photos. ``draw_regions`` makes a training sample of them. A box may
+stand for a region only where somebody would draw one: it fills at least half of its box, and
+touches at most one edge of the image.
 """
 
 from __future__ import annotations
@@ -24,18 +26,20 @@ from PIL import Image
 
 from changes import as_a_camera, crop, recoloured
 from manifest import Background, read_rows, write_whole
+from tinyvit.images.mask_ops import box_around
 
 RGB = NDArray[np.uint8]
 
 _LONGEST = 640
 _LEAST, _LARGEST = 0.004, 0.6  # shares of the image
 _FILL = 0.25  # share of its box that a region fills: what is thinner is no shape but an outline
+_BOX_FILL = 0.5  # the same for one that a box may stand for
 _MOST_MASKS = 12
 
 
 def draw_regions(
     photograph: Path, regions: Path, size: tuple[int, int], rng: np.random.Generator
-) -> tuple[RGB, NDArray[np.bool_]] | None:
+) -> tuple[RGB, NDArray[np.bool_], NDArray[np.bool_]] | None:
     """A part of a photograph and the regions of one stage in it.
 
     Args:
@@ -45,8 +49,8 @@ def draw_regions(
         rng: The random generator.
 
     Returns:
-        (RGB [H, W, 3] uint8, masks [N, H, W] bool with N >= 1); None if no region there is
-        neither too small, too large nor too thin.
+        (RGB [H, W, 3] uint8, masks [N, H, W] bool with N >= 1, for which a box may stand [N] bool);
+        None if no region there is neither too small, too large nor too thin.
     """
     image = open_photograph(photograph)
     stages = _stages(regions, image.size)
@@ -57,16 +61,26 @@ def draw_regions(
     masks = [mask for number in np.unique(labels) if number and _is_shape(mask := labels == number)]
     if not masks:
         return None
-    order = rng.permutation(len(masks))[:_MOST_MASKS]
-    return as_a_camera(recoloured(part, 0.25, rng), rng), np.stack([masks[i] for i in order])
+    chosen = [masks[i] for i in rng.permutation(len(masks))[:_MOST_MASKS]]
+    boxed = np.array([has_box(mask) for mask in chosen])
+    return as_a_camera(recoloured(part, 0.25, rng), rng), np.stack(chosen), boxed
 
 
 def _is_shape(mask: NDArray[np.bool_]) -> bool:
-    if not _LEAST * mask.size <= mask.sum() <= _LARGEST * mask.size:
-        return False
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
-    return bool(mask.sum() >= _FILL * box)
+    is_fair = _LEAST * mask.size <= mask.sum() <= _LARGEST * mask.size
+    return bool(is_fair and _fill(mask) >= _FILL)
+
+
+def has_box(mask: NDArray[np.bool_]) -> bool:
+    """Whether somebody would draw a box around a region [H, W]."""
+    edges = mask[0], mask[-1], mask[:, 0], mask[:, -1]
+    return bool(_fill(mask) >= _BOX_FILL and sum(bool(edge.any()) for edge in edges) <= 1)
+
+
+def _fill(mask: NDArray[np.bool_]) -> float:
+    """Share of its box that a region fills."""
+    x0, y0, x1, y1 = box_around(mask)
+    return float(mask.sum() / ((x1 - x0) * (y1 - y0)))
 
 
 @lru_cache(maxsize=256)

@@ -1,9 +1,9 @@
-"""The default model from nothing, in one command: fetch, supply, train, shrink, evaluate, card.
+"""The default model in one command: fetch, supply, control, train, choose, shrink, evaluate, card.
 
     python recipes/default_model/run.py WORK --photographs DIR
 
 Each step keeps what is done and may be stopped at any moment; the same command goes on. The steps
-that make images and the training know themselves what is done. The last three are passed over
+that make images and the training know themselves what is done. The last four are passed over
 while their inputs and choices are what they were when they ended.
 
 WORK lies outside the repository; nothing in it is ever committed.
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from history import keep_results, trained_by
+from history import keep_results, read_stages, trained_by
 from tinyvit.errors import TinyViTError
 
 HERE = Path(__file__).resolve().parent
@@ -39,6 +39,7 @@ class Choices:
         tiny: Two steps of training and a handful of images: whether it runs, not how well.
         machine: What the training ran on, in words, for the card.
         beside: Other weights to evaluate in the same table.
+        control: Whether to train and evaluate ``control.toml`` before.
     """
 
     work: Path
@@ -47,7 +48,8 @@ class Choices:
     composites: int = 200
     tiny: bool = False
     machine: str = ""
-    beside: tuple[str, ...] = (f"first={HERE / 'start' / 'first.safetensors'}",)
+    beside: tuple[str, ...] = (f"starter={HERE / 'start' / 'starter.safetensors'}",)
+    control: bool = False
 
     @property
     def table(self) -> Path:
@@ -64,7 +66,12 @@ class Places:
     @property
     def shipped(self) -> Path:
         """The file for the package."""
-        return self.work / "weights" / "starter.safetensors"
+        return self.work / "weights" / "default.safetensors"
+
+    @property
+    def chosen(self) -> Path:
+        """What was chosen among the trained weights, and their offsets and thresholds."""
+        return self.work / "weights" / "chosen.json"
 
     @property
     def evaluation(self) -> Path:
@@ -131,18 +138,28 @@ def steps_of(choices: Choices) -> list[Step]:
     evaluation = places.evaluation / "evaluation.json"
     trained = trained_by(work, choices.table)
     tables = work / "objects" / "photo.csv", work / "backgrounds" / "manifest.csv"
+    control = [Step("control", "train and compare the control's stages", lambda: _control(choices))]
     return [
         Step("fetch", "fetch the packages that the images come from", _builder("fetch", work)),
         Step("objects", "cut out objects", _builder("objects", work)),
-        Step("renders", "render 3D models", _builder("render", work)),
         Step("backgrounds", "choose background photographs", _builder("backgrounds", work)),
         Step("regions", "find the regions of the photographs", _builder("regions", work)),
+        Step("label", "label things in the photographs", _builder("label", work)),
+        *(control if choices.control else ()),
         Step("train", "train the network", lambda: _train(choices)),
+        Step(
+            "choose",
+            "choose weights, offsets and thresholds",
+            lambda: _choose(choices),
+            (trained,),
+            (places.chosen,),
+            (choices.tiny,),
+        ),
         Step(
             "shrink",
             "write the file that ships, in half precision",
             lambda: _shrink(choices),
-            (trained,),
+            (trained, places.chosen),
             (places.shipped,),
         ),
         Step(
@@ -201,10 +218,41 @@ def _train(choices: Choices) -> None:
     _part("train").build(choices.work, choices.table)
 
 
+def _control(choices: Choices) -> None:
+    """Train the control, and evaluate it where no photo is: on composites and regions."""
+    evaluate, table = _part("evaluate"), HERE / "control.toml"
+    _part("train").build(choices.work, table)
+    weights = {
+        name: str(choices.work / "runs" / name / "last.safetensors") for name in read_stages(table)
+    }
+    weights |= evaluate.named(choices.beside)
+    what = evaluate.Choices(None, choices.work, choices.composites, split="val")
+    evaluate.build(weights, what, choices.work / "control")
+    print((choices.work / "control" / "evaluation.md").read_text(encoding="utf-8"))
+
+
+def _choose(choices: Choices) -> None:
+    _need(trained_by(choices.work, choices.table), "train")
+    target = Places(choices.work).chosen
+    more = {"most_masks": 4} if choices.tiny else {}
+    chosen = _part("choose").build(choices.work, choices.table, target, **more)
+    print(
+        f"    {chosen.weights}; mean IoU, best mask, error of the score: without offsets "
+        f"{_listed(chosen.before)}, with {_listed(chosen.offsets)} {_listed(chosen.after)}"
+    )
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    return " / ".join(f"{number:.3f}" for number in numbers)
+
+
 def _shrink(choices: Choices) -> None:
-    trained = trained_by(choices.work, choices.table)
-    _need(trained, "train")
-    found = _part("shrink").build(trained, Places(choices.work).shipped)
+    places = Places(choices.work)
+    _need(places.chosen, "choose")
+    chosen = json.loads(places.chosen.read_text(encoding="utf-8"))
+    found = _part("shrink").build(
+        choices.work / chosen["weights"], places.shipped, chosen["offsets"], chosen["thresholds"]
+    )
     print(
         f"    {found.bytes} bytes, sha256 {found.sha256}; largest differences: embeddings "
         f"{found.embedding_error:.2g}, logits {found.logit_error:.2g}"
@@ -253,6 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--composites", type=int, default=Choices.composites)
     parser.add_argument("--beside", action="append", help="other weights to evaluate, too")
     parser.add_argument("--machine", default="", help="what it was trained on, for the card")
+    parser.add_argument("--control", action="store_true", help="train control.toml before")
     parser.add_argument("--tiny", action="store_true", help="two steps of training: does it run?")
     parser.add_argument("--only", action="append", default=[], help="do this step, even if done")
     given = parser.parse_args(arguments)
@@ -264,6 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.tiny,
         given.machine,
         Choices.beside if given.beside is None else tuple(given.beside),
+        given.control or "control" in given.only,
     )
     try:
         run(choices, given.only)

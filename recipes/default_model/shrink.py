@@ -1,5 +1,8 @@
 """From trained weights to the file that ships: half precision, without what nobody needs.
 
+What ``choose.py`` chose goes in: offsets of the predicted IoU into the biases of the layer that
+predicts it, thresholds into the header.
+
 Batch statistics and the positional matrix stay float32: statistics are divided by, and the matrix
 is multiplied by up to 2 pi and put into sines. Attention biases are stored in half precision, too.
 Left out are the classification head and the counters of batches. The header stays as it was. The
@@ -11,7 +14,7 @@ Letters: K masks, h w of the low-resolution logits, C channels, H W the image.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,12 +24,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tinyvit.checkpoints import read_state_dict, write_state_dict
-from tinyvit.checkpoints.files import file_sha256, write_text
+from tinyvit.checkpoints.files import THRESHOLDS, check_thresholds, file_sha256, write_text
 from tinyvit.sam import SamPredictor
 
 MOST_BYTES = 16_000_000
 """The most that the file may take in the package."""
 
+IOU_HEAD = "mask_decoder.iou_prediction_head.layers."
 DROPPED = ("image_encoder.norm_head.", "image_encoder.head.")
 FLOAT32 = (".running_mean", ".running_var", ".positional_encoding_gaussian_matrix")
 _LARGEST = torch.finfo(torch.float16).max
@@ -87,10 +91,23 @@ def example_image(side: int = 256) -> NDArray[np.uint8]:
     return pixels
 
 
-def build(source: Path, target: Path) -> Shrunk:
+def add_offsets(tensors: Mapping[str, Tensor], offsets: Sequence[float]) -> dict[str, Tensor]:
+    """The tensors with each mask's offset in the bias of its predicted IoU."""
+    key = max(key for key in tensors if key.startswith(IOU_HEAD) and key.endswith(".bias"))
+    if len(offsets) != len(tensors[key]):
+        raise ValueError(f"{key} has {len(tensors[key])} masks, and {len(offsets)} offsets came")
+    return {**tensors, key: tensors[key] + torch.tensor(offsets)}
+
+
+def build(
+    source: Path,
+    target: Path,
+    offsets: Sequence[float] = (),
+    thresholds: Mapping[str, float] | None = None,
+) -> Shrunk:
     """Write the file that ships, and compare it with its source."""
     read = read_state_dict(source)
-    tensors = shrink_tensors(read.tensors)
+    tensors = shrink_tensors(add_offsets(read.tensors, offsets) if offsets else read.tensors)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if size > MOST_BYTES:
         raise ValueError(
@@ -98,6 +115,8 @@ def build(source: Path, target: Path) -> Shrunk:
             "smaller variant"
         )
     header = {key: text for key, text in read.metadata.items() if key != "format"}
+    if thresholds:
+        header[THRESHOLDS] = json.dumps(check_thresholds(dict(thresholds)))
     target.parent.mkdir(parents=True, exist_ok=True)
     write_state_dict(target, tensors, metadata=header)
     found = Shrunk(

@@ -1,57 +1,62 @@
-"""Train the default model on composites, stage after stage, as ``stages.toml`` says.
+"""Train the default model on what the supply gives, stage after stage, as a file of stages says.
 
 Each stage is one run of ``tinyvit.train.train`` in ``WORK/runs/STAGE``: it can be stopped at any
-moment and goes on where it was, and begins with the best weights of the stage before it.
+moment and goes on where it was.
 
-    python recipes/default_model/train.py WORK [STAGE ...]
+    python recipes/default_model/train.py WORK [STAGE ...] [--stages FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 
 import tinyvit
-from composites import CompositeSet
+from composites import CompositeSet, CompositeSettings
 from history import read_stages
+from lite import LiteEncoder, build_lite, fit_neck, open_lite
+from tinyvit.checkpoints import read_state_dict
+from tinyvit.images.preprocess import to_input
 from tinyvit.sam.build import build_sam
+from tinyvit.sam.embedding import spec_of
+from tinyvit.sam.model import Sam
 from tinyvit.train import TrainSettings, train
 from tinyvit.train.run_folder import Progress
-from tinyvit.train.tasks.segment import Segment
+from tinyvit.train.tasks.segment import MaskSamples, Segment
 from tinyvit.train.tasks.settings import SegmentSettings
 
 STAGES = Path(__file__).with_name("stages.toml")
+VAL_REGIONS = 0.4  # of the samples that choose the best weights; the others are composites
+_NECK_IMAGES = 200
 
 Stage = dict[str, Any]
 
 
-def build(work: Path, stages: Path = STAGES, report: Callable[[str], None] = print) -> Path:
-    """Run every stage that is not done."""
-    weights = ""
-    for name, stage in read_stages(stages).items():
-        weights = str(run_stage(work, name, stage, weights or stage["start"], report))
-    return Path(weights)
+def build(
+    work: Path,
+    stages: Path = STAGES,
+    report: Callable[[str], None] = print,
+    names: Sequence[str] = (),
+) -> None:
+    """Run every stage that is not done, or those named."""
+    tinyvit.tune_allocator()
+    table = read_stages(stages)
+    for name in names or table:
+        run_stage(work, name, table[name], report)
 
 
-def run_stage(
-    work: Path, name: str, stage: Stage, start: str, report: Callable[[str], None] = print
-) -> Path:
+def run_stage(work: Path, name: str, stage: Stage, report: Callable[[str], None] = print) -> Path:
     """Run one stage, or what is left of it."""
     folder = work / "runs" / name
-    known = {one.name for one in fields(TrainSettings)}
     settings = TrainSettings.from_mapping(
-        {
-            "folder": str(folder),
-            "workers": 1,
-            **{key: value for key, value in stage.items() if key in known},
-        },
-        f"stage {name}",
+        {"folder": str(folder), "workers": 1, **_own(TrainSettings, stage)}, f"stage {name}"
     )
 
     def tell(progress: Progress) -> None:
@@ -62,46 +67,80 @@ def run_stage(
                 f"{progress.images_per_second:.1f} images/s"
             )
 
-    result = train(_task(work, stage, start), settings, resume=True, report=tell)
+    result = train(task_of(work, stage), settings, resume=True, report=tell)
     metrics = ", ".join(f"{name} {value:.3f}" for name, value in result.metrics.items())
     report(f"{name}: done; {metrics}")
     return result.best_weights or result.last_weights
 
 
-def _task(work: Path, stage: Stage, start: str) -> Segment:
+def task_of(work: Path, stage: Stage) -> Segment:
     """The task of a stage."""
+    common: dict[str, Any] = {"size": stage["img_size"], "weights": dict(stage["kinds"])}
+    drawn = CompositeSettings(**_own(CompositeSettings, stage))
+    shares = {name: stage.get(name, 0.0) for name in ("regions", "things")}
+    samples = CompositeSet(work, "train", seed=stage["seed"], settings=drawn, **shares, **common)
+    held_out = CompositeSet(work, "val", seed=0, length=10_000, regions=VAL_REGIONS, **common)
+    own = _own(SegmentSettings, stage, ("teacher", "model", "img_size", "seed"))
+    settings = SegmentSettings(str(work), augment="none", **own)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stage["seed"])
-        sam = build_sam(beside(start) or None, stage["model"], img_size=stage["img_size"])
-    common = {"size": stage["img_size"], "weights": dict(stage["kinds"])}
-    samples = CompositeSet(
-        work, "train", seed=stage["seed"], regions=stage.get("regions", 0.0), **common
-    )
-    held_out = CompositeSet(work, "val", seed=0, length=10_000, **common)
-    names = "objects", "box_share", "corrective_share", "most_corrections", "focal", "val_masks"
-    own = {name: stage[name] for name in names}
-    return Segment(sam, samples, held_out, SegmentSettings(str(work), augment="none", **own))
+        sam = _model(work, stage, samples)
+        teacher = None
+        if name := stage.get("teacher"):
+            encoder = open_lite(work, Path(found(work, name)), stage["img_size"]).image_encoder
+            teacher = cast(LiteEncoder, encoder).everything
+        data = cast(MaskSamples, samples)
+        return Segment(sam, data, cast(Any, held_out), settings, teacher)
 
 
-def beside(start: str) -> str:
-    """A file of the recipe by its path there; anything else as it is."""
-    own = STAGES.parent / start
-    return str(own) if start and own.is_file() else start
+def _model(work: Path, stage: Stage, samples: CompositeSet) -> Sam:
+    """What a stage begins with."""
+    start, size = found(work, stage["start"]), stage["img_size"]
+    if stage.get("encoder") == "lite2":
+        sam = build_lite(work, start, size)
+        if not (work / "runs" / stage["start"]).is_dir():
+            encoder = cast(LiteEncoder, sam.image_encoder)
+            old = build_sam(start, img_size=size).eval()
+            explained = fit_neck(encoder, old.image_encoder, _batches(sam, samples))
+            print(f"    the neck explains {explained:.3f} of the embedding's variance")
+        return sam
+    sam = build_sam(start or None, stage["model"], img_size=size)
+    if name := stage.get("decoder"):
+        tensors = read_state_dict(found(work, name)).tensors
+        own = {key: v for key, v in tensors.items() if not key.startswith("image_encoder.")}
+        sam.load_state_dict(own, strict=False)
+    return sam
+
+
+def _batches(sam: Sam, samples: CompositeSet) -> list[torch.Tensor]:
+    """Images for the neck, normalised and padded."""
+    spec = spec_of(sam)
+    drawn = [to_input(one.load()[0], spec)[0] for one in samples[:_NECK_IMAGES]]
+    batches = [np.stack(drawn[first : first + 8]) for first in range(0, len(drawn), 8)]
+    return [torch.from_numpy(batch) for batch in batches]
+
+
+def found(work: Path, name: str) -> str:
+    """The weights of a stage by its name, a file of the recipe by its path there; else as it is."""
+    folder = work / "runs" / name
+    places = folder / "best.safetensors", folder / "last.safetensors", STAGES.parent / name
+    return next((str(place) for place in places if name and place.is_file()), name)
+
+
+def _own(kind: type, stage: Stage, but: Sequence[str] = ()) -> Stage:
+    """What a stage says about the fields of a class."""
+    names = {one.name for one in fields(kind)} - set(but)
+    return {name: value for name, value in stage.items() if name in names}
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("stage", nargs="*", help="which stages; all by default")
-    parser.add_argument("--weights", default="", help="weights that the first of them begins with")
-    options = parser.parse_args()
-    tinyvit.tune_allocator()
-    stages, start = read_stages(STAGES), options.weights
-    for name in options.stage or stages:
-        start = str(
-            run_stage(options.work, name, stages[name], start or stages[name]["start"], _say)
-        )
+    parser.add_argument("--stages", type=Path, default=STAGES, help="the file of the stages")
+    given = parser.parse_args()
+    build(given.work, given.stages, _say, given.stage)
 
 
 def _say(line: str) -> None:

@@ -3,6 +3,7 @@
 All of them are ``slow`` (the recipe runs once a release) but the one that runs the whole recipe.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +41,12 @@ def tiny_sam_file(tmp_path_factory):
 
 @pytest.fixture
 def make_supply():
-    """``make_supply(work)``: a handful of cut-outs and backgrounds for each split, with tables."""
+    """``make_supply(work)``: a few cut-outs, backgrounds and things for each split, with tables."""
     from manifest import SPLITS, Background, Row, write_rows
 
     def make(work):
         rng = np.random.default_rng(0)
-        rows, grounds = [], []
+        rows, grounds, things = [], [], []
         for number, split in enumerate(SPLITS * 2):
             rgba = rng.integers(0, 256, (40, 30, 4)).astype(np.uint8)
             y, x = np.mgrid[-1:1:40j, -1:1:30j]
@@ -64,6 +65,14 @@ def make_supply():
             noise = Image.fromarray(rng.integers(60, 200, (5, 6, 3)).astype(np.uint8))
             noise.resize((96, 80)).save(work / "backgrounds" / ground.file)
             grounds.append(ground)
+            (work / "labels").mkdir(exist_ok=True)
+            Image.fromarray(rgba[..., :3]).resize((96, 80)).save(
+                work / "labels" / f"{number}_0.jpg"
+            )
+            soft = np.clip(1.5 - np.hypot(*np.mgrid[-1:1:80j, -1:1:96j]) * 1.5, 0, 1) * 255
+            Image.fromarray(soft.astype(np.uint8)).save(work / "labels" / f"{number}_0.png")
+            things.append(replace(ground, file=f"{number}_0.jpg"))
+        write_rows(work / "labels" / "manifest.csv", things, Background)
         write_rows(work / "objects" / "photo.csv", rows, Row)
         write_rows(work / "backgrounds" / "manifest.csv", grounds, Background)
         return work

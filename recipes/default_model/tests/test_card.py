@@ -126,6 +126,16 @@ def test_the_card_tells_what_a_training_began_with(tmp_path, tiny_sam_file, make
     text = card.build(*places, stages=stages).read_text()
     assert "| training | from `start/old.safetensors`, " in text
     assert text.endswith("## What the training began with\n\nFound in a drawer.\n")
+    assert "U2-Net" not in text and "EfficientNet" not in text
+
+
+def test_networks_that_taught_are_named_with_their_terms(tmp_path):
+    stages = tmp_path / "stages.toml"
+    stages.write_text("[common]\nthings = 0.3\n[learn]\nthings = 0.0\n[finish]\n")
+    found = card.describe_networks(stages)
+    assert "DUTS, are for academic use" in found and "EfficientNet" not in found
+    stages.write_text('[learn]\nencoder = "lite2"\nthings = 0.0\n')
+    assert card.describe_networks(stages).startswith("A teacher's encoder was EfficientNet-Lite2")
 
 
 def test_figures_of_other_weights_are_refused(tmp_path, tiny_sam_file):

@@ -81,10 +81,22 @@ def test_masks_drawn_by_hand_have_no_note(tmp_path, make_photographs):
 
 
 def test_composites_are_those_of_the_test_objects(tmp_path, make_supply):
-    (sets,) = evaluate.open_sets(evaluate.Choices(None, make_supply(tmp_path), 3, 64))
+    work = make_supply(tmp_path)
+    (sets,) = evaluate.open_sets(evaluate.Choices(None, work, 3, 64))
     assert len(sets.images) == 3
     labels = {label for image in sets.images for label in image.labels}
     assert labels <= {"thing 2", "thing 5"}  # every third one is a test object
+
+
+def test_regions_are_a_set_where_they_were_found(tmp_path, make_supply):
+    pytest.importorskip("skimage")
+    from regions import build
+
+    work = make_supply(tmp_path)
+    build(work)
+    _, found = evaluate.open_sets(evaluate.Choices(None, work, 2, 64, split="val"))
+    assert found.name == "regions" and len(found.images) == 2
+    assert {label for image in found.images for label in image.labels} == {"region"}
 
 
 def test_nothing_to_measure_on_is_an_error():

@@ -128,5 +128,5 @@ def test_the_recipes_table_pins_every_package():
         assert set(one.sha256) <= set("0123456789abcdef")
         assert one.urls
         assert all(url.startswith(("http://", "https://")) for url in one.urls)
-        assert one.size > 1_000_000
+        assert one.size > 20_000
         assert "/" not in one.file

@@ -10,7 +10,7 @@ from fetch import Package
 from manifest import Row, is_done, read_rows, split_of
 from objects import LONGEST, cut_out, fill_of, has_hard_edge, is_one_object, write_whole
 
-from .packages_made import deb, disc, encoded, tgz
+from .packages_made import deb, disc, encoded, tgz, wheel
 
 
 def test_a_cut_out_ends_where_the_object_ends():
@@ -161,6 +161,21 @@ def work(tmp_path, monkeypatch):
             f"{DRAWINGS}transportation/roadsigns/stop-1.png": drawn((250, 0, 0)),
         },
     )
+    catalogue = "".join(
+        f"id#{n}=x\nmodel#{n}=/s/{name}/m.obj\nicon#{n}=/s/{name}.png\n"
+        for n, name in enumerate(("lamp", "chair"), 1)
+    )
+    wheel(
+        packages / "library.zip",
+        {
+            "PluginFurnitureCatalog.properties": catalogue,
+            "s/lamp.png": encoded(disc()),
+            "s/chair.png": encoded(disc(20, 20)),
+        },
+    )
+    library = (packages / "library.zip").read_bytes()
+    deb(packages / "sweethome3d-furniture.deb", {"usr/Scopia.sh3f": library})
+    (chosen / "render.csv").write_text("library,model,split,author\nScopia,lamp,val,Somebody\n")
     (chosen / "photo.csv").write_text(
         PHOTO
         + "tp_1.png,A frog.,animals,tp:frog,test,stamps,usr/frog.png,GPL-2\n"
@@ -191,6 +206,23 @@ def test_photographs_are_as_their_list_says(work):
         assert cutout.size == (big.width, big.height) == (192, 384)
 
 
+def test_models_are_shown_as_in_their_catalogue(work):
+    assert objects.build(work, ["render"]) == {"render": 1}
+    (lamp,) = read_rows(work / "objects" / "render.csv", Row)
+    assert lamp == Row(
+        "render/Scopia__lamp.png", "render", "lamp", "Scopia", 30, 40, lamp.fill, "sh:Scopia/lamp",
+        "val", "sweethome3d-furniture 1.0", "Scopia.sh3f/lamp", "CC-BY-3.0",
+    )  # fmt: skip
+    (manifest.SELECTION / "render.csv").write_text(
+        "library,model,split,author\nScopia,lamp,val,A\nScopia,sofa,val,B\n"
+    )
+    (work / "objects" / "render.csv").unlink()
+    with pytest.raises(ValueError, match=r"lacks 1 models, first \('Scopia', 'sofa'\)"):
+        objects.build(work, ["render"])
+    with pytest.raises(ValueError, match="Scopia is no furniture library"):
+        objects._catalogue_icons("Scopia", b"no zip")
+
+
 def test_emoji_get_their_split_from_their_group(work):
     assert objects.build(work, ["emoji"]) == {"emoji": 1}
     (apple,) = read_rows(work / "objects" / "emoji.csv", Row)
@@ -212,7 +244,7 @@ def test_drawings_pass_the_rule_once_each(work):
 
 
 def test_what_is_done_is_kept_and_what_is_missing_is_made_again(work):
-    assert objects.build(work) == {"photo": 2, "emoji": 1, "clipart": 3}
+    assert objects.build(work) == {"photo": 2, "render": 1, "emoji": 1, "clipart": 3}
     table = work / "objects" / "photo.csv"
     text = table.read_text()
     assert objects.build(work) == {}
@@ -237,7 +269,7 @@ def test_no_table_is_left_when_an_image_fails(work):
 
 
 def test_an_unknown_kind_is_named(work):
-    with pytest.raises(ValueError, match="no kind drawings; there are photo, emoji, clipart"):
+    with pytest.raises(ValueError, match="no kind drawings; there are photo, render, emoji"):
         objects.build(work, ["drawings"])
     assert objects.build(work, ["emoji"]) == {"emoji": 1}
 

@@ -27,7 +27,8 @@ def test_masks_lie_where_the_image_has_them(photograph):
     assert any(one is None for one in found)  # a stage of one region that covers everything
     whole = [one for one in found if one is not None]
     assert len(whole) > 5
-    for pixels, masks in whole:
+    for pixels, masks, boxed in whole:
+        assert boxed.shape == (len(masks),) and boxed.dtype == bool
         assert pixels.shape == (48, 64, 3) and pixels.dtype == np.uint8
         assert masks.shape[1:] == (48, 64) and masks.dtype == bool
         for mask in masks:
@@ -50,6 +51,20 @@ def test_what_is_thin_is_left_out(tmp_path):
         found = draw_regions(*paths, (96, 96), np.random.default_rng(seed))
         if found is not None:  # one side of the line
             assert all(mask.sum() > 0.2 * mask.size for mask in found[1])
+
+
+def test_a_box_stands_for_what_somebody_would_box():
+    mask = np.zeros((40, 60), bool)
+    mask[10:30, 10:40] = True
+    assert regions.has_box(mask)
+    mask[:30, 10:40] = True  # touches the upper edge
+    assert regions.has_box(mask)
+    mask[:, 10:40] = True  # and the lower one
+    assert not regions.has_box(mask)
+    frame = np.zeros((40, 60), bool)
+    frame[5:35, 5:55] = True
+    frame[10:30, 10:50] = False  # fills less than half of its box
+    assert 0.25 < frame.sum() / (30 * 50) < 0.5 and not regions.has_box(frame)
 
 
 def test_a_set_mixes_them_with_composites(tmp_path, make_supply):

@@ -31,15 +31,19 @@ class Parts:
         self.arguments = arguments, others
         leaves = {
             "train": self.trained,
+            "choose": self.places.chosen,
             "shrink": self.places.shipped,
             "evaluate": self.places.evaluation / "evaluation.json",
             "card": self.places.card,
         }
         if name in leaves and not (name == "train" and self.trained.exists()):
             leaves[name].parent.mkdir(parents=True, exist_ok=True)
-            leaves[name].write_text(f"{name} {len(self.done)}")
+            chosen = '{"weights": "x", "offsets": [], "thresholds": {}}'
+            leaves[name].write_text(chosen if name == "choose" else f"{name} {len(self.done)}")
         if name == "evaluate":
             (self.places.evaluation / "evaluation.md").write_text("a table")
+        if name == "choose":
+            return SimpleNamespace(weights="x", before=(0.5,), after=(0.6,), offsets=(0.1,))
         if name == "shrink":
             return SimpleNamespace(bytes=1, sha256="0", embedding_error=0.0, logit_error=0.0)
         return None
@@ -53,24 +57,25 @@ def parts(tmp_path, monkeypatch, make_supply):
     return found
 
 
-ALWAYS = ["fetch", "objects", "render", "backgrounds", "regions", "train"]
+ALWAYS = ["fetch", "objects", "backgrounds", "regions", "label", "train"]
+LAST = ["choose", "shrink", "evaluate", "card"]
 
 
 def test_all_steps_in_order_and_again_what_is_not_done(tmp_path, parts, capsys):
     assert run.main([str(tmp_path)]) == 0
-    assert parts.done == [*ALWAYS, "shrink", "evaluate", "card"]
+    assert parts.done == [*ALWAYS, *LAST]
     out = capsys.readouterr().out
-    assert "[1/9] fetch: fetch the packages that the images come from" in out
+    assert "[1/10] fetch: fetch the packages that the images come from" in out
     parts.done.clear()
     assert run.main([str(tmp_path)]) == 0
     assert parts.done == ALWAYS  # these know themselves what is done
     out = capsys.readouterr().out
-    for line in ("[7/9] shrink: done before", "[8/9] evaluate: done before", "[9/9] card: done"):
+    for line in ("[7/10] choose: done before", "[8/10] shrink: done", "[10/10] card: done"):
         assert line in out
     parts.trained.write_text("trained anew")
     parts.done.clear()
     assert run.main([str(tmp_path)]) == 0
-    assert parts.done == [*ALWAYS, "shrink", "evaluate", "card"]
+    assert parts.done == [*ALWAYS, *LAST]
 
 
 def test_a_step_is_done_again_when_its_inputs_or_choices_change(tmp_path):
@@ -115,10 +120,11 @@ def test_choices_reach_the_steps(tmp_path, parts):
 @pytest.mark.parametrize(
     "step, words",
     [
-        ("shrink", "best.safetensors is not there; the step 'train' makes it"),
-        ("evaluate", "starter.safetensors is not there; the step 'shrink' makes it"),
+        ("choose", "best.safetensors is not there; the step 'train' makes it"),
+        ("shrink", "chosen.json is not there; the step 'choose' makes it"),
+        ("evaluate", "default.safetensors is not there; the step 'shrink' makes it"),
         ("card", "evaluation.json is not there; the step 'evaluate' makes it"),
-        ("bake", "there is no step bake; the steps are fetch, objects, renders, backgrounds"),
+        ("bake", "there is no step bake; the steps are fetch, objects, backgrounds, regions"),
     ],
 )
 def test_what_lacks_is_said(tmp_path, parts, capsys, step, words):
@@ -139,7 +145,7 @@ def test_from_cut_outs_to_a_card(tmp_path, make_supply, make_photographs):
     work = make_supply(tmp_path / "work")
     photographs = make_photographs(tmp_path / "photographs")
     command = [sys.executable, "-W", "error", str(RECIPE / "run.py"), str(work), "--tiny"]
-    steps = [f"--only={name}" for name in ("regions", "train", "shrink", "evaluate", "card")]
+    steps = [f"--only={name}" for name in ("regions", "train", *LAST)]
     done = subprocess.run(
         [*command, *steps, "--photographs", str(photographs)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -149,11 +155,11 @@ def test_from_cut_outs_to_a_card(tmp_path, make_supply, make_photographs):
     )
     assert done.returncode == 0, done.stderr
     results = json.loads((work / "evaluation" / "evaluation.json").read_text())
-    assert set(results["sets"]) == {"photographs", "composites"}
-    assert set(results["sets"]["photographs"]["models"]) == {"starter", "first"}
+    assert set(results["sets"]) == {"photographs", "composites", "regions"}
+    assert set(results["sets"]["photographs"]["models"]) == {"default", "starter"}
     assert (work / "results" / "learn_curves.png").is_file()
     assert str(work) not in (work / "results" / "learn_settings.toml").read_text()
     card = (work / "weights" / "MODEL_CARD.md").read_text()
-    assert "| training | from scratch, 0.0 hours, 4 images in 2 steps |" in card
-    assert results["weights"]["starter"]["sha256"] in card
+    assert "| training | from scratch, 0.0 hours, 8 images in 4 steps |" in card
+    assert results["weights"]["default"]["sha256"] in card
     assert "| objects: photo | things 1.0 | CC0-1.0 | 2 | 2 |" in card

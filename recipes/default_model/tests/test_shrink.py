@@ -52,6 +52,26 @@ def test_the_embedded_weights_come_out_bit_for_bit(tmp_path):
     assert (found.embedding_error, found.logit_error, found.mask_agreement) == (0, 0, 1)
 
 
+def test_offsets_and_thresholds_go_into_the_file(tmp_path, tiny_sam_file):
+    thresholds = {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.6}
+    target, offsets = tmp_path / "small.safetensors", (0.1, 0.0, -0.2, 0.3)
+    shrink.build(tiny_sam_file, target, offsets, thresholds)
+    sam = build_sam(target)
+    assert sam.thresholds == thresholds
+    prompts = sam.prompt_encoder(
+        (torch.tensor([[[9.0, 9.0]]]), torch.ones(1, 1)), None, None, (4, 4)
+    )
+    source = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    scores = []
+    for model in (build_sam(tiny_sam_file), sam):
+        pe = model.prompt_encoder.get_dense_pe((4, 4))
+        with torch.no_grad():
+            scores.append(model.mask_decoder.predict_masks(source, pe, *prompts)[1])
+    torch.testing.assert_close(scores[1] - scores[0], torch.tensor([offsets]), atol=5e-3, rtol=0)
+    with pytest.raises(ValueError, match="has 4 masks, and 2 offsets came"):
+        shrink.build(tiny_sam_file, target, (0.1, 0.2))
+
+
 @pytest.mark.parametrize(
     "value, words",
     [
