@@ -30,7 +30,7 @@ from tinyvit.image_spec import ImageSpec, Placement
 from tinyvit.images.decode import decode
 from tinyvit.images.preprocess import to_input
 from tinyvit.inference import OnnxBackend, OpenVINOBackend, OpenVINOGraph, TorchBackend
-from tinyvit.sam.build import build_sam
+from tinyvit.sam.model import build_sam
 
 HERE = Path(__file__).parent
 IMAGES = HERE.parent / "examples" / "pictures"

@@ -24,8 +24,7 @@ from tinyvit.factory import create_model
 from tinyvit.hub import from_pretrained, push_to_hub, save_pretrained
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
-from tinyvit.sam.build import build_sam
-from tinyvit.sam.model import Sam
+from tinyvit.sam.model import Sam, build_sam
 from tinyvit.train.tasks.classify import save_classifier
 
 MakeModel = Callable[..., TinyViT]

@@ -18,7 +18,7 @@ from history import History, read_history, read_stages
 from manifest import Background, Row, read_rows
 from tinyvit.catalog import DEFAULT_CHECKPOINT, VARIANTS
 from tinyvit.checkpoints.files import file_sha256, write_text
-from tinyvit.sam.build import build_sam
+from tinyvit.sam.model import build_sam
 
 STAGES = Path(__file__).with_name("stages.toml")
 

@@ -24,9 +24,8 @@ from history import read_stages
 from lite import LiteEncoder, build_lite, fit_neck, open_lite
 from tinyvit.checkpoints import read_state_dict
 from tinyvit.images.preprocess import to_input
-from tinyvit.sam.build import build_sam
 from tinyvit.sam.embedding import spec_of
-from tinyvit.sam.model import Sam
+from tinyvit.sam.model import Sam, build_sam
 from tinyvit.train import TrainSettings, train
 from tinyvit.train.run_folder import Progress
 from tinyvit.train.tasks.segment import MaskSamples, Segment

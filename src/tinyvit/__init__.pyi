@@ -22,10 +22,10 @@ from .inference.backend import Encoded as Encoded
 from .inference.engine import Engine as Engine
 from .modules import TinyViT as TinyViT
 from .sam.automatic import SamAutomaticMaskGenerator as SamAutomaticMaskGenerator
-from .sam.build import build_sam as build_sam
-from .sam.build import sam_model_registry as sam_model_registry
 from .sam.embedding import ImageEmbedding as ImageEmbedding
 from .sam.masks import Masks as Masks
+from .sam.model import build_sam as build_sam
+from .sam.model import sam_model_registry as sam_model_registry
 from .sam.predictor import SamPredictor as SamPredictor
 from .sam.prompts import Prompt as Prompt
 from .sam.segmenter import Segmenter as Segmenter

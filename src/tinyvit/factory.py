@@ -49,6 +49,7 @@ from tinyvit.checkpoints.open import (
 )
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
+from tinyvit.lazy import need_torch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -202,12 +203,12 @@ def create_model(
         >>> sum(p.numel() for p in model.parameters())
         5392764
     """
-    from tinyvit.modules import FeatureMaps, TinyViT
-
     _refuse(unknown if features_only or out_indices is None else {"out_indices": out_indices})
     if head is False and num_classes:
         raise ValueError(f"num_classes={num_classes} wants a head, but head=False leaves it out")
     name, opened = _open(name, checkpoint, sha256, progress)
+    from tinyvit.modules.tiny_vit import FeatureMaps, TinyViT
+
     row, found = (opened.row, opened.found) if opened is not None else (None, None)
     variant = _choose_variant(name, row, found)
     own: ImageSpec | None = None
@@ -250,6 +251,8 @@ def _open(
     progress: Progress | None,
 ) -> tuple[str | None, OpenedCheckpoint | None]:
     """The variant's name, if one is given, and the checkpoint; neither: the embedded weights."""
+    if sys.modules.get("torch") is None:
+        need_torch("create_model")
     if name is None and checkpoint is None:
         name = DEFAULT_CHECKPOINT
     if checkpoint is None and name in list_checkpoints():

@@ -110,7 +110,7 @@ def from_pretrained(
             f"files of weights load with tinyvit.create_model(checkpoint=...)"
         )
     if read_config(config_path).get("architectures") == ["Sam"]:
-        from tinyvit.sam.build import build_sam
+        from tinyvit.sam.model import build_sam
 
         return build_sam(weights_path)
     return load_folder(config_path, weights_path)

@@ -9,8 +9,8 @@ from pycocotools.coco import COCO
 
 from tinyvit.cli import arguments, segment
 from tinyvit.cli.segment import parse_box, parse_point
-from tinyvit.folders.images import ImageFile
-from tinyvit.folders.runner import Item, Outcome
+from tinyvit.folders.images import Item
+from tinyvit.folders.runner import Job
 from tinyvit.images.decode import decode
 
 OPEN = arguments.open_sam
@@ -112,8 +112,8 @@ def test_multimask_and_logits_to_refine(run, image, tmp_path):
 def test_a_low_estimate_is_told_with_the_embedded_weights_only():
     def said(score, is_starter):
         facts = {"count": 1, "masks": [{"score": score}], "seconds": {"read": 0}, "overlay": "o"}
-        outcome = Outcome(Item(ImageFile(Path("a"), "a", "a")), "written", facts=facts)
-        words = segment._summary(is_starter, [outcome], 1.0)
+        job = Job(Item(Path("a"), "a", "a"), told=facts)
+        words = segment._summary(is_starter, [job], 1.0)
         return "predicted IoU below 0.5 is low: the embedded weights" in words
 
     assert said(0.49, True)

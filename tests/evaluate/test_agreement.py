@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tinyvit.evaluate.agreement import compare
-from tinyvit.sam.build import build_sam
+from tinyvit.sam.model import build_sam
 from tinyvit.sam.predictor import SamPredictor
 
 from .segmenting import Discs

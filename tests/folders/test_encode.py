@@ -11,15 +11,10 @@ from tiny import make_tiny_vit, write_image
 from tinyvit.errors import CheckpointError
 from tinyvit.folders.encode import EncodeFolder, draw_features
 from tinyvit.folders.images import list_images
-from tinyvit.folders.runner import Item
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images import draw
 from tinyvit.images.decode import decode
 from tinyvit.inference import Encoded, Engine
-
-
-def items(images):
-    return [Item(image) for image in images]
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +46,15 @@ def images(tmp_path):
 
 def test_the_features_are_the_engine_s_in_the_order_of_the_images(make_work, images):
     work = make_work(with_drawings=False)
-    outcomes = list(work.run(items(images)))
-    assert [outcome.item.image for outcome in outcomes] == images
+    outcomes = list(work.run(images))
+    assert [outcome.item for outcome in outcomes] == images
     assert {outcome.state for outcome in outcomes} == {"written"}
     for outcome in outcomes:
-        expected = work.engine.embed(outcome.item.image.path)[0]
-        with safe_open(outcome.facts["features"], framework="pt") as file:
+        expected = work.engine.embed(outcome.item.path)[0]
+        with safe_open(outcome.told["features"], framework="pt") as file:
             got = file.get_tensor("features")
         assert got.dtype == torch.float32
-        assert list(got.shape) == outcome.facts["shape"]
+        assert list(got.shape) == outcome.told["shape"]
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)  # another batch size
 
 
@@ -73,7 +68,7 @@ def test_features_that_are_not_finite_fail(make_work, images, monkeypatch):
             yield Encoded(infinite, encoded.placement) if number == 0 else encoded
 
     monkeypatch.setattr(work.engine, "encode", stream)
-    first, second = work.run(items(images[:2]))
+    first, second = work.run(images[:2])
     assert (first.state, second.state) == ("failed", "written")
     assert "its features are not all finite numbers; try --precision fp32" in first.reason
 
@@ -91,9 +86,9 @@ def test_a_full_disk_stops_the_work_and_leaves_whole_files(make_work, images, mo
     monkeypatch.setattr(draw, "save_png", save)
     work = make_work()
     with pytest.raises(OSError, match="No space left"):
-        list(work.run(items(images)))
+        list(work.run(images))
     monkeypatch.undo()
-    again = [(outcome.state, outcome.reason) for outcome in work.run(items(images))]
+    again = [(outcome.state, outcome.reason) for outcome in work.run(images)]
     assert again[:2] == [("skipped", "")] * 2
     assert again[2] == ("written", "without an image of the features")
     assert again[3:] == [("written", "")] * 2
@@ -111,7 +106,7 @@ def test_one_pass_of_the_model_for_each_image(make_work, images, monkeypatch, wo
 
     monkeypatch.setattr(work.engine.backend, "with_stages", with_stages)
     monkeypatch.setattr(type(work.engine.backend), "__call__", lambda self, batch: calls.append(99))
-    assert [outcome.state for outcome in work.run(items(images))] == ["written"] * 5
+    assert [outcome.state for outcome in work.run(images)] == ["written"] * 5
     assert sum(calls) == 5
 
 
@@ -119,28 +114,28 @@ def test_a_disk_that_refuses_features_stops_the_work(make_work, images, tmp_path
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "0.safetensors").mkdir()
     with pytest.raises(CheckpointError, match="could not be written"):
-        list(make_work(with_drawings=False, overwrite=True).run(items(images)))
+        list(make_work(with_drawings=False, overwrite=True).run(images))
 
 
 def test_without_drawings_an_old_one_does_not_stay_beside_new_features(make_work, images, tmp_path):
-    (first,) = make_work().run(items(images[:1]))
-    assert first.facts["drawing"] == str(tmp_path / "out" / "0.png")
-    (skipped,) = make_work(with_drawings=False).run(items(images[:1]))
-    assert (skipped.state, skipped.facts["drawing"]) == ("skipped", first.facts["drawing"])
-    (again,) = make_work(with_drawings=False, overwrite=True).run(items(images[:1]))
-    assert again.facts["drawing"] is None
+    (first,) = make_work().run(images[:1])
+    assert first.told["drawing"] == str(tmp_path / "out" / "0.png")
+    (skipped,) = make_work(with_drawings=False).run(images[:1])
+    assert (skipped.state, skipped.told["drawing"]) == ("skipped", first.told["drawing"])
+    (again,) = make_work(with_drawings=False, overwrite=True).run(images[:1])
+    assert again.told["drawing"] is None
     assert not (tmp_path / "out" / "0.png").exists()
     (tmp_path / "out" / "0.png").write_text("mine")
-    list(make_work(with_drawings=False, overwrite=True).run(items(images[:1])))
+    list(make_work(with_drawings=False, overwrite=True).run(images[:1]))
     assert (tmp_path / "out" / "0.png").read_text() == "mine"
 
 
 def test_the_drawing_shows_the_whole_image(make_work, tmp_path):
     path = write_image(tmp_path / "in" / "large.png", 500, 700)
     work = make_work()
-    (outcome,) = work.run(items(list_images([path])))
+    (outcome,) = work.run(list_images([path]))
     encoded = next(work.engine.stream(path, stages=True))
-    drawn = decode(outcome.facts["drawing"])
+    drawn = decode(outcome.told["drawing"])
     np.testing.assert_array_equal(drawn, draw_features(decode(path), encoded))
 
 

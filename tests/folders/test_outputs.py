@@ -8,7 +8,7 @@ import pytest
 from tiny import make_tiny_vit
 from tinyvit.checkpoints import write_state_dict
 from tinyvit.folders.encode import write_features
-from tinyvit.folders.images import ImageFile
+from tinyvit.folders.images import Item
 from tinyvit.folders.outputs import facts_of_engine, facts_of_image, find_existing
 from tinyvit.image_spec import ImageSpec
 from tinyvit.inference import Engine
@@ -135,7 +135,7 @@ def test_a_document_cannot_name_files_elsewhere(tmp_path):
 def test_an_image_is_known_by_size_and_time(tmp_path):
     path = tmp_path / "a.jpg"
     path.write_bytes(b"1234")
-    facts = facts_of_image(ImageFile(path, "sub/a.jpg", "sub/a"))
+    facts = facts_of_image(Item(path, "sub/a.jpg", "sub/a"))
     time = path.stat().st_mtime_ns
     assert facts == {"picture": "sub/a.jpg", "picture_bytes": 4, "picture_mtime_ns": time}
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,8 @@ from PIL import Image, ImageFilter
 
 from tinyvit.checkpoints import write_state_dict
 from tinyvit.errors import CheckpointError, ImageError
-from tinyvit.folders.images import ImageFile
+from tinyvit.folders.images import Item
 from tinyvit.folders.prompt_files import prompts_of, read_mask, read_prompts, share_out
-from tinyvit.folders.runner import Item
 from tinyvit.sam import Prompt
 
 A, B, NOT = (3.0, 4.0, 1), (5.0, 6.0, 1), (7.0, 8.0, 0)
@@ -208,7 +208,7 @@ def test_csv_of_excel(tmp_path, mark):
 
 
 def test_names_written_on_windows():
-    images = [ImageFile(Path("d/sub/a.png"), "sub/a.png", "sub/a")]
+    images = [Item(Path("d/sub/a.png"), "sub/a.png", "sub/a")]
     items, missing = share_out(images, {"sub\\a.png": (Prompt(points=[[1, 2]]),)}, Path("p.csv"))
     assert (len(items), missing) == (1, [])
 
@@ -248,20 +248,20 @@ def test_wrong_csv_says_where(tmp_path, lines, words):
 # --- which image gets what ----------------------------------------------------------------------
 
 IMAGES = [
-    ImageFile(Path("photos/a.jpg"), "a.jpg", "a"),
-    ImageFile(Path("photos/in/b.jpg"), "in/b.jpg", "in/b"),
-    ImageFile(Path("photos/c.jpg"), "c.jpg", "c"),
+    Item(Path("photos/a.jpg"), "a.jpg", "a"),
+    Item(Path("photos/in/b.jpg"), "in/b.jpg", "in/b"),
+    Item(Path("photos/c.jpg"), "c.jpg", "c"),
 ]
 ONE = (Prompt(points=[[1, 2]]),)
 
 
 def test_names_are_relative_to_the_folder_or_as_given():
     found = share_out(IMAGES, {"photos/in/b.jpg": ONE, "./a.jpg": ONE}, Path("p.json"))
-    assert found == ([Item(IMAGES[0], ONE), Item(IMAGES[1], ONE)], [])
+    assert found == ([replace(image, prompts=ONE) for image in IMAGES[:2]], [])
 
 
 def test_what_is_not_there_is_told_with_the_nearest_name():
-    images = [*IMAGES, ImageFile(Path("coffee.png"), "coffee.png", "coffee")]
+    images = [*IMAGES, Item(Path("coffee.png"), "coffee.png", "coffee")]
     prompts = {"a.jpg": ONE, "cofee.jpg": ONE, "nope.png": ONE}  # the last: .png alone is alike
     _, missing = share_out(images, prompts, Path("p.json"))
     assert missing == [
@@ -283,7 +283,7 @@ def test_a_photograph_is_no_mask(tmp_path):
 
 def test_an_empty_list_is_no_prompts():
     items, _ = share_out(IMAGES, {"a.jpg": ONE, "c.jpg": ()}, Path("p.json"))
-    assert [item.image.name for item in items] == ["a.jpg"]
+    assert [item.name for item in items] == ["a.jpg"]
 
 
 def test_nothing_to_do_is_an_error():

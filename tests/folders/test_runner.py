@@ -10,7 +10,7 @@ from tiny import write_image
 from tinyvit.errors import CheckpointError, ImageError
 from tinyvit.folders.images import list_images
 from tinyvit.folders.outputs import Existing
-from tinyvit.folders.runner import FolderWork, Item, Job, Outcome
+from tinyvit.folders.runner import FolderWork, Job
 
 
 class Work(FolderWork):
@@ -22,23 +22,23 @@ class Work(FolderWork):
         self.states, self.opened, self.seen, self.done = states, 0, [], []
 
     def _plan(self, item):
-        item.image.path.stat()
-        state = self.states.get(item.image.stem, "nothing")
-        return Job(item, {}, Existing(state, f"it is {state}"), {"path": item.image.stem})
+        item.path.stat()
+        state = self.states.get(item.stem, "nothing")
+        return Job(item, {}, Existing(state, f"it is {state}"), {"path": item.stem})
 
     def _read(self, job):
         self.opened += 1
-        if job.item.image.stem == "broken":
+        if job.item.stem == "broken":
             raise ImageError("broken.png is broken")
 
     def _compute(self, jobs):
         for job in jobs:
-            self.seen.append((job.item.image.stem, self.opened))
-            bad = job.item.image.stem == "bad"
-            yield job.failed("of no use") if bad else len(job.item.image.stem)
+            self.seen.append((job.item.stem, self.opened))
+            bad = job.item.stem == "bad"
+            yield job.failed("of no use") if bad else len(job.item.stem)
 
     def _write(self, job, length):
-        self.done.append(job.item.image.stem)
+        self.done.append(job.item.stem)
         return {"length": length}
 
     def run(self, items, overwrite=False, workers=1, ahead=2, tell=bool):
@@ -51,13 +51,13 @@ def items(tmp_path):
     def make(*names):
         for name in names:
             write_image(tmp_path / f"{name}.png", 2, 2)
-        return [Item(image) for image in list_images([tmp_path])]
+        return list_images([tmp_path])
 
     return make
 
 
 def states(outcomes):
-    return {one.item.image.stem: one.state for one in outcomes}
+    return {one.item.stem: one.state for one in outcomes}
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -68,7 +68,7 @@ def test_outcomes_come_in_order_with_facts(items, workers):
         "ccc": "written",
     }
     assert list(states(outcomes)) == ["a", "bad", "bb", "broken", "ccc"]
-    assert outcomes[0].facts == {"path": "a", "length": 1}
+    assert outcomes[0].told == {"path": "a", "length": 1}
     assert outcomes[1].reason.endswith("bad.png: of no use")
     assert outcomes[3].reason == "broken.png is broken"
 
@@ -87,16 +87,16 @@ def test_an_interruption_has_told_all_that_is_done(items):
     work._compute = stopped
     with pytest.raises(KeyboardInterrupt):
         list(work.run(items("a", "b", "c", "d", "e"), workers=2, tell=told.append))
-    assert sorted(one.item.image.stem for one in told if one.state == "written") == work.done
+    assert sorted(one.item.stem for one in told if one.state == "written") == work.done
     assert states(told) == {"b": "skipped", **dict.fromkeys(work.done, "written")}
 
 
 def test_what_is_there_is_told_first(items):
     work = Work(b="current", c="foreign", d="outdated")
     outcomes = list(work.run(items("a", "b", "c", "d")))
-    assert [one.item.image.stem for one in outcomes] == ["b", "c", "a", "d"]
+    assert [one.item.stem for one in outcomes] == ["b", "c", "a", "d"]
     assert states(outcomes) == {"b": "skipped", "c": "failed", "a": "written", "d": "written"}
-    assert outcomes[0].facts == {"path": "b"}
+    assert outcomes[0].told == {"path": "b"}
     assert "it is foreign; choose another folder, or --overwrite" in outcomes[1].reason
     assert (outcomes[2].reason, outcomes[3].reason) == ("", "it is outdated")
     again = list(work.run(items("a"), overwrite=True))
@@ -114,13 +114,14 @@ def test_an_image_that_vanishes_or_is_done_meanwhile(items):
     work = Work()
     outcomes = work.run(todo, workers=0)
     first = next(outcomes)
-    todo[1].image.path.unlink()
+    todo[1].path.unlink()
     work.states["c"] = "current"
     assert states([first, *outcomes]) == {
         **{"a": "written", "b": "failed", "c": "skipped", "d": "written"}
     }
     (gone,) = work.run(todo[1:2])
-    assert gone == Outcome(todo[1], "failed", f"{todo[1].image.path}: No such file or directory")
+    assert (gone.item, gone.state) == (todo[1], "failed")
+    assert gone.reason == f"{todo[1].path}: No such file or directory"
 
 
 def test_no_more_is_read_ahead_than_allowed(items):
@@ -134,7 +135,7 @@ def test_errors_of_the_disk(items, monkeypatch):
     work = Work()
 
     def fail(job, length):
-        if job.item.image.stem == "a":
+        if job.item.stem == "a":
             raise error
         return {}
 

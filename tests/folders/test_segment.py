@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from PIL import Image
 from tiny import make_tiny_sam, write_image
 from tinyvit.errors import CheckpointError
 from tinyvit.folders.images import list_images
-from tinyvit.folders.runner import Item
 from tinyvit.folders.segment import SegmentFolder, write_logits
 from tinyvit.images import draw, mask_ops
 from tinyvit.images.decode import decode
@@ -40,11 +40,11 @@ def make_work(tmp_path):
 
 
 def items_of(folder, *prompts):
-    return [Item(image, prompts) for image in list_images([folder])]
+    return [replace(item, prompts=prompts) for item in list_images([folder])]
 
 
 def document(outcome):
-    with open(outcome.facts["document"], encoding="utf-8") as file:
+    with open(outcome.told["document"], encoding="utf-8") as file:
         return json.load(file)
 
 
@@ -69,8 +69,8 @@ def test_masks_are_the_predictor_s(make_work, folder, tmp_path):
     of_box, _, _ = predictor.predict(box=np.array([5, 5, 30, 20]), multimask_output=False)
     second = np.asarray(Image.open(tmp_path / "out" / "0.mask-2.png"))
     np.testing.assert_array_equal(second > 0, of_box[0])
-    assert list(first.facts["seconds"]) == ["read", "encode", "decode", "write"]
-    assert all(value > 0 for value in first.facts["seconds"].values())
+    assert list(first.told["seconds"]) == ["read", "encode", "decode", "write"]
+    assert all(value > 0 for value in first.told["seconds"].values())
 
 
 def test_the_document_is_what_coco_has(make_work, folder):
@@ -80,7 +80,7 @@ def test_the_document_is_what_coco_has(make_work, folder):
     assert found["categories"] == [{"id": 1, "name": "object"}]
     assert found["info"]["files"] == ["0.mask-1.png", "0.mask-2.png", "0.overlay.png"]
     assert found["info"]["is_complete"] is True
-    assert found["info"]["seconds"] == first.facts["seconds"]
+    assert found["info"]["seconds"] == first.told["seconds"]
     annotation = found["annotations"][1]
     mask = mask_ops.decode(annotation["segmentation"])
     rows, columns = np.nonzero(mask)
@@ -95,12 +95,12 @@ def test_the_document_is_what_coco_has(make_work, folder):
         "mask": "0.mask-2.png",
     }
     told = {key: annotation[key] for key in ("bbox", "area", "score", "object", "mask")}
-    assert (first.facts["count"], first.facts["masks"][1]) == (2, told)
+    assert (first.told["count"], first.told["masks"][1]) == (2, told)
 
 
 def test_multimask_writes_three_of_each(make_work, folder, tmp_path):
     first, *_ = make_work(multimask=True, with_logits=True).run(items_of(folder, POINT, BOX))
-    masks = first.facts["masks"]
+    masks = first.told["masks"]
     assert [(one["object"], one["candidate"]) for one in masks] == [
         *((1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3))
     ]
@@ -118,7 +118,7 @@ def test_multimask_writes_three_of_each(make_work, folder, tmp_path):
 
 def test_light_hq_sam_gives_one(make_work, folder):
     first, *_ = make_work(make_tiny_sam(is_hq=True), multimask=True).run(items_of(folder, POINT))
-    (mask,) = first.facts["masks"]
+    (mask,) = first.told["masks"]
     assert mask["mask"] == "0.mask-1.png"
     assert "candidate" not in mask
 
@@ -129,7 +129,7 @@ def test_the_overlay_shows_the_best_masks_and_the_prompts(make_work, folder):
     found = [one for one in document(first)["annotations"] if one["is_best"]]
     wanted = draw.draw_masks(decode(folder / "0.png"), [mask_ops.decode(found[0]["segmentation"])])
     wanted = draw.draw_points(draw.draw_boxes(wanted, [[4, 4, 36, 20]]), [[30, 12]], [0])
-    np.testing.assert_array_equal(decode(first.facts["overlay"]), wanted)
+    np.testing.assert_array_equal(decode(first.told["overlay"]), wanted)
 
 
 def test_batches_change_no_mask(make_work, folder):
@@ -145,7 +145,7 @@ def test_batches_change_no_mask(make_work, folder):
 def test_a_prompt_that_does_not_fit_is_a_failure_and_the_next_image_goes_on(make_work, folder):
     images = list_images([folder])
     prompts = (POINT, Prompt(points=[[10, 30]])), (Prompt(mask=np.ones((3, 3), bool)),), (POINT,)
-    items = [Item(image, of_it) for image, of_it in zip(images, prompts, strict=True)]
+    items = [replace(image, prompts=own) for image, own in zip(images, prompts, strict=True)]
     first, second, third = make_work().run(items)
     words = f"{images[0].path}: object 2: point 0 at (x, y) = (10, 30) lies outside"
     assert first.reason.startswith(words)
@@ -180,8 +180,8 @@ def test_everything_is_the_generator_s(make_work, folder, tmp_path):
     ]
     assert document(first)["info"]["task"] == {"mode": "everything", **arguments}
     assert ("0.png", 16, 16) in told
-    assert list(first.facts["seconds"]) == ["read", "generate", "write"]
-    assert (first.facts["count"], first.facts["masks"]) == (len(wanted), [])
+    assert list(first.told["seconds"]) == ["read", "generate", "write"]
+    assert (first.told["count"], first.told["masks"]) == (len(wanted), [])
     assert [n for n in names(tmp_path / "out") if n.startswith("0")] == ["0.json", "0.overlay.png"]
 
 
@@ -214,7 +214,7 @@ def test_what_is_there_is_kept_unless_prompts_differ(make_work, folder, tmp_path
 def test_an_input_is_never_replaced(make_work, tmp_path):
     paths = [write_image(tmp_path / "out" / name) for name in ("a.png", "a.mask-1.png")]
     before = paths[1].read_bytes()
-    items = [Item(image, (POINT,)) for image in list_images(paths)]
+    items = [replace(item, prompts=(POINT,)) for item in list_images(paths)]
     first, *_ = make_work(overwrite=True).run(items)
     assert first.state == "failed"
     assert "would replace one of the images; write to another folder" in first.reason

@@ -16,7 +16,6 @@ from tinyvit.inference.cuda_graphs import (
     GraphedNetwork,
     Output,
     Run,
-    choose_capture,
 )
 from tinyvit.modules import TinyViT
 
@@ -303,9 +302,9 @@ def test_a_model_with_a_hook_is_not_captured(
 
 
 def test_only_cuda_captures() -> None:
-    assert choose_capture("cpu") is None
-    assert choose_capture("mps") is None
-    assert choose_capture("meta") is None
+    assert torch_backend.choose_capture("cpu") is None
+    assert torch_backend.choose_capture("mps") is None
+    assert torch_backend.choose_capture("meta") is None
 
 
 # --- on a GPU -------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from tinyvit.image_spec import ImageSpec, Placement
 from tinyvit.images.decode import decode
 from tinyvit.images.preprocess import to_input
 from tinyvit.inference import Backend, Encoded, Engine, TorchBackend
-from tinyvit.inference.engine import each, preparations, prepare
+from tinyvit.inference.read_ahead import each, preparations, prepare
 from tinyvit.modules import TinyViT
 
 RGB = NDArray[np.uint8]

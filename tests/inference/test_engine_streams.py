@@ -23,7 +23,7 @@ from tinyvit.image_spec import ImageSpec
 from tinyvit.images.preprocess import PreparedImage, to_input
 from tinyvit.inference import Engine
 from tinyvit.inference import engine as engine_module
-from tinyvit.inference.read_ahead import run_in_batches
+from tinyvit.inference.engine import run_in_batches
 from tinyvit.modules import TinyViT
 
 RGB = NDArray[np.uint8]

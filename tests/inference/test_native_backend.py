@@ -29,7 +29,7 @@ from tinyvit.inference import native_backend as native
 from tinyvit.inference.backend import choose_backend, takes_native
 from tinyvit.inference.native_backend import NativeBackend
 from tinyvit.modules import TinyViT
-from tinyvit.sam.build import build_sam
+from tinyvit.sam.model import build_sam
 
 MakeModel = Callable[..., TinyViT]
 

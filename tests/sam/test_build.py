@@ -15,7 +15,7 @@ from tinyvit.checkpoints.families import LAYOUTS
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
-from tinyvit.sam.build import build_sam, sam_model_registry
+from tinyvit.sam.model import build_sam, sam_model_registry
 
 WHOLE = [name for name, row in LAYOUTS.items() if {"trunk", "mask_decoder"} <= {*row.required}]
 

@@ -10,8 +10,8 @@ from PIL import Image, ImageOps
 from tinyvit.errors import CheckpointError, ImageError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.inference import Engine
-from tinyvit.sam.build import build_sam
 from tinyvit.sam.embedding import ImageEmbedding
+from tinyvit.sam.model import build_sam
 from tinyvit.sam.predictor import SamPredictor
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # the fast forms sum in another order, through all layers

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tinyvit.errors import ImageError
 from tinyvit.image_spec import ImageSpec
-from tinyvit.sam.build import build_sam
+from tinyvit.sam.model import build_sam
 from tinyvit.train.data.masks import open_mask_set
 from tinyvit.train.tasks import segment
 from tinyvit.train.tasks.segment import Objects, Segment, SegmentSettings, make_task, save_sam

@@ -7,7 +7,7 @@ import torch
 from tinyvit.catalog import get_checkpoint
 from tinyvit.checkpoints import read_state_dict, write_state_dict
 from tinyvit.hub import __file__ as installed
-from tinyvit.sam.build import build_sam
+from tinyvit.sam.model import build_sam
 
 from .recipe_files import load
 

@@ -17,7 +17,10 @@ _FOREIGN = (
     (b"\x1f\x8b", "a gzip archive; unpack it first"),
     (b"7z\xbc\xaf", "a 7-zip archive; unpack it first"),
     (b"Rar!", "a RAR archive; unpack it first"),
-    *((bytes([8, version, 18]), "an ONNX model") for version in (3, 4, 6, 7, 8)),
+    (
+        (b"\x08\x03\x12", b"\x08\x04\x12", b"\x08\x06\x12", b"\x08\x07\x12", b"\x08\x08\x12"),
+        "an ONNX model",
+    ),
     (b"\x89PNG", "a PNG image"),
     (b"\xff\xd8\xff", "a JPEG image"),
     (b"%PDF", "a PDF document"),

@@ -444,10 +444,10 @@ def detect(
     )
 
 
-def detect_in(file: StateFile) -> Detection:
+def detect_in(file: StateFile, compare: bool = True) -> Detection:
     """``detect`` for a file; it is named where it holds no TinyViT."""
     try:
-        return detect(file.tensors, filename=file.path.name, metadata=file.metadata)
+        return detect(file.tensors, file.path.name, file.metadata, compare=compare)
     except CheckpointError as err:
         raise CheckpointError(f"{file.path}: {err}") from err
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT, Checkpoint, get_checkpoint, list_checkpoints
 from tinyvit.errors import CheckpointError
-from tinyvit.lazy import need_torch
 
 from .detection import Detection, detect_in
 from .download import Progress, fetch
@@ -76,14 +75,19 @@ def open_checkpoint(
     checkpoint: str | os.PathLike[str],
     sha256: str | None = None,
     progress: Progress | None = None,
+    compare: bool = True,
 ) -> OpenedCheckpoint:
-    """Find a checkpoint by name or path, read it, and refuse what is damaged or no encoder."""
-    need_torch("reading a checkpoint into a model of torch")
+    """Find a checkpoint by name or path, read it, and refuse what is damaged or no encoder.
+
+    Without ``compare`` the heads of a SAM are left to whoever loads them.
+    """
     path, row = find_checkpoint(checkpoint, sha256, progress)
     file = read_state_dict(path)
     check_finite(file.tensors, path)
     thresholds = {**(row.thresholds if row else {}), **thresholds_in(file.metadata, path)}
-    found = detect_in(file)
+    found = detect_in(file, compare)
+    if not compare and (found.missing or found.unexpected or found.wrong_shapes):
+        found = detect_in(file)  # names all at once
     check_encoder(found, path)
     tensors = to_canonical(file.tensors, found.family)
     return OpenedCheckpoint(path, row, found, tensors, file.metadata, thresholds)

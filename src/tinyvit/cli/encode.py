@@ -15,7 +15,7 @@ from .console import Console, counted
 
 if TYPE_CHECKING:
     from tinyvit.factory import StoredModel
-    from tinyvit.folders.runner import Outcome
+    from tinyvit.folders.runner import Job
     from tinyvit.modules import TinyViT
 
 
@@ -60,7 +60,6 @@ def encode(
     from tinyvit.factory import arguments_of
     from tinyvit.folders.encode import EncodeFolder
     from tinyvit.folders.outputs import facts_of_engine
-    from tinyvit.folders.runner import Item
     from tinyvit.inference import Engine
     from tinyvit.inference.bundle import ExportedEncoder
 
@@ -78,22 +77,21 @@ def encode(
         facts = facts_of_engine(engine, name, **sizes, weights_sha256=engine.weights_sha256())
         args.announce_engine(own, name, engine)
         work = EncodeFolder(engine, output, facts, not no_pictures, overwrite, max_pixels)
-        items = [Item(image) for image in listed]
         summary = partial(_summary, output)
         outcomes.carry_out(
-            own, work, items, output, summary, words="encoding", facts=facts, as_json=as_json
+            own, work, listed, output, summary, words="encoding", facts=facts, as_json=as_json
         )
 
 
-def _summary(output: Path, written: Sequence[Outcome], seconds: float) -> str:
+def _summary(output: Path, written: Sequence[Job], seconds: float) -> str:
     """What was written, how fast, and where it is."""
     if not written:
         return "encoded nothing new"
     rate = len(written) / max(seconds, 1e-9)
-    shapes = sorted({tuple(outcome.facts["shape"]) for outcome in written})
-    name = Path(written[0].item.image.stem).name if len(written) == 1 else "NAME"
+    shapes = sorted({tuple(job.told["shape"]) for job in written})
+    name = Path(written[0].item.stem).name if len(written) == 1 else "NAME"
     line = f"encoded {counted(len(written), 'image')} in {seconds:.1f} s ({rate:.1f} pictures/s)"
     line += f": features {' '.join(str(list(shape)) for shape in shapes[:3])}"
     line += " ..." if len(shapes) > 3 else ""
     line += f" in {output / name}.safetensors"
-    return line + (f", seen in {output / name}.png" if written[0].facts["drawing"] else "")
+    return line + (f", seen in {output / name}.png" if written[0].told["drawing"] else "")

@@ -15,16 +15,16 @@ import typer
 
 from tinyvit.cli import console
 from tinyvit.errors import CheckpointError
-from tinyvit.folders.images import ImageFile, list_images
+from tinyvit.folders.images import Item, list_images
 
 from .arguments import check_checkpoint
 from .console import Console, counted
 
 if TYPE_CHECKING:
-    from tinyvit.folders.runner import FolderWork, Item, Outcome
+    from tinyvit.folders.runner import FolderWork, Job
 
 
-def list_and_check(images: Sequence[Path], output: Path, checkpoint: str | None) -> list[ImageFile]:
+def list_and_check(images: Sequence[Path], output: Path, checkpoint: str | None) -> list[Item]:
     """The images; refuses at once an output folder that cannot be written, or no checkpoint."""
     check_checkpoint(checkpoint)
     check_folder(output, "-o")
@@ -54,7 +54,7 @@ def carry_out(
     work: FolderWork[Any],
     items: Sequence[Item],
     output: Path,
-    summary: Callable[[list[Outcome], float], str],
+    summary: Callable[[list[Job], float], str],
     *,
     words: str,
     facts: Mapping[str, object],
@@ -71,39 +71,39 @@ def carry_out(
     """
     for _, message in missing:
         console.complain(f"failed: {message}")
-    done: list[Outcome] = []
-    complete: list[Outcome] = []  # files are written ahead of the outcomes that are yielded
+    done: list[Job] = []
+    complete: list[Job] = []  # files are written ahead of the jobs that are yielded
     start = time.monotonic()
     try:
         with own.progress(words) if words else nullcontext(None) as update:
-            for outcome in work.run(items, complete.append):
-                done.append(outcome)
+            for job in work.run(items, complete.append):
+                done.append(job)
                 if update is not None:
                     update(len(done), len(items))
-                if outcome.state == "failed":
-                    console.complain(f"failed: {outcome.reason}")
+                if job.state == "failed":
+                    console.complain(f"failed: {job.reason}")
     except (KeyboardInterrupt, CheckpointError, OSError) as err:
         if complete or isinstance(err, KeyboardInterrupt):
             stopped = f"stopped after {len(complete)} of {counted(len(items), 'image')}"
             own.say(f"{stopped}; the same command goes on from there")
         raise
     seconds = time.monotonic() - start
-    written = [outcome for outcome in done if outcome.state == "written"]
+    written = [job for job in done if job.state == "written"]
     own.say(summary(written, seconds))
     for reason, number in Counter(one.reason for one in written if one.reason).items():
         own.say(f"replaced {number} that were {reason}")
-    if kept := sum(outcome.state == "skipped" for outcome in done):
+    if kept := sum(job.state == "skipped" for job in done):
         own.say(f"kept {kept} made before (--overwrite writes them again)")
     lists: dict[str, list[dict[str, Any]]] = {"written": [], "skipped": [], "failed": []}
     lists["failed"] += [{"picture": name, "path": None, "error": text} for name, text in missing]
-    for outcome in done:
-        image = outcome.item.image
-        row = {"picture": image.name, "path": os.fspath(image.path), **outcome.facts}
-        if outcome.state == "failed":
-            row["error"] = outcome.reason
-        elif outcome.state == "written":
-            row["instead_of"] = outcome.reason or None
-        lists[outcome.state].append(row)
+    for job in done:
+        item = job.item
+        row = {"picture": item.name, "path": os.fspath(item.path), **job.told}
+        if job.state == "failed":
+            row["error"] = job.reason
+        elif job.state == "written":
+            row["instead_of"] = job.reason or None
+        lists[job.state].append(row)
     if failed := len(lists["failed"]):
         console.complain(f"failed {failed} of {len(done) + len(missing)}, named above")
     if as_json:

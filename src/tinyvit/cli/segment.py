@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NewType
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, NewType
 import typer
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT
-from tinyvit.folders.images import ImageFile
 
 from . import arguments as args
 from . import outcomes
 from .console import Console, counted
 
 if TYPE_CHECKING:
-    from tinyvit.folders.runner import Item, Outcome
+    from tinyvit.folders.images import Item
+    from tinyvit.folders.runner import Job
 
 Point = NewType("Point", tuple[float, float, int])  # x, y, label; typer takes no list of tuples
 Box = NewType("Box", tuple[float, float, float, float])  # x0, y0, x1, y1
@@ -61,6 +61,8 @@ Boxes = Annotated[list[Box] | None, typer.Option(parser=parse_box)]
 AtMost1 = Annotated[float, typer.Option(max=1)]
 
 LOW = 0.5  # a predicted IoU below which a mask is most often wrong
+GRID = ("points_per_side", "pred_iou_thresh", "stability_score_thresh", "crop_n_layers",
+        "min_mask_region_area")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,13 @@ class Prompts:
             columns image, x, y, label, x0, y0, x1, y1, object; rows with the same object are one
             object, a row without is one of its own.
         everything: Segment everything, by a grid of points.
+        points_per_side: With --everything: points a side. [32]
+        pred_iou_thresh: With --everything: keep masks of a higher predicted IoU. [the checkpoint's
+            own, else 0.88]
+        stability_score_thresh: With --everything: keep masks at least this stable. [the
+            checkpoint's own, else 0.95]
+        crop_n_layers: With --everything: layers of crops too; layer i has 2^i a side. [0]
+        min_mask_region_area: With --everything: remove smaller holes and islands. [0 pixels]
         multimask: Write the three masks of a prompt, not the best one.
         logits: Write low-res logits too, for --mask of a later call.
     """
@@ -91,10 +100,20 @@ class Prompts:
     each: bool = False
     prompts: Path | None = None
     everything: bool = False
+    points_per_side: args.Positive | None = None
+    pred_iou_thresh: AtMost1 | None = None
+    stability_score_thresh: AtMost1 | None = None
+    crop_n_layers: args.Natural | None = None
+    min_mask_region_area: args.Natural | None = None
     multimask: bool = False
     logits: bool = False
 
-    def check(self, grid: Mapping[str, object]) -> None:
+    @property
+    def grid(self) -> dict[str, int | float]:
+        """Arguments for ``SamAutomaticMaskGenerator`` that were given."""
+        return {name: value for name in GRID if (value := getattr(self, name)) is not None}
+
+    def check(self) -> None:
         """Refuse options that do not go together, and files that are not there."""
         clicks = ("point", "box", "mask", "each")
         for mode, others in (
@@ -106,48 +125,25 @@ class Prompts:
                 raise ValueError(
                     f"--{mode} does not go together with {', '.join(wrong)}; leave one of them out"
                 )
-        if grid and not self.everything:
-            option = f"--{next(iter(grid)).replace('_', '-')}"
+        if self.grid and not self.everything:
+            option = f"--{next(iter(self.grid)).replace('_', '-')}"
             raise ValueError(f"{option} is for --everything; give that too, or leave it out")
         for name, file in (("mask", self.mask), ("prompts", self.prompts)):
             if file is not None and not file.exists():
                 raise ValueError(f"there is no file {str(file)!r}; check the path of --{name}")
 
-    def items(
-        self, listed: Sequence[ImageFile]
-    ) -> tuple[list[Item], list[tuple[str, str]], list[str]]:
+    def items(self, listed: list[Item]) -> tuple[list[Item], list[tuple[str, str]], list[str]]:
         """Images with their prompts; what fits no image, as (name, message); images without."""
         from tinyvit.folders.prompt_files import prompts_of, read_prompts, share_out
-        from tinyvit.folders.runner import Item
 
         if self.prompts is not None:
             items, missing = share_out(listed, read_prompts(self.prompts), self.prompts)
-            used = {item.image for item in items}
-            return items, missing, [image.name for image in listed if image not in used]
-        same = () if self.everything else (self.point or (), self.box or (), self.mask, self.each)
-        one = prompts_of(*same) if same else ()
-        return [Item(image, one) for image in listed], [], []
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Arguments of ``SamAutomaticMaskGenerator``.
-
-    Options:
-        points_per_side: With --everything: points a side. [32]
-        pred_iou_thresh: With --everything: keep masks of a higher predicted IoU. [the checkpoint's
-            own, else 0.88]
-        stability_score_thresh: With --everything: keep masks at least this stable. [the
-            checkpoint's own, else 0.95]
-        crop_n_layers: With --everything: layers of crops too; layer i has 2^i a side. [0]
-        min_mask_region_area: With --everything: remove smaller holes and islands. [0 pixels]
-    """
-
-    points_per_side: args.Positive | None = None
-    pred_iou_thresh: AtMost1 | None = None
-    stability_score_thresh: AtMost1 | None = None
-    crop_n_layers: args.Natural | None = None
-    min_mask_region_area: args.Natural | None = None
+            used = {item.name for item in items}
+            return items, missing, [item.name for item in listed if item.name not in used]
+        if self.everything:
+            return listed, [], []
+        same = prompts_of(self.point or (), self.box or (), self.mask, self.each)
+        return [replace(item, prompts=same) for item in listed], [], []
 
 
 def segment(
@@ -161,7 +157,6 @@ def segment(
     running: args.FolderOptions,
     batch_size: args.Positive = 1,
     max_pixels: args.Positive = args.MAX_PIXELS,
-    grid: Grid,
     overwrite: bool = False,
     as_json: bool = False,
 ) -> None:
@@ -192,9 +187,8 @@ def segment(
         tinyvit segment photos --prompts prompts.json -o masks
         tinyvit segment cat.jpg --everything --points-per-side 16 -o masks
     """
-    given = {name: value for name, value in asdict(grid).items() if value is not None}
     listed = outcomes.list_and_check(images, output, checkpoint)
-    what.check(given)
+    what.check()
     items, missing, without = what.items(listed)
     if without:
         names = f"{', '.join(without[:5])}{', ...' if len(without) > 5 else ''}"
@@ -215,7 +209,7 @@ def segment(
             name,
             multimask=what.multimask,
             with_logits=what.logits,
-            everything=given if what.everything else None,
+            everything=what.grid if what.everything else None,
             progress=lambda name: own.progress(name, things="points"),
             overwrite=overwrite,
             max_pixels=max_pixels,
@@ -234,13 +228,13 @@ def segment(
         )
 
 
-def _summary(is_starter: bool, written: Sequence[Outcome], seconds: float) -> str:
+def _summary(is_starter: bool, written: Sequence[Job], seconds: float) -> str:
     """What was written, where it is, and how long it and each step took."""
     if not written:
         return "segmented nothing new"
-    first = written[0].facts
-    scores = [mask["score"] for outcome in written for mask in outcome.facts["masks"]]
-    masks = counted(sum(outcome.facts["count"] for outcome in written), "mask")
+    first = written[0].told
+    scores = [mask["score"] for job in written for mask in job.told["masks"]]
+    masks = counted(sum(job.told["count"] for job in written), "mask")
     line = f"segmented {counted(len(written), 'image')} in {seconds:.1f} s: {masks}"
     if len(written) > 1:
         line += f" in {Path(first['document']).parent}"
@@ -253,7 +247,7 @@ def _summary(is_starter: bool, written: Sequence[Outcome], seconds: float) -> st
             f"\npredicted IoU below {LOW} is low: the embedded weights are weak; add a click or a "
             "box, or take other weights with --checkpoint"
         )
-    steps = [outcome.facts["seconds"] for outcome in written]
+    steps = [job.told["seconds"] for job in written]
     means = {step: sum(one[step] for one in steps) / len(steps) for step in steps[0]}
     times = ", ".join(f"{step} {mean:.3f}" for step, mean in means.items())
     return f"{line}\nseconds an image: {times}"

@@ -26,8 +26,7 @@ from tinyvit.errors import ImageError
 from tinyvit.images import draw
 from tinyvit.images.draw import RGB
 from tinyvit.images.mask_ops import box_around
-from tinyvit.sam.build import build_sam
-from tinyvit.sam.model import Sam
+from tinyvit.sam.model import Sam, build_sam
 from tinyvit.sam.predictor import SamPredictor
 
 from .baselines import box_baselines, click_baselines

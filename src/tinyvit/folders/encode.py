@@ -21,8 +21,9 @@ from tinyvit.images.decode import MAX_PIXELS, decode
 from tinyvit.images.preprocess import to_input
 from tinyvit.inference.backend import StageBackend
 
+from .images import Item
 from .outputs import facts_of_image, find_existing
-from .runner import FolderWork, Item, Job, Outcome
+from .runner import FolderWork, Job
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,9 +54,9 @@ class EncodeFolder(FolderWork["Encoded"]):
         self.facts, self.with_drawings = facts, with_drawings
 
     def _plan(self, item: Item) -> Job:
-        target = self.folder / f"{item.image.stem}.safetensors"
+        target = self.folder / f"{item.stem}.safetensors"
         drawing = target.with_suffix(".png")
-        facts = {**self.facts, **facts_of_image(item.image)}
+        facts = {**self.facts, **facts_of_image(item)}
         beside = [drawing] if self.with_drawings else []
         found = find_existing(target, beside, facts, "without an image of the features")
         has_drawing = self.with_drawings or drawing in found.own
@@ -63,17 +64,17 @@ class EncodeFolder(FolderWork["Encoded"]):
         return Job(item, facts, found, told, (target, *beside))
 
     def _read(self, job: Job) -> None:
-        rgb = decode(job.item.image.path, max_pixels=self.max_pixels)
+        rgb = decode(job.item.path, max_pixels=self.max_pixels)
         job.image = draw.panel(rgb) if self.with_drawings else None
         job.prepared = to_input(rgb, self.engine.image_spec)
 
-    def _compute(self, jobs: Iterator[Job]) -> Generator[Encoded | Outcome, None, None]:
+    def _compute(self, jobs: Iterator[Job]) -> Generator[Encoded | Job, None, None]:
         has_stages = isinstance(self.engine.backend, StageBackend)
         encode = partial(self.engine.encode, stages=self.with_drawings and has_stages)
         yield from (encoded for _, encoded in self._encoded(jobs, encode))
 
     def _write(self, job: Job, encoded: Encoded) -> dict[str, object]:
-        target = self.folder / f"{job.item.image.stem}.safetensors"
+        target = self.folder / f"{job.item.stem}.safetensors"
         drawing = target.with_suffix(".png")
         name = drawing.name if job.image is not None else None
         # first, since it names the drawing: a PNG of the user's own is never taken for one of ours

@@ -10,6 +10,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tinyvit.sam import Prompt
 
 IMAGE_SUFFIXES = (  # the one list of them
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg"),
@@ -18,19 +22,21 @@ IMAGE_SUFFIXES = (  # the one list of them
 
 
 @dataclass(frozen=True)
-class ImageFile:
+class Item:
     """One image to work on.
 
     ``name`` is its path relative to the folder that was named, with slashes; ``stem`` is what its
     outputs are called: ``name`` without the suffix, or with it where another has the same stem.
+    ``prompts`` are one for each object; none where none are needed.
     """
 
     path: Path
     name: str
     stem: str
+    prompts: tuple[Prompt, ...] = ()
 
 
-def list_images(paths: Sequence[Path], output: Path | None = None) -> list[ImageFile]:
+def list_images(paths: Sequence[Path], output: Path | None = None) -> list[Item]:
     """The images that are named, and those in the folders that are named, each once.
 
     Folders are read with all folders in them, sorted by name, but not ``output``; files count by
@@ -43,7 +49,7 @@ def list_images(paths: Sequence[Path], output: Path | None = None) -> list[Image
             folders, or two images would have the same outputs.
     """
     folders = [path for path in paths if path.is_dir()]
-    found: list[ImageFile] = []
+    found: list[Item] = []
     for path in paths:
         if path.is_dir():
             if output is not None and output.resolve() == path.resolve():
@@ -65,14 +71,14 @@ def list_images(paths: Sequence[Path], output: Path | None = None) -> list[Image
             f"there are no images in {names}; looked for files with the suffixes "
             f"{' '.join(IMAGE_SUFFIXES)}"
         )
-    once: dict[str, ImageFile] = {}
+    once: dict[str, Item] = {}
     for image in found:
         once.setdefault(os.path.abspath(image.path), image)
     return _apart(list(once.values()))
 
 
-def _named(path: Path, name: str) -> ImageFile:
-    return ImageFile(path, name, str(PurePosixPath(name).with_suffix("")))
+def _named(path: Path, name: str) -> Item:
+    return Item(path, name, str(PurePosixPath(name).with_suffix("")))
 
 
 def _walk(folder: Path, output: Path | None) -> Iterator[Path]:
@@ -94,16 +100,16 @@ def _walk(folder: Path, output: Path | None) -> Iterator[Path]:
                 yield here / name
 
 
-def _apart(images: list[ImageFile]) -> list[ImageFile]:
+def _apart(images: list[Item]) -> list[Item]:
     """Give images that share a stem their whole names instead."""
 
-    def clashing() -> set[ImageFile]:
+    def clashing() -> set[Item]:
         seen = Counter(image.stem.casefold() for image in images)  # some disks fold case
         return {p for p in images if seen[p.stem.casefold()] > 1 and p.stem != p.name}
 
     while clash := clashing():
         images = [replace(p, stem=p.name) if p in clash else p for p in images]
-    first: dict[str, ImageFile] = {}
+    first: dict[str, Item] = {}
     for image in images:
         other = first.setdefault(image.stem, image)
         if other is not image:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from .images import ImageFile
+from .images import Item
 
 if TYPE_CHECKING:
     from tinyvit.inference import Engine
@@ -42,6 +42,9 @@ class Existing(NamedTuple):
     own: tuple[Path, ...] = ()  # beside the main file, named by it, whether there or not
 
 
+NOTHING = Existing("nothing")
+
+
 def find_existing(
     path: Path,
     beside: Sequence[Path],
@@ -61,7 +64,7 @@ def find_existing(
         reason = f"{foreign[0]} is there already and was not made by this command"
         return Existing("foreign", reason, own)
     if not found:
-        return Existing("nothing")
+        return NOTHING
     if not found.get("is_complete"):
         return Existing("outdated", "left unfinished", own)
     for fact, meaning in _DECIDING.items():
@@ -72,7 +75,7 @@ def find_existing(
     return Existing("current", "", own)
 
 
-def facts_of_image(image: ImageFile) -> dict[str, object]:
+def facts_of_image(image: Item) -> dict[str, object]:
     """What tells whether an image is still the same file; an OSError where it is gone."""
     state = image.path.stat()
     return {

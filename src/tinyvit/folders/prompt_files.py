@@ -9,6 +9,7 @@ import csv
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,8 +22,7 @@ from tinyvit.images.decode import decode
 from tinyvit.sam import Prompt
 from tinyvit.sam.prompts import to_prompt
 
-from .images import ImageFile
-from .runner import Item
+from .images import Item
 
 COLUMNS = ("picture", "x", "y", "label", "x0", "y0", "x1", "y1", "object")
 INSIDE = 128  # brightness from which a pixel of a mask's image is mask
@@ -225,7 +225,7 @@ def _add_row(place: str, entry: dict[str, Any], cells: Mapping[str, str]) -> Non
 
 
 def share_out(
-    images: Sequence[ImageFile], prompts: Mapping[str, Prompts], source: Path
+    images: Sequence[Item], prompts: Mapping[str, Prompts], source: Path
 ) -> tuple[list[Item], list[tuple[str, str]]]:
     """The images that have prompts of a file; and (name, message) of names that no image has.
 
@@ -233,7 +233,7 @@ def share_out(
     """
     of_name = {image.path.as_posix(): image for image in images}
     of_name.update({image.name: image for image in images})
-    found: dict[ImageFile, Prompts] = {}
+    found: dict[Item, Prompts] = {}
     missing: list[tuple[str, str]] = []
     for name, wanted in prompts.items():
         straight = name.replace("\\", "/")  # a file written on Windows
@@ -248,7 +248,7 @@ def share_out(
             raise ValueError(f"{source} names {image.name!r} in two ways; put them together")
         else:
             found[image] = wanted
-    items = [Item(image, found[image]) for image in images if found.get(image)]
+    items = [replace(image, prompts=found[image]) for image in images if found.get(image)]
     if not items:
         names = ", ".join(repr(image.name) for image in images[:3])
         more = f": {missing[0][1]}" if missing else ""

@@ -1,8 +1,8 @@
 """Work on many images: read ahead, compute, write behind, and say what became of each.
 
-``encode`` and ``segment`` are two uses of it. An ``Item`` becomes a ``Job`` (what is there already,
-what is to be written), and ends as an ``Outcome``. Reading, computing and writing go on at the same
-time, for images that follow each other.
+``encode`` and ``segment`` are two uses of it. An ``Item`` becomes a ``Job``: what is there already,
+what is to be written, and what became of it. Reading, computing and writing go on at the same time,
+for images that follow each other.
 """
 
 from __future__ import annotations
@@ -25,54 +25,38 @@ import numpy as np
 from tinyvit.errors import CheckpointError, ImageError
 from tinyvit.inference.read_ahead import read_ahead
 
-from .images import ImageFile
-from .outputs import Existing
+from .images import Item
+from .outputs import NOTHING, Existing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from tinyvit.images.preprocess import PreparedImage
     from tinyvit.inference import Engine
-    from tinyvit.sam import Prompt
 
 Result = TypeVar("Result")
 Value = TypeVar("Value")
 
 
-@dataclass(frozen=True)
-class Item:
-    """An image, and its prompts, one for each object; none where none are needed."""
-
-    image: ImageFile
-    prompts: tuple[Prompt, ...] = ()
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of an item."""
-
-    item: Item
-    state: Literal["written", "skipped", "failed"]  # skipped: there already
-    reason: str = ""  # why it failed, with the file's name; or what files it replaced
-    facts: Mapping[str, Any] = field(default_factory=dict)  # names of files, sizes, seconds
-
-
 @dataclass
 class Job:
-    """An item on its way: planned, then read, then written."""
+    """An image on its way, and what became of it: planned, then read, then written."""
 
     item: Item
-    facts: Mapping[str, object]  # what its outputs say of how they came about
-    existing: Existing
-    told: Mapping[str, object]  # for ``Outcome.facts``: where its outputs are
+    facts: Mapping[str, object] = field(default_factory=dict)  # how its outputs came about
+    existing: Existing = NOTHING
+    told: Mapping[str, Any] = field(default_factory=dict)  # names of files, sizes, seconds
     outputs: Sequence[Path] = ()
     image: Any = None  # [H, W, 3] uint8, once read, if it is needed after that
     prepared: PreparedImage | None = None  # the model's input, once read, if one is wanted
     seconds: dict[str, float] = field(default_factory=dict)  # for each step so far
+    state: Literal["planned", "written", "skipped", "failed"] = "planned"  # skipped: there already
+    reason: str = ""  # why it failed, with the file's name; or what files it replaced
 
-    def failed(self, reason: str) -> Outcome:
-        """The outcome for a reason that does not name the image."""
-        return Outcome(self.item, "failed", f"{self.item.image.path}: {reason}")
+    def failed(self, reason: str) -> Job:
+        """The job as one that failed, for a reason that does not name the image."""
+        self.state, self.reason = "failed", f"{self.item.path}: {reason}"
+        return self
 
 
 class _Timed(Generic[Value]):
@@ -115,39 +99,39 @@ class FolderWork(ABC, Generic[Result]):
         """Fill in ``image`` and ``prepared``, in a thread."""
 
     @abstractmethod
-    def _compute(self, jobs: Iterator[Job]) -> Generator[Result | Outcome, None, None]:
-        """One result for each job, in order, or an outcome where there is none."""
+    def _compute(self, jobs: Iterator[Job]) -> Generator[Result | Job, None, None]:
+        """One result for each job, in order, or the job as failed where there is none."""
 
     @abstractmethod
     def _write(self, job: Job, result: Result) -> Mapping[str, object]:
-        """Write the files, in a thread; facts for the outcome."""
+        """Write the files, in a thread; more to be told of the job."""
 
-    def run(
-        self, items: Sequence[Item], tell: Callable[[Outcome], object] = bool
-    ) -> Iterator[Outcome]:
+    def run(self, items: Sequence[Item], tell: Callable[[Job], object] = bool) -> Iterator[Job]:
         """Do the work: first the items with which nothing is to be done, then the others, in order.
 
-        ``tell`` is called with each outcome as soon as it is there, in whatever thread that is:
-        after an interruption it has been told all that is done.
+        ``tell`` is called with each job as soon as it is done, in whatever thread that is: after an
+        interruption it has been told all that is done.
 
         Raises:
             CheckpointError: The disk cannot be written to; what is written so far is whole.
             OSError: Likewise.
         """
 
-        def finish(job: Job | Outcome, result: Any = None) -> Outcome:
-            outcome = job if isinstance(job, Outcome) else self._written(job, result)
-            tell(outcome)
-            return outcome
+        def finish(job: Job, result: Any = None) -> Job:
+            if job.state == "planned":
+                self._finish(job, result)
+            job.facts, job.image, job.prepared = {}, None, None  # callers keep the jobs
+            tell(job)
+            return job
 
-        self._inputs = {os.path.realpath(item.image.path) for item in items}
+        self._inputs = {os.path.realpath(item.path) for item in items}
         wanted: list[Item] = []
         for item in items:
-            found = self._planned(item)
-            if isinstance(found, Outcome):
-                yield finish(found)
-            else:
+            job = self._planned(item)
+            if job.state == "planned":
                 wanted.append(item)
+            else:
+                yield finish(job)
         readings = (partial(self._taken, item) for item in wanted)
         with (
             closing(read_ahead(readings, workers=self.workers, ahead=self.ahead)) as jobs,
@@ -158,7 +142,7 @@ class FolderWork(ABC, Generic[Result]):
     def _encoded(
         self, jobs: Iterator[Job], encode: Callable[[Iterator[PreparedImage]], Iterable[Any]]
     ) -> Iterator[tuple[Job, Any]]:
-        """Jobs with what ``encode`` makes of their inputs, or the outcome where that is of no use.
+        """Jobs with what ``encode`` makes of their inputs, or the job where that is of no use.
 
         Images of one shape are encoded together.
         """
@@ -175,12 +159,12 @@ class FolderWork(ABC, Generic[Result]):
                 reason = "its features are not all finite numbers; try --precision fp32"
                 yield job, job.failed(reason)
 
-    def _planned(self, item: Item) -> Job | Outcome:
-        """The job for an item, or why there is nothing to do."""
+    def _planned(self, item: Item) -> Job:
+        """The job for an item, perhaps with nothing to do."""
         try:
             job = self._plan(item)
         except OSError as err:
-            return Outcome(item, "failed", f"{item.image.path}: {err.strerror or err}")
+            return Job(item).failed(err.strerror or str(err))
         for path in job.outputs:
             if os.path.realpath(path) in self._inputs:
                 reason = f"its output {path} would replace one of the images; write to another"
@@ -188,53 +172,54 @@ class FolderWork(ABC, Generic[Result]):
         if self.overwrite:
             return job
         if job.existing.state == "current":
-            return Outcome(item, "skipped", facts=job.told)
+            job.state = "skipped"
         if job.existing.state == "foreign":
             reason = f"{job.existing.reason}; choose another folder, or --overwrite to replace it"
             return job.failed(reason)
         return job
 
-    def _taken(self, item: Item) -> Job | Outcome:
+    def _taken(self, item: Item) -> Job:
         job = self._planned(item)
-        if isinstance(job, Job):
+        if job.state == "planned":
             try:
                 self._read(job)
             except ImageError as err:
-                return Outcome(item, "failed", str(err))
+                job.state, job.reason = "failed", str(err)
         return job
 
     def _writings(
-        self, jobs: Generator[Job | Outcome, None, None], finish: Callable[..., Outcome]
-    ) -> Generator[Callable[[], Outcome], None, None]:
+        self, jobs: Generator[Job, None, None], finish: Callable[..., Job]
+    ) -> Generator[Callable[[], Job], None, None]:
         """What is left to do for each image once it has been computed, in order."""
-        order: deque[Job | Outcome] = deque()
+        order: deque[Job] = deque()
 
         def good() -> Generator[Job, None, None]:
             for job in jobs:
                 order.append(job)
-                if isinstance(job, Job):
+                if job.state == "planned":
                     yield job
 
         with closing(good()) as readable, closing(self._compute(readable)) as results:
             for result in results:
-                while isinstance(job := order.popleft(), Outcome):
+                while (job := order.popleft()).state != "planned" and job is not result:
                     yield partial(finish, job)
-                yield partial(finish, *([result] if isinstance(result, Outcome) else [job, result]))
+                yield partial(finish, job, result)
                 del job, result  # or an image would live on until the next one
-        for outcome in order:
-            if isinstance(outcome, Outcome):
-                yield partial(finish, outcome)
+        for job in order:
+            if job.state != "planned":
+                yield partial(finish, job)
 
-    def _written(self, job: Job, result: Result) -> Outcome:
+    def _finish(self, job: Job, result: Result) -> None:
         try:
-            facts = self._write(job, result)
+            job.told = {**job.told, **self._write(job, result)}
         except (CheckpointError, OSError) as err:
             source = err.__cause__ if isinstance(err, CheckpointError) else err
             if not isinstance(source, OSError) or source.errno != errno.ENAMETOOLONG:
                 raise
-            return job.failed(f"its outputs have too long a name: {err}")
-        reason = job.existing.reason if job.existing.state == "outdated" else ""
-        return Outcome(job.item, "written", reason, {**job.told, **facts})
+            job.failed(f"its outputs have too long a name: {err}")
+        else:
+            job.state = "written"
+            job.reason = job.existing.reason if job.existing.state == "outdated" else ""
 
 
 def _taken_from(jobs: Iterator[Job]) -> Iterator[PreparedImage]:

@@ -27,8 +27,9 @@ from tinyvit.images.preprocess import to_input
 from tinyvit.sam.masks import draw_prompts
 from tinyvit.sam.open import ExportedSam
 
+from .images import Item
 from .outputs import facts_of_engine, facts_of_image, find_existing
-from .runner import FolderWork, Item, Job, Outcome
+from .runner import FolderWork, Job
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -95,15 +96,13 @@ class SegmentFolder(FolderWork["Masks | list[MaskRecord]"]):
             )
         self._candidates = segmenter.candidates if multimask else 1
 
-    def run(
-        self, items: Sequence[Item], tell: Callable[[Outcome], object] = bool
-    ) -> Iterator[Outcome]:
+    def run(self, items: Sequence[Item], tell: Callable[[Job], object] = bool) -> Iterator[Job]:
         """Segment images."""
         self.segmenter.encoder.weights_sha256()  # now, and not while the first image is timed
         return super().run(items, tell)
 
     def _path(self, item: Item, ending: str) -> Path:
-        return self.folder / f"{item.image.stem}.{ending}"
+        return self.folder / f"{item.stem}.{ending}"
 
     def _beside(self, item: Item) -> tuple[Path, list[Path], list[Path]]:
         """The overlay, masks in the order of the annotations, and logits of each object."""
@@ -124,28 +123,28 @@ class SegmentFolder(FolderWork["Masks | list[MaskRecord]"]):
         if self.generator is None:
             task = {"mode": "prompts", "multimask": self.multimask, "logits": self.with_logits}
             task["prompts"] = [_described(prompt) for prompt in item.prompts]
-        facts = {**self.facts, **facts_of_image(item.image), "task": task}
+        facts = {**self.facts, **facts_of_image(item), "task": task}
         told = {"document": str(document), "overlay": str(overlay)}
         found = find_existing(document, beside, facts)
         return Job(item, facts, found, told, (document, *beside))
 
     def _read(self, job: Job) -> None:
         start = perf_counter()
-        job.image = decode(job.item.image.path, max_pixels=self.max_pixels)
+        job.image = decode(job.item.path, max_pixels=self.max_pixels)
         if self.generator is None:
             job.prepared = to_input(job.image, self.segmenter.encoder.image_spec)
         job.seconds["read"] = perf_counter() - start
 
-    def _compute(self, jobs: Iterator[Job]) -> Generator[Found | Outcome, None, None]:
+    def _compute(self, jobs: Iterator[Job]) -> Generator[Found | Job, None, None]:
         """One encoding of each image, and one decoding."""
         if self.generator is not None:
             yield from self._everything(self.generator, jobs)
             return
         for job, embedding in self._encoded(jobs, self.segmenter.encoder.encode_prepared):
-            is_good = not isinstance(embedding, Outcome)
+            is_good = not isinstance(embedding, Job)
             yield self._decoded(job, embedding) if is_good else embedding
 
-    def _decoded(self, job: Job, embedding: ImageEmbedding) -> Masks | Outcome:
+    def _decoded(self, job: Job, embedding: ImageEmbedding) -> Masks | Job:
         prompts, features = job.item.prompts, embedding.features
         low_res_size = 4 * features.shape[1], 4 * features.shape[2]
         for number, prompt in enumerate(prompts, 1):
@@ -165,7 +164,7 @@ class SegmentFolder(FolderWork["Masks | list[MaskRecord]"]):
     ) -> Generator[Found, None, None]:
         for job in jobs:
             start = perf_counter()
-            name = job.item.image.name
+            name = job.item.name
             with nullcontext(None) if self.progress is None else self.progress(name) as update:
                 records = generator.generate(job.image, progress=update)
             job.seconds["generate"] = perf_counter() - start
@@ -188,7 +187,7 @@ class SegmentFolder(FolderWork["Masks | list[MaskRecord]"]):
         seconds = {step: round(value, 4) for step, value in job.seconds.items()}
         info = {**job.facts, "seconds": seconds, "files": sorted(path.name for path in beside)}
         height, width = pixels.shape[:2]
-        image = {"id": 1, "file_name": item.image.name, "height": height, "width": width}
+        image = {"id": 1, "file_name": item.name, "height": height, "width": width}
         content = {
             "info": {**info, "is_complete": True},
             "images": [image],

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +31,11 @@ from .backend import (
     choose_precision,
     takes_native,
 )
-from .graphs import OnnxGraph, OpenVINOGraph, kept_core, load_library
 
-Graph: TypeAlias = OnnxGraph | OpenVINOGraph
+if TYPE_CHECKING:
+    from .graphs import OnnxGraph, OpenVINOGraph
+
+Graph: TypeAlias = "OnnxGraph | OpenVINOGraph"
 EngineName = Literal["native", "torch", "onnx", "openvino"]
 RuntimeName = Literal["onnx", "openvino"]
 Array: TypeAlias = NDArray[np.float32]
@@ -221,6 +223,8 @@ class Runtime:
 
     def open(self, path: Path) -> Graph:
         """The graph of a file; a CheckpointError where it cannot be read."""
+        from .graphs import OnnxGraph, OpenVINOGraph
+
         try:
             if self.name == "onnx":
                 return OnnxGraph(path, self.threads)
@@ -233,6 +237,8 @@ def choose_runtime(
     name: RuntimeName, device: str = "auto", precision: str = "fp32", threads: int | None = None
 ) -> Runtime:
     """ONNX Runtime or OpenVINO with its settings; arguments and errors are those of ``Engine``."""
+    from .graphs import kept_core, load_library
+
     check_settings(name, device, threads)
     precision = PRECISION_OF_DTYPE.get(precision, precision)
     reason = "the only precision of this backend"

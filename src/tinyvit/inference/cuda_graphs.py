@@ -97,11 +97,6 @@ class CudaCapture:
         return replay
 
 
-def choose_capture(device: str) -> Capture | None:
-    """What records on a device; None where nothing does."""
-    return CudaCapture(device) if torch.device(device).type == "cuda" else None
-
-
 class GraphedNetwork:
     """Gives what a network gives; shapes that come again are replayed.
 

@@ -6,12 +6,12 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import closing
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,7 @@ from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.checkpoints.files import weights_sha256
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec, Placement
-from tinyvit.images.decode import decode
-from tinyvit.images.preprocess import PreparedImage, to_input
+from tinyvit.images.preprocess import PreparedImage
 from tinyvit.lazy import need_torch
 
 from .backend import (
@@ -34,13 +33,13 @@ from .backend import (
     choose_backend,
 )
 from .bundle import ExportedEncoder, engine_for, is_exported, open_encoder
-from .read_ahead import choose_workers, read_ahead, run_in_batches
+from .read_ahead import Picture as Picture
+from .read_ahead import choose_workers, each, preparations, prepare, read_ahead
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     import torch
-    from PIL.Image import Image
     from torch import Tensor
     from typing_extensions import Self
 
@@ -49,9 +48,8 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = NDArray[np.float32]
 
-Picture: TypeAlias = "str | Path | bytes | BinaryIO | Image | np.ndarray[Any, Any] | Tensor"
-"""One image: a path, encoded bytes, an open file, a PIL image, RGB [H, W, 3], or a tensor
-[3, H, W]."""
+Label = TypeVar("Label")
+Result = TypeVar("Result")
 
 WINDOW = 4
 """Batches' worth of images among which those of one shape are found."""
@@ -473,7 +471,8 @@ def _pool(
 
 def _tensor(array: Array) -> Tensor:
     """What a backend takes: a tensor on the same memory, which torch wants to be writable."""
-    need_torch("an engine that gives or takes tensors")
+    if sys.modules.get("torch") is None:
+        need_torch("an engine that gives or takes tensors")
     import torch
 
     return torch.from_numpy(array if array.flags.writeable else array.copy())
@@ -500,44 +499,70 @@ def check_finite(values: Array, backend: str) -> None:
         )
 
 
-# -- images ----------------------------------------------------------------------------------------
+def run_in_batches(
+    inputs: Iterable[tuple[Array, Label]],
+    run: Callable[[Array], Sequence[Result]],
+    most: Callable[[Array], int],
+    window: int,
+) -> Iterator[tuple[Result, Label]]:
+    """Run inputs, grouped by shape within a window.
 
+    A batch is run as soon as it is full, or when its oldest image holds up a full window. So
+    images of one shape wait for no more than their own batch.
 
-def each(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
-    """One image as a list of one; stacks [N, H, W, 3], [N, 3, H, W] and iterables as they are."""
-    if isinstance(images, np.ndarray) or _is_tensor(images):
-        many = cast("np.ndarray[Any, Any]", images)
-        return many if many.ndim == 4 else [many]
-    if isinstance(images, (str, bytes, bytearray, memoryview, Path)) or hasattr(images, "read"):
-        return [cast(Picture, images)]
-    if isinstance(images, Mapping):
-        raise TypeError("wanted an image or an iterable of images; came a mapping; pass .values()")
-    return images if isinstance(images, Iterable) else [images]
+    Args:
+        inputs: (image [3, H, W], what goes with it); may be a generator. An error of it comes
+            after the results before it.
+        run: [N, 3, H, W] -> N results.
+        most: Most images of a shape in one batch, from one of them [3, H, W].
+        window: Most images held: read and not yet yielded.
 
-
-def _is_tensor(image: object) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(image, torch.Tensor)
-
-
-def prepare(image: Picture, spec: ImageSpec) -> PreparedImage:
-    """Decode an image and make it a model's input."""
-    return to_input(decode(image), spec)
-
-
-def preparations(
-    images: Iterable[Picture], spec: ImageSpec
-) -> Iterator[Callable[[], PreparedImage]]:
-    """What is left to do for each image, which may be done later and in another thread.
-
-    Files and bytes of files are left as they are. What may change meanwhile (an open file that is
-    read on, a buffer that is filled again, the frames of a PIL image) is decoded when it is taken.
+    Yields:
+        (result, what goes with it) for each input, in order.
     """
-    for image in images:
-        if isinstance(image, (str, bytes, os.PathLike)):
-            yield partial(prepare, image, spec)
-            continue
-        pixels = decode(image)
-        if isinstance(image, np.ndarray) or _is_tensor(image):
-            pixels = pixels.copy()  # it may share the memory of one that is used again
-        yield partial(to_input, pixels, spec)
+    order: deque[tuple[int, tuple[int, ...], Label]] = deque()  # number of the image, its shape
+    groups: dict[tuple[int, ...], dict[int, Array]] = {}  # images by number, not computed yet
+    results: dict[int, Result] = {}
+
+    def compute(shape: tuple[int, ...]) -> None:
+        group = groups.pop(shape)
+        numbers, images = [*group], [*group.values()]
+        del group
+        batch = images[0][None] if len(images) == 1 else np.stack(images)
+        del images  # the batch is a copy, and memory is bounded
+        results.update(zip(numbers, run(batch), strict=True))
+
+    def taken() -> tuple[Result, Label]:
+        number, _, label = order.popleft()
+        return results.pop(number), label
+
+    source, count = iter(inputs), 0
+    error: Exception | None = None
+    try:
+        while True:
+            try:
+                image, label = next(source)
+            except StopIteration:
+                break
+            except Exception as err:  # after the good ones before it
+                error = err
+                break
+            shape = image.shape
+            order.append((count, shape, label))
+            groups.setdefault(shape, {})[count] = image
+            count += 1
+            if len(groups[shape]) >= most(image):
+                compute(shape)
+            del image, label
+            if len(order) >= window and order[0][0] not in results:
+                compute(order[0][1])
+            while order and order[0][0] in results:
+                yield taken()
+        while order:
+            if order[0][0] not in results:
+                compute(order[0][1])
+            yield taken()
+        if error is not None:
+            raise error
+    finally:
+        del error  # it refers to this frame, and this frame to it

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,10 @@ from torch import Tensor, nn, unflatten
 from tinyvit.modules import Conv2d_BN, LayerNorm2d, MBConv, PatchMerging, TinyViT, TinyViTBlock
 from tinyvit.modules.stage import SAM3Neck
 
-from .cuda_graphs import Output
 from .fold import NORM, Array, Arrays, Weights, fold_attention, fold_bare, fold_conv, fold_linear
+
+if TYPE_CHECKING:
+    from .cuda_graphs import Output
 
 PIECE = 4 << 20
 """Bytes that the largest temporary of one piece of work has, about."""

@@ -1,6 +1,5 @@
 """Work done ahead of who needs it, in threads: in order, bounded, and ended with its consumer.
 
-And what comes in order put together in batches of one shape.
 Only work that releases Python's lock for most of its time (decoding, resizing, compressing, writing
 files) is faster this way.
 """
@@ -11,17 +10,28 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Generic, TypeAlias, TypeVar
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, TypeAlias, TypeVar, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array: TypeAlias = NDArray[np.float32]
-Label = TypeVar("Label")
+from tinyvit.image_spec import ImageSpec
+from tinyvit.images.decode import decode
+from tinyvit.images.preprocess import PreparedImage, to_input
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
 Result = TypeVar("Result")
+
+Picture: TypeAlias = "str | Path | bytes | BinaryIO | Image | np.ndarray[Any, Any] | Tensor"
+"""One image: a path, encoded bytes, an open file, a PIL image, RGB [H, W, 3], or a tensor
+[3, H, W]."""
 
 _NICE = 5
 
@@ -128,70 +138,44 @@ def choose_workers() -> int:
     return min(cores or 1, 4)
 
 
-def run_in_batches(
-    inputs: Iterable[tuple[Array, Label]],
-    run: Callable[[Array], Sequence[Result]],
-    most: Callable[[Array], int],
-    window: int,
-) -> Iterator[tuple[Result, Label]]:
-    """Run inputs, grouped by shape within a window.
+# -- images, which are read ahead ----------------------------------------------------------------
 
-    A batch is run as soon as it is full, or when its oldest image holds up a full window. So
-    images of one shape wait for no more than their own batch.
 
-    Args:
-        inputs: (image [3, H, W], what goes with it); may be a generator. An error of it comes
-            after the results before it.
-        run: [N, 3, H, W] -> N results.
-        most: Most images of a shape in one batch, from one of them [3, H, W].
-        window: Most images held: read and not yet yielded.
+def each(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
+    """One image as a list of one; stacks [N, H, W, 3], [N, 3, H, W] and iterables as they are."""
+    if isinstance(images, np.ndarray) or _is_tensor(images):
+        many = cast("np.ndarray[Any, Any]", images)
+        return many if many.ndim == 4 else [many]
+    if isinstance(images, (str, bytes, bytearray, memoryview, Path)) or hasattr(images, "read"):
+        return [cast(Picture, images)]
+    if isinstance(images, Mapping):
+        raise TypeError("wanted an image or an iterable of images; came a mapping; pass .values()")
+    return images if isinstance(images, Iterable) else [images]
 
-    Yields:
-        (result, what goes with it) for each input, in order.
+
+def _is_tensor(image: object) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(image, torch.Tensor)
+
+
+def prepare(image: Picture, spec: ImageSpec) -> PreparedImage:
+    """Decode an image and make it a model's input."""
+    return to_input(decode(image), spec)
+
+
+def preparations(
+    images: Iterable[Picture], spec: ImageSpec
+) -> Iterator[Callable[[], PreparedImage]]:
+    """What is left to do for each image, which may be done later and in another thread.
+
+    Files and bytes of files are left as they are. What may change meanwhile (an open file that is
+    read on, a buffer that is filled again, the frames of a PIL image) is decoded when it is taken.
     """
-    order: deque[tuple[int, tuple[int, ...], Label]] = deque()  # number of the image, its shape
-    groups: dict[tuple[int, ...], dict[int, Array]] = {}  # images by number, not computed yet
-    results: dict[int, Result] = {}
-
-    def compute(shape: tuple[int, ...]) -> None:
-        group = groups.pop(shape)
-        numbers, images = [*group], [*group.values()]
-        del group
-        batch = images[0][None] if len(images) == 1 else np.stack(images)
-        del images  # the batch is a copy, and memory is bounded
-        results.update(zip(numbers, run(batch), strict=True))
-
-    def taken() -> tuple[Result, Label]:
-        number, _, label = order.popleft()
-        return results.pop(number), label
-
-    source, count = iter(inputs), 0
-    error: Exception | None = None
-    try:
-        while True:
-            try:
-                image, label = next(source)
-            except StopIteration:
-                break
-            except Exception as err:  # after the good ones before it
-                error = err
-                break
-            shape = image.shape
-            order.append((count, shape, label))
-            groups.setdefault(shape, {})[count] = image
-            count += 1
-            if len(groups[shape]) >= most(image):
-                compute(shape)
-            del image, label
-            if len(order) >= window and order[0][0] not in results:
-                compute(order[0][1])
-            while order and order[0][0] in results:
-                yield taken()
-        while order:
-            if order[0][0] not in results:
-                compute(order[0][1])
-            yield taken()
-        if error is not None:
-            raise error
-    finally:
-        del error  # it refers to this frame, and this frame to it
+    for image in images:
+        if isinstance(image, (str, bytes, os.PathLike)):
+            yield partial(prepare, image, spec)
+            continue
+        pixels = decode(image)
+        if isinstance(image, np.ndarray) or _is_tensor(image):
+            pixels = pixels.copy()  # it may share the memory of one that is used again
+        yield partial(to_input, pixels, spec)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from tinyvit.modules import Attention, Conv2d_BN, TinyViT
 
-from .cuda_graphs import GraphedNetwork, Network, Output, choose_capture
 from .derived import Derived
 from .fast_encoder import DeployedTinyViT, arrays_of, choose_kernels
 from .fold import Array, Weights, fold_attention, fold_conv
+
+if TYPE_CHECKING:
+    from .cuda_graphs import Capture, Network, Output
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -84,8 +86,8 @@ class TorchBackend:
         """What runs, and why, in words."""
         with exact_inference(self.device):
             network, words = self._derived.get()
-        if isinstance(network, GraphedNetwork) and network.failure is not None:
-            words += f"; without CUDA graphs: {network.failure}"
+        if failure := getattr(network, "failure", None):
+            words += f"; without CUDA graphs: {failure}"
         return words
 
     def refresh(self) -> None:
@@ -117,6 +119,8 @@ class TorchBackend:
         if reason is None:
             network: Network
             if capture is not None:
+                from .cuda_graphs import GraphedNetwork
+
                 plain = _Plain(folded_copy(self._model).to(self.device, dtype))
                 network = GraphedNetwork(plain, capture, is_exact=self.precision == "fp32")
                 words = "one CUDA graph for each shape that comes again"
@@ -141,6 +145,15 @@ class TorchBackend:
         got = network(given, None, stages=True)[-1].float().cpu()
         scale = float(wanted.abs().max().clamp_min(1e-12))
         return float((got - wanted).abs().max()) / scale
+
+
+def choose_capture(device: str) -> Capture | None:
+    """What records on a device; None where nothing does."""
+    if torch.device(device).type != "cuda":
+        return None
+    from .cuda_graphs import CudaCapture
+
+    return CudaCapture(device)
 
 
 class _Plain:

@@ -339,15 +339,15 @@ def check_stages(num_stages: int, **numbers: Sequence[int]) -> None:
 
 
 def make_stages(model: Any, use_checkpoint: bool) -> nn.ModuleList:
-    """The stages that the model's attributes describe; their sizes are declared later."""
-    total = sum(model.depths)
+    """The stages that the model's attributes describe."""
+    total, size = sum(model.depths), model.patch_embed.patches_resolution
     rates = [model.drop_path_rate * i / max(total - 1, 1) for i in range(total)]
     stages = nn.ModuleList()
     for i, depth in enumerate(model.depths):
         is_last = i == model.num_layers - 1
         common: dict[str, Any] = {
             "dim": model.embed_dims[i],
-            "input_resolution": 1,
+            "input_resolution": size,
             "depth": depth,
             "activation": nn.GELU,
             "drop_path": rates[sum(model.depths[:i]) :][:depth],
@@ -355,6 +355,8 @@ def make_stages(model: Any, use_checkpoint: bool) -> nn.ModuleList:
             "use_checkpoint": use_checkpoint,
             "out_dim": None if is_last else model.embed_dims[i + 1],
         }
+        if not is_last:
+            size = -(-size[0] // model.strides[i]), -(-size[1] // model.strides[i])
         if i == 0:
             stages.append(ConvLayer(**common, conv_expand_ratio=model.mbconv_expand_ratio))
             continue

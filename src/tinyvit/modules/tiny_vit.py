@@ -191,15 +191,15 @@ class TinyViT(nn.Module):
             window_sizes=self.window_sizes,
         )
         self.mlp_ratio = mlp_ratio
-        self.drop_rate = drop_rate
-        self.drop_path_rate = drop_path_rate
+        self.drop_rate, self.drop_path_rate = drop_rate, drop_path_rate
         self.mbconv_expand_ratio = mbconv_expand_ratio
         self.local_conv_size = local_conv_size
         self.stem: Stem = stem
-        self.neck_dim = neck_dim
-        self.neck_size = neck_size
+        self.neck_dim, self.neck_size = neck_dim, neck_size
         size = to_pair(img_size, "img_size")
+        self.img_size: int | Size = size[0] if size[0] == size[1] else size
         self.patch_embed = PatchEmbed(in_chans, self.embed_dims[0], size, nn.GELU, stem)
+        self.patches_resolution = self.patch_embed.patches_resolution
         self.layers = make_stages(self, use_checkpoint)
         self.apply(init_weights)
         self.norm_head: nn.Module | None = None
@@ -207,7 +207,6 @@ class TinyViT(nn.Module):
         if head:
             self.reset_classifier(num_classes)
         self.neck = make_neck(self.embed_dims[-1], neck_dim, neck_size)
-        self.set_imgsz(img_size)
         self.set_layer_lr_decay(layer_lr_decay)
         self.register_load_state_dict_post_hook(_restore_lr_scales)  # type: ignore[no-untyped-call]
 
@@ -503,7 +502,7 @@ class TinyViT(nn.Module):
             ValueError: Not one or two positive numbers.
         """
         size = to_pair(imgsz, "imgsz")
-        self.img_size: int | Size = size[0] if size[0] == size[1] else size
+        self.img_size = size[0] if size[0] == size[1] else size
         self.patch_embed.declare(size)
         self.patches_resolution = size = self.patch_embed.patches_resolution
         for layer in self.stages():

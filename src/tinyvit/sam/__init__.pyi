@@ -1,6 +1,4 @@
 from .automatic import SamAutomaticMaskGenerator as SamAutomaticMaskGenerator
-from .build import build_sam as build_sam
-from .build import sam_model_registry as sam_model_registry
 from .embedding import ImageEmbedding as ImageEmbedding
 from .masks import Masks as Masks
 from .model import HQMaskDecoder as HQMaskDecoder
@@ -8,6 +6,8 @@ from .model import MaskDecoder as MaskDecoder
 from .model import PromptEncoder as PromptEncoder
 from .model import Sam as Sam
 from .model import TwoWayTransformer as TwoWayTransformer
+from .model import build_sam as build_sam
+from .model import sam_model_registry as sam_model_registry
 from .predictor import SamPredictor as SamPredictor
 from .prompts import Prompt as Prompt
 from .segmenter import Segmenter as Segmenter

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.checkpoints.open import check_parts
 from tinyvit.errors import CheckpointError, MissingExtraError
-from tinyvit.factory import StoredModel, open_stored
+from tinyvit.factory import open_stored
 from tinyvit.image_spec import ImageSpec
 from tinyvit.inference.bundle import ExportedPair, engine_for, is_exported, open_pair
 
@@ -38,42 +38,45 @@ WIDTHS = 256
 Progress = Callable[[int, "int | None"], None]
 
 
-@dataclass(frozen=True, eq=False)
 class StoredSam:
     """A SAM as its file has it, for the native engine. Torch is not loaded.
 
+    Args:
+        source: What it is opened from: a name, a file or a folder.
+        img_size: Side of the model's input that is asked for; None takes the file's.
+        progress: As for ``create_model``.
+
     Attributes:
         image_encoder: Its encoder; ``image_spec`` is never None here.
-        source: What it was opened from: a name, a file or a folder.
-        img_size: Side of the model's input that was asked for; None takes the file's.
+        heads: Tensors of prompt encoder and mask decoder.
+        is_hq: Whether the mask decoder is Light HQ-SAM's.
+        num_multimask_outputs: Masks of an ambiguous prompt.
+        thresholds: Of these weights' masks, as the file states them.
         mask_threshold: Logits above it are mask.
+
+    Raises:
+        CheckpointError: The file cannot be read without torch, or holds no whole SAM.
     """
 
-    image_encoder: StoredModel
-    source: str | os.PathLike[str]
-    img_size: int | None = None
-    mask_threshold: float = 0.0
-    image_format: str = "RGB"
+    image_format = "RGB"
 
-    @property
-    def thresholds(self) -> Mapping[str, float]:
-        """Of these weights' masks, as the file states them."""
-        return self.image_encoder.thresholds
-
-    @property
-    def heads(self) -> Mapping[str, NDArray[Any]]:
-        """Tensors of prompt encoder and mask decoder."""
-        return self.image_encoder.heads
-
-    @property
-    def is_hq(self) -> bool:
-        """Whether the mask decoder is Light HQ-SAM's."""
-        return "mask_decoder.hf_token.weight" in self.heads
-
-    @property
-    def num_multimask_outputs(self) -> int:
-        """Masks of an ambiguous prompt."""
-        return len(self.heads["mask_decoder.mask_tokens.weight"]) - 1
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        img_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.source, self.img_size = source, img_size
+        encoder = open_stored(source, img_size, progress)
+        self.heads = encoder.heads
+        parts = {key.partition(".")[0] for key in self.heads}
+        check_parts({"trunk", *parts}, encoder.path, encoder.family)
+        if encoder.image_spec is None:
+            encoder = replace(encoder, image_spec=ImageSpec.sam(encoder.arguments["img_size"]))
+        self.image_encoder, self.thresholds = encoder, encoder.thresholds
+        self.mask_threshold = self.thresholds.get("mask_threshold", 0.0)
+        self.is_hq = "mask_decoder.hf_token.weight" in self.heads
+        self.num_multimask_outputs = len(self.heads["mask_decoder.mask_tokens.weight"]) - 1
 
     @property
     def grids(self) -> tuple[Size, Size]:
@@ -156,7 +159,7 @@ def open_sam(
         place = "auto" if device is None else str(device)
         return ExportedSam(open_pair(cast(str, given), backend, place, precision, threads))
     if given is not None and not isinstance(given, (str, os.PathLike)):
-        from .build import as_sam
+        from .model import as_sam
 
         return as_sam(given, wanted_by)
     source = DEFAULT_CHECKPOINT if given is None else given
@@ -164,7 +167,7 @@ def open_sam(
     place = "cpu" if device is None else str(device)
     if isinstance(backend, str) and engine_for(source, backend, place) == "native":
         try:
-            stored = _open_stored(source, img_size, progress)
+            stored = StoredSam(source, img_size, progress)
         except CheckpointError:  # torch may read it, or say more of what is wrong
             if not has_torch:
                 raise
@@ -179,18 +182,6 @@ WITHOUT_TORCH = (StoredSam, ExportedSam)
 """What runs without torch."""
 
 
-def _open_stored(
-    source: str | os.PathLike[str], img_size: int | None, progress: Progress | None
-) -> StoredSam:
-    encoder = open_stored(source, img_size, progress)
-    heads = {key.partition(".")[0] for key in encoder.heads}
-    check_parts({"trunk", *heads}, encoder.path, encoder.family)
-    if encoder.image_spec is None:
-        encoder = replace(encoder, image_spec=ImageSpec.sam(encoder.arguments["img_size"]))
-    threshold = encoder.thresholds.get("mask_threshold", 0.0)
-    return StoredSam(encoder, source, img_size, threshold)
-
-
 def _built(
     source: str | os.PathLike[str], img_size: int | None, progress: Progress | None = None
 ) -> Sam:
@@ -198,7 +189,7 @@ def _built(
         raise MissingExtraError(
             "a Sam of torch wants torch, which is not installed; pip install 'tinyvit[torch]'"
         )
-    from .build import build_sam
+    from .model import build_sam
 
     return build_sam(source, img_size=img_size, progress=progress)
 

@@ -205,7 +205,7 @@ class Segmenter:
         self, images: Picture | ImageEmbedding | Iterable[Picture] | Iterable[ImageEmbedding]
     ) -> Iterator[ImageEmbedding]:
         """Embeddings as they are, checked; images encoded. The first one tells which."""
-        from tinyvit.inference.engine import each
+        from tinyvit.inference.read_ahead import each
 
         source = [images] if isinstance(images, ImageEmbedding) else each(cast(Any, images))
         items = iter(cast("Iterable[Any]", source))

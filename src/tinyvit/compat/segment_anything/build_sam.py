@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from functools import partial
 
-from tinyvit.sam.build import build_sam as build_sam
-from tinyvit.sam.build import sam_model_registry as sam_model_registry
 from tinyvit.sam.model import Sam
+from tinyvit.sam.model import build_sam as build_sam
+from tinyvit.sam.model import sam_model_registry as sam_model_registry
 
 
 def _refuse(name: str, checkpoint: str | os.PathLike[str] | None = None) -> Sam:

@@ -27,8 +27,7 @@ from tinyvit.images.preprocess import to_input
 from tinyvit.modules import TinyViT
 from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
-from tinyvit.sam.build import build_sam
-from tinyvit.sam.model import Sam
+from tinyvit.sam.model import Sam, build_sam
 from tinyvit.train.data.images import fingerprint, hold_out
 from tinyvit.train.data.lists import identity, some
 from tinyvit.train.settings import SettingError

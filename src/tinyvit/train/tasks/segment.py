@@ -31,9 +31,8 @@ from tinyvit.evaluate.segment import EvaluateSettings, LabelledImage, evaluate_s
 from tinyvit.images.mask_ops import box_around
 from tinyvit.images.preprocess import normalise_and_pad
 from tinyvit.modules.sam.mask_decoder import MaskDecoder
-from tinyvit.sam.build import build_sam
 from tinyvit.sam.embedding import spec_of
-from tinyvit.sam.model import Sam
+from tinyvit.sam.model import Sam, build_sam
 from tinyvit.sam.predictor import SamPredictor
 from tinyvit.train.data.augment import RGB, MaskAugment, Masks, fit_sample
 from tinyvit.train.data.images import read_good
