@@ -1,7 +1,8 @@
 """Every block of README.md and docs/ runs, offline, as a reader would run it.
 
-The blocks of a page run in order, in one folder: Python in one namespace, commands in a shell. A
-block that cannot run says why in a comment above it: ``<!-- not run: REASON -->``.
+The blocks of a page run in order, in one folder: Python in one namespace; commands of ``tinyvit``
+in this process, where nothing is imported anew; others in a shell. A block that cannot run says why
+in a comment above it: ``<!-- not run: REASON -->``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,9 +20,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import tinyvit
 from tinyvit.checkpoints import from_canonical, write_state_dict
+from tinyvit.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -49,6 +53,32 @@ def blocks_of(page: Path) -> list[Block]:
             kind = "shell" if is_shell else "python"
             found.append(Block(name, line, kind, body, (reason or "").strip()))
     return found
+
+
+def commands_of(text: str) -> list[list[str]] | None:
+    """The words after ``tinyvit`` of each line; None where another program or a shell is wanted."""
+    lines = text.replace("\\\n", " ").splitlines()
+    commands = [words for line in lines if (words := shlex.split(line, comments=True))]
+    for words in commands:
+        if words[0] != "tinyvit" or re.search(r"[|<>&$*;()`]", " ".join(words)):
+            return None
+    return [words[1:] for words in commands]
+
+
+def run_shell(block: Block) -> None:
+    """Run the commands of a block; raises where one fails."""
+    commands = commands_of(block.text)
+    for words in commands or []:
+        told = CliRunner().invoke(app, words)
+        assert told.exit_code == 0, f"{block.page}:{block.line}\n{words}\n{told.output}"
+    if commands is None:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block.text],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{block.page}:{block.line}\n{block.text}\n{done.stderr}"
 
 
 @pytest.fixture(scope="session")
@@ -111,13 +141,7 @@ def test_the_blocks_of_a_page_run(page: Path, desk: Path) -> None:
             # as many blank lines as there are above the block: a traceback names the page's line
             exec(compile("\n" * block.line + block.text, block.page, "exec"), names)
         else:
-            done = subprocess.run(
-                ["bash", "-euo", "pipefail", "-c", block.text],
-                capture_output=True,
-                text=True,
-                timeout=300,
-            )
-            assert done.returncode == 0, f"{block.page}:{block.line}\n{block.text}\n{done.stderr}"
+            run_shell(block)
 
 
 def test_every_reason_is_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ layers, and what a door leads to; imports inside functions and under TYPE_CHECKI
 """
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,7 @@ def name_of(path):
     return path.relative_to(SRC).as_posix()
 
 
+@functools.cache
 def parse(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -138,10 +140,15 @@ def imports_of(tree, name):
             base = package[: len(package) - node.level + 1] if node.level else []
             base = [*base, *([node.module] if node.module else [])]
             yield from (".".join([*base, alias.name]) for alias in node.names)
-        elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
+        elif isinstance(node, ast.Call) and last_name(node.func) == "import_module":
             argument = node.args[0] if node.args else None
             if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
                 yield argument.value
+
+
+def last_name(function):
+    """``c`` of ``c`` and of ``a.b.c``; None of what is called otherwise."""
+    return getattr(function, "attr", getattr(function, "id", None))
 
 
 def is_allowed(package, target):
@@ -178,10 +185,13 @@ def length_of(function):
 
 def calls_of(tree, *functions):
     """Line numbers of calls like ``print(...)`` or ``torch.load(...)``."""
+    names = {function.rpartition(".")[2] for function in functions}
     return [
         node.lineno
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in functions
+        if isinstance(node, ast.Call)
+        and last_name(node.func) in names
+        and ast.unparse(node.func) in functions
     ]
 
 

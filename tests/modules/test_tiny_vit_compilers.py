@@ -86,6 +86,7 @@ def test_compiled_training_with_checkpointing(fresh_compiler, make_tiny_vit, ima
         torch.testing.assert_close(q, p, **CLOSE)  # each batch counted once
 
 
+@pytest.mark.slow  # 31 s of CPU, most of it g++'s
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ with g++")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor's own imports
 def test_inductor_at_two_batch_sizes(fresh_compiler, make_tiny_vit, image):

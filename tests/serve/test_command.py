@@ -19,8 +19,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from conftest import Client
+from tinyvit.cli.main import app
 from tinyvit.serve import ServeSettings
 from tinyvit.serve.server import listen
 
@@ -143,11 +145,12 @@ def test_a_port_that_is_taken_and_wrong_usage(tmp_path):
     owner = f"(process {os.getpid()})"
     assert f"error: port {port} of 127.0.0.1 is taken by " in done.stderr and owner in done.stderr
     for words in (["--allow-origin", "*"], ["--adapter", "cvat"], ["--port", "70000"]):
-        assert run(*words).returncode == 2
+        assert CliRunner().invoke(app, ["serve", *words]).exit_code == 2
     missing = run("--checkpoint", str(tmp_path / "none.safetensors"))
     assert missing.returncode == 1
     assert missing.stderr.splitlines()[-1].startswith("error: ")
-    assert run("--token-file", str(tmp_path / "none")).returncode == 1
+    no_token = CliRunner().invoke(app, ["serve", "--token-file", str(tmp_path / "none")])
+    assert no_token.exit_code == 1
 
 
 def test_a_token_is_made_on_other_addresses_and_read_from_files(tmp_path):
