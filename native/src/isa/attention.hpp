@@ -109,6 +109,13 @@ TINYVIT_UNROLL(4)
   for (int r = 0; r < R; ++r) inverse[row + r] = 1.0f / sum(total[r]);
 }
 
+// The biases of a query's scores.
+TINYVIT_INLINE const float* bias_of(const AttendCall& c, int head, int query) {
+  const int y = c.positions[query] / c.side, x = c.positions[query] % c.side;
+  const long at = (static_cast<long>(head) * c.side + x) * (2 * c.side - 1) + (c.side - 1 - y);
+  return c.bias + at * c.side;
+}
+
 // The queries [m, m + R) of one head.
 template <class P, int R>
 static __attribute__((noinline)) void attend_rows(const AttendCall& c, const AttendSpace& s, int head,
@@ -130,11 +137,7 @@ TINYVIT_UNROLL(16)
   }
   const float* bias[R];
   float inverse[R];
-  for (int r = 0; r < R; ++r) {
-    const int y = c.positions[m + r] / c.side, x = c.positions[m + r] % c.side;
-    const long at = (static_cast<long>(head) * c.side + x) * (2 * c.side - 1) + (c.side - 1 - y);
-    bias[r] = c.bias + at * c.side;
-  }
+  for (int r = 0; r < R; ++r) bias[r] = bias_of(c, head, m + r);
   int r = 0;
   for (; r + 4 <= R; r += 4) soften<P, 4>(s, r, tokens, bias + r, inverse);
   for (; r < R; ++r) soften<P, 1>(s, r, tokens, bias + r, inverse);

@@ -10,7 +10,7 @@ namespace TINYVIT_ISA {
 
 const Kernels* kernels(bool is_bf16) {
   // Single precision is the same as in avx512.cpp.
-  return is_bf16 ? &Table<Bf16, linear<Bf16>>::kernels : nullptr;
+  return is_bf16 ? &Table<Bf16>::kernels : nullptr;
 }
 
 }  // namespace TINYVIT_ISA

@@ -9,7 +9,7 @@ namespace tinyvit {
 namespace TINYVIT_ISA {
 
 const Kernels* kernels(bool is_bf16) {
-  return is_bf16 ? &Table<Bf16, linear<Bf16>>::kernels : &Table<F32, linear<F32>>::kernels;
+  return is_bf16 ? &Table<Bf16>::kernels : &Table<F32>::kernels;
 }
 
 }  // namespace TINYVIT_ISA

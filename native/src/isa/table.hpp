@@ -15,12 +15,13 @@
 namespace tinyvit {
 namespace TINYVIT_ISA {
 
-template <class P, void (*kLinear)(const LinearCall&)>
+template <class P, void (*kLinear)(const LinearCall&) = linear<P>,
+          void (*kAttend)(const AttendCall&) = attend<P>, size_t (*kScratch)(int, int) = attend_scratch<P>>
 struct Table {
   static constexpr Kernels kernels = {
       TINYVIT_ISA_NAME,  kLanes,         2 * kLanes,    kTileRows,     P::kBf16,
-      sizeof(typename P::T), kLinear,    depthwise<P>,  normalize<P>,  attend<P>,
-      attend_scratch<P>, from_float<P>,  to_float<P>,   to_planes<P>,  gelu_many<P>,
+      sizeof(typename P::T), kLinear,    depthwise<P>,  normalize<P>,  kAttend,
+      kScratch,          from_float<P>,  to_float<P>,   to_planes<P>,  gelu_many<P>,
       exp2_many<P>,      add_many,      largest_of,    weigh,         soften,
       add_scaled,        blend,         expand,        above,         mark};
 };

@@ -26,6 +26,8 @@ TINYVIT_INLINE Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 TINYVIT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 TINYVIT_INLINE Vec max2(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 TINYVIT_INLINE Vec min2(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+// Within [-limit, limit]; what is no number may become a limit.
+TINYVIT_INLINE Vec clamp(Vec a, float limit) { return max2(set(-limit), min2(set(limit), a)); }
 TINYVIT_INLINE Vec nearest(Vec a) { return {_mm256_round_ps(a.v, 8)}; }
 TINYVIT_INLINE Vec times_power(Vec a, Vec n) {
   const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));

@@ -31,6 +31,8 @@ TINYVIT_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, 
 // The second one where either is no number.
 TINYVIT_INLINE Vec max2(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 TINYVIT_INLINE Vec min2(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+// Within [-limit, limit]; what is no number may become a limit.
+TINYVIT_INLINE Vec clamp(Vec a, float limit) { return {_mm512_range_ps(a.v, _mm512_set1_ps(limit), 2)}; }
 TINYVIT_INLINE Vec nearest(Vec a) { return {_mm512_roundscale_ps(a.v, 8)}; }
 // a * 2^n for a whole n in [-126, 127]
 TINYVIT_INLINE Vec times_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }

@@ -56,6 +56,8 @@ TINYVIT_INLINE Vec min2(Vec a, Vec b) {
   TINYVIT_LANES a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
   return a;
 }
+// Within [-limit, limit]; what is no number may become a limit.
+TINYVIT_INLINE Vec clamp(Vec a, float limit) { return max2(set(-limit), min2(set(limit), a)); }
 TINYVIT_INLINE Vec nearest(Vec a) {
   TINYVIT_LANES a.v[i] = std::nearbyintf(a.v[i]);
   return a;
