@@ -49,6 +49,28 @@ def test_encode(run, photo, exported, tmp_path):
     assert done.json["weights_sha256"] == Engine(exported()).weights_sha256()
 
 
+def test_embed(run, photo, exported, tmp_path):
+    pytest.importorskip("lance")
+    image, url = photo(tmp_path / "photos" / "a.png", 48, 64), tmp_path / "photos.lance"
+    words = ("embed", image.parent, "-o", url, "--json")
+    done = run(*words, "--checkpoint", exported(), "--threads", 1)
+    assert done.code == 0, done.err
+    assert done.json["stored"] == 1
+    photo(tmp_path / "photos" / "b.png", 40, 64, 1)
+    again = run(*words)  # by the encoder in the store
+    assert again.code == 0, again.err
+    assert (again.json["stored"], again.json["kept"]) == (1, 1)
+    assert ": onnx, cpu, fp32" in again.err
+    found = run("search", url, photo(tmp_path / "c.png", 30, 30, 2), "--json")
+    assert found.code == 0, found.err
+    assert len(found.json["matches"]) == 2
+    verified = run("store", "verify", url, "--masks", 2, "--checkpoint", exported(), "--json")
+    assert verified.code == 0, verified.err
+    assert verified.json["masks"]["worst_iou"] > 0.9
+    sized = run("embed", image, "-o", tmp_path / "x", "--checkpoint", exported(), "--size", 32)
+    assert sized.code == 1 and "was exported at one size of one model" in sized.err
+
+
 @pytest.mark.parametrize(
     "words, said",
     [

@@ -214,7 +214,7 @@ def test_an_actor_by_itself(photos, url, engine, tmp_path):
     task = {
         **{"url": str(url), "storage_options": None, "recipe": store.recipe, "cpus": 1.0},
         **{"versions": versions(), "places": [str(photos)], "max_pixels": None},
-        "engine": {"backend": "torch", "batch_size": 8},
+        **{"is_exported": False, "engine": {"backend": "torch", "batch_size": 8}},
     }
     from tinyvit.embed.sources import list_sources
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -109,6 +110,14 @@ def test_a_store_of_another_model_is_refused(tmp_path, photos, url, small):
     embed_images(photos, tmp_path / "vectors.lance", small.encoder.engine, keep="pooled")
     assert "keep is pooled in the store and all here" in refusal(tmp_path / "vectors.lance", small)
     assert "there is no embedding store at" in refusal(tmp_path / "none.lance", small)
+
+
+def test_an_export_is_served_with_the_store_of_its_weights(url, exported):
+    model = Segmenter(exported())
+    create_app(ServeSettings(port=0, store=str(url)), model).service.load()
+    backend = model.encoder.engine.backend
+    backend.facts = replace(backend.facts, network_side=32)
+    assert "encoder.onnx adapts weights for 32 to inputs of 64" in refusal(url, model)
 
 
 def test_the_command_refuses_too(url):

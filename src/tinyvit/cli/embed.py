@@ -72,9 +72,9 @@ def embed(
             such as s3://bucket/photos.
         store (--output -o STORE): Where the store is or shall be, for example photos.lance or
             s3://bucket/photos.lance.
-        checkpoint (NAME_OR_FILE): A name of 'tinyvit models', a file of weights, or a folder of
-            save_pretrained. By default the encoder in the store, and for a new one tinyvit_starter.
-            A classifier gives vectors only.
+        checkpoint (NAME_OR_PATH): A name of 'tinyvit models', a file of weights, or a folder of
+            save_pretrained or 'tinyvit export'. By default the encoder in the store, and for a new
+            one tinyvit_starter. A classifier gives vectors only.
         dtype ([fp16|int8|fp32]): How features are stored. By default as the store says, fp16 for a
             new one; int8, with a scale for each channel, takes half the space.
         keep ([all|pooled]): Features and vectors, or vectors only. By default as the store says.
@@ -104,12 +104,12 @@ def embed(
     if ray is not None:
         actors = RayWorkers(ray, running.workers, cpus_per_worker, gpus_per_worker)
     found = EmbeddingStore.find(store)
-    arguments = {**running.arguments(checkpoint), "batch_size": batch_size}
     given: dict[str, Any] = {
         **{"dtype": dtype, "keep": keep, "check": check, "retry_failed": retry_failed},
         **{"part": part or (0, 1), "max_pixels": max_pixels},
     }
-    with _opened(own, found, checkpoint, model, size, arguments) as (engine, is_hq):
+    chosen = _opened(own, found, checkpoint, model, size, running, batch_size)
+    with chosen as (engine, is_hq):
         args.announce_engine(own, checkpoint or (store if found else DEFAULT_CHECKPOINT), engine)
         given["early"] = is_hq
         if dry_run:
@@ -135,7 +135,8 @@ def _opened(
     checkpoint: str | None,
     model: str | None,
     size: int | None,
-    arguments: dict[str, Any],
+    running: args.FolderOptions,
+    batch_size: int,
 ) -> Iterator[tuple[Engine, bool | None]]:
     """What encodes, and whether Light HQ-SAM's early map is wanted; None: as the store says."""
     from tinyvit.inference import Engine
@@ -146,13 +147,17 @@ def _opened(
                 f"{found.url} says itself which model it is made with and at which size; leave "
                 "--model and --size out"
             )
-        if arguments["precision"] == "fp32":  # not asked for: the store's
-            del arguments["precision"]
-        with found.load_engine(**arguments) as engine:
+        with found.fetch_encoder() as folder:
+            arguments = running.arguments(str(folder))
+            if arguments["precision"] == "fp32":  # not asked for: the store's
+                del arguments["precision"]
+            engine = found.engine_of(folder, **arguments, batch_size=batch_size)
+        with engine:
             yield engine, None
         return
     name, is_hq = checkpoint or DEFAULT_CHECKPOINT, None
-    if find_spec("torch") is None:
+    arguments = {**running.arguments(checkpoint), "batch_size": batch_size}
+    if args.is_exported(checkpoint, size, model) or find_spec("torch") is None:
         with Engine(name, **arguments) as engine:
             yield engine, None
         return

@@ -79,7 +79,8 @@ def verify(
     Options:
         store (STORE): A path or an address.
         masks (--masks N): Compare masks of so many images, drawn from the store.
-        checkpoint (NAME_OR_FILE): With --masks: the whole SAM that the store was made with.
+        checkpoint (NAME_OR_PATH): With --masks: the whole SAM that the store was made with, or a
+            folder of 'tinyvit export' with it.
         images (--images FOLDER): With --masks: where the images are. By default where they were
             embedded from.
         repair: Delete damaged rows; the next 'tinyvit embed' makes them again.
@@ -106,7 +107,7 @@ def verify(
     if masks:
         from tinyvit.sam import Segmenter
 
-        segmenter = Segmenter(args.load_sam(own, checkpoint, None))
+        segmenter = Segmenter(args.open_sam(own, checkpoint, None, "auto"))
         roots = None if images is None else [str(images)]
         agreement = compare_masks(opened, segmenter, masks, roots)
         own.say(

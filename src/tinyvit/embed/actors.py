@@ -18,6 +18,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from tinyvit.errors import CheckpointError, MissingExtraError
+from tinyvit.inference.bundle import ExportedEncoder, engine_for, is_exported
 
 from .attempts import DEADLY, REASON
 from .commits import FragmentWriter
@@ -101,13 +102,17 @@ class EmbedActor:
         recipe: Recipe = task["recipe"]
         store.recipe.check(recipe, f"{store.url}, as {node} sees it,")
         threads = max(1, int(task["cpus"]))
-        if task["engine"]["backend"] == "torch":
-            import torch
+        arguments = {**task["engine"], "workers": threads}
+        with store.fetch_encoder() as folder:
+            if is_exported(folder) != task["is_exported"]:  # the driver has another form of it
+                arguments["backend"] = "auto"
+            if engine_for(folder, arguments["backend"]) == "torch":
+                import torch
 
-            torch.set_num_threads(threads)
-            engine = store.load_engine(**task["engine"], workers=threads)
-        else:
-            engine = store.load_engine(**task["engine"], workers=threads, threads=threads)
+                torch.set_num_threads(threads)
+            else:
+                arguments["threads"] = threads
+            engine = store.engine_of(folder, **arguments)
         self._worker = EmbedWorker(
             recipe, engine, store, KnownContent(store), None, task["max_pixels"], defers=False
         )
@@ -198,6 +203,7 @@ class RayRun:
             "places": [url, self._todo[0].place, *self._roots],
             "cpus": self._workers.cpus,
             "max_pixels": max_pixels,
+            "is_exported": isinstance(engine.backend, ExportedEncoder),
             "engine": {
                 "backend": "torch" if self._workers.gpus else engine.backend.name,
                 "batch_size": engine.batch_size,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import safetensors.numpy
@@ -22,6 +22,8 @@ from tinyvit.checkpoints.files import check_format, header_for
 from tinyvit.errors import CheckpointError
 from tinyvit.factory import CONFIG, FOLDER_FORMAT, WEIGHTS, StoredModel, arguments_of
 from tinyvit.image_spec import ImageSpec
+from tinyvit.inference.bundle import FORMAT as EXPORT_FORMAT
+from tinyvit.inference.bundle import INDEX, ExportedEncoder
 
 if TYPE_CHECKING:
     from tinyvit.inference import Engine
@@ -73,19 +75,14 @@ class Recipe:
         """The recipe of what an engine gives.
 
         Raises:
+            CheckpointError: An exported encoder that does not give what its weights give.
             ValueError: An unknown dtype or kind, an engine without a model, features of a
                 classifier, or an early map of a backend or model that gives none.
         """
         if dtype not in get_args(Dtype):
             raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}; came {dtype!r}")
-        model = engine.model
-        if model is None:
-            raise ValueError(
-                "this engine has a backend of its own and no model; an embedding store keeps the "
-                "model, so make the engine of a checkpoint"
-            )
-        arguments = arguments_of(model)
-        is_classifier = arguments["neck_dim"] is None and arguments["head"]
+        sizes = _sizes_of(engine)
+        is_classifier = sizes.is_classifier
         keep = keep or ("pooled" if is_classifier else "all")
         if keep not in get_args(Keep):
             raise ValueError(f"keep must be one of {', '.join(get_args(Keep))}; came {keep!r}")
@@ -93,21 +90,21 @@ class Recipe:
             raise ValueError(
                 "a classifier gives one vector for each image and no map to keep; use keep='pooled'"
             )
-        if early and (keep == "pooled" or isinstance(model, StoredModel)):
+        if early and (keep == "pooled" or not sizes.is_torch):
             raise ValueError(
                 "the early map of Light HQ-SAM is kept beside the features, and torch makes it; "
                 "use keep='all' and backend='torch'"
             )
         return cls(
-            find_variant(arguments),
+            sizes.variant,
             engine.weights_sha256(),
-            tuple(arguments["strides"]),
+            sizes.strides,
             engine.image_spec,
             engine.precision,
             keep,
             early,
             dtype,
-            arguments["neck_dim"] or arguments["embed_dims"][-1],
+            sizes.pooled_dim,
             version("tinyvit"),
         )
 
@@ -177,6 +174,70 @@ class Recipe:
         ]
 
 
+class _Sizes(NamedTuple):
+    """What a recipe says of an encoder's sizes."""
+
+    variant: str | None
+    strides: tuple[int, ...]
+    pooled_dim: int
+    is_classifier: bool = False
+    is_torch: bool = False
+
+
+def _sizes_of(engine: Engine) -> _Sizes:
+    backend: object = engine.backend
+    if isinstance(backend, ExportedEncoder):
+        return _sizes_of_exported(backend)
+    model: Any = engine.model
+    if model is None:
+        raise ValueError(
+            "this engine has a backend of its own and no model; an embedding store keeps the "
+            "model, so make the engine of a checkpoint or an exported folder"
+        )
+    arguments = arguments_of(model)
+    return _Sizes(
+        find_variant(arguments),
+        tuple(arguments["strides"]),
+        arguments["neck_dim"] or arguments["embed_dims"][-1],
+        arguments["neck_dim"] is None and arguments["head"],
+        not isinstance(model, StoredModel),
+    )
+
+
+def _sizes_of_exported(encoder: ExportedEncoder) -> _Sizes:
+    check_exact(encoder)
+    facts = encoder.facts
+    if not facts.weights_sha256 or facts.strides is None or encoder.channels is None:
+        raise CheckpointError(
+            f"{encoder.path} does not say which weights it has, or with which strides and "
+            "channels; export again"
+        )
+    return _Sizes(facts.variant, facts.strides, encoder.channels)
+
+
+def check_exact(backend: object) -> None:
+    """Check that an exported encoder gives what its weights give; another backend does.
+
+    Raises:
+        CheckpointError: It holds rounded weights, or adapts them to another size: its embeddings
+            are others than those of the weights that it names.
+    """
+    if not isinstance(backend, ExportedEncoder):
+        return
+    facts, side = backend.facts, max(backend.image_spec.size)
+    if facts.storage != "fp32":
+        raise CheckpointError(
+            f"{backend.path} holds its weights in {facts.storage}, so that its embeddings are not "
+            "those of the weights; export again with --storage fp32"
+        )
+    if facts.network_side not in (None, side):
+        raise CheckpointError(
+            f"{backend.path} adapts weights for {facts.network_side} to inputs of {side}, so that "
+            f"its embeddings are not those of the weights; export again with "
+            f"--input-size {side}"
+        )
+
+
 def _short(value: object) -> str:
     text = str(value)
     return f"{text[:12]}…" if len(text) == 64 and text.isalnum() else text
@@ -215,6 +276,12 @@ ENCODER = "_encoder"
 
 def encoder_files(engine: Engine) -> dict[str, bytes]:
     """The files of an engine's model by name, as they lie in ``_encoder/``."""
+    exported: object = engine.backend
+    if isinstance(exported, ExportedEncoder):  # a folder of 'tinyvit export' with no decoder
+        paths = [exported.path, exported.path.with_suffix(".bin")]
+        files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+        index = {"format": EXPORT_FORMAT, "encoder": exported.path.name}
+        return {**files, INDEX: json.dumps(index).encode()}
     with tempfile.TemporaryDirectory() as folder:
         write_encoder(engine, Path(folder))
         return {name: (Path(folder) / name).read_bytes() for name in (CONFIG, WEIGHTS)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from tinyvit.errors import CheckpointError, MissingExtraError, TinyViTError
 from tinyvit.factory import CONFIG, WEIGHTS
+from tinyvit.inference.bundle import INDEX
 from tinyvit.sam.embedding import ImageEmbedding
 
 from .recipe import ENCODER, Dtype, Keep, Recipe, encoder_files
@@ -330,17 +332,34 @@ class EmbeddingStore(Mapping[str, ImageEmbedding]):
         Raises:
             CheckpointError: The encoder is missing, damaged, or another than the rows were made by.
         """
+        with self.fetch_encoder() as folder:
+            return self.engine_of(folder, **arguments)
+
+    @contextmanager
+    def fetch_encoder(self) -> Iterator[Path]:
+        """A folder with a copy of the store's encoder: of ``save_pretrained``, or an exported one.
+
+        Raises:
+            CheckpointError: The encoder is missing.
+        """
+        names = [CONFIG, WEIGHTS]
+        if INDEX in (there := list_files(self.url, self.storage_options, ENCODER)):
+            names = there
+        with tempfile.TemporaryDirectory() as folder:
+            wanted = [f"{ENCODER}/{name}" for name in names]
+            read_files(self.url, self.storage_options, wanted, Path(folder))
+            yield Path(folder)
+
+    def engine_of(self, folder: Path, **arguments: Any) -> Engine:
+        """As ``load_engine``, of what ``fetch_encoder`` has given."""
         from tinyvit.inference.engine import Engine
 
         arguments = {"precision": self._recipe.precision, **arguments}
         arguments["image_spec"] = self._recipe.image_spec
         if self._recipe.early and arguments.get("backend", "auto") == "auto":
             arguments["backend"] = "torch"  # which alone gives a stage beside the embedding
-        with tempfile.TemporaryDirectory() as folder:
-            names = [f"{ENCODER}/{name}" for name in (CONFIG, WEIGHTS)]
-            read_files(self.url, self.storage_options, names, Path(folder))
-            engine = Engine(folder, **arguments)
-            found = engine.weights_sha256()
+        engine = Engine(folder, **arguments)
+        found = engine.weights_sha256()
         if found != self._recipe.weights_sha256:
             raise CheckpointError(
                 f"the encoder in {self.url}/{ENCODER} has weights {found[:12]}…, but the rows were "
@@ -483,6 +502,17 @@ def write_files(url: str, options: dict[str, str] | None, files: Mapping[str, by
             local = Path(folder) / "file"
             local.write_bytes(data)
             session.upload_file(str(local), name)
+
+
+def list_files(url: str, options: dict[str, str] | None, folder: str) -> list[str]:
+    """The names of the files in a folder beside a dataset's own; none where it is not there."""
+    from lance.file import LanceFileSession
+
+    try:
+        paths = LanceFileSession(url, storage_options=options).list(folder)
+    except (OSError, ValueError):
+        return []
+    return [PurePosixPath(path).name for path in paths]
 
 
 def read_files(

@@ -175,7 +175,7 @@ def _write_part(model: Model, part: Part | None, folder: Path, order: _Order) ->
     net = plain(net)
     facts = facts_of_part(net, part, spec, row, order.name)
     sha256 = weights_sha256(net.state_dict())
-    metadata = _metadata(facts, spec, sha256, order)
+    metadata = _metadata(facts, spec, sha256, net.strides, order)
     order.progress(f"tracing the {part}")
     _save(folder, part, arguments_of_part(net, part, spec, facts), order, facts, metadata)
     _write_index(folder, order, facts, metadata)
@@ -199,7 +199,7 @@ def _write_pair(model: Sam, folder: Path, order: _Order) -> Verified:
         spec = replace(spec, size=(wanted, wanted))
     facts = _facts(sam, spec, order, wanted, factor)
     sha256 = weights_sha256(sam.image_encoder.state_dict())
-    metadata = _metadata(facts, spec, sha256, order)
+    metadata = _metadata(facts, spec, sha256, sam.image_encoder.strides, order)
     positions = sam.prompt_encoder.get_dense_pe() if row.style == "transformers" else None
     if row.encoder is not None:
         order.progress("tracing the encoder")
@@ -268,7 +268,7 @@ def _facts(sam: Sam, spec: ImageSpec, order: _Order, side: int, factor: int) -> 
 
 
 def _metadata(
-    facts: Mapping[str, Any], spec: ImageSpec, sha256: str, order: _Order
+    facts: Mapping[str, Any], spec: ImageSpec, sha256: str, strides: Sequence[int], order: _Order
 ) -> dict[str, str]:
     """What every file says of itself."""
     is_adapted = facts["factor"] != 1
@@ -277,6 +277,7 @@ def _metadata(
         "tinyvit.version": version("tinyvit"),
         "tinyvit.preset": order.row.name,
         "tinyvit.variant": facts.get("variant") or "",
+        "tinyvit.strides": json.dumps(list(strides)),
         "tinyvit.weights_sha256": sha256,
         "tinyvit.weights_licence": order.licence,
         "tinyvit.source": order.name,

@@ -149,6 +149,8 @@ class Facts:
         thresholds: Of the masks of these weights.
         variant: Whose sizes the weights have, by its name in the catalog; None for no such.
         network_side: Of the input as the network sees it, where the graph shrinks it; else None.
+        strides: Of the encoder's merges; None where the file does not say.
+        storage: How the file holds the weights, "fp32" or "fp16".
     """
 
     image_spec: ImageSpec
@@ -158,6 +160,8 @@ class Facts:
     thresholds: Mapping[str, float] = field(default_factory=dict)
     variant: str | None = None
     network_side: int | None = None
+    strides: tuple[int, ...] | None = None
+    storage: str = "fp32"
 
 
 def facts_of(texts: Mapping[str, str], path: Path, part: str, given: ImageSpec | None) -> Facts:
@@ -193,6 +197,7 @@ def facts_of(texts: Mapping[str, str], path: Path, part: str, given: ImageSpec |
         side = int(texts["tinyvit.input_size"])
         thresholds = check_thresholds(json.loads(texts.get("tinyvit.thresholds", "{}")))
         mask_threshold = float(texts.get("tinyvit.mask_threshold", "0"))
+        strides = tuple(json.loads(texts.get("tinyvit.strides", "[]"))) or None
     except (KeyError, TypeError, ValueError) as err:
         raise CheckpointError(f"{path} has damaged metadata: {err}; export again") from err
     network_side = max(spec.size)
@@ -205,7 +210,8 @@ def facts_of(texts: Mapping[str, str], path: Path, part: str, given: ImageSpec |
         thresholds.setdefault("mask_threshold", mask_threshold)
     sha256 = texts.get("tinyvit.weights_sha256") or None
     pair, variant = texts.get("tinyvit.pair", ""), texts.get("tinyvit.variant") or None
-    return Facts(given or spec, layout, sha256, pair, thresholds, variant, network_side)
+    network = variant, network_side, strides, texts.get("tinyvit.storage", "fp32")
+    return Facts(given or spec, layout, sha256, pair, thresholds, *network)
 
 
 def _with_article(part: str) -> str:
@@ -285,7 +291,8 @@ class ExportedEncoder:
         self.facts = facts_of(self.graph.metadata, path, "encoder", image_spec)
         self.image_spec = self.facts.image_spec
         self._input, self._sides = next(iter(self.graph.inputs.items()))
-        self._output = next(iter(self.graph.outputs))
+        self._output, shape = next(iter(self.graph.outputs.items()))
+        self.channels = shape[-3] if len(shape) > 2 else None  # of the map; None: not told
 
     def __call__(self, batch: Array) -> Array:
         """[N, 3, H, W] float32 -> [N, C, h, w].

@@ -414,8 +414,10 @@ def _open_store(url: str, segmenter: Segmenter) -> EmbeddingStore:
         MissingExtraError: pylance is not installed.
     """
     from tinyvit.embed import EmbeddingStore
+    from tinyvit.embed.recipe import check_exact
 
     store, encoder = EmbeddingStore.open(url), segmenter.encoder
+    check_exact(encoder.engine.backend)
     own = replace(
         store.recipe,
         weights_sha256=encoder.weights_sha256() or "",
