@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.testing import assert_allclose, assert_array_equal
 
 import tiny
-from tinyvit import CheckpointError, EmbeddingStore, Engine, Segmenter, embed_images
+from tinyvit import CheckpointError, EmbeddingStore, Engine, ImageSpec, Segmenter, embed_images
 from tinyvit.embed import Match, UnknownImageError
 from tinyvit.embed.commits import keep_up, version_facts
 from tinyvit.embed.recipe import FORMAT, KEY, Recipe
@@ -372,3 +372,12 @@ def test_the_encoder_of_an_engine_without_torch(tmp_path, url):
     assert written.arguments == stored.arguments
     shapes = {key: array.shape for key, array in stored.tensors.items()}
     assert {key: array.shape for key, array in written.tensors.items()} == shapes
+
+
+def test_the_native_engines_store_updates_itself(photos, url):
+    pytest.importorskip("tinyvit_native")
+    engine = Engine("tinyvit_starter", backend="native", image_spec=ImageSpec.sam(64))
+    embed_images(photos / "a", url, engine)
+    assert EmbeddingStore.open(url).load_engine(backend="native").backend.name == "native"
+    report = embed_images(photos, url)
+    assert (report.stored, report.copied) == (3, 3)
