@@ -1,12 +1,16 @@
-"""Measure an embedding store: speed of embedding, of reading, memory, and masks from int8.
+"""Measure an embedding store: speed, memory, masks from int8, what search finds, actors of Ray.
 
 Each part can be run alone, with its size, and replaces its own lines of ``embed.json``;
 ``embed.md`` is written from that. Weights of the parts that measure time are random, for which time
-is the same; those of ``masks`` are the embedded ones, trained, on real images.
+is the same; those of ``masks`` and ``likeness`` are the embedded ones, trained, on real images.
+Where no part is named, ``ray`` is left out unless the package is installed, and ``likeness`` unless
+its images are named.
 
     python benchmarks/embed.py                          # every part, at its size
     python benchmarks/embed.py rate --images 200 --rounds 5
     python benchmarks/embed.py masks --photos FOLDER
+    python benchmarks/embed.py ray --rounds 3
+    python benchmarks/embed.py likeness --objects FOLDER --backgrounds FOLDER
 """
 
 import argparse
@@ -19,24 +23,29 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import likeness
 import numpy as np
 from folder import IMAGES, pure_rate, write_images
 
 import tinyvit
 from tinyvit.bench import machine_facts
-from tinyvit.embed import EmbeddingStore, embed_images
+from tinyvit.embed import EmbeddingStore, RayWorkers, embed_images
+from tinyvit.embed.actors import load_ray
 from tinyvit.embed.commits import FragmentWriter, commit, keep_up
 from tinyvit.embed.rows import StoreRow
 from tinyvit.embed.verify import POINTS
 from tinyvit.image_spec import ImageSpec
 
 HERE = Path(__file__).parent
+PACKAGES = ("pylance", "torch", "ray")
 Facts = dict[str, Any]
 
 
@@ -46,7 +55,7 @@ def make_engine(size: int, **changes: Any) -> tinyvit.Engine:
     return tinyvit.Engine(model)
 
 
-def small_engine(size: int = 64) -> tinyvit.Engine:
+def small_engine(size: int = 64, batch_size: int = 8) -> tinyvit.Engine:
     """An encoder that takes milliseconds and gives SAM's 256 channels."""
     from tinyvit.modules import TinyViT
 
@@ -55,7 +64,7 @@ def small_engine(size: int = 64) -> tinyvit.Engine:
         window_sizes=(4, 4, 4, 4), strides=(2, 2, 1), neck_dim=256, head=False,
     ).eval()  # fmt: skip
     model.image_spec = ImageSpec.sam(size)
-    return tinyvit.Engine(model, backend="torch")
+    return tinyvit.Engine(model, backend="torch", batch_size=batch_size)
 
 
 @contextmanager
@@ -215,13 +224,7 @@ def opening(options: argparse.Namespace) -> Facts:
 def memory(options: argparse.Namespace) -> Facts:
     """Memory of a process that embeds many images, at a tenth of them and at the end."""
     with folder() as place:
-        (place / "photos").mkdir()
-        pixels = np.asarray(write_and_read(place), np.uint8)
-        from PIL import Image
-
-        for number in range(options.memory_images):  # 4 pixels tell images apart
-            pixels[0, :2] = np.frombuffer(number.to_bytes(6, "little"), np.uint8).reshape(2, 3)
-            Image.fromarray(pixels).save(place / "photos" / f"{number:06}.png", compress_level=1)
+        write_small(place / "photos", options.memory_images)
         code = "import embed, sys; embed.embed_and_tell(sys.argv[1], sys.argv[2])"
         done = subprocess.run(
             [sys.executable, "-c", code, str(place / "photos"), str(place / "x.lance")],
@@ -230,12 +233,16 @@ def memory(options: argparse.Namespace) -> Facts:
     return {"images": options.memory_images, **json.loads(done.stdout)}
 
 
-def write_and_read(place: Path) -> np.ndarray:
-    """A small photograph."""
+def write_small(place: Path, count: int) -> None:
+    """Small photographs that differ in two pixels."""
     from PIL import Image
 
+    place.mkdir()
     with Image.open(IMAGES[0]) as image:
-        return np.array(image.convert("RGB").resize((128, 96)))
+        pixels = np.array(image.convert("RGB").resize((128, 96)))
+    for number in range(count):
+        pixels[0, :2] = np.frombuffer(number.to_bytes(6, "little"), np.uint8).reshape(2, 3)
+        Image.fromarray(pixels).save(place / f"{number:06}.png", compress_level=1)
 
 
 def embed_and_tell(photos: str, url: str) -> None:
@@ -294,12 +301,128 @@ def masks(options: argparse.Namespace) -> Facts:
     return {**found, **ious}
 
 
+def likeness_part(options: argparse.Namespace) -> Facts:
+    """What search finds alike."""
+    with folder() as place:
+        return likeness.measure(options.objects, options.backgrounds, options.encoders, place)
+
+
+@contextmanager
+def ray_of(cpus: int, begin: Callable[[], None] | None = None) -> Iterator[None]:
+    """Ray on this machine, with so many CPUs as it thinks; ``begin`` runs in each process."""
+    ray = load_ray()
+    more = {} if begin is None else {"runtime_env": {"worker_process_setup_hook": begin}}
+    with warnings.catch_warnings():  # Ray's forks become other programs at once
+        warnings.filterwarnings("ignore", "lance is not fork-safe")
+        ray.init(
+            address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, **more
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class Clock:
+    """Takes the progress of a run: images done, and when."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, int]] = []
+
+    def __call__(self, done: int, total: int, failed: int) -> None:
+        """As ``embed_images`` calls it."""
+        self.seen.append((time.monotonic(), done))
+
+    def rate(self) -> float:
+        """Images a second after the first outcome."""
+        (first, before), (last, done) = self.seen[0], self.seen[-1]
+        return (done - before) / (last - first)
+
+
+def of_fixed_cost(seconds: float, notes: str) -> Callable[[], None]:
+    """Makes torch's encoder take so long for an image, asleep; notes when each began."""
+
+    def begin() -> None:
+        from tinyvit.inference.torch_backend import TorchBackend
+
+        call = TorchBackend.__call__
+
+        def slow(self: TorchBackend, batch: Any) -> Any:
+            start = time.monotonic()
+            found = call(self, batch)
+            with open(f"{notes}/{os.getpid()}", "a") as file:
+                file.write(f"{start}\n")
+            time.sleep(max(0.0, start + seconds * len(batch) - time.monotonic()))
+            return found
+
+        TorchBackend.__call__ = slow  # type: ignore[method-assign]
+
+    return begin
+
+
+def actors_of_fixed_cost(options: argparse.Namespace, count: int) -> Facts:
+    """So many actors and as many times the images: how fast once all of them work."""
+    images = options.images_per_actor * count
+    with folder() as place:
+        (place / "notes").mkdir()
+        write_small(place / "photos", images)
+        with ray_of(max(options.actors), of_fixed_cost(options.cost, str(place / "notes"))):
+            clock, start = Clock(), time.monotonic()
+            report = embed_images(
+                place / "photos", place / "x.lance", small_engine(batch_size=1),
+                ray=RayWorkers(count=count), progress=clock,
+            )  # fmt: skip
+            seconds = time.monotonic() - start
+        began = [
+            sorted(map(float, file.read_text().split())) for file in (place / "notes").iterdir()
+        ]
+    if report.stored != images or len(began) != count:
+        raise RuntimeError(f"stored {report.stored} of {images} by {len(began)} actors")
+    ready = max(times[0] for times in began)
+    left = sum(sum(one >= ready for one in times) for times in began)
+    return {
+        **{"rate": left / (clock.seen[-1][0] - ready), "after_first": clock.rate()},
+        **{"whole": images / seconds, "ready_s": ready - start},
+    }
+
+
+def ray_part(options: argparse.Namespace) -> Facts:
+    """Actors of a fixed cost an image; and one actor that computes, beside the plain loop."""
+    actors: Facts = {}
+    for number in range(options.rounds):
+        for count in sorted({1, *options.actors}):
+            found = actors_of_fixed_cost(options, count)
+            print(json.dumps({"round": number, "actors": count, **found}), flush=True)
+            for name, value in found.items():
+                actors.setdefault(str(count), {}).setdefault(name, []).append(value)
+    cores, engine = len(os.sched_getaffinity(0)), make_engine(options.size)
+    plain, rays = [], []
+    with folder() as place, ray_of(cores):
+        (place / "photos").mkdir()
+        paths = write_images(place / "photos", options.images)
+        for number in range(options.rounds):
+            for ray, rates in ((None, plain), (RayWorkers(count=1, cpus=cores), rays)):
+                clock, url = Clock(), place / f"{number}.lance"
+                report = embed_images(place / "photos", url, engine, ray=ray, progress=clock)
+                if report.stored != len(paths):
+                    raise RuntimeError(f"stored {report.stored} of {len(paths)}")
+                rates.append(clock.rate())
+                shutil.rmtree(url)
+    return {
+        **{"cost_s": options.cost, "images_per_actor": options.images_per_actor},
+        **{"rounds": options.rounds, "actors": actors, "images": options.images},
+        **{"size": options.size, "engine": engine.summary(), "plain": plain, "ray": rays},
+    }
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], Facts]] = {
     "rate": rate,
     "lookup": lookup,
     "opening": opening,
     "memory": memory,
     "masks": masks,
+    "likeness": likeness_part,
+    "ray": ray_part,
 }
 
 
@@ -312,8 +435,9 @@ def page(found: Facts) -> str:
     for name, facts in found.items():
         machine = facts["machine"]
         lines += ["", f"## {name.capitalize()}", "", *LINES[name](facts), ""]
+        versions = (f"{name} {machine[name]}" for name in PACKAGES if machine.get(name))
         lines += [f"{machine['cpu']}, {machine['cores']} cores, {machine['date']}, "
-                  f"pylance {machine.get('pylance')}, torch {machine.get('torch')}."]  # fmt: skip
+                  f"{', '.join(versions)}."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -392,12 +516,46 @@ def masks_lines(f: Facts) -> list[str]:
     ]
 
 
+def ray_lines(f: Facts) -> list[str]:
+    """P9 under Ray."""
+    actors = {int(count): one for count, one in f["actors"].items()}
+    single = statistics.median(actors[1]["rate"])
+    ratios = [ray / plain for ray, plain in zip(f["ray"], f["plain"], strict=True)]
+    return [
+        f"Actors that sleep {f['cost_s']} s for each image, {f['images_per_actor']} images for "
+        f"each actor, medians of {f['rounds']} rounds: the rate from when all actors work to the "
+        "last outcome, against so many times that of one; the whole run, with the actors' start.",
+        "",
+        "| actors | images/s | of N times one | lowest | after the first outcome, images/s "
+        "| whole run, images/s | all work after, s |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+        *(
+            f"| {count} | {statistics.median(one['rate']):.2f} "
+            f"| {statistics.median(one['rate']) / count / single:.1%} "
+            f"| {min(one['rate']) / count / single:.1%} "
+            f"| {statistics.median(one['after_first']):.2f} "
+            f"| {statistics.median(one['whole']):.2f} | {statistics.median(one['ready_s']):.0f} |"
+            for count, one in sorted(actors.items())
+        ),
+        "",
+        f"One actor that computes, with all cores, beside the plain loop: {f['images']} JPEGs at "
+        f"{f['size']}, {f['engine']}, taking turns, after the first outcome.",
+        "",
+        "| one actor, images/s | plain loop, images/s | ratio |",
+        "|---:|---:|---:|",
+        f"| {statistics.median(f['ray']):.3f} | {statistics.median(f['plain']):.3f} "
+        f"| {statistics.median(ratios):.1%} ({min(ratios):.1%} to {max(ratios):.1%}) |",
+    ]
+
+
 LINES: dict[str, Callable[[Facts], list[str]]] = {
     "rate": rate_lines,
     "lookup": lookup_lines,
     "opening": opening_lines,
     "memory": memory_lines,
     "masks": masks_lines,
+    "likeness": likeness.lines,
+    "ray": ray_lines,
 }
 
 
@@ -406,9 +564,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("parts", nargs="*", choices=[[], *PARTS], default=[], help="default: all")
-    add("--images", type=int, default=100, help="rate: photographs")
-    add("--rounds", type=int, default=3, help="rate")
-    add("--size", type=int, default=1024, help="rate: of the input")
+    add("--images", type=int, default=100, help="rate, ray: photographs")
+    add("--rounds", type=int, default=3, help="rate, ray")
+    add("--size", type=int, default=1024, help="rate, ray: of the input")
     add("--pure-seconds", type=float, default=20.0, help="rate: the encoder alone, each time")
     add("--rows", type=int, default=2048, help="lookup: rows of 1 and of 2 MB")
     add("--reads", type=int, default=500, help="lookup")
@@ -416,12 +574,22 @@ def main() -> None:
     add("--memory-images", type=int, default=10_000, help="memory")
     add("--photos", type=Path, default=IMAGES[0].parent, help="masks: a folder")
     add("--checkpoint", help="masks: a whole SAM; default: the embedded weights")
+    add("--actors", type=int, nargs="+", default=[2, 4, 8], help="ray, beside 1")
+    add("--cost", type=float, default=0.25, help="ray: seconds for an image")
+    add("--images-per-actor", type=int, default=240, help="ray")
+    add("--objects", type=Path, help="likeness: cut-outs with alpha, as recipes/ makes them")
+    add("--backgrounds", type=Path, help="likeness: photographs, likewise")
+    add("--encoders", nargs="+", default=["tinyvit_starter"], help="likeness: checkpoints")
     add("--output", type=Path, default=HERE)
     options = parser.parse_args()
     file = options.output / "embed.json"
     found = json.loads(file.read_text()) if file.exists() else {}
-    for name in options.parts or PARTS:
-        found[name] = {**PARTS[name](options), "machine": machine_facts("pylance")}
+    has_images = options.objects is not None and options.backgrounds is not None
+    if "likeness" in options.parts and not has_images:
+        parser.error("likeness wants --objects FOLDER and --backgrounds FOLDER")
+    there = {"ray": find_spec("ray") is not None, "likeness": has_images}
+    for name in options.parts or [name for name in PARTS if there.get(name, True)]:
+        found[name] = {**PARTS[name](options), "machine": machine_facts("pylance", "ray")}
         print(json.dumps({name: found[name]}))
         found = {part: found[part] for part in PARTS if part in found}
         file.write_text(json.dumps(found, indent=1) + "\n")

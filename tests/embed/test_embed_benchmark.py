@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -51,3 +53,69 @@ def test_vectors_are_indexed_where_there_are_many(bench, tmp_path, monkeypatch):
     assert len(set(exact) & set(found)) >= 3  # nearly exact
     assert ["pooled"] in [one.field_names for one in store.dataset.describe_indices()]
     assert np.isfinite([match.similarity for match in store.similar(np.ones(256), 5)]).all()
+
+
+def write_scenes(folder, count):
+    """Photographs of one colour each, and objects of another, in a folder beside them."""
+    from PIL import Image
+
+    for kind, size, blue in (("scenes", (64, 48), 40), ("things", (20, 30), 200)):
+        (folder / kind).mkdir()
+        for number in range(count):
+            colour = (number * 37 % 256, number * 91 % 256, blue)
+            Image.new("RGB", size, colour).save(folder / kind / f"{number}.png")
+    rows = "".join(f"things/{number}.png,{min(number, count - 2)}\n" for number in range(count))
+    (folder / "things.csv").write_text(f"file,group\n{rows}")
+
+
+def test_what_search_finds_alike(bench, tmp_path):
+    likeness = bench.likeness
+    write_scenes(tmp_path, 9)
+    assert len(likeness.files_in(tmp_path / "things")) == 8  # two are of one group
+    (tmp_path / "work").mkdir()
+    found = likeness.measure(
+        tmp_path / "things", tmp_path / "scenes", ["tinyvit_starter"], tmp_path / "work"
+    )
+    assert (found["photographs"], found["quads"]) == (9, 4)
+    colours = found["rows"]["colours alone"]
+    assert colours["halves"] == 1  # of one colour each
+    assert colours["things"]["0.3"] == {"nearer": 0, "nearest_object": 0, "nearest_place": 1}
+    shares = found["rows"]["tinyvit_starter"]["things"]["0.5"]
+    assert all(0 <= share <= 1 for share in shares.values())
+    text = bench.page({"likeness": {**found, "machine": bench.machine_facts("pylance")}})
+    assert "| colours alone | 100.0% |" in text
+    assert "| colours alone | 0.3 | 0.0% | 0.0% | 100.0% |" in text
+
+
+def test_vectors_of_things_and_of_places(bench):
+    """What would find objects alone, and what would find photographs alone."""
+    import numpy as np
+
+    names = [f"000{q}-object{o}-place{p}.jpg" for q in "01" for o in "01" for p in "01"]
+    for part, wanted in (("object", (1, 1, 0)), ("place", (0, 0, 1))):
+        vectors = {}
+        for name in names:
+            number = 2 * int(name[3]) + int(name.split(part)[1][0])
+            vectors[name] = np.eye(5, dtype=np.float32)[number] + 0.01 * np.eye(5)[4]
+        found = bench.likeness.things_found(vectors)
+        assert tuple(found.values()) == wanted
+
+
+def test_the_page_of_actors(bench):
+    one = {"rate": [4.0, 4.0], "after_first": [4, 4], "whole": [3, 3], "ready_s": [2, 2]}
+    two = {**one, "rate": [7.0, 7.2]}
+    facts = {
+        **{"cost_s": 0.25, "images_per_actor": 240, "rounds": 2, "actors": {"1": one, "2": two}},
+        **{"images": 4, "size": 64, "engine": "torch", "plain": [2.0, 1.0], "ray": [1.9, 0.9]},
+    }
+    lines = bench.ray_lines(facts)
+    assert any(line.startswith("| 2 | 7.10 | 88.8% | 87.5% |") for line in lines)
+    assert lines[-1] == "| 1.400 | 1.500 | 92.5% (90.0% to 95.0%) |"
+
+
+def test_what_shows_the_promises_is_there(bench):
+    page = (bench.HERE.parent / "docs" / "embed.md").read_text()
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert len(named) > 15
+    assert {name for name in named if f"def {name}(" not in tests} == set()

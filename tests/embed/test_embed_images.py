@@ -10,7 +10,7 @@ import pytest
 import tiny
 from tiny import make_tiny_engine
 from tinyvit import CheckpointError, EmbeddingStore, embed_images
-from tinyvit.embed import EmbedEstimate, EmbedOutcome, EmbedReport, estimate
+from tinyvit.embed import EmbedEstimate, EmbedOutcome, EmbedReport, estimate, run
 
 NAMES = ["a/0.png", "a/2.png", "a/4.png", "b/1.png", "b/3.png", "b/5.png"]
 
@@ -276,6 +276,29 @@ def test_an_interruption_keeps_what_is_done(photos, url, engine):
     assert [outcome.path for outcome in told] == NAMES[:3]
     assert list(EmbeddingStore.open(url)) == NAMES[:3]
     assert counts(embed_images(photos, url, engine)) == (3, 0, 3, 0, 0)
+
+
+def test_a_kill_costs_a_minute_or_half_a_gigabyte_at_most(photos, url, engine, monkeypatch):
+    assert (run.COMMIT_SECONDS, run.COMMIT_BYTES) == (60, 512 << 20)
+
+    def commits():
+        """Images of each commit, as they are reported behind it."""
+        shutil.rmtree(url, ignore_errors=True)
+        versions = []
+
+        def tell(outcome):
+            versions.append(EmbeddingStore.open(url).dataset.version)
+
+        embed_images(photos, url, engine, tell=tell)
+        return [versions.count(one) for one in sorted(set(versions))]
+
+    assert commits() == [6]
+    row = next(EmbeddingStore.open(url).iterate(raw=True))[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "COMMIT_BYTES", 2 * row.nbytes)
+        assert commits() == [2, 2, 2]
+    monkeypatch.setattr(run, "COMMIT_SECONDS", 0.0)
+    assert commits() == [1] * 6
 
 
 def test_features_that_are_not_finite_are_a_failure(photos, url):
