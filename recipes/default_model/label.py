@@ -136,7 +136,7 @@ def build(work: Path, network: Network | None = None) -> int:
             name = f"{Path(row.file).stem}_{place}"
             write_whole(part, table.parent / f"{name}.jpg", quality=92)
             mask = Image.fromarray((found * 255).round().astype(np.uint8))
-            write_whole(mask, table.parent / f"{name}.png", optimize=True)
+            write_whole(mask, table.parent / f"{name}.png")
             width, height = part.size
             facts = row.package, row.source, row.license
             labels.append(Background(f"{name}.jpg", width, height, *facts, row.split))
@@ -144,7 +144,7 @@ def build(work: Path, network: Network | None = None) -> int:
             if cutout is None:
                 continue
             file_name, group = f"cutout/{name}.png", f"u2:{Path(row.file).stem}"
-            write_whole(cutout, objects.parent / file_name, optimize=True)
+            write_whole(cutout, objects.parent / file_name)
             size, fill = cutout.size, fill_of(cutout)
             cutouts.append(
                 Row(file_name, "cutout", "thing", "thing", *size, fill, group, row.split, *facts)

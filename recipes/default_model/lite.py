@@ -66,6 +66,14 @@ class LiteEncoder(nn.Module):
         """The embedding of images."""
         return self.embed(self.maps(images))
 
+    def forward_intermediates(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The embedding, and no stages; this and ``stages`` are what a predictor asks for."""
+        return self(images), []
+
+    def stages(self) -> list[nn.Module]:
+        """None: it is no TinyViT."""
+        return []
+
     def everything(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What a student learns from: the embedding, and the maps at strides 16 and 32."""
         maps = self.maps(images)

@@ -268,7 +268,7 @@ def _keep(
     group: str, split: str, package: str, source: str, license: str,
 ) -> Row:  # fmt: skip
     """Write a cut-out and give its row."""
-    write_whole(cutout, work / "objects" / file, optimize=True)
+    write_whole(cutout, work / "objects" / file)
     width, height = cutout.size
     fill = fill_of(cutout)
     return Row(
