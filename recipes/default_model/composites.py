@@ -329,16 +329,20 @@ class CompositeSet(Sequence[Composite]):
         views = self._group(rng, is_long=False)
         count = int(rng.integers(3, 8))
         side = self.size * rng.uniform(0.18, 0.45)
-        middles = [tuple(rng.uniform(0.3, 0.7, 2) * canvas.image.size)]
+        sides = np.array(canvas.image.size)
+        middles = [rng.uniform(0.3, 0.7, 2) * sides]
         labels = []
         for number in range(count):
             file, label = views[rng.integers(len(views))]
             cutout = changed(_rgba(file), side * rng.uniform(0.8, 1.2), rng)
             if number:
-                turn, near = rng.uniform(0, 2 * np.pi), middles[rng.integers(number)]
+                turn = rng.uniform(0, 2 * np.pi)
                 step = rng.uniform(0.55, 1.0) * np.array(cutout.size)
-                middles.append((near[0] + step[0] * np.cos(turn), near[1] + step[1] * np.sin(turn)))
-            canvas.paste(cutout, rng, is_labelled=True, middle=middles[-1])
+                step *= np.cos(turn), np.sin(turn)
+                near = middles[rng.integers(number)] + step
+                middles.append(np.clip(near, 0.05 * sides, 0.95 * sides))
+            x, y = middles[-1]
+            canvas.paste(cutout, rng, is_labelled=True, middle=(x, y))
             labels.append(label)
         return labels
 

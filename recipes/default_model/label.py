@@ -11,7 +11,8 @@ table ``WORK/labels/manifest.csv``; and what is whole in its crop as cut-outs to
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,10 +23,10 @@ from PIL import Image
 from archives import read_named
 from changes import as_a_camera, crop, recoloured
 from fetch import package_path
+from lite import open_graph
 from manifest import Background, Row, is_done, read_rows, write_rows, write_whole
 from objects import cut_out, fill_of, is_one_object
 from tinyvit.image_spec import IMAGENET_MEAN, IMAGENET_STD
-from tinyvit.inference.graphs import OnnxGraph
 
 RGB = NDArray[np.uint8]
 Plane = NDArray[np.float32]
@@ -49,13 +50,14 @@ _LEAST_SHOWN = 0.01  # share of a training sample
 def open_network(work: Path) -> Network:
     """U2-Net out of its package: RGB image -> probabilities [320, 320] in 0..1."""
     _, path = package_path(work, PACKAGE)
-    graph = OnnxGraph(dict(read_named(path, [MEMBER]))[MEMBER])
+    graph = open_graph(dict(read_named(path, [MEMBER]))[MEMBER])
     mean, std = (np.array(values, np.float32) / 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
 
     def probabilities(image: Image.Image) -> Plane:
         pixels = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), np.float32)
         values = (pixels / max(float(pixels.max()), 1.0) - mean) / std
-        found: Plane = graph(np.ascontiguousarray(values.transpose(2, 0, 1)[None]))[0, 0]
+        batch = np.ascontiguousarray(values.transpose(2, 0, 1)[None])
+        found: Plane = next(iter(graph.run({next(iter(graph.inputs)): batch}).values()))[0, 0]
         return found
 
     return probabilities
@@ -121,39 +123,54 @@ def is_whole(found: Plane) -> bool:
 
 
 def build(work: Path, network: Network | None = None) -> int:
-    """Label the photographs, and cut out what is whole; gives how many crops were kept."""
+    """Label the photographs, and cut out what is whole; gives how many crops were kept.
+
+    What is known of a photograph is kept in ``labels/NAME.csv``, from which a stop goes on.
+    """
     table, objects = work / "labels" / "manifest.csv", work / "objects" / "cutout.csv"
     if is_done(table, Background) and is_done(objects, Row):
         return 0
-    network = network or open_network(work)
     labels: list[Background] = []
-    cutouts: list[Row] = []
     rows = read_rows(work / "backgrounds" / "manifest.csv", Background)
     for number, row in enumerate(rows, 1):
-        with Image.open(work / "backgrounds" / row.file) as file:
-            photograph = file.convert("RGB")
-        for place, (part, found) in enumerate(find_things(photograph, network)):
-            name = f"{Path(row.file).stem}_{place}"
-            write_whole(part, table.parent / f"{name}.jpg", quality=92)
-            mask = Image.fromarray((found * 255).round().astype(np.uint8))
-            write_whole(mask, table.parent / f"{name}.png")
-            width, height = part.size
-            facts = row.package, row.source, row.license
-            labels.append(Background(f"{name}.jpg", width, height, *facts, row.split))
-            cutout = cut_out(with_alpha(part, found)) if is_whole(found) else None
-            if cutout is None:
-                continue
-            file_name, group = f"cutout/{name}.png", f"u2:{Path(row.file).stem}"
-            write_whole(cutout, objects.parent / file_name)
-            size, fill = cutout.size, fill_of(cutout)
-            cutouts.append(
-                Row(file_name, "cutout", "thing", "thing", *size, fill, group, row.split, *facts)
-            )
+        known = (table.parent / row.file).with_suffix(".csv")
+        if not is_done(known, Background):
+            network = network or open_network(work)
+            write_rows(known, _label(work, row, network), Background)
+        labels += read_rows(known, Background)
         if number % 20 == 0 or number == len(rows):
             print(f"    labels: {number} of {len(rows)} photographs", file=sys.stderr)
-    write_rows(objects, cutouts, Row)
+    write_rows(objects, _cut_outs(work, labels), Row)
     write_rows(table, labels, Background)
     return len(labels)
+
+
+def _label(work: Path, row: Background, network: Network) -> Iterator[Background]:
+    """The labelled crops of a photograph."""
+    with Image.open(work / "backgrounds" / row.file) as file:
+        photograph = file.convert("RGB")
+    for place, (part, found) in enumerate(find_things(photograph, network)):
+        path = work / "labels" / f"{Path(row.file).stem}_{place}.jpg"
+        write_whole(part, path, quality=92)
+        mask = Image.fromarray((found * 255).round().astype(np.uint8))
+        write_whole(mask, path.with_suffix(".png"))
+        yield replace(row, file=path.name, width=part.width, height=part.height)
+
+
+def _cut_outs(work: Path, labels: Iterable[Background]) -> Iterator[Row]:
+    """What is whole in its crop, as objects to be pasted; a photograph's are one group."""
+    for row in labels:
+        image, mask = _read(work / "labels" / row.file)
+        found = np.asarray(mask, np.float32) / np.float32(255)
+        cutout = cut_out(with_alpha(image, found)) if is_whole(found) else None
+        if cutout is None:
+            continue
+        stem = Path(row.file).stem
+        write_whole(cutout, work / "objects" / "cutout" / f"{stem}.png")
+        yield Row(
+            f"cutout/{stem}.png", "cutout", "thing", "thing", *cutout.size, fill_of(cutout),
+            f"u2:{stem.rpartition('_')[0]}", row.split, row.package, row.source, row.license,
+        )  # fmt: skip
 
 
 def draw_label(

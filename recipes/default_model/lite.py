@@ -124,15 +124,21 @@ class _Maps(nn.Module):
         return held, x
 
 
+def open_graph(source: Path | bytes) -> OpenVINOGraph:
+    """An ONNX graph run by OpenVINO, in bf16 where the machine has it: a fifth of torch's time."""
+    threads = torch.get_num_threads()
+    try:
+        return OpenVINOGraph(source, precision="bf16", threads=threads)
+    except ValueError:
+        return OpenVINOGraph(source, threads=threads)
+
+
 def open_backbone(work: Path, size: int) -> Backbone:
-    """The backbone run by OpenVINO, in bf16 where the machine has it: a fifth of torch's time."""
+    """The backbone: pixels [B, 3, size, size] to its maps at strides 16 and 32."""
     graph = work / "teacher" / f"lite2_{size}.onnx"
     if not graph.is_file():
         _export(work, size, graph)
-    try:
-        run = OpenVINOGraph(graph, precision="bf16", threads=torch.get_num_threads())
-    except ValueError:
-        run = OpenVINOGraph(graph, threads=torch.get_num_threads())
+    run = open_graph(graph)
 
     def maps(pixels: Array) -> tuple[Array, Array]:
         fine, coarse = run.run({"pixels": pixels}).values()
