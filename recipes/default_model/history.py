@@ -47,9 +47,14 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def read_stages(path: Path) -> dict[str, dict[str, Any]]:
-    """The stages by name, in order; each has what stands in [common] and not in itself."""
+    """The stages by name, in order; each has what stands in [common] and not in itself.
+
+    ``base`` in [common] names a file beside it, whose [common] comes first.
+    """
     stages: dict[str, dict[str, Any]] = read_toml(path)
     common = stages.pop("common", {})
+    if base := common.pop("base", ""):
+        common = {**read_toml(path.with_name(base))["common"], **common}
     stages = {name: {**common, **stage} for name, stage in stages.items()}
     if not stages:
         raise ValueError(f"{path} has no stage; write a table [NAME] for each")

@@ -79,3 +79,13 @@ def test_a_table_without_a_stage_is_refused(tmp_path):
     (tmp_path / "stages.toml").write_text("")
     with pytest.raises(ValueError, match=r"has no stage; write a table \[NAME\] for each"):
         history.read_stages(tmp_path / "stages.toml")
+
+
+def test_what_stages_share_stands_once(tmp_path):
+    (tmp_path / "base.toml").write_text("[common]\nsteps = 9\nseed = 1\n[other]\n")
+    table = tmp_path / "stages.toml"
+    table.write_text('[common]\nbase = "base.toml"\nseed = 2\n[learn]\n[finish]\nsteps = 4\n')
+    assert history.read_stages(table) == {
+        "learn": {"steps": 9, "seed": 2},
+        "finish": {"steps": 4, "seed": 2},
+    }
