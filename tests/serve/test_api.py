@@ -6,6 +6,7 @@ import io
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -299,6 +300,23 @@ def test_each_lane_computes_with_its_own_number_of_threads(serving, segmenter):
         service.encode_lane._run = lambda works: [work() for work in works]
         counts = [lane.submit("a", torch.get_num_threads).done.result(5) for lane in service.lanes]
         assert counts == [6, 3, 3]
+
+
+def test_no_lane_loads_torch_for_another_engine():
+    """Importing it takes seconds and 200 MB."""
+    program = """
+import sys, numpy as np
+from tinyvit.serve.service import Service
+from tinyvit.serve.settings import ServeSettings
+service = Service(ServeSettings(backend="native"))
+service.load()
+for lane in service.lanes:
+    lane.submit("a", lambda: None).done.exception(60)
+print("torch" in sys.modules)
+"""
+    pytest.importorskip("tinyvit_native")
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout == "False\n", run.stderr
 
 
 def test_waiting_images_are_encoded_together(serving, segmenter, images):

@@ -202,7 +202,7 @@ class Lane:
         queue: Where jobs wait.
         run: Runs the works of a batch, and gives their results in order; an exception instead of a
             result is that job's alone.
-        begin: Called first in the thread, for example to set its number of threads.
+        begin: Called in the thread before its first job, for example to set its number of threads.
         watch: Called with (name of the lane, job, outcome) after each job, for metrics.
 
     Attributes:
@@ -214,7 +214,7 @@ class Lane:
         queue: FairQueue,
         *,
         run: Callable[[Sequence[Callable[[], Any]]], Sequence[Any]] | None = None,
-        begin: Callable[[], None] | None = None,
+        begin: Callable[[], None] = lambda: None,
         watch: Callable[[str, Job, str], None] = lambda name, job, outcome: None,
     ) -> None:
         self.queue, self.batch_size = queue, 1
@@ -279,8 +279,7 @@ class Lane:
             self.queue.refuse_all()
 
     def _loop(self) -> None:
-        if self._begin is not None:
-            self._begin()
+        is_first = True
         while True:
             with self._changed:
                 jobs = self.queue.take(self.batch_size)
@@ -289,6 +288,9 @@ class Lane:
                         return
                     self._changed.wait()
                     jobs = self.queue.take(self.batch_size)
+            if is_first:
+                self._begin()
+                is_first = False
             start = time.perf_counter()
             try:
                 outcomes = self._run([job.work for job in jobs])

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -460,9 +461,7 @@ def _ms(seconds: float) -> float:
 
 def _set_threads(count: int) -> None:
     """How many threads the lane's own thread computes with; other engines have their own."""
-    try:
-        import torch
-    except ImportError:
-        return
-    torch.get_num_threads()  # at the first call a thread takes the number that was set last
-    torch.set_num_threads(count)
+    torch = sys.modules.get("torch")  # the model is loaded by now: is it torch that computes?
+    if torch is not None:
+        torch.get_num_threads()  # at the first call a thread takes the number that was set last
+        torch.set_num_threads(count)
