@@ -66,15 +66,16 @@ struct Entry {
   const char* name;
   const Kernels* (*kernels)(bool);
   bool is_here;
+  const Kernels* (*splitting)() = nullptr;
 };
 
 }  // namespace
 
-const Kernels* choose_kernels(bool is_bf16, const char* isa) {
+const Kernels* choose_kernels(bool is_bf16, const char* isa, bool splits) {
   const Features f = detect();
   const Entry entries[] = {
 #ifdef TINYVIT_HAS_AMX
-      {"amx", amx::kernels, f.amx},
+      {"amx", amx::kernels, f.amx, amx::splitting_kernels},
 #endif
 #ifdef TINYVIT_HAS_AVX512BF16
       {"avx512bf16", avx512bf16::kernels, f.avx512bf16},
@@ -97,6 +98,8 @@ const Kernels* choose_kernels(bool is_bf16, const char* isa) {
       throw Error(TINYVIT_UNSUPPORTED, "this processor or its kernel has no " + wanted);
     is_below = is_below || is_it;
     if (!is_below || !e.is_here) continue;
+    if (splits && e.splitting)
+      if (const Kernels* k = e.splitting()) return k;
     if (const Kernels* k = e.kernels(is_bf16)) return k;  // fp32 is the same above avx512
   }
   throw Error(TINYVIT_INVALID, "unknown instruction set '" + wanted +

@@ -88,15 +88,26 @@ Mlp Decoder::mlp(const Tensors& tensors, const std::string& name) {
 Upscaling Decoder::upscaling(const Tensors& tensors, const std::string& name, int in, int middle, bool activates) {
   Upscaling u;
   u.middle = middle, u.out = channels_ / 8, u.activates = activates;
-  u.first = pack_.matrix(transposed_conv(tensors, name + ".0", in, middle));
+  u.first = with_parts(pack_.matrix(transposed_conv(tensors, name + ".0", in, middle)));
   u.norm = norm(tensors, name + ".1", middle);
-  u.second = pack_.matrix(transposed_conv(tensors, name + ".3", middle, u.out));
+  u.second = with_parts(pack_.matrix(transposed_conv(tensors, name + ".3", middle, u.out)));
   return u;
+}
+
+// A matrix that meets many tokens.
+Matrix Decoder::with_parts(Matrix m) {
+  if (k_->split) {
+    parts_.emplace_back(2 * sizeof(uint16_t) * m.inputs * m.outputs);
+    uint16_t* to = reinterpret_cast<uint16_t*>(parts_.back().data());
+    k_->split(m.panels, k_->panel, static_cast<long>(k_->panel) * m.inputs, m.inputs, m.inputs, m.outputs, to);
+    m.parts = to;
+  }
+  return m;
 }
 
 Decoder::Decoder(const tinyvit_decoder_config& config, const Tensors& tensors)
     : config_(config),
-      k_(choose_kernels(false, config.isa)),
+      k_(choose_kernels(false, config.isa, true)),
       pack_(k_),
       heads_(config.num_heads),
       pool_(config.threads > 0 ? config.threads : cpus()) {
@@ -128,7 +139,7 @@ Decoder::Decoder(const tinyvit_decoder_config& config, const Tensors& tensors)
   if (blocks_.empty()) throw Error(TINYVIT_INVALID, "tensor '" + t + "layers.0.norm1.weight' is missing");
   const int inner = blocks_[0].to_image.inner;
   const auto projection = [&](const char* name) {
-    return pack_.matrix(tensors.linear(t + "layers.0." + name, "", inner, c));
+    return with_parts(pack_.matrix(tensors.linear(t + "layers.0." + name, "", inner, c)));
   };
   shared_key_ = projection("cross_attn_token_to_image.k_proj");
   shared_value_ = projection("cross_attn_token_to_image.v_proj");
@@ -161,11 +172,17 @@ Decoder::~Decoder() = default;
 // -- few tokens --------------------------------------------------------------------------------------
 
 Decoder::Floats Decoder::linear(const Matrix& m, const Floats& in, int tokens) const {
-  Floats out(static_cast<size_t>(tokens) * m.outputs);
-  std::vector<char*> rows(tokens);
-  for (int t = 0; t < tokens; ++t) rows[t] = reinterpret_cast<char*>(&out[static_cast<size_t>(t) * m.outputs]);
-  k_->linear({reinterpret_cast<const char*>(in.data()), m.inputs * 4L, tokens, 0, tokens, &m, nullptr,
-              false, rows.data(), nullptr});
+  // Seven are a click's; eight are taken at once.
+  const int padded = tokens > 4 && tokens < 8 ? 8 : tokens;
+  Floats out(static_cast<size_t>(padded) * m.outputs), more;
+  if (padded > tokens) {
+    more.assign(static_cast<size_t>(padded) * m.inputs, 0.0f);
+    std::copy(in.begin(), in.begin() + static_cast<size_t>(tokens) * m.inputs, more.begin());
+  }
+  const Rows rows(out.data(), padded, m.outputs);
+  k_->linear({bytes(padded > tokens ? more.data() : in.data()), m.inputs * 4L, padded, 0, padded, &m, nullptr, false,
+              rows.at.data(), nullptr});
+  out.resize(static_cast<size_t>(tokens) * m.outputs);
   return out;
 }
 
@@ -249,39 +266,37 @@ void Decoder::prepare(const float* features, const float* early, int height, int
   const int c = channels_;
   const size_t count = static_cast<size_t>(height) * width;
   image.height = height, image.width = width, image.channels = c;
-  for (Block* b : {&image.tokens, &image.positions, &image.placed}) *b = Block(count * c * sizeof(float));
-  image.features.resize(count * c);
+  image.tokens = Block(count * c * sizeof(float));
   float* tokens = reinterpret_cast<float*>(image.tokens.data());
-  for (size_t l = 0; l < count; ++l)
-    for (int i = 0; i < c; ++i) {
-      image.features[l * c + i] = features[i * count + l];
-      tokens[l * c + i] = image.features[l * c + i] + no_mask_[i];
-    }
-  // Sines and cosines of sums, from those of each axis.
-  const int half = c / 2;
-  const auto axis = [&](int length, int whole, int which) {
-    std::vector<double> out(static_cast<size_t>(length) * c);
-    for (int n = 0; n < length; ++n)
-      for (int i = 0; i < half; ++i) {
-        const double angle = 2 * 3.14159265358979323846 * (2 * (n + 0.5) / whole - 1) * frequencies_[which * half + i];
-        out[static_cast<size_t>(n) * c + i] = std::sin(angle), out[static_cast<size_t>(n) * c + half + i] = std::cos(angle);
-      }
-    return out;
-  };
-  const auto xs = axis(width, config_.grid_width, 0), ys = axis(height, config_.grid_height, 1);
-  float* positions = reinterpret_cast<float*>(image.positions.data());
-  for (int y = 0; y < height; ++y)
-    for (int x = 0; x < width; ++x) {
-      const double *a = &xs[static_cast<size_t>(x) * c], *b = &ys[static_cast<size_t>(y) * c];
-      float* to = positions + (static_cast<size_t>(y) * width + x) * c;
-      for (int i = 0; i < half; ++i) {
-        to[i] = static_cast<float>(a[i] * b[half + i] + a[half + i] * b[i]);
-        to[half + i] = static_cast<float>(a[half + i] * b[half + i] - a[i] * b[i]);
-      }
-    }
-  k_->add(tokens, positions, reinterpret_cast<float*>(image.placed.data()), static_cast<int>(count) * c);
+  std::vector<const char*> planes(c);
+  for (int i = 0; i < c; ++i) planes[i] = reinterpret_cast<const char*>(features + i * count);
+  const size_t whole = count / k_->lanes * k_->lanes;  // vectors are read
+  k_->to_planes(planes.data(), c, static_cast<int>(whole), tokens, c);
+  for (size_t l = whole; l < count; ++l)
+    for (int i = 0; i < c; ++i) tokens[l * c + i] = features[i * count + l];
+  for (size_t l = 0; l < count; ++l) k_->add(tokens + l * c, no_mask_.data(), tokens + l * c, c);
+  image.along = axis(width, config_.grid_width, frequencies_.data());
+  image.down = axis(height, config_.grid_height, frequencies_.data() + c / 2);
   share(image);
   if (is_hq_) detail(early, image);
+}
+
+// Sines, then cosines of each place along an axis of so many tokens, of `whole`; by turning the first.
+Decoder::Floats Decoder::axis(int length, int whole, const float* frequencies) const {
+  const int half = channels_ / 2;
+  Floats out(static_cast<size_t>(length) * channels_);
+  for (int i = 0; i < half; ++i) {
+    const double turn = 2 * 3.14159265358979323846 * frequencies[i], step = 2 * turn / whole, first = step / 2 - turn;
+    double sine = std::sin(first), cosine = std::cos(first);
+    const double s = std::sin(step), c = std::cos(step);
+    for (int n = 0; n < length; ++n) {
+      float* to = &out[static_cast<size_t>(n) * channels_];
+      to[i] = static_cast<float>(sine), to[half + i] = static_cast<float>(cosine);
+      const double next = sine * c + cosine * s;
+      cosine = cosine * c - sine * s, sine = next;
+    }
+  }
+  return out;
 }
 
 // Image tokens with the embedding of a mask prompt [4h][4w] in the place of "no mask".
@@ -318,7 +333,12 @@ Decoder::Floats Decoder::masked_tokens(const ImageTokens& image, const float* ma
       }
       finish(out, many, mask2_gamma_, mask2_beta_);
     }
-  return sum_of(linear(mask3_, small, image.count()), image.features);
+  Floats masked = linear(mask3_, small, image.count());
+  for (int l = 0; l < image.count(); ++l) {
+    const float* tokens = reinterpret_cast<const float*>(image.tokens.data()) + static_cast<size_t>(l) * channels_;
+    for (int i = 0; i < channels_; ++i) masked[static_cast<size_t>(l) * channels_ + i] += tokens[i] - no_mask_[i];
+  }
+  return masked;
 }
 
 }  // namespace tinyvit

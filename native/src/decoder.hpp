@@ -1,6 +1,7 @@
 // SAM's prompt encoder and mask decoder: prompts on an image's features become masks and scores.
 #pragma once
 #include <functional>
+#include <memory>
 #include <mutex>
 
 #include "layers.hpp"
@@ -8,17 +9,18 @@
 
 namespace tinyvit {
 
-// Image tokens [L][C] and their positions, shared by all prompts on an image.
+// Image tokens [L][C] with their positions, shared by all prompts on an image.
 struct ImageTokens {
   int height = 0, width = 0, channels = 0;
-  Block tokens, positions, placed;  // features + the embedding of "no mask"; positions; their sum
-  Block keys, values, queries;      // [L][inner] of the first block's attentions, the same for all prompts
+  Block tokens;  // features + the embedding of "no mask"
+  std::vector<float> along, down;  // positions: sines and cosines of each column and row
+  Block keys, queries;  // [L][inner] of the first block's attentions, the same for all prompts
+  Block values;         // of each chunk as weights, or their parts
   int inner = 0;
-  std::vector<float> features;  // [L][C] alone, for mask prompts
   std::vector<float> detail;    // [4h][4w][C / 8], Light HQ-SAM's, of features and early map
   int count() const { return height * width; }
   size_t bytes() const {
-    return (4 * features.size() + 3 * static_cast<size_t>(count()) * inner + detail.size()) * sizeof(float);
+    return (along.size() + down.size() + detail.size()) * sizeof(float) + tokens.bytes() + keys.bytes() + queries.bytes() + values.bytes();
   }
 };
 
@@ -98,16 +100,18 @@ class Decoder {
   // The same in the first block, where the image is the same for all prompts.
   Floats attend_shared(const CrossAttention& a, const Floats& placed, int count, Prompt& prompt) const;
   void share(ImageTokens& image) const;
+  Floats axis(int length, int whole, const float* frequencies) const;
+  Matrix with_parts(Matrix m);
   void merge(const Prompt& prompt, int columns, int used, int width, Floats& total, Floats& sums) const;
   int group(int count) const;
-  const float* place(const Prompt& prompt, const float* x, int first, int count, float* to) const;
+  const float* place(const ImageTokens& image, const float* x, int first, int count, float* to) const;
   void attend_chunk(Prompt& prompt, const Update* update, const Matrix& scores, int used,
                     int chunk, int worker) const;
   void update_chunk(const Prompt& prompt, const Update& update, int first, int count, char* scratch,
                     float* x) const;
   void upscale_tokens(const Upscaling& u, const float* tokens, int count, float* between, float* out) const;
   // `map`: null, or where the upscaled tokens go too, [4h + 2][4w + 2][C / 8] with zeros around.
-  void upscale(const Prompt& prompt, const Matrix& filters, int masks, float* logits, float* map) const;
+  void upscale(const Prompt& prompt, const float* filters, int masks, float* logits, float* map) const;
   void detail(const float* early, ImageTokens& image) const;
   void refine(const Prompt& prompt, const float* map, const Floats& filter, bool adds, float* logits) const;
   size_t scratch_bytes(int columns) const;
@@ -132,6 +136,7 @@ class Decoder {
   Mlp hq_mlp_;
   std::vector<Mlp> hyper_;
   Floats own_tokens_, frequencies_, points_[4], no_point_, no_mask_;
+  std::vector<Block> parts_;
   Floats mask1_, mask1_bias_, mask1_gamma_, mask1_beta_, mask2_, mask2_bias_, mask2_gamma_, mask2_beta_;
   Pool pool_;
   std::mutex mutex_;

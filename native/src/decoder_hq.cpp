@@ -30,6 +30,7 @@ void Decoder::detail(const float* early, ImageTokens& image) const {
   const int c = channels_, eighth = c / 8, at_once = kUpscaled, wide = 4 * image.width;
   image.detail.resize(static_cast<size_t>(image.count()) * 16 * eighth);
   Floats tokens(static_cast<size_t>(at_once) * from_early_.first.inputs + kReadBeyond / 4, 0.0f);
+  Floats features(static_cast<size_t>(at_once) * c + kReadBeyond / 4);
   Floats between(static_cast<size_t>(at_once) * 4 * c + kReadBeyond / 4), a(static_cast<size_t>(at_once) * 16 * eighth), b(a);
   for (int first = 0; first < image.count(); first += at_once) {
     const int count = std::min(at_once, image.count() - first);
@@ -37,7 +38,11 @@ void Decoder::detail(const float* early, ImageTokens& image) const {
       std::memcpy(&tokens[static_cast<size_t>(l) * from_early_.first.inputs],
                   early + static_cast<size_t>(first + l) * early_channels_, early_channels_ * sizeof(float));
     upscale_tokens(from_early_, tokens.data(), count, between.data(), a.data());
-    upscale_tokens(from_features_, &image.features[static_cast<size_t>(first) * c], count, between.data(), b.data());
+    for (int l = 0; l < count; ++l) {
+      const float* with = reinterpret_cast<const float*>(image.tokens.data()) + static_cast<size_t>(first + l) * c;
+      for (int i = 0; i < c; ++i) features[static_cast<size_t>(l) * c + i] = with[i] - no_mask_[i];
+    }
+    upscale_tokens(from_features_, features.data(), count, between.data(), b.data());
     for (int l = 0; l < count; ++l)
       for (int row = 0; row < 4; ++row)
         for (int column = 0; column < 4; ++column) {

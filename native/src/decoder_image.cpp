@@ -16,16 +16,16 @@ size_t Decoder::scratch_bytes(int columns) const {
   arena.take<float>(static_cast<size_t>(kChunk) * columns * 2);    // scores, and turned
   Arena other(nullptr);  // see upscale
   other.take<float>(static_cast<size_t>(kUpscaled) * (channels_ + 2 * channels_));
-  other.take<float>(static_cast<size_t>(kUpscaled) * 16 * round_up(num_masks_, kChannelStep) + 256);
   return std::max(arena.used(), other.used()) + kReadBeyond;
 }
 
-// Tokens x = [first, first + count) with their positions; for the image as it came they are there.
-const float* Decoder::place(const Prompt& p, const float* x, int first, int count, float* to) const {
-  const size_t from = static_cast<size_t>(first) * channels_;
-  if (x == reinterpret_cast<const float*>(p.image.tokens.data()) + from)
-    return reinterpret_cast<const float*>(p.image.placed.data()) + from;
-  k_->add(x, reinterpret_cast<const float*>(p.image.positions.data()) + from, to, count * channels_);
+// Tokens x = [first, first + count) with their positions.
+const float* Decoder::place(const ImageTokens& image, const float* x, int first, int count, float* to) const {
+  const size_t c = channels_;
+  for (int l = 0; l < count; ++l) {
+    const int row = (first + l) / image.width, column = (first + l) % image.width;
+    k_->place(x + l * c, &image.along[column * c], &image.down[row * c], static_cast<int>(c / 2), to + l * c);
+  }
   return to;
 }
 
@@ -47,7 +47,7 @@ void Decoder::update_chunk(const Prompt& p, const Update& u, int first, int coun
       k_->soften(part, count, columns, kGroupColumns, u.count * u.group, u.group);
     }
   } else {
-    const float* read = place(p, from, first, count, placed);
+    const float* read = place(p.image, from, first, count, placed);
     const Rows rows(scores, count, columns);
     k_->linear({bytes(read), c * 4L, count, 0, count, &u.scores[0]->matrix, nullptr, false, rows.at.data(), nullptr});
     k_->soften(scores, count, columns, columns, u.count * u.heads, u.heads);
@@ -58,17 +58,28 @@ void Decoder::update_chunk(const Prompt& p, const Update& u, int first, int coun
   k_->normalize({out.at.data(), count, c, c, 1e-5f, u.norm.gamma, u.norm.beta, out.at.data(), true});
 }
 
+// A bias that is none.
+static float* nothing() {
+  static std::vector<float> zeros(1 << 14, 0.0f);
+  return zeros.data();
+}
+
 // Rows [count][width] as weights of `inputs` inputs, one for each row; zeros behind the last one.
-static Matrix as_weights(const Kernels& k, const float* rows, int count, int inputs, int width, float* packed) {
+static Matrix as_weights(const Kernels& k, const float* rows, int count, int inputs, int width, float* to) {
+  Matrix m;
+  m.panels = to, m.bias = nothing(), m.inputs = inputs, m.outputs = width;
+  if (k.split) {  // then these alone
+    uint16_t* parts = reinterpret_cast<uint16_t*>(to);
+    k.split(rows, width, k.panel, count, inputs, width, parts);
+    m.parts = parts;
+    return m;
+  }
   for (int n = 0; n < width; n += k.panel)
     for (int l = 0; l < inputs; ++l) {
-      float* to = packed + static_cast<long>(n) * inputs + static_cast<long>(l) * k.panel;
-      if (l < count) std::memcpy(to, rows + static_cast<long>(l) * width + n, k.panel * sizeof(float));
-      else std::memset(to, 0, k.panel * sizeof(float));
+      float* at = to + static_cast<long>(n) * inputs + static_cast<long>(l) * k.panel;
+      if (l < count) std::memcpy(at, rows + static_cast<long>(l) * width + n, k.panel * sizeof(float));
+      else std::memset(at, 0, k.panel * sizeof(float));
     }
-  static const std::vector<float> none(1 << 14, 0.0f);
-  Matrix m;
-  m.panels = packed, m.bias = const_cast<float*>(none.data()), m.inputs = inputs, m.outputs = width;
   return m;
 }
 
@@ -102,17 +113,25 @@ int Decoder::group(int count) const {
 // The first block's projections of the image.
 void Decoder::share(ImageTokens& image) const {
   const int c = channels_, inner = image.inner = shared_key_.outputs;
-  for (Block* b : {&image.keys, &image.values, &image.queries})
-    *b = Block(static_cast<size_t>(image.count()) * inner * sizeof(float));
-  const Block *from[] = {&image.placed, &image.tokens, &image.placed}, *to[] = {&image.keys, &image.values, &image.queries};
-  const Matrix* weights[] = {&shared_key_, &shared_value_, &shared_query_};
-  for (int first = 0; first < image.count(); first += kChunk)
-    for (int i = 0; i < 3; ++i) {
-      const int count = std::min(kChunk, image.count() - first);
-      const Rows rows(reinterpret_cast<float*>(to[i]->data()) + static_cast<size_t>(first) * inner, count, inner);
-      k_->linear({from[i]->data() + static_cast<size_t>(first) * c * sizeof(float), c * 4L, count, 0, count, weights[i],
-                  nullptr, false, rows.at.data(), nullptr});
-    }
+  const size_t each = static_cast<size_t>(kChunk) * inner;
+  for (Block* b : {&image.keys, &image.queries}) *b = Block(static_cast<size_t>(image.count()) * inner * sizeof(float));
+  image.values = Block(static_cast<size_t>(round_up(image.count(), kChannelStep)) * inner * sizeof(float));
+  Floats values(each), placed(static_cast<size_t>(kChunk) * c + kReadBeyond / 4);
+  for (int first = 0; first < image.count(); first += kChunk) {
+    const int count = std::min(kChunk, image.count() - first);
+    const auto project = [&](const float* from, const Matrix& weights, float* to) {
+      const Rows rows(to, count, inner);
+      k_->linear({bytes(from), c * 4L, count, 0, count, &weights, nullptr, false, rows.at.data(), nullptr});
+    };
+    const size_t at = static_cast<size_t>(first) * inner;
+    const float* tokens = reinterpret_cast<const float*>(image.tokens.data()) + static_cast<size_t>(first) * c;
+    const float* with_positions = place(image, tokens, first, count, placed.data());
+    project(with_positions, shared_key_, reinterpret_cast<float*>(image.keys.data()) + at);
+    project(with_positions, shared_query_, reinterpret_cast<float*>(image.queries.data()) + at);
+    project(tokens, shared_value_, values.data());
+    as_weights(*k_, values.data(), count, round_up(count, kChannelStep), inner,
+               reinterpret_cast<float*>(image.values.data()) + at);
+  }
 }
 
 Decoder::Floats Decoder::attend_shared(const CrossAttention& a, const Floats& placed, int count, Prompt& p) const {
@@ -126,7 +145,6 @@ Decoder::Floats Decoder::attend_shared(const CrossAttention& a, const Floats& pl
   p.team.run(p.chunks(), [&](int chunk, int worker) {
     const int first = chunk * kChunk, rows = std::min(kChunk, p.image.count() - first), inputs = round_up(rows, kChannelStep);
     Arena arena(p.space.scratch.data() + p.each * worker);
-    float* packed = arena.take<float>(static_cast<size_t>(kChunk) * channels_ * 2);
     float* scores = arena.take<float>(static_cast<size_t>(kChunk) * columns * 2);
     float* turned = scores + static_cast<size_t>(kChunk) * columns;
     const size_t at = static_cast<size_t>(first) * inner;
@@ -139,11 +157,12 @@ Decoder::Floats Decoder::attend_shared(const CrossAttention& a, const Floats& pl
     float *total = most + columns, *sums = total + columns;
     k_->largest(scores, rows, columns, most);
     k_->weigh(scores, rows, columns, most, turned, inputs, total);
-    const float* values = reinterpret_cast<const float*>(p.image.values.data()) + at;
-    const Matrix all = as_weights(*k_, values, rows, inputs, inner, packed);
     for (int i = 0; i < groups; ++i) {
-      Matrix own = all;
-      own.panels = packed + static_cast<size_t>(i) * part * inputs, own.outputs = part;
+      const size_t from = at + static_cast<size_t>(i) * part * inputs;
+      Matrix own;
+      own.panels = reinterpret_cast<float*>(p.image.values.data()) + from, own.bias = nothing();
+      own.inputs = inputs, own.outputs = part;
+      if (k_->split) own.parts = reinterpret_cast<const uint16_t*>(own.panels);
       const Rows out(sums + static_cast<size_t>(i) * kGroupColumns * part, kGroupColumns, part);
       k_->linear({bytes(turned + static_cast<size_t>(i) * kGroupColumns * inputs), inputs * 4L, kGroupColumns, 0,
                   kGroupColumns, &own, nullptr, false, out.at.data(), nullptr});
@@ -176,7 +195,7 @@ void Decoder::attend_chunk(Prompt& p, const Update* update, const Matrix& weight
   float* packed = placed + static_cast<size_t>(kChunk) * c;
   float* scores = arena.take<float>(static_cast<size_t>(kChunk) * columns * 2);
   float* turned = scores + static_cast<size_t>(kChunk) * columns;
-  const float* read = place(p, x, first, count, placed);
+  const float* read = place(p.image, x, first, count, placed);
   const Rows rows(scores, count, columns);
   k_->linear({bytes(read), c * 4L, count, 0, count, &weights, nullptr, false, rows.at.data(), nullptr});
 
@@ -186,8 +205,9 @@ void Decoder::attend_chunk(Prompt& p, const Update* update, const Matrix& weight
   k_->largest(scores, count, columns, most);
   k_->weigh(scores, count, columns, most, turned, inputs, total);
   const Matrix tokens = as_weights(*k_, x, count, inputs, c, packed);
-  const Rows out(sums, used, c);
-  k_->linear({bytes(turned), inputs * 4L, used, 0, used, &tokens, nullptr, false, out.at.data(), nullptr});
+  const int rows_used = k_->split ? round_up(used, 32) : used;  // tiles take whole blocks
+  const Rows out(sums, rows_used, c);
+  k_->linear({bytes(turned), inputs * 4L, rows_used, 0, rows_used, &tokens, nullptr, false, out.at.data(), nullptr});
 }
 
 // Attention of the prompt's tokens to the image, which is changed by `update` on the way.
@@ -195,8 +215,8 @@ Decoder::Floats Decoder::attend_image(const CrossAttention& a, const Floats& pla
                                       const Update* update) const {
   const int c = channels_, width = a.inner / heads_, used = count * heads_;
   Packed weights(*k_, c, used);
-  Update::spread(a, linear(a.query, placed, count), weights, count, heads_, c);
-  const int columns = weights.matrix.outputs;
+  Update::spread(*k_, a, linear(a.query, placed, count), weights, count, heads_, c);
+  const int columns = weights.ready(*k_).outputs;
   p.team.run(p.chunks(), [&](int chunk, int worker) { attend_chunk(p, update, weights.matrix, used, chunk, worker); });
   if (update) p.source = p.own;
 
@@ -229,8 +249,8 @@ void Decoder::upscale_tokens(const Upscaling& u, const float* tokens, int count,
 }
 
 // Image tokens to [masks][4h][4w] logits.
-void Decoder::upscale(const Prompt& p, const Matrix& filters, int masks, float* logits, float* map) const {
-  const int c = channels_, eighth = c / 8, at_once = kUpscaled, padded = filters.outputs;
+void Decoder::upscale(const Prompt& p, const float* filters, int masks, float* logits, float* map) const {
+  const int c = channels_, eighth = c / 8, at_once = kUpscaled;
   const int wide = 4 * p.image.width, tall = 4 * p.image.height;
   const size_t plane = static_cast<size_t>(p.image.count()) * 16;
   const int pieces = (p.image.count() + at_once - 1) / at_once;
@@ -245,10 +265,7 @@ void Decoder::upscale(const Prompt& p, const Matrix& filters, int masks, float* 
     const int first = piece * at_once, count = std::min(at_once, p.image.count() - first);
     float* a = arena.take<float>(static_cast<size_t>(at_once) * c);            // [4 count][C / 4]
     float* b = arena.take<float>(static_cast<size_t>(at_once) * 16 * eighth);  // [16 count][C / 8]
-    float* d = arena.take<float>(static_cast<size_t>(at_once) * 16 * padded);
-    const Rows last_out(d, 16 * count, padded);
     upscale_tokens(output_, p.own + static_cast<size_t>(first) * c, count, a, b);
-    k_->linear({bytes(b), eighth * 4L, 16 * count, 0, 16 * count, &filters, nullptr, false, last_out.at.data(), nullptr});
     // Logits of a row of the result lie in four rows of four each; q is [dy][dx][dy2][dx2].
     std::vector<const char*> from(4 * count);
     for (int l = 0, next; l < count; l = next) {
@@ -259,12 +276,12 @@ void Decoder::upscale(const Prompt& p, const Matrix& filters, int masks, float* 
         for (int i = l; i < next; ++i)
           for (int column = 0; column < 4; ++column) {
             const int q = quarter(row, column);
-            from[n++] = bytes(d + (static_cast<long>(i) * 16 + q) * padded);
+            from[n++] = bytes(b + (static_cast<long>(i) * 16 + q) * eighth);
             if (map)
               std::memcpy(map + (4 * y + row + 1) * line + (4 * (x + i - l) + column + 1) * static_cast<size_t>(eighth),
                           b + (static_cast<long>(i) * 16 + q) * eighth, eighth * sizeof(float));
           }
-        k_->to_planes(from.data(), n, masks, logits + (4L * y + row) * wide + 4L * x, static_cast<long>(plane));
+        k_->project(from.data(), n, eighth, filters, masks, logits + (4L * y + row) * wide + 4L * x, static_cast<long>(plane));
       }
     }
   });

@@ -124,14 +124,12 @@ std::vector<bool> Decoder::decode_one(const ImageTokens& image, const tinyvit_pr
     slots.push_back(static_cast<int>(m));
   }
   if (slots.empty()) return wanted;
-  Packed packed(*k_, c / 8, static_cast<int>(slots.size()));
-  packed.fill(filters.data(), static_cast<int>(slots.size()), c / 8);
   float* map = nullptr;
   if (is_hq_) {
     const size_t bytes = (4 * image.height + 2) * static_cast<size_t>(4 * image.width + 2) * (c / 8) * sizeof(float);
     map = reinterpret_cast<float*>(Space::grown(space.map, bytes));
   }
-  upscale(p, packed.matrix, static_cast<int>(slots.size()), logits, map);
+  upscale(p, filters.data(), static_cast<int>(slots.size()), logits, map);
   if (is_hq_) {
     const Floats f = run_mlp(hq_mlp_, &tokens[static_cast<size_t>(1 + num_masks_) * c], c / 8);
     refine(p, map, f, !prompts.hq_only, logits);

@@ -22,6 +22,7 @@ struct Packed {
   Matrix matrix;
   int panel;
   std::vector<float> memory, bias;
+  std::vector<uint16_t> parts;
 
   Packed(const Kernels& k, int inputs, int outputs) : panel(k.panel) {
     matrix.inputs = round_up(inputs, kChannelStep), matrix.outputs = round_up(outputs, kChannelStep);
@@ -32,15 +33,16 @@ struct Packed {
     matrix.bias = bias.data();
   }
   Packed(const Packed&) = delete;
-  // rows[n][k]: the weights of output n
-  void fill(const float* rows, int outputs, int inputs) {
-    for (int n = 0; n < outputs; ++n)
-      for (int k = 0; k < inputs; ++k) at(k, n) = rows[static_cast<size_t>(n) * inputs + k];
-  }
-  // columns[k][n]
-  void fill_columns(const float* columns, int inputs, int outputs) {
-    for (int k = 0; k < inputs; ++k)
-      for (int n = 0; n < outputs; ++n) at(k, n) = columns[static_cast<size_t>(k) * outputs + n];
+  // All weights are there; returns them.
+  const Matrix& ready(const Kernels& k) {
+    if (k.split) {
+      parts.resize(2 * static_cast<size_t>(matrix.inputs) * matrix.outputs + 32);
+      const size_t off = reinterpret_cast<uintptr_t>(parts.data()) % 64;
+      uint16_t* to = parts.data() + (off ? (64 - off) / sizeof(uint16_t) : 0);
+      k.split(matrix.panels, panel, static_cast<long>(panel) * matrix.inputs, matrix.inputs, matrix.inputs, matrix.outputs, to);
+      matrix.parts = to;
+    }
+    return matrix;
   }
   float& at(int k, int n) {
     return matrix.panels[static_cast<size_t>(n / panel) * panel * matrix.inputs + static_cast<size_t>(k) * panel + n % panel];
@@ -62,7 +64,7 @@ inline int quarter(int row, int column) { return row / 2 * 8 + column / 2 * 4 + 
 
 // Image tokens are taken so many at a time; sums over chunks are added up in their order.
 // 96: whole tiles of 12 rows and of 32 inputs.
-constexpr int kChunk = 96, kUpscaled = 48;
+constexpr int kChunk = 192, kUpscaled = 32;
 
 struct Decoder::Space {
   Block image, scratch, partial, map;
@@ -103,6 +105,7 @@ inline std::unique_ptr<Packed> grouped(const Kernels& k, const float* few, int p
     for (int h = 0; h < heads; ++h)
       for (int i = 0; i < width; ++i)
         to->at(h * width + i, t * heads + h) = scale * few[static_cast<size_t>(t) * pitch + h * width + i];
+  to->ready(k);
   return to;
 }
 
@@ -126,7 +129,8 @@ struct Decoder::Update {
         scores.push_back(grouped(k, &keys[static_cast<size_t>(h) * width], padded, count, group, width, scale));
     } else {
       scores.emplace_back(new Packed(k, channels, count * heads));
-      spread(a, keys, *scores[0], count, heads, channels);
+      spread(k, a, keys, *scores[0], count, heads, channels);
+      scores[0]->ready(k);
     }
     std::vector<float> row(channels);
     for (int t = 0; t < count; ++t)
@@ -136,14 +140,16 @@ struct Decoder::Update {
           k.add_scaled(&a.wide_values[static_cast<size_t>(h * width + i) * channels],
                        vs[static_cast<size_t>(t) * padded + h * width + i], row.data(), channels);
         const int column = group ? h / group * kGroupColumns + t * group + h % group : t * heads + h;
-        for (int c = 0; c < channels; ++c) values.at(column, c) = row[c];
+        // weights of a head sum to 1, so that each value brings its share of the bias
+        for (int c = 0; c < channels; ++c) values.at(column, c) = row[c] + a.out_bias[c] / heads;
       }
-    for (int c = 0; c < channels; ++c) values.bias[c] = a.out_bias[c];
+    values.ready(k);
   }
   int columns() const { return values.matrix.inputs; }
 
   // The weights with which an image token gives its scores, one column for each token and head.
-  static void spread(const CrossAttention& a, const Floats& few, Packed& to, int count, int heads, int channels) {
+  static void spread(const Kernels& k, const CrossAttention& a, const Floats& few, Packed& to, int count, int heads,
+                     int channels) {
     const int width = a.inner / heads, padded = round_up(a.inner, kChannelStep);
     std::vector<float> row(channels);
     for (int t = 0; t < count; ++t)
@@ -152,8 +158,7 @@ struct Decoder::Update {
         float bias = 0;
         for (int i = 0; i < width; ++i) {
           const float q = few[static_cast<size_t>(t) * padded + h * width + i];
-          const float* w = &a.wide[static_cast<size_t>(h * width + i) * channels];
-          for (int c = 0; c < channels; ++c) row[c] += q * w[c];
+          k.add_scaled(&a.wide[static_cast<size_t>(h * width + i) * channels], q, row.data(), channels);
           bias += q * a.bias[h * width + i];
         }
         for (int c = 0; c < channels; ++c) to.at(c, t * heads + h) = row[c];

@@ -20,6 +20,7 @@ struct Matrix {
   float* panels = nullptr;  // fp32 values, or pairs of bf16 values of neighbouring inputs
   float* bias = nullptr;    // [outputs]
   int inputs = 0, outputs = 0;  // padded
+  const uint16_t* parts = nullptr;  // of Kernels::split, or none
 };
 
 // out[t] = act(W in[t] + bias (+ add[t]))
@@ -91,9 +92,14 @@ struct Kernels {
   void (*to_float)(const char* in, float* out, int count);
   // [tokens] rows -> out[c * plane + t] for the first `channels` channels
   void (*to_planes)(const char* const* rows, int tokens, int channels, float* out, long plane);
+  // out[m * plane + t] = filter m . row t, for rows of floats
+  void (*project)(const char* const* rows, int tokens, int channels, const float* filters, int count, float* out,
+                  long plane);
   void (*gelu)(const float* in, float* out, int count);  // of these three counts are of whole vectors
   void (*exp2)(const float* in, float* out, int count);
   void (*add)(const float* a, const float* b, float* out, int count);
+  // x + the sines, then cosines of the sums of two angles, each given by its sines, then cosines
+  void (*place)(const float* x, const float* a, const float* b, int half, float* out);
   // Softmax in two parts. The largest value of each column of rows [rows][columns]:
   void (*largest)(const float* scores, int rows, int columns, float* most);
   // 2^(score - most) as turned[column * pitch + row], with zeros behind the last row, and their sums.
@@ -106,7 +112,12 @@ struct Kernels {
   // out[i] = the sum of weights[k * pitch + i] * line[first[i] + k] for four k; `first` rises.
   void (*expand)(const float* line, const int* first, const float* weights, long pitch, float* out, int count);
   void (*above)(const float* in, int count, float bound, uint64_t* bits);  // count of whole words
-  void (*mark)(const float* in, int count, float bound, uint8_t* out);
+  // out[i] = whether what `blend` gives is above the bound
+  void (*mark)(const float* const* rows, const float* weights, int count, float bound, uint8_t* out);
+  // Where products are quicker by parts of weights: makes them, of four bytes a weight. The 32 weights
+  // of input k and of panel p lie at from + k * next_input + p * next_panel; inputs from `there` on are 0.
+  void (*split)(const float* from, long next_input, long next_panel, int there, int inputs, int outputs,
+                uint16_t* parts) = nullptr;
 };
 
 // Null where the library was built without that ISA.
@@ -114,6 +125,6 @@ namespace generic { const Kernels* kernels(bool is_bf16); }
 namespace avx2 { const Kernels* kernels(bool is_bf16); }
 namespace avx512 { const Kernels* kernels(bool is_bf16); }
 namespace avx512bf16 { const Kernels* kernels(bool is_bf16); }
-namespace amx { const Kernels* kernels(bool is_bf16); }
+namespace amx { const Kernels* kernels(bool is_bf16); const Kernels* splitting_kernels(); }
 
 }  // namespace tinyvit

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <string>
 
@@ -36,6 +37,32 @@ std::vector<float> turned(const float* from, int rows, int columns, int pitch) {
         to[static_cast<size_t>(x) * pitch + i] = from[static_cast<size_t>(i) * columns + x];
   return to;
 }
+
+// Lines of logits, spread along one axis when first asked for. Pixels along the other rise, so four
+// are held. Behind the last line are zeros.
+class Lines {
+ public:
+  Lines(int length, std::function<void(int, float*)> spread)
+      : length_(length), spread_(std::move(spread)), memory_(static_cast<size_t>(Axis::kTaps + 1) * std::max(length, 1), 0.0f) {}
+  // The lines that a pixel of the other axis sees, by `weights`.
+  const float* const* at(const Axis& axis, int pixel) {
+    for (int k = 0; k < Axis::kTaps; ++k) {
+      const int line = axis.first[pixel] + k, slot = line < axis.logits ? line % Axis::kTaps : Axis::kTaps;
+      float* memory = &memory_[static_cast<size_t>(slot) * length_];
+      if (slot < Axis::kTaps && held_[slot] != line) spread_(line, memory), held_[slot] = line;
+      from_[k] = memory, weights[k] = axis.weight(k)[pixel];
+    }
+    return from_;
+  }
+  float weights[Axis::kTaps];
+
+ private:
+  size_t length_;
+  std::function<void(int, float*)> spread_;
+  std::vector<float> memory_;
+  const float* from_[Axis::kTaps];
+  int held_[Axis::kTaps] = {-1, -1, -1, -1};
+};
 
 }  // namespace
 
@@ -83,16 +110,16 @@ void Enlarger::enlarge(const float* logits, float threshold, uint8_t* mask, floa
   std::vector<float> source(static_cast<size_t>(rows_.logits + Axis::kTaps) * pitch, 0.0f);
   for (int y = 0; y < rows_.logits; ++y)
     std::memcpy(&source[static_cast<size_t>(y) * pitch], logits + static_cast<size_t>(y) * width, width * sizeof(float));
-  std::vector<float> line(pitch, 0.0f), wide(columns_.padded);
-  const float* from[Axis::kTaps];
-  float weights[Axis::kTaps];
+  Lines lines(columns_.padded, [&](int row, float* to) {
+    k_->expand(&source[static_cast<size_t>(row) * pitch], columns_.first.data(), columns_.weight(0), columns_.padded, to,
+               columns_.padded);
+  });
+  std::vector<float> wide(mask ? 0 : columns_.padded);
   for (int y = 0; y < rows_.pixels; ++y) {
-    for (int k = 0; k < Axis::kTaps; ++k)
-      from[k] = &source[static_cast<size_t>(rows_.first[y] + k) * pitch], weights[k] = rows_.weight(k)[y];
-    k_->blend(from, weights, line.data(), pitch - kStep);
-    k_->expand(line.data(), columns_.first.data(), columns_.weight(0), columns_.padded, wide.data(), columns_.padded);
-    if (mask) k_->mark(wide.data(), static_cast<int>(pixels), threshold, mask + y * pixels);
-    else std::memcpy(values + y * pixels, wide.data(), pixels * sizeof(float));
+    const float* const* from = lines.at(rows_, y);
+    if (mask) k_->mark(from, lines.weights, columns_.pixels, threshold, mask + y * pixels);
+    else k_->blend(from, lines.weights, wide.data(), columns_.padded);
+    if (values) std::memcpy(values + y * pixels, wide.data(), pixels * sizeof(float));
   }
 }
 
@@ -118,19 +145,16 @@ void Enlarger::find(const float* logits, const tinyvit_search& s, Region& region
   y0 = y0 / kStep * kStep;
   const int tall = std::min(round_up(y1, kStep), rows_.padded) - y0, words = tall / kStep;
   const std::vector<float> source = turned(logits, height, width, pitch);
-  std::vector<float> line(pitch, 0.0f), high(std::max(tall, 1));
+  std::vector<float> high(std::max(tall, 1));
   std::vector<uint64_t> bits(static_cast<size_t>(words) * std::max(x1 - x0, 0)), other(std::max(words, 1));
   const uint64_t tail = rows_.pixels % kStep ? (uint64_t(1) << rows_.pixels % kStep) - 1 : ~uint64_t(0);
   const bool has_tail = y0 + tall > rows_.pixels;
   uint64_t sums[3] = {0, 0, 0};
-  const float* from[Axis::kTaps];
-  float weights[Axis::kTaps];
+  Lines lines(tall, [&](int column, float* to) {
+    k_->expand(&source[static_cast<size_t>(column) * pitch], &rows_.first[y0], rows_.weight(0) + y0, rows_.padded, to, tall);
+  });
   for (int x = x0; x < x1; ++x) {
-    for (int k = 0; k < Axis::kTaps; ++k)
-      from[k] = &source[static_cast<size_t>(std::min(columns_.first[x] + k, width - 1)) * pitch],
-      weights[k] = columns_.weight(k)[x];
-    k_->blend(from, weights, line.data(), pitch - kStep);
-    k_->expand(line.data(), &rows_.first[y0], rows_.weight(0) + y0, rows_.padded, high.data(), tall);
+    k_->blend(lines.at(columns_, x), lines.weights, high.data(), tall);
     uint64_t* column = &bits[static_cast<size_t>(x - x0) * words];
     for (int i = 0; i < 3; ++i) {
       uint64_t* to = i ? other.data() : column;

@@ -60,6 +60,23 @@ DOOR void door_linear(const char* isa, int is_bf16, int tokens, int inputs, int 
   out.read(y, outputs);
 }
 
+// The same in fp32 by parts; 0 where such products are not to be had.
+DOOR int door_linear_by_parts(int tokens, int inputs, int outputs, const float* x, const float* w, const float* b,
+                              const float* add, int gelu, float* y) {
+  const Kernels& k = *choose_kernels(false, nullptr, true);
+  if (!k.split) return 0;
+  Packer pack(&k);
+  Matrix m = pack.matrix(folded(w, b, outputs, inputs, 1));
+  std::vector<uint16_t> parts(2 * static_cast<size_t>(m.inputs) * m.outputs);
+  k.split(m.panels, k.panel, static_cast<long>(k.panel) * m.inputs, m.inputs, m.inputs, m.outputs, parts.data());
+  m.parts = parts.data();
+  Tokens in(k, tokens, inputs, x), plus(k, tokens, outputs, add), out(k, tokens, outputs);
+  k.linear({in.data.data(), in.pitch(), tokens, 0, tokens, &m, nullptr, gelu != 0, out.rows.data(),
+            add ? plus.rows.data() : nullptr});
+  out.read(y, outputs);
+  return 1;
+}
+
 // A 3 by 3 convolution over a map [height + 2][width + 2][inputs], border included.
 DOOR void door_conv(const char* isa, int is_bf16, int height, int width, int inputs, int outputs,
                     const float* x, const float* w, const float* b, float* y) {

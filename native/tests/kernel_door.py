@@ -25,16 +25,21 @@ def here() -> Iterator[Any]:
 
 def call(name: str, kernel: tuple[str, int], *arguments: Any) -> None:
     isa, is_bf16 = kernel
-    converted = []
-    for a in arguments:
-        if isinstance(a, np.ndarray):
-            assert a.flags.c_contiguous and a.dtype in (np.float32, np.int32)
-            converted.append(ctypes.c_void_p(a.ctypes.data))
-        else:
-            converted.append(a)
     function = getattr(_library, name)
     function.restype = None
-    function(isa.encode(), is_bf16, *converted)
+    function(isa.encode(), is_bf16, *map(_given, arguments))
+
+
+def by_parts(*arguments: Any) -> bool:
+    """``door_linear`` in fp32 by parts; whether they are to be had."""
+    return bool(_library.door_linear_by_parts(*map(_given, arguments)))
+
+
+def _given(a: Any) -> Any:
+    if not isinstance(a, np.ndarray):
+        return a
+    assert a.flags.c_contiguous and a.dtype in (np.float32, np.int32)
+    return ctypes.c_void_p(a.ctypes.data)
 
 
 def as_stored(x: np.ndarray, kernel: tuple[str, int]) -> np.ndarray:

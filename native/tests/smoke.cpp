@@ -239,7 +239,7 @@ void check_decoder(const char* isa, bool is_hq) {
   tinyvit_decoder_config c = TINYVIT_DECODER_CONFIG_INIT;
   tinyvit_error error;
   std::vector<float> bits[2];
-  const int height = 5, width = 30, count = 3;  // more than one chunk of tokens
+  const int height = 7, width = 30, count = 3;  // more than one chunk of tokens
   std::vector<float> features(256 * height * width), early(kEarly * height * width), masks(count * 16 * height * width);
   for (size_t i = 0; i < features.size(); ++i) features[i] = (i * 37 % 251 - 125) / 70.0f;
   for (size_t i = 0; i < early.size(); ++i) early[i] = (i * 29 % 231 - 115) / 60.0f;
@@ -302,8 +302,8 @@ int main() {
   for (const char* isa : {"generic", "avx2", "avx512", "avx512bf16", "amx"})
     for (int precision : {TINYVIT_FP32, TINYVIT_BF16}) check_isa(isa, precision, TINYVIT_END_SAM);
   check_isa(nullptr, TINYVIT_FP32, TINYVIT_END_SAM3);
-  for (const char* isa : {"generic", "avx2", "avx512"}) check_decoder(isa, false);
-  for (const char* isa : {"generic", "avx2", "avx512"}) check_decoder(isa, true);
+  for (const char* isa : {"generic", "avx2", "avx512", "amx"})
+    for (bool is_hq : {false, true}) check_decoder(isa, is_hq);
   check_errors();
   return failures != 0;
 }

@@ -158,7 +158,7 @@ def test_many_points_and_none():
     check(decoder.decode(prepared, points=many), plain(model, x, True, points=many))
     logits, scores = decoder.decode(prepared, points=(many[0][:0], many[1][:0]))
     assert logits.shape == (0, 3, 64, 64) and scores.shape == (0, 3)
-    assert prepared.nbytes == (4 * 256 + 3 * 128) * 256 * 4
+    assert prepared.nbytes == ((256 + 3 * 128) * 256 + 2 * 16 * 256) * 4
 
 
 def test_errors_say_what_was_wanted():

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from kernel_door import as_stored, call, here, tolerance
+from kernel_door import as_stored, by_parts, call, here, tolerance
 
 KERNELS = list(here())
 erf = np.vectorize(math.erf)
@@ -41,6 +41,24 @@ def test_linear(kernel, seed):
     if with_gelu:
         exact = gelu(exact)
     assert np.abs(y - exact).max() <= tolerance(kernel, exact, inputs)
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 32, 33, 70, 96])
+@pytest.mark.parametrize("inputs", [32, 70, 256, 544])
+@pytest.mark.parametrize("with_gelu", [False, True])
+def test_linear_by_parts(tokens, inputs, with_gelu):
+    rng = np.random.default_rng(tokens)
+    x, w, b = floats(rng, tokens, inputs), floats(rng, 70, inputs), floats(rng, 70)
+    w /= math.sqrt(inputs)
+    x[0] *= 1e20
+    x[-1] *= 1e-20
+    add, y = floats(rng, tokens, 70), np.empty((tokens, 70), np.float32)
+    if not by_parts(tokens, inputs, 70, x, w, b, add, with_gelu, y):
+        pytest.skip("this processor has no AMX, or TINYVIT_ISA lowers it")
+    exact = x.astype(np.float64) @ w.astype(np.float64).T + b + add
+    exact = gelu(exact) if with_gelu else exact
+    sizes = np.abs(x) @ np.abs(w).T + np.abs(b + add)  # 2^-16 of each product, at most
+    assert (np.abs(y - exact) <= 2e-5 * sizes).all()
 
 
 def test_every_number_of_tokens_gives_the_same_bits(kernel):

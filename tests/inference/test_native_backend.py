@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -222,6 +223,25 @@ def test_a_file_that_makes_no_network(tmp_path: Path) -> None:
         NativeBackend(stored)
     with pytest.raises(CheckpointError, match="no such file"):
         Engine(tmp_path / "none.safetensors", backend="native")
+
+
+@needs_library
+@pytest.mark.parametrize("kept", [0, 5, 100, 0.5, 0.999])
+def test_a_truncated_or_lying_file(kept: float, tmp_path: Path) -> None:
+    content = starter().read_bytes()
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(content[: int(kept if kept > 1 else kept * len(content))])
+    for open_file in (open_stored, partial(Engine, backend="native")):
+        with pytest.raises(CheckpointError, match=r"broken\.safetensors"):
+            open_file(path)
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    names = [name for name in header if name.endswith("attn.qkv.weight")]
+    header[names[0]]["shape"] = header[names[0]]["shape"][::-1]  # as many bytes, another shape
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+    with pytest.raises(CheckpointError, match=r"attn\.qkv\.weight has shape \["):
+        open_stored(path)
 
 
 @needs_library

@@ -10,6 +10,8 @@
 //
 #include "tiles.hpp"
 //
+#include "tiles_split.hpp"
+//
 #include "attention_tiles.hpp"
 
 namespace tinyvit {
@@ -46,6 +48,15 @@ static bool agrees() {
 const Kernels* kernels(bool is_bf16) {
   // Single precision is the same as in avx512.cpp.
   return is_bf16 && agrees() ? &Table<Bf16, linear_tiles, attend_tiles, attend_tiles_scratch>::kernels : nullptr;
+}
+
+const Kernels* splitting_kernels() {
+  static const Kernels kernels = [] {
+    Kernels k = Table<F32, linear_split>::kernels;
+    k.split = split;
+    return k;
+  }();
+  return agrees() ? &kernels : nullptr;
 }
 
 }  // namespace TINYVIT_ISA

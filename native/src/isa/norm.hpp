@@ -88,6 +88,34 @@ static void to_planes(const char* const* rows, int tokens, int channels, float* 
   }
 }
 
+static void project(const char* const* rows, int tokens, int channels, const float* filters, int count, float* out,
+                    long plane) {
+  constexpr int kMost = 4;  // filters at once
+  alignas(64) float turned[kLanes][kLanes];
+  const char* from[kLanes];
+  for (int t = 0; t < tokens; t += kLanes) {
+    const int here = tokens - t < kLanes ? tokens - t : kLanes;
+    for (int m = 0; m < count; m += kMost) {
+      const int some = count - m < kMost ? count - m : kMost;
+      Vec sums[kMost] = {zero(), zero(), zero(), zero()};
+      for (int c = 0; c < channels; c += kLanes) {
+        for (int i = 0; i < kLanes; ++i) from[i] = rows[t + (i < here ? i : 0)] + c * sizeof(float);
+        transpose(from, reinterpret_cast<char*>(turned), sizeof turned[0]);
+        for (int k = 0; k < kLanes; ++k) {
+          const Vec x = load(turned[k]);
+          for (int i = 0; i < some; ++i) sums[i] = fma(x, set(filters[(m + i) * channels + c + k]), sums[i]);
+        }
+      }
+      for (int i = 0; i < some; ++i) {
+        float* to = out + (m + i) * plane + t;
+        alignas(64) float buffer[kLanes];
+        store(here == kLanes ? to : buffer, sums[i]);
+        for (int k = 0; here < kLanes && k < here; ++k) to[k] = buffer[k];
+      }
+    }
+  }
+}
+
 template <class P>
 static void gelu_many(const float* in, float* out, int count) {
   int i = 0;

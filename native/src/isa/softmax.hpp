@@ -45,19 +45,20 @@ TINYVIT_UNROLL(4)
   }
 }
 
-// The largest or the sum over lanes of the same head, in all of them.
+// The largest or the sum over lanes of the same head, in all of them; `heads` divides them to a power of 2.
 template <class F>
 TINYVIT_INLINE Vec folded(Vec a, int heads, const F& join) {
-  alignas(64) float b[kLanes];
-  store(b, a);
-  for (int i = heads; i < kLanes; ++i) b[i % heads] = join(b[i % heads], b[i]);
-  for (int i = heads; i < kLanes; ++i) b[i] = b[i % heads];
-  return load(b);
+  alignas(64) float b[2 * kLanes];
+  for (int step = heads; step < kLanes; step *= 2) {
+    store(b, a), store(b + kLanes, a);
+    a = join(a, load(b + step));
+  }
+  return a;
 }
 
 static void soften(float* scores, int rows, long pitch, int columns, int used, int heads) {
   const Vec least = set(-__builtin_inff());
-  if (kLanes % heads) {  // no fixed lane for a head
+  if (kLanes % heads || (kLanes / heads & (kLanes / heads - 1))) {  // no fixed lane for a head
     for (int r = 0; r < rows; ++r) {
       float* s = scores + r * pitch;
       for (int h = 0; h < heads; ++h) {
@@ -80,7 +81,7 @@ static void soften(float* scores, int rows, long pitch, int columns, int used, i
     float* s = scores + r * pitch;
     Vec most = least, total = zero();
     for (int c = 0; c < used; c += kLanes) most = max2(most, first(load(s + c), used - c < kLanes ? used - c : kLanes, least));
-    most = folded(most, heads, [](float a, float b) { return a > b ? a : b; });
+    most = folded(most, heads, [](Vec a, Vec b) { return max2(a, b); });
     for (int c = 0; c < columns; c += 2 * kLanes) {
       Vec x[2] = {sub(load(s + c), most), sub(load(s + c + kLanes), most)};
       F32::exp2<2>(x);
@@ -92,7 +93,7 @@ TINYVIT_UNROLL(2)
         store(s + c + k * kLanes, x[k]);
       }
     }
-    total = folded(total, heads, [](float a, float b) { return a + b; });
+    total = folded(total, heads, [](Vec a, Vec b) { return add(a, b); });
     alignas(64) float share[kLanes];
     store(share, total);
     for (int i = 0; i < kLanes; ++i) share[i] = 1.0f / share[i];

@@ -21,8 +21,9 @@ struct Table {
   static constexpr Kernels kernels = {
       TINYVIT_ISA_NAME,  kLanes,         2 * kLanes,    kTileRows,     P::kBf16,
       sizeof(typename P::T), kLinear,    depthwise<P>,  normalize<P>,  kAttend,
-      kScratch,          from_float<P>,  to_float<P>,   to_planes<P>,  gelu_many<P>,
-      exp2_many<P>,      add_many,      largest_of,    weigh,         soften,
+      kScratch,          from_float<P>,  to_float<P>,   to_planes<P>,  project,
+      gelu_many<P>,      exp2_many<P>,   add_many,      place,         largest_of,
+      weigh,             soften,
       add_scaled,        blend,         expand,        above,         mark};
 };
 

@@ -23,7 +23,7 @@ static void configure(int rows) {
 }
 
 // A block's sums, whose bias, residual and activation are done while tiles compute the next block.
-template <bool GELU>
+template <bool GELU, class P = Bf16>
 struct Finish {
   const float *sums = nullptr, *bias = nullptr;
   char* const* out = nullptr;
@@ -39,7 +39,7 @@ TINYVIT_UNROLL(2)
       c[i][0] = load(f.sums + (f.row + i) * 2 * kTile);
       c[i][1] = load(f.sums + (f.row + i) * 2 * kTile + kTile);
     }
-    finish<Bf16, R, GELU>(c, f.bias, f.out + f.row, f.add ? f.add + f.row : nullptr, f.offset);
+    finish<P, R, GELU>(c, f.bias, f.out + f.row, f.add ? f.add + f.row : nullptr, f.offset);
     f.row += R;
   }
   TINYVIT_INLINE void some(Finish& f, int count) {

@@ -52,6 +52,12 @@ TINYVIT_INLINE Vec first(Vec a, int n, Vec other) {
 TINYVIT_INLINE uint32_t exceeds(Vec a, Vec b) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)));
 }
+TINYVIT_INLINE void store_exceeds(uint8_t* p, Vec a, Vec b) {
+  const __m256i is_above = _mm256_castps_si256(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ));
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(is_above), _mm256_extracti128_si256(is_above, 1));
+  const __m128i bytes = _mm_and_si128(_mm_packs_epi16(words, words), _mm_set1_epi8(1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), bytes);
+}
 TINYVIT_INLINE void neighbours(const float* line, const int* first, Vec (&x)[4]) {
   const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
   if (first[kLanes - 1] - first[0] + 3 < kLanes) {

@@ -44,8 +44,11 @@ TINYVIT_INLINE Vec first(Vec a, int n, Vec other) {
   return {_mm512_mask_blend_ps(static_cast<__mmask16>((1u << n) - 1), other.v, a.v)};
 }
 
-// A bit for each lane of a that is above b's; none where one is no number.
+// A bit, or a byte, for each lane of a that is above b's; none where one is no number.
 TINYVIT_INLINE uint32_t exceeds(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+TINYVIT_INLINE void store_exceeds(uint8_t* p, Vec a, Vec b) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_maskz_set1_epi8(static_cast<__mmask16>(exceeds(a, b)), 1));
+}
 // x[k] = line[first[lane] + k] for four k; `first` rises.
 TINYVIT_INLINE void neighbours(const float* line, const int* first, Vec (&x)[4]) {
   const __m512i at = _mm512_loadu_si512(first);

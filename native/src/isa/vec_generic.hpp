@@ -87,6 +87,9 @@ TINYVIT_INLINE Vec first(Vec a, int n, Vec other) {
   return a;
 }
 
+TINYVIT_INLINE void store_exceeds(uint8_t* p, Vec a, Vec b) {
+  TINYVIT_LANES p[i] = a.v[i] > b.v[i];
+}
 TINYVIT_INLINE uint32_t exceeds(Vec a, Vec b) {
   uint32_t bits = 0;
   TINYVIT_LANES bits |= static_cast<uint32_t>(a.v[i] > b.v[i]) << i;
