@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyvit.bench import machine_facts
-from tinyvit.bench.machine import Spread
+from tinyvit.bench.workers import Spread
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

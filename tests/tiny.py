@@ -69,9 +69,8 @@ def make_tiny_sam(size=64, is_hq=False, seed=0, pad=True, *, loadable=False, **c
     A file does not show heads and widths of the transformer, so a loadable one has SAM's.
     """
     from tinyvit.image_spec import ImageSpec
-    from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
+    from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder, TwoWayTransformer
     from tinyvit.modules.sam.prompt_encoder import PromptEncoder
-    from tinyvit.modules.sam.transformer import TwoWayTransformer
     from tinyvit.sam.model import Sam
 
     width, heads, mlp, hidden, dots = (16, 8, 2048, 16, 16) if loadable else (32, 2, 48, 24, 8)

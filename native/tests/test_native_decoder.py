@@ -9,9 +9,8 @@ from kernel_door import ISAS, _library
 from native_models import randomise, tensors_of
 from tinyvit_native import Decoder, NativeError
 
-from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
+from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder, TwoWayTransformer
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
-from tinyvit.modules.sam.transformer import TwoWayTransformer
 
 GRID, INPUT = (16, 16), (256, 256)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from lite import is_lite, open_lite
-from tinyvit.bench.machine import machine_facts
+from tinyvit.bench import machine_facts
 from tinyvit.checkpoints.files import file_sha256, write_text
 from tinyvit.checkpoints.open import find_checkpoint
 from tinyvit.evaluate.segment import (

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyvit.bench import Spread, machine, machine_facts
-from tinyvit.bench.machine import minor_faults, peak_memory
+from tinyvit.bench import Spread, machine_facts, workers
+from tinyvit.bench.workers import minor_faults, peak_memory
 
 
 def test_facts_have_what_a_table_needs():
@@ -25,7 +25,7 @@ def test_facts_have_what_a_table_needs():
 
 
 def test_facts_of_a_machine_that_tells_nothing(monkeypatch):
-    monkeypatch.setattr(machine, "_line_of", lambda path, name: None)
+    monkeypatch.setattr(workers, "_line_of", lambda path, name: None)
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setenv("PATH", "")  # where no sysctl is found
     facts = machine_facts()
@@ -35,11 +35,11 @@ def test_facts_of_a_machine_that_tells_nothing(monkeypatch):
 
 
 def test_lines_that_are_not_there(tmp_path):
-    assert machine._line_of(tmp_path / "none", "a") is None
+    assert workers._line_of(tmp_path / "none", "a") is None
     file = tmp_path / "some"
     file.write_text("a : 1\nflags\t: x y\n")
-    assert machine._line_of(file, "flags") == "x y"
-    assert machine._line_of(file, "b") is None
+    assert workers._line_of(file, "flags") == "x y"
+    assert workers._line_of(file, "b") is None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="nobody counts there")
@@ -54,7 +54,7 @@ def test_fresh_memory_counts_as_faults_and_as_peak():
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="wants Linux's own mark")
 def test_the_peak_is_not_that_of_the_process_that_started_this_one():
     block = np.ones(200 << 20, np.uint8)
-    code = "from tinyvit.bench.machine import peak_memory; print(peak_memory())"
+    code = "from tinyvit.bench.workers import peak_memory; print(peak_memory())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert int(done.stdout) < block.nbytes
 

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints.families import assert_same
-from tinyvit.checkpoints.containers import looks_like_web_page
 from tinyvit.checkpoints.files import (
     CLASSES,
     IMAGE_SPEC,
@@ -36,7 +35,7 @@ from tinyvit.checkpoints.files import (
     write_state_dict,
     write_text,
 )
-from tinyvit.checkpoints.unwrap import wanted_imports
+from tinyvit.checkpoints.unwrap import looks_like_web_page, wanted_imports
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
 

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from tinyvit.evaluate.baselines import box_baselines, click_baselines, disc, ellipse, grabcut
+from tinyvit.evaluate.metrics import box_baselines, click_baselines, disc, ellipse, grabcut
 
 
 def test_the_disc_has_a_fifth_of_the_longer_side_as_radius():
@@ -33,7 +33,7 @@ def test_floors_by_name():
 
 def test_grabcut_is_there_exactly_where_opencv_is(monkeypatch):
     assert ("grabcut" in click_baselines()) == (find_spec("cv2") is not None)
-    monkeypatch.setattr("tinyvit.evaluate.baselines.find_spec", lambda name: None)
+    monkeypatch.setattr("tinyvit.evaluate.metrics.find_spec", lambda name: None)
     assert list(click_baselines()) == ["disc"]
     assert list(box_baselines()) == ["ellipse"]
 

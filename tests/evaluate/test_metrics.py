@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyvit.evaluate.baselines import disc
 from tinyvit.evaluate.metrics import (
     bootstrap,
     boundary_f,
     calibrate,
+    disc,
     iou,
     most_interior_point,
     next_click,

@@ -9,7 +9,7 @@ from tiny import make_tiny_vit
 from tinyvit.checkpoints import write_state_dict
 from tinyvit.folders.encode import write_features
 from tinyvit.folders.images import Item
-from tinyvit.folders.outputs import facts_of_engine, facts_of_image, find_existing
+from tinyvit.folders.runner import facts_of_engine, facts_of_image, find_existing
 from tinyvit.image_spec import ImageSpec
 from tinyvit.inference import Engine
 

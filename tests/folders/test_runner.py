@@ -9,8 +9,7 @@ import pytest
 from tiny import write_image
 from tinyvit.errors import CheckpointError, ImageError
 from tinyvit.folders.images import list_images
-from tinyvit.folders.outputs import Existing
-from tinyvit.folders.runner import FolderWork, Job
+from tinyvit.folders.runner import Existing, FolderWork, Job
 
 
 class Work(FolderWork):

@@ -10,8 +10,11 @@ from tinyvit.images import mask_ops as rle
 from tinyvit.images.preprocess import to_input
 from tinyvit.sam import automatic as candidates
 from tinyvit.sam import decoder
-from tinyvit.sam.automatic import SamAutomaticMaskGenerator
-from tinyvit.sam.crops import build_all_layer_point_grids, generate_crop_boxes
+from tinyvit.sam.automatic import (
+    SamAutomaticMaskGenerator,
+    build_all_layer_point_grids,
+    generate_crop_boxes,
+)
 from tinyvit.sam.segmenter import Segmenter
 from tinyvit.sam.upscale import Region
 

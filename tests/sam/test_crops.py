@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyvit.sam.crops import (
+from tinyvit.sam.automatic import (
     build_all_layer_point_grids,
     build_point_grid,
     check_point_grids,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tinyvit.image_spec import ImageSpec
-from tinyvit.modules.sam.transformer import TwoWayTransformer
+from tinyvit.modules.sam.mask_decoder import TwoWayTransformer
 from tinyvit.sam.decoder import CHUNK, TorchDecoder
 from tinyvit.sam.embedding import ImageEmbedding
 from tinyvit.sam.fast_decoder import FastMaskDecoder

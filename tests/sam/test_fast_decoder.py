@@ -7,9 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyvit.modules.sam.mask_decoder import MaskDecoder
+from tinyvit.modules.sam.mask_decoder import Attention, MaskDecoder, TwoWayTransformer
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
-from tinyvit.modules.sam.transformer import Attention, TwoWayTransformer
 from tinyvit.sam import fast_decoder
 from tinyvit.sam.fast_decoder import FastMaskDecoder, ImageToToken, TokenToImage, softmax
 

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from tinyvit.image_spec import ImageSpec
-from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
+from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder, TwoWayTransformer
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
-from tinyvit.modules.sam.transformer import TwoWayTransformer
 from tinyvit.sam.model import Sam
 
 MEAN, STD = (120.0, 110.0, 100.0), (50.0, 60.0, 70.0)

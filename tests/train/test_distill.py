@@ -11,9 +11,8 @@ from PIL import Image
 import tinyvit
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
-from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
+from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder, TwoWayTransformer
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
-from tinyvit.modules.sam.transformer import TwoWayTransformer
 from tinyvit.sam import build_sam
 from tinyvit.sam.model import Sam
 from tinyvit.train import TrainSettings, train

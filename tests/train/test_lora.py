@@ -9,8 +9,7 @@ from torch import nn
 import tinyvit
 from tinyvit.errors import CheckpointError
 from tinyvit.modules import TinyViT
-from tinyvit.modules.sam.mask_decoder import MaskDecoder
-from tinyvit.modules.sam.transformer import TwoWayTransformer
+from tinyvit.modules.sam.mask_decoder import MaskDecoder, TwoWayTransformer
 from tinyvit.train.lora import (
     DECODER_TARGETS,
     ENCODER_TARGETS,

@@ -11,7 +11,7 @@ evaluate = load("evaluate")
 @pytest.fixture
 def no_opencv(monkeypatch):
     """As on a machine without OpenCV, whatever this one has."""
-    from tinyvit.evaluate import baselines as floors
+    from tinyvit.evaluate import metrics as floors
 
     monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
     monkeypatch.setattr(floors, "find_spec", lambda name: None)

@@ -1,8 +1,7 @@
 """Honest timing: contestants in processes of their own, taken in turn, and what they cost."""
 
 from .contest import Contestant, Result, measure
-from .machine import Spread, machine_facts
-from .workers import Turn, Worker, serve, take_turns
+from .workers import Spread, Turn, Worker, machine_facts, serve, take_turns
 
 __all__ = [
     "Contestant",

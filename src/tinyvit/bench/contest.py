@@ -11,8 +11,7 @@ from typing import Any
 
 from tinyvit.errors import MissingExtraError, TinyViTError
 
-from .machine import Spread
-from .workers import Turn, Worker, take_turns
+from .workers import Spread, Turn, Worker, take_turns
 
 _KIND = ("precision", "device", "threads")
 _WORKER = (sys.executable, "-m", "tinyvit.bench")

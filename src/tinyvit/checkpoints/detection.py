@@ -254,9 +254,8 @@ def sam_shapes(width: int = 256, vit_dim: int = 160) -> Mapping[str, Shape]:
     import torch
     from torch.overrides import TorchFunctionMode
 
-    from tinyvit.modules.sam.mask_decoder import HQMaskDecoder
+    from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, TwoWayTransformer
     from tinyvit.modules.sam.prompt_encoder import PromptEncoder
-    from tinyvit.modules.sam.transformer import TwoWayTransformer
 
     class SkipInit(TorchFunctionMode):
         """Without first values: the first on the meta device makes torch import 822 modules."""

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from tinyvit.catalog import Checkpoint, get_checkpoint
 from tinyvit.errors import DownloadError
 
-from .containers import looks_like_web_page
 from .files import file_sha256, write_text
+from .unwrap import looks_like_web_page
 
 if TYPE_CHECKING:
     import http.client

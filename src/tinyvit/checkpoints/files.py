@@ -23,8 +23,7 @@ from safetensors import SafetensorError, safe_open
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
 
-from .containers import check_zip, describe
-from .unwrap import first_line, refusal, unwrap, wanted_imports, wrap
+from .unwrap import check_zip, describe, first_line, refusal, unwrap, wanted_imports, wrap
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

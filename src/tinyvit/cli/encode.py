@@ -59,7 +59,7 @@ def encode(
 
     from tinyvit.factory import arguments_of
     from tinyvit.folders.encode import EncodeFolder
-    from tinyvit.folders.outputs import facts_of_engine
+    from tinyvit.folders.runner import facts_of_engine
     from tinyvit.inference import Engine
     from tinyvit.inference.bundle import ExportedEncoder
 

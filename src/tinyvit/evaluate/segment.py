@@ -29,7 +29,6 @@ from tinyvit.images.mask_ops import box_around
 from tinyvit.sam.model import Sam, build_sam
 from tinyvit.sam.predictor import SamPredictor
 
-from .baselines import box_baselines, click_baselines
 from .metrics import (
     Calibration,
     Figure,
@@ -38,7 +37,9 @@ from .metrics import (
     as_json,
     bootstrap,
     boundary_f,
+    box_baselines,
     calibrate,
+    click_baselines,
     iou,
     most_interior_point,
     next_click,

@@ -22,8 +22,7 @@ from tinyvit.images.preprocess import to_input
 from tinyvit.inference.backend import StageBackend
 
 from .images import Item
-from .outputs import facts_of_image, find_existing
-from .runner import FolderWork, Job
+from .runner import FolderWork, Job, facts_of_image, find_existing
 
 if TYPE_CHECKING:
     from pathlib import Path

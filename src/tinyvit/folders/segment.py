@@ -28,8 +28,7 @@ from tinyvit.sam.masks import draw_prompts
 from tinyvit.sam.open import ExportedSam
 
 from .images import Item
-from .outputs import facts_of_engine, facts_of_image, find_existing
-from .runner import FolderWork, Job
+from .runner import FolderWork, Job, facts_of_engine, facts_of_image, find_existing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

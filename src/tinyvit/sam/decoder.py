@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from tinyvit.image_spec import Placement
 from tinyvit.images.mask_ops import Found
 from tinyvit.inference.derived import Derived
-from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
+from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder, TwoWayTransformer
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
-from tinyvit.modules.sam.transformer import TwoWayTransformer
 
 from .embedding import ImageEmbedding
 from .fast_decoder import FastMaskDecoder, SharedImage, frozen

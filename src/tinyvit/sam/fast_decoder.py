@@ -20,9 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyvit.modules.sam.mask_decoder import MLP, MaskDecoder
+from tinyvit.modules.sam.mask_decoder import (
+    MLP,
+    Attention,
+    MaskDecoder,
+    TwoWayAttentionBlock,
+    TwoWayTransformer,
+)
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
-from tinyvit.modules.sam.transformer import Attention, TwoWayAttentionBlock, TwoWayTransformer
 
 TILE = 1024
 """Image tokens upscaled at once: with 256 channels 1 MiB, which stays in a core's own cache."""

@@ -28,8 +28,8 @@ from tinyvit.images.preprocess import normalise_and_pad
 from tinyvit.modules import TinyViT
 from tinyvit.modules.sam.mask_decoder import HQMaskDecoder as HQMaskDecoder
 from tinyvit.modules.sam.mask_decoder import MaskDecoder as MaskDecoder
+from tinyvit.modules.sam.mask_decoder import TwoWayTransformer as TwoWayTransformer
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder as PromptEncoder
-from tinyvit.modules.sam.transformer import TwoWayTransformer as TwoWayTransformer
 
 from .embedding import spec_of
 from .prompts import Size

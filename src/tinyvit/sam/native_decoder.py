@@ -287,7 +287,7 @@ def _tensors_of(model: Sam) -> dict[str, NDArray[Any]]:
 
 
 def _num_heads(model: Sam) -> int:
-    from tinyvit.modules.sam.transformer import TwoWayTransformer
+    from tinyvit.modules.sam.mask_decoder import TwoWayTransformer
 
     transformer = cast(TwoWayTransformer, model.mask_decoder.transformer)
     return int(transformer.final_attn_token_to_image.num_heads)

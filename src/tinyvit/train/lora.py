@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tinyvit.checkpoints.files import read_state_dict, weights_sha256, write_state_dict
 from tinyvit.errors import CheckpointError
 from tinyvit.modules import Attention, Mlp
-from tinyvit.modules.sam.transformer import Attention as DecoderAttention
+from tinyvit.modules.sam.mask_decoder import Attention as DecoderAttention
 
 ENCODER_TARGETS = ("qkv", "proj", "fc1", "fc2")
 """Linear layers of a TinyViT block."""

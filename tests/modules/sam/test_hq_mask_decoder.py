@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
-from tinyvit.modules.sam.transformer import TwoWayTransformer
+from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder, TwoWayTransformer
 
 C, D = 16, 12
 # float32 sums in another order

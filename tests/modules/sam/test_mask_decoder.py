@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tinyvit.modules.sam.mask_decoder import MLP, MaskDecoder
-from tinyvit.modules.sam.transformer import TwoWayTransformer
+from tinyvit.modules.sam.mask_decoder import MLP, MaskDecoder, TwoWayTransformer
 
 C = 16
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tinyvit.modules.sam.transformer import Attention, TwoWayAttentionBlock, TwoWayTransformer
+from tinyvit.modules.sam.mask_decoder import Attention, TwoWayAttentionBlock, TwoWayTransformer
 
 # both sides are float64: only the order of additions differs
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}

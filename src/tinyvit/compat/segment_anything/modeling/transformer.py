@@ -1,5 +1,5 @@
 """segment-anything's ``modeling.transformer``."""
 
-from tinyvit.modules.sam.transformer import Attention as Attention
-from tinyvit.modules.sam.transformer import TwoWayAttentionBlock as TwoWayAttentionBlock
-from tinyvit.modules.sam.transformer import TwoWayTransformer as TwoWayTransformer
+from tinyvit.modules.sam.mask_decoder import Attention as Attention
+from tinyvit.modules.sam.mask_decoder import TwoWayAttentionBlock as TwoWayAttentionBlock
+from tinyvit.modules.sam.mask_decoder import TwoWayTransformer as TwoWayTransformer

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from tinyvit.images import mask_ops
 from tinyvit.images.mask_ops import remove_small_regions as remove_small_regions
-from tinyvit.sam import crops
-from tinyvit.sam.crops import build_all_layer_point_grids as build_all_layer_point_grids
-from tinyvit.sam.crops import build_point_grid as build_point_grid
-from tinyvit.sam.crops import generate_crop_boxes as generate_crop_boxes
+from tinyvit.sam import automatic
+from tinyvit.sam.automatic import build_all_layer_point_grids as build_all_layer_point_grids
+from tinyvit.sam.automatic import build_point_grid as build_point_grid
+from tinyvit.sam.automatic import generate_crop_boxes as generate_crop_boxes
 
 
 class MaskData:
@@ -84,10 +84,10 @@ class MaskData:
 
 
 def is_box_near_crop_edge(
-    boxes: Tensor, crop_box: Sequence[int], orig_box: Sequence[int], atol: float = crops.EDGE
+    boxes: Tensor, crop_box: Sequence[int], orig_box: Sequence[int], atol: float = automatic.EDGE
 ) -> Tensor:
     """Which boxes [N, 4] of a crop end at its edge and not at the image's, [N] bool."""
-    near = crops.is_box_near_crop_edge(boxes.cpu().numpy(), crop_box, orig_box, atol)
+    near = automatic.is_box_near_crop_edge(boxes.cpu().numpy(), crop_box, orig_box, atol)
     return torch.from_numpy(near).to(boxes.device)
 
 
