@@ -43,7 +43,7 @@ DOORS = {
 
 DATA = {"py.typed", "weights", "data"}  # no code
 BANNED = {"torchvision", "cv2", "ultralytics", "timm"}
-IF_INSTALLED = {("evaluate/baselines.py", "cv2"), ("train/tasks/teachers.py", "timm")}
+IF_INSTALLED = {("evaluate/metrics.py", "cv2"), ("train/tasks/teachers.py", "timm")}
 """Never needed: OpenCV for a baseline to compare with, timm for a teacher of the caller's."""
 FILES_AND_WORLD = {"PIL", "safetensors", "huggingface_hub", "os", "io", "pathlib", "sys", "json"}
 MOST_LINES = 600

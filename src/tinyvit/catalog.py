@@ -143,69 +143,62 @@ class Checkpoint:
 # --- rows -----------------------------------------------------------------------------------------
 
 _DEPTHS = (2, 2, 6, 2)
-_DIMS_5M, _HEADS_5M = (64, 128, 160, 320), (2, 4, 5, 10)
-_DIMS_11M, _HEADS_11M = (64, 128, 256, 448), (2, 4, 8, 14)
-_DIMS_21M, _HEADS_21M = (96, 192, 384, 576), (3, 6, 12, 18)
+_5M = (64, 128, 160, 320), _DEPTHS, (2, 4, 5, 10)  # channels, blocks and heads
+_11M = (64, 128, 256, 448), _DEPTHS, (2, 4, 8, 14)
+_21M = (96, 192, 384, 576), _DEPTHS, (3, 6, 12, 18)
 _WINDOWS = (7, 7, 14, 7)
-_WINDOWS_384, _WINDOWS_512 = (12, 12, 24, 12), (16, 16, 32, 16)
 _TO_32, _TO_16 = (2, 2, 2), (2, 2, 1)
+_Sizes: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
-def _student(
-    name: str, embed_dims: tuple[int, ...], num_heads: tuple[int, ...], params: int, gmacs: float
+def _classifier(
+    name: str, sizes: _Sizes, windows: tuple[int, ...], params: int, gmacs: float, drop: float = 0.0
 ) -> Variant:
+    """A classifier of timm, at the side that its name ends with."""
+    side = int(name.rpartition("_")[2])
+    spec = ImageSpec.timm(side)
+    return Variant(
+        name, *sizes, windows, _TO_32, side, "classification", spec, params, gmacs,
+        drop_path_rate=drop,
+    )  # fmt: skip
+
+
+def _sam(name: str, sizes: _Sizes, params: int, gmacs: float, drop: float = 0.0) -> Variant:
+    """A SAM's encoder as MobileSAM has it."""
+    return Variant(
+        name, *sizes, _WINDOWS, _TO_16, 1024, "sam", ImageSpec.sam(1024), params, gmacs,
+        drop_path_rate=drop, neck_dim=256,
+    )  # fmt: skip
+
+
+def _student(name: str, sizes: _Sizes, params: int, gmacs: float) -> Variant:
     """A student of EfficientSAM3: the trunk of a classifier of 224 pixels, and its own neck."""
     return Variant(
-        name, embed_dims, _DEPTHS, num_heads, _WINDOWS, _TO_32, 1008, "sam3",
-        ImageSpec.sam3(), params, gmacs, neck_dim=1024, neck_size=72, head=False,
+        name, *sizes, _WINDOWS, _TO_32, 1008, "sam3", ImageSpec.sam3(), params, gmacs,
+        neck_dim=1024, neck_size=72, head=False,
     )  # fmt: skip
 
 
 VARIANTS: tuple[Variant, ...] = (
-    Variant(
-        "tiny_vit_5m_224", _DIMS_5M, _DEPTHS, _HEADS_5M, _WINDOWS, _TO_32, 224,
-        "classification", ImageSpec.timm(224), 5_392_764, 1.26,
-    ),
-    Variant(
-        "tiny_vit_11m_224", _DIMS_11M, _DEPTHS, _HEADS_11M, _WINDOWS, _TO_32, 224,
-        "classification", ImageSpec.timm(224), 10_996_972, 2.02, drop_path_rate=0.1,
-    ),
-    Variant(
-        "tiny_vit_21m_224", _DIMS_21M, _DEPTHS, _HEADS_21M, _WINDOWS, _TO_32, 224,
-        "classification", ImageSpec.timm(224), 21_198_568, 4.25, drop_path_rate=0.2,
-    ),
-    Variant(
-        "tiny_vit_21m_384", _DIMS_21M, _DEPTHS, _HEADS_21M, _WINDOWS_384, _TO_32, 384,
-        "classification", ImageSpec.timm(384), 21_230_488, 13.70, drop_path_rate=0.1,
-    ),
-    Variant(
-        "tiny_vit_21m_512", _DIMS_21M, _DEPTHS, _HEADS_21M, _WINDOWS_512, _TO_32, 512,
-        "classification", ImageSpec.timm(512), 21_268_120, 26.88, drop_path_rate=0.1,
-    ),
+    _classifier("tiny_vit_5m_224", _5M, _WINDOWS, 5_392_764, 1.26),
+    _classifier("tiny_vit_11m_224", _11M, _WINDOWS, 10_996_972, 2.02, 0.1),
+    _classifier("tiny_vit_21m_224", _21M, _WINDOWS, 21_198_568, 4.25, 0.2),
+    _classifier("tiny_vit_21m_384", _21M, (12, 12, 24, 12), 21_230_488, 13.70, 0.1),
+    _classifier("tiny_vit_21m_512", _21M, (16, 16, 32, 16), 21_268_120, 26.88, 0.1),
     Variant(
         "tiny_vit_2m_sam", (32, 64, 96, 160), _DEPTHS, (1, 2, 3, 5), (8, 8, 16, 8), _TO_16, 256,
         "sam", ImageSpec.sam(256), 2_130_384, 0.83, neck_dim=256, head=False,
     ),
+    _sam("tiny_vit_5m_sam", _5M, 6_065_532, 38.77),
+    _sam("tiny_vit_11m_sam", _11M, 11_702_508, 64.04),
+    _sam("tiny_vit_21m_sam", _21M, 21_936_872, 123.94, 0.1),
     Variant(
-        "tiny_vit_5m_sam", _DIMS_5M, _DEPTHS, _HEADS_5M, _WINDOWS, _TO_16, 1024,
-        "sam", ImageSpec.sam(1024), 6_065_532, 38.77, neck_dim=256,
+        "tiny_vit_5m_litemedsam", *_5M, _WINDOWS, _TO_16, 256, "sam", ImageSpec.litemedsam(256),
+        5_726_740, 37.47, stem="pointwise", neck_dim=256, head=False,
     ),
-    Variant(
-        "tiny_vit_11m_sam", _DIMS_11M, _DEPTHS, _HEADS_11M, _WINDOWS, _TO_16, 1024,
-        "sam", ImageSpec.sam(1024), 11_702_508, 64.04, neck_dim=256,
-    ),
-    Variant(
-        "tiny_vit_21m_sam", _DIMS_21M, _DEPTHS, _HEADS_21M, _WINDOWS, _TO_16, 1024,
-        "sam", ImageSpec.sam(1024), 21_936_872, 123.94, drop_path_rate=0.1, neck_dim=256,
-    ),
-    Variant(
-        "tiny_vit_5m_litemedsam", _DIMS_5M, _DEPTHS, _HEADS_5M, _WINDOWS, _TO_16, 256,
-        "sam", ImageSpec.litemedsam(256), 5_726_740, 37.47,
-        stem="pointwise", neck_dim=256, head=False,
-    ),
-    _student("tiny_vit_5m_sam3", _DIMS_5M, _HEADS_5M, 14_839_060, 36.59),
-    _student("tiny_vit_11m_sam3", _DIMS_11M, _HEADS_11M, 20_446_084, 53.48),
-    _student("tiny_vit_21m_sam3", _DIMS_21M, _HEADS_21M, 30_650_496, 101.28),
+    _student("tiny_vit_5m_sam3", _5M, 14_839_060, 36.59),
+    _student("tiny_vit_11m_sam3", _11M, 20_446_084, 53.48),
+    _student("tiny_vit_21m_sam3", _21M, 30_650_496, 101.28),
 )  # fmt: skip
 """All sizes, classification first."""
 
@@ -357,7 +350,7 @@ def get_variant(name: str) -> Variant:
         if row.name == name:
             return row
     longer = [known for known in list_models() if known.startswith(f"{name}_")]
-    near = _nearest(name, longer[:1] or [*list_models(), *list_checkpoints()])
+    near = nearest(name, longer[:1] or [*list_models(), *list_checkpoints()])
     raise ValueError(
         f"unknown model {name!r}{near} List them with tinyvit.list_models() and "
         "tinyvit.list_checkpoints()"
@@ -383,12 +376,12 @@ def get_checkpoint(name: str) -> Checkpoint:
         if row.name == name:
             return row
     raise CheckpointError(
-        f"unknown checkpoint {name!r}{_nearest(name, list_checkpoints())} "
+        f"unknown checkpoint {name!r}{nearest(name, list_checkpoints())} "
         "List them with tinyvit.list_checkpoints()"
     )
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    """Return ``; did you mean 'x'?`` for the nearest name, or a full stop if none is near."""
-    close = difflib.get_close_matches(str(name).lower(), list(names), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else "."
+def nearest(name: str, names: Iterable[str], otherwise: str = ".", cutoff: float = 0.5) -> str:
+    """``; did you mean 'x'?`` for the nearest name, or ``otherwise`` if none is near."""
+    close = difflib.get_close_matches(str(name).lower(), list(names), n=1, cutoff=cutoff)
+    return f"; did you mean {close[0]!r}?" if close else otherwise

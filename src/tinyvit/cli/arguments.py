@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -21,6 +20,7 @@ from tinyvit.catalog import (
     get_variant,
     list_checkpoints,
     list_models,
+    nearest,
 )
 from tinyvit.errors import CheckpointError
 
@@ -173,8 +173,7 @@ def check_checkpoint(text: str | None, flag: str = "") -> None:
             f"no such file: {text}{f' for {flag}' if flag else ''}; check the path, or name a "
             "checkpoint of 'tinyvit models'"
         )
-    near = get_close_matches(text, list_checkpoints(), 1, cutoff=0.7)
-    hint = f"; did you mean {near[0]!r}?" if near else f", and there is no file {text!r}."
+    hint = nearest(text, list_checkpoints(), f", and there is no file {text!r}.", 0.7)
     raise CheckpointError(f"unknown checkpoint {text!r}{hint} List them with 'tinyvit models'")
 
 

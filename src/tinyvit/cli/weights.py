@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
@@ -17,6 +16,7 @@ from tinyvit.catalog import (
     Variant,
     get_checkpoint,
     get_variant,
+    nearest,
 )
 from tinyvit.cli import console
 
@@ -181,8 +181,7 @@ def known_family(family: str) -> str:
     """The family, if there is one of that name."""
     if family in FAMILIES:
         return family
-    near = difflib.get_close_matches(family.lower().replace("-", "_"), FAMILIES, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    hint = nearest(family.replace("-", "_"), FAMILIES)
     raise typer.BadParameter(f"unknown family {family!r}{hint} Choose one of {', '.join(FAMILIES)}")
 
 

@@ -137,11 +137,7 @@ class TorchDecoder:
         if hq_token_only and not isinstance(decoder, HQMaskDecoder):
             raise ValueError("hq_token_only=True wants a model with Light HQ-SAM's mask decoder")
         size = 4 * prepared.features.shape[2], 4 * prepared.features.shape[3]
-        if prompts.masks is not None and prompts.masks.shape[2:] != size:
-            raise ValueError(
-                f"mask_input must be low-res logits of this image, [B, 1, {size[0]}, {size[1]}]; "
-                f"came {list(prompts.masks.shape)}"
-            )
+        prompts.check_masks(size)
         if not len(prompts):
             is_one = not multimask_output or isinstance(decoder, HQMaskDecoder)
             count = 1 if is_one else decoder.num_multimask_outputs
@@ -194,31 +190,17 @@ class TorchDecoder:
         placement: Placement,
         *,
         min_iou: float,
-        threshold: float,
-        offset: float,
-        min_stability: float,
-        frame: tuple[int, int],
-        corner: tuple[int, int],
+        **how: Any,
     ) -> tuple[Iterator[Found], NDArray[np.float32]]:
         """The masks of many points whose predicted IoU exceeds ``min_iou``, one at a time.
 
-        ``offset`` is that of the stability, ``frame`` the size (H, W) of the image that this one is
-        a crop of, which begins at ``corner`` (y, x). Also gives the predicted IoU [N, K] of all.
+        ``how`` are the last arguments of ``find_regions``: ``threshold``, ``offset`` and
+        ``min_stability`` of the masks, ``frame``, the size (H, W) of the image that this one is a
+        crop of, and ``corner`` (y, x), where it begins. Also gives the predicted IoU [N, K] of all.
         """
         masks, scores = self.decode(prepared, prompts, min_iou=min_iou)
-        found = find_regions(
-            masks,
-            scores,
-            np.argwhere(scores > min_iou),
-            placement,
-            self.logit_stride,
-            threshold=threshold,
-            offset=offset,
-            min_stability=min_stability,
-            frame=frame,
-            corner=corner,
-        )
-        return found, scores
+        places = np.argwhere(scores > min_iou)
+        return find_regions(masks, scores, places, placement, self.logit_stride, **how), scores
 
     def _modules(self) -> Sequence[nn.Module]:
         return self._model.prompt_encoder, self._model.mask_decoder

@@ -112,12 +112,8 @@ class GraphDecoder:
         """
         if hq_token_only:
             raise ValueError("hq_token_only=True wants a model with Light HQ-SAM's mask decoder")
-        masks, size = prompts.masks, self._no_mask.shape[2:]
-        if masks is not None and masks.shape[2:] != size:
-            raise ValueError(
-                f"mask_input must be low-res logits of this image, [B, 1, {size[0]}, {size[1]}]; "
-                f"came {list(masks.shape)}"
-            )
+        size = self._no_mask.shape[2:]
+        prompts.check_masks(size)
         which = slice(None)
         if self._count == _ALL:
             which = slice(1, None) if multimask_output else slice(0, 1)
@@ -132,16 +128,13 @@ class GraphDecoder:
         return (logits if min_iou is None else logits[scores > min_iou]), scores
 
     def decode_tensors(
-        self, prepared: PreparedFeatures, prompts: PromptBatch, multimask_output: bool = True,
-        *, min_iou: float | None = None, hq_token_only: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, prepared: PreparedFeatures, prompts: PromptBatch, *more: Any, **named: Any
+    ) -> tuple[Tensor, Tensor]:
         """As ``decode``, as tensors."""
         import torch
 
-        found = self.decode(
-            prepared, prompts, multimask_output, min_iou=min_iou, hq_token_only=hq_token_only
-        )
-        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+        logits, scores = self.decode(prepared, prompts, *more, **named)
+        return torch.from_numpy(logits), torch.from_numpy(scores)
 
     def find(
         self,

@@ -99,22 +99,12 @@ class NativeDecoder:
     ) -> tuple[Floats, Floats]:
         """As ``TorchDecoder.decode``."""
         heads = self._share(prepared)
-        size = prepared.embedding.low_res_size
-        if prompts.masks is not None and prompts.masks.shape[2:] != size:
-            raise ValueError(
-                f"mask_input must be low-res logits of this image, [B, 1, {size[0]}, {size[1]}]; "
-                f"came {list(prompts.masks.shape)}"
-            )
+        prompts.check_masks(prepared.embedding.low_res_size)
         if hq_token_only and not self._is_hq():
             raise ValueError("hq_token_only=True wants a model with Light HQ-SAM's mask decoder")
         if not isinstance(heads, _Heads):
-            return heads.decode(
-                prepared.image,
-                prompts,
-                multimask_output,
-                min_iou=min_iou,
-                hq_token_only=hq_token_only,
-            )
+            kind: dict[str, Any] = {"min_iou": min_iou, "hq_token_only": hq_token_only}
+            return heads.decode(prepared.image, prompts, multimask_output, **kind)
         found = [
             heads.library.decode(
                 prepared.image,
@@ -156,21 +146,10 @@ class NativeDecoder:
         placement: Placement,
         *,
         min_iou: float,
-        threshold: float,
-        offset: float,
-        min_stability: float,
-        frame: tuple[int, int],
-        corner: tuple[int, int],
+        **how: Any,
     ) -> tuple[Iterator[Found], Floats]:
         """As ``TorchDecoder.find``; neither masks nor their logits are ever kept."""
         heads = self._share(prepared)
-        how: dict[str, Any] = {
-            "threshold": threshold,
-            "offset": offset,
-            "min_stability": min_stability,
-            "frame": frame,
-            "corner": corner,
-        }
         if not isinstance(heads, _Heads):
             return heads.find(prepared.image, prompts, placement, min_iou=min_iou, **how)
         lies = self._lies(prepared.embedding.low_res_size, placement)

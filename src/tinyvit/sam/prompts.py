@@ -266,6 +266,14 @@ class PromptBatch:
     def __len__(self) -> int:
         return self._count
 
+    def check_masks(self, size: tuple[int, ...]) -> None:
+        """Refuse masks that are no low-res logits [h4, w4] of an image's size."""
+        if self.masks is not None and self.masks.shape[2:] != size:
+            raise ValueError(
+                f"mask_input must be low-res logits of this image, [B, 1, {size[0]}, {size[1]}]; "
+                f"came {list(self.masks.shape)}"
+            )
+
     def part(self, start: int, stop: int) -> PromptBatch:
         """The prompts from ``start`` up to ``stop``."""
         some = slice(start, stop)
