@@ -22,7 +22,6 @@ from tinyvit.cli import (
     segment,
     serve,
     store,
-    teachers,
     train,
     weights,
 )
@@ -34,8 +33,8 @@ GROUPS = {
     "train": (
         "Train a classifier, a segmenter or a student.",
         (
-            *(train.classify, train.segment, teachers.write_logits, train.distill_logits),
-            *(teachers.store_features, train.distill_features),
+            *(train.classify, train.segment, train.write_logits, train.distill_logits),
+            *(train.store_features, train.distill_features),
         ),
     ),
     "evaluate": (
