@@ -11,7 +11,9 @@ import os
 import sys
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
@@ -543,6 +545,11 @@ class StoredModel:
 def arguments_of(model: TinyViT | StoredModel) -> Mapping[str, Any]:
     """The constructor arguments of a model."""
     return model.arguments if isinstance(model, StoredModel) else model.arguments()
+
+
+def leave_to_torch() -> AbstractContextManager[None]:
+    """Around ``open_stored``: torch, where installed, may read it, or say more of an error."""
+    return nullcontext() if find_spec("torch") is None else suppress(CheckpointError)
 
 
 def open_stored(

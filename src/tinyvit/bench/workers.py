@@ -65,13 +65,11 @@ def make(spec: Mapping[str, Any]) -> tuple[Call, dict[str, object]]:
     if is_exported(spec["checkpoint"]):
         return _make_on_arrays(spec, spec["checkpoint"])
     if engine_for(spec["checkpoint"], spec["backend"], spec["device"]) == "native":
+        from tinyvit.factory import leave_to_torch
+
         start = time.perf_counter()
-        try:
+        with leave_to_torch():
             stored = _open_stored(spec)
-        except errors.CheckpointError:  # torch may read it, or say more of what is wrong
-            if find_spec("torch") is None:
-                raise
-        else:
             invented = time.perf_counter() - start if spec["checkpoint"] is None else 0.0
             return _make_on_arrays(spec, stored, invented)
     return _make_tiny_vit(spec)

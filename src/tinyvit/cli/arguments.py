@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -300,17 +299,13 @@ def open_model(
     own: Console, checkpoint: str, model: str | None, size: int | None, running: EngineOptions
 ) -> TinyViT | StoredModel:
     """As ``load_model``; torch is not loaded where the native engine runs the file as it is."""
-    from tinyvit.factory import open_stored
+    from tinyvit.factory import leave_to_torch, open_stored
     from tinyvit.inference.bundle import engine_for
 
     if engine_for(checkpoint, running.backend, running.device) == "native":
         _announce_model(own, checkpoint, model, size)
-        try:
-            with own.progress("downloading", counts_bytes=True) as update:
-                return open_stored(checkpoint, size, update, model)
-        except CheckpointError:  # torch may read it, or say more of what is wrong
-            if find_spec("torch") is None:
-                raise
+        with leave_to_torch(), own.progress("downloading", counts_bytes=True) as update:
+            return open_stored(checkpoint, size, update, model)
     return load_model(own, checkpoint, model, size)
 
 

@@ -9,7 +9,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import closing
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
@@ -18,7 +17,6 @@ from numpy.typing import NDArray
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.checkpoints.files import weights_sha256
-from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec, Placement
 from tinyvit.images.preprocess import PreparedImage
 from tinyvit.lazy import need_torch
@@ -419,18 +417,15 @@ class Engine:
 
 def _open_model(source: str | os.PathLike[str], is_native: bool) -> TinyViT | StoredModel:
     """The model of a checkpoint's name, a file of weights, or a folder of ``save_pretrained``."""
-    from tinyvit.factory import CONFIG, WEIGHTS, create_model, load_folder, open_stored
+    from tinyvit import factory
 
     if is_native:
-        try:
-            return open_stored(source)
-        except CheckpointError:  # torch may read it, or say more of what is wrong
-            if find_spec("torch") is None:
-                raise
+        with factory.leave_to_torch():
+            return factory.open_stored(source)
     folder = Path(source)
     if folder.is_dir():
-        return load_folder(folder / CONFIG, folder / WEIGHTS)
-    return create_model(checkpoint=source)
+        return factory.load_folder(folder / factory.CONFIG, folder / factory.WEIGHTS)
+    return factory.create_model(checkpoint=source)
 
 
 def _choose_spec(

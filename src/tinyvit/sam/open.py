@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.checkpoints.open import check_parts
-from tinyvit.errors import CheckpointError, MissingExtraError
-from tinyvit.factory import open_stored
+from tinyvit.errors import MissingExtraError
+from tinyvit.factory import leave_to_torch, open_stored
 from tinyvit.image_spec import ImageSpec
 from tinyvit.inference.bundle import ExportedPair, engine_for, is_exported, open_pair
 
@@ -163,17 +163,12 @@ def open_sam(
 
         return as_sam(given, wanted_by)
     source = DEFAULT_CHECKPOINT if given is None else given
-    has_torch = find_spec("torch") is not None
     place = "cpu" if device is None else str(device)
     if isinstance(backend, str) and engine_for(source, backend, place) == "native":
-        try:
+        with leave_to_torch():
             stored = StoredSam(source, img_size, progress)
-        except CheckpointError:  # torch may read it, or say more of what is wrong
-            if not has_torch:
-                raise
-        else:
             width = stored.heads["mask_decoder.mask_tokens.weight"].shape[1]
-            if width % WIDTHS == 0 or not has_torch:
+            if width % WIDTHS == 0 or find_spec("torch") is None:
                 return stored
     return _built(source, img_size, progress)
 
