@@ -11,6 +11,7 @@ from tinyvit.checkpoints.download import cache_folder
 from tinyvit.cli.arguments import (
     MAX_PIXELS,
     SHARED,
+    EngineOptions,
     announce,
     check_checkpoint,
     file_of,
@@ -30,6 +31,7 @@ from tinyvit.images import decode
 from tinyvit.inference.backend import BackendName, Precision
 
 QUIET = Console(is_quiet=True)
+TORCH = EngineOptions(backend="torch")
 
 
 def test_a_name_a_file_or_a_folder_is_a_file(tmp_path, make_tiny_vit, monkeypatch):
@@ -69,10 +71,10 @@ def test_an_unknown_or_absent_name_is_an_error():
 
 def test_an_encoder_gives_maps_whatever_it_was(checkpoints, image):
     for name, channels in [("encoder", 16), ("both", 16), ("five", 24)]:
-        model = load_encoder(QUIET, str(checkpoints / f"{name}.safetensors"), None, None)
+        model = load_encoder(QUIET, str(checkpoints / f"{name}.safetensors"), None, None, TORCH)
         assert model(image(1, 32, 32)).shape[:2] == (1, channels)
-    assert variant_of(load_encoder(QUIET, None, None, None)) == "tiny_vit_2m_sam"
-    assert load_encoder(QUIET, None, "tiny_vit_2m_sam", 128).image_spec.size == (128, 128)
+    assert variant_of(load_encoder(QUIET, None, None, None, TORCH)) == "tiny_vit_2m_sam"
+    assert load_encoder(QUIET, None, "tiny_vit_2m_sam", 128, TORCH).image_spec.size == (128, 128)
 
 
 def test_a_variant_without_its_checkpoint_names_one():
@@ -82,34 +84,34 @@ def test_a_variant_without_its_checkpoint_names_one():
         ("tiny_vit_5m_sm", "did you mean 'tiny_vit_5m_sam'"),
     ]:
         with pytest.raises(ValueError, match=words):
-            load_encoder(QUIET, None, variant, None)
+            load_encoder(QUIET, None, variant, None, TORCH)
 
 
 def test_a_folder_says_itself_how_it_is_used(tmp_path, make_tiny_vit):
     model = make_tiny_vit(neck_dim=None, strides=(2, 2, 2))
     model.image_spec = ImageSpec.timm(64)
     folder = str(save_pretrained(model, tmp_path / "saved"))
-    assert load_classifier(QUIET, folder, None, None).num_classes == 5
-    assert load_encoder(QUIET, folder, None, None).head is None
+    assert load_classifier(QUIET, folder, None, None, TORCH).num_classes == 5
+    assert load_encoder(QUIET, folder, None, None, TORCH).head is None
     for variant, size in [("tiny_vit_5m_224", None), (None, 96)]:
         with pytest.raises(ValueError, match="leave --model and --size out"):
-            load_encoder(QUIET, folder, variant, size)
+            load_encoder(QUIET, folder, variant, size, TORCH)
 
 
 def test_a_classifier_needs_a_trained_head(checkpoints):
     good = str(checkpoints / "five.safetensors")
-    assert load_classifier(QUIET, good, None, None).num_classes == 5
+    assert load_classifier(QUIET, good, None, None, TORCH).num_classes == 5
     hint = r"for example tiny_vit_5m_224\.dist_in22k_ft_in1k \('tinyvit models' lists all\)"
     with pytest.raises(ValueError, match=f"tinyvit_starter has no classification head.*{hint}"):
-        load_classifier(QUIET, None, None, None)
+        load_classifier(QUIET, None, None, None, TORCH)
     with pytest.raises(ValueError, match=r"for example tiny_vit_21m_384\.dist_in22k_ft_in1k"):
-        load_classifier(QUIET, None, "tiny_vit_21m_384", None)
+        load_classifier(QUIET, None, "tiny_vit_21m_384", None, TORCH)
     with pytest.raises(CheckpointError, match=f"mobile_sam is a SAM encoder.*{hint}"):
-        load_classifier(QUIET, "mobile_sam", None, None)
+        load_classifier(QUIET, "mobile_sam", None, None, TORCH)
     with pytest.raises(CheckpointError, match=f"has no classification head; .*{hint}"):
-        load_classifier(QUIET, str(checkpoints / "encoder.safetensors"), None, None)
+        load_classifier(QUIET, str(checkpoints / "encoder.safetensors"), None, None, TORCH)
     with pytest.warns(UserWarning, match="never trained"):
-        load_classifier(QUIET, str(checkpoints / "both.safetensors"), None, None)
+        load_classifier(QUIET, str(checkpoints / "both.safetensors"), None, None, TORCH)
 
 
 @pytest.mark.parametrize("name", list_models())
