@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from tinyvit.factory import StoredModel
+    from tinyvit.inference.engine import Engine
     from tinyvit.modules import TinyViT
 
 
@@ -146,17 +147,23 @@ def _make_tiny_vit(spec: Mapping[str, Any]) -> tuple[Callable[[], Tensor], dict[
     if spec["backend"] not in ("auto", "torch"):
         ways["threads"] = spec["threads"]
     engine = Engine(model, **ways)
-    facts = {
+    facts = _facts_of(engine, torch.get_num_threads(), gflop, invented)
+    return lambda: engine.backend(batch), facts
+
+
+def _facts_of(
+    engine: Engine, threads: int | None, gflop: float, invented: float
+) -> dict[str, object]:
+    return {
         "chose": engine.explain(),
         "backend": engine.backend.name,
         "precision": engine.precision,
         "device": engine.backend.device,
-        "size": size,
-        "threads": torch.get_num_threads(),
+        "size": engine.image_spec.size,
+        "threads": threads,
         "gflop": gflop,
         "invented_s": invented,
     }
-    return lambda: engine.backend(batch), facts
 
 
 def _open_stored(spec: Mapping[str, Any]) -> StoredModel:
@@ -200,16 +207,9 @@ def _make_on_arrays(
     row = None if variant is None else get_variant(variant)
     rng = np.random.default_rng(0)
     batch = rng.standard_normal((spec["batch"], 3, *size), np.float32)
-    return lambda: encoder(batch), {
-        "chose": engine.explain(),
-        "backend": encoder.name,
-        "precision": encoder.precision,
-        "device": encoder.device,
-        "size": size,
-        "threads": spec["threads"] or os.cpu_count(),
-        "gflop": 0.0 if row is None else 2 * row.gmacs * math.prod(sides) / row.img_size**2,
-        "invented_s": invented,
-    }
+    gflop = 0.0 if row is None else 2 * row.gmacs * math.prod(sides) / row.img_size**2
+    threads = spec["threads"] or os.cpu_count()
+    return lambda: encoder(batch), _facts_of(engine, threads, gflop, invented)
 
 
 def _make_matmul(

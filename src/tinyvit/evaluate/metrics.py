@@ -247,9 +247,7 @@ _OPENCV_SEED = 0
 
 def click_baselines() -> dict[str, Callable[[RGB, Point], Mask]]:
     """The baselines for a click, by name: those that can run here."""
-    found: dict[str, Callable[[RGB, Point], Mask]] = {
-        "disc": lambda image, point: disc((image.shape[0], image.shape[1]), point)
-    }
+    found: dict[str, Callable[[RGB, Point], Mask]] = {"disc": lambda x, point: disc(x.shape, point)}
     if find_spec("cv2") is not None:
         found["grabcut"] = lambda image, point: grabcut(image, point=point)
     return found
@@ -257,22 +255,20 @@ def click_baselines() -> dict[str, Callable[[RGB, Point], Mask]]:
 
 def box_baselines() -> dict[str, Callable[[RGB, Box], Mask]]:
     """The baselines for a box, by name: those that can run here."""
-    found: dict[str, Callable[[RGB, Box], Mask]] = {
-        "ellipse": lambda image, box: ellipse((image.shape[0], image.shape[1]), box)
-    }
+    found: dict[str, Callable[[RGB, Box], Mask]] = {"ellipse": lambda x, box: ellipse(x.shape, box)}
     if find_spec("cv2") is not None:
         found["grabcut"] = lambda image, box: grabcut(image, box=box)
     return found
 
 
-def disc(size: tuple[int, int], point: Point, radius: float = DISC_RADIUS) -> Mask:
-    """A disc around a point in an image (H, W); the radius is a share of the longer side."""
-    reach = radius * max(size)
+def disc(size: tuple[int, ...], point: Point, radius: float = DISC_RADIUS) -> Mask:
+    """A disc around a point in an image (H, W, ...); the radius is a share of the longer side."""
+    reach = radius * max(size[:2])
     return _inside_ellipse(size, point, (reach, reach))
 
 
-def ellipse(size: tuple[int, int], box: Box) -> Mask:
-    """The ellipse inscribed in a box, in an image (H, W)."""
+def ellipse(size: tuple[int, ...], box: Box) -> Mask:
+    """The ellipse inscribed in a box, in an image (H, W, ...)."""
     x0, y0, x1, y1 = box
     return _inside_ellipse(size, ((x0 + x1) / 2, (y0 + y1) / 2), ((x1 - x0) / 2, (y1 - y0) / 2))
 
@@ -306,10 +302,10 @@ def grabcut(image: RGB, *, point: Point | None = None, box: Box | None = None) -
     return found
 
 
-def _inside_ellipse(size: tuple[int, int], centre: Point, radii: tuple[float, float]) -> Mask:
+def _inside_ellipse(size: tuple[int, ...], centre: Point, radii: tuple[float, float]) -> Mask:
     """Pixels whose centres lie inside; nothing where a radius is 0."""
     y, x = np.ogrid[0.5 : size[0] : 1, 0.5 : size[1] : 1]
     if min(radii) <= 0:
-        return np.zeros(size, np.bool_)
+        return np.zeros(size[:2], np.bool_)
     inside: Mask = ((x - centre[0]) / radii[0]) ** 2 + ((y - centre[1]) / radii[1]) ** 2 <= 1
     return inside
