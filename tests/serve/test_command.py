@@ -165,10 +165,19 @@ def test_a_token_is_made_on_other_addresses_and_read_from_files(tmp_path):
         said = json.loads(line)
         assert said["token"] == "a-token-of-mine-12345" and said["pid"] == process.pid
         assert client_of(said["url"])("GET", "/v1", Token=said["token"]).status == 200
-    with command("--host", "0.0.0.0", "--no-token") as (process, line):
-        assert client_of(line)("GET", "/v1").status == 200
-        process.terminate()
-        assert "warning: no token is asked for" in process.communicate()[1]
+
+
+def test_no_token_on_other_addresses_is_warned_of(monkeypatch):
+    monkeypatch.delenv("TINYVIT_TOKEN", raising=False)
+    told = []
+    monkeypatch.setattr("tinyvit.serve.server.run", lambda settings, ready: told.append(settings))
+    monkeypatch.setattr("tinyvit.cli.serve._log_to_stderr", lambda: None)
+    done = CliRunner().invoke(app, ["serve", "--host", "0.0.0.0", "--no-token"])
+    assert done.exit_code == 0 and told[0].no_token and told[0].token is None
+    assert "warning: no token is asked for" in done.stderr
+    for words in (["--no-token"], ["--host", "0.0.0.0"]):
+        done = CliRunner().invoke(app, ["serve", *words])
+        assert done.exit_code == 0 and done.stderr == ""
 
 
 def test_two_workers_share_a_folder_and_outlive_a_kill(tmp_path):
