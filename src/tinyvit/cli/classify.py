@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
 from tinyvit.cli import console
-from tinyvit.errors import ImageError
+from tinyvit.errors import CheckpointError, ImageError
 from tinyvit.folders.images import list_images
 from tinyvit.labels import labels_for, read_labels
 
 from . import arguments as args
 from .console import Console
+
+if TYPE_CHECKING:
+    from tinyvit.factory import StoredModel
+    from tinyvit.inference import Engine
+    from tinyvit.modules import TinyViT
 
 
 def classify(
@@ -37,8 +42,8 @@ def classify(
 
     Options:
         checkpoint (NAME_OR_FILE): A name of 'tinyvit models', a file of weights, or a folder of
-            save_pretrained, with a classification head. The embedded weights have none, so name
-            one.
+            save_pretrained or 'tinyvit export', with a classification head. The embedded weights
+            have none, so name one.
         top_k: Classes to show for each image.
         labels (FILE): Names of the classes: one a line, or a JSON list or object. By default those
             in the file of weights, and ImageNet's for a head of 1000 classes.
@@ -57,12 +62,14 @@ def classify(
     from tinyvit.images.decode import decode
     from tinyvit.inference import Engine
 
-    built = args.load_classifier(own, checkpoint, model, size, running)
-    own_names = None if labels is not None else built.classes
-    names = own_names or labels_for(built.num_classes, labels)
+    source: TinyViT | StoredModel | str | None = checkpoint
+    if not args.is_exported(checkpoint, size, model):
+        source = args.load_classifier(own, checkpoint, model, size, running)
     found: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
-    with Engine(built, **running.arguments(checkpoint)) as engine:
+    with Engine(source, **running.arguments(checkpoint)) as engine:
+        count, own_names, variant = _head(engine, checkpoint)
+        names = (own_names if labels is None else None) or labels_for(count, labels)
         args.announce_engine(own, str(checkpoint), engine)
         for image in listed:
             try:
@@ -85,9 +92,25 @@ def classify(
                 ]
                 console.write("\n  ".join([str(image.path), *lines]))
     if as_json:
-        facts = {"checkpoint": checkpoint, "variant": args.variant_of(built)}
-        counts = {"classes": built.num_classes, "pictures": found, "failed": failed}
+        facts = {"checkpoint": checkpoint, "variant": variant}
+        counts = {"classes": count, "pictures": found, "failed": failed}
         console.write_json({**facts, **counts})
     if failed:
         console.complain(f"failed {len(failed)} of {len(listed)}, named above")
         raise typer.Exit(1)
+
+
+def _head(engine: Engine, checkpoint: str | None) -> tuple[int, tuple[str, ...] | None, str | None]:
+    """How many classes there are, their names where the weights have them, and the variant."""
+    from tinyvit.inference.bundle import ExportedClassifier, ExportedEncoder
+
+    backend: object = engine.backend
+    if isinstance(backend, ExportedClassifier):
+        return backend.num_classes, backend.facts.classes, backend.facts.variant
+    if isinstance(backend, ExportedEncoder):
+        raise CheckpointError(
+            f"{checkpoint} has no classifier, only {backend.part}; export one with --part "
+            "classifier"
+        )
+    model = cast("TinyViT | StoredModel", engine.model)
+    return model.num_classes, model.classes, args.variant_of(model)

@@ -219,12 +219,17 @@ def check_exact(backend: object) -> None:
     """Check that an exported encoder gives what its weights give; another backend does.
 
     Raises:
-        CheckpointError: It holds rounded weights, or adapts them to another size: its embeddings
-            are others than those of the weights that it names.
+        CheckpointError: It is no encoder, holds rounded weights, or adapts them to another size:
+            its embeddings are others than those of the weights that it names.
     """
     if not isinstance(backend, ExportedEncoder):
         return
     facts, side = backend.facts, max(backend.image_spec.size)
+    if backend.part != "encoder":
+        raise CheckpointError(
+            f"{backend.path} is of part {backend.part!r}, and embeddings of a store come from an "
+            "encoder; export again with --part encoder, or embed with the checkpoint"
+        )
     if facts.storage != "fp32":
         raise CheckpointError(
             f"{backend.path} holds its weights in {facts.storage}, so that its embeddings are not "

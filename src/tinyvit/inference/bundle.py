@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyvit.catalog import list_checkpoints
-from tinyvit.checkpoints.files import check_format, check_thresholds, file_sha256
+from tinyvit.checkpoints.files import check_format, check_thresholds, classes_in, file_sha256
 from tinyvit.errors import CheckpointError, MissingExtraError
 from tinyvit.image_spec import ImageSpec
 
@@ -46,7 +46,8 @@ INDEX = "tinyvit.json"
 FORMAT = 1
 """The newest form of the metadata that is read here."""
 
-PARTS = ("encoder", "decoder")
+PAIR = ("encoder", "decoder")
+PARTS = (*PAIR, "classifier", "features")
 _PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino"}
 
 
@@ -113,7 +114,7 @@ def _runtime_for(files: Any, backend: str) -> RuntimeName:
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """The graphs of an exported folder by their part: "encoder", "decoder".
+    """The graphs of an exported folder by their part, one of ``PARTS``.
 
     Raises:
         CheckpointError: The folder's index is damaged or of a newer format, or a file is missing.
@@ -151,6 +152,7 @@ class Facts:
         network_side: Of the input as the network sees it, where the graph shrinks it; else None.
         strides: Of the encoder's merges; None where the file does not say.
         storage: How the file holds the weights, "fp32" or "fp16".
+        classes: Names of a classifier's classes, where the file has them.
     """
 
     image_spec: ImageSpec
@@ -162,6 +164,7 @@ class Facts:
     network_side: int | None = None
     strides: tuple[int, ...] | None = None
     storage: str = "fp32"
+    classes: tuple[str, ...] | None = None
 
 
 def facts_of(texts: Mapping[str, str], path: Path, part: str, given: ImageSpec | None) -> Facts:
@@ -170,7 +173,7 @@ def facts_of(texts: Mapping[str, str], path: Path, part: str, given: ImageSpec |
     Args:
         texts: The metadata.
         path: Of the file, for messages.
-        part: What it should be: "encoder" or "decoder".
+        part: What it should be, one of ``PARTS``.
         given: How images are prepared where the file does not say.
 
     Raises:
@@ -211,7 +214,7 @@ def facts_of(texts: Mapping[str, str], path: Path, part: str, given: ImageSpec |
     sha256 = texts.get("tinyvit.weights_sha256") or None
     pair, variant = texts.get("tinyvit.pair", ""), texts.get("tinyvit.variant") or None
     network = variant, network_side, strides, texts.get("tinyvit.storage", "fp32")
-    return Facts(given or spec, layout, sha256, pair, thresholds, *network)
+    return Facts(given or spec, layout, sha256, pair, thresholds, *network, classes_in(texts, path))
 
 
 def _with_article(part: str) -> str:
@@ -277,9 +280,11 @@ class ExportedEncoder:
         image_spec: How images are prepared; None where the file says so.
 
     Raises:
-        CheckpointError: The file cannot be read, or is no encoder.
+        CheckpointError: The file cannot be read, or is another part.
     """
 
+    part = "encoder"
+    _result = 0  # which of the graph's outputs a call gives
     device = "cpu"
     takes_arrays = True
 
@@ -288,20 +293,24 @@ class ExportedEncoder:
         self.name: str = runtime.name
         self.precision = runtime.precision
         self.graph = runtime.open(path)
-        self.facts = facts_of(self.graph.metadata, path, "encoder", image_spec)
+        self.facts = facts_of(self.graph.metadata, path, self.part, image_spec)
         self.image_spec = self.facts.image_spec
         self._input, self._sides = next(iter(self.graph.inputs.items()))
-        self._output, shape = next(iter(self.graph.outputs.items()))
+        shape = list(self.graph.outputs.values())[self._result]
         self.channels = shape[-3] if len(shape) > 2 else None  # of the map; None: not told
 
     def __call__(self, batch: Array) -> Array:
-        """[N, 3, H, W] float32 -> [N, C, h, w].
+        """[N, 3, H, W] float32 -> [N, C, h, w]; of a classifier [N, classes].
 
         Raises:
             ValueError: The graph takes images of one size alone, and these have another.
         """
+        return self._outputs(batch)[self._result]
+
+    def _outputs(self, batch: Array) -> list[Array]:
+        """Every output of the graph for a batch."""
         if self.facts.layout == "hwc":
-            return np.concatenate([self._run(self._pixels(image)) for image in batch])
+            return self._one_by_one(map(self._pixels, batch))
         fixed = self._sides[2:]
         if any(a not in (None, b) for a, b in zip(fixed, batch.shape[2:], strict=True)):
             raise ValueError(
@@ -309,8 +318,12 @@ class ExportedEncoder:
                 f"{batch.shape[2]} x {batch.shape[3]}; leave pad=False (--no-pad) out"
             )
         if self._sides[0] == 1:
-            return np.concatenate([self._run(image[None]) for image in batch])
+            return self._one_by_one(image[None] for image in batch)
         return self._run(batch)
+
+    def _one_by_one(self, images: Iterable[Array]) -> list[Array]:
+        """The outputs of images that the graph takes one at a time."""
+        return [np.concatenate(one) for one in zip(*map(self._run, images), strict=True)]
 
     def weights_sha256(self) -> str:
         """Hash of the weights that were exported.
@@ -330,10 +343,10 @@ class ExportedEncoder:
         """Give the session back."""
         self.graph.close()
 
-    def _run(self, images: Array) -> Array:
-        if images.ndim == 4:
-            return self.graph(images)
-        return self.graph.run({self._input: images})[self._output]
+    def _run(self, images: Array) -> list[Array]:
+        if images.ndim == 4 and len(self.graph.outputs) == 1:
+            return [self.graph(images)]
+        return list(self.graph.run({self._input: images}).values())
 
     def _pixels(self, image: Array) -> Array:
         """A prepared image [3, H, W] as the RGB [H, W, 3] in 0..255 that its graph prepares again.
@@ -345,6 +358,37 @@ class ExportedEncoder:
             image.transpose(1, 2, 0) * np.array(spec.std, np.float32)
             + np.array(spec.mean, np.float32)
         )
+
+
+class ExportedFeatures(ExportedEncoder):
+    """The maps of all stages; a call gives the last one."""
+
+    part = "features"
+    _result = -1
+
+    def stages(self, batch: Array) -> list[Array]:
+        """[N, 3, H, W] float32 -> the map of each stage, [N, C, h, w]."""
+        return self._outputs(batch)
+
+    def with_stages(self, batch: Array) -> tuple[Array, list[Array]]:
+        """What a call and ``stages`` give, from one pass."""
+        maps = self._outputs(batch)
+        return maps[-1], maps
+
+
+class ExportedClassifier(ExportedEncoder):
+    """A classifier; a call gives logits [N, classes]."""
+
+    part = "classifier"
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the head has."""
+        return cast(int, next(iter(self.graph.outputs.values()))[1])
+
+    def logits(self, batch: Array) -> Array:
+        """[N, 3, H, W] float32 -> [N, classes]."""
+        return self(batch)
 
 
 @dataclass(frozen=True)
@@ -367,17 +411,23 @@ class ExportedPair:
         return f"{file_sha256(self.encoder.path)[:32]}{file_sha256(self.path)[:32]}"
 
 
-def open_encoder(
+def open_network(
     folder: str | os.PathLike[str],
     backend: str = "auto",
     device: str = "auto",
     precision: str = "fp32",
     threads: int | None = None,
 ) -> ExportedEncoder:
-    """The encoder of an exported folder; other arguments and errors are those of ``Engine``."""
+    """What takes images in an exported folder; other arguments and errors are those of ``Engine``.
+
+    It is the encoder of a pair, or a network alone: its class says which.
+    """
     files = files_of(Path(folder))
+    kinds = (ExportedClassifier, ExportedFeatures)
+    kind = next((kind for kind in kinds if kind.part in files), ExportedEncoder)
+    path = _part_in(folder, files, kind.part)
     runtime = choose_runtime(_runtime_for(files.values(), backend), device, precision, threads)
-    return ExportedEncoder(_part_in(folder, files, "encoder"), runtime)
+    return kind(path, runtime)
 
 
 def open_pair(
@@ -403,13 +453,13 @@ def open_pair(
             are of different exports.
     """
     if isinstance(source, tuple):
-        files = dict(zip(PARTS, map(Path, source), strict=True))
+        files = dict(zip(PAIR, map(Path, source), strict=True))
         for part, path in files.items():
             if not path.is_file():
                 raise CheckpointError(f"no such file: {path} for {part}=")
     else:
         files = files_of(Path(source))
-        for part in PARTS:
+        for part in PAIR:
             _part_in(source, files, part)
     runtime = choose_runtime(_runtime_for(files.values(), backend), device, precision, threads)
     encoder = ExportedEncoder(files["encoder"], runtime, image_spec)

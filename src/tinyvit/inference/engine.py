@@ -30,7 +30,7 @@ from .backend import (
     StageBackend,
     choose_backend,
 )
-from .bundle import ExportedEncoder, engine_for, is_exported, open_encoder
+from .bundle import ExportedEncoder, engine_for, is_exported, open_network
 from .read_ahead import Picture as Picture
 from .read_ahead import choose_workers, each, preparations, prepare, read_ahead
 
@@ -121,7 +121,7 @@ class Engine:
         self._model: TinyViT | StoredModel | ExportedEncoder | None
         if is_exported(model) and isinstance(backend, str):
             folder = cast("str", model)
-            self._model = open_encoder(folder, backend, device, str(precision), threads)
+            self._model = open_network(folder, backend, device, str(precision), threads)
         elif isinstance(model, (str, os.PathLike)) or (model is None and isinstance(backend, str)):
             source = DEFAULT_CHECKPOINT if model is None else model
             is_native = isinstance(backend, str) and engine_for(source, backend, device) == "native"
@@ -401,6 +401,12 @@ class Engine:
 
         model = self.model
         if model is None:
+            part = getattr(self._model, "part", "encoder")
+            if part != "encoder":
+                raise ValueError(
+                    f"an export of part {part!r} gives no vector of an image; embed with the "
+                    "checkpoint itself, or with an exported encoder"
+                )
             return None
         arguments = arguments_of(model)
         if arguments.get("neck_dim") is not None or not arguments.get("head", True):
