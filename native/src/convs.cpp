@@ -30,8 +30,8 @@ void point_along(T** pointers, T* start, long pitch, int count) {
 }
 
 LinearCall dense_call(const Matrix& weights, const char* in, long pitch, int tokens, bool gelu,
-                      char* const* out) {
-  return {in, pitch, tokens, 0, tokens, &weights, nullptr, gelu, out, nullptr};
+                      char* const* out, char* scratch) {
+  return {in, pitch, tokens, 0, tokens, &weights, nullptr, gelu, out, nullptr, scratch};
 }
 
 }  // namespace
@@ -63,6 +63,7 @@ struct StemSpace {
   char* columns;  // what each output of the first convolution sees
   char* ring;     // four rows of its output, with a border of one
   char* zero;
+  char* products;
   char** pointers;
   long* taps;
   long line, ring_row;
@@ -78,6 +79,8 @@ struct StemSpace {
     zero = arena.take<char>(ring_row);
     pointers = arena.take<char*>(halved);
     taps = arena.take<long>(9 * stem.half / kChannelStep);
+    const int kept = stem.is_pointwise ? width : (halved + 1) / 2;
+    products = take_products(arena, k, halved, stem.first.inputs, kept, stem.second.inputs);
   }
 };
 
@@ -127,9 +130,9 @@ void Stem::run(const Kernels& k, const Picture& image, int height, int width, co
       for (int x = 0; x < width; ++x)
         copy_words(s.columns + x * column, s.lines + (x + 1) * pixel, pixel);
       point_along(s.pointers, s.ring, half * e, width);
-      k.linear(dense_call(first, s.columns, column, width, true, s.pointers));
+      k.linear(dense_call(first, s.columns, column, width, true, s.pointers, s.products));
       point_along(s.pointers, map.at(y, 0), map.pitch, width);
-      k.linear(dense_call(second, s.ring, half * e, width, false, s.pointers));
+      k.linear(dense_call(second, s.ring, half * e, width, false, s.pointers, s.products));
     }
     return;
   }
@@ -152,7 +155,7 @@ void Stem::run(const Kernels& k, const Picture& image, int height, int width, co
           copy_words(s.columns + x * column + 3 * d * pixel, from + 2 * x * pixel, 3 * pixel);
       }
       point_along(s.pointers, s.ring + (m & 3) * s.ring_row + px, px, columns);
-      k.linear(dense_call(first, s.columns, column, columns, true, s.pointers));
+      k.linear(dense_call(first, s.columns, column, columns, true, s.pointers, s.products));
     }
     done = 2 * y + 1;
     long* tap = s.taps;
@@ -164,7 +167,7 @@ void Stem::run(const Kernels& k, const Picture& image, int height, int width, co
           *tap++ = from + x * px + c * e - s.ring;
     }
     point_along(s.pointers, map.at(y, 0), map.pitch, map.width);
-    LinearCall call = dense_call(second, s.ring, 2 * px, map.width, false, s.pointers);
+    LinearCall call = dense_call(second, s.ring, 2 * px, map.width, false, s.pointers, s.products);
     call.taps = s.taps;
     k.linear(call);
   }
@@ -185,7 +188,7 @@ void Bottleneck::make(const Tensors& tensors, Packer& pack, const std::string& n
 namespace {
 
 struct BottleneckSpace {
-  char *ring, *zero, *mid;
+  char *ring, *zero, *mid, *products;
   char** pointers;
   const char** residual;
   long ring_row;
@@ -198,6 +201,7 @@ struct BottleneckSpace {
     mid = arena.take<char>(static_cast<size_t>(Bottleneck::kColumns) * b.hidden * k.element);
     pointers = arena.take<char*>(columns);
     residual = arena.take<const char*>(Bottleneck::kColumns);
+    products = take_products(arena, k, columns, b.in, Bottleneck::kColumns, b.hidden);
   }
 };
 
@@ -226,7 +230,7 @@ void Bottleneck::run(const Kernels& k, const Map& from, const Map& to, int top, 
     const int below = y * stride + 1;
     for (int r = std::max(done + 1, 0); r <= below && r < from.height; ++r) {
       point_along(s.pointers, s.ring + (r & 3) * s.ring_row + (first - begin) * px, px, last - first);
-      k.linear(dense_call(expand, from.at(r, first), from.pitch, last - first, true, s.pointers));
+      k.linear(dense_call(expand, from.at(r, first), from.pitch, last - first, true, s.pointers, s.products));
     }
     done = below;
     const char* rows[3];
@@ -236,7 +240,7 @@ void Bottleneck::run(const Kernels& k, const Map& from, const Map& to, int top, 
     }
     k.depthwise({rows, px, right - left, stride, &local, true, s.mid, px});
     point_along(s.pointers, to.at(y, left), to.pitch, right - left);
-    LinearCall call = dense_call(project, s.mid, px, right - left, is_residual, s.pointers);
+    LinearCall call = dense_call(project, s.mid, px, right - left, is_residual, s.pointers, s.products);
     if (is_residual) {
       point_along<const char>(s.residual, from.at(y, left), from.pitch, right - left);
       call.add = s.residual;

@@ -100,7 +100,7 @@ const Kernels* choose_kernels(bool is_bf16, const char* isa, bool splits) {
     if (!is_below || !e.is_here) continue;
     if (splits && e.splitting)
       if (const Kernels* k = e.splitting()) return k;
-    if (const Kernels* k = e.kernels(is_bf16)) return k;  // fp32 is the same above avx512
+    if (const Kernels* k = e.kernels(is_bf16)) return k;  // fp32 of avx512bf16 is that of avx512
   }
   throw Error(TINYVIT_INVALID, "unknown instruction set '" + wanted +
                                    "'; one of amx, avx512bf16, avx512, avx2, generic");

@@ -8,7 +8,7 @@ namespace tinyvit {
 namespace {
 
 struct EndSpace {
-  char* row;
+  char *row, *products;
   char** rows;
   char** out;
   long* taps;
@@ -18,6 +18,7 @@ struct EndSpace {
     rows = arena.take<char*>(width);
     out = arena.take<char*>(width);
     taps = arena.take<long>(9 * end.padded / kChannelStep);
+    products = take_products(arena, k, width, end.reduce.inputs, width, end.conv.inputs);
   }
 };
 
@@ -50,7 +51,7 @@ void Ending::reduce_row(const Kernels& k, const Map& in, const Map& out, int y, 
   EndSpace s(arena, *this, k, in.width);
   for (int x = 0; x < in.width; ++x) s.rows[x] = out.at(y, x);
   const bool is_neck = kind == TINYVIT_END_SAM;
-  k.linear({in.at(y, 0), in.pitch, in.width, 0, in.width, &reduce, nullptr, !is_neck, s.rows, nullptr});
+  k.linear({in.at(y, 0), in.pitch, in.width, 0, in.width, &reduce, nullptr, !is_neck, s.rows, nullptr, s.products});
   if (is_neck)
     k.normalize({s.rows, in.width, channels, padded, 1e-6f, gamma[0], beta[0], s.rows, false});
 }
@@ -68,7 +69,7 @@ void Ending::conv_row(const Kernels& k, const Map& in, int y, float* out, char* 
     for (int x = -1; x <= 1; ++x)
       for (int c = 0; c < padded; c += kChannelStep)
         *tap++ = d * in.row + x * in.pitch + c * static_cast<long>(k.element);
-  k.linear({in.at(y, 0), in.pitch, in.width, 0, in.width, &conv, s.taps, false, s.rows, nullptr});
+  k.linear({in.at(y, 0), in.pitch, in.width, 0, in.width, &conv, s.taps, false, s.rows, nullptr, s.products});
   if (kind == TINYVIT_END_SAM) {
     k.normalize({s.rows, in.width, channels, padded, 1e-6f, gamma[1], beta[1], s.out, true});
   } else {

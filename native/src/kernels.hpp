@@ -19,6 +19,9 @@ inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
 struct Matrix {
   float* panels = nullptr;  // fp32 values, or pairs of bf16 values of neighbouring inputs
   float* bias = nullptr;    // [outputs]
+  // For kernels with linear_scratch: [panel][kChannelStep inputs][high, middle, low][half of the panel]
+  // [pairs of inputs][outputs][2] bf16 values that sum up to the weights; or null.
+  const uint16_t* thirds = nullptr;
   int inputs = 0, outputs = 0;  // padded
   const uint16_t* parts = nullptr;  // of Kernels::split, or none
 };
@@ -35,6 +38,7 @@ struct LinearCall {
   bool gelu;
   char* const* out;
   const char* const* add;  // or null
+  char* scratch = nullptr;  // linear_scratch bytes, aligned to cache lines; without it they are slower
 };
 
 // A depthwise convolution's weights: [channels / 2 lanes][taps][2][lanes].
@@ -84,6 +88,7 @@ struct Kernels {
   bool is_bf16;
   size_t element;  // bytes of a value in a map
   void (*linear)(const LinearCall&);
+  size_t (*linear_scratch)(int tokens, int inputs);  // or null: none is wanted
   void (*depthwise)(const DepthwiseCall&);
   void (*normalize)(const NormCall&);
   void (*attend)(const AttendCall&);

@@ -43,6 +43,15 @@ inline Map dense_map(char* data, int height, int width, long pitch) {
 // A map with `border` zero rows and columns around it; they are written here.
 Map bordered_map(char* data, int height, int width, long pitch, int border);
 
+// Memory for either of two products, where the kernels want some.
+inline char* take_products(Arena& arena, const Kernels& k, size_t tokens, int inputs, size_t other_tokens,
+                           int other_inputs) {
+  if (!k.linear_scratch) return nullptr;
+  const size_t a = k.linear_scratch(static_cast<int>(tokens), inputs);
+  const size_t b = k.linear_scratch(static_cast<int>(other_tokens), other_inputs);
+  return arena.take<char>(a > b ? a : b);
+}
+
 // The pixels of one image of a batch.
 struct Picture {
   const float* planes = nullptr;  // one of the two

@@ -18,8 +18,9 @@ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 // Images of a batch go to threads whole while an image's maps are below this.
 constexpr size_t kSmallImage = size_t(24) << 20;
 
-// About how many tokens a patch of the perceptron has: its hidden values stay in the cache.
-constexpr int kPatchTokens = 96, kPatchColumns = 128;
+// About how many tokens a patch of the perceptron has: its hidden values stay in the cache, and weights
+// that do not are read once for all of them.
+constexpr int kPatchTokens = 192, kPatchColumns = 128;
 
 struct Patches {
   int columns, rows, across, down;  // of a patch; number of them
@@ -57,7 +58,7 @@ Net::Net(const tinyvit_config& config, const Tensors& tensors)
     : config_(config),
       kernels_(choose_kernels(config.precision == TINYVIT_BF16, config.isa)),
       float_kernels_(choose_kernels(false, config.isa)),
-      pack_(kernels_),
+      pack_(kernels_, true),
       float_pack_(float_kernels_),
       pool_(config.threads > 0 ? config.threads : cpus()) {
   config_.isa = nullptr;  // the caller's memory

@@ -14,7 +14,7 @@ namespace {
 constexpr double kLog2e = 1.4426950408889634;
 
 struct WindowSpace {
-  char *normed, *qkv, *mixed, *attention;
+  char *normed, *qkv, *mixed, *attention, *products;
   const char **in, **keys;
   char **rows, **out;
   int* positions;
@@ -28,6 +28,7 @@ struct WindowSpace {
     qkv = arena.take<char>(tokens * qkv_pitch);
     mixed = arena.take<char>(tokens * mixed_pitch);
     attention = arena.take<char>(k.attend_scratch(b.side, b.width));
+    products = take_products(arena, k, tokens, b.padded, tokens, b.proj.inputs);
     in = arena.take<const char*>(tokens);
     keys = arena.take<const char*>(area);
     rows = arena.take<char*>(tokens);
@@ -37,7 +38,7 @@ struct WindowSpace {
 };
 
 struct PatchSpace {
-  char *local, *normed, *hidden;
+  char *local, *normed, *hidden, *products;
   char **rows, **steps, **out;
   const char** kernel;
 
@@ -45,6 +46,7 @@ struct PatchSpace {
     local = arena.take<char>(static_cast<size_t>(tokens) * b.padded * k.element);
     normed = arena.take<char>(static_cast<size_t>(tokens) * b.padded * k.element);
     hidden = arena.take<char>(static_cast<size_t>(tokens) * b.hidden * k.element);
+    products = take_products(arena, k, tokens, b.padded, tokens, b.hidden);
     rows = arena.take<char*>(tokens);
     steps = arena.take<char*>(tokens);
     out = arena.take<char*>(tokens);
@@ -133,7 +135,7 @@ void TokenBlock::attend(const Kernels& k, const Map& in, const Map& out, int row
       }
   k.normalize({s.in, tokens, channels, padded, 1e-5f, nullptr, nullptr, s.rows, false});
   for (int t = 0; t < tokens; ++t) s.rows[t] = s.qkv + t * s.qkv_pitch;
-  k.linear({s.normed, in.pitch, tokens, 0, tokens, &qkv, nullptr, false, s.rows, nullptr});
+  k.linear({s.normed, in.pitch, tokens, 0, tokens, &qkv, nullptr, false, s.rows, nullptr, s.products});
   int done = 0;
   for (int w = first; w < last; ++w) {
     const int columns = inside(w, side, in.width);
@@ -148,7 +150,7 @@ void TokenBlock::attend(const Kernels& k, const Map& in, const Map& out, int row
               s.mixed + done * s.mixed_pitch, s.mixed_pitch, s.attention});
     done += count;
   }
-  k.linear({s.mixed, s.mixed_pitch, tokens, 0, tokens, &proj, nullptr, false, s.out, s.in});
+  k.linear({s.mixed, s.mixed_pitch, tokens, 0, tokens, &proj, nullptr, false, s.out, s.in, s.products});
 }
 
 size_t TokenBlock::mix_scratch(const Kernels& k, int tokens) const {
@@ -174,8 +176,8 @@ void TokenBlock::mix(const Kernels& k, const Map& in, const Map& out, int top, i
   k.normalize({s.rows, tokens, channels, padded, 1e-5f, nullptr, nullptr, s.steps, false});
   const long wide = hidden * static_cast<long>(k.element);
   for (int t = 0; t < tokens; ++t) s.steps[t] = s.hidden + t * wide;
-  k.linear({s.normed, in.pitch, tokens, 0, tokens, &fc1, nullptr, true, s.steps, nullptr});
-  k.linear({s.hidden, wide, tokens, 0, tokens, &fc2, nullptr, false, s.out, s.rows});
+  k.linear({s.normed, in.pitch, tokens, 0, tokens, &fc1, nullptr, true, s.steps, nullptr, s.products});
+  k.linear({s.hidden, wide, tokens, 0, tokens, &fc2, nullptr, false, s.out, s.rows, s.products});
 }
 
 }  // namespace tinyvit

@@ -186,7 +186,31 @@ Matrix Packer::matrix(const Folded& layer, const Order& outputs, const Order& in
       else reinterpret_cast<float*>(column)[at] = v;
     }
   }
+  if (has_thirds_) add_thirds(m);
   return m;
+}
+
+// Of finite weights only.
+void Packer::add_thirds(Matrix& m) {
+  const int panel = kernels_->panel, half = panel / 2, groups = m.inputs / kChannelStep, kParts = 3;
+  const size_t count = static_cast<size_t>(m.outputs) * m.inputs;
+  uint16_t* parts = reinterpret_cast<uint16_t*>(take(count * kParts * sizeof(uint16_t)));
+  for (int n = 0; n < m.outputs; ++n)
+    for (int k = 0; k < m.inputs; ++k) {
+      const int column = n % panel, within = k % kChannelStep;
+      float left = m.panels[static_cast<size_t>(n / panel) * panel * m.inputs + static_cast<size_t>(k) * panel + column];
+      const size_t group = (static_cast<size_t>(n / panel) * groups + k / kChannelStep) * kParts;
+      for (int i = 0; i < kParts; ++i) {
+        const uint16_t part = to_bf16(left);
+        const uint32_t bits = static_cast<uint32_t>(part) << 16;
+        float f;
+        std::memcpy(&f, &bits, 4);
+        left -= f;
+        parts[(((group + i) * 2 + column / half) * (kChannelStep / 2) + within / 2) * panel + column % half * 2 + within % 2] = part;
+      }
+      if (left != left) return;
+    }
+  m.thirds = parts;
 }
 
 Depthwise Packer::depthwise(const Folded& layer) {

@@ -53,7 +53,9 @@ class Tensors {
 // Packs folded layers for one table of kernels and owns the memory.
 class Packer {
  public:
-  explicit Packer(const Kernels* kernels) : kernels_(kernels) {}
+  // `has_thirds`: for kernels that multiply thirds of fp32 numbers, where calls give them memory.
+  explicit Packer(const Kernels* kernels, bool has_thirds = false)
+      : kernels_(kernels), has_thirds_(has_thirds && kernels->linear_scratch) {}
   // Position in memory -> channel, or -1 for padding; empty means the channels themselves.
   typedef std::vector<int> Order;
   Matrix matrix(const Folded& layer, const Order& outputs = {}, const Order& inputs = {});
@@ -64,7 +66,9 @@ class Packer {
 
  private:
   char* take(size_t bytes);
+  void add_thirds(Matrix& m);
   const Kernels* kernels_;
+  bool has_thirds_;
   std::vector<Block> blocks_;
   size_t bytes_ = 0, used_ = 0;
 };

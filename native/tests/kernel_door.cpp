@@ -52,11 +52,12 @@ DOOR int door_has(const char* isa, int is_bf16) {
 DOOR void door_linear(const char* isa, int is_bf16, int tokens, int inputs, int outputs, const float* x,
                       const float* w, const float* b, const float* add, int gelu, float* y) {
   const Kernels& k = *choose_kernels(is_bf16, isa);
-  Packer pack(&k);
+  Packer pack(&k, true);
   const Matrix m = pack.matrix(folded(w, b, outputs, inputs, 1));
+  const Block scratch(k.linear_scratch ? k.linear_scratch(tokens, m.inputs) : 0);
   Tokens in(k, tokens, inputs, x), plus(k, tokens, outputs, add), out(k, tokens, outputs);
   k.linear({in.data.data(), in.pitch(), tokens, 0, tokens, &m, nullptr, gelu != 0, out.rows.data(),
-            add ? plus.rows.data() : nullptr});
+            add ? plus.rows.data() : nullptr, scratch.data()});
   out.read(y, outputs);
 }
 
@@ -81,8 +82,9 @@ DOOR int door_linear_by_parts(int tokens, int inputs, int outputs, const float* 
 DOOR void door_conv(const char* isa, int is_bf16, int height, int width, int inputs, int outputs,
                     const float* x, const float* w, const float* b, float* y) {
   const Kernels& k = *choose_kernels(is_bf16, isa);
-  Packer pack(&k);
+  Packer pack(&k, true);
   const Matrix m = pack.matrix(folded(w, b, outputs, inputs, 3));
+  const Block scratch(k.linear_scratch ? k.linear_scratch(height * width, m.inputs) : 0);
   Tokens in(k, (height + 2) * (width + 2), inputs, x), out(k, height * width, outputs);
   std::vector<long> taps;
   const long row = (width + 2) * in.pitch();
@@ -91,7 +93,7 @@ DOOR void door_conv(const char* isa, int is_bf16, int height, int width, int inp
       for (int c = 0; c < in.padded; c += kChannelStep)
         taps.push_back(d * row + e * in.pitch() + c * static_cast<long>(k.element));
   k.linear({in.data.data(), in.pitch(), width, row, height * width, &m, taps.data(), false,
-            out.rows.data(), nullptr});
+            out.rows.data(), nullptr, scratch.data()});
   out.read(y, outputs);
 }
 

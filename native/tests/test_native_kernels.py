@@ -172,3 +172,24 @@ def test_no_number_stays_in_its_token(kernel, value):
         assert np.isnan(y[4]).all()
     else:
         assert np.array_equal(y[4], value * np.sign(w[:, 7]))
+
+
+def test_weights_that_are_no_numbers(kernel):
+    rng = np.random.default_rng(0)
+    x, w, b = floats(rng, 40, 40), floats(rng, 20, 40), floats(rng, 20)
+    x = np.abs(x) + 1
+    w[3, 5], w[4, 6] = np.inf, np.nan
+    y = np.empty((40, 20), np.float32)
+    call("door_linear", kernel, 40, 40, 20, x, w, b, None, 0, y)
+    assert (y[:, 3] == np.inf).all() and np.isnan(y[:, 4]).all()
+    assert np.isfinite(np.delete(y, (3, 4), 1)).all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-5, 1e5, 1e30])
+def test_linear_of_any_size(kernel, scale):
+    rng = np.random.default_rng(1)
+    x, w, b = floats(rng, 33, 70) * np.float32(scale), floats(rng, 33, 70), np.zeros(33, np.float32)
+    y = np.empty((33, 33), np.float32)
+    call("door_linear", kernel, 33, 70, 33, x, w, b, None, 0, y)
+    exact = as_stored(x, kernel) @ as_stored(w, kernel).T
+    assert np.abs(y - exact).max() <= scale * tolerance(kernel, exact / scale, 70)

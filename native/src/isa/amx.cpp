@@ -1,4 +1,4 @@
-// AMX: bf16 products by tiles; everything else as avx512bf16.
+// AMX: products by tiles, in fp32 six of bf16; everything else as avx512bf16.
 //
 // Taken only where the processor has it, the kernel allows it, and a self-check agrees with the
 // products of avx512bf16 (see kernels() below).
@@ -11,6 +11,8 @@
 #include "tiles.hpp"
 //
 #include "tiles_split.hpp"
+//
+#include "six.hpp"
 //
 #include "attention_tiles.hpp"
 
@@ -46,8 +48,9 @@ static bool agrees() {
 }
 
 const Kernels* kernels(bool is_bf16) {
-  // Single precision is the same as in avx512.cpp.
-  return is_bf16 && agrees() ? &Table<Bf16, linear_tiles, attend_tiles, attend_tiles_scratch>::kernels : nullptr;
+  if (!agrees()) return nullptr;
+  return is_bf16 ? &Table<Bf16, linear_tiles, attend_tiles, attend_tiles_scratch>::kernels
+                 : &Table<F32, linear_six, attend<F32>, attend_scratch<F32>, six_scratch>::kernels;
 }
 
 const Kernels* splitting_kernels() {

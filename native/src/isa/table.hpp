@@ -16,11 +16,12 @@ namespace tinyvit {
 namespace TINYVIT_ISA {
 
 template <class P, void (*kLinear)(const LinearCall&) = linear<P>,
-          void (*kAttend)(const AttendCall&) = attend<P>, size_t (*kScratch)(int, int) = attend_scratch<P>>
+          void (*kAttend)(const AttendCall&) = attend<P>, size_t (*kScratch)(int, int) = attend_scratch<P>,
+          size_t (*kLinearScratch)(int, int) = nullptr>
 struct Table {
   static constexpr Kernels kernels = {
       TINYVIT_ISA_NAME,  kLanes,         2 * kLanes,    kTileRows,     P::kBf16,
-      sizeof(typename P::T), kLinear,    depthwise<P>,  normalize<P>,  kAttend,
+      sizeof(typename P::T), kLinear, kLinearScratch, depthwise<P>,  normalize<P>,  kAttend,
       kScratch,          from_float<P>,  to_float<P>,   to_planes<P>,  project,
       gelu_many<P>,      exp2_many<P>,   add_many,      place,         largest_of,
       weigh,             soften,
