@@ -42,6 +42,9 @@ export function enlarge(logits, image, window) {
   const lastX = Math.min(width, Math.ceil((image.width - window.x) / window.step - 0.5));
   const firstY = Math.max(0, Math.ceil(-window.y / window.step - 0.5));
   const lastY = Math.min(height, Math.ceil((image.height - window.y) / window.step - 0.5));
+  // Samples of one cell lie side by side: where its three logits have one sign, so have all its samples.
+  const ends = [];
+  for (let x = firstX; x < lastX; x++) if (x + 1 === lastX || across.low[x + 1] !== across.low[x]) ends.push(x + 1);
   for (let y = firstY; y < lastY; y++) {
     const a = down.low[y] * logits.width, b = a + logits.width, c = b + logits.width;
     const [p, q, r] = down.weights.subarray(3 * y, 3 * y + 3);
@@ -49,9 +52,16 @@ export function enlarge(logits, image, window) {
       row[i] = logits.values[a + i] * p + logits.values[b + i] * q + logits.values[c + i] * r;
     }
     const start = y * width;
-    for (let x = firstX; x < lastX; x++) {
-      const i = across.low[x], w = 3 * x, own = across.weights;
-      if (row[i] * own[w] + row[i + 1] * own[w + 1] + row[i + 2] * own[w + 2] > 0) out[start + x] = 1;
+    let x = firstX;
+    for (const end of ends) {
+      const i = across.low[x], u = row[i], v = row[i + 1], z = row[i + 2];
+      if (u > 0 && v > 0 && z > 0) out.fill(1, start + x, start + end);
+      else if (u > 0 || v > 0 || z > 0) {
+        for (let w = 3 * x, own = across.weights; x < end; x++, w += 3) {
+          if (u * own[w] + v * own[w + 1] + z * own[w + 2] > 0) out[start + x] = 1;
+        }
+      }
+      x = end;
     }
   }
   return out;

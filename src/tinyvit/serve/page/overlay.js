@@ -50,8 +50,10 @@ export class Overlay {
   drawMasks(view, ratio, masks, image) {
     const window_ = this.windowOf(view, ratio);
     const key = [window_.x, window_.y, window_.step, window_.width, window_.height].join();
-    const pixels = new ImageData(window_.width, window_.height);
-    const words = new Uint32Array(pixels.data.buffer);
+    if (this.pixels?.width !== window_.width || this.pixels.height !== window_.height) {
+      this.pixels = new ImageData(window_.width, window_.height);
+    }
+    const words = new Uint32Array(this.pixels.data.buffer); // all of them are written below
     const seen = new Set();
     const draw = (target, { id, entry, isCurrent, dashed }) => {
       const name = `${id}:${entry.version}:${key}`;
@@ -75,7 +77,7 @@ export class Overlay {
     words.set(this.still.words);
     for (const mask of masks) if (!still.includes(mask)) draw(words, mask);
     for (const name of this.cache.keys()) if (!seen.has(name)) this.cache.delete(name);
-    this.layer.getContext("2d").putImageData(pixels, 0, 0);
+    this.layer.getContext("2d").putImageData(this.pixels, 0, 0);
     this.context.drawImage(this.layer, 0, 0);
   }
   drawPoint({ x, y }, label) {
@@ -139,24 +141,22 @@ function paint(words, mask, width, height, [r, g, b], id, isCurrent, dashed, opa
   const colour = (b << 16) | (g << 8) | r;
   const weak = (Math.round(255 * opacity) << 24) | colour;
   const strong = (Math.round(255 * Math.min(1, opacity + 0.2)) << 24) | colour;
-  const white = (255 << 24) | 0xffffff, black = (255 << 24) | 0x101010;
-  const period = Math.round(10 * ratio), thick = Math.max(1, Math.round(ratio));
+  const white = (255 << 24) | 0xffffff, around = (255 << 24) | (isCurrent || dashed ? 0x101010 : colour);
+  const period = Math.round(10 * ratio), thick = Math.max(1, Math.round(ratio)), below = thick * width;
   const [sx, sy] = [[1, 1], [1, -1], [1, 0], [0, 1], [2, 1]][id % 5];
+  const rows = Array.from({ length: period }, (_, k) => // the stripes repeat after so many rows
+    Uint32Array.from({ length: width }, (_, x) => (((x * sx + k) % period) * 2 < period ? strong : weak)));
   const [x0, y0, x1, y1] = mask.box;
+  const first = Math.max(x0 - thick, 0), last = Math.min(x1 + thick, width);
   for (let y = Math.max(y0 - thick, 0); y < Math.min(y1 + thick, height); y++) {
-    for (let x = Math.max(x0 - thick, 0); x < Math.min(x1 + thick, width); x++) {
-      const i = y * width + x;
-      const left = x >= thick ? mask[i - thick] : 0, up = y >= thick ? mask[i - thick * width] : 0;
-      const right = x < width - thick ? mask[i + thick] : 0, down = y < height - thick ? mask[i + thick * width] : 0;
+    const fill = rows[(((y * sy) % period) + period) % period], hasUp = y >= thick, hasDown = y < height - thick;
+    for (let x = first, i = y * width + first; x < last; x++, i++) {
+      const near = (x >= thick ? mask[i - thick] : 0) + (x < width - thick ? mask[i + thick] : 0) +
+        (hasUp ? mask[i - below] : 0) + (hasDown ? mask[i + below] : 0);
       if (mask[i]) {
-        if (!(left && right && up && down)) {
-          if (!dashed || ((x + y) / period) & 1) words[i] = white;
-        } else if (!dashed) {
-          words[i] = ((((x * sx + y * sy) % period) + period) % period) * 2 < period ? strong : weak;
-        }
-      } else if ((left || right || up || down) && (!dashed || ((x + y) / period) & 1)) {
-        words[i] = isCurrent || dashed ? black : (255 << 24) | colour;
-      }
+        if (near === 4) { if (!dashed) words[i] = fill[x]; }
+        else if (!dashed || ((x + y) / period) & 1) words[i] = white;
+      } else if (near && (!dashed || ((x + y) / period) & 1)) words[i] = around;
     }
   }
 }
