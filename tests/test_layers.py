@@ -5,7 +5,6 @@ layers, and what a door leads to; imports inside functions and under TYPE_CHECKI
 """
 
 import ast
-import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -117,7 +116,6 @@ def name_of(path):
     return path.relative_to(SRC).as_posix()
 
 
-@functools.cache
 def parse(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 

@@ -23,7 +23,6 @@ from tinyvit.export import (
     graphs,
     verify,
 )
-from tinyvit.export.certificate import Case, compare, keep
 from tinyvit.export.verify import open_graph
 
 onnx = pytest.importorskip("onnx")
@@ -209,16 +208,6 @@ def test_wrong_arguments(sam, tmp_path):
     with pytest.raises(ValueError, match="Light HQ-SAM needs a second embedding"):
         export_model(make_tiny_sam(is_hq=True), tmp_path / "hq")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
-
-
-def test_references_are_kept_at_places_of_their_own():
-    values = np.arange(10_000.0)
-    assert len(keep(values, "a")) == 4096
-    assert (keep(values, "a") == keep(values, "a")).all()
-    assert (keep(values, "a") != keep(values, "b")).any()
-    case = Case("c", "decoder", (1,))
-    wrong = compare(case, "masks", values * np.nan, keep(values, "c masks"), 1e-4)
-    assert not wrong.passed
 
 
 @pytest.mark.slow  # 20 s of CPU
