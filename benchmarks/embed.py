@@ -3,13 +3,13 @@
 Each part can be run alone, with its size, and replaces its own lines of ``embed.json``;
 ``embed.md`` is written from that. Weights of the parts that measure time are random, for which time
 is the same; those of ``masks`` and ``likeness`` are the embedded ones, trained, on real images.
-Where no part is named, ``ray`` is left out unless the package is installed, and ``likeness`` unless
-its images are named.
+Where no part is named, ``actors`` and ``ray`` are left out unless the package ray is installed, and
+``likeness`` unless its images are named.
 
     python benchmarks/embed.py                          # every part, at its size
     python benchmarks/embed.py rate --images 200 --rounds 5
     python benchmarks/embed.py masks --photos FOLDER
-    python benchmarks/embed.py ray --rounds 3
+    python benchmarks/embed.py actors ray
     python benchmarks/embed.py likeness --objects FOLDER --backgrounds FOLDER
 """
 
@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -34,11 +33,11 @@ from typing import Any
 import likeness
 import numpy as np
 from folder import IMAGES, pure_rate, write_images
+from local_ray import of_fixed_cost, ray_of
 
 import tinyvit
 from tinyvit.bench import machine_facts
 from tinyvit.embed import EmbeddingStore, RayWorkers, embed_images
-from tinyvit.embed.actors import load_ray
 from tinyvit.embed.commits import FragmentWriter, commit, keep_up
 from tinyvit.embed.rows import StoreRow
 from tinyvit.embed.verify import POINTS
@@ -307,22 +306,6 @@ def likeness_part(options: argparse.Namespace) -> Facts:
         return likeness.measure(options.objects, options.backgrounds, options.encoders, place)
 
 
-@contextmanager
-def ray_of(cpus: int, begin: Callable[[], None] | None = None) -> Iterator[None]:
-    """Ray on this machine, with so many CPUs as it thinks; ``begin`` runs in each process."""
-    ray = load_ray()
-    more = {} if begin is None else {"runtime_env": {"worker_process_setup_hook": begin}}
-    with warnings.catch_warnings():  # Ray's forks become other programs at once
-        warnings.filterwarnings("ignore", "lance is not fork-safe")
-        ray.init(
-            address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, **more
-        )
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 class Clock:
     """Takes the progress of a run: images done, and when."""
 
@@ -337,27 +320,6 @@ class Clock:
         """Images a second after the first outcome."""
         (first, before), (last, done) = self.seen[0], self.seen[-1]
         return (done - before) / (last - first)
-
-
-def of_fixed_cost(seconds: float, notes: str) -> Callable[[], None]:
-    """Makes torch's encoder take so long for an image, asleep; notes when each began."""
-
-    def begin() -> None:
-        from tinyvit.inference.torch_backend import TorchBackend
-
-        call = TorchBackend.__call__
-
-        def slow(self: TorchBackend, batch: Any) -> Any:
-            start = time.monotonic()
-            found = call(self, batch)
-            with open(f"{notes}/{os.getpid()}", "a") as file:
-                file.write(f"{start}\n")
-            time.sleep(max(0.0, start + seconds * len(batch) - time.monotonic()))
-            return found
-
-        TorchBackend.__call__ = slow  # type: ignore[method-assign]
-
-    return begin
 
 
 def actors_of_fixed_cost(options: argparse.Namespace, count: int) -> Facts:
@@ -386,8 +348,8 @@ def actors_of_fixed_cost(options: argparse.Namespace, count: int) -> Facts:
     }
 
 
-def ray_part(options: argparse.Namespace) -> Facts:
-    """Actors of a fixed cost an image; and one actor that computes, beside the plain loop."""
+def actors_part(options: argparse.Namespace) -> Facts:
+    """N actors of a fixed cost an image against N times one."""
     actors: Facts = {}
     for number in range(options.rounds):
         for count in sorted({1, *options.actors}):
@@ -395,6 +357,14 @@ def ray_part(options: argparse.Namespace) -> Facts:
             print(json.dumps({"round": number, "actors": count, **found}), flush=True)
             for name, value in found.items():
                 actors.setdefault(str(count), {}).setdefault(name, []).append(value)
+    return {
+        **{"cost_s": options.cost, "images_per_actor": options.images_per_actor},
+        **{"rounds": options.rounds, "actors": actors},
+    }
+
+
+def ray_part(options: argparse.Namespace) -> Facts:
+    """One actor that computes, beside the plain loop, taking turns."""
     cores, engine = len(os.sched_getaffinity(0)), make_engine(options.size)
     plain, rays = [], []
     with folder() as place, ray_of(cores):
@@ -409,9 +379,8 @@ def ray_part(options: argparse.Namespace) -> Facts:
                 rates.append(clock.rate())
                 shutil.rmtree(url)
     return {
-        **{"cost_s": options.cost, "images_per_actor": options.images_per_actor},
-        **{"rounds": options.rounds, "actors": actors, "images": options.images},
-        **{"size": options.size, "engine": engine.summary(), "plain": plain, "ray": rays},
+        **{"images": options.images, "size": options.size, "engine": engine.summary()},
+        **{"rounds": options.rounds, "plain": plain, "ray": rays},
     }
 
 
@@ -422,6 +391,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Facts]] = {
     "memory": memory,
     "masks": masks,
     "likeness": likeness_part,
+    "actors": actors_part,
     "ray": ray_part,
 }
 
@@ -516,30 +486,36 @@ def masks_lines(f: Facts) -> list[str]:
     ]
 
 
-def ray_lines(f: Facts) -> list[str]:
-    """P9 under Ray."""
+def actors_lines(f: Facts) -> list[str]:
+    """P9 under Ray: scale."""
     actors = {int(count): one for count, one in f["actors"].items()}
     single = statistics.median(actors[1]["rate"])
-    ratios = [ray / plain for ray, plain in zip(f["ray"], f["plain"], strict=True)]
     return [
         f"Actors that sleep {f['cost_s']} s for each image, {f['images_per_actor']} images for "
         f"each actor, medians of {f['rounds']} rounds: the rate from when all actors work to the "
         "last outcome, against so many times that of one; the whole run, with the actors' start.",
         "",
-        "| actors | images/s | of N times one | lowest | after the first outcome, images/s "
-        "| whole run, images/s | all work after, s |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
+        "| actors | images/s | of N times one | lowest | of what sleeping allows "
+        "| after the first outcome, images/s | whole run, images/s | all work after, s |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
         *(
             f"| {count} | {statistics.median(one['rate']):.2f} "
             f"| {statistics.median(one['rate']) / count / single:.1%} "
             f"| {min(one['rate']) / count / single:.1%} "
+            f"| {statistics.median(one['rate']) / count * f['cost_s']:.1%} "
             f"| {statistics.median(one['after_first']):.2f} "
             f"| {statistics.median(one['whole']):.2f} | {statistics.median(one['ready_s']):.0f} |"
             for count, one in sorted(actors.items())
         ),
-        "",
+    ]
+
+
+def ray_lines(f: Facts) -> list[str]:
+    """P9 under Ray: what it costs."""
+    ratios = [ray / plain for ray, plain in zip(f["ray"], f["plain"], strict=True)]
+    return [
         f"One actor that computes, with all cores, beside the plain loop: {f['images']} JPEGs at "
-        f"{f['size']}, {f['engine']}, taking turns, after the first outcome.",
+        f"{f['size']}, {f['engine']}, {f['rounds']} rounds, taking turns, after the first outcome.",
         "",
         "| one actor, images/s | plain loop, images/s | ratio |",
         "|---:|---:|---:|",
@@ -555,6 +531,7 @@ LINES: dict[str, Callable[[Facts], list[str]]] = {
     "memory": memory_lines,
     "masks": masks_lines,
     "likeness": likeness.lines,
+    "actors": actors_lines,
     "ray": ray_lines,
 }
 
@@ -565,7 +542,7 @@ def main() -> None:
     add = parser.add_argument
     add("parts", nargs="*", choices=[[], *PARTS], default=[], help="default: all")
     add("--images", type=int, default=100, help="rate, ray: photographs")
-    add("--rounds", type=int, default=3, help="rate, ray")
+    add("--rounds", type=int, default=3, help="rate, actors, ray")
     add("--size", type=int, default=1024, help="rate, ray: of the input")
     add("--pure-seconds", type=float, default=20.0, help="rate: the encoder alone, each time")
     add("--rows", type=int, default=2048, help="lookup: rows of 1 and of 2 MB")
@@ -574,9 +551,9 @@ def main() -> None:
     add("--memory-images", type=int, default=10_000, help="memory")
     add("--photos", type=Path, default=IMAGES[0].parent, help="masks: a folder")
     add("--checkpoint", help="masks: a whole SAM; default: the embedded weights")
-    add("--actors", type=int, nargs="+", default=[2, 4, 8], help="ray, beside 1")
-    add("--cost", type=float, default=0.25, help="ray: seconds for an image")
-    add("--images-per-actor", type=int, default=240, help="ray")
+    add("--actors", type=int, nargs="+", default=[2, 4, 8], help="actors, beside 1")
+    add("--cost", type=float, default=0.25, help="actors: seconds for an image")
+    add("--images-per-actor", type=int, default=240, help="actors")
     add("--objects", type=Path, help="likeness: cut-outs with alpha, as recipes/ makes them")
     add("--backgrounds", type=Path, help="likeness: photographs, likewise")
     add("--encoders", nargs="+", default=["tinyvit_starter"], help="likeness: checkpoints")
@@ -587,7 +564,8 @@ def main() -> None:
     has_images = options.objects is not None and options.backgrounds is not None
     if "likeness" in options.parts and not has_images:
         parser.error("likeness wants --objects FOLDER and --backgrounds FOLDER")
-    there = {"ray": find_spec("ray") is not None, "likeness": has_images}
+    has_ray = find_spec("ray") is not None
+    there = {"actors": has_ray, "ray": has_ray, "likeness": has_images}
     for name in options.parts or [name for name in PARTS if there.get(name, True)]:
         found[name] = {**PARTS[name](options), "machine": machine_facts("pylance", "ray")}
         print(json.dumps({name: found[name]}))
