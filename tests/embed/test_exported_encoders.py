@@ -101,7 +101,7 @@ def test_what_does_not_give_what_its_weights_give(changes, words, photos, url, e
 def test_an_early_map_and_another_part_are_not_there(photos, url, exported):
     with pytest.raises(ValueError, match=r"early map of Light HQ-SAM .* torch makes it"):
         embed_images(photos, url, exported(), early=True)
-    with pytest.raises(CheckpointError, match="has no encoder"):
+    with pytest.raises(CheckpointError, match="embeddings of a store come from an encoder"):
         embed_images(photos, url, exported(part="features"))
 
 
