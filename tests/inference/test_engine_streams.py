@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 from torch import Tensor
 
+import tinyvit.inference.read_ahead as reading
 from tiny import noise
 from tinyvit.errors import ImageError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.preprocess import PreparedImage, to_input
 from tinyvit.inference import Engine
-from tinyvit.inference import engine as engine_module
 from tinyvit.inference.engine import run_in_batches
 from tinyvit.modules import TinyViT
 
@@ -102,7 +102,7 @@ def test_files_are_decoded_in_other_threads_while_the_backend_computes(
             return super().__call__(batch)
 
     engine = Engine(backend=Patient(), image_spec=PLAIN, batch_size=1, workers=1)
-    real = engine_module.prepare
+    real = reading.prepare
 
     def prepare(image: Path, spec: ImageSpec) -> PreparedImage:
         decoded.append(threading.current_thread().name)
@@ -110,7 +110,7 @@ def test_files_are_decoded_in_other_threads_while_the_backend_computes(
             second.set()
         return real(image, spec)
 
-    monkeypatch.setattr(engine_module, "prepare", prepare)
+    monkeypatch.setattr(reading, "prepare", prepare)
     assert len(list(engine.stream(files))) == 9
     assert all(waited)
     assert any(name.startswith("tinyvit-read-ahead") for name in decoded)
