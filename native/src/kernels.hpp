@@ -38,7 +38,7 @@ struct LinearCall {
   bool gelu;
   char* const* out;
   const char* const* add;  // or null
-  char* scratch = nullptr;  // linear_scratch bytes, aligned to cache lines; without it they are slower
+  char* scratch = nullptr;  // linear_scratch bytes; without them products may be slower
 };
 
 // A depthwise convolution's weights: [channels / 2 lanes][taps][2][lanes].

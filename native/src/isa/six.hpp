@@ -22,7 +22,7 @@ TINYVIT_UNROLL(3)
   for (int i = 0; i < kParts; ++i) {
     uint16_t* to = reinterpret_cast<uint16_t*>(out + i * kTileBytes);
     const __m512i packed = pack_bf16(a, b);
-    _mm512_store_si512(to, packed);
+    _mm512_storeu_si512(to, packed);
     a = sub(a, {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(packed)), 16))});
     b = sub(b, {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(packed, 1)), 16))});
   }
