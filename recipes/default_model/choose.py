@@ -125,7 +125,7 @@ def answers(predictor: SamPredictor, images: Iterable[LabelledImage], most_masks
         image, masks = one.load()
         predictor.set_image(image)
         for mask in masks[: most_masks - len(rows)]:
-            point = np.array([most_interior_point(mask)]) - 0.5
+            point = np.array([most_interior_point(mask)])
             three, scores, logits = predictor.predict(point, np.ones(1, np.int64))
             single, score, _ = predictor.predict(
                 box=np.array(box_around(mask), np.float64), multimask_output=False

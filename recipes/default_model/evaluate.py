@@ -49,8 +49,6 @@ class Choices:
         seed: Of the composites.
         most_masks: Stop after so many masks of each set; None takes all.
         split: "test", or "val" to choose by: its objects are others.
-        baselines: An earlier ``evaluation.json`` of the same images, whose baselines are taken:
-            they do not depend on the model, and GrabCut is slow. None computes them.
     """
 
     photographs: Path | None = None
@@ -60,7 +58,6 @@ class Choices:
     seed: int = 2024
     most_masks: int | None = None
     split: Literal["val", "test"] = "test"
-    baselines: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -120,12 +117,11 @@ def evaluate(
     out: Path | None = None,
     most_masks: int | None = None,
     work: Path | None = None,
-    earlier: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Evaluate every model on every set."""
     results: dict[str, Any] = {
-        "grabcut": earlier["grabcut"] if earlier else find_spec("cv2") is not None,
+        "grabcut": find_spec("cv2") is not None,
         "machine": machine_facts(),
         "weights": {name: _file_facts(path) for name, path in weights.items()},
         "sets": {},
@@ -139,7 +135,7 @@ def evaluate(
             settings = EvaluateSettings(
                 (1, 3),
                 most_clicks=3,
-                with_baselines=not (reports or earlier),
+                with_baselines=not reports,
                 most_masks=most_masks,
             )
             reports[name] = evaluate_segment(
@@ -153,10 +149,7 @@ def evaluate(
             )
             if sheet is not None and out is not None:
                 sheet.save(out / f"{images.name}_{name}.png", f"{name}, one click")
-        metrics = _metrics(images, reports)
-        if earlier:
-            metrics["floors"] = _baselines_of(earlier, images.name, metrics)
-        results["sets"][images.name] = metrics
+        results["sets"][images.name] = _metrics(images, reports)
     return results
 
 
@@ -165,23 +158,6 @@ def open_weights(path: str, work: Path | None) -> str | SamPredictor:
     if work is None or not is_lite(Path(path)):
         return path
     return SamPredictor(open_lite(work, Path(path), Choices.size), fast=False)
-
-
-def _baselines_of(
-    earlier: Mapping[str, Any], name: str, metrics: Mapping[str, Any]
-) -> Mapping[str, Any]:
-    """The baselines of a set in an earlier evaluation."""
-    found = earlier["sets"].get(name)
-    if found is None:
-        raise ValueError(f"the earlier evaluation has no {name}; compute its baselines, too")
-    if any(found[key] != metrics[key] for key in ("pictures", "masks", "left_out")):
-        raise ValueError(
-            f"the earlier evaluation has other {name}: {found['masks']} masks of "
-            f"{found['pictures']} images, not {metrics['masks']} of {metrics['pictures']}; "
-            "compute the baselines again"
-        )
-    baselines: Mapping[str, Any] = found["floors"]
-    return baselines
 
 
 def _file_facts(path: str) -> dict[str, object]:
@@ -255,16 +231,12 @@ def build(
 ) -> Path:
     """Evaluate, and write everything into a folder."""
     out.mkdir(parents=True, exist_ok=True)
-    earlier = None
-    if choices.baselines is not None:
-        earlier = json.loads(choices.baselines.read_text(encoding="utf-8"))
     results = evaluate(
         weights,
         open_sets(choices),
         out=out,
         most_masks=choices.most_masks,
         work=choices.work,
-        earlier=earlier,
         say=say,
     )
     cases = {
@@ -297,13 +269,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--composites", type=int, default=Choices.composites)
     parser.add_argument("--size", type=int, default=Choices.size, help="of composites, pixels")
     parser.add_argument("--most-masks", type=int, help="of each set; default all")
-    parser.add_argument(
-        "--baselines", type=Path, help="earlier evaluation.json to take baselines from"
-    )
     parser.add_argument("--out", type=Path, default=Path("evaluation"))
     given = parser.parse_args(arguments)
     sets = given.photographs, given.work, given.composites, given.size
-    choices = Choices(*sets, most_masks=given.most_masks, baselines=given.baselines)
+    choices = Choices(*sets, most_masks=given.most_masks)
     build(named(given.weights), choices, given.out)
     print((given.out / MARKDOWN).read_text(encoding="utf-8"))
 

@@ -119,24 +119,3 @@ def test_the_command_prints_the_table(tmp_path, tiny_sam_file, make_photographs,
     arguments = [str(tiny_sam_file), "--photographs", str(folder), "--out", str(tmp_path / "out")]
     evaluate.main([*arguments, "--most-masks", "1"])
     assert "### Photographs: 1 images, 1 masks" in capsys.readouterr().out
-
-
-def test_floors_of_an_earlier_evaluation_are_taken(tmp_path, tiny_sam_file, make_photographs):
-    folder = make_photographs(tmp_path / "photos")
-    weights = {"tiny": str(tiny_sam_file)}
-    earlier = evaluate.build(weights, evaluate.Choices(folder), tmp_path / "one")
-    known = json.loads(earlier.read_text())
-    known["sets"]["photographs"]["floors"]["box"]["ellipse"]["value"] = 0.125
-    known["grabcut"] = True
-    earlier.write_text(json.dumps(known))
-    again = evaluate.build(weights, evaluate.Choices(folder, baselines=earlier), tmp_path / "two")
-    results = json.loads(again.read_text())
-    assert results["sets"]["photographs"]["floors"] == known["sets"]["photographs"]["floors"]
-    assert results["grabcut"] is True
-    assert "| 0.125 [" in (tmp_path / "two" / "evaluation.md").read_text()
-    fewer = evaluate.Choices(folder, baselines=earlier, most_masks=1)
-    with pytest.raises(ValueError, match="other photographs: 3 masks of 2 images, not 1 of 1"):
-        evaluate.build(weights, fewer, tmp_path / "three")
-    earlier.write_text(json.dumps({**known, "sets": {}}))
-    with pytest.raises(ValueError, match="the earlier evaluation has no photographs"):
-        evaluate.build(weights, evaluate.Choices(folder, baselines=earlier), tmp_path / "four")
