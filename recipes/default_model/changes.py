@@ -20,11 +20,12 @@ def crop(
     size: tuple[int, int],
     rng: np.random.Generator,
     resample: Image.Resampling = _BILINEAR,
+    least: float = 0.35,
 ) -> Image.Image:
-    """A random part of an image at another size."""
+    """A random part of an image at another size, its sides at least ``least`` of what fits."""
     width, height = size
     most = min(image.width / width, image.height / height)
-    scale = most * float(np.exp(rng.uniform(np.log(0.35), 0.0)))
+    scale = most * float(np.exp(rng.uniform(np.log(least), 0.0)))
     x = rng.uniform(0, image.width - scale * width)
     y = rng.uniform(0, image.height - scale * height)
     box = (x, y, x + scale * width, y + scale * height)

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy import ndimage
 
 from archives import read_named
 from changes import as_a_camera, crop, recoloured
@@ -44,6 +45,8 @@ SURE = 0.8  # share of pixels below .1 or above .9
 AREAS = 0.02, 0.65
 INSIDE = 0.85  # mean probability in the mask
 AGREES = 0.9  # IoU with the mirrored or the larger crop
+_SHOWN = 0.3  # a cut-out is transparent up to this probability, and opaque from 1 less it
+_LEAST_CROP = 0.75  # of a labelled crop that a sample shows
 _LEAST_SHOWN = 0.01  # share of a training sample
 
 
@@ -80,18 +83,29 @@ def find_things(photograph: Image.Image, network: Network) -> Iterator[tuple[Ima
             mirrored = network(part.transpose(Image.Transpose.FLIP_LEFT_RIGHT))[:, ::-1]
             is_same = agreement(found, mirrored) > AGREES
         if is_same:
+            found = largest_piece(found)
             part.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
             yield part, np.asarray(Image.fromarray(found).resize(part.size))
 
 
 def is_good(found: Plane) -> bool:
-    """Whether an answer is sure, of a fair size and of one piece."""
+    """Whether an answer is sure, of a fair size and of one piece, and no band across the image."""
     mask = found > 0.5
     if not AREAS[0] <= mask.mean() <= AREAS[1]:
+        return False
+    if (mask[:, 0].any() and mask[:, -1].any()) or (mask[0].any() and mask[-1].any()):
         return False
     if ((found < 0.1) | (found > 0.9)).mean() <= SURE or found[mask].mean() <= INSIDE:
         return False
     return is_one_object(with_alpha(Image.new("RGB", found.shape[::-1]), found))
+
+
+def largest_piece(found: Plane) -> Plane:
+    """An answer without what does not hang together with most of it."""
+    pieces, count = ndimage.label(found > _SHOWN)
+    sums = ndimage.sum_labels(found, pieces, np.arange(count + 1))
+    sums[0] = 0
+    return np.where((pieces == sums.argmax()) | (pieces == 0), found, np.float32(0))
 
 
 def agreement(one: Plane, other: Plane) -> float:
@@ -110,7 +124,7 @@ def _inner(found: Plane, box: tuple[float, ...]) -> Plane:
 
 def with_alpha(image: Image.Image, found: Plane) -> Image.Image:
     """An image with the thing's probability, made steeper, as its alpha."""
-    alpha = np.clip((found - 0.3) / 0.4, 0, 1) * 255
+    alpha = np.clip((found - _SHOWN) / (1 - 2 * _SHOWN), 0, 1) * 255
     rgba = image.copy()
     rgba.putalpha(Image.fromarray(alpha.astype(np.uint8)))
     return rgba
@@ -189,8 +203,10 @@ def draw_label(
     """
     image, mask = _read(file)
     seed = int(rng.integers(2**62))  # the same part of both
-    part = crop(image, size, np.random.default_rng(seed))
-    found = np.asarray(crop(mask, size, np.random.default_rng(seed)), np.float32) / np.float32(255)
+    part, alike = (
+        crop(one, size, np.random.default_rng(seed), least=_LEAST_CROP) for one in (image, mask)
+    )
+    found = np.asarray(alike, np.float32) / np.float32(255)
     if not _LEAST_SHOWN <= (found > 0.5).mean() <= 0.8:
         return None
     return as_a_camera(recoloured(part, 0.25, rng), rng), found[None]

@@ -21,6 +21,14 @@ def test_only_sure_answers_of_one_piece_and_a_fair_size_are_good():
     assert not label.is_good(disc(soft=2.0))  # undecided nearly everywhere
     assert not label.is_good(0.7 * disc())
     assert not label.is_good(np.maximum(disc(0.3, -0.6), disc(0.3, 0.6)))  # two things
+    band = np.zeros((320, 320), np.float32)
+    band[100:200] = 1
+    assert not label.is_good(band) and not label.is_good(band.T)
+
+
+def test_what_does_not_hang_together_is_left_out():
+    found = label.largest_piece(np.maximum(disc(0.4, -0.3), disc(0.1, 0.7)))
+    np.testing.assert_array_equal(found > 0.3, disc(0.4, -0.3) > 0.3)
 
 
 def test_an_answer_is_kept_where_another_look_agrees():
