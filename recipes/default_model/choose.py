@@ -81,7 +81,7 @@ def build(work: Path, stages: Path, target: Path, most_masks: int = MASKS) -> Ch
     names = [name for name in ("best", "last") if (folder / f"{name}.safetensors").is_file()]
     if not names:
         raise ValueError(f"{folder} has no weights; the step 'train' makes them")
-    choices = evaluate.Choices(None, work, split="val", seed=7, most_masks=most_masks)
+    choices = evaluate.Choices(None, work, 400, split="val", seed=7)
     sets = evaluate.open_sets(choices)
     settings = EvaluateSettings(
         (1, 3), most_clicks=3, with_baselines=False, most_masks=max(1, most_masks // 2)

@@ -44,7 +44,8 @@ class Choices:
     Attributes:
         photographs: A folder with ``manifest.csv``, ``images`` and ``masks``; None for none.
         work: The folder of the supply, for composites and regions; None for none.
-        composites: How many composites; and of photographs with regions as many, if any.
+        composites: How many composites; and of photographs with regions a quarter of that, since
+            each has many.
         size: Their longest side in pixels.
         seed: Of the composites.
         most_masks: Stop after so many masks of each set; None takes all.
@@ -87,13 +88,13 @@ def open_sets(choices: Choices) -> list[Images]:
         from composites import CompositeSet
 
         common = choices.work, choices.split, choices.size, choices.seed
-        for name, share, note in (
-            ("composites", 0.0, "Objects held out, pasted on photographs."),
-            ("regions", 1.0, "Regions that an algorithm found in photographs held out."),
+        for name, share, part, note in (
+            ("composites", 0.0, 1, "Objects held out, pasted on photographs."),
+            ("regions", 1.0, 4, "Regions that an algorithm found in photographs held out."),
         ):
             if share and not (choices.work / "regions").is_dir():
                 continue
-            drawn = CompositeSet(*common, regions=share)[: choices.composites]
+            drawn = CompositeSet(*common, regions=share)[: -(-choices.composites // part)]
             found.append(Images(name, cast("Sequence[LabelledImage]", drawn), note=note))
     if not found:
         raise ValueError("there is nothing to evaluate on: give --photographs DIR or --work WORK")
@@ -269,10 +270,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--composites", type=int, default=Choices.composites)
     parser.add_argument("--size", type=int, default=Choices.size, help="of composites, pixels")
     parser.add_argument("--most-masks", type=int, help="of each set; default all")
+    parser.add_argument("--split", choices=("test", "val"), default="test", help="val to choose by")
     parser.add_argument("--out", type=Path, default=Path("evaluation"))
     given = parser.parse_args(arguments)
     sets = given.photographs, given.work, given.composites, given.size
-    choices = Choices(*sets, most_masks=given.most_masks)
+    choices = Choices(*sets, most_masks=given.most_masks, split=given.split)
     build(named(given.weights), choices, given.out)
     print((given.out / MARKDOWN).read_text(encoding="utf-8"))
 

@@ -226,7 +226,7 @@ def _control(choices: Choices) -> None:
         name: str(choices.work / "runs" / name / "last.safetensors") for name in read_stages(table)
     }
     weights |= evaluate.named(choices.beside)
-    what = evaluate.Choices(None, choices.work, choices.composites, split="val")
+    what = evaluate.Choices(None, choices.work, min(choices.composites, 100), split="val")
     evaluate.build(weights, what, choices.work / "control")
     print((choices.work / "control" / "evaluation.md").read_text(encoding="utf-8"))
 

@@ -27,6 +27,7 @@ from tinyvit.images.preprocess import to_input
 from tinyvit.sam.embedding import spec_of
 from tinyvit.sam.model import Sam, build_sam
 from tinyvit.train import TrainSettings, train
+from tinyvit.train.optim import join_processes
 from tinyvit.train.run_folder import Progress
 from tinyvit.train.tasks.segment import MaskSamples, Segment
 from tinyvit.train.tasks.settings import SegmentSettings
@@ -47,8 +48,9 @@ def build(
     """Run every stage that is not done, or those named."""
     tinyvit.tune_allocator()
     table = read_stages(stages)
-    for name in names or table:
-        run_stage(work, name, table[name], report)
+    with join_processes():  # once for all stages: torch hangs where it is left and joined again
+        for name in names or table:
+            run_stage(work, name, table[name], report)
 
 
 def run_stage(work: Path, name: str, stage: Stage, report: Callable[[str], None] = print) -> Path:

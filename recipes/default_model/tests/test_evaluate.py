@@ -94,7 +94,7 @@ def test_regions_are_a_set_where_they_were_found(tmp_path, make_supply):
 
     work = make_supply(tmp_path)
     build(work)
-    _, found = evaluate.open_sets(evaluate.Choices(None, work, 2, 64, split="val"))
+    _, found = evaluate.open_sets(evaluate.Choices(None, work, 5, 64, split="val"))
     assert found.name == "regions" and len(found.images) == 2
     assert {label for image in found.images for label in image.labels} == {"region"}
 
