@@ -23,6 +23,7 @@ from tinyvit.export import (
     graphs,
     verify,
 )
+from tinyvit.export.comparing import verify_against
 from tinyvit.export.verify import open_graph
 
 onnx = pytest.importorskip("onnx")
@@ -169,6 +170,96 @@ def test_padding_beside_a_box_is_dropped_where_that_is_wanted(sam, folder, tmp_p
     np.testing.assert_array_equal(drops(given)[0], drops(without)[0])
     np.testing.assert_allclose(drops(given)[0], keeps(without)[0], atol=1e-5)
     assert np.abs(keeps(given)[0] - keeps(without)[0]).max() > 0.01
+
+
+def shapes_of(path):
+    """Lengths, or names of what may have any, of every input and output of a file."""
+    graph = onnx.load(path).graph
+    return {one.name: [side.dim_param or side.dim_value for side in one.type.tensor_type.shape.dim]
+            for one in (*graph.input, *graph.output)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "samexporter", "cvat", "torch"])
+def test_a_fixed_number_of_points(sam, name, tmp_path):
+    side = None if name == "torch" else 64
+    found = export_model(sam, tmp_path / "out", preset=name, side=side, num_points=5)
+    assert found.passed and all(case.id.startswith(("encoder-", "decoder-5_"))
+                                for case in found.cases)  # fmt: skip
+    if name == "tensorrt":
+        assert verify(tmp_path / "out").passed
+        shapes = shapes_of(tmp_path / "out" / "decoder.onnx")
+        assert shapes["point_coords"] == [1, 5, 2] and shapes["low_res_masks"] == [1, 1, 16, 16]
+        assert all(isinstance(side, int) for sides in shapes.values() for side in sides)
+        text = (tmp_path / "out" / "README.txt").read_text()
+        assert "give 5 points in every prompt" in text and "--minShapes" not in text
+
+
+@pytest.mark.parametrize("name", ["tinyvit", "samexporter", "web"])
+def test_many_prompts_in_a_call(sam, name, tmp_path):
+    side = 64 if PRESETS[name].side else None
+    found = export_model(sam, tmp_path / "out", preset=name, side=side, many_prompts=True)
+    assert found.passed and verify(tmp_path / "out").passed
+    assert {case.id.split()[0][-2:] for case in found.cases if "decoder" in case.id} == {
+        "_1", "_2", "_3"
+    }  # fmt: skip
+    facts = json.loads((tmp_path / "out" / "tinyvit.json").read_text())
+    shapes = shapes_of(tmp_path / "out" / facts["decoder"])
+    assert shapes["point_coords"] == ["num_prompts", "num_points", 2]
+    assert shapes["iou_predictions"][0] == "num_prompts"
+    assert shapes["mask_input"][0] == 1
+
+
+def test_a_file_alone_says_itself_which_prompts_it_takes(sam, tmp_path):
+    for number, ways in enumerate(({"num_points": 3}, {"many_prompts": True})):
+        export_model(sam, tmp_path / f"{number}", **ways)
+        alone = tmp_path / f"{number}.onnx"
+        (tmp_path / f"{number}" / "decoder.onnx").rename(alone)
+        found = verify_against(alone, sam)
+        assert found.passed
+        assert ("decoder-3_" in found.cases[0].id, found.cases[0].id.count("_")) == (
+            (True, 4) if number == 0 else (False, 5)
+        )
+
+
+def test_prompts_of_one_call_that_are_mixed_up_are_found(sam, tmp_path, monkeypatch):
+    own = graphs.DecoderGraph.embed_points
+    first = lambda self, c, x: own(self, c, x[:1].expand(x.shape))  # noqa: E731
+    monkeypatch.setattr(graphs.DecoderGraph, "embed_points", first)
+    with pytest.raises(ParityError, match="differs from the model: decoder-"):
+        export_model(sam, tmp_path / "out", many_prompts=True)
+
+
+def test_the_readme_for_tensorrt_has_its_shapes(sam, tmp_path):
+    export_model(sam, tmp_path / "a", preset="tensorrt", side=64)
+    assert (
+        "--maxShapes=point_coords:1x10x2,point_labels:1x10"
+        in (tmp_path / "a/README.txt").read_text()
+    )
+    export_model(sam, tmp_path / "b", preset="tensorrt", side=64, many_prompts=True, num_points=3)
+    assert (
+        "--maxShapes=point_coords:64x3x2,point_labels:64x3"
+        in (tmp_path / "b/README.txt").read_text()
+    )
+    export_model(sam, tmp_path / "c", preset="tensorrt", part="encoder")
+    assert "Shapes" not in (tmp_path / "c/README.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"num_points": 0}, "num_points must be at least 1, came 0"),
+        ({"num_points": 5, "drop_padding": True}, "drop_padding leaves points out of one prompt"),
+        ({"many_prompts": True, "drop_padding": True}, "drop_padding leaves points out"),
+        ({"num_points": 5, "part": "encoder"}, "are for mask decoders, and there is none"),
+        ({"num_points": 5, "preset": "transformers.js"}, "any number of points and prompts by its"),
+        ({"many_prompts": True, "preset": "cvat"}, "CVAT's .* takes one prompt at a time"),
+        ({"many_prompts": True, "preset": "torch"}, "takes one prompt at a time"),
+    ],
+)
+def test_prompts_that_an_export_does_not_take(sam, arguments, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        export_model(sam, tmp_path / "out", **arguments)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)

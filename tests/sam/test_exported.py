@@ -14,6 +14,7 @@ from tiny import make_tiny_sam, noise
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.sam import ImageEmbedding, Prompt, SamAutomaticMaskGenerator, SamPredictor, Segmenter
+from tinyvit.sam.upscale import upscale
 from without import run_without
 
 onnx = pytest.importorskip("onnx")
@@ -85,11 +86,24 @@ def assert_alike(mine, its):
         assert error < 1e-4 * scale
         for number in range(len(its.predicted_ious[prompt])):
             a, b = mine.mask(prompt, number), its.mask(prompt, number)
-            either = np.count_nonzero(a | b)
-            assert np.count_nonzero(a != b) <= max(1, 0.0005 * either)
+            either, wrong = np.count_nonzero(a | b), a != b
+            # an edge that moves by one pixel is a whole line of an image as narrow as 5 pixels
+            assert np.count_nonzero(wrong) <= max(1, 0.0005 * either, min(a.shape))
+            if wrong.any():
+                logits = its.low_res_logits[prompt][number]
+                near = upscale(logits, its.placement, its.logit_stride)[wrong] - its.threshold
+                assert np.abs(near).max() < 1e-4 * scale
 
 
-@pytest.mark.parametrize("backend, count", [("onnx", 20), ("openvino", 10)])
+@pytest.mark.parametrize(
+    "backend, count",
+    [
+        ("onnx", 10),
+        ("openvino", 5),
+        pytest.param("onnx", 100, marks=pytest.mark.slow),  # 60 s of CPU
+        pytest.param("openvino", 100, marks=pytest.mark.slow),
+    ],
+)
 def test_any_image_and_any_prompt_as_by_torch(backend, count, ours, theirs):
     rng = np.random.default_rng(7)
     for _ in range(count):
@@ -190,6 +204,36 @@ def test_pairs_for_others_run_here_too(preset, exported, theirs):
     image = noise(64, 40)
     (mine,), (its,) = (s.segment([image], [[Prompt([[20, 30]])]]) for s in (own, theirs))
     assert (mine.mask(0) != its.mask(0)).mean() < 0.0005
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_decoder_of_many_prompts_takes_them_in_one_call(backend, exported, theirs, monkeypatch):
+    own = Segmenter(exported(many_prompts=True), backend=backend)
+    image, rng = noise(50, 64), np.random.default_rng(5)
+    (embedding,) = theirs.embed([image])
+    prompts = random_prompts(rng, (50, 64), embedding.low_res_size)
+    prompts += [Prompt(rng.random((1, 2)) * (64, 50)) for _ in range(6)]
+    (its,) = theirs.segment([image], [prompts])
+    (mine,) = own.segment([image], [prompts])
+    assert_alike(mine, its)
+    sizes = []
+    run = own._decoder._graph.run
+    monkeypatch.setattr(own._decoder._graph, "run", lambda inputs: (
+        sizes.append(len(inputs["point_coords"])), run(inputs))[1])  # fmt: skip
+    next(own.segment([image], [prompts[-6:]]))
+    assert sizes == [6]
+
+
+def test_a_decoder_of_a_fixed_number_of_points(exported, theirs):
+    own = Segmenter(exported(num_points=4))
+    image, points = noise(50, 64), np.array([[10, 20], [30, 40], [50, 45]])
+    full = [Prompt(points, [1, 0, 1]), Prompt(points[:2], [1, 0], box=[3, 4, 50, 40])]
+    (its,), (mine,) = (s.segment([image], [full]) for s in (theirs, own))
+    assert_alike(mine, its)
+    (padded,) = own.segment([image], [[Prompt(points[:1])]])
+    assert padded.shape == (1, 3, 50, 64)
+    with pytest.raises(ValueError, match="exported for 4 points in a prompt, a box counted as two"):
+        next(own.segment([image], [[Prompt(points, [1, 1, 1], box=[3, 4, 50, 40])]]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -39,6 +39,8 @@ def export(
     storage: str | None = None,
     single_mask: bool | None = None,
     box_padding: str = "keep",
+    num_points: int | None = None,
+    prompts: str = "one",
     is_reproducible: bool = False,
     keep_failed: bool = False,
     as_json: bool = False,
@@ -62,6 +64,9 @@ def export(
         single_mask (--single-mask/--all-masks): The best mask alone, or all four.
         box_padding ([keep|drop]): Padding points beside a box: keep or drop them in the
             graph.
+        num_points: Take this number of points in every prompt, padding included: for accelerators
+            that want fixed shapes.
+        prompts ([one|dynamic]): One prompt in a call, or any number of them on one embedding.
         is_reproducible (--reproducible): Two exports are equal byte for byte.
         keep_failed: Leave a folder whose comparison failed.
 
@@ -84,7 +89,8 @@ def export(
             model, output, preset=preset, part=part,  # type: ignore[arg-type]
             name=Path(checkpoint).stem, licence=licence, side=size,
             opset=opset, storage=storage, single_mask=single_mask,  # type: ignore[arg-type]
-            drop_padding=box_padding == "drop", is_reproducible=is_reproducible,
+            drop_padding=box_padding == "drop", num_points=num_points,
+            many_prompts=prompts == "dynamic", is_reproducible=is_reproducible,
             keep_failed=keep_failed, progress=own.say,
         )  # fmt: skip
     except ParityError as err:

@@ -141,13 +141,15 @@ def decoder_cases(facts: Mapping[str, Any]) -> list[Case]:
     """Cases of a decoder: points, labels, sizes of images, masks given or not."""
     found = []
     sizes = [(480, 640), (640, 480), (33, 100), (1500, 2250)]
+    counts = (facts["num_points"],) * 3 if facts.get("num_points") else (1, 2, 7)
     for number, (points, has_mask) in enumerate(
-        (points, has_mask) for points in (1, 2, 7) for has_mask in (0, 1, -1)
+        (points, has_mask) for points in counts for has_mask in (0, 1, -1)
     ):
         if has_mask < 0 and facts.get("is_foreign"):
             continue  # other exporters multiply by it, and their clients send 0 or 1
         height, width = sizes[number % len(sizes)]
-        case = (points, number % 5, height, width, has_mask)
+        case: tuple[int, ...] = (points, number % 5, height, width, has_mask)
+        case += (1 + number % 3,) if facts.get("many_prompts") else ()
         found.append(Case("decoder-" + "_".join(map(str, case)), "decoder", case))
     return found
 
@@ -161,11 +163,12 @@ def make_inputs(case: Case, facts: Mapping[str, Any]) -> dict[str, Floats]:
         else:
             values = rng.standard_normal(case.shape, np.float32)
         return {str(facts[f"{case.part}_input"]): values}
-    points, first_label, height, width, has_mask = case.shape
+    points, first_label, height, width, has_mask, *more = case.shape
+    count = more[0] if more else 1
     side, grid, channels = int(facts["side"]), int(facts["grid"]), int(facts["channels"])
     scale = side / max(height, width)
     reach = np.array([width, height]) * scale
-    labels = (np.arange(points) + first_label) % 5 - 1
+    labels = (np.arange(points) + first_label + np.arange(count)[:, None]) % 5 - 1
     mask = rng.standard_normal((1, 1, 4 * grid, 4 * grid), np.float32) * 4
     if has_mask != 1:  # what is not given must not matter; other exporters multiply by 0
         mask[:] = 0 if facts.get("is_foreign") else np.nan
@@ -173,8 +176,8 @@ def make_inputs(case: Case, facts: Mapping[str, Any]) -> dict[str, Floats]:
     embedding = rng.standard_normal((1, channels, grid // k, grid // k), np.float32)
     inputs = {
         "image_embeddings": embedding.repeat(k, 2).repeat(k, 3),
-        "point_coords": (rng.random((1, points, 2)) * reach).astype(np.float32),
-        "point_labels": labels[None].astype(np.float32),
+        "point_coords": (rng.random((count, points, 2)) * reach).astype(np.float32),
+        "point_labels": labels.astype(np.float32),
         "mask_input": mask,
         "has_mask_input": np.array([has_mask], np.float32),
         "orig_im_size": np.array([height, width], np.float32),

@@ -134,6 +134,9 @@ def _facts_of_file(path: Path, graph: OpenedGraph, model: Model) -> dict[str, An
         "image_spec": spec.to_dict(),
     }
     if is_decoder and facts["style"] == "sam":
+        rows, points = shapes["point_labels"]
+        facts["num_points"] = points if isinstance(points, int) and points > 0 else None
+        facts["many_prompts"] = rows != 1 and not facts["is_foreign"]
         case = certificates.decoder_cases(facts)[0]
         scores = graph(inputs_of(case, facts))[graph.outputs.index("iou_predictions")]
         facts["single_mask"] = scores.shape[1] == 1
@@ -200,9 +203,11 @@ def _agreement(
         grid = int(facts["grid"]) * 4
         for number in range(_CLICKS):
             place = (np.array([[number % 4 + 0.5, number // 4 + 0.5]]) / [4, _CLICKS // 4])[None]
+            more = (facts.get("num_points") or 1) - 1  # padding
+            coords = (place * placement.resized_size[::-1]).astype(np.float32)
             prompt = {
-                "point_coords": (place * placement.resized_size[::-1]).astype(np.float32),
-                "point_labels": np.ones((1, 1), np.float32),
+                "point_coords": np.pad(coords, ((0, 0), (0, more), (0, 0))),
+                "point_labels": np.array([[1.0] + [-1.0] * more], np.float32),
                 "mask_input": np.zeros((1, 1, grid, grid), np.float32),
                 "has_mask_input": np.zeros(1, np.float32),
                 "orig_im_size": np.array(placement.original_size, np.float32),

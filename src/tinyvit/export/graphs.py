@@ -89,12 +89,10 @@ class DecoderGraph(nn.Module):
     Args:
         sam: The model.
         single_mask: Give the best mask alone; the mask of a clear prompt as soon as there are more
-            than two points.
+            than two points. All padding points count as one.
         masks: "full": logits in the image's own pixels; "low-res": leave them out; "crop": CVAT's
-            uint8 mask, cut to its box, with the box.
+            uint8 mask [1, 1, h, w], cut to its box, with the box.
         factor: As of the encoder.
-        stability: Give the stability scores in place of the predicted IoU.
-        extra_metrics: Give stability scores and areas, too.
         drop_padding: Ignore padding points where a box is given.
     """
 
@@ -105,8 +103,6 @@ class DecoderGraph(nn.Module):
         single_mask: bool = False,
         masks: MaskOutput = "full",
         factor: int = 1,
-        stability: bool = False,
-        extra_metrics: bool = False,
         drop_padding: bool = False,
     ) -> None:
         super().__init__()
@@ -119,11 +115,7 @@ class DecoderGraph(nn.Module):
         self.mask_decoder: MaskDecoder = sam.mask_decoder
         self.threshold = sam.mask_threshold
         self.single_mask, self.masks, self.factor = single_mask, masks, factor
-        self.stability, self.extra_metrics, self.drop_padding = (
-            stability,
-            extra_metrics,
-            drop_padding,
-        )
+        self.drop_padding = drop_padding
         self.register_buffer("image_pe", sam.prompt_encoder.get_dense_pe())
 
     @torch.no_grad()
@@ -153,19 +145,14 @@ class DecoderGraph(nn.Module):
             sparse,
             dense.expand(sparse.shape[0], -1, -1, -1),
         )
-        if self.stability:
-            scores = self.stability_of(low_res)
         if self.single_mask:
-            low_res, scores = self.best(low_res, scores, point_coords.shape[1])
+            low_res, scores = self.best(low_res, scores, point_labels)
         shown = F.interpolate(low_res, scale_factor=k, mode="bilinear") if k > 1 else low_res
         if self.masks == "low-res":
             return scores, shown
         full = self.enlarge(low_res, cast(Tensor, orig_im_size))
         if self.masks == "crop":
             return (*self.crop(full, scores, shown),)
-        if self.extra_metrics:
-            areas = (full > self.threshold).sum((-1, -2)).float()
-            return full, scores, self.stability_of(low_res), areas, shown
         return full, scores, shown
 
     def embed_points(self, coords: Tensor, labels: Tensor) -> Tensor:
@@ -188,20 +175,16 @@ class DecoderGraph(nn.Module):
         none = own.no_mask_embed.weight.reshape(1, -1, 1, 1)
         return torch.where(is_given, own.mask_downscaling(mask), none)
 
-    def best(self, masks: Tensor, scores: Tensor, points: int | Tensor) -> tuple[Tensor, Tensor]:
+    def best(self, masks: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The mask with the best score; the first one's is favoured by many points."""
+        is_padding = (labels == -1).to(scores)
+        points = (1 - is_padding).sum(1, keepdim=True) + is_padding.amax(1, keepdim=True)
         bonus = torch.tensor([[1000.0] + [0.0] * (self.mask_decoder.num_mask_tokens - 1)]).to(
             scores
         )
         chosen = (scores + (points - 2.5) * bonus).argmax(1)
         rows = torch.arange(masks.shape[0])
         return masks[rows, chosen][:, None], scores[rows, chosen][:, None]
-
-    def stability_of(self, masks: Tensor, offset: float = 1.0) -> Tensor:
-        """IoU of the masks at a threshold above and one below."""
-        inner = (masks > self.threshold + offset).sum((-1, -2), dtype=torch.float32)
-        outer = (masks > self.threshold - offset).sum((-1, -2), dtype=torch.float32)
-        return inner / outer
 
     def enlarge(self, low_res: Tensor, size: Tensor) -> Tensor:
         """Low-res logits -> logits in the image's own pixels, by way of the input's."""
@@ -225,7 +208,7 @@ class DecoderGraph(nn.Module):
         top = torch.where(is_empty > 0, ys[0], ys[1:].amin() if ys.shape[0] > 1 else ys[0])
         left = torch.where(is_empty > 0, xs[0], xs[1:].amin() if xs.shape[0] > 1 else xs[0])
         bottom, right = ys.amax(), xs.amax()
-        cut = mask[top : bottom + 1, left : right + 1].to(torch.uint8)
+        cut = mask[top : bottom + 1, left : right + 1].to(torch.uint8)[None, None]
         return [cut, scores, low_res, left, top, right, bottom]
 
 

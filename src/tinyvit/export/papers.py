@@ -22,6 +22,8 @@ def papers(row: Preset, facts: Mapping[str, Any], folder: Path) -> dict[str, str
     sides = f"Inputs of {facts['side']} x {facts['side']} pixels."
     lines = [f"For {row.consumer}.", sides, row.note]
     found = {"README.txt": "\n".join(line for line in lines if line) + "\n"}
+    if row.name == "tensorrt" and facts.get("decoder"):
+        found["README.txt"] += _shapes(facts)
     if row.name == "osam":
         found["README.txt"] += _class_for_osam(facts, folder)
     elif row.name in ("x-anylabeling", "samexporter"):
@@ -30,6 +32,22 @@ def papers(row: Preset, facts: Mapping[str, Any], folder: Path) -> dict[str, str
     elif row.style == "transformers":
         found.update(_configurations(facts))
     return found
+
+
+def _shapes(facts: Mapping[str, Any]) -> str:
+    """What trtexec must be told of the decoder; nothing where all shapes are fixed."""
+    most_prompts, rows = (64, "N") if facts["many_prompts"] else (1, "1")
+    if facts["num_points"] and most_prompts == 1:
+        return (
+            f"All shapes are fixed: give {facts['num_points']} points in every prompt, and fill "
+            "up with points 0, 0 of label -1.\n"
+        )
+    lines = [f"Shapes for trtexec (point_coords {rows} x P x 2, point_labels {rows} x P):"]
+    for kind, prompts, points in (("min", 1, 1), ("opt", 1, 2), ("max", most_prompts, 10)):
+        points = facts["num_points"] or points
+        shape = f"{prompts}x{points}"
+        lines.append(f"--{kind}Shapes=point_coords:{shape}x2,point_labels:{shape}")
+    return "\n".join(lines) + "\n"
 
 
 def _labelling(facts: Mapping[str, Any], is_x: bool) -> str:

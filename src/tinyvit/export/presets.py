@@ -12,7 +12,8 @@ orig_im_size       [2]                 height, width of the image
 ================== =================== =========================================================
 
 All float32. Outputs: masks [1, K, H, W] logits, iou_predictions [1, K], low_res_masks
-[1, K, 4g, 4g]; K = 4, or 1 with the best mask alone.
+[1, K, 4g, 4g]; K = 4, or 1 with the best mask alone. P is free, or fixed where the export says so;
+with many prompts in a call the first axis of points and outputs is their number.
 """
 
 from __future__ import annotations
@@ -104,10 +105,7 @@ PRESETS = {
                outputs=DECODER_OUTPUTS[1:], takes_parts=True),
         Preset("tensorrt", "trtexec, nanosam; static accelerators", encoder_input="image",
                is_static=True, masks="low-res", outputs=DECODER_OUTPUTS[1:], takes_parts=True,
-               note="Keep LayerNorm in fp32. Shapes for trtexec: "
-                    "--minShapes=point_coords:1x1x2,point_labels:1x1 "
-                    "--optShapes=point_coords:1x2x2,point_labels:1x2 "
-                    "--maxShapes=point_coords:1x10x2,point_labels:1x10"),
+               note="Keep LayerNorm in fp32."),
         Preset("openvino", "OpenVINO >= 2025.0", side=None, single_mask=False, style="openvino",
                encoder="encoder.xml", decoder="decoder.xml", takes_parts=True),
         Preset("torch", "torch.export.load: AOTInductor, ExecuTorch", side=None, style="torch",

@@ -38,7 +38,7 @@ class Reference:
     def run(self, part: str, inputs: Arrays) -> list[NDArray[Any]]:
         """Outputs of a part."""
         if part == "decoder":
-            return self.decode(inputs)
+            return self._decode_each(inputs)
         return self.encode(inputs) if part == "encoder" else self.describe(part, inputs)
 
     def positions(self) -> NDArray[np.float32]:
@@ -82,9 +82,18 @@ class Reference:
             )
         return outputs
 
+    def _decode_each(self, inputs: Arrays) -> list[NDArray[Any]]:
+        """Outputs of the decoder; prompts one after the other."""
+        if self.facts["style"] == "transformers" or len(inputs["point_coords"]) == 1:
+            return self.decode(inputs)
+        names = ("point_coords", "point_labels")
+        rows = [self.decode({**inputs, **{name: inputs[name][row : row + 1] for name in names}})
+                for row in range(len(inputs["point_coords"]))]  # fmt: skip
+        return [np.concatenate(found) for found in zip(*rows, strict=True)]
+
     @torch.no_grad()
     def decode(self, inputs: Arrays) -> list[NDArray[Any]]:
-        """Outputs of the decoder."""
+        """Outputs of the decoder for one prompt."""
         sam = self._sam()
         given = {
             name: torch.from_numpy(np.asarray(value, np.float64)) for name, value in inputs.items()
@@ -109,8 +118,8 @@ class Reference:
         pe = sam.prompt_encoder.get_dense_pe()
         low_res, scores = sam.mask_decoder.predict_masks(image, pe, sparse, dense)
         if self.facts["single_mask"]:
-            favoured = scores.clone()
-            favoured[:, 0] += (coords.shape[1] - 2.5) * 1000
+            favoured, padding = scores.clone(), int((labels == -1).sum())
+            favoured[:, 0] += (labels.shape[1] - max(padding - 1, 0) - 2.5) * 1000
             best = int(favoured[0].argmax())
             low_res, scores = low_res[:, best : best + 1], scores[:, best : best + 1]
         shown = (
@@ -162,6 +171,6 @@ def _cropped(outputs: list[NDArray[Any]], threshold: float) -> list[NDArray[Any]
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     top, bottom = (int(ys[0]), int(ys[-1])) if len(ys) else (0, 0)
     left, right = (int(xs[0]), int(xs[-1])) if len(xs) else (0, 0)
-    cut = mask[top : bottom + 1, left : right + 1].astype(np.uint8)
+    cut = mask[None, None, top : bottom + 1, left : right + 1].astype(np.uint8)
     box = [np.array(value, np.int64) for value in (left, top, right, bottom)]
     return [cut, *outputs[1:], *box]

@@ -58,6 +58,8 @@ class _Order:
     side: int | None
     opset: int
     drop_padding: bool
+    num_points: int | None
+    many_prompts: bool
     is_reproducible: bool
     progress: Callable[[str], None]
 
@@ -87,6 +89,8 @@ def export_model(
     storage: Literal["fp32", "fp16"] | None = None,
     single_mask: bool | None = None,
     drop_padding: bool = False,
+    num_points: int | None = None,
+    many_prompts: bool = False,
     is_reproducible: bool = False,
     keep_failed: bool = False,
     progress: Callable[[str], None] = lambda words: None,
@@ -107,6 +111,9 @@ def export_model(
         storage: "fp16" halves the files; arithmetic stays in fp32. None: as the preset.
         single_mask: Give the best mask alone. None: as the preset.
         drop_padding: Ignore padding points where a box is given.
+        num_points: Take this number of points in every prompt, padding included, so that all
+            shapes are fixed; None takes any.
+        many_prompts: Take many prompts on one embedding in a call, padded to one number of points.
         is_reproducible: Two exports of one model are equal byte for byte.
         keep_failed: Leave a folder that failed.
         progress: Called with what is done next.
@@ -120,7 +127,9 @@ def export_model(
         FileExistsError: The folder is there and not empty.
         MissingExtraError: onnx or onnxruntime is not installed.
     """
-    row = _row(preset, storage, single_mask, is_part=part is not None or not isinstance(model, Sam))
+    is_part = part is not None or not isinstance(model, Sam)
+    row = _row(preset, storage, single_mask, is_part)
+    _check_prompts(row, is_part, drop_padding, num_points, many_prompts)
     if opset not in OPSETS:
         raise ValueError(f"opset must be from {OPSETS[0]} to {OPSETS[-1]}, came {opset}")
     target = Path(folder)
@@ -129,7 +138,8 @@ def export_model(
     work = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     work.mkdir(parents=True)
     try:
-        order = _Order(row, name, licence, side, opset, drop_padding, is_reproducible, progress)
+        order = _Order(row, name, licence, side, opset, drop_padding, num_points, many_prompts,
+                       is_reproducible, progress)  # fmt: skip
         if part is None and isinstance(model, Sam):
             verified = _write_pair(model, work, order)
         else:
@@ -165,6 +175,27 @@ def _row(preset: str, storage: Any, single_mask: bool | None, is_part: bool) -> 
         raise ValueError("programs of torch.export are stored in fp32; leave storage='fp16' out")
     single_mask = row.single_mask if single_mask is None else single_mask
     return replace(row, storage=storage or row.storage, single_mask=single_mask)
+
+
+def _check_prompts(
+    row: Preset, is_part: bool, drop_padding: bool, num_points: int | None, many_prompts: bool
+) -> None:
+    """Refuse ways to give prompts that do not go together, or that the preset has no place for."""
+    if num_points is None and not many_prompts:
+        return
+    if is_part:
+        raise ValueError("num_points and many_prompts are for mask decoders, and there is none")
+    if num_points is not None and num_points < 1:
+        raise ValueError(f"num_points must be at least 1, came {num_points}")
+    if drop_padding:
+        raise ValueError(
+            "drop_padding leaves points out of one prompt, and their number could not stay that "
+            "of num_points or of the other prompts; leave one of them out"
+        )
+    if row.style == "transformers":
+        raise ValueError(f"{row.consumer} gives any number of points and prompts by itself")
+    if many_prompts and (row.masks == "crop" or row.style == "torch"):
+        raise ValueError(f"many_prompts: {row.consumer} takes one prompt at a time")
 
 
 def _write_part(model: Model, part: Part | None, folder: Path, order: _Order) -> Verified:
@@ -256,6 +287,8 @@ def _facts(sam: Sam, spec: ImageSpec, order: _Order, side: int, factor: int) -> 
         "is_static": row.is_static,
         "single_mask": row.single_mask,
         "drop_padding": order.drop_padding,
+        "num_points": order.num_points,
+        "many_prompts": order.many_prompts,
         "storage": row.storage,
         "encoder_input": row.encoder_input,
         "encoder_outputs": encoder_outputs,
@@ -324,44 +357,46 @@ def _decoder_arguments(
     sam: Sam, row: Preset, facts: Mapping[str, Any], factor: int, drop_padding: bool
 ) -> Graph:
     """The decoder, ready to be traced."""
-    grid, channels = int(facts["grid"]), int(facts["channels"])
     if row.style == "transformers":
-        example: Sequence[Tensor] = (
-            torch.randn(1, channels, grid, grid),
-            torch.randn(1, channels, grid, grid),
-            torch.rand(1, 2, 3, 2) * int(facts["side"]),
-            torch.ones(1, 2, 3, dtype=torch.int64),
-        )
-        prompts = {0: "batch", 1: "prompts", 2: "points"}
-        axes: dict[str, dict[int, str]] = {
-            "image_embeddings": {0: "batch"}, "image_positional_embeddings": {0: "batch"},
-            "input_points": prompts, "input_labels": prompts,
-            "iou_scores": {0: "batch", 1: "prompts"}, "pred_masks": {0: "batch", 1: "prompts"},
-        }  # fmt: skip
-        return (
-            PromptsOfTransformers(sam).eval(),
-            example,
-            facts["decoder_inputs"],
-            row.outputs,
-            axes,
-        )
+        return _transformers_arguments(sam, row, facts)
+    grid, channels = int(facts["grid"]), int(facts["channels"])
     graph = DecoderGraph(
         sam, single_mask=row.single_mask, masks=row.masks, factor=factor, drop_padding=drop_padding
     ).eval()
+    rows, points = 2 if facts["many_prompts"] else 1, facts["num_points"] or 5
     example = (
         torch.randn(1, channels, grid, grid),
-        torch.rand(1, 5, 2) * int(facts["side"]),
-        torch.tensor([[0.0, 1.0, 2.0, 3.0, -1.0]]),
+        torch.rand(rows, points, 2) * int(facts["side"]),
+        (torch.arange(rows * points) % 5 - 1.0).view(rows, points),
         torch.randn(1, 1, 4 * grid, 4 * grid),
         torch.ones(1),
         torch.tensor([1500.0, 2250.0]),
     )[: len(facts["decoder_inputs"])]
-    axes = {"point_coords": {1: "num_points"}, "point_labels": {1: "num_points"}}
-    if row.masks == "full":
-        axes["masks"] = {2: "height", 3: "width"}
-    elif row.masks == "crop":
-        axes["masks"] = {0: "height", 1: "width"}
+    prompts = {0: "num_prompts"} if rows > 1 else {}
+    free = prompts if facts["num_points"] else {**prompts, 1: "num_points"}
+    axes = {name: dict(prompts) for name in row.outputs}
+    axes |= {name: dict(free) for name in ("point_coords", "point_labels")}
+    if row.masks != "low-res":
+        axes["masks"] |= {2: "height", 3: "width"}
     return graph, example, facts["decoder_inputs"], row.outputs, axes
+
+
+def _transformers_arguments(sam: Sam, row: Preset, facts: Mapping[str, Any]) -> Graph:
+    """The decoder for transformers.js, ready to be traced."""
+    grid, channels = int(facts["grid"]), int(facts["channels"])
+    example = (
+        torch.randn(1, channels, grid, grid),
+        torch.randn(1, channels, grid, grid),
+        torch.rand(1, 2, 3, 2) * int(facts["side"]),
+        torch.ones(1, 2, 3, dtype=torch.int64),
+    )
+    prompts = {0: "batch", 1: "prompts", 2: "points"}
+    axes: dict[str, dict[int, str]] = {
+        "image_embeddings": {0: "batch"}, "image_positional_embeddings": {0: "batch"},
+        "input_points": prompts, "input_labels": prompts,
+        "iou_scores": {0: "batch", 1: "prompts"}, "pred_masks": {0: "batch", 1: "prompts"},
+    }  # fmt: skip
+    return PromptsOfTransformers(sam).eval(), example, facts["decoder_inputs"], row.outputs, axes
 
 
 def _save(

@@ -45,7 +45,9 @@ class PreparedFeatures:
 
 
 class GraphDecoder:
-    """Decodes prompts by an exported graph, one after the other; threads may share it.
+    """Decodes prompts by an exported graph; threads may share it.
+
+    One after the other, but for a graph that takes many in a call.
 
     A graph that gives the best mask alone chooses it itself: of a box without points the best of
     three, where a model gives its single one.
@@ -65,6 +67,9 @@ class GraphDecoder:
                 f"lacks {', '.join(lacking)}"
             )
         self._wanted = inputs["image_embeddings"]
+        is_ours = "tinyvit.format" in self._graph.metadata  # others name axes that are not free
+        self._takes_many = is_ours and inputs["point_labels"][0] is None
+        self._num_points = inputs["point_labels"][1]
         side = cast(int, inputs["mask_input"][3])
         self._no_mask = np.zeros((1, 1, side, side), np.float32)
         self.logit_stride = pair.encoder.image_spec.size[0] / side
@@ -120,9 +125,11 @@ class GraphDecoder:
         kept = range(self._count)[which]
         logits = np.empty((len(prompts), len(kept), *size), np.float32)
         scores = np.empty((len(prompts), len(kept)), np.float32)
-        for number in range(len(prompts)):
-            found = self._graph.run(self._inputs(prepared, prompts, number))
-            logits[number], scores[number] = found[_LOGITS][0, which], found[_SCORES][0, which]
+        step = max(len(prompts), 1) if self._takes_many and prompts.masks is None else 1
+        for start in range(0, len(prompts), step):
+            rows = slice(start, start + step)
+            found = self._graph.run(self._inputs(prepared, prompts, rows))
+            logits[rows], scores[rows] = found[_LOGITS][:, which], found[_SCORES][:, which]
         check_finite(scores, self._name)
         check_finite(logits, self._name)
         return (logits if min_iou is None else logits[scores > min_iou]), scores
@@ -157,22 +164,38 @@ class GraphDecoder:
         return upscale(low_res_logits, placement, self.logit_stride, threshold)
 
     def _inputs(
-        self, prepared: PreparedFeatures, prompts: PromptBatch, number: int
+        self, prepared: PreparedFeatures, prompts: PromptBatch, rows: slice
     ) -> dict[str, Floats]:
-        """The graph's inputs for one prompt: points, padding where there is no box, and corners."""
-        coords, labels = np.zeros((0, 2), np.float32), np.zeros(0, np.float32)
+        """The graph's inputs for some prompts: points, padding where there is no box, and corners.
+
+        Raises:
+            ValueError: The graph takes fewer points.
+        """
+        count = len(range(len(prompts))[rows])
+        coords: NDArray[Any] = np.zeros((count, 0, 2), np.float32)
+        labels: NDArray[Any] = np.zeros((count, 0), np.float32)
+        padding = 0
         if prompts.points is not None:
-            coords, labels = (part[number] for part in prompts.points)
+            coords, labels = (part[rows] for part in prompts.points)
         if prompts.boxes is not None:
-            coords = np.concatenate([coords, prompts.boxes[number].reshape(2, 2)])
-            labels = np.concatenate([labels, [2, 3]])
+            coords = np.concatenate([coords, prompts.boxes[rows].reshape(-1, 2, 2)], 1)
+            labels = np.concatenate([labels, np.tile([2, 3], (count, 1))], 1)
         elif prompts.points is not None:
-            coords, labels = np.concatenate([coords, [[0, 0]]]), np.concatenate([labels, [-1]])
-        mask = self._no_mask if prompts.masks is None else prompts.masks[number, None]
+            padding = 1
+        if self._num_points is not None:
+            padding = self._num_points - labels.shape[1]
+        if padding < 0:
+            raise ValueError(
+                f"this decoder was exported for {self._num_points} points in a prompt, a box "
+                f"counted as two; came {labels.shape[1]}"
+            )
+        coords = np.pad(coords, ((0, 0), (0, padding), (0, 0)))
+        labels = np.pad(labels, ((0, 0), (0, padding)), constant_values=-1)
+        mask = self._no_mask if prompts.masks is None else prompts.masks[rows]
         given = {
             "image_embeddings": prepared.features,
-            "point_coords": coords[None].astype(np.float32),
-            "point_labels": labels[None].astype(np.float32),
+            "point_coords": coords.astype(np.float32),
+            "point_labels": labels.astype(np.float32),
             "mask_input": mask.astype(np.float32),
             "has_mask_input": np.array([prompts.masks is not None], np.float32),
             "orig_im_size": np.ones(2, np.float32),  # masks are enlarged here, where they are used
@@ -183,5 +206,5 @@ class GraphDecoder:
         """Masks of a prompt, of a graph that does not say."""
         features = np.zeros([side or 1 for side in self._wanted], np.float32)
         corner = PromptBatch((np.zeros((1, 1, 2), np.float32), np.ones((1, 1), np.int64)))
-        found = self._graph.run(self._inputs(PreparedFeatures(features), corner, 0))
+        found = self._graph.run(self._inputs(PreparedFeatures(features), corner, slice(0, 1)))
         return int(found[_SCORES].shape[-1])
