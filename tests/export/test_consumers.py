@@ -3,10 +3,14 @@
 ``scripts/consumers`` makes the environments and runs this file.
 """
 
+import functools
 import hashlib
+import http.server
 import json
 import os
+import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -118,11 +122,12 @@ def run(arguments, **changes):
     return done.stdout
 
 
-def click_with(client, folder, name, tmp_path):
+def click_with(client, folder, name, tmp_path, clicks=None):
     """The client's masks for the clicks on an image, and the embedding's shape."""
     before = hashes(folder)
     source, target = tmp_path / "in.npz", tmp_path / f"{client}-{name}.npz"
-    np.savez(source, image=read(name), clicks=np.array(CLICKS[name], np.float32))
+    clicks = CLICKS[name] if clicks is None else clicks
+    np.savez(source, image=read(name), clicks=np.array(clicks, np.float32))
     python = ENVIRONMENTS / "python" / "bin" / "python"
     home = tmp_path / f"home-{client}-{name}"
     run([python, HERE / "labelling.py", client, folder, source, target], HOME=str(home))
@@ -157,6 +162,34 @@ def test_labelling_tools(client, side, exported, wanted, tmp_path, record_proper
     folder = exported("samexporter" if side else CLIENTS[client], side)
     found = ious_of(client, folder, side, wanted, tmp_path, record_property)
     assert min(found) >= LEAST[side or "adapted"], found
+
+
+@pytest.mark.parametrize("client", [*CLIENTS, "osam"])
+def test_clicks_of_a_grid(client, sam, exported, tmp_path, record_property):
+    """24 clicks on each photograph, chosen by nobody; the median of the clear ones is judged."""
+    from tinyvit.sam import SamPredictor
+
+    folder, predictor = exported(CLIENTS.get(client, "osam")), SamPredictor(sam)
+    found, is_clear = [], []
+    for name in CLICKS:
+        image = read(name)
+        height, width = image.shape[:2]
+        clicks = [((x + 0.5) * width / 6, (y + 0.5) * height / 4) for y in range(4)
+                  for x in range(6)]  # fmt: skip
+        predictor.set_image(image)
+        masks, _ = click_with(client, folder, name, tmp_path, clicks)
+        for click, mine in zip(clicks, masks, strict=True):
+            theirs, scores, _ = predictor.predict(np.array([click]), np.ones(1, int))
+            best = theirs[scores.argmax()]
+            found.append(iou(mine, best))
+            is_clear.append(np.diff(np.sort(scores))[-1] > LEAD and best.mean() > AREA)
+    found, is_clear = np.array(found), np.array(is_clear)
+    for words, some in (("all", found), ("clear", found[is_clear])):
+        quartiles = np.round(np.percentile(some, [0, 10, 25, 50]), 3).tolist()
+        share = round(float((some >= LEAST["adapted"]).mean()), 2)
+        print(client, words, len(some), "least, 10 %, 25 %, median:", quartiles, "good:", share)
+        record_property(words, [len(some), *quartiles, share])
+    assert np.median(found[is_clear]) >= LEAST["adapted"]
 
 
 def test_rgb_for_a_client_that_takes_bgr_is_found(exported, wanted, tmp_path, record_property):
@@ -248,3 +281,47 @@ def test_onnxruntime_web(sam, exported, tmp_path):
         mine = np.array(came[name]["data"], np.float32).reshape(came[name]["dims"])
         assert mine.shape == right.shape
         assert np.abs(mine - right).max() <= 1e-3 * np.abs(right).max(), name
+
+
+def test_the_example_page_in_a_browser(exported, tmp_path):
+    """``examples/web.html`` from loopback: a click and an excluding one, beside ``Segmenter``."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    from tinyvit import Prompt, Segmenter
+
+    chromium = shutil.which("chromium") or pytest.skip("there is no chromium")
+    shutil.copy(PICTURES.parent / "web.html", tmp_path)
+    shutil.copytree(exported("web"), tmp_path / "web")
+    (tmp_path / "node_modules").symlink_to(ENVIRONMENTS / "js" / "node_modules")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    image, points = read("coffee.png"), [[330, 190], [500, 380]]
+    try:
+        with sync_api.sync_playwright() as play:
+            browser = play.chromium.launch(executable_path=chromium)
+            page = browser.new_page(viewport={"width": 1000, "height": 900})
+            faults = []
+            page.on("pageerror", lambda error: faults.append(str(error)))
+            page.goto(f"http://127.0.0.1:{server.server_port}/web.html")
+            page.get_by_text("Ready. Choose an image.").wait_for()
+            page.set_input_files("#file", PICTURES / "coffee.png")
+            page.get_by_text("Encoded in").wait_for()
+            for number, (x, y) in enumerate(points):
+                page.click("canvas", position={"x": x, "y": y},
+                           modifiers=["Shift"] if number else [])  # fmt: skip
+                page.get_by_text("The mask has").wait_for()
+            page.wait_for_timeout(1000)
+            page.screenshot(path=os.environ.get("TINYVIT_SCREENSHOT", tmp_path / "page.png"))
+            data = page.evaluate("Array.from(view.getContext('2d').getImageData("
+                                 "0, 0, view.width, view.height).data)")  # fmt: skip
+            browser.close()
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert not faults
+    shown = np.array(data, np.float64).reshape(*image.shape[:2], 4)[..., :3]
+    blue = np.abs(shown - (image * 0.5 + np.array([30, 110, 255]) * 0.5)).max(-1) < 1.5
+    (masks,) = Segmenter(exported("tinyvit")).segment([image], [[Prompt(points, [1, 0])]], False)
+    found = iou(blue, masks.mask(0))
+    print("examples/web.html", round(found, 3))
+    assert found >= LEAST["adapted"]
