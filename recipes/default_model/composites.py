@@ -272,7 +272,7 @@ class CompositeSet(Sequence[Composite]):
         """A photo with a thing in it; every photo as often, however many of its crops are good."""
         photographs = _things(self.work, self.split)
         crops = photographs[rng.integers(len(photographs))]
-        found = draw_label(crops[rng.integers(len(crops))], self._sides(rng), rng)
+        found = draw_label(crops[rng.integers(len(crops))], self.size, rng)
         return None if found is None else Sample(*found, ("thing",), np.ones(1, np.bool_))
 
     def _composite(self, rng: np.random.Generator) -> Sample | None:

@@ -187,14 +187,12 @@ def _cut_outs(work: Path, labels: Iterable[Background]) -> Iterator[Row]:
         )  # fmt: skip
 
 
-def draw_label(
-    file: Path, size: tuple[int, int], rng: np.random.Generator
-) -> tuple[RGB, Plane] | None:
-    """A part of a labelled crop.
+def draw_label(file: Path, longest: int, rng: np.random.Generator) -> tuple[RGB, Plane] | None:
+    """Most of a labelled crop, in its own shape: a thing that is cut off would be none.
 
     Args:
         file: The crop; its probabilities lie beside it.
-        size: (width, height) of the result in pixels.
+        longest: The longer side of the result in pixels.
         rng: The random generator.
 
     Returns:
@@ -202,6 +200,8 @@ def draw_label(
         of the thing is in that part.
     """
     image, mask = _read(file)
+    width, height = (max(1, round(longest * side / max(image.size))) for side in image.size)
+    size = width, height
     seed = int(rng.integers(2**62))  # the same part of both
     part, alike = (
         crop(one, size, np.random.default_rng(seed), least=_LEAST_CROP) for one in (image, mask)
