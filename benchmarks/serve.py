@@ -437,15 +437,20 @@ PAGE = """async (count) => {
     const at = (kind) => new PointerEvent(kind, where);
     canvas.dispatchEvent(at('pointerdown'));
     const start = performance.now();
-    canvas.dispatchEvent(at('pointerup'));
     const { history, asker } = tinyvit;
     const own = () => history.state.objects.find((o) => o.id === history.state.current);
-    const after = (ms) => new Promise((done) => setTimeout(done, ms));
-    while (!own() || !asker.isFresh(own())) await after(1);
-    await new Promise((done) => requestAnimationFrame(() => setTimeout(done, 0)));
+    await new Promise((done) => { // until the frame after the first drawing that has the mask
+      const watch = new MutationObserver(() => {
+        if (!own() || !asker.isFresh(own())) return;
+        watch.disconnect();
+        setTimeout(done, 0);
+      });
+      watch.observe(document.body, { attributeFilter: ['data-drawn'] });
+      canvas.dispatchEvent(at('pointerup'));
+    });
     const { wait_ms: wait, decode_ms: decode } = asker.answers.get(own().id).times;
     over.push(performance.now() - start - wait - decode);
-    await after(500);
+    await new Promise((done) => setTimeout(done, 500));
   }
   return over;
 }"""
@@ -468,6 +473,7 @@ def main() -> None:
                 write_weights(Path(folder), "5m", [str(path) for path in IMAGES])
                 weights = str(Path(folder) / "sam.safetensors")
             Bench(name, weights, options.osam, options.quick, report).run(Path(folder))
+    options.output.mkdir(parents=True, exist_ok=True)
     facts = machine_facts("fastapi", "uvicorn")
     load = os.getloadavg()[0]
     (options.output / "serve.json").write_text(
