@@ -124,7 +124,7 @@ class Guard:
         except Problem as problem:
             await problem.response(state)(scope, receive, send)
         except Exception:
-            if state["facts"].get("problem") != "our-fault":  # else answered and logged
+            if state["facts"].get("problem") != "our-fault":  # that one is answered and logged
                 raise
 
     def refused(self, problem: Problem, client: str) -> str:
