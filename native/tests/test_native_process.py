@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -20,6 +21,15 @@ from tinyvit_native import Placement
 IMAGE = image(1, 3, 96, 96).numpy()
 
 
+def in_threads(work: Callable[[int], None]) -> None:
+    """Call it in four threads at once, each with a number of its own."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+
+
 def test_nets_and_calls_in_many_threads():
     one, two = native(small(), threads=2), native(small(neck_dim=40), threads=2)
     wanted = [one.encode(IMAGE), two.encode(IMAGE)]
@@ -30,11 +40,7 @@ def test_nets_and_calls_in_many_threads():
             if not np.array_equal((one, two)[i % 2].encode(IMAGE), wanted[i % 2]):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(work)
     assert not wrong
 
 
@@ -61,11 +67,7 @@ def test_decoders_in_threads_and_after_fork():
             if not np.array_equal(decoders[i % 2].decode(prepared[i % 2], **prompts)[0], wanted):
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(work)
     assert not wrong
     pid = os.fork()
     if pid == 0:  # pragma: no cover

@@ -69,6 +69,14 @@ TINYVIT_INLINE void begin_tiles(const float* from, long pitch) {
   _tile_loadd(3, b + 64, pitch);
 }
 
+// Two by two tiles of tokens (4, 5) and outputs (6, 7), added to the four sums.
+TINYVIT_INLINE void add_four() {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
 // Meanwhile `each` rows of the block before are finished for each group of inputs.
 template <class F>
 TINYVIT_INLINE void multiply_tiles(const uint16_t* high, const uint16_t* rest, const uint16_t* panel, int inputs, F& before) {
@@ -79,22 +87,13 @@ TINYVIT_INLINE void multiply_tiles(const uint16_t* high, const uint16_t* rest, c
     _tile_loadd(7, panel + 32L * k + 32, 128);
     _tile_loadd(4, rest + 32L * k, 64);
     _tile_loadd(5, rest + 32L * k + 512, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    add_four();
     _tile_loadd(4, high + 32L * k, 64);
     _tile_loadd(5, high + 32L * k + 512, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    add_four();
     _tile_loadd(6, panel_rest + 32L * k, 128);
     _tile_loadd(7, panel_rest + 32L * k + 32, 128);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    add_four();
     F::some(before, each);
   }
 }
