@@ -19,6 +19,7 @@ from tinyvit.export import (
     ParityError,
     Preset,
     Verified,
+    comparing,
     export_model,
     graphs,
     verify,
@@ -312,3 +313,21 @@ def test_the_newer_exporter_does_not_take_the_encoder_at_dynamic_sizes_yet(sam):
         torch.onnx.export(
             sam.image_encoder, (torch.zeros(2, 3, 75, 58),), dynamo=True, dynamic_shapes=(sizes,)
         )
+
+
+def test_a_cut_mask_is_compared_in_the_image():
+    """One pixel more at the edge moves the box: it is one pixel of the image, not another mask."""
+    facts = {
+        "decoder_outputs": ("masks", "iou_predictions", "low_res_masks", "xtl", "ytl", "xbr", "ybr")
+    }
+    masks = []
+    for right in (19, 20):
+        cut = np.ones((1, 1, 10, right - 4), np.uint8)
+        cut[0, 0, 1:, 15:] = 0  # the twentieth column has one pixel
+        outputs = [cut, None, None, *map(np.int64, (5, 10, right, 19))]
+        masks.append(comparing._mask_of(outputs, facts, (40, 50), 0.0))
+    one, other = masks
+    assert one.shape == other.shape == (1, 1, 40, 50)
+    assert (one.sum(), other.sum()) == (150, 151)
+    assert one[0, 0, 10:20, 5:20].all() and other[0, 0, 10, 20]
+    assert comparing._iou(one, other) == 150 / 151
