@@ -21,7 +21,7 @@ import torch
 import tinyvit
 from composites import CompositeSet, CompositeSettings
 from history import read_stages
-from lite import LiteEncoder, build_lite, fit_neck, open_lite
+from lite import LiteEncoder, build_lite, fit_neck, open_backbone, open_lite
 from tinyvit.checkpoints import read_state_dict
 from tinyvit.images.preprocess import to_input
 from tinyvit.sam.embedding import spec_of
@@ -29,7 +29,7 @@ from tinyvit.sam.model import Sam, build_sam
 from tinyvit.train import TrainSettings, train
 from tinyvit.train.optim import join_processes
 from tinyvit.train.run_folder import Progress
-from tinyvit.train.tasks.segment import MaskSamples, Segment
+from tinyvit.train.tasks.segment import Maps, MaskSamples, Segment
 from tinyvit.train.tasks.settings import SegmentSettings
 
 STAGES = Path(__file__).with_name("stages.toml")
@@ -86,12 +86,20 @@ def task_of(work: Path, stage: Stage) -> Segment:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stage["seed"])
         sam = _model(work, stage, samples)
-        teacher = None
+        teacher: Maps | None = None
         if name := stage.get("teacher"):
-            encoder = open_lite(work, Path(found(work, name)), stage["img_size"]).image_encoder
-            teacher = cast(LiteEncoder, encoder).everything
+            teacher = _teacher(work, name, stage["img_size"])
         data = cast(MaskSamples, samples)
         return Segment(sam, data, cast(Any, held_out), settings, teacher)
+
+
+def _teacher(work: Path, name: str, size: int) -> Maps:
+    """What a stage learns from: another stage's embedding and its backbone, or a backbone alone."""
+    if name == "lite2":
+        encoder = LiteEncoder(open_backbone(work, size), size)
+        return lambda images: (None, *encoder.maps(images))
+    encoder = cast(Any, open_lite(work, Path(found(work, name)), size).image_encoder)
+    return cast(Maps, encoder.everything)
 
 
 def _model(work: Path, stage: Stage, samples: CompositeSet) -> Sam:

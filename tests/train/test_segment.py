@@ -354,6 +354,21 @@ def test_a_teacher_is_learnt_from_less_and_less(make_tiny_sam, data, tmp_path):
     pickle.loads(pickle.dumps(replace_model(task)))
 
 
+def test_a_backbone_has_only_further_maps(make_tiny_sam, data):
+    sam = make_tiny_sam(64, loadable=True)
+    coarse = torch.randn(1, 5, 2, 2)
+    choices = SegmentSettings("", augment="none", least_pixels=4, embedding=0.5)
+    task = Segment(
+        sam, data, data, choices, lambda images: (None, coarse.expand(len(images), -1, -1, -1))
+    )
+    batch = task.collate([task.sample(i, np.random.default_rng(i)) for i in (0, 1)])
+    loss, metrics = task.loss(task.model, batch, torch.Generator())
+    assert {"train_iou", "embedding_distance"} <= set(metrics)
+    assert 0 < metrics["embedding_distance"].item() <= 2  # a cosine's distance alone
+    loss.backward()
+    assert all(head.weight.grad.abs().sum() > 0 for head in task.model.heads)
+
+
 def replace_model(task):
     """As the loader hands a task to other processes: without its network."""
     light = copy.copy(task)

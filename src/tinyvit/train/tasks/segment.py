@@ -47,8 +47,11 @@ from .teachers import open_maps
 _SAME = "is trained and validated on, so the metrics say nothing about others"
 
 
-Maps = Callable[[Tensor], Sequence[Tensor]]
-"""A teacher: normalised images [B, 3, H, W] -> its embedding, and other maps, [B, C, h, w] each."""
+Maps = Callable[[Tensor], Sequence[Tensor | None]]
+"""A teacher: normalised images [B, 3, H, W] -> its embedding, and other maps, [B, C, h, w] each.
+
+A network that has no such embedding, such as a classifier's backbone, gives None in its place.
+"""
 
 
 class MaskedImage(Protocol):
@@ -229,22 +232,26 @@ class Taught(nn.Module):
         super().__init__()
         self.sam, encoder = sam, sam.image_encoder
         self._teacher = (teacher,)  # in a tuple, since it is no part of what is trained
-        _, *others = self._wanted(torch.zeros(1, 3, *size))
+        _, others = self._wanted(torch.zeros(1, 3, *size))
         if others and encoder.neck is None:
             raise ValueError("a teacher's further maps are compared before the neck; there is none")
         own = encoder.embed_dims[-1]
         self.heads = nn.ModuleList(nn.Conv2d(own, one.shape[1], 1) for one in others)
 
-    def _wanted(self, images: Tensor) -> list[Tensor]:
+    def _wanted(self, images: Tensor) -> tuple[Tensor | None, list[Tensor]]:
         with torch.no_grad():
-            return [one.to(images.device) for one in self._teacher[0](images)]
+            embedding, *others = self._teacher[0](images)
+        maps = [one.to(images.device) for one in others if one is not None]
+        return None if embedding is None else embedding.to(images.device), maps
 
     def compare(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(embedding, its distance from the teacher's plus those of the other maps, a scalar)."""
-        encoder, (wanted, *others) = self.sam.image_encoder, self._wanted(images)
+        encoder, (wanted, others) = self.sam.image_encoder, self._wanted(images)
         last = encoder.forward_backbone(images)
         found: Tensor = last if encoder.neck is None else encoder.neck(last)
-        distance = feature_loss(found, fit_grid(wanted, _size(found)), "whitened")
+        distance = found.new_zeros(())
+        if wanted is not None:
+            distance = feature_loss(found, fit_grid(wanted, _size(found)), "whitened")
         for head, other in zip(self.heads, others, strict=True):
             distance = distance + feature_loss(head(last), fit_grid(other, _size(last)), "cosine")
         return found, distance
