@@ -118,21 +118,6 @@ class TorchDecoder:
         are computed whose predicted IoU exceeds it, and the logits are [M, h4, w4] in the order of
         ``np.argwhere(scores > min_iou)``.
         """
-        logits, scores = self.decode_tensors(
-            prepared, prompts, multimask_output, min_iou=min_iou, hq_token_only=hq_token_only
-        )
-        return logits.cpu().numpy(), scores.cpu().numpy()
-
-    def decode_tensors(
-        self,
-        prepared: PreparedEmbedding,
-        prompts: PromptBatch,
-        multimask_output: bool = True,
-        *,
-        min_iou: float | None = None,
-        hq_token_only: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """As ``decode``, float32 tensors on ``device``."""
         decoder = self._model.mask_decoder
         if hq_token_only and not isinstance(decoder, HQMaskDecoder):
             raise ValueError("hq_token_only=True wants a model with Light HQ-SAM's mask decoder")
@@ -142,13 +127,13 @@ class TorchDecoder:
             is_one = not multimask_output or isinstance(decoder, HQMaskDecoder)
             count = 1 if is_one else decoder.num_multimask_outputs
             shape = (0, *size) if min_iou is not None else (0, count, *size)
-            return torch.empty(shape, device=self.device), torch.empty(0, count, device=self.device)
+            return np.empty(shape, np.float32), np.empty((0, count), np.float32)
         heads, shared = self._share(prepared)
         shared = None if prompts.masks is not None else shared
         step = CHUNK if shared is None else len(prompts)
-        parts = [prompts.part(i, i + step) for i in range(0, len(prompts), step)]
         found = []
-        for part in parts:
+        for start in range(0, len(prompts), step):
+            part = prompts.part(start, start + step)
             if isinstance(heads, FastMaskDecoder):
                 points, boxes, masks_in = _tensors(part)
                 images = heads.prepare(prepared.features, masks_in) if shared is None else shared
@@ -157,9 +142,8 @@ class TorchDecoder:
                 more = multimask_output, hq_token_only
                 masks, iou = self._decode_plain(heads, prepared, part, *more)
                 found.append((masks if min_iou is None else masks[iou > min_iou], iou))
-        # Copies can be written to and take part in autograd; tensors of inference mode cannot.
-        logits, scores = (torch.cat(tensors) for tensors in zip(*found, strict=True))
-        return (logits if min_iou is not None else logits.view(*scores.shape, *size)), scores
+        logits, scores = (torch.cat(tensors).cpu().numpy() for tensors in zip(*found, strict=True))
+        return (logits if min_iou is not None else logits.reshape(*scores.shape, *size)), scores
 
     def masks(
         self, low_res_logits: NDArray[np.float32], placement: Placement, threshold: float | None
@@ -199,8 +183,7 @@ class TorchDecoder:
         crop of, and ``corner`` (y, x), where it begins. Also gives the predicted IoU [N, K] of all.
         """
         masks, scores = self.decode(prepared, prompts, min_iou=min_iou)
-        places = np.argwhere(scores > min_iou)
-        return find_regions(masks, scores, places, placement, self.logit_stride, **how), scores
+        return find_regions(masks, scores, min_iou, placement, self.logit_stride, **how), scores
 
     def _modules(self) -> Sequence[nn.Module]:
         return self._model.prompt_encoder, self._model.mask_decoder

@@ -6,7 +6,7 @@ Imports no torch. Numpy at the surface, see ``inference.backend``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,27 +21,12 @@ from .embedding import ImageEmbedding
 from .prompts import PromptBatch
 from .upscale import find_regions, upscale
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 Floats: TypeAlias = NDArray[np.float32]
 
 _INPUTS = ("image_embeddings", "point_coords", "point_labels", "mask_input", "has_mask_input")
 _LOGITS, _SCORES = "low_res_masks", "iou_predictions"
 _ALL = 4
 """Masks of a decoder that gives all: that of a clear prompt, and three of an ambiguous one."""
-
-
-class PreparedFeatures:
-    """What ``GraphDecoder.prepare`` keeps of an embedding: [1, C, g, g], as its graph takes it."""
-
-    def __init__(self, features: Floats) -> None:
-        self.features = features
-
-    @property
-    def nbytes(self) -> int:
-        """How much memory it holds."""
-        return int(self.features.nbytes)
 
 
 class GraphDecoder:
@@ -84,8 +69,8 @@ class GraphDecoder:
         """What runs, and why, in words."""
         return self._words
 
-    def prepare(self, embedding: ImageEmbedding) -> PreparedFeatures:
-        """The embedding as the graph takes it.
+    def prepare(self, embedding: ImageEmbedding) -> Floats:
+        """The embedding as the graph takes it, [1, C, g, g].
 
         Raises:
             ValueError: It has another shape, or values that are not finite.
@@ -99,11 +84,11 @@ class GraphDecoder:
                 "padded to a square"
             )
         check_finite(features, self._name)
-        return PreparedFeatures(np.ascontiguousarray(features))
+        return np.ascontiguousarray(features)
 
     def decode(
         self,
-        prepared: PreparedFeatures,
+        prepared: Floats,
         prompts: PromptBatch,
         multimask_output: bool = True,
         *,
@@ -134,18 +119,9 @@ class GraphDecoder:
         check_finite(logits, self._name)
         return (logits if min_iou is None else logits[scores > min_iou]), scores
 
-    def decode_tensors(
-        self, prepared: PreparedFeatures, prompts: PromptBatch, *more: Any, **named: Any
-    ) -> tuple[Tensor, Tensor]:
-        """As ``decode``, as tensors."""
-        import torch
-
-        logits, scores = self.decode(prepared, prompts, *more, **named)
-        return torch.from_numpy(logits), torch.from_numpy(scores)
-
     def find(
         self,
-        prepared: PreparedFeatures,
+        prepared: Floats,
         prompts: PromptBatch,
         placement: Placement,
         *,
@@ -154,8 +130,7 @@ class GraphDecoder:
     ) -> tuple[Iterator[Found], Floats]:
         """As ``TorchDecoder.find``."""
         logits, scores = self.decode(prepared, prompts, min_iou=min_iou)
-        places = np.argwhere(scores > min_iou)
-        return find_regions(logits, scores, places, placement, self.logit_stride, **more), scores
+        return find_regions(logits, scores, min_iou, placement, self.logit_stride, **more), scores
 
     def masks(
         self, low_res_logits: Floats, placement: Placement, threshold: float | None
@@ -163,9 +138,7 @@ class GraphDecoder:
         """Low-res logits [..., h4, w4] -> masks [..., H, W] bool; float32 logits for None."""
         return upscale(low_res_logits, placement, self.logit_stride, threshold)
 
-    def _inputs(
-        self, prepared: PreparedFeatures, prompts: PromptBatch, rows: slice
-    ) -> dict[str, Floats]:
+    def _inputs(self, features: Floats, prompts: PromptBatch, rows: slice) -> dict[str, Floats]:
         """The graph's inputs for some prompts: points, padding where there is no box, and corners.
 
         Raises:
@@ -193,7 +166,7 @@ class GraphDecoder:
         labels = np.pad(labels, ((0, 0), (0, padding)), constant_values=-1)
         mask = self._no_mask if prompts.masks is None else prompts.masks[rows]
         given = {
-            "image_embeddings": prepared.features,
+            "image_embeddings": features,
             "point_coords": coords.astype(np.float32),
             "point_labels": labels.astype(np.float32),
             "mask_input": mask.astype(np.float32),
@@ -206,5 +179,5 @@ class GraphDecoder:
         """Masks of a prompt, of a graph that does not say."""
         features = np.zeros([side or 1 for side in self._wanted], np.float32)
         corner = PromptBatch((np.zeros((1, 1, 2), np.float32), np.ones((1, 1), np.int64)))
-        found = self._graph.run(self._inputs(PreparedFeatures(features), corner, slice(0, 1)))
+        found = self._graph.run(self._inputs(features, corner, slice(0, 1)))
         return int(found[_SCORES].shape[-1])

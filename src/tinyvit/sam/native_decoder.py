@@ -23,7 +23,7 @@ from .open import StoredSam
 from .prompts import PromptBatch
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from .decoder import TorchDecoder
     from .model import Sam
@@ -119,15 +119,6 @@ class NativeDecoder:
             return cast("tuple[Floats, Floats]", found[0])
         logits, scores = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
         return logits, scores
-
-    def decode_tensors(
-        self, prepared: NativePrepared, prompts: PromptBatch, *more: Any, **named: Any
-    ) -> tuple[Tensor, Tensor]:
-        """As ``decode``, tensors of torch."""
-        import torch
-
-        logits, scores = self.decode(prepared, prompts, *more, **named)
-        return torch.from_numpy(logits), torch.from_numpy(scores)
 
     def masks(
         self, low_res_logits: Floats, placement: Placement, threshold: float | None

@@ -366,12 +366,13 @@ class SamPredictor:
             None if boxes is None else _array("boxes", boxes, ("B", 4)),
             None if mask_input is None else _array("mask_input", mask_input, ("B", 1, "h4", "w4")),
         )
-        low_res, scores = self._decoder.decode_tensors(
+        low_res, scores = self._decoder.decode(
             self._prepare(embedding), batch, multimask_output, hq_token_only=hq_token_only
         )
         threshold = None if return_logits else self._model.mask_threshold
-        masks = self._decoder.masks(low_res.cpu().numpy(), self._placement(), threshold)
-        return torch.from_numpy(masks).to(self.device), scores, low_res
+        found = self._decoder.masks(low_res, self._placement(), threshold), scores, low_res
+        masks, iou, logits = (torch.from_numpy(array).to(self.device) for array in found)
+        return masks, iou, logits
 
     def _take(self, embedding: ImageEmbedding) -> None:
         self.reset_image()

@@ -99,7 +99,7 @@ def upscale_region(
 def find_regions(
     masks: Floats,
     scores: Floats,
-    places: NDArray[np.int64],
+    min_iou: float,
     placement: Placement,
     logit_stride: float,
     *,
@@ -109,8 +109,8 @@ def find_regions(
     frame: tuple[int, int],
     corner: tuple[int, int],
 ) -> Iterator[Found]:
-    """What ``Decoder.find`` gives of low-res logits [M, h4, w4] at ``places`` [M, 2] of scores."""
-    for logits, (number, token) in zip(masks, places, strict=True):
+    """What ``TorchDecoder.find`` gives of logits [M, h4, w4] of all scores above ``min_iou``."""
+    for logits, (number, token) in zip(masks, np.argwhere(scores > min_iou), strict=True):
         region = upscale_region(logits, placement, logit_stride, threshold, offset)
         counts, box = runs_and_box(
             region.mask, region.top + corner[0], region.left + corner[1], frame, corner
