@@ -121,8 +121,7 @@ def test_the_recipes_list_holds_nothing_of_the_evaluation_set():
     assert len(rows) > 200
     assert {row["split"] for row in rows} == set(SPLITS)
     assert all(all(row.values()) for row in rows)
-    sources = {(row["package"], row["source"]) for row in rows}
-    assert len(sources) == len({row["file"] for row in rows}) == len(rows)
+    assert len({row["source"] for row in rows}) == len({row["file"] for row in rows}) == len(rows)
     for row in rows:
         assert not any(
             row["package"] == package and row["source"].endswith(source)
