@@ -4,7 +4,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from tinyvit.evaluate.metrics import box_baselines, click_baselines, disc, ellipse, grabcut
+from tinyvit.evaluate.metrics import baselines, disc, ellipse, grabcut
 
 
 def test_the_disc_has_a_fifth_of_the_longer_side_as_radius():
@@ -27,15 +27,17 @@ def test_a_box_without_area_has_no_ellipse():
 
 def test_floors_by_name():
     image = np.zeros((20, 30, 3), np.uint8)
-    assert click_baselines()["disc"](image, (10, 10)).shape == (20, 30)
-    assert box_baselines()["ellipse"](image, (2, 2, 20, 18)).shape == (20, 30)
+    assert baselines(image, point=(10, 10))["disc"].shape == (20, 30)
+    assert baselines(image, box=(2, 2, 20, 18))["ellipse"].shape == (20, 30)
 
 
 def test_grabcut_is_there_exactly_where_opencv_is(monkeypatch):
-    assert ("grabcut" in click_baselines()) == (find_spec("cv2") is not None)
+    image = np.zeros((20, 30, 3), np.uint8)
+    there = find_spec("cv2") is not None
+    assert ("grabcut" in baselines(image, point=(10, 10))) == there
     monkeypatch.setattr("tinyvit.evaluate.metrics.find_spec", lambda name: None)
-    assert list(click_baselines()) == ["disc"]
-    assert list(box_baselines()) == ["ellipse"]
+    assert list(baselines(image, point=(10, 10))) == ["disc"]
+    assert list(baselines(image, box=(2, 2, 20, 18))) == ["ellipse"]
 
 
 def test_grabcut_wants_one_prompt():

@@ -272,7 +272,7 @@ def test_digits_are_learnt(tmp_path):
         batch_stats="own", device="cpu",
     )  # fmt: skip
     result = train(make_task(choices), settings)
-    assert result.figures["top1"] >= 0.97
+    assert result.metrics["top1"] >= 0.97
 
 
 def fresh_classifier():

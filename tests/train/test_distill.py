@@ -136,7 +136,7 @@ def test_the_student_comes_nearer_to_the_teacher(images, tmp_path):
     with torch.no_grad():
         after, _ = task.loss(task.model, batch, torch.Generator())
     assert float(after) < 0.8 * float(before)
-    assert set(result.figures) == {"cosine", "cosine_floor", "cosine_centred", "mse"}
+    assert set(result.metrics) == {"cosine", "cosine_floor", "cosine_centred", "mse"}
     saved = tinyvit.create_model(None, result.last_weights)
     assert saved.embed_dims == (16,) * 4 and saved.neck_dim == 16
 

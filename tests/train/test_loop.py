@@ -15,7 +15,7 @@ from tinyvit.checkpoints.files import read_state_dict
 from tinyvit.errors import CheckpointError
 from tinyvit.modules import TinyViT
 from tinyvit.train import NonFiniteLossError, TrainSettings, train
-from tinyvit.train.loop import Counters, TaskLoss, accumulate_gradient, stop_on_signal
+from tinyvit.train.loop import Counters, Run, TaskLoss, stop_on_signal
 from tinyvit.train.optim import Processes, train_mode
 from tinyvit.train.run_folder import read_state
 from tinyvit.train.task import Order, load_batches
@@ -312,13 +312,13 @@ CPU = torch.device("cpu")
 def gradient_of(task, step=0, ranks=1, rank=0, **changes):
     """(what came with it, gradients by name) of a step of eight samples."""
     settings = TrainSettings(folder="x", device="cpu", **changes)
-    order = Order(len(task), settings.batch_size, settings.accumulate, ranks)
+    run = Run(task, settings, Processes(), None)
+    run.order = Order(len(task), settings.batch_size, settings.accumulate, ranks)
     train_mode(task.model, freeze_batch_stats=True)
     task.model.zero_grad()
-    task_loss = TaskLoss(task, settings.precision, CPU)
-    batches = load_batches(task, order, rank, range(step, step + 1))
-    processes = Processes()
-    found = accumulate_gradient(task_loss, batches, order, step, settings, processes)
+    run.task_loss = TaskLoss(task, settings.precision, CPU)
+    batches = load_batches(task, run.order, rank, range(step, step + 1))
+    found = run.accumulate_gradient(batches, step)
     assert next(batches, None) is None  # all that was loaded was used
     grads = {n: p.grad.clone() for n, p in task.model.named_parameters() if p.grad is not None}
     return found, grads

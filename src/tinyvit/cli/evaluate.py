@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -177,6 +176,7 @@ def segment(
     """
     _check(data, checkpoint, sheet)
 
+    from tinyvit.evaluate.metrics import as_json
     from tinyvit.evaluate.segment import COLUMNS, EvaluateSettings, Gallery, evaluate_segment
     from tinyvit.sam import SamPredictor
 
@@ -200,7 +200,7 @@ def segment(
             progress=update,
         )
     if as_json:
-        console.write_json(json.loads(report.to_json()))
+        console.write_json(as_json(report))
     else:
         evaluated = f"{counted(report.images, 'image')}, {counted(report.masks, 'mask')}"
         console.write(f"{checkpoint} on {data}: {evaluated}")
@@ -252,6 +252,7 @@ def agreement(
     chosen = [paths[index] for index in drawn(len(paths), limit, seed)]
 
     from tinyvit.evaluate.agreement import compare
+    from tinyvit.evaluate.metrics import as_json
     from tinyvit.sam import SamPredictor
 
     sides = ((first, backend_a, precision_a), (second, backend_b, precision_b))
@@ -271,7 +272,7 @@ def agreement(
     own.say(f"comparing on {counted(len(chosen), 'image')}")
     found = compare(one, other, chosen, names=(names[0], names[1]), grid=grid)
     if as_json:
-        console.write_json(json.loads(found.to_json()))
+        console.write_json(as_json(found))
     else:
         heads, *rows = found.rows()
         console.write(console.table(heads, rows))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ _NAMED = 3
 _TOP = 5
 _MEBI = 1 << 20
 
+Loaded = TypeVar("Loaded")
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all)."""
 
@@ -217,6 +218,9 @@ def evaluate_classifier(
     if len(classes) > _TOP:
         hits = hits_in_top(logits, torch.from_numpy(labels), _TOP).numpy()
         top5 = share_of_hits(hits, resamples, seed)
+    wrong = np.flatnonzero(~first)
+    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:most_wrong]
+    rows = zip(indices[wrong], labels[wrong], predicted[wrong], confidence[wrong], strict=True)
     return ClassifyReport(
         images=len(labels),
         classes=len(classes),
@@ -226,13 +230,43 @@ def evaluate_classifier(
         calibration_error=calibration_error(confidence, first),
         confidence=float(confidence.mean()),
         confusions=confusions(labels, predicted, classes, most_confusions),
-        wrong=_wrong(images, indices, labels, predicted, confidence, most_wrong),
+        wrong=tuple(
+            WrongImage(int(i), images.name(int(i)), classes[label], classes[found], float(sure))
+            for i, label, found, sure in rows
+        ),
         broken=broken,
         seconds=seconds,
         milliseconds=1000 * seconds / len(labels),
         peak_memory=peak_memory(engine.backend.device),
         engine=engine.explain(),
     )
+
+
+def read_batches(
+    images: LabelledImages,
+    indices: Sequence[int],
+    load: Callable[[int], Loaded],
+    size: int,
+    broken: dict[str, str],
+    workers: int,
+) -> Iterator[dict[int, Loaded]]:
+    """What ``load`` makes of images, by index, ``size`` of them at a time; threads read ahead.
+
+    Unreadable ones are left out, and named in ``broken`` with the reason.
+    """
+
+    def read(index: int) -> Loaded | ImageError:
+        try:
+            return load(index)
+        except ImageError as err:
+            return err
+
+    jobs = (partial(read, index) for index in indices)
+    found = zip(indices, read_ahead(jobs, workers=workers, ahead=size + workers), strict=True)
+    while batch := dict(islice(found, size)):
+        good = {index: one for index, one in batch.items() if not isinstance(one, ImageError)}
+        broken |= {images.name(index): str(batch[index]) for index in batch if index not in good}
+        yield good
 
 
 def _run(
@@ -242,21 +276,14 @@ def _run(
     broken: dict[str, str] = {}
     indices: list[int] = []
     rows: list[Tensor] = []
-
-    def read(index: int) -> NDArray[np.uint8] | ImageError:
-        try:
-            return decode(images.source(index))
-        except ImageError as err:
-            return err
-
-    jobs = (partial(read, index) for index in range(len(images)))
-    found = enumerate(read_ahead(jobs, workers=engine.workers, ahead=engine.ahead))
-    while batch := dict(islice(found, engine.batch_size)):
-        good = {index: one for index, one in batch.items() if not isinstance(one, ImageError)}
-        broken |= {images.name(index): str(batch[index]) for index in batch if index not in good}
-        indices += good
-        if good:
-            logits = engine.classify(list(good.values()))
+    size, count = engine.batch_size, len(images)
+    batches = read_batches(
+        images, range(count), lambda i: decode(images.source(i)), size, broken, engine.workers
+    )
+    for number, batch in enumerate(batches, 1):
+        indices += batch
+        if batch:
+            logits = engine.classify(list(batch.values()))
             if logits.shape[1] != len(images.classes):
                 raise ValueError(
                     f"the model has {logits.shape[1]} classes and the images have "
@@ -264,29 +291,11 @@ def _run(
                 )
             rows.append(logits)
         if progress is not None:
-            progress(max(batch) + 1, len(images))
+            progress(min(number * size, count), count)
     if not rows:
         first = next(iter(broken.items()), ("", "there is none"))
-        raise ValueError(f"no image of {len(images)} could be read; {first[0]}: {first[1]}")
+        raise ValueError(f"no image of {count} could be read; {first[0]}: {first[1]}")
     return np.array(indices, dtype=np.int64), torch.cat(rows), broken
-
-
-def _wrong(
-    images: LabelledImages,
-    indices: NDArray[np.int64],
-    labels: NDArray[np.int64],
-    predicted: NDArray[np.int64],
-    confidence: NDArray[np.floating],
-    most: int,
-) -> tuple[WrongImage, ...]:
-    names = images.classes
-    places = np.flatnonzero(labels != predicted)
-    places = places[np.argsort(-confidence[places], kind="stable")][:most]
-    rows = zip(indices[places], labels[places], predicted[places], confidence[places], strict=True)
-    return tuple(
-        WrongImage(int(index), images.name(int(index)), names[label], names[found], float(sure))
-        for index, label, found, sure in rows
-    )
 
 
 def draw_error_gallery(

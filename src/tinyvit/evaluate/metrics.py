@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.util import find_spec
 from typing import Any, cast
@@ -81,16 +81,25 @@ def next_click(predicted: Mask, target: Mask) -> tuple[Point, int] | None:
     both kinds the one with the most pixels is corrected. Gives ((x, y), 1 for a missing part or 0
     for a part too many); None where there is no error.
     """
-    _check_pair(predicted, target)
-    regions = [
-        (*_largest_region(error), label)
-        for error, label in ((target & ~predicted, 1), (predicted & ~target, 0))
-        if error.any()
-    ]
-    if not regions:
+    regions, sizes, missing = error_regions(predicted, target)
+    if not len(sizes):
         return None
-    _, region, label = max(regions, key=lambda found: found[0])
-    return most_interior_point(region), label
+    largest = int(sizes.argmax())
+    return most_interior_point(regions == largest + 1), int(largest < missing)
+
+
+def error_regions(predicted: Mask, target: Mask) -> tuple[NDArray[Any], NDArray[Any], int]:
+    """The connected regions of errors: their numbers from 1 in a map [H, W], and pixels of each.
+
+    Those of the object's missing pixels, as many as the third value, come first.
+    """
+    from scipy.ndimage import label
+
+    _check_pair(predicted, target)
+    missed, count = label(target & ~predicted)
+    extra, _ = label(predicted & ~target)
+    regions = np.where(extra > 0, extra + count, missed)
+    return regions, np.bincount(regions.ravel())[1:], count
 
 
 def _check_pair(first: Mask, second: Mask) -> None:
@@ -115,17 +124,6 @@ def _window(mask: Mask) -> tuple[slice, slice]:
     return slice(y0, y1), slice(x0, x1)
 
 
-def _largest_region(error: Mask) -> tuple[int, Mask]:
-    """(pixels, mask) of the largest connected region of errors, of which there are some."""
-    from scipy.ndimage import label
-
-    regions, _ = label(error)
-    sizes = np.bincount(regions.ravel())
-    sizes[0] = 0
-    largest = int(np.argmax(sizes))
-    return int(sizes[largest]), regions == largest
-
-
 RESAMPLES = 1000
 
 
@@ -137,9 +135,6 @@ class Figure:
     low: float  # lower end of the interval
     high: float  # upper end
     count: int  # numbers that went into it
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def bootstrap(
@@ -210,8 +205,6 @@ _JSON_KEYS = {
     "image": "picture",
     "images": "pictures",
     "baselines": "floors",
-    "click_baselines": "click_baselines",
-    "box_baselines": "box_baselines",
     "skipped": "left_out",
 }
 """Keys of reports are a format: they keep the spelling they were published with."""
@@ -245,19 +238,15 @@ _SURE_RADIUS = 0.02  # around a click, as a share of the longer side: certainly 
 _OPENCV_SEED = 0
 
 
-def click_baselines() -> dict[str, Callable[[RGB, Point], Mask]]:
-    """The baselines for a click, by name: those that can run here."""
-    found: dict[str, Callable[[RGB, Point], Mask]] = {"disc": lambda x, point: disc(x.shape, point)}
+def baselines(image: RGB, *, point: Point | None = None, box: Box | None = None) -> dict[str, Mask]:
+    """What the baselines that can run here make of a click or of a box: masks by name."""
+    found: dict[str, Mask] = {}
+    if point is not None:
+        found["disc"] = disc(image.shape, point)
+    if box is not None:
+        found["ellipse"] = ellipse(image.shape, box)
     if find_spec("cv2") is not None:
-        found["grabcut"] = lambda image, point: grabcut(image, point=point)
-    return found
-
-
-def box_baselines() -> dict[str, Callable[[RGB, Box], Mask]]:
-    """The baselines for a box, by name: those that can run here."""
-    found: dict[str, Callable[[RGB, Box], Mask]] = {"ellipse": lambda x, box: ellipse(x.shape, box)}
-    if find_spec("cv2") is not None:
-        found["grabcut"] = lambda image, box: grabcut(image, box=box)
+        found["grabcut"] = grabcut(image, point=point, box=box)
     return found
 
 

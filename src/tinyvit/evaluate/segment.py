@@ -35,11 +35,10 @@ from .metrics import (
     Mask,
     Point,
     as_json,
+    baselines,
     bootstrap,
     boundary_f,
-    box_baselines,
     calibrate,
-    click_baselines,
     iou,
     most_interior_point,
     next_click,
@@ -155,10 +154,6 @@ def summarise(
     ious = {_clicks(n): mean(case.click_ious[n - 1] for case in cases) for n in settings.clicks}
     ious[f"{one}, best of three masks"] = mean(case.best_of_three for case in cases)
     ious["box"] = mean(case.box_iou for case in cases)
-    baselines = {
-        one: {name: mean(c.click_baselines[name] for c in cases) for name in first.click_baselines},
-        "box": {name: mean(c.box_baselines[name] for c in cases) for name in first.box_baselines},
-    }
     target, most = settings.target_iou, settings.most_clicks
     needed = [
         next((n for n, iou in enumerate(case.click_ious, 1) if iou >= target), None)
@@ -175,7 +170,10 @@ def summarise(
             one: mean(case.click_boundary_f for case in cases),
             "box": mean(case.box_boundary_f for case in cases),
         },
-        baselines=baselines,
+        baselines={
+            one: {k: mean(c.click_baselines[k] for c in cases) for k in first.click_baselines},
+            "box": {k: mean(c.box_baselines[k] for c in cases) for k in first.box_baselines},
+        },
         target_iou=target,
         clicks_to_target=mean(most if n is None else n for n in needed),
         most_clicks=most,
@@ -298,7 +296,8 @@ def evaluate_segment(
     """
     settings = settings or EvaluateSettings()
     called = name or (str(model) if isinstance(model, (str, os.PathLike)) else type(model).__name__)
-    asked = Timed(_predictor(model))
+    loaded = build_sam(model) if isinstance(model, (str, os.PathLike)) else model
+    asked = Timed(SamPredictor(loaded) if isinstance(loaded, Sam) else loaded)
     total = len(images) if isinstance(images, Sized) else None
     skipped = list(faults)
     cases: list[Case] = []
@@ -326,12 +325,6 @@ def evaluate_segment(
     peak = peak_memory("cuda" if torch.cuda.max_memory_allocated() else "cpu")
     cost = Cost(*asked.medians(), peak)
     return summarise(called, data, len(set(groups)), skipped, cases, groups, cost, settings)
-
-
-def _predictor(model: Model) -> Predictor:
-    if isinstance(model, (str, os.PathLike)):
-        model = build_sam(model)
-    return SamPredictor(model) if isinstance(model, Sam) else model
 
 
 class Answer(NamedTuple):
@@ -404,8 +397,8 @@ def _predictions(
         boxed = asked.predict(None, box=box, is_ambiguous=False)
         by_click, by_box = {}, {}
         if settings.with_baselines:
-            by_click = {name: iou(f(rgb, point), target) for name, f in click_baselines().items()}
-            by_box = {name: iou(f(rgb, box), target) for name, f in box_baselines().items()}
+            by_click = {k: iou(mask, target) for k, mask in baselines(rgb, point=point).items()}
+            by_box = {k: iou(mask, target) for k, mask in baselines(rgb, box=box).items()}
         case = Case(
             image=image.name,
             number=number,

@@ -59,7 +59,7 @@ def list_images(paths: Sequence[Path], output: Path | None = None) -> list[Item]
                     f"{str(path / 'features')!r}"
                 )
             before = f"{path.resolve().name}/" if len(folders) > 1 else ""
-            for inner in _walk(path, output):
+            for inner in walk_images(path, output):
                 found.append(_named(inner, before + inner.relative_to(path).as_posix()))
         elif path.exists():
             found.append(_named(path, path.name))
@@ -81,8 +81,8 @@ def _named(path: Path, name: str) -> Item:
     return Item(path, name, str(PurePosixPath(name).with_suffix("")))
 
 
-def _walk(folder: Path, output: Path | None) -> Iterator[Path]:
-    """The images in a folder and the folders in it, in a fixed order."""
+def walk_images(folder: Path, output: Path | None = None) -> Iterator[Path]:
+    """The images in a folder and the folders in it but ``output``, in a fixed order."""
 
     def give_up(err: OSError) -> None:
         raise err

@@ -45,7 +45,7 @@ class Result:
     Attributes:
         folder: Where everything was written.
         steps: Steps done.
-        metrics: Of the last validation, by name; ``figures`` is their former name.
+        metrics: Of the last validation, by name.
         best: The best value of the task's goal; None where it was never validated.
         best_step: The step it was validated after.
         last_weights: Newest weights.
@@ -61,11 +61,6 @@ class Result:
     last_weights: Path
     best_weights: Path | None
     seconds: float
-
-    @property
-    def figures(self) -> dict[str, float]:
-        """``metrics``."""
-        return self.metrics
 
 
 def train(
@@ -100,7 +95,7 @@ def train(
     with join_processes(settings.device) as processes, stop_on_signal() as stop:
         devices = [processes.device] if processes.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # the caller's random generators stay as they are
-            run = _Run(task, settings, processes, report)
+            run = Run(task, settings, processes, report)
             run.start(resume)
             try:
                 run.go(stop)
@@ -206,45 +201,6 @@ class TaskLoss(nn.Module):
         return loss, metrics
 
 
-def accumulate_gradient(
-    loss_of: nn.Module,
-    batches: Iterator[Batch],
-    order: Order,
-    step: int,
-    settings: TrainSettings,
-    processes: Processes,
-    progress: float = 0.0,
-) -> tuple[float, dict[str, float], list[tuple[list[Key], Batch]]]:
-    """Compute the gradient of the mean loss over a step's samples, of all processes together.
-
-    Each part counts by its number of samples, so parts of different sizes give the same mean as
-    one large batch. ``loss_of`` is a ``TaskLoss``, shared with the other processes; the task reads
-    ``progress``, the part of the run's steps that is done, in its batch. Gives the loss,
-    a mean over this process's samples times its part of all samples of the step; the metrics, means
-    over its samples; and the parts: keys, and batch on the CPU.
-    """
-    keys = order.parts(step, processes.rank)
-    total, own = len(order.group(step)), sum(len(part) for part in keys)
-    parts: list[tuple[list[Key], Batch]] = []
-    sums: dict[str, float] = {}
-    for number, part in enumerate(keys):
-        batch = next(batches)
-        parts.append((part, batch))
-        # the same in all processes, so that stochastic depth gives each as much to do
-        seed = derived_seed(settings.seed, step, number, 0)
-        with processes.gradient_sync(loss_of, is_last=number == len(keys) - 1):
-            there = _on(batch, processes.device, settings.channels_last)
-            loss, metrics = loss_of({**there, "progress": progress}, seed)
-            # the processes' gradients are averaged, hence their number
-            (loss * (len(part) * processes.count / total)).backward()
-        metrics = {**metrics, "loss": loss}
-        values = [value.detach().float().reshape(()) for value in metrics.values()]
-        for name, value in zip(metrics, torch.stack(values).tolist(), strict=True):
-            sums[name] = sums.get(name, 0.0) + value * len(part)
-    loss_sum = sums.pop("loss")
-    return loss_sum / total, {name: value / own for name, value in sums.items()}, parts
-
-
 def _on(batch: Batch, device: torch.device, channels_last: bool) -> Batch:
     """A batch on the device, its images in channels-last memory."""
     moved: dict[str, Any] = dict(batch)  # what the task alone reads is no tensor
@@ -256,7 +212,7 @@ def _on(batch: Batch, device: torch.device, channels_last: bool) -> Batch:
     return moved
 
 
-class _Run(Generic[Sample]):
+class Run(Generic[Sample]):
     """A run of ``train``."""
 
     def __init__(
@@ -354,15 +310,7 @@ class _Run(Generic[Sample]):
         learning_rate = self.schedule(step)
         optim.set_learning_rates(self.optimiser, learning_rate)
         self.optimiser.zero_grad(set_to_none=True)
-        loss, metrics, parts = accumulate_gradient(
-            self.task_loss,
-            batches,
-            self.order,
-            step,
-            self.settings,
-            self.processes,
-            step / self.steps,
-        )
+        loss, metrics, parts = self.accumulate_gradient(batches, step)
         norm = float(optim.clip_gradients(self.optimiser, self.settings.clip_norm))
         shared = torch.tensor(
             [loss, norm / self.processes.count, stop.is_set()],
@@ -386,6 +334,38 @@ class _Run(Generic[Sample]):
         own = {"rate": learning_rate, "gradient_norm": norm}
         self.counters.add({"loss": self.loss, **metrics, **own})
         return bool(asked)
+
+    def accumulate_gradient(
+        self, batches: Iterator[Batch], step: int
+    ) -> tuple[float, dict[str, float], list[tuple[list[Key], Batch]]]:
+        """Compute the gradient of the mean loss over a step's samples, of all processes together.
+
+        Each part counts by its number of samples, so parts of different sizes give the same mean
+        as one large batch. Gives the loss, a mean over this process's samples times its part of all
+        samples of the step; the metrics, means over its samples; and the parts: keys, and batch on
+        the CPU.
+        """
+        processes, settings = self.processes, self.settings
+        keys = self.order.parts(step, processes.rank)
+        total, own = len(self.order.group(step)), sum(len(part) for part in keys)
+        parts: list[tuple[list[Key], Batch]] = []
+        sums: dict[str, float] = {}
+        for number, part in enumerate(keys):
+            batch = next(batches)
+            parts.append((part, batch))
+            # the same in all processes, so that stochastic depth gives each as much to do
+            seed = derived_seed(settings.seed, step, number, 0)
+            with processes.gradient_sync(self.task_loss, is_last=number == len(keys) - 1):
+                there = _on(batch, processes.device, settings.channels_last)
+                loss, metrics = self.task_loss({**there, "progress": step / self.steps}, seed)
+                # the processes' gradients are averaged, hence their number
+                (loss * (len(part) * processes.count / total)).backward()
+            metrics = {**metrics, "loss": loss}
+            values = [value.detach().float().reshape(()) for value in metrics.values()]
+            for name, value in zip(metrics, torch.stack(values).tolist(), strict=True):
+                sums[name] = sums.get(name, 0.0) + value * len(part)
+        loss_sum = sums.pop("loss")
+        return loss_sum / total, {name: value / own for name, value in sums.items()}, parts
 
     def _after_step(self, should_stop: bool) -> None:
         """Log, validate and save where it is time to."""
@@ -443,7 +423,6 @@ class _Run(Generic[Sample]):
         return self.order.epoch_of(max(0, self.counters.step - 1)) + 1
 
     def _tell(self, phase: Literal["train", "validate", "done"], words: str = "") -> None:
-        """Report how far the run is."""
         if self.report is None:
             return
         step = self.counters.step

@@ -138,14 +138,10 @@ class Ema:
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
-    def decay_at(self, step: int) -> float:
-        """The decay in a step, counted from 0."""
-        return min(self.decay, (1 + step) / (10 + step))
-
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take the weights after a step, counted from 0, into the average."""
-        weight = 1.0 - self.decay_at(step)
+        weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
         for mean, parameter in zip(self.model.parameters(), model.parameters(), strict=True):
             if parameter.requires_grad:
                 mean.lerp_(parameter, weight)

@@ -209,8 +209,6 @@ def stack_samples(samples: list[dict[str, Any]]) -> Batch:
 
 
 class _Samples(Dataset[Sample]):
-    """The task's samples by key."""
-
     def __init__(self, task: Task[Sample], seed: int) -> None:
         self.task, self.seed = task, seed
 

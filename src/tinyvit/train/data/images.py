@@ -22,7 +22,7 @@ from tinyvit.evaluate.classify import LabelledImages
 from tinyvit.train.settings import OnBroken
 
 from . import lists
-from .lists import ImageList, Labels
+from .lists import ImageList, Labels, find_shards
 
 _TRIES = 20  # unreadable images in a row that end the training
 
@@ -145,7 +145,10 @@ def open_data_set(
             validated on and not trained on.
     """
     path = Path(data)
-    inner, inner_val = _inner(path, lists.TRAIN_NAMES), _inner(path, lists.VAL_NAMES)
+    inner, inner_val = (
+        lists.inner_folder(path, names, lambda one: lists.visible_folders(one) or find_shards(one))
+        for names in (lists.TRAIN_NAMES, lists.VAL_NAMES)
+    )
     held = val or (inner and inner_val)
     if held is not None:
         train = open_part(inner or path)
@@ -184,7 +187,7 @@ def open_part(data: str | os.PathLike[str], classes: Sequence[str] | None = None
     path = Path(data)
     if path.suffix.lower() in (".csv", ".tsv"):
         return lists.read_csv(path, classes)
-    shards = lists.find_shards(path)
+    shards = find_shards(path)
     if shards:
         return lists.read_shards(shards, classes)
     if not path.exists():
@@ -231,16 +234,6 @@ def fingerprint(images: LabelledImages) -> str:
     for index in range(len(images)):
         digest.update(f"{images.name(index)}\0{labels[index]}\n".encode())
     return digest.hexdigest()
-
-
-def _inner(path: Path, names: tuple[str, ...]) -> Path | None:
-    """The folder of a part, called so in any case, that has folders or tar files in it."""
-    folders = lists.visible_folders(path) if path.is_dir() else []
-    there = {name.lower(): path / name for name in folders}
-    found = (there[name] for name in names if name in there)
-    return next(
-        (one for one in found if lists.visible_folders(one) or lists.find_shards(one)), None
-    )
 
 
 def _by_column(listed: ImageList, path: Path) -> DataSet:

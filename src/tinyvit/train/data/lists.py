@@ -21,7 +21,7 @@ import os
 import tarfile
 import warnings
 import zlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from tinyvit.checkpoints.files import write_bytes
 from tinyvit.errors import CheckpointError, ImageError
-from tinyvit.folders.images import IMAGE_SUFFIXES
+from tinyvit.folders.images import IMAGE_SUFFIXES, walk_images
 from tinyvit.labels import read_labels
 
 Labels = NDArray[np.int64]
@@ -125,7 +125,10 @@ def read_folder(folder: str | os.PathLike[str], classes: Sequence[str] | None = 
             "so they are no classes; give one of them, and another one to validate on (--val), or "
             "rename them"
         )
-    found = {name: sorted(_images(root, name)) for name in there}
+    found = {
+        name: sorted(path.relative_to(root).as_posix() for path in walk_images(root / name))
+        for name in there
+    }
     if not any(found.values()):
         raise ValueError(
             f"{str(root)!r} has no subfolders with images; wanted one subfolder for each class, "
@@ -146,15 +149,6 @@ def read_folder(folder: str | os.PathLike[str], classes: Sequence[str] | None = 
 def visible_folders(root: Path) -> list[str]:
     """Names of the folders in a folder, sorted, without hidden ones."""
     return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _images(root: Path, name: str) -> Iterator[str]:
-    """The images of one class, relative to the root."""
-    for place, folders, files in os.walk(root / name):
-        folders[:] = [folder for folder in folders if not folder.startswith(".")]
-        for file in files:
-            if not file.startswith(".") and Path(file).suffix.lower() in IMAGE_SUFFIXES:
-                yield (Path(place) / file).relative_to(root).as_posix()
 
 
 def read_csv(path: str | os.PathLike[str], classes: Sequence[str] | None = None) -> ImageList:
@@ -441,7 +435,9 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(repr(name) for name in names[:SHOWN]) + more
 
 
-def inner_folder(path: Path, names: Sequence[str]) -> Path | None:
-    """The first folder in a folder that has one of these names, in any case."""
+def inner_folder(
+    path: Path, names: Sequence[str], is_wanted: Callable[[Path], object] = Path.is_dir
+) -> Path | None:
+    """The first wanted folder in a folder that has one of these names, in any case."""
     there = {name.lower(): path / name for name in visible_folders(path)} if path.is_dir() else {}
-    return next((there[name] for name in names if name in there), None)
+    return next((there[name] for name in names if name in there and is_wanted(there[name])), None)

@@ -7,10 +7,8 @@ classifier starts from any TinyViT: of a SAM's encoder the neck goes, of other c
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,11 +21,11 @@ from tinyvit.catalog import DEFAULT_CHECKPOINT, get_variant
 from tinyvit.checkpoints.files import classes_in, header_for, image_spec_in, write_state_dict
 from tinyvit.checkpoints.open import OpenedCheckpoint, open_checkpoint
 from tinyvit.errors import CheckpointError, ImageError
-from tinyvit.evaluate.classify import hits_in_top
+from tinyvit.evaluate.classify import hits_in_top, read_batches
 from tinyvit.factory import create_model
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.decode import decode
-from tinyvit.inference.read_ahead import choose_workers, prepare, read_ahead
+from tinyvit.inference.read_ahead import choose_workers, prepare
 from tinyvit.modules import TinyViT
 from tinyvit.train.data.augment import View, augmentation
 from tinyvit.train.data.images import DataSet, open_data_set, read_good
@@ -198,7 +196,6 @@ class Classify:
         self.view = View(augment, spec_of(cast(TinyViT, self.model)))  # makes an input of an image
 
     def __len__(self) -> int:
-        """Training images in an epoch."""
         return len(self.data.train)
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -235,41 +232,29 @@ class Classify:
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """``top1``, ``loss`` and, with more than five classes, ``top5``, by the model as it is."""
-        images, size = self.data.val, self.settings.val_batch_size
-        place = next(model.parameters())
+        images, place = self.data.val, next(model.parameters())
         broken: dict[str, str] = {}
         logits: list[Tensor] = []
-        labels: list[int] = []
+        indices: list[int] = []
 
-        def read(index: int) -> Tensor | ImageError:
-            try:
-                return torch.from_numpy(prepare(images.source(index), self.view.spec)[0])
-            except ImageError as err:
-                if self.settings.on_broken == "error":
-                    raise ImageError(f"{images.name(index)}: {err}") from err
-                return err
+        def load(index: int) -> NDArray[np.float32]:
+            return prepare(images.source(index), self.view.spec)[0]
 
-        def good() -> Iterator[tuple[Tensor, int]]:
-            workers = choose_workers()
-            jobs = (partial(read, index) for index in range(len(images)))
-            made = read_ahead(jobs, workers=workers, ahead=size + workers)
-            for index, (one, label) in enumerate(zip(made, images.labels.tolist(), strict=True)):
-                if isinstance(one, ImageError):
-                    broken[images.name(index)] = str(one)
-                else:
-                    yield one, label
-
-        pairs = good()
+        size, every = self.settings.val_batch_size, range(len(images))
+        batches = read_batches(images, every, load, size, broken, choose_workers())
         with torch.inference_mode():
-            while batch := list(islice(pairs, size)):
-                inputs = torch.stack([one for one, _ in batch])
-                logits.append(model(inputs.to(place)).float().cpu())
-                labels += [label for _, label in batch]
+            for batch in batches:
+                if broken and self.settings.on_broken == "error":
+                    raise ImageError(": ".join(next(iter(broken.items()))))
+                if batch:
+                    inputs = torch.from_numpy(np.stack(list(batch.values())))
+                    logits.append(model(inputs.to(place)).float().cpu())
+                    indices += batch
         if not logits:
             name, reason = next(iter(broken.items()), ("", "there is none"))
             raise ValueError(f"no image to validate on can be read; {name}: {reason}")
         self.broken.update(broken)
-        found, right = torch.cat(logits), torch.tensor(labels)
+        found, right = torch.cat(logits), torch.from_numpy(images.labels[indices])
         metrics = {
             "top1": float(hits_in_top(found, right, 1).float().mean()),
             "loss": float(nn.functional.cross_entropy(found, right)),

@@ -75,7 +75,7 @@ class Heads(nn.Module):
         """
         self.to(embeddings.device)
         height, width = self.prompt_encoder.input_image_size
-        grid = _size(embeddings)
+        grid = embeddings.shape[2], embeddings.shape[3]
         pixels = points.flatten(0, 1)[:, None] * points.new_tensor([width, height]) - 0.5
         labels = torch.ones(pixels.shape[:2], device=points.device)
         sparse, dense = self.prompt_encoder((pixels, labels), None, None, embedding_size=grid)
@@ -152,7 +152,6 @@ class DistillFeatures:
             )
 
     def __len__(self) -> int:
-        """Training images, each once an epoch."""
         return len(self.train_names)
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -168,7 +167,7 @@ class DistillFeatures:
         """Distance of the maps, plus that of the masks at random points if it is weighted."""
         found = model(batch["images"])
         teacher = batch["features"].float()
-        target = losses.fit_grid(teacher, _size(found))
+        target = losses.fit_grid(teacher, found.shape[2:])
         loss = losses.feature_loss(found, target, self.settings.loss)
         cosine = losses.cosine_per_cell(found.detach(), target).mean()
         metrics = {"train_cosine": cosine, "feature_loss": loss.detach()}
@@ -177,7 +176,8 @@ class DistillFeatures:
             with torch.no_grad():
                 wanted = self.heads(teacher, points)
             masks = self.heads(found.float(), points)
-            distance = losses.mask_loss(masks, losses.fit_grid(wanted[:, None], _size(masks))[:, 0])
+            wanted = losses.fit_grid(wanted[:, None], masks.shape[1:])[:, 0]
+            distance = losses.mask_loss(masks, wanted)
             metrics["mask_loss"] = distance.detach()
             loss = loss + self.settings.mask_weight * distance
         return loss, metrics
@@ -202,9 +202,10 @@ class DistillFeatures:
                 batch[key].to(device) for key in ("images", "features", "placed")
             )
             found = model(images).float()
-            target = losses.fit_grid(teacher.float(), _size(found))
-            mean = losses.fit_grid(self._mean.to(device), _size(found))
-            cells = losses.covered_cells(placed, _size(found))
+            grid = found.shape[2:]
+            target = losses.fit_grid(teacher.float(), grid)
+            mean = losses.fit_grid(self._mean.to(device), grid)
+            cells = losses.covered_cells(placed, grid)
             maps = {
                 "cosine": losses.cosine_per_cell(found, target)[cells],
                 "cosine_floor": losses.cosine_per_cell(mean, target)[cells],
@@ -273,10 +274,6 @@ def _spec_of(student: TinyViT, teacher: ImageSpec) -> ImageSpec:
             f"the inputs of student {own.size} and teacher {teacher.size} must have one shape"
         )
     return own
-
-
-def _size(features: Tensor) -> tuple[int, int]:
-    return features.shape[-2], features.shape[-1]
 
 
 @dataclass

@@ -9,6 +9,7 @@ with a teacher's k largest probabilities, what is missing to 1 spread evenly ove
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
@@ -98,7 +99,7 @@ def prompt_losses(
     }
 
 
-def fit_grid(features: Tensor, grid: tuple[int, int]) -> Tensor:
+def fit_grid(features: Tensor, grid: Sequence[int]) -> Tensor:
     """Resample maps [N, C, h, w] to another grid: bilinear, averaged where cells fall together."""
     if tuple(features.shape[-2:]) == tuple(grid):
         return features
@@ -135,7 +136,7 @@ def cosine_per_cell(a: Tensor, b: Tensor) -> Tensor:
     return F.cosine_similarity(a.float(), b.float(), dim=1)
 
 
-def covered_cells(placed: Tensor, grid: tuple[int, int]) -> Tensor:
+def covered_cells(placed: Tensor, grid: Sequence[int]) -> Tensor:
     """The cells of a map (h, w) whose middle lies in the image: [N, h, w] bool; always the first.
 
     ``placed`` [N, 2] is (height, width) of the images as parts of the model input.

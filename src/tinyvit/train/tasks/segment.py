@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tinyvit.checkpoints import write_state_dict
 from tinyvit.checkpoints.files import header_for
 from tinyvit.errors import ImageError
-from tinyvit.evaluate.metrics import most_interior_point
+from tinyvit.evaluate.metrics import error_regions, most_interior_point
 from tinyvit.evaluate.segment import EvaluateSettings, LabelledImage, evaluate_segment
 from tinyvit.images.mask_ops import box_around
 from tinyvit.images.preprocess import normalise_and_pad
@@ -108,7 +108,6 @@ class Segment:
         self.teacher = None  # the model has it; samples are made without
 
     def __len__(self) -> int:
-        """Training images in an epoch."""
         return len(self.data)
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -251,9 +250,10 @@ class Taught(nn.Module):
         found: Tensor = last if encoder.neck is None else encoder.neck(last)
         distance = found.new_zeros(())
         if wanted is not None:
-            distance = feature_loss(found, fit_grid(wanted, _size(found)), "whitened")
+            distance = feature_loss(found, fit_grid(wanted, found.shape[2:]), "whitened")
         for head, other in zip(self.heads, others, strict=True):
-            distance = distance + feature_loss(head(last), fit_grid(other, _size(last)), "cosine")
+            other = fit_grid(other, last.shape[2:])
+            distance = distance + feature_loss(head(last), other, "cosine")
         return found, distance
 
 
@@ -263,10 +263,6 @@ def sam_of(model: nn.Module) -> Sam:
     if not isinstance(sam, Sam):
         raise TypeError(f"wanted a Sam, got {type(sam).__name__}")
     return sam
-
-
-def _size(features: Tensor) -> tuple[int, int]:
-    return features.shape[-2], features.shape[-1]
 
 
 def save_sam(model: Sam, path: str | os.PathLike[str]) -> Path:
@@ -288,7 +284,6 @@ def make_task(settings: SegmentSettings) -> Segment:
 
 
 def _open(settings: SegmentSettings) -> tuple[MaskSet, MaskSet]:
-    """What to train on and what to validate on."""
     whole = open_mask_set(settings.data, settings.images, on_fault=settings.on_broken)
     if settings.val is not None:
         val = open_mask_set(settings.val, settings.val_images, on_fault=settings.on_broken)
@@ -355,20 +350,14 @@ def noisy_box(mask: Mask, rng: np.random.Generator) -> tuple[float, float, float
 
 def correct(predicted: Mask, target: Mask, rng: np.random.Generator) -> tuple[Point, int] | None:
     """A click in an error: ((x, y), 1 where the object was missed, else 0); None without errors."""
-    from scipy.ndimage import label
-
-    missed, count = label(target & ~predicted)
-    extra, more = label(predicted & ~target)
-    if not count + more:
+    regions, sizes, missing = error_regions(predicted, target)
+    if not len(sizes):
         return None
-    sizes = np.concatenate([np.bincount(found.ravel())[1:] for found in (missed, extra)])
     if rng.random() < _LARGEST_SHARE:
-        chosen = int(np.argmax(sizes))
+        chosen = int(sizes.argmax())
     else:
         chosen = int(rng.choice(len(sizes), p=sizes / sizes.sum()))
-    is_missed = chosen < count
-    region = missed == chosen + 1 if is_missed else extra == chosen + 1 - count
-    return first_click(region, rng), int(is_missed)
+    return first_click(regions == chosen + 1, rng), int(chosen < missing)
 
 
 _SINGLE, _MULTIPLE = slice(0, 1), slice(1, None)  # of the decoder's masks
@@ -455,40 +444,31 @@ def _learn_one_kind(
     labels = torch.ones_like(points[:, :, 0], dtype=torch.int64)
     is_ambiguous = not (by_box or corrections)  # the last prompt is a single click
     previous: Tensor | None = None
-    source = features[objects.rows]
+    source, grid = features[objects.rows], (features.shape[2], features.shape[3])
+    pe = sam.prompt_encoder.get_dense_pe(grid)
+
+    def decode() -> tuple[Tensor, Tensor]:  # logits [N, K, h4, w4], predicted IoU [N, K]
+        pair = (points, labels) if points.shape[1] else None
+        sparse, dense = sam.prompt_encoder(pair, boxes, previous, grid)
+        logits, ious = sam.mask_decoder.predict_masks(source, pe, sparse, dense)
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        return logits.to(exact), ious.to(exact)
+
     for _ in range(corrections):
         with torch.no_grad():
-            logits, ious = _decode(sam, source, points, labels, boxes, previous)
+            logits, ious = decode()
         wanted = _SINGLE if by_box or points.shape[1] > 1 else _MULTIPLE
         logits, best = logits[:, wanted], ious[:, wanted].argmax(1)
         previous = logits[torch.arange(len(best), device=best.device), best][:, None]
         new, kinds = _corrections(previous[:, 0], objects, logit_stride(sam), rng)
         points, labels = torch.cat((points, new), 1), torch.cat((labels, kinds), 1)
-    logits, ious = _decode(sam, source, points, labels, boxes, previous)
+    logits, ious = decode()
     targets, weights = objects.targets.to(logits.dtype), objects.weights.to(logits.dtype)
     single = prompt_losses(settings, logits[:, _SINGLE], ious[:, _SINGLE], targets, weights)
     if not is_ambiguous:
         return single
     found = prompt_losses(settings, logits[:, _MULTIPLE], ious[:, _MULTIPLE], targets, weights)
     return {**found, "total": (found["total"] + single["total"]) / 2}
-
-
-def _decode(
-    sam: Sam,
-    source: Tensor,
-    points: Tensor,
-    labels: Tensor,
-    boxes: Tensor | None,
-    previous: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(low-res logits [N, K, h4, w4], predicted IoU [N, K]) of all masks, at least float32."""
-    grid = int(source.shape[2]), int(source.shape[3])
-    pair = (points, labels) if points.shape[1] else None
-    sparse, dense = sam.prompt_encoder(pair, boxes, previous, grid)
-    pe = sam.prompt_encoder.get_dense_pe(grid)
-    logits, ious = sam.mask_decoder.predict_masks(source, pe, sparse, dense)
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    return logits.to(exact), ious.to(exact)
 
 
 def _corrections(

@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from tinyvit.checkpoints.files import file_sha256, weights_sha256
 from tinyvit.errors import CheckpointError, ImageError, MissingExtraError
-from tinyvit.evaluate.classify import LabelledImages
+from tinyvit.evaluate.classify import LabelledImages, read_batches
 from tinyvit.factory import create_model
 from tinyvit.folders.images import list_images
 from tinyvit.image_spec import ImageSpec
@@ -32,7 +31,7 @@ from tinyvit.images.decode import decode
 from tinyvit.images.preprocess import to_input
 from tinyvit.inference.backend import choose_device
 from tinyvit.inference.graphs import OnnxGraph
-from tinyvit.inference.read_ahead import choose_workers, read_ahead
+from tinyvit.inference.read_ahead import choose_workers
 from tinyvit.inference.torch_backend import TorchBackend
 from tinyvit.modules import TinyViT
 from tinyvit.train.data.augment import Augmentation, View, augmentation
@@ -281,14 +280,9 @@ def write_logits(
     view, together = View(augment, teacher.image_spec), max(1, batch_size // views)
     for start in range(0, len(todo), shard_size):
         seeds = {index: _view_seeds(seed, views, index) for index in todo[start:][:shard_size]}
-        jobs = (partial(_make_views, images, view, *one) for one in seeds.items())
-        made = zip(seeds, read_ahead(jobs, workers=workers, ahead=together + workers), strict=True)
+        load = partial(_make_views, images, view, seeds)
         rows: list[Row] = []
-        while group := list(islice(made, together)):
-            shown = {index: held for index, held in group if not isinstance(held, ImageError)}
-            unreadable.update(
-                (images.name(index), str(held)) for index, held in group if index not in shown
-            )
+        for shown in read_batches(images, list(seeds), load, together, unreadable, workers):
             if shown:
                 rows += _logit_rows(teacher, shown, seeds, len(classes), k, batch_size)
             done += len(shown) * views
@@ -305,14 +299,11 @@ def _view_seeds(seed: int, views: int, index: int) -> list[int]:
 
 
 def _make_views(
-    images: LabelledImages, view: View, index: int, seeds: Sequence[int]
-) -> NDArray[np.float32] | ImageError:
+    images: LabelledImages, view: View, seeds: Mapping[int, Sequence[int]], index: int
+) -> NDArray[np.float32]:
     """Views [V, 3, h, w] of one image, which is read once."""
-    try:
-        image = decode(images.source(index))
-    except ImageError as err:
-        return err
-    return np.stack([view(image, np.random.default_rng(seed)) for seed in seeds])
+    image = decode(images.source(index))
+    return np.stack([view(image, np.random.default_rng(seed)) for seed in seeds[index]])
 
 
 def _logit_rows(
