@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import warnings
 from importlib.metadata import version
@@ -96,24 +97,40 @@ def from_pretrained(
         CheckpointError: No such folder, or its files are damaged or do not fit each other.
         DownloadError: The repository or its files cannot be fetched.
     """
-    folder = Path(name_or_folder)
-    if folder.is_dir():
-        config_path, weights_path = folder / CONFIG, folder / WEIGHTS
-    elif _is_repository(os.fspath(name_or_folder)):
-        config_path, weights_path = (
-            _from_hub(os.fspath(name_or_folder), file, revision, cache_dir, local_files_only, token)
-            for file in (CONFIG, WEIGHTS)
-        )
-    else:
+    folder, name = Path(name_or_folder), os.fspath(name_or_folder)
+    paths = [folder / CONFIG, folder / WEIGHTS]
+    if re.fullmatch(r"[^/.~][^/]*/[^/]+", name) and not folder.is_dir():
+        need("huggingface_hub", f"fetching {name!r} from the Hub")
+        from huggingface_hub import hf_hub_download
+
+        for number, file in enumerate((CONFIG, WEIGHTS)):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    found = hf_hub_download(
+                        name,
+                        file,
+                        revision=revision,
+                        cache_dir=None if cache_dir is None else Path(cache_dir),
+                        local_files_only=local_files_only,
+                        token=token,
+                    )
+            except (OSError, ValueError) as err:  # the Hub's own errors are among these
+                raise DownloadError(
+                    f"cannot fetch {file} of {name!r}: {first_line(err)}; check the name, the "
+                    f"network and the token"
+                ) from err
+            paths[number] = Path(found)
+    elif not folder.is_dir():
         raise CheckpointError(
             f"{name_or_folder} is neither a folder nor a repository 'owner/name' on the Hub; "
             f"files of weights load with tinyvit.create_model(checkpoint=...)"
         )
-    if read_config(config_path).get("architectures") == ["Sam"]:
+    if read_config(paths[0]).get("architectures") == ["Sam"]:
         from tinyvit.sam.model import build_sam
 
-        return build_sam(weights_path)
-    return load_folder(config_path, weights_path)
+        return build_sam(paths[1])
+    return load_folder(*paths)
 
 
 def push_to_hub(
@@ -143,53 +160,16 @@ def push_to_hub(
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            save_pretrained(model, folder)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder)
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message=commit_message
             )
-    except CheckpointError:
-        raise
-    except Exception as err:  # the Hub's library lets its transport's own errors through
-        raise DownloadError(
-            f"cannot upload to {repo_id!r}: {first_line(err)}; log in with 'hf auth login' or "
-            f"give token="
-        ) from err
+        except Exception as err:  # the Hub's library lets its transport's own errors through
+            raise DownloadError(
+                f"cannot upload to {repo_id!r}: {first_line(err)}; log in with 'hf auth login' or "
+                f"give token="
+            ) from err
     return str(commit)
-
-
-def _is_repository(name: str) -> bool:
-    owner, slash, repository = name.partition("/")
-    return bool(owner and slash and repository) and "/" not in repository and owner[0] not in ".~"
-
-
-def _from_hub(
-    repo_id: str,
-    file: str,
-    revision: str | None,
-    cache_dir: str | os.PathLike[str] | None,
-    local_files_only: bool,
-    token: str | bool | None,
-) -> Path:
-    need("huggingface_hub", f"fetching {repo_id!r} from the Hub")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            path = hf_hub_download(
-                repo_id,
-                file,
-                revision=revision,
-                cache_dir=None if cache_dir is None else Path(cache_dir),
-                local_files_only=local_files_only,
-                token=token,
-            )
-    except (OSError, ValueError) as err:  # the Hub's own errors are among these
-        raise DownloadError(
-            f"cannot fetch {file} of {repo_id!r}: {first_line(err)}; check the name, the network "
-            f"and the token"
-        ) from err
-    return Path(path)

@@ -1,16 +1,5 @@
 """Honest timing: contestants in processes of their own, taken in turn, and what they cost."""
 
-from .contest import Contestant, Result, measure
-from .workers import Spread, Turn, Worker, machine_facts, serve, take_turns
+from tinyvit.lazy import attach
 
-__all__ = [
-    "Contestant",
-    "Result",
-    "Spread",
-    "Turn",
-    "Worker",
-    "machine_facts",
-    "measure",
-    "serve",
-    "take_turns",
-]
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -37,7 +37,6 @@ from tinyvit.inference.bundle import ExportedEncoder, engine_for, is_exported
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
-    from typing_extensions import Self
 
     from tinyvit.factory import StoredModel
     from tinyvit.inference.engine import Engine
@@ -100,10 +99,9 @@ def fill_randomly(model: TinyViT, seed: int = 0) -> None:
     """Give every tensor of a model the values of ``random_tensors``."""
     import torch
 
-    own = model.state_dict()
-    found = random_tensors({name: tuple(tensor.shape) for name, tensor in own.items()}, seed)
-    for name, tensor in own.items():
-        tensor.copy_(torch.from_numpy(found[name]))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = random_tensors(shapes, seed).items()
+    model.load_state_dict({name: torch.from_numpy(values) for name, values in found})
 
 
 def count_gflop(model: TinyViT, size: tuple[int, int], name: str | None = None) -> float:
@@ -175,13 +173,9 @@ def _open_stored(spec: Mapping[str, Any]) -> StoredModel:
     row = get_variant(spec["model"])
     names = (field.name for field in fields(Architecture))
     sizes = {name: getattr(row, name) for name in names if hasattr(row, name)}
-    ratios: dict[str, Any] = {
-        "mlp_ratio": 4.0,
-        "mbconv_expand_ratio": 4.0,
-        "local_conv_size": 3,
-        "in_chans": 3,
-    }
-    shapes = encoder_shapes(Architecture(**sizes, **ratios))
+    shapes = encoder_shapes(
+        Architecture(**sizes, mlp_ratio=4.0, mbconv_expand_ratio=4.0, local_conv_size=3, in_chans=3)
+    )
     parts = {"trunk", *(["head"] if row.head else []), *(["neck"] if row.neck_dim else [])}
     own = {key: shape for key, shape in shapes.items() if part_of(key) in parts}
     side = spec["size"] or row.img_size
@@ -275,7 +269,7 @@ class Turn:
     peak_memory: int | None  # largest resident size of the process so far in bytes, or None
 
 
-class Worker:
+class Worker(AbstractContextManager["Worker"]):
     """A process with one contestant in it, alive until closed.
 
     ``facts`` is what the contestant says of itself; ``first_result_s`` is the time from the start
@@ -332,9 +326,6 @@ class Worker:
             self._process.communicate()
         self._stderr.close()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.close()
 
@@ -353,8 +344,12 @@ class Worker:
                 f"a contestant's process ended with exit code {code}: {said.splitlines()[-1]}"
             )
         reply: dict[str, Any] = json.loads(line)
-        if "error" in reply:
-            raise _as_error(reply["error"], reply["message"])
+        if name := reply.get("error"):
+            message = reply["message"]
+            if name in ("ValueError", "TypeError"):
+                raise ValueError(message)
+            kind = getattr(errors, name, None)
+            raise kind(message) if kind else ChildProcessError(f"{name}: {message}")
         return reply
 
 
@@ -440,15 +435,6 @@ def _take_turn(call: Call, least_seconds: float) -> Turn:
     after = minor_faults()
     faults = None if before is None or after is None else (after - before) / len(times)
     return Turn(statistics.median(times), len(times), faults, peak_memory())
-
-
-def _as_error(name: str, message: str) -> Exception:
-    """The error that a worker met, for the side that asked."""
-    kind = getattr(errors, name, None)
-    if isinstance(kind, type) and issubclass(kind, errors.TinyViTError):
-        return kind(message)
-    is_wrong = name in ("ValueError", "TypeError")
-    return ValueError(message) if is_wrong else ChildProcessError(f"{name}: {message}")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -22,65 +23,47 @@ from tinyvit.sam.automatic import build_point_grid as build_point_grid
 from tinyvit.sam.automatic import generate_crop_boxes as generate_crop_boxes
 
 
-class MaskData:
+class MaskData(UserDict[str, Any]):
     """Lists, arrays and tensors about the same masks, filtered and joined together."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        self._stats: dict[str, Any] = {}
-        for key, values in kwargs.items():
-            self[key] = values
 
     def __setitem__(self, key: str, item: Any) -> None:
         if not isinstance(item, (list, np.ndarray, Tensor)):
             raise TypeError(
                 f"MaskData holds lists, arrays and tensors; {key} is a {type(item).__name__}"
             )
-        self._stats[key] = item
-
-    def __delitem__(self, key: str) -> None:
-        del self._stats[key]
-
-    def __getitem__(self, key: str) -> Any:
-        return self._stats[key]
-
-    def items(self) -> ItemsView[str, Any]:
-        """Pairs of name and values."""
-        return self._stats.items()
+        super().__setitem__(key, item)
 
     def filter(self, keep: Tensor) -> None:
         """Keep the masks of a tensor of bool or of indices, everywhere."""
         mask = keep.detach().cpu().numpy()
         chosen = np.flatnonzero(mask) if mask.dtype == bool else mask
-        for key, values in self._stats.items():
+        for key, values in self.items():
             if isinstance(values, list):
-                self._stats[key] = [values[i] for i in chosen]
+                self[key] = [values[i] for i in chosen]
             elif isinstance(values, Tensor):
-                self._stats[key] = values[torch.as_tensor(chosen, device=values.device)]
+                self[key] = values[torch.as_tensor(chosen, device=values.device)]
             else:
-                self._stats[key] = values[chosen]
+                self[key] = values[chosen]
 
     def cat(self, new_stats: MaskData) -> None:
         """Append the values of other masks."""
         for key, values in new_stats.items():
-            own = self._stats.get(key)
+            own = self.get(key)
             if own is None:
-                self._stats[key] = deepcopy(values)
+                self[key] = deepcopy(values)
             elif isinstance(values, Tensor):
-                self._stats[key] = torch.cat([own, values])
+                self[key] = torch.cat([own, values])
             elif isinstance(values, np.ndarray):
-                self._stats[key] = np.concatenate([own, values])
+                self[key] = np.concatenate([own, values])
             else:
-                self._stats[key] = own + deepcopy(values)
+                self[key] = own + deepcopy(values)
 
     def to_numpy(self) -> None:
         """Make arrays of all tensors."""
-        for key, values in self._stats.items():
+        for key, values in self.items():
             if isinstance(values, Tensor):
-                self._stats[key] = (
-                    values.detach().cpu().float().numpy()
-                    if (values.dtype == torch.bfloat16)
-                    else values.detach().cpu().numpy()
-                )
+                exact = values.float() if values.dtype == torch.bfloat16 else values
+                self[key] = exact.detach().cpu().numpy()
 
 
 def is_box_near_crop_edge(

@@ -1,0 +1,9 @@
+from .contest import Contestant as Contestant
+from .contest import Result as Result
+from .contest import measure as measure
+from .workers import Spread as Spread
+from .workers import Turn as Turn
+from .workers import Worker as Worker
+from .workers import machine_facts as machine_facts
+from .workers import serve as serve
+from .workers import take_turns as take_turns
