@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import typer
 
-from tinyvit.cli import bench, classify, embed, encode, export, segment, serve, store, weights
+from tinyvit.cli import bench, embed, encode, export, segment, serve, store, weights
 from tinyvit.cli.main import GROUPS, app, main, reordered
 from tinyvit.cli.settings_options import examples_of
 
 VERBS = {
     **dict.fromkeys(("models", "inspect", "convert", "download"), weights),
     "encode": encode,
-    "classify": classify,
+    "classify": encode,
     "segment": segment,
     "serve": serve,
     "export": export,

@@ -105,11 +105,7 @@ class EngineOptions:
     threads: Positive | None = None
 
     def arguments(self, checkpoint: str | None) -> dict[str, Any]:
-        """What they mean for an ``Engine`` of this checkpoint; torch's threads are set here.
-
-        Raises:
-            MissingExtraError: What would run it is not installed.
-        """
+        """What they mean for an ``Engine`` of this checkpoint; torch's threads are set here."""
         from tinyvit.inference.bundle import engine_for, is_exported
 
         found = {name: one for name, one in asdict(self).items() if one is not None}
@@ -177,11 +173,7 @@ def check_checkpoint(text: str | None, flag: str = "") -> None:
 
 
 def is_exported(checkpoint: str | None, size: int | None = None, model: str | None = None) -> bool:
-    """Whether this is a folder of 'tinyvit export', which says itself what --size and --model do.
-
-    Raises:
-        ValueError: It is, and one of these was given.
-    """
+    """Whether this is a folder of 'tinyvit export', which refuses --size and --model."""
     from tinyvit.inference.bundle import is_exported as found
 
     if not found(checkpoint):
@@ -296,40 +288,31 @@ def variant_of(model: TinyViT | StoredModel) -> str | None:
 
 
 def open_model(
-    own: Console, checkpoint: str, model: str | None, size: int | None, running: EngineOptions
-) -> TinyViT | StoredModel:
-    """As ``load_model``; torch is not loaded where the native engine runs the file as it is."""
-    from tinyvit.factory import leave_to_torch, open_stored
+    own: Console, checkpoint: str, model: str | None, size: int | None,
+    running: EngineOptions | None = None,
+) -> TinyViT | StoredModel:  # fmt: skip
+    """A model as its file has it, fetched if need be.
+
+    For ``running`` torch is not loaded where the native engine runs the file as it is.
+    """
+    from tinyvit.factory import create_model, leave_to_torch, load_folder, open_stored
     from tinyvit.inference.bundle import engine_for
 
-    if engine_for(checkpoint, running.backend, running.device) == "native":
-        _announce_model(own, checkpoint, model, size)
-        with leave_to_torch(), own.progress("downloading", counts_bytes=True) as update:
-            return open_stored(checkpoint, size, update, model)
-    return load_model(own, checkpoint, model, size)
-
-
-def load_model(own: Console, checkpoint: str, model: str | None, size: int | None) -> TinyViT:
-    """A model as its file has it; fetched if need be."""
-    from tinyvit.factory import create_model, load_folder
-
-    if _announce_model(own, checkpoint, model, size):
-        return load_folder(Path(checkpoint) / _CONFIG, Path(checkpoint) / _WEIGHTS)
-    with own.progress("downloading", counts_bytes=True) as update:
-        return create_model(model, checkpoint, img_size=size, progress=update)
-
-
-def _announce_model(own: Console, checkpoint: str, model: str | None, size: int | None) -> bool:
-    """Whether it is a folder of ``save_pretrained``; else say what is about to be fetched."""
-    if checkpoint in list_checkpoints() or not (Path(checkpoint) / _CONFIG).is_file():
-        announce(own, checkpoint)
-        return False
-    if model is not None or size is not None:
+    engine = running and engine_for(checkpoint, running.backend, running.device)
+    is_folder = checkpoint not in list_checkpoints() and (Path(checkpoint) / _CONFIG).is_file()
+    if is_folder and (model is not None or size is not None):
         raise ValueError(
             f"{checkpoint} is a folder that says itself which model it is and how images "
             "are prepared; leave --model and --size out"
         )
-    return True
+    announce(own, checkpoint)
+    with own.progress("downloading", counts_bytes=True) as update:
+        if engine == "native":
+            with leave_to_torch():
+                return open_stored(checkpoint, size, update, model)
+        if is_folder:
+            return load_folder(Path(checkpoint) / _CONFIG, Path(checkpoint) / _WEIGHTS)
+        return create_model(model, checkpoint, img_size=size, progress=update)
 
 
 def _suggestion(variant: str | None, task: Task | None = None) -> str:

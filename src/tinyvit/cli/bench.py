@@ -122,7 +122,6 @@ def _models(
 
 
 def _chosen(option: str, word: str, known: tuple[str, ...]) -> list[str]:
-    """The backends or precisions to measure."""
     if word == "all":
         return [name for name in known if name != "auto"]
     if word not in known:
@@ -133,7 +132,6 @@ def _chosen(option: str, word: str, known: tuple[str, ...]) -> list[str]:
 def _machine(
     facts: dict[str, str | int | None], results: Sequence[Result]
 ) -> list[tuple[str, str]]:
-    """The machine's facts for a person."""
     threads = sorted({result.threads for result in results})
     memory = facts["memory"]
     names = ("tinyvit", "torch", "openvino", "onnxruntime", "python")

@@ -135,8 +135,11 @@ def write_json(content: object) -> None:
 
 
 def complain(text: str) -> None:
-    """A line on stderr, quiet or not, in the words of the command line."""
-    typer.echo(printable(readable(translated(text))), err=True)
+    """A line on stderr, quiet or not, in the words of the command line; no control characters."""
+    said = readable(translated(text))
+    typer.echo(
+        "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in said), err=True
+    )
 
 
 def readable(text: str) -> str:
@@ -146,11 +149,6 @@ def readable(text: str) -> str:
         return run[0].encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
 
     return re.sub("[\udc80-\udcff]+", decode, text)
-
-
-def printable(text: str) -> str:
-    """The text with control characters written as escapes; line ends stay."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def one_line(text: str, is_whole: bool = False) -> str:

@@ -16,7 +16,7 @@ from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.cli import console
 
 from . import arguments as args
-from .console import Console, counted, megabytes
+from .console import Console, Update, counted, megabytes
 
 if TYPE_CHECKING:
     from tinyvit.embed import EmbeddingStore, EmbedEstimate, EmbedReport
@@ -108,10 +108,9 @@ def embed(
         **{"dtype": dtype, "keep": keep, "check": check, "retry_failed": retry_failed},
         **{"part": part or (0, 1), "max_pixels": max_pixels},
     }
-    chosen = _opened(own, found, checkpoint, model, size, running, batch_size)
-    with chosen as (engine, is_hq):
+    engine, given["early"] = _open(own, found, checkpoint, model, size, running, batch_size)
+    with engine:
         args.announce_engine(own, checkpoint or (store if found else DEFAULT_CHECKPOINT), engine)
-        given["early"] = is_hq
         if dry_run:
             _show_estimate(estimate(sources, store, engine, **given), as_json)
             return
@@ -121,15 +120,14 @@ def embed(
             redirect_stdout(sys.stderr),  # where Ray says that an actor died
             own.progress(words, things="") as update,
         ):
-            show = _Shown(own, words, update)
+            show = _shown(own, words, update)
             report = embed_images(
                 sources, found or store, engine, **given, ray=actors, prune=prune, progress=show
             )
     _finish(own, store, report, prune, as_json)
 
 
-@contextmanager
-def _opened(
+def _open(
     own: Console,
     found: EmbeddingStore | None,
     checkpoint: str | None,
@@ -137,7 +135,7 @@ def _opened(
     size: int | None,
     running: args.FolderOptions,
     batch_size: int,
-) -> Iterator[tuple[Engine, bool | None]]:
+) -> tuple[Engine, bool | None]:
     """What encodes, and whether Light HQ-SAM's early map is wanted; None: as the store says."""
     from tinyvit.inference import Engine
 
@@ -151,58 +149,47 @@ def _opened(
             arguments = running.arguments(str(folder))
             if arguments["precision"] == "fp32":  # not asked for: the store's
                 del arguments["precision"]
-            engine = found.engine_of(folder, **arguments, batch_size=batch_size)
-        with engine:
-            yield engine, None
-        return
+            return found.engine_of(folder, **arguments, batch_size=batch_size), None
     name, is_hq = checkpoint or DEFAULT_CHECKPOINT, None
     arguments = {**running.arguments(checkpoint), "batch_size": batch_size}
     if args.is_exported(checkpoint, size, model) or find_spec("torch") is None:
-        with Engine(name, **arguments) as engine:
-            yield engine, None
-        return
-    built = args.load_model(own, name, model, size)
+        return Engine(name, **arguments), None
+    built = args.open_model(own, name, model, size)
     if checkpoint is not None:
         from tinyvit.checkpoints import inspect
 
         is_hq = "hq_decoder" in inspect(args.file_of(name)).detection.parts or None
-    with Engine(built, **arguments) as engine:
-        yield engine, is_hq
+    return Engine(built, **arguments), is_hq
 
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
     """Let SIGTERM, as schedulers send it, stop the work as Ctrl-C does: all is committed."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-class _Shown:
-    """The progress as a bar, or as a line each minute."""
+def _shown(own: Console, words: str, update: Update) -> Callable[[int, int, int], None]:
+    """Shows the progress as a bar, or as a line each minute."""
+    start = last = time.monotonic()
+    before: int | None = None
 
-    def __init__(self, own: Console, words: str, update: Callable[..., None]) -> None:
-        self._own, self._words, self._update = own, words, update
-        self._start = self._last = time.monotonic()
-        self._before: int | None = None
-
-    def __call__(self, done: int, total: int, failed: int) -> None:
+    def show(done: int, total: int, failed: int) -> None:
+        nonlocal last, before
         now = time.monotonic()
-        if self._before is None:
-            self._before = done - 1
-        rate = (done - self._before) / max(now - self._start, 1e-9)
+        before = done - 1 if before is None else before
+        rate = (done - before) / max(now - start, 1e-9)
         more = f"{rate:.1f} images/s  {in_words((total - done) / rate)} left"
         more += f"  {failed} failed" if failed else ""
-        self._update(done, total, more=more)
-        if not self._own.shows_bars and now - self._last >= SECONDS_BETWEEN_LINES:
-            self._last = now
-            self._own.say(f"{self._words}  {grouped(done)} of {grouped(total)}  {more}")
+        update(done, total, more=more)
+        if not own.shows_bars and now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            own.say(f"{words}  {grouped(done)} of {grouped(total)}  {more}")
+
+    return show
 
 
 def in_words(seconds: float) -> str:
@@ -238,11 +225,7 @@ def _show_estimate(found: EmbedEstimate, as_json: bool) -> None:
 
 
 def _finish(own: Console, store: str, report: EmbedReport, prune: bool, as_json: bool) -> None:
-    """Say what was done.
-
-    Raises:
-        typer.Exit: With 1, if an image failed.
-    """
+    """Say what was done; the exit code is 1 if an image failed."""
     for path, reason in report.failed[:NAMED_AT_MOST]:
         console.complain(f"failed: {path}: {reason}")
     counts = [

@@ -12,20 +12,7 @@ from typing import Annotated
 
 import typer
 
-from tinyvit.cli import (
-    bench,
-    classify,
-    embed,
-    encode,
-    evaluate,
-    export,
-    segment,
-    serve,
-    store,
-    train,
-    weights,
-)
-
+from . import bench, embed, encode, evaluate, export, segment, serve, store, train, weights
 from .console import Console
 from .settings_options import Verb, as_command, examples_of
 
@@ -100,7 +87,7 @@ def _add(to: typer.Typer, *verbs: Callable[..., None]) -> None:
 
 
 _add(app, weights.models, weights.inspect, weights.convert, weights.download, encode.encode)
-_add(app, classify.classify, segment.segment, serve.serve, export.export, export.verify)
+_add(app, encode.classify, segment.segment, serve.serve, export.export, export.verify)
 _add(app, embed.embed, store.search, bench.bench)
 for _group, (_summary, _verbs) in GROUPS.items():
     _typer = typer.Typer(

@@ -64,10 +64,8 @@ def carry_out(
     """Do the work, show how it goes (``words``; empty for no progress bar), and say what came.
 
     ``summary`` has what was written, and the seconds it took, in words; ``missing`` is (name,
-    message) of what failed before. ``facts`` are of the whole, for JSON.
-
-    Raises:
-        typer.Exit: With 1, if one failed.
+    message) of what failed before. ``facts`` are of the whole, for JSON. The exit code is 1 if one
+    failed.
     """
     for _, message in missing:
         console.complain(f"failed: {message}")

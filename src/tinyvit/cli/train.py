@@ -134,7 +134,6 @@ def task_toml(verb: TaskVerb, task: Settings) -> str:
 
 
 def _settings(cls: type[Chosen], values: Mapping[str, object], source: str = "") -> Chosen:
-    """Settings of those values that are theirs."""
     known = settings_of(cls)
     own = {name: value for name, value in values.items() if name in known}
     return cls.from_mapping(own, source)
@@ -515,10 +514,7 @@ def store_features(
 def _kept(
     own: Console, teacher: str, things: str, output: Path, as_json: bool
 ) -> Iterator[tuple[Update, dict[str, Any]]]:
-    """A progress bar, and what there is to say at the end: ``pictures``, ``broken`` and more.
-
-    After Ctrl-C it is said how to go on.
-    """
+    """A progress bar, and what there is to say at the end: ``pictures``, ``broken`` and more."""
     own.say(f"running {teacher}")
     facts: dict[str, Any] = {"output": str(output)}
     try:

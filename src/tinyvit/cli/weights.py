@@ -163,7 +163,6 @@ def _facts(report: Inspection, title: str) -> list[tuple[str, str]]:
 
 
 def _stages(sizes: Architecture) -> str:
-    """The sizes of the stages as a table."""
     rows = [("1", "convolution", str(sizes.embed_dims[0]), str(sizes.depths[0]), "-", "-")]
     columns = (sizes.embed_dims, sizes.depths, sizes.num_heads, sizes.window_sizes)
     for i, numbers in enumerate([*zip(*columns, strict=True)][1:], 2):
