@@ -71,6 +71,9 @@ as_json (--json): Print one JSON object on stdout instead.
 images (PICTURE_OR_FOLDER): JPEG, PNG, WebP, TIFF, BMP, GIF or PPM files. Folders are read with all
     folders in them; hidden files and folders are left out.
 output (--output -o DIR): Folder to write to.
+store (STORE): A path or an address.
+sheet (FILE.png): Write a gallery to look at.
+seed: What --limit draws with.
 model (VARIANT): Build this variant for the checkpoint. By default the checkpoint says which.
 checkpoint (NAME_OR_PATH): A name of 'tinyvit models', a file that holds a whole SAM, not an encoder
     alone, or for segment and serve a folder of 'tinyvit export', which needs no torch. By default

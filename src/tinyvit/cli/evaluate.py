@@ -34,7 +34,6 @@ class Part:
         val_part: With --held-out: how much it is.
         split_seed: With --held-out: which it is.
         limit: Evaluate so many images, drawn by --seed.
-        seed: What --limit draws with.
     """
 
     held_out: bool = False
@@ -103,7 +102,6 @@ def classify(
         data (DATA): A folder with one subfolder for each class, a CSV file, or tar files.
         checkpoint (--checkpoint NAME_OR_FILE): A name of 'tinyvit models', or a file of weights
             with a classification head.
-        sheet (FILE.png): Write a gallery to look at.
 
     Examples:
         tinyvit evaluate classify photos --checkpoint run/best.safetensors --held-out
@@ -168,7 +166,6 @@ def segment(
         target_iou: Clicks are counted until this IoU.
         most_clicks: Where counting stops.
         no_floors: Skip the baselines without a network; faster.
-        sheet (FILE.png): Write a gallery to look at.
 
     Examples:
         tinyvit evaluate segment cells --checkpoint run/best.safetensors --sheet sheet.png
@@ -176,7 +173,7 @@ def segment(
     """
     _check(data, checkpoint, sheet)
 
-    from tinyvit.evaluate.metrics import as_json
+    from tinyvit.evaluate import metrics
     from tinyvit.evaluate.segment import COLUMNS, EvaluateSettings, Gallery, evaluate_segment
     from tinyvit.sam import SamPredictor
 
@@ -200,7 +197,7 @@ def segment(
             progress=update,
         )
     if as_json:
-        console.write_json(as_json(report))
+        console.write_json(metrics.as_json(report))
     else:
         evaluated = f"{counted(report.images, 'image')}, {counted(report.masks, 'mask')}"
         console.write(f"{checkpoint} on {data}: {evaluated}")
@@ -237,7 +234,6 @@ def agreement(
         first (A): A name of 'tinyvit models', or a file with a whole SAM.
         second (B): Another, or the same again.
         limit: Compare on so many images, drawn by --seed.
-        seed: What --limit draws with.
         grid: Clicks along each side of an image.
         backend_a ([auto|torch|native|openvino|onnx]): What runs A's encoder.
         backend_b ([auto|torch|native|openvino|onnx]): What runs B's encoder.
@@ -251,8 +247,8 @@ def agreement(
     paths = [image.path for image in list_images(images)]
     chosen = [paths[index] for index in drawn(len(paths), limit, seed)]
 
+    from tinyvit.evaluate import metrics
     from tinyvit.evaluate.agreement import compare
-    from tinyvit.evaluate.metrics import as_json
     from tinyvit.sam import SamPredictor
 
     sides = ((first, backend_a, precision_a), (second, backend_b, precision_b))
@@ -272,7 +268,7 @@ def agreement(
     own.say(f"comparing on {counted(len(chosen), 'image')}")
     found = compare(one, other, chosen, names=(names[0], names[1]), grid=grid)
     if as_json:
-        console.write_json(as_json(found))
+        console.write_json(metrics.as_json(found))
     else:
         heads, *rows = found.rows()
         console.write(console.table(heads, rows))

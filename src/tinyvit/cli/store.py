@@ -25,9 +25,6 @@ def info(own: Console, store: str, as_json: bool = False) -> None:
 
     All images that failed are named with their reasons.
 
-    Options:
-        store (STORE): A path or an address.
-
     Examples:
         tinyvit store info photos.lance
         tinyvit store info s3://bucket/photos.lance --json
@@ -77,7 +74,6 @@ def verify(
     itself, and compared. Exit code 1 where a row is damaged.
 
     Options:
-        store (STORE): A path or an address.
         masks (--masks N): Compare masks of so many images, drawn from the store.
         checkpoint (NAME_OR_PATH): With --masks: the whole SAM that the store was made with, or a
             folder of 'tinyvit export' with it.
@@ -128,9 +124,6 @@ def index(own: Console, store: str) -> None:
     'tinyvit embed' does by itself at its end and every hundred commits. Vectors are indexed from a
     million rows on; below, the search is exact and needs no index.
 
-    Options:
-        store (STORE): A path or an address.
-
     Examples:
         tinyvit store index photos.lance
     """
@@ -150,7 +143,6 @@ def export(own: Console, store: str, to: str, output: Path) -> None:
     DuckDB, Polars, LanceDB and whatever else reads Lance can open the store itself.
 
     Options:
-        store (STORE): A path or an address.
         to (--to [files|npy|parquet]): A safetensors file for each image; or all vectors as one
             numpy array and a file of paths; or all columns but the features as Parquet.
 
@@ -183,7 +175,6 @@ def search(
     things, embed with a classifier's weights.
 
     Options:
-        store (STORE): A path or an address.
         image (IMAGE): A path in the store, or a file.
         k (-k N): Results, at most.
         sheet (FILE.png): Write the results as one image to look at.
