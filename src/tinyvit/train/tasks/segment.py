@@ -20,13 +20,12 @@ from typing import Any, NamedTuple, Protocol, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tinyvit.checkpoints import write_state_dict
 from tinyvit.checkpoints.files import header_for
 from tinyvit.errors import ImageError
-from tinyvit.evaluate.metrics import error_regions, most_interior_point
+from tinyvit.evaluate.metrics import Mask, Point, error_regions, most_interior_point
 from tinyvit.evaluate.segment import EvaluateSettings, LabelledImage, evaluate_segment
 from tinyvit.images.mask_ops import box_around
 from tinyvit.images.preprocess import normalise_and_pad
@@ -308,9 +307,6 @@ def _open(settings: SegmentSettings) -> tuple[MaskSet, MaskSet]:
 def _warn(text: str) -> None:
     warnings.warn(text, stacklevel=4)
 
-
-Mask = NDArray[np.bool_]
-Point = tuple[float, float]
 
 BOX_NOISE = 0.1
 """Standard deviation of a box's edges, as a share of its side."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tinyvit.checkpoints.files import file_sha256, weights_sha256
 from tinyvit.errors import CheckpointError, ImageError, MissingExtraError
-from tinyvit.evaluate.classify import LabelledImages, read_batches
+from tinyvit.evaluate.classify import LabelledImages, Progress, read_batches
 from tinyvit.factory import create_model
 from tinyvit.folders.images import list_images
 from tinyvit.image_spec import ImageSpec
@@ -39,9 +39,6 @@ from tinyvit.train.data.images import fingerprint
 from tinyvit.train.store import Row, Store, image_state
 
 from .classify import load_classifier, spec_of
-
-Progress = Callable[[int, int], None]
-"""Called with (done, all): images for features, views for logits."""
 
 _LARGEST_FP16 = 65504.0
 
@@ -169,7 +166,7 @@ def store_features(
 
     ``names`` are paths below ``root``, by default of all images there; ``flips`` stores the
     features of mirrored images too. The teacher gets ``batch_size`` images together; a stop costs
-    ``shard_size`` images, those of a file, at most.
+    ``shard_size`` images, those of a file, at most. ``progress`` is called with (images done, all).
     """
     root = Path(root)
     if teacher.image_spec.resize == "longest_side" and not teacher.image_spec.pad:
@@ -250,8 +247,8 @@ def write_logits(
 
     Goes on in a folder that belongs to the same, where it was stopped; a stop costs ``shard_size``
     images at most. Views are made by ``augment`` ("light" by default), with seeds from ``seed``;
-    the teacher gets ``batch_size`` views together. Gives the store, and the reason by name of each
-    unreadable image; those have no row.
+    the teacher gets ``batch_size`` views together; ``progress`` is called with (views done, all).
+    Gives the store, and the reason by name of each unreadable image; those have no row.
     """
     if len(images) < 1 or views < 1:
         raise ValueError(f"a store wants images and views, got {len(images)} and {views}")
