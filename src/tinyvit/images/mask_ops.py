@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias, TypedDict, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tinyvit.errors import MissingExtraError
+from tinyvit.lazy import need
 
 Mask: TypeAlias = NDArray[np.bool_]
 Floats: TypeAlias = "NDArray[np.float32] | NDArray[np.float64]"
@@ -98,13 +98,9 @@ def components(mask: Mask) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     Returns labels [H, W] int32, 0 outside and 1 to n in the order of first pixels, and the parts'
     areas [n] int64 in pixels.
     """
-    try:
-        from scipy.ndimage import label
-    except ImportError as err:
-        raise MissingExtraError(
-            "holes and islands of masks (min_mask_region_area) want scipy; "
-            "pip install 'tinyvit[torch]'"
-        ) from err
+    need("scipy", "min_mask_region_area (holes and islands of masks)")
+    from scipy.ndimage import label
+
     check_mask(mask)
     labels = np.zeros(mask.shape, np.int32)
     x0, y0, x1, y1 = box_around(mask)  # labelling costs time for each pixel

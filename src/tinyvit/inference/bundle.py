@@ -230,14 +230,14 @@ class Runtime:
     threads: int | None
     words: str
 
-    def open(self, path: Path) -> Graph:
-        """The graph of a file; a CheckpointError where it cannot be read."""
+    def open(self, source: Path | bytes) -> Graph:
+        """The graph of a file or its bytes; a CheckpointError where it cannot be read."""
         from .graphs import OnnxGraph, OpenVINOGraph
 
         try:
             if self.name == "onnx":
-                return OnnxGraph(path, self.threads)
-            return OpenVINOGraph(path, precision=self.precision, threads=self.threads)
+                return OnnxGraph(source, self.threads)
+            return OpenVINOGraph(source, precision=self.precision, threads=self.threads)
         except ValueError as err:
             raise CheckpointError(str(err)) from err
 
@@ -267,7 +267,7 @@ def choose_runtime(
                 "computes in bf16"
             )
     version = library.__version__.split("-")[0]
-    words = f"{_PACKAGES[name]} {version} on cpu, {precision} ({reason}), an exported graph"
+    words = f"{_PACKAGES[name]} {version} on cpu, {precision} ({reason})"
     return Runtime(name, cast(Any, precision), threads, words)
 
 
@@ -337,7 +337,7 @@ class ExportedEncoder:
 
     def explain(self) -> str:
         """What runs, and why, in words."""
-        return self.runtime.words
+        return f"{self.runtime.words}, an exported graph"
 
     def close(self) -> None:
         """Give the session back."""

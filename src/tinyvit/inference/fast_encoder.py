@@ -14,6 +14,7 @@ Shapes: B images, C channels, H W height and width of a map, S window side, T = 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -68,8 +69,9 @@ class DeployedTinyViT:
             self._blocks.append(
                 [_make_block(block, f"{name}.blocks.{j}", arrays, kernels) for j, block in blocks]
             )
-            if isinstance(stage.downsample, PatchMerging):
-                self._merges.append(_Merge(stage.downsample, f"{name}.downsample", arrays, kernels))
+            if stage.downsample is not None:
+                name = f"{name}.downsample"
+                self._merges.append(_make_block(stage.downsample, name, arrays, kernels))
         self._neck: Step | None = None
         if isinstance(model.neck, SAM3Neck):
             self._neck = _SAM3Neck(model.neck, arrays, kernels)
@@ -168,22 +170,22 @@ class _RowConv:
         """Rows (columns) of the output for that many of the input."""
         return (length + 2 * self.pad - self.side) // self.stride + 1
 
-    def needs(self, top: int, bottom: int) -> tuple[int, int]:
-        """The input rows that output rows [top, bottom) see; may reach beyond the map."""
-        first = top * self.stride - self.pad
-        return first, (bottom - 1) * self.stride - self.pad + self.side
+    def rows(self, x: Tensor, top: int, bottom: int) -> Tensor:
+        """Output rows [top, bottom) of a map."""
+        return self.after(lambda low, high: x[:, low:high], x.shape[1], top, bottom)
 
-    def rows(self, x: Tensor, top: int, bottom: int, offset: int = 0, height: int = -1) -> Tensor:
-        """Output rows [top, bottom) from ``x``, which starts at row ``offset`` of the map.
+    def after(
+        self, before: Callable[[int, int], Tensor], height: int, top: int, bottom: int
+    ) -> Tensor:
+        """Output rows [top, bottom) of the map of ``height`` whose rows ``before`` gives.
 
-        ``height`` is that of the whole map; what lies outside it is zero.
+        What lies outside the map is zero.
         """
-        height = x.shape[1] if height < 0 else height
-        image = x.permute(0, 3, 1, 2)
+        first = top * self.stride - self.pad
+        behind = (bottom - 1) * self.stride - self.pad + self.side
+        image = before(max(first, 0), min(behind, height)).permute(0, 3, 1, 2)
         if top == 0 and bottom == self.output(height):
             return self.conv(image).permute(0, 2, 3, 1)
-        first, behind = self.needs(top, bottom)
-        image = image[:, :, max(first, 0) - offset : min(behind, height) - offset]
         above, below = max(-first, 0), max(behind - height, 0)
         if above or below:
             image = F.pad(image, (0, 0, above, below))
@@ -208,10 +210,8 @@ class _Stem:
         per_row = middle[1] * self.first.channels * x.element_size() * self.second.stride
 
         def piece(images: slice, top: int, bottom: int) -> Tensor:
-            low, high = self.second.needs(top, bottom)
-            low, high = max(low, 0), min(high, middle[0])
-            y = self.first.rows(x[images], low, high)
-            return self.second.rows(y, top, bottom, low, middle[0])
+            before = functools.partial(self.first.rows, x[images])
+            return self.second.after(before, middle[0], top, bottom)
 
         return _assemble(piece, batch, self.second.output(middle[0]), per_row)
 
@@ -220,67 +220,38 @@ class _Stem:
 
 
 def _make_block(block: nn.Module, name: str, arrays: Arrays, kernels: PlainKernels) -> Step:
-    if isinstance(block, MBConv):
-        return _Bottleneck(block, name, arrays, kernels)
+    if isinstance(block, (MBConv, PatchMerging)):
+        return _ThreeConvolutions(block, name, arrays, kernels)
     if isinstance(block, TinyViTBlock):
         return _TokenBlock(block, name, arrays, kernels)
     raise TypeError(f"a {type(block).__name__} cannot be folded")
 
 
-def _three_convolutions(
-    block: MBConv | PatchMerging, name: str, arrays: Arrays, kernels: PlainKernels
-) -> tuple[Linear, _RowConv, Linear]:
-    """1x1 with GELU, depthwise with GELU, 1x1."""
-    first, second, third = (
-        fold_conv(arrays, f"{name}.conv{i}", conv.c.stride[0], depthwise=i == 2, eps=conv.bn.eps)
-        for i, conv in enumerate((block.conv1, block.conv2, block.conv3), 1)
-    )
-    depthwise = _RowConv(second, kernels, gelu=True)
-    return kernels.linear(first, "gelu"), depthwise, kernels.linear(third)
-
-
-class _Bottleneck:
-    """MBConv: expand, depthwise, project, add, activate, in strips."""
-
-    def __init__(self, block: MBConv, name: str, arrays: Arrays, kernels: PlainKernels) -> None:
-        self.hidden = block.hidden_chans
-        self.expand, self.depthwise, self.project = _three_convolutions(
-            block, name, arrays, kernels
-        )
-
-    def __call__(self, x: Tensor) -> Tensor:
-        batch, height, width, _ = x.shape
-        per_row = width * self.hidden * x.element_size()
-
-        def piece(images: slice, top: int, bottom: int) -> Tensor:
-            low, high = max(top - 1, 0), min(bottom + 1, height)
-            y = self.expand(x[images, low:high])
-            y = self.depthwise.rows(y, top, bottom, low, height)
-            return F.gelu(self.project(y, x[images, top:bottom]))
-
-        return _assemble(piece, batch, height, per_row)
-
-
-class _Merge:
-    """PatchMerging: 1x1, depthwise with stride, 1x1, in strips."""
+class _ThreeConvolutions:
+    """1x1, depthwise, 1x1, in strips: PatchMerging, or MBConv, which adds its input, too."""
 
     def __init__(
-        self, merge: PatchMerging, name: str, arrays: Arrays, kernels: PlainKernels
+        self, block: MBConv | PatchMerging, name: str, arrays: Arrays, kernels: PlainKernels
     ) -> None:
-        self.channels = merge.out_dim
-        self.widen, self.depthwise, self.mix = _three_convolutions(merge, name, arrays, kernels)
+        convs = enumerate((block.conv1, block.conv2, block.conv3), 1)
+        first, second, third = (
+            fold_conv(arrays, f"{name}.conv{i}", one.c.stride[0], depthwise=i == 2, eps=one.bn.eps)
+            for i, one in convs
+        )
+        self.adds = isinstance(block, MBConv)
+        self.first, self.third = kernels.linear(first, "gelu"), kernels.linear(third)
+        self.depthwise = _RowConv(second, kernels, gelu=True)
 
     def __call__(self, x: Tensor) -> Tensor:
         batch, height, width, _ = x.shape
-        per_row = width * self.channels * x.element_size() * self.depthwise.stride
+        conv = self.depthwise
+        per_row = width * conv.channels * x.element_size() * conv.stride
 
         def piece(images: slice, top: int, bottom: int) -> Tensor:
-            low, high = self.depthwise.needs(top, bottom)
-            low, high = max(low, 0), min(high, height)
-            y = self.widen(x[images, low:high])
-            return self.mix(self.depthwise.rows(y, top, bottom, low, height))
+            y = conv.after(lambda low, high: self.first(x[images, low:high]), height, top, bottom)
+            return F.gelu(self.third(y, x[images, top:bottom])) if self.adds else self.third(y)
 
-        return _assemble(piece, batch, self.depthwise.output(height), per_row)
+        return _assemble(piece, batch, conv.output(height), per_row)
 
 
 class _TokenBlock:
@@ -437,24 +408,15 @@ def _matching(windows: Tensor, x: Tensor, side: int) -> list[tuple[Tensor, Tenso
 
     Whole windows, the right edge, the bottom edge and the corner, as far as they exist.
     """
-    _, height, width, _ = x.shape
-    rows, columns = height // side, width // side
-    bottom, right = height % side, width % side
+    # along each axis: the first window, how many, and their side
+    parts = [((0, n // side, side), (n // side, 1, n % side)) for n in x.shape[1:3]]
     pairs = []
-    if rows and columns:
-        inner = x[:, : rows * side, : columns * side]
-        inner = unflatten(unflatten(inner, 2, (columns, side)), 1, (rows, side)).transpose(2, 3)
-        pairs.append((windows[:, :rows, :columns], inner))
-    if rows and right:
-        edge = unflatten(x[:, : rows * side, columns * side :], 1, (rows, side))
-        pairs.append((windows[:, :rows, columns, :, :right], edge))
-    if bottom and columns:
-        edge = x[:, rows * side :, : columns * side]
-        edge = unflatten(edge, 2, (columns, side)).transpose(1, 2)
-        pairs.append((windows[:, rows, :columns, :bottom], edge))
-    if bottom and right:
-        corner = x[:, rows * side :, columns * side :]
-        pairs.append((windows[:, rows, columns, :bottom, :right], corner))
+    for (top, rows, high), (left, columns, wide) in itertools.product(*parts):
+        if rows and columns and high and wide:
+            cut = x[:, top * side :, left * side :][:, : rows * high, : columns * wide]
+            cut = unflatten(unflatten(cut, 2, (columns, wide)), 1, (rows, high)).transpose(2, 3)
+            same = windows[:, top : top + rows, left : left + columns, :high, :wide]
+            pairs.append((same, cut))
     return pairs
 
 

@@ -11,43 +11,34 @@ three times as long, and reports its use to the publisher.
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib.util
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, TypeAlias
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tinyvit.checkpoints.download import cache_folder
 from tinyvit.checkpoints.files import weights_sha256, write_bytes
-from tinyvit.errors import CheckpointError, MissingExtraError
+from tinyvit.errors import CheckpointError
+from tinyvit.lazy import need
 from tinyvit.modules import TinyViT
 
-from .backend import check_settings, choose_precision
-from .derived import Derived
-from .graphs import OnnxGraph, OpenVINOGraph, load_library
-from .torch_backend import exact_inference, frozen_copy, reason_against
+from .bundle import Graph, choose_runtime
+from .derived import TOLERANCE, Derived, error_of
+from .torch_backend import exact_inference, frozen_copy, reason_against, small_image
 
 INPUT, OUTPUT = "images", "features"
 """Names of the graph's input [N, C, H, W] and output, float32."""
 
-GraphRunner: TypeAlias = OnnxGraph | OpenVINOGraph
-
 _OPSET = 18
 _FORM = 2
 """Raise it when ``export_onnx`` gives another graph for the same model."""
-
-_TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
-"""Largest error of the self-check, relative to the largest output: 3e-6 in fp32 and 2e-2 in bf16
-were measured; a mistake gives 1."""
 
 
 def export_onnx(model: TinyViT) -> bytes:
@@ -59,11 +50,7 @@ def export_onnx(model: TinyViT) -> bytes:
         MissingExtraError: onnx is not installed; torch's exporter wants it.
         ValueError: The model cannot be traced.
     """
-    if importlib.util.find_spec("onnx") is None:
-        raise MissingExtraError(
-            "making a graph of a model needs the package onnx, which is not installed; "
-            "pip install 'tinyvit[export]'"
-        )
+    need("onnx", "making a graph of a model")
     frozen = frozen_copy(model)
     example = torch.zeros(2, model.in_chans, 75, 58)
     axes = {0: "batch", 2: "height", 3: "width"}
@@ -155,7 +142,7 @@ class WatchedGraph:
     def __init__(
         self,
         model: TinyViT,
-        load: Callable[[Path | bytes], GraphRunner],
+        load: Callable[[Path | bytes], Graph],
         library: str,
         precision: Literal["fp32", "bf16"],
         choice: str = "",
@@ -228,7 +215,7 @@ class WatchedGraph:
     def _modules(self) -> list[nn.Module]:
         return [self._model]
 
-    def _make(self) -> tuple[GraphRunner, Path | None]:
+    def _make(self) -> tuple[Graph, Path | None]:
         """What runs, and the file it came from."""
         graph = cached_graph(self._model) if self._is_first else export_onnx(self._model)
         self._is_first = False
@@ -241,11 +228,9 @@ class WatchedGraph:
                 graph = cached_graph(self._model)
         return self._checked(graph), graph if isinstance(graph, Path) else None
 
-    def _checked(self, graph: Path | bytes) -> GraphRunner:
-        """What runs a graph, compared with the model on a small image of no convenient size."""
-        runner = self._load(graph)
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(1, self._model.in_chans, 75, 58, generator=generator)
+    def _checked(self, graph: Path | bytes) -> Graph:
+        """What runs a graph, compared with the model on a small image."""
+        runner, x = self._load(graph), small_image(self._model)
         with exact_inference("cpu"):
             wanted = frozen_copy(self._model)(x).numpy()
         got = runner(x.numpy())
@@ -254,9 +239,7 @@ class WatchedGraph:
                 f"{self._library} gives {list(got.shape)} where the model gives "
                 f"{list(wanted.shape)}; use backend='torch'"
             )
-        tolerance = _TOLERANCE[self.precision]
-        scale = max(float(np.abs(wanted).max(initial=0)), 1e-12)
-        self.error = float(np.abs(got - wanted).max(initial=0)) / scale
+        tolerance, self.error = TOLERANCE[self.precision], error_of(got, wanted)
         if not self.error <= tolerance:
             raise ValueError(
                 f"{self._library} differs from the model by {self.error:.1e} of its largest "
@@ -288,16 +271,8 @@ class OnnxBackend(WatchedGraph):
         precision: str = "fp32",
         threads: int | None = None,
     ) -> None:
-        check_settings(self.name, device, threads)
-        if choose_precision(precision, "cpu")[0] != "fp32" and precision != "auto":
-            raise ValueError(
-                f"backend 'onnx' computes in precision 'fp32' only, got {precision!r}; 'torch' and "
-                f"'openvino' compute in bf16"
-            )
-        found = load_library("onnxruntime", "ONNX Runtime").__version__
-        choice = f"onnxruntime {found} on cpu, fp32 (the only precision of this backend)"
-        load = functools.partial(OnnxGraph, threads=threads)
-        super().__init__(model, load, "ONNX Runtime", "fp32", choice)
+        runtime = choose_runtime("onnx", device, precision, threads)
+        super().__init__(model, runtime.open, "ONNX Runtime", runtime.precision, runtime.words)
 
 
 class OpenVINOBackend(WatchedGraph):
@@ -325,9 +300,5 @@ class OpenVINOBackend(WatchedGraph):
         precision: str = "fp32",
         threads: int | None = None,
     ) -> None:
-        check_settings(self.name, device, threads)
-        chosen, reason = choose_precision(precision, "cpu")
-        found = load_library("openvino", "OpenVINO").__version__.split("-")[0]
-        choice = f"openvino {found} on cpu, {chosen} ({reason})"
-        load = functools.partial(OpenVINOGraph, precision=chosen, threads=threads)
-        super().__init__(model, load, "OpenVINO", chosen, choice)
+        runtime = choose_runtime("openvino", device, precision, threads)
+        super().__init__(model, runtime.open, "OpenVINO", runtime.precision, runtime.words)

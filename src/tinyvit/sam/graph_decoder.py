@@ -42,7 +42,7 @@ class GraphDecoder:
 
     def __init__(self, pair: ExportedPair) -> None:
         self._graph, self._name = pair.decoder, pair.encoder.name
-        self._words = pair.encoder.runtime.words
+        self._words = pair.encoder.explain()
         inputs, outputs = self._graph.inputs, self._graph.outputs
         lacking = [name for name in _INPUTS if name not in inputs]
         lacking += [name for name in (_SCORES, _LOGITS) if name not in outputs]

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import Placement
 from tinyvit.images.mask_ops import Found
-from tinyvit.inference.derived import Derived
-from tinyvit.inference.native_backend import TOLERANCE, default_threads, native_library
+from tinyvit.inference.derived import TOLERANCE, Derived
+from tinyvit.inference.native_backend import default_threads, native_library
 
 from .embedding import ImageEmbedding
 from .open import StoredSam

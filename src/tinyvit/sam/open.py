@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.checkpoints.open import check_parts
-from tinyvit.errors import MissingExtraError
 from tinyvit.factory import leave_to_torch, open_stored
 from tinyvit.image_spec import ImageSpec
 from tinyvit.inference.bundle import ExportedPair, engine_for, is_exported, open_pair
+from tinyvit.lazy import need_torch
 
 from .prompts import Size
 
@@ -180,10 +180,7 @@ WITHOUT_TORCH = (StoredSam, ExportedSam)
 def _built(
     source: str | os.PathLike[str], img_size: int | None, progress: Progress | None = None
 ) -> Sam:
-    if find_spec("torch") is None:
-        raise MissingExtraError(
-            "a Sam of torch wants torch, which is not installed; pip install 'tinyvit[torch]'"
-        )
+    need_torch("a Sam of torch")
     from .model import build_sam
 
     return build_sam(source, img_size=img_size, progress=progress)
