@@ -72,7 +72,6 @@ def _reason_against() -> str:
 
 
 def _loaded_libraries() -> ctypes.CDLL:
-    """The symbols that this process sees."""
     return ctypes.CDLL(None)
 
 

@@ -50,45 +50,25 @@ _SIZES = ("embed_dims", "depths", "num_heads", "window_sizes", "strides", "stem"
 
 @dataclass(frozen=True)
 class Variant:
-    """One size of TinyViT: everything its constructor needs, and what it costs.
+    """One size of TinyViT: everything its constructor needs, and what it costs."""
 
-    Attributes:
-        name: Name to ask for; classification variants have timm's names.
-        embed_dims: Channels of the four stages.
-        depths: Blocks of the four stages.
-        num_heads: Attention heads of the four stages (the first is not used: stage 1 convolves).
-        window_sizes: Window side of the four stages in tokens (the first is not used).
-        strides: Stride of the three merges.
-        img_size: Side of the square image the weights were trained for, in pixels.
-        task: ``"classification"`` or ``"sam"``.
-        image_spec: How an image is prepared.
-        parameters: Number of parameters, head and neck included where the variant has them.
-        gmacs: Giga multiply-accumulates for one image of ``img_size``.
-        num_classes: Outputs of the classification head.
-        drop_path_rate: Stochastic depth used in training.
-        stem: ``"conv"`` (two 3x3 convolutions of stride 2) or ``"pointwise"`` (two 1x1, stride 1).
-        neck_dim: Output channels of the neck, or None without a neck.
-        neck_size: Side of the map of EfficientSAM3's neck, or None for SAM's neck or none.
-        head: Whether ``norm_head`` and ``head`` exist.
-    """
-
-    name: str
-    embed_dims: tuple[int, ...]
-    depths: tuple[int, ...]
-    num_heads: tuple[int, ...]
-    window_sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    img_size: int
+    name: str  # to ask for; classification variants have timm's names
+    embed_dims: tuple[int, ...]  # channels of the four stages
+    depths: tuple[int, ...]  # blocks of the four stages
+    num_heads: tuple[int, ...]  # of the four stages; the first is not used: stage 1 convolves
+    window_sizes: tuple[int, ...]  # sides in tokens of the four stages; the first is not used
+    strides: tuple[int, ...]  # of the three merges
+    img_size: int  # side of the square image the weights were trained for, in pixels
     task: Task
-    image_spec: ImageSpec
-    parameters: int
-    gmacs: float
-    num_classes: int = 1000
-    drop_path_rate: float = 0.0
-    stem: Literal["conv", "pointwise"] = "conv"
-    neck_dim: int | None = None
-    neck_size: int | None = None
-    head: bool = True
+    image_spec: ImageSpec  # how an image is prepared
+    parameters: int  # how many, head and neck included where the variant has them
+    gmacs: float  # giga multiply-accumulates for one image of ``img_size``
+    num_classes: int = 1000  # outputs of the classification head
+    drop_path_rate: float = 0.0  # stochastic depth used in training
+    stem: Literal["conv", "pointwise"] = "conv"  # two 3x3 of stride 2, or two 1x1 of stride 1
+    neck_dim: int | None = None  # output channels of the neck; None without a neck
+    neck_size: int | None = None  # side of the map of EfficientSAM3's neck; None for any other
+    head: bool = True  # whether ``norm_head`` and ``head`` exist
 
     def arguments(self) -> dict[str, object]:
         """The constructor arguments of ``TinyViT`` for this variant, a new dict of plain data."""
@@ -98,41 +78,22 @@ class Variant:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One published file of weights.
+    """One published file of weights."""
 
-    Attributes:
-        name: Name to ask for. timm's files keep timm's full names, Cream's their file names.
-        variant: Name of the variant the weights fit.
-        family: Whose key names the file uses.
-        file: File name in the cache and below a mirror; unique in the table.
-        format: ``"safetensors"``, or ``"torch"`` for a file of ``torch.save``.
-        licence: Licence the publisher states for the weights or their repository, by its SPDX name
-            where it has one.
-        source: Page where the file is published.
-        urls: Where to fetch it, tried in order; empty if it must be fetched by hand.
-        sha256: Hash of the file, or None where no publisher states one. See
-            ``tinyvit.checkpoints.fetch`` for what happens then.
-        num_classes: Outputs of the head in the file.
-        image_spec: Preparation of images where it differs from the variant's, else None.
-        note: What a user should know, in a sentence.
-        embedded: True if the file ships inside the package.
-        thresholds: Of the masks of these weights, where the file does not state its own.
-    """
-
-    name: str
-    variant: str
-    family: Family
-    file: str
-    format: Literal["safetensors", "torch"]
-    licence: str
-    source: str
-    urls: tuple[str, ...] = ()
-    sha256: str | None = None
-    num_classes: int = 1000
-    image_spec: ImageSpec | None = None
-    note: str = ""
-    embedded: bool = False
-    thresholds: Mapping[str, float] = field(default_factory=dict, hash=False)
+    name: str  # to ask for; timm's files keep timm's full names, Cream's their file names
+    variant: str  # whose sizes the weights have
+    family: Family  # whose key names the file uses
+    file: str  # its name in the cache and below a mirror; unique in the table
+    format: Literal["safetensors", "torch"]  # the latter for a file of ``torch.save``
+    licence: str  # that the publisher states, by its SPDX name where it has one
+    source: str  # page where the file is published
+    urls: tuple[str, ...] = ()  # tried in order; empty if it must be fetched by hand
+    sha256: str | None = None  # None where no publisher states it, see ``checkpoints.fetch``
+    num_classes: int = 1000  # outputs of the head in the file
+    image_spec: ImageSpec | None = None  # where it differs from the variant's
+    note: str = ""  # what a user should know, in a sentence
+    embedded: bool = False  # whether the file ships inside the package
+    thresholds: Mapping[str, float] = field(default_factory=dict, hash=False)  # of its masks
 
     @property
     def url(self) -> str | None:
@@ -164,7 +125,6 @@ def _classifier(
 
 
 def _sam(name: str, sizes: _Sizes, params: int, gmacs: float, drop: float = 0.0) -> Variant:
-    """A SAM's encoder as MobileSAM has it."""
     return Variant(
         name, *sizes, _WINDOWS, _TO_16, 1024, "sam", ImageSpec.sam(1024), params, gmacs,
         drop_path_rate=drop, neck_dim=256,
@@ -208,7 +168,6 @@ _IN22K = 21841
 
 
 def _cream(name: str, variant: str, num_classes: int = 1000) -> Checkpoint:
-    """Return the row of a file of the Cream repository's model zoo."""
     spec = ImageSpec.cream(224) if variant.endswith("_224") else None
     file = f"{name}.pth"
     return Checkpoint(
@@ -218,7 +177,7 @@ def _cream(name: str, variant: str, num_classes: int = 1000) -> Checkpoint:
 
 
 def _timm(name: str, num_classes: int = 1000) -> Checkpoint:
-    """Return the row of a file that timm publishes on Hugging Face; the tag follows the dot."""
+    """The row of a file that timm publishes on Hugging Face; the tag follows the dot."""
     page = f"https://huggingface.co/timm/{name}"
     return Checkpoint(
         name, name.partition(".")[0], "timm", f"{name}.safetensors", "safetensors", "Apache-2.0",

@@ -19,28 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import numpy as np
 
-from tinyvit.catalog import (
-    DEFAULT_CHECKPOINT,
-    Checkpoint,
-    Variant,
-    get_checkpoint,
-    get_variant,
-    list_checkpoints,
-    list_models,
-)
+from tinyvit import catalog
+from tinyvit.catalog import DEFAULT_CHECKPOINT, Checkpoint, Variant
+from tinyvit.checkpoints import files
 from tinyvit.checkpoints.detection import Detection, detect
 from tinyvit.checkpoints.download import Progress
 from tinyvit.checkpoints.families import HEADS, group_by_part, to_canonical
-from tinyvit.checkpoints.files import (
-    check_finite,
-    check_format,
-    check_thresholds,
-    classes_in,
-    image_spec_in,
-    read_arrays,
-    read_state_dict,
-    thresholds_in,
-)
 from tinyvit.checkpoints.open import (
     OpenedCheckpoint,
     check_encoder,
@@ -215,7 +199,7 @@ def create_model(
     variant = _choose_variant(name, row, found)
     own: ImageSpec | None = None
     if opened is not None and name in (None, opened.found.variant):  # of no other variant's sizes
-        own = image_spec_in(opened.metadata, opened.path)
+        own = files.image_spec_in(opened.metadata, opened.path)
     chosen = {**_arguments(variant, found), **({"img_size": max(own.size)} if own else {})}
     head = "head" in found.parts or bool(num_classes) if found and head is None else head
     overrides = {
@@ -257,7 +241,7 @@ def _open(
         need_torch("create_model")
     if name is None and checkpoint is None:
         name = DEFAULT_CHECKPOINT
-    if checkpoint is None and name in list_checkpoints():
+    if checkpoint is None and name in catalog.list_checkpoints():
         name, checkpoint = None, name
     if checkpoint is None or isinstance(checkpoint, OpenedCheckpoint):
         return name, checkpoint
@@ -343,7 +327,7 @@ def _fill(
     )
     model.thresholds = dict(opened.thresholds)
     if "head.weight" in state:
-        classes = classes_in(opened.metadata, opened.path) or ()
+        classes = files.classes_in(opened.metadata, opened.path) or ()
         model.classes = classes if len(classes) == model.num_classes else ()
     left_out = tuple(sorted(part for part in parts if part not in own_parts))
     return left_out, untrained, tuple(resized)
@@ -391,14 +375,14 @@ def _choose_variant(
     name: str | None, row: Checkpoint | None, found: Detection | None
 ) -> Variant | None:
     if name is not None:
-        if name in list_checkpoints():
+        if name in catalog.list_checkpoints():
             raise ValueError(
                 f"{name!r} names a checkpoint, and another one is given; the variant is "
-                f"{get_checkpoint(name).variant!r}"
+                f"{catalog.get_checkpoint(name).variant!r}"
             )
-        return get_variant(name)
+        return catalog.get_variant(name)
     known = row.variant if row is not None else found.variant if found is not None else None
-    return get_variant(known) if known is not None else None
+    return catalog.get_variant(known) if known is not None else None
 
 
 def _arguments(variant: Variant | None, found: Detection | None) -> dict[str, Any]:
@@ -453,7 +437,7 @@ def load_folder(config_path: Path, weights_path: Path) -> TinyViT:
     config = read_config(config_path)
     if config.get("architectures") == ["Sam"]:
         return create_model(checkpoint=weights_path)
-    if config.get("architecture") in list_models():  # timm's
+    if config.get("architecture") in catalog.list_models():  # timm's
         return create_model(config["architecture"], weights_path)
     try:
         model = TinyViT(**config["arguments"])
@@ -464,8 +448,8 @@ def load_folder(config_path: Path, weights_path: Path) -> TinyViT:
             f"{config_path} does not describe a TinyViT ({type(err).__name__}: {err}); it wants "
             f"'arguments' and 'image_spec' as tinyvit.save_pretrained writes them"
         ) from err
-    tensors = read_state_dict(weights_path).tensors
-    check_finite(tensors, weights_path)
+    tensors = files.read_state_dict(weights_path).tensors
+    files.check_finite(tensors, weights_path)
     if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
         model.double()  # loading into float32 would round
     try:
@@ -479,7 +463,7 @@ def _image_spec_and_thresholds(
     config: Mapping[str, Any],
 ) -> tuple[ImageSpec | None, dict[str, float]]:
     spec = config.get("image_spec")
-    thresholds = check_thresholds(config.get("thresholds", {}))
+    thresholds = files.check_thresholds(config.get("thresholds", {}))
     return None if spec is None else ImageSpec.from_dict(spec), thresholds
 
 
@@ -496,7 +480,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read as JSON: {err}") from err
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(config).__name__}")
-    check_format(config.get("format"), FOLDER_FORMAT, config.get("tinyvit_version"), str(path))
+    files.check_format(
+        config.get("format"), FOLDER_FORMAT, config.get("tinyvit_version"), str(path)
+    )
     return config
 
 
@@ -505,27 +491,16 @@ def read_config(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A TinyViT as its file has it, for what runs it without torch.
+    """A TinyViT as its file has it, for what runs it without torch."""
 
-    Attributes:
-        arguments: Those of ``TinyViT`` that give its network.
-        tensors: Those of ``TinyViT``'s state dict, as arrays.
-        image_spec: How images are prepared; None where the file does not say.
-        thresholds: Of the masks of these weights.
-        heads: A SAM's prompt encoder and mask decoder, under its names; empty without them.
-        path: The file.
-        family: Whose key names it has.
-        classes: Names of the head's classes; empty where the file does not say.
-    """
-
-    arguments: Mapping[str, Any]
-    tensors: Mapping[str, NDArray[Any]]
-    image_spec: ImageSpec | None
-    thresholds: Mapping[str, float]
-    heads: Mapping[str, NDArray[Any]]
+    arguments: Mapping[str, Any]  # those of ``TinyViT`` that give its network
+    tensors: Mapping[str, NDArray[Any]]  # those of its state dict
+    image_spec: ImageSpec | None  # how images are prepared; None where the file does not say
+    thresholds: Mapping[str, float]  # of the masks of these weights
+    heads: Mapping[str, NDArray[Any]]  # a SAM's prompt encoder and mask decoder, under its names
     path: Path
-    family: str
-    classes: tuple[str, ...] = ()
+    family: str  # whose key names the file has
+    classes: tuple[str, ...] = ()  # names of the head's classes, where the file says them
 
     @property
     def num_classes(self) -> int:
@@ -569,8 +544,8 @@ def open_stored(
         path, row, config = folder / WEIGHTS, None, read_config(folder / CONFIG)
     else:
         path, row = find_checkpoint(source, progress=progress)
-    arrays, header = read_arrays(path)
-    check_finite(arrays, path)
+    arrays, header = files.read_arrays(path)
+    files.check_finite(arrays, path)
     found = detect(arrays, path.name, header, compare=False)
     check_encoder(found, path)
     tensors = to_canonical(arrays, found.family)
@@ -580,7 +555,7 @@ def open_stored(
     for key in [key for key in own if key.endswith(".running_var")]:  # some files have no counters
         own.setdefault(key.replace("running_var", "num_batches_tracked"), np.zeros((), np.int64))
     heads = {key: value for key, value in tensors.items() if key.partition(".")[0] in HEADS}
-    classes = tuple(map(str, config.get("classes") or classes_in(header, path) or ()))
+    classes = tuple(map(str, config.get("classes") or files.classes_in(header, path) or ()))
     if len(classes) != len(own.get("head.weight", ())):
         classes = ()
     rest = heads, path, found.family, classes
@@ -588,10 +563,10 @@ def open_stored(
         image_spec, thresholds = _image_spec_and_thresholds(config)
         return StoredModel(config["arguments"], own, image_spec, thresholds, *rest)
     variant = _choose_variant(None, row, found)
-    if name is not None and get_variant(name) != variant:
+    if name is not None and catalog.get_variant(name) != variant:
         itself = "no known variant" if variant is None else variant.name
         raise CheckpointError(f"{path} is {itself} and not {name}, and torch would have to fit it")
     arguments = {**_arguments(variant, found), "head": found.has_head}
-    image_spec = _image_spec(image_spec_in(header, path), variant, row, found, img_size)
-    thresholds = {**(row.thresholds if row else {}), **thresholds_in(header, path)}
+    image_spec = _image_spec(files.image_spec_in(header, path), variant, row, found, img_size)
+    thresholds = {**(row.thresholds if row else {}), **files.thresholds_in(header, path)}
     return StoredModel(arguments, own, image_spec, thresholds, *rest)

@@ -32,16 +32,9 @@ def imagenet_labels() -> tuple[str, ...]:
 def read_labels(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """The names in a file, in the order of the classes' numbers.
 
-    Args:
-        path: A text file with one name a line (empty lines at the end do not count); or JSON: a
-            list of names, an object from number to name (or to [WordNet number, name]), or an
-            object from name to number.
-
-    Returns:
-        The names; number 0 first.
-
-    Raises:
-        ValueError: The file cannot be read, holds no names, or leaves out a number.
+    It is a text file with one name a line (empty lines at the end do not count); or JSON: a list of
+    names, an object from number to name (or to [WordNet number, name]), or an object from name to
+    number. A ValueError says that it cannot be read, holds no names, or leaves out a number.
     """
     path = Path(path)
     try:
@@ -66,15 +59,8 @@ def labels_for(
 ) -> tuple[str, ...] | None:
     """The names for a head: those of a file, or ImageNet's where the head has 1000 classes.
 
-    Args:
-        num_classes: Outputs of the head.
-        path: A file as for ``read_labels``, or None.
-
-    Returns:
-        ``num_classes`` names, or None where nothing names them.
-
-    Raises:
-        ValueError: The file cannot be read, or has another number of names than the head classes.
+    None where nothing names them. A ValueError says that the file, which is as for ``read_labels``,
+    cannot be read, or has another number of names than the head has classes.
 
     Examples:
         >>> labels_for(21841) is None

@@ -17,7 +17,6 @@ from tinyvit.checkpoints.files import (
     CLASSES,
     IMAGE_SPEC,
     classes_in,
-    read_header,
     read_state_dict,
     write_state_dict,
 )
@@ -204,7 +203,7 @@ def test_grey_and_transparent_and_tiny_images(task, tmp_path):
 def test_save_takes_a_tinyvit(task, tmp_path):
     one = task()
     one.save(one.model, tmp_path / "a.safetensors")
-    assert classes_in(read_header(tmp_path / "a.safetensors")) == ("ant", "bee", "cat")
+    assert classes_in(read_state_dict(tmp_path / "a.safetensors").metadata) == ("ant", "bee", "cat")
     with pytest.raises(TypeError, match="wanted a TinyViT to save, got Linear"):
         one.save(torch.nn.Linear(1, 1), tmp_path / "b.safetensors")
 
@@ -252,7 +251,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path):
                 with pytest.raises(KeyboardInterrupt):
                     train(one, settings, report=stop_after(stop))
         reached.append(one.model.state_dict())
-        assert classes_in(read_header(result.last_weights)) == ("ant", "bee", "cat")
+        assert classes_in(read_state_dict(result.last_weights).metadata) == ("ant", "bee", "cat")
     for key, tensor in reached[0].items():
         assert torch.equal(tensor, reached[1][key]), key
 
@@ -355,7 +354,7 @@ def test_names_and_preparation_stay_in_the_file(tmp_path, make_tiny_vit):
     model = tiny_classifier(make_tiny_vit)
     path = save_classifier(model, tmp_path / "a.safetensors", ("ant", "bée", "cat"))
     loaded, names = load_classifier(path)
-    assert names == classes_in(read_header(path)) == ("ant", "bée", "cat")
+    assert names == classes_in(read_state_dict(path).metadata) == ("ant", "bée", "cat")
     assert loaded.image_spec == model.image_spec
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(loaded(x), model(x))
@@ -403,7 +402,7 @@ def test_a_folder_of_save_pretrained(tmp_path, make_tiny_vit):
 def test_a_torch_file_has_no_names(tmp_path, make_tiny_vit):
     path = tmp_path / "a.pt"
     write_state_dict(path, tiny_classifier(make_tiny_vit).state_dict(), "torch")
-    assert classes_in(read_header(path)) is None
+    assert classes_in(read_state_dict(path).metadata) is None
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from tinyvit.errors import CheckpointError
 from tinyvit.lazy import need_torch
 
+from . import files
 from .detection import Architecture, Detection, detect_in
 from .families import (
     LAYOUTS,
@@ -23,18 +24,7 @@ from .families import (
     part_of,
     to_canonical,
 )
-from .files import (
-    CLASSES,
-    IMAGE_SPEC,
-    THRESHOLDS,
-    StateFile,
-    file_sha256,
-    header_for,
-    non_finite,
-    read_state_dict,
-    read_whole,
-    write_state_dict,
-)
+from .files import StateFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,12 +86,12 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         CheckpointError: The file cannot be read, or is no TinyViT.
     """
     need_torch("inspecting a checkpoint")
-    file = read_state_dict(path)
+    file = files.read_state_dict(path)
     found = detect_in(file)
     return Inspection(
         path=str(file.path),
         size=file.size,
-        sha256=file_sha256(file.path),
+        sha256=files.file_sha256(file.path),
         container=file.container,
         tensors=len(file.tensors),
         extras=file.extras,
@@ -120,7 +110,7 @@ def _remarks(file: StateFile, found: Detection) -> list[str]:
             f"{len(found.wrong_shapes)} tensors have a shape that does not fit the others, "
             f"for example {key}: {list(came)} instead of {list(wanted)}"
         )
-    bad = non_finite(file.tensors)
+    bad = files.non_finite(file.tensors)
     if bad:
         lines.append(f"values that are no numbers (nan or inf): {_in_groups(bad, found.family)}")
     if found.missing:
@@ -238,7 +228,7 @@ def convert(
     layout = get_layout(to)
     _check_target(source, target, overwrite)
     need_torch("converting a checkpoint")
-    file = read_state_dict(source)
+    file = files.read_state_dict(source)
     found = detect_in(file)
     tensors, dropped = convert_tensors(file.tensors, found, to)
     wrapper, container = layout.wrapper, layout.container
@@ -249,11 +239,13 @@ def convert(
         tensors, wrapper, note = _merged(tensors, Path(into))
         notes.append(note)
     if container == "torch":
-        write_state_dict(target, tensors, container, wrapper=wrapper)
-        if THRESHOLDS in file.metadata:
-            notes.append(f"a torch file has no place for {THRESHOLDS}: give them to each call")
+        files.write_state_dict(target, tensors, container, wrapper=wrapper)
+        if files.THRESHOLDS in file.metadata:
+            notes.append(
+                f"a torch file has no place for {files.THRESHOLDS}: give them to each call"
+            )
     else:
-        write_state_dict(target, tensors, container, metadata=_header(file, found, to))
+        files.write_state_dict(target, tensors, container, metadata=_header(file, found, to))
     return ConversionReport(
         source=str(source),
         target=str(target),
@@ -300,7 +292,7 @@ def convert_tensors(
 
 def _merged(student: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], str | None, str]:
     """A student in the place of the image encoder of a whole SAM 3, its wrapper, and a note."""
-    wrapper, whole = None, read_whole(path)
+    wrapper, whole = None, files.read_whole(path)
     for name, value in whole.items():
         if isinstance(value, Mapping):
             wrapper, whole = name, dict(value)
@@ -320,7 +312,6 @@ _TRUNK_OF_SAM3 = re.compile(r"^.*?backbone\.vision_backbone\.trunk\.")
 
 
 def _check_target(source: Path, target: Path, overwrite: bool) -> None:
-    """Refuse to write over the source, a folder, or anything else unasked."""
     if target.is_dir():
         raise CheckpointError(f"{target} is a folder; name the file to write")
     if not target.exists():
@@ -380,15 +371,14 @@ def _other_network(sizes: Architecture, layout: Layout) -> list[str]:
 def _header(file: StateFile, found: Detection, to: str) -> dict[str, str]:
     """What a safetensors file says about itself: what no key and no shape shows."""
     layout = get_layout(to)
-    written = {**file.metadata, **header_for(to, found.strides)}
-    held = {"tinyvit.strides": "trunk", IMAGE_SPEC: "trunk"}
-    held |= {CLASSES: "head", THRESHOLDS: "mask_decoder"}
+    written = {**file.metadata, **files.header_for(to, found.strides)}
+    held = {"tinyvit.strides": "trunk", files.IMAGE_SPEC: "trunk"}
+    held |= {files.CLASSES: "head", files.THRESHOLDS: "mask_decoder"}
     kept = [key for key, part in held.items() if part in (*layout.required, *layout.optional)]
     return {key: written[key] for key in ("tinyvit.family", *kept) if key in written}
 
 
 def _notes(found: Detection, to: str, layout: Layout) -> list[str]:
-    """Sentences a user should read before using the target."""
     notes: list[str] = []
     if not found.has_encoder or "trunk" not in layout.required:
         return notes

@@ -131,7 +131,6 @@ def read_architecture(shapes: Mapping[str, Shape]) -> Architecture:
 
 
 def _window(stage: int, areas: list[int]) -> int:
-    """Window side of a stage from the lengths of its bias tables."""
     area = _majority(areas)
     if area < 1:
         raise CheckpointError(
@@ -539,7 +538,6 @@ def _named(
 def _strides(
     family: Family, is_sam: bool, sizes: Architecture | None, metadata: Mapping[str, str]
 ) -> tuple[tuple[int, ...], str]:
-    """The strides to use, and why."""
     merges = len(sizes.embed_dims) - 1 if sizes else 3
     written = metadata.get("tinyvit.strides", "")
     values = tuple(int(text) for text in written.split(",") if text.strip() in ("1", "2"))

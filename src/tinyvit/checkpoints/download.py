@@ -80,7 +80,6 @@ def _is_on(name: str) -> bool:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Take the lock if it is free."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -240,7 +239,6 @@ def _extent(response: http.client.HTTPResponse, have: int) -> tuple[int, int | N
 
 
 def _size(path: Path) -> int:
-    """Bytes in a file, 0 if there is none."""
     return path.stat().st_size if path.exists() else 0
 
 
@@ -399,7 +397,6 @@ def _trust(target: Path, digest: str) -> None:
 
 
 def _checked_digits(sha256: str) -> str:
-    """A caller's hash in lower case."""
     digits = sha256.strip().lower()
     if len(digits) != 64 or any(digit not in "0123456789abcdef" for digit in digits):
         raise ValueError(f"sha256 must be 64 hexadecimal digits, got {sha256!r}")
@@ -407,5 +404,4 @@ def _checked_digits(sha256: str) -> str:
 
 
 def _beside(target: Path, suffix: str) -> Path:
-    """A companion of the file in the same folder."""
     return target.with_name(target.name + suffix)

@@ -32,7 +32,7 @@ Part: TypeAlias = Literal[
 """A part of a model that a file holds or lacks as a whole."""
 
 Naming: TypeAlias = Literal["canonical", "timm", "mmpretrain", "student"]
-"""How a family spells the keys of an encoder."""
+"""How a family spells the keys of an encoder; ``student`` is EfficientSAM3's way."""
 
 ORDER: tuple[Part, ...] = get_args(Part)
 """The order in which parts are reported."""
@@ -40,31 +40,18 @@ ORDER: tuple[Part, ...] = get_args(Part)
 
 @dataclass(frozen=True)
 class Layout:
-    """How one family's files look.
+    """How one family's files look."""
 
-    Attributes:
-        title: The family in words.
-        required: Parts without which the family's own loader refuses the file.
-        optional: Further parts the file may hold.
-        prefix: What stands before the encoder's canonical keys.
-        naming: Spelling of the encoder's keys; ``"student"`` is EfficientSAM3's.
-        container: What the family's files are: ``"safetensors"`` or ``"torch"``.
-        wrapper: Name the state dict has inside the torch file, or None for a plain dict.
-        stem: The only stem the family's network knows, or None for any.
-        strides: Strides of the merges of the family's network.
-        neck_size: Side of the map that EfficientSAM3's neck gives, or None for SAM's neck or none.
-    """
-
-    title: str
-    required: tuple[Part, ...]
-    optional: tuple[Part, ...] = ()
-    prefix: str = "image_encoder."
+    title: str  # the family in words
+    required: tuple[Part, ...]  # without which the family's own loader refuses the file
+    optional: tuple[Part, ...] = ()  # what the file may hold, too
+    prefix: str = "image_encoder."  # before the encoder's canonical keys
     naming: Naming = "canonical"
     container: Literal["safetensors", "torch"] = "torch"
-    wrapper: str | None = None
-    stem: Literal["conv", "pointwise"] | None = "conv"
-    strides: tuple[int, ...] = (2, 2, 1)
-    neck_size: int | None = None
+    wrapper: str | None = None  # name of the state dict inside the torch file; None: a plain dict
+    stem: Literal["conv", "pointwise"] | None = "conv"  # the network's only one; None: any
+    strides: tuple[int, ...] = (2, 2, 1)  # of the merges of the network
+    neck_size: int | None = None  # side of the map of EfficientSAM3's neck
 
 
 _CLASSIFIER: tuple[Part, ...] = ("trunk", "head")

@@ -66,15 +66,6 @@ def header_for(
     return header
 
 
-def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The texts in a safetensors header, without its tensors; none for files of other kinds."""
-    try:
-        with safe_open(os.fspath(path), framework="numpy") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError):
-        return {}
-
-
 def image_spec_in(
     header: Mapping[str, str], path: str | os.PathLike[str] = "the file"
 ) -> ImageSpec | None:
@@ -126,7 +117,6 @@ def check_thresholds(thresholds: object) -> dict[str, float]:
 def _entry(
     header: Mapping[str, str], name: str, path: str | os.PathLike[str], read: Callable[[Any], T]
 ) -> T | None:
-    """What an entry of JSON says; None where there is none."""
     if name not in header:
         return None
     try:
@@ -334,14 +324,9 @@ _DTYPES = {
 
 
 def read_arrays(path: str | os.PathLike[str]) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """Read a safetensors file without torch.
+    """The arrays and the texts in the header of a safetensors file, without torch.
 
-    Returns:
-        Key -> array, read-only and backed by the file; bfloat16, which numpy has not, as float32.
-        And the texts in the header.
-
-    Raises:
-        CheckpointError: The file is missing, damaged, or no safetensors.
+    Arrays are read-only and backed by the file; bfloat16, which numpy has not, comes as float32.
     """
     path = Path(path)
     if (kind := kind_of(path)) != "safetensors":

@@ -80,10 +80,7 @@ def unwrap(loaded: object, origin: str) -> Unwrapped:
     """Find the model in what ``torch.load(..., weights_only=True)`` or a safetensors file gave.
 
     Whatever dicts and prefixes are around it: those are taken off with which its keys are those of
-    a family. What lies beside is told.
-
-    Raises:
-        CheckpointError: There are no named tensors inside; ``origin`` is named.
+    a family. What lies beside is told. Without named tensors a CheckpointError names ``origin``.
     """
     if not isinstance(loaded, Mapping):
         what = "one tensor without a name" if _is_tensor(loaded) else type(loaded).__name__
@@ -246,7 +243,6 @@ def wrap(tensors: Mapping[str, Tensor], wrapper: str | None) -> dict[str, object
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors under a prefix, without it."""
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 

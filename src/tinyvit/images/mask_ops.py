@@ -174,23 +174,14 @@ def runs(mask: Mask, top: int, left: int, size: tuple[int, int]) -> Integers:
 
 @dataclass(frozen=True)
 class Found:
-    """A mask that a decoder found among those of many points.
+    """A mask that a decoder found among those of many points."""
 
-    Attributes:
-        prompt: Of which point.
-        token: Which of its masks.
-        score: Predicted IoU.
-        stability: IoU of the masks at a higher and a lower threshold; nan for no pixels.
-        box: First and last pixels, x0, y0, x1, y1; of a mask without any, the crop's corner.
-        counts: Run lengths; None where it is not stable enough.
-    """
-
-    prompt: int
-    token: int
-    score: float
-    stability: float
-    box: tuple[int, int, int, int]
-    counts: Integers | None
+    prompt: int  # of which point
+    token: int  # which of its masks
+    score: float  # predicted IoU
+    stability: float  # IoU of the masks at a higher and a lower threshold; nan for no pixels
+    box: tuple[int, int, int, int]  # first and last pixels, xyxy; without any the crop's corner
+    counts: Integers | None  # run lengths; None where it is not stable enough
 
 
 def runs_and_box(
@@ -289,7 +280,6 @@ def _changes(mask: Mask, top: int, left: int, height: int) -> Integers:
 
 
 def _box(height: int, counts: Integers) -> tuple[int, int, int, int]:
-    """(x, y, width, height) of the mask."""
     ends = np.cumsum(counts)
     runs = np.flatnonzero(counts[1::2]) * 2 + 1  # runs of no pixels are nowhere
     if not len(runs):

@@ -61,14 +61,9 @@ def is_exported(source: object) -> bool:
 def engine_for(source: object, backend: str = "auto", device: str = "auto") -> EngineName:
     """Which backend runs a checkpoint or an exported folder; torch is not loaded to find out.
 
-    A checkpoint is run by the native engine (on a CPU) or else by torch, an exported folder by
-    ONNX Runtime or else by OpenVINO. ONNX Runtime and OpenVINO run a checkpoint only by name: torch
-    makes the graph.
-
-    Args:
-        source: Name or path of a checkpoint, an exported folder, or None for the embedded weights.
-        backend: A ``BackendName``; "auto" takes what is installed.
-        device: A torch device, or "auto".
+    A checkpoint (None is the embedded weights) is run by the native engine (on a CPU) or else by
+    torch, an exported folder by ONNX Runtime or else by OpenVINO. ONNX Runtime and OpenVINO run a
+    checkpoint only by name: torch makes the graph.
 
     Raises:
         MissingExtraError: What would run it is not installed.
@@ -140,41 +135,24 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a graph says of itself, or what its user says of it.
-
-    Attributes:
-        image_spec: How images are prepared.
-        layout: What an encoder takes: "nchw" normalised, "hwc" RGB in 0..255.
-        weights_sha256: Of the image encoder; None where the file does not say.
-        pair: Common to the encoder and the decoder of one export; "" where the file has none.
-        thresholds: Of the masks of these weights.
-        variant: Whose sizes the weights have, by its name in the catalog; None for no such.
-        network_side: Of the input as the network sees it, where the graph shrinks it; else None.
-        strides: Of the encoder's merges; None where the file does not say.
-        storage: How the file holds the weights, "fp32" or "fp16".
-        classes: Names of a classifier's classes, where the file has them.
-    """
+    """What a graph says of itself, or what its user says of it; None where it does not say."""
 
     image_spec: ImageSpec
-    layout: Literal["nchw", "hwc"] = "nchw"
-    weights_sha256: str | None = None
-    pair: str = ""
-    thresholds: Mapping[str, float] = field(default_factory=dict)
-    variant: str | None = None
-    network_side: int | None = None
-    strides: tuple[int, ...] | None = None
-    storage: str = "fp32"
-    classes: tuple[str, ...] | None = None
+    layout: Literal["nchw", "hwc"] = "nchw"  # what an encoder takes: normalised, RGB in 0..255
+    weights_sha256: str | None = None  # of the image encoder
+    pair: str = ""  # common to the encoder and the decoder of one export
+    thresholds: Mapping[str, float] = field(default_factory=dict)  # of the masks of these weights
+    variant: str | None = None  # whose sizes the weights have, by its name in the catalog
+    network_side: int | None = None  # of the network's own input, where the graph shrinks images
+    strides: tuple[int, ...] | None = None  # of the encoder's merges
+    storage: str = "fp32"  # how the file holds the weights: "fp32" or "fp16"
+    classes: tuple[str, ...] | None = None  # names of a classifier's classes
 
 
 def facts_of(texts: Mapping[str, str], path: Path, part: str, given: ImageSpec | None) -> Facts:
-    """The facts in a graph's metadata.
+    """The facts in the metadata of a graph that should be a ``part``, one of ``PARTS``.
 
-    Args:
-        texts: The metadata.
-        path: Of the file, for messages.
-        part: What it should be, one of ``PARTS``.
-        given: How images are prepared where the file does not say.
+    ``given`` is how images are prepared where the file does not say.
 
     Raises:
         CheckpointError: It is another part, damaged, of a newer format, or it does not say how
@@ -274,10 +252,7 @@ def choose_runtime(
 class ExportedEncoder:
     """An exported image encoder as an engine's backend, on arrays; threads may share it.
 
-    Args:
-        path: Of the file.
-        runtime: What runs it.
-        image_spec: How images are prepared; None where the file says so.
+    ``image_spec`` is how images are prepared where the file does not say.
 
     Raises:
         CheckpointError: The file cannot be read, or is another part.
@@ -308,7 +283,6 @@ class ExportedEncoder:
         return self._outputs(batch)[self._result]
 
     def _outputs(self, batch: Array) -> list[Array]:
-        """Every output of the graph for a batch."""
         if self.facts.layout == "hwc":
             return self._one_by_one(map(self._pixels, batch))
         fixed = self._sides[2:]
@@ -322,7 +296,6 @@ class ExportedEncoder:
         return self._run(batch)
 
     def _one_by_one(self, images: Iterable[Array]) -> list[Array]:
-        """The outputs of images that the graph takes one at a time."""
         return [np.concatenate(one) for one in zip(*map(self._run, images), strict=True)]
 
     def weights_sha256(self) -> str:
@@ -393,17 +366,11 @@ class ExportedClassifier(ExportedEncoder):
 
 @dataclass(frozen=True)
 class ExportedPair:
-    """An encoder and a decoder of one export, open.
-
-    Attributes:
-        encoder: The encoder.
-        decoder: The decoder's graph.
-        path: Of the decoder.
-    """
+    """An encoder and a decoder of one export, open."""
 
     encoder: ExportedEncoder
     decoder: Graph
-    path: Path
+    path: Path  # of the decoder
 
     @cached_property
     def sha256(self) -> str:
@@ -440,13 +407,8 @@ def open_pair(
 ) -> ExportedPair:
     """The pair of an exported folder, or of the paths of an encoder and a decoder.
 
-    Args:
-        source: The folder, or both paths.
-        backend: As for ``Engine``, like what follows.
-        device: "auto" or "cpu".
-        precision: Of the encoder; the decoder computes in fp32.
-        threads: How many threads compute.
-        image_spec: How images are prepared; wanted where the files do not say.
+    What follows ``source`` is as for ``Engine``; the decoder computes in fp32 whatever the
+    ``precision``, and ``image_spec`` is wanted where the files do not say it.
 
     Raises:
         CheckpointError: A file is missing, cannot be read, or is not what it should be; or the two

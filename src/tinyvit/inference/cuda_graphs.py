@@ -104,11 +104,8 @@ class GraphedNetwork:
     (no memory for it, say), that is logged, ``failure`` says why, and the network runs kernel by
     kernel from then on, with the same results. Calls from several threads wait for each other.
 
-    Args:
-        network: What computes; frozen, and it does the same work at every call of a shape.
-        capture: What records.
-        is_exact: Compute float32 convolutions in float32. By torch's default cuDNN takes TF32,
-            which keeps 11 bits.
+    The network is frozen, and does the same work at every call of a shape. ``is_exact`` computes
+    float32 convolutions in float32; by torch's default cuDNN takes TF32, which keeps 11 bits.
     """
 
     def __init__(self, network: Network, capture: Capture, is_exact: bool = True) -> None:

@@ -39,10 +39,7 @@ class Derived(Generic[T]):
 
     May be used by several threads. A copy (``copy.deepcopy``, ``pickle``) makes its value again
     from the copied modules, if the two functions are bound methods or partials of what is copied.
-
-    Args:
-        modules: The modules that the value depends on, as they are now; asked at every ``get``.
-        make: Makes the value.
+    ``modules`` gives the modules that the value depends on, as they are now, at every ``get``.
     """
 
     def __init__(self, modules: Callable[[], Sequence[nn.Module]], make: Callable[[], T]) -> None:
@@ -86,10 +83,7 @@ class ModelWatch:
     A change is any of: a submodule, parameter, buffer or hook added, removed or replaced; an
     in-place change that torch counts (optimiser steps, ``load_state_dict``, EMA updates); a write
     through ``.data`` to a whole tensor on the CPU. A write through ``.data`` to single elements, or
-    on another device, is not noticed.
-
-    Args:
-        model: The model; it is referred to, not copied.
+    on another device, is not noticed. The model is referred to, not copied.
     """
 
     def __init__(self, model: nn.Module) -> None:

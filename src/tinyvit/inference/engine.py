@@ -35,8 +35,6 @@ from .read_ahead import Picture as Picture
 from .read_ahead import choose_workers, each, preparations, prepare, read_ahead
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     import torch
     from torch import Tensor
     from typing_extensions import Self
@@ -353,12 +351,7 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -480,7 +473,6 @@ def _tensor(array: Array) -> Tensor:
 
 
 def _array(output: Tensor | Array) -> Array:
-    """What a backend gave, as an array."""
     if isinstance(output, np.ndarray):
         return output
     array: Array = output.detach().to("cpu").float().numpy()
@@ -488,11 +480,7 @@ def _array(output: Tensor | Array) -> Array:
 
 
 def check_finite(values: Array, backend: str) -> None:
-    """Refuse what a backend gave that is no number.
-
-    Raises:
-        ValueError: There is a NaN or an infinity.
-    """
+    """Refuse what a backend gave that is no number."""
     if not np.isfinite(values).all():
         raise ValueError(
             f"backend {backend} gave values that are not finite; try precision='fp32' or another "
@@ -508,18 +496,11 @@ def run_in_batches(
 ) -> Iterator[tuple[Result, Label]]:
     """Run inputs, grouped by shape within a window.
 
+    ``inputs`` are pairs of an image [3, H, W] and what goes with it; an error of theirs comes after
+    the results before it. ``run`` makes N results of [N, 3, H, W], ``most`` tells from an image how
+    many of its shape go together, and ``window`` images are held at most: read and not yielded.
     A batch is run as soon as it is full, or when its oldest image holds up a full window. So
     images of one shape wait for no more than their own batch.
-
-    Args:
-        inputs: (image [3, H, W], what goes with it); may be a generator. An error of it comes
-            after the results before it.
-        run: [N, 3, H, W] -> N results.
-        most: Most images of a shape in one batch, from one of them [3, H, W].
-        window: Most images held: read and not yet yielded.
-
-    Yields:
-        (result, what goes with it) for each input, in order.
     """
     order: deque[tuple[int, tuple[int, ...], Label]] = deque()  # number of the image, its shape
     groups: dict[tuple[int, ...], dict[int, Array]] = {}  # images by number, not computed yet

@@ -70,17 +70,10 @@ def fold_linear(arrays: Arrays, name: str, norm: str | None = None) -> Weights:
 def fold_attention(
     arrays: Arrays, name: str, key_dim: int, resolution: tuple[int, int]
 ) -> tuple[Weights, Weights, Array]:
-    """The folded qkv and proj of an attention, and the bias of every pair of tokens.
+    """The folded qkv and proj of an attention, and the bias of every pair of tokens, [h, T, T].
 
-    Args:
-        arrays: Of the model.
-        name: Of the attention.
-        key_dim: Width of a head's query and key.
-        resolution: (height, width) of the window.
-
-    Returns:
-        (qkv with LayerNorm and scale inside, its rows in the order q of all heads, k of all heads,
-        v of all heads; proj; bias [h, T, T]).
+    qkv has LayerNorm and scale inside, its rows in the order q of all heads, k of all heads, v of
+    all heads. ``resolution`` is (height, width) of the window.
     """
     biases = arrays[f"{name}.attention_biases"]
     heads = len(biases)

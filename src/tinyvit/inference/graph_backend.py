@@ -128,12 +128,8 @@ class WatchedGraph:
     The first graph comes from the cache folder, or is kept there for the next program. Graphs of a
     model that changed meanwhile are not kept: there may be one for each step of a training.
 
-    Args:
-        model: The model; it is referred to and never changed.
-        load: Makes what runs from a file of a graph, or from its bytes.
-        library: Who runs it, for messages.
-        precision: "fp32" or "bf16": how far the self-check may be off.
-        choice: What was chosen, and why, in words.
+    ``load`` makes what runs from a file of a graph or its bytes; ``precision`` tells how far the
+    self-check may be off. ``library`` and what was chosen are for words.
     """
 
     name = "graph"
@@ -166,13 +162,7 @@ class WatchedGraph:
         return self._derived.get()[1]
 
     def __call__(self, batch: Tensor) -> Tensor:
-        """Run a batch.
-
-        Args:
-            batch: [N, in_chans, H, W], N, H and W from 1.
-
-        Returns:
-            What the model's ``forward`` gives, float32, on the CPU.
+        """[N, in_chans, H, W] -> what the model's ``forward`` gives, float32, on the CPU.
 
         Raises:
             ValueError: The batch has another form, or the library cannot run the model.
@@ -216,7 +206,6 @@ class WatchedGraph:
         return [self._model]
 
     def _make(self) -> tuple[Graph, Path | None]:
-        """What runs, and the file it came from."""
         graph = cached_graph(self._model) if self._is_first else export_onnx(self._model)
         self._is_first = False
         if isinstance(graph, Path):

@@ -38,15 +38,9 @@ class NativeBackend:
 
     The model given is never changed. What runs is made from it at the first call, compared with it
     on a small image, and made again when the model has changed since. Batches may be arrays instead
-    of tensors, and then results are.
-
-    Args:
-        model: The model, of torch or as its file has it.
-        device: "auto" or "cpu".
-        precision: "fp32", "bf16", or "auto": bf16 where this processor multiplies it natively.
-        threads: How many threads compute; None takes the number in OMP_NUM_THREADS, or else one
-            for each CPU of the process.
-        falls_back: Take torch for a model that the library cannot run, instead of an error.
+    of tensors, and then results are. ``precision`` "auto" is bf16 where this processor multiplies
+    it natively, ``threads`` None the number in OMP_NUM_THREADS, or else one for each CPU of the
+    process. With ``falls_back`` torch runs what the library cannot, instead of an error.
 
     Raises:
         MissingExtraError: tinyvit_native is not installed, or is of another version.
@@ -76,7 +70,7 @@ class NativeBackend:
         else:
             self.precision, reason = choose_precision(precision, "cpu")
         self.choice = f"native {library.version()} on cpu, {self.precision} ({reason})"
-        self._threads = default_threads() if threads is None else threads
+        self.threads = default_threads() if threads is None else threads  # 0: one a CPU
         self._model = model
         self._falls_back = falls_back
         self._derived = Derived(self._modules, self._make)
@@ -118,11 +112,6 @@ class NativeBackend:
         if not isinstance(network, NativeNetwork):
             raise ValueError("torch runs this model, and gives no early map; use with_stages")
         return network.with_early(batch)
-
-    @property
-    def threads(self) -> int:
-        """How many threads compute; 0: as many as the process has CPUs."""
-        return self._threads
 
     def explain(self) -> str:
         """What runs, and why, in words."""
@@ -172,7 +161,7 @@ class NativeBackend:
     def _make_network(
         self, arguments: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]
     ) -> NativeNetwork:
-        return NativeNetwork(arguments, tensors, self.precision, self._threads)
+        return NativeNetwork(arguments, tensors, self.precision, self.threads)
 
 
 class NativeNetwork:

@@ -41,24 +41,12 @@ def read_ahead(
 ) -> Generator[Result, None, None]:
     """Do jobs in threads and give their results in the order of the jobs.
 
-    ``jobs`` is asked for the next job in the caller's thread only, and never for more than
-    ``ahead`` jobs whose results have not been taken. A job that no thread has begun when its result
-    is wanted is done by the caller itself, so a busy machine cannot keep it waiting. When the
-    consumer stops, closes the generator or an error comes, jobs that have not begun are dropped and
-    the threads have ended.
-
-    Args:
-        jobs: What is to be done; may be a generator.
-        workers: Number of threads. 0: each job is done in the caller's thread when its result is
-            asked for, and nothing is read ahead.
-        ahead: Most jobs that are under way or done and not taken, at least 1.
-
-    Yields:
-        The result of each job.
-
-    Raises:
-        ValueError: ``workers`` or ``ahead`` is out of its range.
-        Exception: What a job or ``jobs`` raises, after the results before it.
+    ``jobs``, perhaps a generator, is asked for the next job in the caller's thread only, and never
+    for more than ``ahead`` jobs whose results have not been taken. A job that no thread has begun
+    when its result is wanted is done by the caller itself, so a busy machine cannot keep it
+    waiting. When the consumer stops, closes the generator or an error comes, jobs that have not
+    begun are dropped and the threads have ended. An error of a job or of ``jobs`` comes after the
+    results before it. With 0 ``workers`` each job is done when its result is asked for.
 
     Examples:
         >>> list(read_ahead([lambda: 1, lambda: 2], workers=1, ahead=2))

@@ -287,7 +287,6 @@ def compare(
 def _tensors(
     prompts: PromptBatch,
 ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, Tensor | None]:
-    """Points, boxes and masks as tensors on the CPU."""
     points, others = prompts.points, (prompts.boxes, prompts.masks)
     boxes, masks = (x if x is None else torch.from_numpy(x) for x in others)
     return points and (torch.from_numpy(points[0]), torch.from_numpy(points[1])), boxes, masks

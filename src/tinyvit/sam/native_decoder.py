@@ -53,9 +53,7 @@ class NativePrepared:
 class NativeDecoder:
     """Decodes prompts in the native library; may be used by several threads.
 
-    Args:
-        model: The model, of torch or as its file has it; it is never changed.
-        threads: How many threads compute; None as for ``NativeBackend``.
+    The model is never changed; ``threads`` is as for ``NativeBackend``.
 
     Raises:
         MissingExtraError: tinyvit_native is not installed, or is of another version.

@@ -41,18 +41,9 @@ Progress = Callable[[int, "int | None"], None]
 class StoredSam:
     """A SAM as its file has it, for the native engine. Torch is not loaded.
 
-    Args:
-        source: What it is opened from: a name, a file or a folder.
-        img_size: Side of the model's input that is asked for; None takes the file's.
-        progress: As for ``create_model``.
-
-    Attributes:
-        image_encoder: Its encoder; ``image_spec`` is never None here.
-        heads: Tensors of prompt encoder and mask decoder.
-        is_hq: Whether the mask decoder is Light HQ-SAM's.
-        num_multimask_outputs: Masks of an ambiguous prompt.
-        thresholds: Of these weights' masks, as the file states them.
-        mask_threshold: Logits above it are mask.
+    ``source`` is a name, a file or a folder; ``img_size`` asks for another side of the input than
+    the file's. ``thresholds`` are those that the file states, ``heads`` the tensors of prompt
+    encoder and mask decoder, and the encoder's ``image_spec`` is never None.
 
     Raises:
         CheckpointError: The file cannot be read without torch, or holds no whole SAM.
@@ -99,16 +90,7 @@ class StoredSam:
 
 
 class ExportedSam:
-    """A whole SAM as exported files, open. Torch is not loaded.
-
-    Args:
-        pair: Encoder and decoder.
-
-    Attributes:
-        image_encoder: Its encoder.
-        mask_threshold: Logits above it are mask.
-        thresholds: Of these weights' masks, as the files state them.
-    """
+    """A whole SAM as exported files, open. Torch is not loaded."""
 
     image_format = "RGB"
     is_hq = False

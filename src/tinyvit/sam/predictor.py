@@ -399,7 +399,6 @@ class SamPredictor:
         return embedding
 
     def _prepare(self, embedding: ImageEmbedding) -> Any:
-        """What the decoder prepared of the image; computed once."""
         if self._prepared is None:
             self._prepared = self._decoder.prepare(embedding)
         return self._prepared

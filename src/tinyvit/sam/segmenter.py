@@ -277,7 +277,6 @@ class Segmenter:
         multimask: Multimask,
         prepared: Prepared | None = None,
     ) -> Masks:
-        """The masks of all prompts on one image."""
         decoder, placement, last = self._decoder, embedding.placement, self._last
         logits: dict[int, Floats] = {}
         ious: dict[int, Floats] = {}

@@ -192,7 +192,6 @@ class PromptEncoder(nn.Module):
         masks: Tensor | None,
         grid: tuple[int, int],
     ) -> int:
-        """Check the prompts' shapes and return B."""
         counts: dict[str, int] = {}
         if points is not None:
             coords, labels = points
