@@ -61,10 +61,6 @@ def need_torch(what: str) -> None:
 
 
 def need(package: str, what: str) -> None:
-    """Say that something needs a package of ``EXTRAS``, before it is imported.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
+    """Raise a MissingExtraError where a package of ``EXTRAS`` is not installed."""
     if find_spec(package) is None:
         raise missing(ModuleNotFoundError(name=package), what)

@@ -299,7 +299,7 @@ def test_a_mask_is_enlarged_only_where_it_can_be(make_tiny_sam, photo, monkeypat
         raise AssertionError("a whole mask was made")
 
     monkeypatch.setattr(decoder, "upscale", refuse)
-    monkeypatch.setattr(candidates, "fill", refuse)
+    monkeypatch.setattr(candidates.mask_ops, "fill", refuse)
     generator = SamAutomaticMaskGenerator(make_tiny_sam(), 4, output_mode="coco_rle", **LENIENT)
     assert generator.generate(photo(50, 70))
 

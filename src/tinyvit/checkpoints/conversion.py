@@ -12,18 +12,9 @@ from typing import TYPE_CHECKING, Literal
 from tinyvit.errors import CheckpointError
 from tinyvit.lazy import need_torch
 
-from . import files
+from . import families, files
 from .detection import Architecture, Detection, detect_in
-from .families import (
-    LAYOUTS,
-    Layout,
-    Part,
-    from_canonical,
-    get_layout,
-    group_by_part,
-    part_of,
-    to_canonical,
-)
+from .families import LAYOUTS, Layout, Part, get_layout, group_by_part, part_of, to_canonical
 from .files import StateFile
 
 if TYPE_CHECKING:
@@ -287,7 +278,7 @@ def convert_tensors(
     }
     if found.ignored:
         dropped["index tables that no loader needs (Cream's own drops them)"] = found.ignored
-    return from_canonical(kept, to), dropped
+    return families.from_canonical(kept, to), dropped
 
 
 def _merged(student: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Tensor], str | None, str]:

@@ -171,11 +171,7 @@ def _first(shapes: Mapping[str, Shape], *keys: str) -> int | None:
 
 @lru_cache(maxsize=16)
 def encoder_shapes(sizes: Architecture) -> Mapping[str, Shape]:
-    """Canonical key -> shape of an encoder with head and neck, in a state dict's order.
-
-    Raises:
-        CheckpointError: No network has these sizes.
-    """
+    """Canonical key -> shape of an encoder with head and neck, in a state dict's order."""
     shapes: dict[str, Shape] = {}
     dims = sizes.embed_dims
     stem, mid = (3 if sizes.stem == "conv" else 1), dims[0] // 2

@@ -69,11 +69,7 @@ def header_for(
 def image_spec_in(
     header: Mapping[str, str], path: str | os.PathLike[str] = "the file"
 ) -> ImageSpec | None:
-    """How images are prepared for the model, where the header says so.
-
-    Raises:
-        CheckpointError: The entry is damaged; ``path`` is named.
-    """
+    """How images are prepared, where the header says so; a CheckpointError where it is damaged."""
     return _entry(header, IMAGE_SPEC, path, ImageSpec.from_dict)
 
 
@@ -98,11 +94,7 @@ def thresholds_in(
 
 
 def check_thresholds(thresholds: object) -> dict[str, float]:
-    """Thresholds as plain data.
-
-    Raises:
-        ValueError: They are no object of known names and finite numbers.
-    """
+    """Thresholds as plain data; a ValueError refuses other names, and what is no finite number."""
     if not isinstance(thresholds, Mapping):
         raise ValueError(f"thresholds must be an object of numbers, got {thresholds!r}")
     for name, value in thresholds.items():
@@ -442,8 +434,7 @@ def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def replacing(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a temporary file in the same folder, then rename it; nothing else stays.
 
-    Raises:
-        CheckpointError: The operating system or safetensors refuses to write.
+    A CheckpointError says that the operating system or safetensors refuses to write.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

@@ -40,9 +40,7 @@ class OpenedCheckpoint:
 
 
 def find_checkpoint(
-    checkpoint: str | os.PathLike[str],
-    sha256: str | None = None,
-    progress: Progress | None = None,
+    checkpoint: str | os.PathLike[str], sha256: str | None = None, progress: Progress | None = None
 ) -> tuple[Path, Checkpoint | None]:
     """The file of a checkpoint, fetched if need be, and its row in the catalog if it has one."""
     text = os.fspath(checkpoint)

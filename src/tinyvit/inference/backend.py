@@ -12,15 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import (
-    TYPE_CHECKING,
-    Literal,
-    Protocol,
-    TypeGuard,
-    TypeVar,
-    get_args,
-    runtime_checkable,
-)
+from typing import TYPE_CHECKING, Literal, Protocol, TypeGuard, TypeVar, get_args, runtime_checkable
 
 from tinyvit.image_spec import ImageSpec, Placement
 from tinyvit.lazy import need_torch
@@ -58,24 +50,16 @@ class Encoder(Protocol):
     @property
     def image_spec(self) -> ImageSpec:
         """How images are prepared."""
-        ...
 
     @property
     def precision(self) -> str:
         """What it computes in, "fp32" or "bf16"."""
-        ...
 
     def weights_sha256(self) -> str:
-        """The hash of the weights (``checkpoints.files.weights_sha256``).
-
-        Raises:
-            ValueError: There are no weights to name.
-        """
-        ...
+        """The hash of the weights, as in ``checkpoints.files``; ValueError: it has none to name."""
 
     def encode(self, inputs: Iterable[PreparedImage], *, stages: bool = False) -> Iterator[Encoded]:
         """The features of each input, in order; with the maps of the stages where asked for."""
-        ...
 
 
 class Prepared(Protocol):
@@ -84,7 +68,6 @@ class Prepared(Protocol):
     @property
     def nbytes(self) -> int:
         """How much memory it holds."""
-        ...
 
 
 EmbeddingT = TypeVar("EmbeddingT", contravariant=True)
@@ -97,19 +80,16 @@ class Decoder(Protocol[EmbeddingT, PromptsT, PreparedT]):
 
     def prepare(self, embedding: EmbeddingT) -> PreparedT:
         """What all prompts on this embedding share, computed once."""
-        ...
 
     def decode(
         self, prepared: PreparedT, prompts: PromptsT, multimask_output: bool = True
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Prompts of one kind -> (low-res logits [N, K, h4, w4], predicted IoU [N, K])."""
-        ...
 
     def masks(
         self, low_res_logits: NDArray[np.float32], placement: Placement, threshold: float
     ) -> NDArray[np.bool_]:
         """Low-res logits [N, K, h4, w4] -> masks [N, K, H, W] in the image's own pixels."""
-        ...
 
 
 @runtime_checkable
@@ -119,20 +99,16 @@ class Backend(Protocol):
     @property
     def name(self) -> str:
         """What runs, in a word, e.g. "torch"."""
-        ...
 
     @property
     def device(self) -> str:
         """Where it runs, e.g. "cpu" or "cuda:0"."""
-        ...
 
     def __call__(self, batch: Tensor) -> Tensor:
         """[N, 3, H, W] float32 -> the network's output, float32: [N, C, h, w] or [N, classes]."""
-        ...
 
     def close(self) -> None:
         """Give back what is held; the backend is not used afterwards."""
-        ...
 
 
 @runtime_checkable
@@ -141,11 +117,9 @@ class StageBackend(Backend, Protocol):
 
     def stages(self, batch: Tensor) -> list[Tensor]:
         """[N, 3, H, W] float32 -> the map of each stage, [N, C, h, w] float32."""
-        ...
 
     def with_stages(self, batch: Tensor) -> tuple[Tensor, list[Tensor]]:
         """What a call and ``stages`` give, from one pass."""
-        ...
 
 
 @runtime_checkable
@@ -157,7 +131,6 @@ class EarlyBackend(Backend, Protocol):
 
         That map is [N, h, w, D] float32.
         """
-        ...
 
 
 @runtime_checkable
@@ -170,7 +143,6 @@ class LogitsBackend(Backend, Protocol):
         Raises:
             ValueError: What runs has no logits.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -199,12 +171,7 @@ class Encoded:
 
 
 def choose_device(device: str) -> str:
-    """The device to use; "auto" takes a GPU if there is one.
-
-    Raises:
-        MissingExtraError: torch is not installed.
-        ValueError: torch does not know the device, or it is not there.
-    """
+    """The device to use; "auto" takes a GPU if there is one. ValueError: it cannot be used."""
     need_torch(f"device={device!r}")
     import torch
 
@@ -225,8 +192,7 @@ def choose_device(device: str) -> str:
 def choose_precision(precision: str, device: str) -> tuple[Literal["fp32", "bf16"], str]:
     """The precision to compute in on a device of ``choose_device``, and why in words.
 
-    Raises:
-        ValueError: Unknown precision, or "fp16", which is refused with the reason.
+    A ValueError refuses unknown ones, and "fp16" with the reason.
     """
     if precision == "fp16":
         raise ValueError(FP16_REFUSED)

@@ -24,13 +24,7 @@ from tinyvit.checkpoints.files import check_format, check_thresholds, classes_in
 from tinyvit.errors import CheckpointError, MissingExtraError
 from tinyvit.image_spec import ImageSpec
 
-from .backend import (
-    PRECISION_OF_DTYPE,
-    BackendName,
-    check_settings,
-    choose_precision,
-    takes_native,
-)
+from .backend import PRECISION_OF_DTYPE, BackendName, check_settings, choose_precision, takes_native
 
 if TYPE_CHECKING:
     from .graphs import OnnxGraph, OpenVINOGraph
@@ -109,11 +103,7 @@ def _runtime_for(files: Any, backend: str) -> RuntimeName:
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """The graphs of an exported folder by their part, one of ``PARTS``.
-
-    Raises:
-        CheckpointError: The folder's index is damaged or of a newer format, or a file is missing.
-    """
+    """The graphs of an exported folder by their part, one of ``PARTS``; all files are there."""
     path = folder / INDEX
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
@@ -277,8 +267,7 @@ class ExportedEncoder:
     def __call__(self, batch: Array) -> Array:
         """[N, 3, H, W] float32 -> [N, C, h, w]; of a classifier [N, classes].
 
-        Raises:
-            ValueError: The graph takes images of one size alone, and these have another.
+        A ValueError refuses another size than the only one of a graph.
         """
         return self._outputs(batch)[self._result]
 
@@ -299,11 +288,7 @@ class ExportedEncoder:
         return [np.concatenate(one) for one in zip(*map(self._run, images), strict=True)]
 
     def weights_sha256(self) -> str:
-        """Hash of the weights that were exported.
-
-        Raises:
-            ValueError: The file does not say.
-        """
+        """Hash of the weights that were exported; ValueError: the file does not say."""
         if self.facts.weights_sha256 is None:
             raise ValueError(f"{self.path.name} does not say which weights it has")
         return self.facts.weights_sha256

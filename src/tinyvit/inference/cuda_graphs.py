@@ -51,7 +51,6 @@ class Network(Protocol):
         "features" are the neck's output, or the last stage's map without a neck; "logits"
         [N, classes], a ValueError where the model has no head; None is no output.
         """
-        ...
 
 
 class Capture(Protocol):
@@ -63,7 +62,6 @@ class Capture(Protocol):
         What comes back does the same to a batch of this shape; its results are overwritten by its
         next call. A RuntimeError says that it cannot be recorded.
         """
-        ...
 
 
 class CudaCapture:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _SAMPLE = 16
+_MEMBERS = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+"""Where a module keeps what it consists of, and what may change what it computes."""
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
 """Largest ``error_of`` at which a fast form passes for its model. In fp32 1e-6 to 3e-6 were
@@ -91,7 +93,7 @@ class ModelWatch:
         self._members = [
             (members, tuple(map(id, members.values())))
             for module in model.modules()
-            for members in _dicts(module)
+            for members in (getattr(module, name) for name in _MEMBERS)
         ]
         tensors = (*model.parameters(), *model.buffers())
         self._tensors = [
@@ -110,17 +112,6 @@ class ModelWatch:
             or any(bytes(place) != seen for place, seen in samples)
             for tensor, address, version, samples in self._tensors
         )
-
-
-def _dicts(module: nn.Module) -> tuple[dict[Any, Any], ...]:
-    """Where a module keeps what it consists of, and what may change what it computes."""
-    return (
-        module._modules,
-        module._parameters,
-        module._buffers,
-        module._forward_hooks,
-        module._forward_pre_hooks,
-    )
 
 
 def version_of(tensor: Tensor) -> int:

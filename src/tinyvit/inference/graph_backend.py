@@ -154,18 +154,13 @@ class WatchedGraph:
 
     @property
     def graph_file(self) -> Path | None:
-        """The file of the graph that runs; None where it is not kept.
-
-        Raises:
-            ValueError: The library cannot run the model, or gives other values.
-        """
+        """The file of the graph that runs; None where it is not kept. ValueError: it cannot run."""
         return self._derived.get()[1]
 
     def __call__(self, batch: Tensor) -> Tensor:
         """[N, in_chans, H, W] -> what the model's ``forward`` gives, float32, on the CPU.
 
-        Raises:
-            ValueError: The batch has another form, or the library cannot run the model.
+        A ValueError says that the batch has another form, or that the library cannot run the model.
         """
         if batch.ndim != 4 or batch.shape[1] != self._model.in_chans or 0 in batch.shape:
             raise ValueError(
@@ -176,11 +171,7 @@ class WatchedGraph:
         return torch.from_numpy(self._derived.get()[0](array))
 
     def logits(self, batch: Tensor) -> Tensor:
-        """As a call, of a model whose ``forward`` gives logits: [N, classes].
-
-        Raises:
-            ValueError: It gives something else, or as for a call.
-        """
+        """As a call, of a model whose ``forward`` gives logits [N, classes]; else a ValueError."""
         if self._model.neck is not None or self._model.head is None:
             raise ValueError(
                 f"{self._library} runs the model's forward, which gives features and no logits; "

@@ -28,6 +28,8 @@ from numpy.typing import NDArray
 
 from tinyvit.errors import MissingExtraError
 
+from .backend import check_settings
+
 OpenVINOPrecision = Literal["fp32", "bf16"]
 Arrays: TypeAlias = "dict[str, NDArray[np.float32]]"
 Shapes: TypeAlias = "dict[str, tuple[int | None, ...]]"
@@ -52,18 +54,12 @@ _EARNED = 3
 """Calls of one shape until it is compiled for itself: that takes about as long as ten calls gain
 at 1024x1024, and most programs that ask three times ask many times."""
 _SHAPES_COUNTED = 256
-
-
 _ERRORS_ONLY = 3
 """ONNX Runtime's level of logging."""
 
 
 def load_library(module: str, name: str) -> Any:
-    """The package ``openvino``, ``onnxruntime`` or ``tinyvit_native``, ``name`` in the error.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
+    """The package ``openvino``, ``onnxruntime`` or ``tinyvit_native``, ``name`` in the error."""
     extra = {"onnxruntime": "onnx", "tinyvit_native": "native"}.get(module, module)
     try:
         with warnings.catch_warnings():
@@ -100,7 +96,7 @@ class OnnxGraph:
     metadata: dict[str, str]
 
     def __init__(self, source: str | os.PathLike[str] | bytes, threads: int | None = None) -> None:
-        _check_threads(threads)
+        check_settings("onnx", "cpu", threads)
         self._arguments = source, threads
         library = load_library("onnxruntime", "ONNX Runtime")
         options = library.SessionOptions()
@@ -183,7 +179,7 @@ class OpenVINOGraph:
             raise ValueError(
                 f"precision must be one of {get_args(OpenVINOPrecision)}, got {precision!r}"
             )
-        _check_threads(threads)
+        check_settings("openvino", "cpu", threads)
         self._again = partial(
             OpenVINOGraph, source, precision=precision, threads=threads, cache_dir=cache_dir
         )
@@ -353,8 +349,3 @@ def _last(err: Exception) -> str:
     """OpenVINO's messages begin with places in its source; the reason comes last."""
     lines = [line.strip() for line in str(err).splitlines() if line.strip()]
     return lines[-1] if lines else type(err).__name__
-
-
-def _check_threads(threads: int | None) -> None:
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, or None for the default, got {threads}")

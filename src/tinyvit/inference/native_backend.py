@@ -87,11 +87,7 @@ class NativeBackend:
         return self._network()(batch)
 
     def logits(self, batch: Batch) -> Batch:
-        """[N, C, H, W] float32 -> logits [N, classes].
-
-        Raises:
-            ValueError: The model has no classification head.
-        """
+        """[N, C, H, W] float32 -> logits [N, classes]; ValueError: the model has no head."""
         return self._network().logits(batch)
 
     def stages(self, batch: Batch) -> list[Batch]:
@@ -103,11 +99,7 @@ class NativeBackend:
         return self._network().with_stages(batch)
 
     def with_early(self, batch: Batch) -> tuple[Batch, Batch]:
-        """What a call gives, and the map behind the second merge, [N, h, w, D].
-
-        Raises:
-            ValueError: Torch runs the model instead, and gives none.
-        """
+        """What a call gives, and the map behind the second merge, [N, h, w, D]; not by torch."""
         network = self._network()
         if not isinstance(network, NativeNetwork):
             raise ValueError("torch runs this model, and gives no early map; use with_stages")

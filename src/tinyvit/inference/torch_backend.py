@@ -163,12 +163,8 @@ class _Plain:
     def __call__(
         self, batch: Tensor, output: Output | None = "features", stages: bool = False
     ) -> list[Tensor]:
-        maps: list[Tensor] = []
-        if stages:
-            maps = cast(
-                "list[Tensor]",
-                self.model.forward_intermediates(batch, intermediates_only=True),
-            )
+        found = self.model.forward_intermediates(batch, intermediates_only=True) if stages else []
+        maps = cast("list[Tensor]", found)
         last = maps[-1] if stages else self.model.forward_backbone(batch)
         if output == "logits":
             return [self.model.forward_head(last), *maps]

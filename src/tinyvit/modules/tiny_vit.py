@@ -323,11 +323,7 @@ class TinyViT(nn.Module):
         return (x if self.neck is None else self.neck(x)), merged[1]
 
     def _forward_stages(
-        self,
-        x: Tensor,
-        wanted: Sequence[int],
-        last: int,
-        merged: list[Tensor] | None = None,
+        self, x: Tensor, wanted: Sequence[int], last: int, merged: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Run the stem and the stages up to ``last``; returns (its map, the wanted stages' maps).
 
@@ -389,13 +385,10 @@ class TinyViT(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """Channels of the last stage's map, of which the head sees the mean."""
+        """Channels of the last stage's map, and so of ``forward_head(..., pre_logits=True)``."""
         return self.embed_dims[-1]
 
-    @property
-    def head_hidden_size(self) -> int:
-        """Features in front of ``head``: what ``forward_head(..., pre_logits=True)`` gives."""
-        return self.embed_dims[-1]
+    head_hidden_size = num_features
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:

@@ -17,16 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, cast, get_
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tinyvit.images import mask_ops
 from tinyvit.images.decode import ImageSource, decode
-from tinyvit.images.mask_ops import (
-    RLE,
-    RegionKind,
-    fill,
-    non_maximum_suppression,
-    remove_small_regions,
-    runs_and_box,
-    to_rle,
-)
 from tinyvit.inference.bundle import is_exported
 
 from .embedding import ImageEmbedding, ImageEncoder
@@ -92,7 +84,7 @@ class MaskRecord(TypedDict):
         crop_box: [x, y, width, height] of the crop in which it was found.
     """
 
-    segmentation: NDArray[np.bool_] | RLE
+    segmentation: NDArray[np.bool_] | mask_ops.RLE
     area: int
     bbox: list[int]
     predicted_iou: float
@@ -322,13 +314,13 @@ class SamAutomaticMaskGenerator:
         tidied: list[Candidate] = []
         scores: list[float] = []
         for one in candidates:
-            mask, is_changed = fill(size, one.counts), False
-            for mode in get_args(RegionKind):
-                mask, changes = remove_small_regions(mask, self.min_mask_region_area, mode)
+            mask, is_changed = mask_ops.fill(size, one.counts), False
+            for mode in get_args(mask_ops.RegionKind):
+                mask, changes = mask_ops.remove_small_regions(mask, self.min_mask_region_area, mode)
                 is_changed |= changes
             if is_changed:
                 corner = one.crop_box[1], one.crop_box[0]
-                counts, around = runs_and_box(mask, 0, 0, size, corner)
+                counts, around = mask_ops.runs_and_box(mask, 0, 0, size, corner)
                 one = replace(one, counts=counts, box=around)
             tidied.append(one)
             scores.append(0.0 if is_changed else 1.0)
@@ -337,8 +329,11 @@ class SamAutomaticMaskGenerator:
     def _record(self, one: Candidate, size: Size) -> MaskRecord:
         x0, y0, x1, y1 = one.box
         left, top, right, bottom = one.crop_box
-        is_array, compressed = self.output_mode == "binary_mask", self.output_mode == "coco_rle"
-        segmentation = fill(size, one.counts) if is_array else to_rle(size, one.counts, compressed)
+        segmentation: NDArray[np.bool_] | mask_ops.RLE
+        if self.output_mode == "binary_mask":
+            segmentation = mask_ops.fill(size, one.counts)
+        else:
+            segmentation = mask_ops.to_rle(size, one.counts, self.output_mode == "coco_rle")
         return {
             "segmentation": segmentation,
             "area": int(one.counts[1::2].sum()),
@@ -390,7 +385,7 @@ class _Rejected:
 def _distinct(candidates: list[Candidate], scores: list[float], bound: float) -> list[Candidate]:
     """Without those whose box is nearly that of a better one; the best first."""
     boxes = np.array([one.box for one in candidates], np.float64).reshape(-1, 4)
-    kept = non_maximum_suppression(boxes, np.array(scores, np.float64), bound)
+    kept = mask_ops.non_maximum_suppression(boxes, np.array(scores, np.float64), bound)
     return [candidates[i] for i in kept]
 
 

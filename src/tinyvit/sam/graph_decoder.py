@@ -70,11 +70,7 @@ class GraphDecoder:
         return self._words
 
     def prepare(self, embedding: ImageEmbedding) -> Floats:
-        """The embedding as the graph takes it, [1, C, g, g].
-
-        Raises:
-            ValueError: It has another shape, or values that are not finite.
-        """
+        """The embedding as the graph takes it, [1, C, g, g]; ValueError: it does not fit."""
         features = embedding.features[None]
         wanted = zip(self._wanted, features.shape, strict=True)
         if any(a not in (None, b) for a, b in wanted):
@@ -95,11 +91,7 @@ class GraphDecoder:
         min_iou: float | None = None,
         hq_token_only: bool = False,
     ) -> tuple[Floats, Floats]:
-        """As ``TorchDecoder.decode``; a graph with the best mask alone gives that in any case.
-
-        Raises:
-            ValueError: A mask prompt has another size, or the graph gives what is not finite.
-        """
+        """As ``TorchDecoder.decode``; a graph with the best mask alone gives that in any case."""
         if hq_token_only:
             raise ValueError("hq_token_only=True wants a model with Light HQ-SAM's mask decoder")
         size = self._no_mask.shape[2:]
@@ -139,11 +131,7 @@ class GraphDecoder:
         return upscale(low_res_logits, placement, self.logit_stride, threshold)
 
     def _inputs(self, features: Floats, prompts: PromptBatch, rows: slice) -> dict[str, Floats]:
-        """The graph's inputs for some prompts: points, padding where there is no box, and corners.
-
-        Raises:
-            ValueError: The graph takes fewer points.
-        """
+        """The inputs for some prompts: points, padding where there is no box, and corners."""
         count = len(range(len(prompts))[rows])
         coords: NDArray[Any] = np.zeros((count, 0, 2), np.float32)
         labels: NDArray[Any] = np.zeros((count, 0), np.float32)

@@ -246,12 +246,8 @@ def _of_library(prompts: PromptBatch) -> dict[str, Any]:
 def _tensors_of(model: Sam) -> dict[str, NDArray[Any]]:
     from tinyvit.inference.fast_encoder import arrays_of
 
-    heads = {"prompt_encoder": model.prompt_encoder, "mask_decoder": model.mask_decoder}
-    return {
-        f"{name}.{key}": value
-        for name, head in heads.items()
-        for key, value in arrays_of(head).items()
-    }
+    heads = {"prompt_encoder.": model.prompt_encoder, "mask_decoder.": model.mask_decoder}
+    return {name + key: x for name, head in heads.items() for key, x in arrays_of(head).items()}
 
 
 def _num_heads(model: Sam) -> int:

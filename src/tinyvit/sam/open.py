@@ -169,11 +169,7 @@ def _built(
 
 
 def choose_decoder(
-    model: AnySam,
-    engine: Engine,
-    device: str = "cpu",
-    precision: str = "fp32",
-    fast: bool = True,
+    model: AnySam, engine: Engine, device: str = "cpu", precision: str = "fp32", fast: bool = True
 ) -> NativeDecoder | TorchDecoder | GraphDecoder:
     """The decoder that goes with an engine: native where that runs the encoder, else torch's.
 

@@ -74,13 +74,8 @@ class MaskDecoder(nn.Module):
         self.num_mask_tokens = num_multimask_outputs + 1
         self.iou_token = nn.Embedding(1, dim)
         self.mask_tokens = nn.Embedding(self.num_mask_tokens, dim)
-        self.output_upscaling = nn.Sequential(
-            nn.ConvTranspose2d(dim, dim // 4, kernel_size=2, stride=2),
-            LayerNorm2d(dim // 4),
-            activation(),
-            nn.ConvTranspose2d(dim // 4, dim // 8, kernel_size=2, stride=2),
-            activation(),
-        )
+        self.output_upscaling = _upscaling(dim, dim // 4, dim // 8, activation)
+        self.output_upscaling.append(activation())
         self.output_hypernetworks_mlps = nn.ModuleList(
             MLP(dim, dim, dim // 8, 3) for _ in range(self.num_mask_tokens)
         )
@@ -298,12 +293,14 @@ class HQMaskDecoder(MaskDecoder):
         return early.permute(0, 3, 1, 2)
 
 
-def _upscaling(into: int, middle: int, out: int) -> nn.Sequential:
+def _upscaling(
+    into: int, middle: int, out: int, activation: type[nn.Module] = nn.GELU
+) -> nn.Sequential:
     """Four times the size in two steps."""
     return nn.Sequential(
         nn.ConvTranspose2d(into, middle, kernel_size=2, stride=2),
         LayerNorm2d(middle),
-        nn.GELU(),
+        activation(),
         nn.ConvTranspose2d(middle, out, kernel_size=2, stride=2),
     )
 
