@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +24,7 @@ from tinyvit.catalog import (
     nearest,
 )
 from tinyvit.errors import CheckpointError
+from tinyvit.folders.images import Item, list_images
 
 from .console import Console
 
@@ -156,6 +159,31 @@ def file_of(text: str) -> Path:
     if (Path(text) / _WEIGHTS).is_file():
         return Path(text) / _WEIGHTS
     return find_checkpoint(text)[0]
+
+
+def list_and_check(images: Sequence[Path], output: Path, checkpoint: str | None) -> list[Item]:
+    """The images; refuses at once an output folder that cannot be written, or no checkpoint."""
+    check_checkpoint(checkpoint)
+    check_folder(output, "-o")
+    return list_images(images, output)
+
+
+def check_folder(output: Path, flag: str) -> None:
+    """Refuse a folder that cannot be made or written, before the work and not after it."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{str(output)!r} is a file; give a folder to write to")
+    missing = [place for place in (output, *output.parents) if not place.exists()]
+    try:
+        if missing:  # if the outermost can be made, the others can
+            missing[-1].mkdir()
+            missing[-1].rmdir()
+        elif not os.access(output, os.W_OK):
+            raise PermissionError(errno.EACCES, "Permission denied")
+    except OSError as err:
+        raise ValueError(
+            f"the folder {str(output)!r} cannot be written: {err.strerror}; name another with "
+            f"{flag}"
+        ) from err
 
 
 def check_checkpoint(text: str | None, flag: str = "") -> None:

@@ -13,18 +13,25 @@ import re
 import shutil
 import sys
 import textwrap
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tinyvit.errors import TinyViTError
+from tinyvit.errors import CheckpointError, TinyViTError
 from tinyvit.lazy import missing
+
+if TYPE_CHECKING:
+    from tinyvit.folders.images import Item
+    from tinyvit.folders.runner import FolderWork, Job
 
 Update = Callable[..., None]
 """Called with done and in all, and perhaps ``what`` and ``more`` to show."""
@@ -199,6 +206,68 @@ def megabytes(size: int) -> str:
 def counted(number: int, thing: str) -> str:
     """``1 image``, ``2 images``."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def carry_out(
+    own: Console,
+    work: FolderWork[Any],
+    items: Sequence[Item],
+    output: Path,
+    summary: Callable[[list[Job], float], str],
+    *,
+    words: str,
+    facts: Mapping[str, object],
+    as_json: bool,
+    missing: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Do the work, show how it goes (``words``; empty for no progress bar), and say what came.
+
+    ``summary`` has what was written, and the seconds it took, in words; ``missing`` is (name,
+    message) of what failed before. ``facts`` are of the whole, for JSON. The exit code is 1 if one
+    failed.
+    """
+    for _, message in missing:
+        complain(f"failed: {message}")
+    done: list[Job] = []
+    complete: list[Job] = []  # files are written ahead of the jobs that are yielded
+    start = time.monotonic()
+    try:
+        with own.progress(words) if words else nullcontext(None) as update:
+            for job in work.run(items, complete.append):
+                done.append(job)
+                if update is not None:
+                    update(len(done), len(items))
+                if job.state == "failed":
+                    complain(f"failed: {job.reason}")
+    except (KeyboardInterrupt, CheckpointError, OSError) as err:
+        if complete or isinstance(err, KeyboardInterrupt):
+            stopped = f"stopped after {len(complete)} of {counted(len(items), 'image')}"
+            own.say(f"{stopped}; the same command goes on from there")
+        raise
+    seconds = time.monotonic() - start
+    written = [job for job in done if job.state == "written"]
+    own.say(summary(written, seconds))
+    for reason, number in Counter(one.reason for one in written if one.reason).items():
+        own.say(f"replaced {number} that were {reason}")
+    if kept := sum(job.state == "skipped" for job in done):
+        own.say(f"kept {kept} made before (--overwrite writes them again)")
+    lists: dict[str, list[dict[str, Any]]] = {"written": [], "skipped": [], "failed": []}
+    lists["failed"] += [{"picture": name, "path": None, "error": text} for name, text in missing]
+    for job in done:
+        item = job.item
+        row = {"picture": item.name, "path": os.fspath(item.path), **job.told}
+        if job.state == "failed":
+            row["error"] = job.reason
+        elif job.state == "written":
+            row["instead_of"] = job.reason or None
+        lists[job.state].append(row)
+    if failed := len(lists["failed"]):
+        complain(f"failed {failed} of {len(done) + len(missing)}, named above")
+    if as_json:
+        end = {"output": str(output), "seconds": round(seconds, 3)}
+        write_json({**facts, **lists, **end})
+    if failed:
+        raise typer.Exit(1)
 
 
 # -- errors -------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from tinyvit.folders.images import list_images
 from tinyvit.labels import labels_for, read_labels
 
 from . import arguments as args
-from . import outcomes
 from .console import Console, counted
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def encode(
         tinyvit encode cat.jpg -o features
         tinyvit encode photos -o features --checkpoint mobile_sam --no-pictures
     """
-    listed = outcomes.list_and_check(images, output, checkpoint)
+    listed = args.list_and_check(images, output, checkpoint)
 
     from tinyvit.factory import arguments_of
     from tinyvit.folders.encode import EncodeFolder
@@ -85,7 +84,7 @@ def encode(
         args.announce_engine(own, name, engine)
         work = EncodeFolder(engine, output, facts, not no_pictures, overwrite, max_pixels)
         summary = partial(_summary, output)
-        outcomes.carry_out(
+        console.carry_out(
             own, work, listed, output, summary, words="encoding", facts=facts, as_json=as_json
         )
 

@@ -16,7 +16,6 @@ from tinyvit.folders.images import list_images
 
 from . import arguments as args
 from .console import Console, counted
-from .outcomes import check_folder
 from .settings_options import check_data, whole_numbers
 
 if TYPE_CHECKING:
@@ -284,7 +283,7 @@ def _check(data: str, checkpoint: str, sheet: Path | None) -> None:
             raise ValueError(f"there is no folder {sheet.parent} to write --sheet in; make it")
         if sheet.is_dir():
             raise ValueError(f"--sheet {sheet} is a folder; choose another name")
-        check_folder(sheet.parent, "--sheet")
+        args.check_folder(sheet.parent, "--sheet")
 
 
 def _confused(report: ClassifyReport) -> str:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tinyvit.cli import console
-from tinyvit.cli.arguments import announce, check_checkpoint, one_of
+from tinyvit.cli.arguments import announce, check_checkpoint, check_folder, one_of
 from tinyvit.cli.console import Console
-from tinyvit.cli.outcomes import check_folder
 
 if TYPE_CHECKING:
     from tinyvit.export import Verified

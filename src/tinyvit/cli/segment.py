@@ -14,8 +14,7 @@ import typer
 from tinyvit.catalog import DEFAULT_CHECKPOINT
 
 from . import arguments as args
-from . import outcomes
-from .console import Console, counted
+from .console import Console, carry_out, counted
 
 if TYPE_CHECKING:
     from tinyvit.folders.images import Item
@@ -187,7 +186,7 @@ def segment(
         tinyvit segment photos --prompts prompts.json -o masks
         tinyvit segment cat.jpg --everything --points-per-side 16 -o masks
     """
-    listed = outcomes.list_and_check(images, output, checkpoint)
+    listed = args.list_and_check(images, output, checkpoint)
     what.check()
     items, missing, without = what.items(listed)
     if without:
@@ -215,7 +214,7 @@ def segment(
             max_pixels=max_pixels,
         )
         args.announce_engine(own, name, engine)
-        outcomes.carry_out(
+        carry_out(
             own,
             work,
             items,
