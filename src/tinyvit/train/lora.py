@@ -207,9 +207,8 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
             f"{path} was trained on a base with sha256 {wanted[:16]}…, but this model's is "
             f"{came[:16]}…; load the checkpoint it was trained from first"
         )
-    names = [name for _, _, name in _find(model, targets)]
     wanted_shapes: dict[str, list[int]] = {}
-    for name in names:
+    for _, _, name in _find(model, targets):
         outputs, inputs = model.get_parameter(f"{name}.weight").shape
         wanted_shapes |= {f"{name}.lora_down": [rank, inputs], f"{name}.lora_up": [outputs, rank]}
     shapes = {key: list(tensor.shape) for key, tensor in file.tensors.items()}
@@ -220,11 +219,8 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     ]
     if problems:
         raise CheckpointError(f"{path} does not fit this model: {'; '.join(problems)}")
-    add_lora(model, rank, alpha, targets, dropout)
-    with torch.no_grad():
-        for name, layer in lora_layers(model).items():
-            for own in _OWN:
-                getattr(layer, own).copy_(file.tensors[f"{name}.{own}"])
+    names = add_lora(model, rank, alpha, targets, dropout)
+    model.load_state_dict(file.tensors, strict=False)
     return names
 
 
