@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -105,7 +107,8 @@ def test_a_sheet_that_cannot_be_written_is_said_first(run, images, cells, classi
 def test_no_sheet_where_nothing_is_wrong(run, images, classifier, tmp_path, monkeypatch):
     from tinyvit.evaluate import classify
 
-    monkeypatch.setattr(classify, "_wrong", lambda *_: ())
+    none = partial(classify.evaluate_classifier, most_wrong=0)
+    monkeypatch.setattr(classify, "evaluate_classifier", none)
     sheet = tmp_path / "wrong.png"
     result = run("evaluate", "classify", images, *classifier, "--sheet", sheet)
     assert result.code == 0
