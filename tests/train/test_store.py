@@ -1,5 +1,7 @@
 import json
 import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.train.store import Row, Store, StoreMismatchError, image_state
 
+FORMATS = Path(__file__).parents[1] / "data" / "formats"
 FACTS = {
     "teacher": "teacher", "teacher_sha256": "ab" * 32, "image_spec": ImageSpec.sam(32).to_dict(),
     "flips": False,
@@ -179,7 +182,35 @@ def test_a_shard_that_is_gone_is_said(tmp_path):
         store.read("a", "features")
 
 
-def test_a_store_of_an_older_format_is_refused(tmp_path):
-    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, **FACTS}))
-    with pytest.raises(CheckpointError, match="is of format 1, which is no longer read"):
-        Store(tmp_path)
+def test_features_of_format_1_are_read_and_not_written():
+    """Written by ``FeatureStore`` of tinyvit 0.1."""
+    store = Store(FORMATS / "features_format1")
+    plain = np.arange(12, dtype=np.float16).reshape(3, 2, 2)
+    assert store.good == ["a.png", "b.png"] and store.unreadable == {"bad.png": "cut short"}
+    np.testing.assert_array_equal(store.read("b.png", "features"), plain + 100)
+    np.testing.assert_array_equal(store.read("a.png", "flipped"), plain[:, :, ::-1])
+    assert store.facts == {**FACTS, "flips": True}
+    assert store.entries["a.png"].info == {"bytes": 3, "changed": 5, "height": 10, "width": 20}
+    with pytest.raises(CheckpointError, match="of format 1, which is read but no longer written"):
+        Store(FORMATS / "features_format1", store.facts)
+
+
+def test_logits_of_version_1_are_read_and_not_written(tmp_path):
+    """Written by ``LogitStore`` of tinyvit 0.1: of image 1 the second view is missing."""
+    store = pickle.loads(pickle.dumps(Store(FORMATS / "logits_version1")))
+    assert store.good == ["0", "1", "2"]
+    assert (store.facts["images"], store.facts["k"], store.facts["seed"]) == (3, 2, 7)
+    assert store.read("2", "seed").tolist() == [2, 11]
+    assert store.read("1", "seed").tolist() == [1]
+    assert store.read("1", "probabilities").tolist() == [[0.75, 0.25]]
+    assert store.read("0", "classes").tolist() == [[2, 0], [2, 0]]
+    with pytest.raises(CheckpointError, match="no longer written"):
+        Store(FORMATS / "logits_version1", store.facts)
+    shutil.copytree(FORMATS / "logits_version1", tmp_path / "s")
+    raw = bytearray((tmp_path / "s" / "logits.bin").read_bytes())
+    raw[20 * 1 + 9] ^= 4  # a byte of image 1
+    (tmp_path / "s" / "logits.bin").write_bytes(raw)
+    assert Store(tmp_path / "s").good == ["0", "2"]
+    (tmp_path / "s" / "logits.bin").write_bytes(raw[:17])
+    with pytest.raises(CheckpointError, match="holds no good store of logits"):
+        Store(tmp_path / "s")

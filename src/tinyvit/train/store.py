@@ -7,6 +7,7 @@ A shard is there whole or not at all and says by itself what it holds. Rows of f
 the image's path and hold ``features`` [C, h, w] float16 (2 * C * h * w bytes: 2 MB for SAM's 256 x
 64 x 64), with flips also ``flipped``, those of the mirrored image. Rows of logits are named by the
 image's number and hold ``seed`` [V], ``probabilities`` [V, k] and ``classes`` [V, k] of V views.
+Folders of the first versions (features of format 1, logits of version 1) are read, never written.
 """
 
 from __future__ import annotations
@@ -88,7 +89,12 @@ class Store:
         self.damaged: list[str] = []
         self._next = 0
         self._open: dict[int, Any] = {}
+        is_old = (self.folder / _OldLogits.HEADER).is_file()
+        self._old_logits = _OldLogits(self.folder) if is_old else None
         self.facts = self._find_facts(facts)
+        if self._old_logits is not None:
+            self.entries = self._old_logits.entries
+            return
         for path in sorted(self.folder.glob("shard-*.safetensors")):
             self._take_up(path)
 
@@ -139,6 +145,8 @@ class Store:
         entry = self.entries[name]
         if entry.row < 0:
             raise KeyError(f"{name} could not be read when it was stored: {entry.reason}")
+        if self._old_logits is not None:
+            return self._old_logits.read(entry.row, key)
         if key not in self.shapes:
             raise ValueError(f"this store has no {key!r}, only {', '.join(sorted(self.shapes))}")
         path = self._path(entry.shard)
@@ -169,18 +177,15 @@ class Store:
     def _find_facts(self, wanted: Mapping[str, object] | None) -> dict[str, Any]:
         """The facts of the store, which must agree with those wanted; a new store if need be."""
         path = self.folder / MANIFEST
-        if path.is_file():
+        if self._old_logits is not None:
+            self.facts, found = self._old_logits.facts, 1
+        elif path.is_file():
             try:
                 self.facts = dict(json.loads(path.read_text(encoding="utf-8")))
             except (OSError, TypeError, ValueError) as err:
                 raise CheckpointError(f"{path} is no manifest of a store: {err!s}") from err
             writer = self.facts.pop("writer", None)
             found = check_format(self.facts.pop("format", None), FORMAT, writer, str(path))
-            if found < FORMAT:
-                raise CheckpointError(
-                    f"{self.folder} is of format {found}, which is no longer read; store again in "
-                    "another folder"
-                )
         elif wanted is None:
             raise CheckpointError(
                 f"{self.folder} holds no store: there is no {MANIFEST}; write one with 'tinyvit "
@@ -188,11 +193,16 @@ class Store:
             )
         else:
             make_folder(self.folder)
-            self.facts = json.loads(json.dumps(wanted, default=list))
+            self.facts, found = json.loads(json.dumps(wanted, default=list)), FORMAT
             content = {"format": FORMAT, "writer": __version__, **self.facts}
             write_text(path, json.dumps(content, indent=1) + "\n")
         if wanted is not None:
             self.check(**{key: value for key, value in wanted.items() if key != _FOR_PEOPLE})
+            if found < FORMAT:
+                raise CheckpointError(
+                    f"{self.folder} is of format {found}, which is read but no longer written; "
+                    "choose another folder"
+                )
         return self.facts
 
     def _path(self, number: int) -> Path:
@@ -204,11 +214,10 @@ class Store:
         self._next = max(self._next, number + 1)
         try:
             with safe_open(path, framework="np") as file:
-                content = json.loads((file.metadata() or {})[_HEADER])
+                facts, rows = _read_index(file.metadata() or {})
                 shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
-            rows = content["rows"]
             good = sum(not row["reason"] for row in rows)
-            if content["facts"] != self.facts or any(shape[0] != good for shape in shapes.values()):
+            if facts != self.facts or any(shape[0] != good for shape in shapes.values()):
                 raise ValueError("a shard of another store, put here by hand")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             self.damaged.append(path.name)
@@ -231,3 +240,60 @@ def _short(value: object) -> str:
         return f"{len(value)} names from {value[0]!r} to {value[-1]!r}"
     text = repr(value)
     return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _read_index(metadata: Mapping[str, str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(facts, rows) of a shard's header, of this format or of format 1 of features."""
+    if _HEADER in metadata:
+        content = json.loads(metadata[_HEADER])
+        return content["facts"], content["rows"]
+    content = json.loads(metadata["tinyvit.features"])
+    facts = {key: value for key, value in content["facts"].items() if key != "format"}
+    for row in content["pictures"]:
+        del row["shard"], row["row"]
+    return facts, content["pictures"]
+
+
+class _OldLogits:
+    """Logits of version 1: one file of records [V, N], each with a checksum of its own."""
+
+    HEADER = "store.json"
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            values = json.loads((folder / self.HEADER).read_text(encoding="utf-8"))
+            count, views, k = values.pop("pictures"), values["views"], values["k"]
+            if values.pop("version") != 1:
+                raise ValueError("wanted version 1")
+            number = "<u2" if len(values["classes"]) <= 1 << 16 else "<u4"
+            size = 8 + k * (2 + np.dtype(number).itemsize)
+            self.record = np.dtype(
+                [("seed", "<u8"), ("probabilities", "<f2", (k,)), ("classes", number, (k,)),
+                 ("padding", "u1", (-size % 4,)), ("checksum", "<u4")]
+            )  # fmt: skip
+            self.path = folder / "logits.bin"
+            self.shape = views, count
+            good = np.stack([_is_good(view) for view in self._records()])  # [V, N]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+            raise CheckpointError(f"{folder} holds no good store of logits: {err}") from err
+        self.facts = {"images": count, **values}
+        self.good = good
+        self.entries = {
+            str(image): Entry(0, int(image), {}, "") for image in np.flatnonzero(good.any(axis=0))
+        }
+
+    def _records(self) -> NDArray[Any]:
+        return np.memmap(self.path, self.record, mode="r", shape=self.shape)
+
+    def read(self, image: int, key: str) -> NDArray[Any]:
+        """Of the views that are good, [V, ...]."""
+        return np.array(self._records()[self.good[:, image], image][key])
+
+
+def _is_good(records: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which records have their checksum: a sum of their words, each with an odd factor."""
+    words = np.frombuffer(records.tobytes(), dtype="<u4").reshape(len(records), -1)[:, :-1]
+    factors = (np.arange(words.shape[1], dtype=np.uint64) * 0x9E3779B2 + 1) & 0xFFFFFFFF | 1
+    sums = (words.astype(np.uint64) * factors % (1 << 32)).sum(axis=1, dtype=np.uint64)
+    good: NDArray[np.bool_] = records["checksum"] == (sums + np.uint64(0x7E1147F1)) % (1 << 32)
+    return good
