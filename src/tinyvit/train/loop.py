@@ -45,7 +45,7 @@ class Result:
     Attributes:
         folder: Where everything was written.
         steps: Steps done.
-        metrics: Of the last validation, by name.
+        metrics: Of the last validation, by name; ``figures`` is their former name.
         best: The best value of the task's goal; None where it was never validated.
         best_step: The step it was validated after.
         last_weights: Newest weights.
@@ -61,6 +61,11 @@ class Result:
     last_weights: Path
     best_weights: Path | None
     seconds: float
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """``metrics``."""
+        return self.metrics
 
 
 def train(

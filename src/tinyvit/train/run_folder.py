@@ -53,10 +53,10 @@ class Progress:
         epoch: The epoch of the last step, from 1.
         epochs: Epochs in all.
         loss: Mean loss of the last step; None before the first.
-        learning_rate: Its highest learning rate.
+        learning_rate: Its highest learning rate; ``rate`` is the former name.
         images_per_second: Samples of all processes by seconds, since this call began.
         seconds_left: Until the end, as fast as until now; None before the first step.
-        metrics: Of the last validation, by name.
+        metrics: Of the last validation, by name; ``figures`` is their former name.
         words: Something to tell once; else empty.
     """
 
@@ -71,6 +71,16 @@ class Progress:
     seconds_left: float | None
     metrics: Mapping[str, float]
     words: str = ""
+
+    @property
+    def rate(self) -> float:
+        """``learning_rate``."""
+        return self.learning_rate
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """``metrics``."""
+        return self.metrics
 
 
 class NonFiniteLossError(TinyViTError, ArithmeticError):
