@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,15 +18,32 @@ from tinyvit import EmbeddingStore, MissingExtraError, embed_images
 from tinyvit.embed import RayWorkers
 from tinyvit.embed.actors import PATIENCE, EmbedActor, versions
 from tinyvit.embed.attempts import REASON
+from tinyvit.embed.verify import verify_store
 from tinyvit.errors import CheckpointError
 
 DRIVER = """
-import sys
+import sys, time
 sys.path.insert(0, {tests!r})
 import tiny
 from tinyvit.embed import RayWorkers, actors, embed_images, run
 
-run.COMMIT_SECONDS, actors.PIECE_SECONDS = 0.2, 0.2
+def slow():
+    from tinyvit.embed import work
+
+    decode = work.decode
+
+    def sleeps(file, **options):
+        time.sleep({cost})
+        return decode(file, **options)
+
+    work.decode = sleeps
+
+if {cost}:
+    actors.load_ray().init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
+        runtime_env={{"worker_process_setup_hook": slow}},
+    )
+run.COMMIT_SECONDS, actors.PIECE_SECONDS = 0.2, {piece}
 report = embed_images(
     sys.argv[1], sys.argv[2], tiny.make_tiny_engine(), dtype="fp32",
     ray=RayWorkers(count=2, cpus=0.5), tell=lambda outcome: print("told", outcome.path, flush=True),
@@ -69,8 +88,9 @@ def check_equal(url, plain):
     assert reasons[0] == reasons[1]
 
 
-def start(photos, url):
-    code = DRIVER.format(tests=str(Path(__file__).parents[1]))
+def start(photos, url, cost=0.0, piece=0.2):
+    """A driver; ``cost`` in seconds makes each image slower."""
+    code = DRIVER.format(tests=str(Path(__file__).parents[1]), cost=cost, piece=piece)
     return subprocess.Popen(
         [sys.executable, "-c", code, str(photos), str(url)], stdout=subprocess.PIPE, text=True
     )
@@ -101,6 +121,18 @@ def actors_below(pid):
 def finish(photos, url, plain):
     embed_images(photos, plain, tiny.make_tiny_engine(), dtype="fp32")
     check_equal(url, plain)
+
+
+def told_in(lines):
+    return [line.strip()[5:] for line in lines if line.startswith("told ")]
+
+
+def check_whole(url, told):
+    """What was told is there, each row once and as it was written."""
+    store = EmbeddingStore.open(url)
+    report = verify_store(store)
+    assert report.damaged == report.twice == []
+    assert set(told) <= {row.path for row in store.rows()}
 
 
 @pytest.mark.slow  # 50 s on a busy machine
@@ -136,6 +168,52 @@ def test_a_killed_driver(many, url, tmp_path):
     assert set(told) <= set(EmbeddingStore.open(url)) and stored < 400
     again = start(many, url)
     last = again.communicate()[0].splitlines()[-1]
+    assert last == f"stored {400 - stored} kept {stored}"
+    finish(many, url, tmp_path / "plain.lance")
+
+
+@pytest.mark.slow  # 4 minutes on a busy machine; each of 400 images takes 0.3 s
+def test_twenty_killed_actors(many, url, tmp_path):
+    pytest.importorskip("ray")
+    rng, kills, lines = random.Random(1), 0, []
+    driver = start(many, url, cost=0.3, piece=1.0)
+    reader = threading.Thread(target=lambda: lines.extend(iter(driver.stdout.readline, "")))
+    reader.start()
+    while kills < 20 and driver.poll() is None:
+        before = len(lines)
+        while len(lines) < before + 2 and driver.poll() is None:
+            time.sleep(0.05)  # work goes on since the last kill
+        time.sleep(rng.random() * 2)
+        found = actors_below(driver.pid)
+        if found:
+            os.kill(rng.choice(found), signal.SIGKILL)
+            kills += 1
+    reader.join()
+    driver.stdout.close()
+    told = told_in(lines)
+    assert driver.wait() == 0 and kills == 20 and len(told) == len(set(told)) == 400
+    check_whole(url, told)
+    failed = [row.path for row in EmbeddingStore.open(url).rows("failed")]
+    assert len(failed) < 20  # an image that was alone with actors as they were killed, twice
+    embed_images(many, url, retry_failed=True)
+    finish(many, url, tmp_path / "plain.lance")
+
+
+@pytest.mark.slow  # 6 minutes: Ray starts 20 times
+def test_twenty_killed_drivers(many, url, tmp_path):
+    pytest.importorskip("ray")
+    rng, told = random.Random(2), set()
+    for _ in range(20):
+        driver = start(many, url, cost=0.1)
+        lines = [driver.stdout.readline()] if rng.random() < 0.8 else []  # work has begun
+        time.sleep(rng.random() * 2)
+        driver.kill()
+        told.update(told_in([*lines, *driver.communicate()[0].splitlines()]))
+        if EmbeddingStore.find(url) is not None:
+            check_whole(url, told)
+    assert told
+    stored = len(EmbeddingStore.open(url))
+    last = start(many, url).communicate()[0].splitlines()[-1]
     assert last == f"stored {400 - stored} kept {stored}"
     finish(many, url, tmp_path / "plain.lance")
 
