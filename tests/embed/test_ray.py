@@ -172,7 +172,7 @@ def test_a_killed_driver(many, url, tmp_path):
     finish(many, url, tmp_path / "plain.lance")
 
 
-@pytest.mark.slow  # 4 minutes on a busy machine; each of 400 images takes 0.3 s
+@pytest.mark.slow  # 2.5 minutes, 12 on a busy machine; each of 400 images takes 0.3 s
 def test_twenty_killed_actors(many, url, tmp_path):
     pytest.importorskip("ray")
     rng, kills, lines = random.Random(1), 0, []
@@ -199,7 +199,7 @@ def test_twenty_killed_actors(many, url, tmp_path):
     finish(many, url, tmp_path / "plain.lance")
 
 
-@pytest.mark.slow  # 6 minutes: Ray starts 20 times
+@pytest.mark.slow  # 3.5 minutes: Ray starts 20 times
 def test_twenty_killed_drivers(many, url, tmp_path):
     pytest.importorskip("ray")
     rng, told = random.Random(2), set()
