@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ def test_a_model_agrees_with_itself():
     assert (found.mean_iou, found.least_iou) == (1, 1)
     assert len(found.images[0].ious) == 4
     assert found.names == ("first", "second")
+    assert json.loads(found.to_json())["mean_iou"] == 1
 
 
 def test_other_weights_agree_less():

@@ -7,6 +7,7 @@ here: two models may agree and both be wrong.
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from tinyvit.errors import ImageError
 from tinyvit.images.decode import ImageSource, decode
 from tinyvit.sam.predictor import SamPredictor
 
-from .metrics import iou
+from .metrics import as_json, iou
 from .segment import Timed
 
 
@@ -46,6 +47,10 @@ class Agreement:
     least_iou: float  # the least of all clicks
     encode_seconds: tuple[float, float]  # median time of each to encode an image
     prompt_seconds: tuple[float, float]  # median time of each to predict for a click
+
+    def to_json(self) -> str:
+        """Everything, as JSON."""
+        return json.dumps(as_json(self), indent=2, ensure_ascii=False)
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Lines of a table: the metric and its two numbers."""

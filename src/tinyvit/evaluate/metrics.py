@@ -136,6 +136,9 @@ class Figure:
     high: float  # upper end
     count: int  # numbers that went into it
 
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
 
 def bootstrap(
     values: Sequence[float], groups: Sequence[int], resamples: int = RESAMPLES, seed: int = 0

@@ -480,7 +480,7 @@ def _array(output: Tensor | Array) -> Array:
 
 
 def check_finite(values: Array, backend: str) -> None:
-    """Refuse what a backend gave that is no number."""
+    """Refuse values of a backend that are not finite (NaN or infinity)."""
     if not np.isfinite(values).all():
         raise ValueError(
             f"backend {backend} gave values that are not finite; try precision='fp32' or another "
