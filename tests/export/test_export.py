@@ -24,8 +24,9 @@ from tinyvit.export import (
     graphs,
     verify,
 )
+from tinyvit.export.certificate import Case, compare, keep
 from tinyvit.export.comparing import verify_against
-from tinyvit.export.verify import open_graph
+from tinyvit.export.verify import open_graph, uncut
 
 onnx = pytest.importorskip("onnx")
 
@@ -317,17 +318,21 @@ def test_the_newer_exporter_does_not_take_the_encoder_at_dynamic_sizes_yet(sam):
 
 def test_a_cut_mask_is_compared_in_the_image():
     """One pixel more at the edge moves the box: it is one pixel of the image, not another mask."""
-    facts = {
-        "decoder_outputs": ("masks", "iou_predictions", "low_res_masks", "xtl", "ytl", "xbr", "ybr")
-    }
     masks = []
     for right in (19, 20):
         cut = np.ones((1, 1, 10, right - 4), np.uint8)
         cut[0, 0, 1:, 15:] = 0  # the twentieth column has one pixel
-        outputs = [cut, None, None, *map(np.int64, (5, 10, right, 19))]
-        masks.append(comparing._mask_of(outputs, facts, (40, 50), 0.0))
+        scores = np.zeros((1, 1), np.float32)
+        mask, *others = uncut([cut, scores, *map(np.int64, (5, 10, right, 19))], (40, 50))
+        assert others == [scores]
+        masks.append(mask)
     one, other = masks
     assert one.shape == other.shape == (1, 1, 40, 50)
     assert (one.sum(), other.sum()) == (150, 151)
     assert one[0, 0, 10:20, 5:20].all() and other[0, 0, 10, 20]
     assert comparing._iou(one, other) == 150 / 151
+    case = Case("decoder-1", "decoder", ())
+    kept = keep(one, "decoder-1 masks")
+    found = compare(case, "masks", other, kept, 1e-4)
+    assert found.passed and found.value == 1 / 2000 and found.allowed == 1e-3
+    assert not compare(case, "masks", ~one, kept, 1e-4).passed

@@ -34,6 +34,7 @@ TOLERANCES_VERSION = 1
 MOST_VALUES = 4096
 ALLOWED = {"fp32": 1e-4, "fp16": 2e-2}
 """Largest error by the largest value; measured in fp32: 2e-6 to 1e-5."""
+_ALLOWED_PIXELS = 1e-3
 
 PARTS = ("encoder", "decoder", "classifier", "features")
 """What a file can be; facts name the file, the outputs and, of images, the input of each."""
@@ -63,7 +64,7 @@ class Compared:
     Attributes:
         id: Of the case.
         output: Name of the output.
-        value: Largest error by the largest value.
+        value: Largest error by the largest value; of a mask the share of pixels that differ.
         allowed: What it may be.
         passed: Whether it is.
         reference_sha256: Of the whole reference output in float32.
@@ -198,11 +199,18 @@ def keep(values: NDArray[Any], case_id: str) -> NDArray[np.float32]:
 def compare(
     case: Case, output: str, came: NDArray[Any], kept: NDArray[Any], allowed: float
 ) -> Compared:
-    """Compare an output with the kept values of its reference."""
+    """Compare an output with the kept values of its reference.
+
+    Of a mask it is the share of its pixels that differ, since one alone may always do so: a
+    thousandth may.
+    """
     mine = keep(came, f"{case.id} {output}")
     name = f"{case.id} {output}"
     if mine.shape != kept.shape or not np.isfinite(mine).all():
         return Compared(name, output, float("inf"), allowed, False)
+    if came.dtype == np.bool_:
+        error, allowed = float((mine != kept).mean()), max(allowed, _ALLOWED_PIXELS)
+        return Compared(name, output, error, allowed, error <= allowed)
     largest = max(float(np.abs(kept).max(initial=0)), 1e-6)
     error = float(np.abs(mine.astype(np.float64) - kept).max(initial=0)) / largest
     return Compared(name, output, error, allowed, bool(error <= allowed))

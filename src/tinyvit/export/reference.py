@@ -131,8 +131,8 @@ class Reference:
         place = ImageSpec.sam(sam.prompt_encoder.input_image_size[0]).place(height, width)
         full = sam.postprocess_masks(low_res, place.resized_size, place.original_size)
         outputs = [full.numpy(), scores.numpy(), shown.numpy()]
-        if "xtl" in self.facts["decoder_outputs"]:
-            return _cropped(outputs, sam.mask_threshold)
+        if "xtl" in self.facts["decoder_outputs"]:  # CVAT's, see verify.uncut
+            outputs[0] = outputs[0] > sam.mask_threshold
         return outputs
 
     def _tokens(self, sam: Sam, coords: Tensor, labels: Tensor) -> Tensor:
@@ -164,13 +164,3 @@ class Reference:
         if self.sam is None:
             raise ValueError("this model has no mask decoder")
         return self.sam
-
-
-def _cropped(outputs: list[NDArray[Any]], threshold: float) -> list[NDArray[Any]]:
-    mask = outputs[0][0, 0] > threshold
-    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    top, bottom = (int(ys[0]), int(ys[-1])) if len(ys) else (0, 0)
-    left, right = (int(xs[0]), int(xs[-1])) if len(xs) else (0, 0)
-    cut = mask[None, None, top : bottom + 1, left : right + 1].astype(np.uint8)
-    box = [np.array(value, np.int64) for value in (left, top, right, bottom)]
-    return [cut, *outputs[1:], *box]

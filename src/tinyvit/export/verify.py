@@ -8,7 +8,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -294,10 +294,32 @@ def runner_of(facts: Mapping[str, Any], backend: Backend | None) -> Runner:
 
 
 def open_parts(folder: Path, facts: Mapping[str, Any], runner: Runner) -> dict[str, OpenedGraph]:
-    """The graph of each part of an export."""
+    """The graph of each part of an export; CVAT's decoder gives masks in the image here."""
     library: Backend = "openvino" if runner == "openvino" else "onnx"
-    return {part: open_graph(folder / facts[part], library)
-            for part in own.PARTS if facts.get(part)}  # fmt: skip
+    found = {part: open_graph(folder / facts[part], library)
+             for part in own.PARTS if facts.get(part)}  # fmt: skip
+    if "xtl" in facts.get("decoder_outputs", ()):
+        cut = found["decoder"]
+
+        def run(inputs: Mapping[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:
+            height, width = (int(side) for side in inputs["orig_im_size"])
+            return uncut(cut(inputs), (height, width))
+
+        found["decoder"] = replace(cut, run=run)
+    return found
+
+
+def uncut(outputs: Sequence[NDArray[Any]], size: tuple[int, int]) -> list[NDArray[Any]]:
+    """CVAT's outputs with the mask in the image, bool, in place of the mask in its box.
+
+    One pixel more may move the box far, and is one pixel of the image.
+    """
+    cut, *others, left, top, right, bottom = outputs
+    mask = np.zeros((1, 1, *size), np.bool_)
+    part = mask[..., int(top) : int(bottom) + 1, int(left) : int(right) + 1]
+    if part.shape == cut.shape:  # else the graph is wrong, and the mask stays empty
+        part[:] = cut != 0
+    return [mask, *others]
 
 
 def _check_metadata(
