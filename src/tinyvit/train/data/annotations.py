@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,13 +135,12 @@ class MaskFile:
     path: Path  # the file
     value: int | None = None  # the object's id in it; None: the file shows one object
 
-    def mask(self, size: Size) -> Mask:
-        """The mask, if its size is right."""
-        ids = read_mask_file(self.path, is_one_object=self.value is None)
+    def mask(self, size: Size, read: Callable[..., NDArray[np.int64]] | None = None) -> Mask:
+        """The mask, if its size is right; ``read`` stands for ``read_mask_file``."""
+        ids = (read or read_mask_file)(self.path, is_one_object=self.value is None)
         if ids.shape != size:
             raise ValueError(_wrong_size(f"the mask {self.path} is", ids.shape, size))
-        found: Mask = ids == (1 if self.value is None else self.value)
-        return found
+        return np.asarray(ids == (1 if self.value is None else self.value))
 
     def check(self, size: Size) -> None:
         """An id was seen in the file, so that only its size needs a check."""
@@ -264,8 +263,7 @@ def fill_polygon(ring: NDArray[np.float64], size: Size) -> Mask:
         x = x0 + (rows + 0.5 - y0) * (x1 - x0) / (y1 - y0)
         columns = np.clip(np.ceil(x - 0.5), 0, width).astype(np.int64)
         crossings[rows, columns] ^= True  # the first centre to the right of the edge
-    inside: Mask = np.logical_xor.accumulate(crossings, axis=1)[:, :width]
-    return inside
+    return np.asarray(np.logical_xor.accumulate(crossings, axis=1)[:, :width])
 
 
 def _check_not_empty(mask: Mask) -> None:

@@ -61,8 +61,7 @@ def augmentation(strength: Strength, flip: bool = True) -> Augmentation:
 
     "full" is TinyViT's recipe for ImageNet; "light" is for small data sets and for images in which
     place and colour matter: crops of at least 60 percent, small turns and moves; "none" leaves the
-    image as it is. ``flip`` mirrors half of the images, not with "none"; not for letters and
-    digits.
+    image as it is. ``flip`` mirrors half of the images unless "none"; not for letters and digits.
 
     Examples:
         >>> augmentation("light", flip=False).flip
@@ -97,9 +96,16 @@ class View:
         if is_mirrored:
             resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if settings.rotate or settings.shift:
-            resized = _moved(resized, settings, rng)
+            # a small turn and move; what comes in from outside has the colour of the border
+            angle, right, down = rng.uniform(-1, 1, 3)
+            move = settings.shift * right * width, settings.shift * down * height
+            resized = _turned(resized, settings.rotate * angle, move)
+        names = tuple(_OPERATIONS if settings.colours else _PLACES)
         for _ in range(settings.operations):
-            resized = _changed(resized, settings, rng)
+            name = names[int(rng.integers(len(names)))]
+            level = float(np.clip(rng.normal(settings.magnitude, settings.spread), 0, _MOST))
+            sign = 1.0 if rng.random() < 0.5 else -1.0
+            resized = _OPERATIONS[name](resized, level / _MOST, sign)
         pixels = normalise(np.asarray(resized), spec, spec.size)
         if rng.random() < settings.erase:
             _erase(pixels, rng)
@@ -128,37 +134,26 @@ def _draw_box(
     return x0, y0, x0 + w, y0 + h
 
 
-def _moved(image: Image.Image, settings: Augmentation, rng: np.random.Generator) -> Image.Image:
-    """Turn and move a little; what comes in from outside has the colour of the border."""
-    angle, right, down = rng.uniform(-1, 1, 3)
-    turn = math.radians(settings.rotate * angle)
-    across = settings.shift * right * image.width, settings.shift * down * image.height
-    return _affine(image, math.cos(turn), -math.sin(turn), math.sin(turn), math.cos(turn), across)
+_Move = tuple[float, float]
+_STILL: _Move = (0.0, 0.0)
+
+
+def _turned(image: Image.Image, degrees: float, move: _Move = _STILL) -> Image.Image:
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return _affine(image, cos, -sin, sin, cos, move)
 
 
 def _affine(
-    image: Image.Image, a: float, b: float, c: float, d: float, move: tuple[float, float]
+    image: Image.Image, a: float, b: float, c: float, d: float, move: _Move = _STILL
 ) -> Image.Image:
     """Map by [[a, b], [c, d]] about the centre, from output to input; outside: the border."""
     x, y = image.width / 2, image.height / 2
     left, top = (max(image.width // 2, 1), max(image.height // 2, 1))
-    padded = Image.fromarray(
-        np.pad(np.asarray(image), ((top, top), (left, left), (0, 0)), mode="edge")
-    )
-    matrix = (
-        *(a, b, x + left - a * x - b * y + move[0]),
-        *(c, d, y + top - c * x - d * y + move[1]),
-    )
+    pixels = np.pad(np.asarray(image), ((top, top), (left, left), (0, 0)), mode="edge")
+    padded = Image.fromarray(pixels)
+    across, down = x + left - a * x - b * y + move[0], y + top - c * x - d * y + move[1]
+    matrix = (a, b, across, c, d, down)
     return padded.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
-
-
-def _changed(image: Image.Image, settings: Augmentation, rng: np.random.Generator) -> Image.Image:
-    """One operation of RandAugment."""
-    names = tuple(_OPERATIONS if settings.colours else _PLACES)
-    name = names[int(rng.integers(len(names)))]
-    level = float(np.clip(rng.normal(settings.magnitude, settings.spread), 0, _MOST)) / _MOST
-    sign = 1.0 if rng.random() < 0.5 else -1.0
-    return _OPERATIONS[name](image, level, sign)
 
 
 def _erase(pixels: NDArray[np.float32], rng: np.random.Generator) -> None:
@@ -180,17 +175,11 @@ def _enhanced(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> _Operatio
     return lambda image, level, sign: kind(image).enhance(1 + sign * 0.9 * level)
 
 
-def _turned(image: Image.Image, level: float, sign: float) -> Image.Image:
-    angle = math.radians(30 * level * sign)
-    cos, sin = math.cos(angle), math.sin(angle)
-    return _affine(image, cos, -sin, sin, cos, (0.0, 0.0))
-
-
 _PLACES: dict[str, _Operation] = {
     "identity": lambda image, level, sign: image,
-    "rotate": _turned,
-    "shear_x": lambda p, level, sign: _affine(p, 1, 0.3 * level * sign, 0, 1, (0.0, 0.0)),
-    "shear_y": lambda p, level, sign: _affine(p, 1, 0, 0.3 * level * sign, 1, (0.0, 0.0)),
+    "rotate": lambda image, level, sign: _turned(image, 30 * level * sign),
+    "shear_x": lambda image, level, sign: _affine(image, 1, 0.3 * level * sign, 0, 1),
+    "shear_y": lambda image, level, sign: _affine(image, 1, 0, 0.3 * level * sign, 1),
     "move_x": lambda p, level, sign: _affine(p, 1, 0, 0, 1, (0.45 * level * sign * p.width, 0.0)),
     "move_y": lambda p, level, sign: _affine(p, 1, 0, 0, 1, (0.0, 0.45 * level * sign * p.height)),
 }
@@ -265,12 +254,9 @@ class MaskAugment(Settings):
 
 def fit_sample(image: RGB, masks: Masks, size: Size, part: float = 1.0) -> tuple[RGB, Masks]:
     """Fit an image and its masks into a part of the model input: [h, w, 3], [N, h, w]."""
-    height, width = image.shape[:2]
-    scale = part * min(size[0] / height, size[1] / width)
-    new_h, new_w = (
-        min(limit, max(1, round(side * scale)))
-        for side, limit in ((height, size[0]), (width, size[1]))
-    )
+    sides = [*zip(image.shape[:2], size, strict=True)]
+    scale = part * min(limit / side for side, limit in sides)
+    new_h, new_w = (min(limit, max(1, round(side * scale))) for side, limit in sides)
     bilinear = Image.Resampling.BILINEAR
     pixels = np.array(Image.fromarray(np.ascontiguousarray(image)).resize((new_w, new_h), bilinear))
     small = np.zeros((len(masks), new_h, new_w), masks.dtype)

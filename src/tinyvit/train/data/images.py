@@ -1,8 +1,7 @@
 """Labelled images of any source, and which of them are held out for validation.
 
 ``open_data_set`` takes folders, CSV files and tar files and gives two parts. ``hold_out`` parts
-names without labels: each name is put on a side by a hash of itself, so that it stays there when
-others come or go.
+names without labels: a hash of each name says its side, whatever other names come or go.
 """
 
 from __future__ import annotations
@@ -13,21 +12,17 @@ import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
 from tinyvit.errors import ImageError
-from tinyvit.evaluate.classify import LabelledImages
+from tinyvit.evaluate.classify import LabelledImages, Loaded
 from tinyvit.train.settings import OnBroken
 
 from . import lists
 from .lists import ImageList, Labels, find_shards
 
 _TRIES = 20  # unreadable images in a row that end the training
-
-
-Loaded = TypeVar("Loaded")
 
 
 def hold_out(names: Sequence[str], part: float | str, seed: int = 0) -> tuple[list[str], list[str]]:
@@ -93,17 +88,11 @@ def split(
 
 @dataclass(frozen=True)
 class DataSet:
-    """Two parts that share no image.
+    """Two parts that share no image."""
 
-    Attributes:
-        train: What is trained on.
-        val: What is validated on.
-        origin: Where both come from, in words.
-    """
-
-    train: ImageList
-    val: ImageList
-    origin: str
+    train: ImageList  # what is trained on
+    val: ImageList  # what is validated on
+    origin: str  # where both come from, in words
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -125,20 +114,17 @@ def open_data_set(
     Args:
         data: A folder with one subfolder for each class; a folder with such folders ``train`` and
             ``val`` (or ``Test``, ``dev``, ...; or with tar files in them); a CSV file, perhaps with
-            a column ``split``; a tar file, a folder of tar files, or a pattern such as
-            ``train-*.tar``.
+            a column ``split``; a tar file, a folder of them, or a pattern such as ``train-*.tar``.
         val: The part to validate on, of any of these kinds; None takes the one that ``data`` names
             itself, or holds out ``val_part`` of each class.
-        val_part: Part of each class to hold out where neither names one, above 0
-            and below 1.
+        val_part: Part of each class to hold out where neither names one, above 0 and below 1.
         split_seed: The same seed gives the same split.
 
     Returns:
         The two parts.
 
     Raises:
-        ValueError: The data cannot be read, a class has no image to train on, or nothing can
-            be held out.
+        ValueError: Unreadable data, a class without an image to train on, or none to hold out.
 
     Warns:
         UserWarning: A class has no image to validate on, or images stand in both parts; these are
@@ -187,8 +173,7 @@ def open_part(data: str | os.PathLike[str], classes: Sequence[str] | None = None
     path = Path(data)
     if path.suffix.lower() in (".csv", ".tsv"):
         return lists.read_csv(path, classes)
-    shards = find_shards(path)
-    if shards:
+    if shards := find_shards(path):
         return lists.read_shards(shards, classes)
     if not path.exists():
         raise ValueError(
@@ -248,8 +233,7 @@ def _by_column(listed: ImageList, path: Path) -> DataSet:
             f"the column 'split' of {str(path)!r} has {came}; wanted 'train' and 'val', each at "
             "least once"
         )
-    lacking = set(range(len(listed.classes))) - set(listed.labels[train].tolist())
-    if lacking:
+    if lacking := set(range(len(listed.classes))) - set(listed.labels[train].tolist()):
         names = ", ".join(repr(listed.classes[number]) for number in sorted(lacking))
         raise ValueError(f"classes of {str(path)!r} with no image in 'train': {names}")
     return _disjoint(listed.part(train), listed.part(val), f"{path}, by its column 'split'")

@@ -134,8 +134,7 @@ def read_folder(folder: str | os.PathLike[str], classes: Sequence[str] | None = 
             f"{str(root)!r} has no subfolders with images; wanted one subfolder for each class, "
             f"with images of {' '.join(IMAGE_SUFFIXES)}"
         )
-    empty = [name for name in there if not found[name]]
-    if empty:
+    if empty := [name for name in there if not found[name]]:
         raise ValueError(
             f"{_classes(empty)} in {str(root)!r} without an image; put images "
             "there or remove the folder"
@@ -176,16 +175,15 @@ def read_csv(path: str | os.PathLike[str], classes: Sequence[str] | None = None)
             )
     if not rows:
         raise ValueError(f"{str(path)!r} has a header and no rows; wanted a path and a label each")
-    files = [find_file(cells[where], [path.parent]) for _, cells in rows]
-    lost = [cells[where] for (_, cells), file in zip(rows, files, strict=True) if file is None]
-    if lost:
+    files = [(cells[where], find_file(cells[where], [path.parent])) for _, cells in rows]
+    if lost := [name for name, file in files if file is None]:
         raise ValueError(
             f"{len(lost)} of {len(rows)} images of {str(path)!r} are not there: "
             f"{some(lost)}; paths are relative to {str(path.parent)!r}"
         )
     names = tuple(
-        cells[where] if file == path.parent / cells[where] else os.path.relpath(file, path.parent)
-        for (_, cells), file in zip(rows, files, strict=True)
+        name if file == path.parent / name else os.path.relpath(file, path.parent)
+        for name, file in files
         if file is not None
     )
     labels, known = number_classes([cells[what] for _, cells in rows], classes, str(path))
@@ -207,14 +205,12 @@ def number_classes(
         known = tuple(sorted(distinct, key=lambda t: (int(t) if is_numbers else 0, t)))
     else:
         known = tuple(classes)
-        unknown = sorted(distinct - set(known))
-        if unknown:
+        if unknown := sorted(distinct - set(known)):
             raise ValueError(
                 f"{origin} has {len(unknown)} classes that the other part does not have: "
                 f"{some(unknown)}; both parts must have the same classes"
             )
-        lacking = [name for name in known if name not in distinct]
-        if lacking:
+        if lacking := [name for name in known if name not in distinct]:
             warnings.warn(f"{_classes(lacking)} without an image in {origin}", stacklevel=3)
     numbers = {name: number for number, name in enumerate(known)}
     return np.array([numbers[text] for text in texts], dtype=np.int64), known
@@ -292,8 +288,7 @@ def _index(shards: Sequence[Path]) -> _Index:
                 images[key] = (member.name, member.offset_data, member.size)
             elif content is not None and (suffix == ".cls" or key not in labels):
                 labels[key] = _label(content, suffix, f"{path.name}/{member.name}")
-        lost = [key for key in images if key not in labels]
-        if lost:
+        if lost := [key for key in images if key not in labels]:
             raise ValueError(
                 f"{len(lost)} images of {str(path)!r} have no label, the first is {lost[0]!r}; "
                 f"wanted {lost[0]}.cls or {lost[0]}.json beside it"
@@ -325,10 +320,8 @@ def _members(path: Path) -> Iterator[tuple[str, str, tarfile.TarInfo, bytes | No
                     continue
                 stem, _, rest = plain.name.partition(".")
                 suffix = f".{rest.lower()}"
-                content = None
-                if suffix in (".cls", ".json"):
-                    file = tar.extractfile(member)
-                    content = None if file is None else file.read()
+                file = tar.extractfile(member) if suffix in (".cls", ".json") else None
+                content = None if file is None else file.read()
                 yield str(plain.parent / stem), suffix, member, content
             # it ends with blocks of zeros; ``tarfile`` takes a header that is cut for the end, too
             with path.open("rb") as raw:

@@ -16,6 +16,7 @@ import os
 import warnings
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,17 +43,11 @@ _MASK_FOLDERS = ("masks", "mask", "segmentationobject")
 
 @dataclass(frozen=True)
 class MaskSample:
-    """One image and the annotations of its objects.
+    """One image and the annotations of its objects."""
 
-    Attributes:
-        image: Its file, or a JSON of labelme that holds it.
-        annotations: One for each object.
-        labels: What each object is called; empty text where nothing is known.
-    """
-
-    image: Path
-    annotations: tuple[Annotation, ...]
-    labels: tuple[str, ...]
+    image: Path  # its file, or a JSON of labelme that holds it
+    annotations: tuple[Annotation, ...]  # one for each object
+    labels: tuple[str, ...]  # what each is called; empty text where nothing is known
 
     @property
     def name(self) -> str:
@@ -67,32 +62,19 @@ class MaskSample:
         image = decode(image_source(self.image))
         size = image.shape[0], image.shape[1]
         masks = np.zeros((len(self), *size), np.bool_)
-        read: dict[Path, NDArray[np.int64]] = {}
-        for mask, annotation in zip(masks, self.annotations, strict=True):
-            if isinstance(annotation, MaskFile) and annotation.value is not None:
-                path = annotation.path
-                if path not in read:  # one file may hold many objects
-                    read[path] = read_mask_file(path, is_one_object=False)
-                if read[path].shape == size:
-                    mask[...] = read[path] == annotation.value
-                    continue
-            mask[...] = annotation.mask(size)
+        read = lru_cache(maxsize=1)(read_mask_file)  # one file may hold many objects
+        for mask, one in zip(masks, self.annotations, strict=True):
+            mask[...] = one.mask(size, read) if isinstance(one, MaskFile) else one.mask(size)
         return image, masks
 
 
 @dataclass(frozen=True)
 class MaskSet:
-    """Images with masks; samples by number.
+    """Images with masks; samples by number."""
 
-    Attributes:
-        source: Where it was read from.
-        scenes: The samples, each with at least one good mask.
-        faults: What was skipped and why, a sentence each.
-    """
-
-    source: str
-    scenes: tuple[MaskSample, ...]
-    faults: tuple[str, ...] = ()
+    source: str  # where it was read from
+    scenes: tuple[MaskSample, ...]  # each with at least one good mask
+    faults: tuple[str, ...] = ()  # what was skipped and why, a sentence each
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -172,11 +154,9 @@ def open_mask_set(
     if on_fault not in ("skip", "error"):
         raise ValueError(f"on_fault must be 'skip' or 'error', but is {on_fault!r}")
     faults: list[str] = []
-    raws = read_samples(Path(path), None if images is None else Path(images), faults)
     samples: dict[Hashable, MaskSample] = {}
-    for raw in raws:
-        good = _good_objects(raw, check_pixels, faults)
-        if good:
+    for raw in read_samples(Path(path), None if images is None else Path(images), faults):
+        if good := _good_objects(raw, check_pixels, faults):
             annotations, labels = zip(*good, strict=True)
             known = samples.get(identity(raw.image), MaskSample(raw.image, (), ()))
             samples[identity(raw.image)] = MaskSample(
@@ -410,28 +390,23 @@ def _read_labelme(
     image = find_file(_text(content.get("imagePath")) or path.stem, folders)
     if image is None:
         image = path if content.get("imageData") else folders[0] / _text(content.get("imagePath"))
-    groups: dict[object, tuple[str, str, list[Any], list[Any]]] = {}
+    objects: dict[object, tuple[Polygons, str, str]] = {}
     for number, shape in _rows(content, "shapes", path, faults):
         label, what = _text(shape.get("label")), f"shape {number}"
         group = shape.get("group_id")  # those of one label and group are one object
         key = number if group is None else (label, str(group))
         try:
-            rings, patches = _labelme_shape(shape)
+            part = _labelme_shape(shape)
         except ValueError as err:
             faults.append(f"{path}, {what}: {err}")
             continue
-        held = groups.setdefault(key, (label, what, [], []))
-        held[2].extend(rings)
-        held[3].extend(patches)
-    objects: list[tuple[Annotation, str, str]] = [
-        (Polygons(tuple(rings), tuple(patches)), label, what)
-        for label, what, rings, patches in groups.values()
-    ]
-    return RawSample(image, objects, _size(content, "imageHeight", "imageWidth"))
+        held, label, what = objects.get(key, (Polygons(()), label, what))
+        whole = Polygons(held.rings + part.rings, held.patches + part.patches)
+        objects[key] = whole, label, what
+    return RawSample(image, [*objects.values()], _size(content, "imageHeight", "imageWidth"))
 
 
-def _labelme_shape(shape: Mapping[str, Any]) -> tuple[list[Any], list[tuple[int, int, bytes]]]:
-    """(rings, patches) of a shape."""
+def _labelme_shape(shape: Mapping[str, Any]) -> Polygons:
     kind = shape.get("shape_type") or "polygon"
     if kind in _WITHOUT_AREA:
         raise ValueError(f"a {kind} has no area; wanted a polygon, rectangle, circle or mask")
@@ -441,23 +416,23 @@ def _labelme_shape(shape: Mapping[str, Any]) -> tuple[list[Any], list[tuple[int,
         raise ValueError("points must be pairs of numbers") from err
     is_plain = kind in ("rectangle", "circle", "mask")
     if not is_plain or (kind == "rectangle" and len(points) == 4):
-        return [as_ring(points)], []
+        return Polygons((as_ring(points),))
     if len(points) != 2 or not np.isfinite(points).all():
         raise ValueError(f"a {kind} wants two points of finite numbers; came {len(points)}")
     (x0, y0), (x1, y1) = points
     if kind == "rectangle":
-        return [np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])], []
+        return Polygons((np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]]),))
     if kind == "circle":
         turn = np.linspace(0, 2 * math.pi, _CIRCLE, endpoint=False)
         directions = np.stack((np.cos(turn), np.sin(turn)), 1)
-        return [points[0] + math.hypot(x1 - x0, y1 - y0) * directions], []
+        return Polygons((points[0] + math.hypot(x1 - x0, y1 - y0) * directions,))
     try:
         png = base64.b64decode(shape.get("mask") or "")
         with Image.open(io.BytesIO(png)) as image:
             image.load()
     except (TypeError, ValueError, OSError, SyntaxError, UnidentifiedImageError) as err:
         raise ValueError(f"its mask is no image in base64: {err}") from err
-    return [], [(int(min(x0, x1)), int(min(y0, y1)), png)]
+    return Polygons((), ((int(min(x0, x1)), int(min(y0, y1)), png),))
 
 
 def image_source(path: Path) -> Path | bytes:
@@ -472,9 +447,8 @@ def image_source(path: Path) -> Path | bytes:
 
 def _read_csv(path: Path, images: Path | None, faults: list[str]) -> list[RawSample]:
     (_, header), *rows = read_table(path)
-    image_column, mask_column = (
-        find_column(header, names) for names in (_IMAGE_COLUMNS, _MASK_COLUMNS)
-    )
+    image_column = find_column(header, _IMAGE_COLUMNS)
+    mask_column = find_column(header, _MASK_COLUMNS)
     if image_column is None or mask_column is None:
         raise ValueError(
             f"{path} must have the columns 'picture' (or 'image') and 'mask'; it has "
