@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
+from typing import Any, Generic, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,9 @@ from . import optim, run_folder
 from .optim import Processes, join_processes
 from .run_folder import Facts, Progress, RunLog, RunState
 from .settings import BatchStats, ChangedSettingsError, TrainSettings
-from .task import Batch, Goal, Key, Order, Task, derived_seed, load_batches
+from .task import Batch, Goal, Key, Order, Sample, Task, derived_seed, load_batches
 
 Report: TypeAlias = Callable[[Progress], None]
-Sample = TypeVar("Sample")
 
 SETTINGS, LAST, BEST = "settings.toml", "last.safetensors", "best.safetensors"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -288,13 +287,10 @@ class Run(Generic[Sample]):
 
     def go(self, stop: threading.Event) -> None:
         """All steps that are left; raises KeyboardInterrupt where a signal asked to stop."""
+        processes, steps = self.processes, range(self.counters.step, self.steps)
+        is_pinned = processes.device.type == "cuda"
         batches = load_batches(
-            self.task,
-            self.order,
-            self.processes.rank,
-            range(self.counters.step, self.steps),
-            self.settings.workers,
-            is_pinned=self.processes.device.type == "cuda",
+            self.task, self.order, processes.rank, steps, self.settings.workers, is_pinned
         )
         if self.settings.validate_at_start and not self.counters.step:
             self._validate()
@@ -317,11 +313,9 @@ class Run(Generic[Sample]):
         self.optimiser.zero_grad(set_to_none=True)
         loss, metrics, parts = self.accumulate_gradient(batches, step)
         norm = float(optim.clip_gradients(self.optimiser, self.settings.clip_norm))
-        shared = torch.tensor(
-            [loss, norm / self.processes.count, stop.is_set()],
-            dtype=torch.float64,
-            device=self.processes.device if self.processes.device.type != "mps" else "cpu",
-        )
+        place = self.processes.device if self.processes.device.type != "mps" else "cpu"
+        told = [loss, norm / self.processes.count, stop.is_set()]
+        shared = torch.tensor(told, dtype=torch.float64, device=place)
         self.loss, norm, asked = self.processes.sum(shared).tolist()
         if not torch.isfinite(shared).all():  # before the optimiser spoils the weights
             kept = run_folder.keep_batch(self.folder, step + 1, self.processes.rank, parts)
@@ -346,9 +340,8 @@ class Run(Generic[Sample]):
         """Compute the gradient of the mean loss over a step's samples, of all processes together.
 
         Each part counts by its number of samples, so parts of different sizes give the same mean
-        as one large batch. Gives the loss, a mean over this process's samples times its part of all
-        samples of the step; the metrics, means over its samples; and the parts: keys, and batch on
-        the CPU.
+        as one large batch. Gives the loss, a mean over this process's samples times its part of the
+        step's; the metrics, means over its samples; and the parts: keys, and batch on the CPU.
         """
         processes, settings = self.processes, self.settings
         keys = self.order.parts(step, processes.rank)

@@ -39,20 +39,17 @@ _PARTS = {"decoder": ("mask_decoder",), "neck": ("neck",), "head": ("norm_head",
 def set_trainable(model: nn.Module, trainable: Trainable, lora_rank: int = 8) -> None:
     """Set ``requires_grad`` of every parameter; SettingError where there is no such part."""
     model.requires_grad_(trainable == "full")
-    if trainable == "full":
-        return
     if trainable == "lora":
         add_lora(model, lora_rank)
-        return
-    parameters = _parameters_of(model, trainable)
-    if not parameters:
-        held = [name for name in _PARTS if _parameters_of(model, name)]
-        wanted = ", ".join(["full", "lora", *held])
-        raise SettingError(
-            "trainable", f"one of {wanted} for this {type(model).__name__}", trainable
-        )
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+    elif trainable != "full":
+        parameters = _parameters_of(model, trainable)
+        if not parameters:
+            held = [name for name in _PARTS if _parameters_of(model, name)]
+            names = ", ".join(["full", "lora", *held])
+            wanted = f"one of {names} for this {type(model).__name__}"
+            raise SettingError("trainable", wanted, trainable)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def _parameters_of(model: nn.Module, part: str) -> list[nn.Parameter]:
@@ -177,8 +174,7 @@ def parameter_groups(
 
     Only matrices and kernels decay: not what has one dimension (norms, biases), attention biases
     and embeddings. ``layer_decay`` is the factor on the learning rate from each block to the one
-    before it; parameters whose ids are ``apart`` get groups of their own. ``set_learning_rates``
-    sets ``lr``.
+    before it; those whose ids are ``apart`` have own groups. ``set_learning_rates`` sets ``lr``.
     """
     embeddings: set[int] = set()
     for module in model.modules():
@@ -226,12 +222,11 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 def make_optimiser(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
     """The chosen optimiser over what is trainable; ValueError where it has nothing to train."""
-    linear: set[int] = set()
-    if settings.optimiser == "muon":
-        linear = {id(one.weight) for one in model.modules() if isinstance(one, nn.Linear)}
+    is_muon = settings.optimiser == "muon"
+    linear = {id(one.weight) for one in model.modules() if is_muon and isinstance(one, nn.Linear)}
     groups = parameter_groups(model, settings.weight_decay, settings.layer_decay, linear)
     betas = settings.beta1, settings.beta2
-    if settings.optimiser == "adamw":
+    if not is_muon:
         return torch.optim.AdamW(groups, lr=0.0, betas=betas)
     matrices = [group for group in groups if id(group["params"][0]) in linear]
     others = [group for group in groups if id(group["params"][0]) not in linear]
@@ -284,8 +279,7 @@ class Processes:
     def gradient_sync(self, module: nn.Module, is_last: bool) -> AbstractContextManager[None]:
         """Add up gradients over the processes in the last of a step's parts only."""
         if isinstance(module, DistributedDataParallel) and not is_last:
-            context: AbstractContextManager[None] = module.no_sync()
-            return context
+            return cast("AbstractContextManager[None]", module.no_sync())
         return nullcontext()
 
     def sum(self, values: Tensor) -> Tensor:

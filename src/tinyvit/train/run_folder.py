@@ -243,9 +243,7 @@ def _draw_panel(kind: str, name: str, points: list[_Point]) -> Image.Image:
 def _range(values: list[float]) -> _Point:
     """Lowest and highest, apart even where they are alike."""
     low, high = min(values), max(values)
-    if high > low:
-        return low, high
-    margin = abs(low) * 0.1 or 1.0
+    margin = 0.0 if high > low else abs(low) * 0.1 or 1.0
     return low - margin, high + margin
 
 

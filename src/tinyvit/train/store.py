@@ -73,25 +73,20 @@ class Store:
     ``facts`` are what all rows have in common, as plain data; given, they must agree with those of
     a store that exists, the teacher's name apart, and make one that does not. Without them a store
     that exists is opened. A ``StoreMismatchError`` leaves what is there as it is.
-
-    Attributes:
-        entries: Everything met so far, by name; also what has no arrays.
-        shapes: Shape of a row's array by key; empty before the first row.
-        damaged: Names of shards that cannot be used; their rows count as missing.
     """
 
     def __init__(
         self, folder: str | os.PathLike[str], facts: Mapping[str, object] | None = None
     ) -> None:
         self.folder = Path(folder)
-        self.entries: dict[str, Entry] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.damaged: list[str] = []
+        self.entries: dict[str, Entry] = {}  # all met so far, by name; also what has no arrays
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of a row's arrays; empty before the first
+        self.damaged: list[str] = []  # shards that cannot be used; their rows count as missing
         self._next = 0
         self._open: dict[int, Any] = {}
         is_old = (self.folder / _OldLogits.HEADER).is_file()
         self._old_logits = _OldLogits(self.folder) if is_old else None
-        self.facts = self._find_facts(facts)
+        self._find_facts(facts)
         if self._old_logits is not None:
             self.entries = self._old_logits.entries
             return
@@ -154,12 +149,11 @@ class Store:
             if entry.shard not in self._open:
                 self._open[entry.shard] = safe_open(path, framework="np")
             kept = self._open[entry.shard].get_slice(key)
-            value: NDArray[Any] = kept[entry.row : entry.row + 1][0]
+            return np.asarray(kept[entry.row : entry.row + 1][0])
         except (OSError, SafetensorError) as err:
             raise CheckpointError(
                 f"{path} cannot be read ({err!s}); remove it and store again"
             ) from err
-        return value
 
     def check(self, **wanted: object) -> None:
         """Refuse a store whose facts have other values; the message names each."""
@@ -174,8 +168,9 @@ class Store:
                 "another folder"
             )
 
-    def _find_facts(self, wanted: Mapping[str, object] | None) -> dict[str, Any]:
+    def _find_facts(self, wanted: Mapping[str, object] | None) -> None:
         """The facts of the store, which must agree with those wanted; a new store if need be."""
+        self.facts: dict[str, Any]
         path = self.folder / MANIFEST
         if self._old_logits is not None:
             self.facts, found = self._old_logits.facts, 1
@@ -203,7 +198,6 @@ class Store:
                     f"{self.folder} is of format {found}, which is read but no longer written; "
                     "choose another folder"
                 )
-        return self.facts
 
     def _path(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.safetensors"
@@ -273,14 +267,12 @@ class _OldLogits:
             )  # fmt: skip
             self.path = folder / "logits.bin"
             self.shape = views, count
-            good = np.stack([_is_good(view) for view in self._records()])  # [V, N]
+            self.good = np.stack([_is_good(view) for view in self._records()])  # [V, N]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
             raise CheckpointError(f"{folder} holds no good store of logits: {err}") from err
         self.facts = {"images": count, **values}
-        self.good = good
-        self.entries = {
-            str(image): Entry(0, int(image), {}, "") for image in np.flatnonzero(good.any(axis=0))
-        }
+        known = np.flatnonzero(self.good.any(axis=0)).tolist()
+        self.entries = {str(image): Entry(0, image, {}, "") for image in known}
 
     def _records(self) -> NDArray[Any]:
         return np.memmap(self.path, self.record, mode="r", shape=self.shape)
@@ -295,5 +287,4 @@ def _is_good(records: NDArray[Any]) -> NDArray[np.bool_]:
     words = np.frombuffer(records.tobytes(), dtype="<u4").reshape(len(records), -1)[:, :-1]
     factors = (np.arange(words.shape[1], dtype=np.uint64) * 0x9E3779B2 + 1) & 0xFFFFFFFF | 1
     sums = (words.astype(np.uint64) * factors % (1 << 32)).sum(axis=1, dtype=np.uint64)
-    good: NDArray[np.bool_] = records["checksum"] == (sums + np.uint64(0x7E1147F1)) % (1 << 32)
-    return good
+    return np.asarray(records["checksum"] == (sums + np.uint64(0x7E1147F1)) % (1 << 32))

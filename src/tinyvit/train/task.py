@@ -31,6 +31,9 @@ Batch: TypeAlias = dict[str, Tensor]
 Goal: TypeAlias = tuple[str, Literal["max", "min"]]
 """A metric of ``validate`` and which way it is better."""
 
+Loss: TypeAlias = tuple[Tensor, dict[str, Tensor]]
+"""The loss of a batch, and metrics by name."""
+
 Sample = TypeVar("Sample")
 
 
@@ -52,7 +55,6 @@ class Task(Protocol[Sample]):
 
     def __len__(self) -> int:
         """Training samples in an epoch."""
-        ...
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """One training sample.
@@ -61,15 +63,11 @@ class Task(Protocol[Sample]):
             index: 0 to ``len(self) - 1``.
             rng: The only source of random numbers; seeded by (seed, epoch, index).
         """
-        ...
 
     def collate(self, samples: list[Sample]) -> Batch:
         """The batch made of samples, on the CPU."""
-        ...
 
-    def loss(
-        self, model: nn.Module, batch: Batch, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Loss:
         """The loss of a batch, and metrics to log.
 
         Args:
@@ -81,7 +79,6 @@ class Task(Protocol[Sample]):
         Returns:
             The mean over the batch's samples, a float32 scalar, and detached scalars by name.
         """
-        ...
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Metrics on the held-out part.
@@ -89,11 +86,9 @@ class Task(Protocol[Sample]):
         Args:
             model: In eval mode and without gradients; holds the averaged weights where they are on.
         """
-        ...
 
     def save(self, model: nn.Module, path: Path) -> None:
         """Write a ``.safetensors`` file that every other command loads."""
-        ...
 
 
 # -- the order of samples ------------------------------------------------------------------------
@@ -118,17 +113,13 @@ class Order:
             raise ValueError("the training data holds no samples")
         least = self.accumulate * self.ranks
         if self.batch_size < least:
-            wanted = (
-                f"at least {least}: a sample for each accumulated part of {self.ranks} processes"
-            )
-            raise SettingError("batch_size", wanted, self.batch_size)
+            wanted = f"a sample for each accumulated part of {self.ranks} processes"
+            raise SettingError("batch_size", f"at least {least}: {wanted}", self.batch_size)
         if self.steps_per_epoch < 1:
             words = f"is {self.batch_size}, and {self.samples} samples give {self.ranks} processes"
-            raise SettingsError(
-                "",
-                [("batch_size", f"{words} no step"), ("drop_last", f"is {self.drop_last}")],
-                "; take a smaller batch, or keep an epoch's last, smaller step",
-            )
+            wrong = [("batch_size", f"{words} no step"), ("drop_last", f"is {self.drop_last}")]
+            advice = "; take a smaller batch, or keep an epoch's last, smaller step"
+            raise SettingsError("", wrong, advice)
 
     @property
     def steps_per_epoch(self) -> int:

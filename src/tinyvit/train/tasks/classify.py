@@ -29,7 +29,7 @@ from tinyvit.inference.read_ahead import choose_workers, prepare
 from tinyvit.modules import TinyViT
 from tinyvit.train.data.augment import View, augmentation
 from tinyvit.train.data.images import DataSet, open_data_set, read_good
-from tinyvit.train.task import Batch, Goal, stack_samples
+from tinyvit.train.task import Batch, Goal, Loss, stack_samples
 
 from .losses import one_hot, soft_cross_entropy
 from .settings import ClassifySettings, LabelledSettings
@@ -213,14 +213,11 @@ class Classify:
     ) -> tuple[int, NDArray[np.uint8], dict[str, str]]:
         """As ``read_good``: an image to train on, or another one in the place of a broken one."""
         images = self.data.train
-        on_broken = self.settings.on_broken
-        return read_good(self.image, index, images.name, len(images), rng, on_broken)
+        return read_good(self.image, index, images.name, len(images), rng, self.settings.on_broken)
 
     collate = staticmethod(stack_samples)
 
-    def loss(
-        self, model: nn.Module, batch: Batch, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Loss:
         """Cross entropy with smoothed and mixed labels; ``train_top1`` counts the larger part."""
         self.broken.update(cast("dict[str, str]", batch.get("broken", {})))
         own = cast(ClassifySettings, self.settings)

@@ -25,14 +25,13 @@ from tinyvit.image_spec import ImageSpec
 from tinyvit.images.decode import decode
 from tinyvit.images.preprocess import to_input
 from tinyvit.modules import TinyViT
-from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
-from tinyvit.modules.sam.prompt_encoder import PromptEncoder
+from tinyvit.modules.sam.mask_decoder import HQMaskDecoder
 from tinyvit.sam.model import Sam, build_sam
 from tinyvit.train.data.images import fingerprint, hold_out
 from tinyvit.train.data.lists import identity, some
 from tinyvit.train.settings import SettingError
 from tinyvit.train.store import Store
-from tinyvit.train.task import Batch, Goal, Task, stack_samples
+from tinyvit.train.task import Batch, Goal, Loss, Task, stack_samples
 
 from . import classify, losses
 from .classify import Classify
@@ -53,9 +52,6 @@ def random_points(placed: Tensor, count: int, generator: torch.Generator) -> Ten
 
 class Heads(nn.Module):
     """The frozen prompt encoder and mask decoder of a SAM: embeddings and points into masks."""
-
-    prompt_encoder: PromptEncoder
-    mask_decoder: MaskDecoder
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
@@ -88,8 +84,6 @@ class Heads(nn.Module):
 class Student(nn.Module):
     """An encoder whose channels are brought to the teacher's by a 1x1 convolution."""
 
-    image_encoder: TinyViT
-
     def __init__(self, image_encoder: TinyViT, channels: int) -> None:
         super().__init__()
         self.image_encoder = image_encoder
@@ -98,8 +92,7 @@ class Student(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, C, h, w]."""
-        y: Tensor = self.adapter(self.image_encoder.forward_features(x))
-        return y
+        return cast(Tensor, self.adapter(self.image_encoder.forward_features(x)))
 
 
 class DistillFeatures:
@@ -161,9 +154,7 @@ class DistillFeatures:
 
     collate = staticmethod(stack_samples)
 
-    def loss(
-        self, model: nn.Module, batch: Batch, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Loss:
         """Distance of the maps, plus that of the masks at random points if it is weighted."""
         found = model(batch["images"])
         teacher = batch["features"].float()
@@ -188,8 +179,7 @@ class DistillFeatures:
         ``cosine`` is the mean over all cells of the cosine of the two channel vectors, nothing
         subtracted; ``cosine_floor`` the same for a student that always gives the teacher's mean map
         of the training images; ``cosine_centred`` that after the mean map has been subtracted from
-        both; ``mask_iou``, with heads, the mean IoU of the masks for clear and ambiguous prompts at
-        random points.
+        both; with heads ``mask_iou``, the mean IoU of clear and ambiguous prompts at random points.
         """
         values: dict[str, list[Tensor]] = {}
         generator = torch.Generator().manual_seed(0)  # the same points at each validation
@@ -316,9 +306,7 @@ class DistillLogits(Classify):
             )
         return super().image(index)
 
-    def loss(
-        self, model: nn.Module, batch: Batch, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Loss:
         """Cross entropy with the teacher's distribution; ``as_teacher``: how often both agree."""
         self.broken.update(cast("dict[str, str]", batch.get("broken", {})))
         logits = model(batch["images"])
@@ -327,9 +315,8 @@ class DistillLogits(Classify):
             "train_top1": (choice == batch["labels"]).float().mean(),
             "as_teacher": (choice == batch["classes"][:, 0]).float().mean(),
         }
-        return losses.sparse_cross_entropy(
-            logits, batch["classes"], batch["probabilities"]
-        ), metrics
+        loss = losses.sparse_cross_entropy(logits, batch["classes"], batch["probabilities"])
+        return loss, metrics
 
 
 def make_task(settings: DistillFeaturesRun | DistillLogitsSettings) -> Task[Any]:

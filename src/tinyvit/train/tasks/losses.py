@@ -42,8 +42,7 @@ def dice_loss(
 ) -> Tensor:
     """One minus the dice coefficient; arguments and result as ``focal_loss``.
 
-    With ``squared`` the divisor sums squares: the loss is then 0 for equal soft masks, not only for
-    hard ones.
+    With ``squared`` the divisor sums squares: the loss is then 0 for equal soft masks, too.
     """
     found = logits.sigmoid()
     if weights is not None:
@@ -62,9 +61,8 @@ def mask_ious(logits: Tensor, targets: Tensor, weights: Tensor | None = None) ->
     if weights is not None:
         ours, theirs = ours & (weights > 0), theirs & (weights > 0)
     both, either = (ours & theirs).sum((-2, -1)), (ours | theirs).sum((-2, -1))
-    return torch.where(either > 0, both / either.clamp_min(1), torch.ones_like(both)).to(
-        logits.dtype
-    )
+    ious = torch.where(either > 0, both / either.clamp_min(1), torch.ones_like(both))
+    return ious.to(logits.dtype)
 
 
 def prompt_losses(

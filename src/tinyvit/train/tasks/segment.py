@@ -37,7 +37,7 @@ from tinyvit.train.data.augment import RGB, MaskAugment, Masks, fit_sample
 from tinyvit.train.data.images import read_good
 from tinyvit.train.data.masks import MaskSet, open_mask_set
 from tinyvit.train.settings import SettingError
-from tinyvit.train.task import Batch, Goal, stack_samples
+from tinyvit.train.task import Batch, Goal, Loss, stack_samples
 
 from .losses import feature_loss, fit_grid, prompt_losses
 from .settings import SegmentSettings
@@ -65,7 +65,6 @@ class MaskedImage(Protocol):
 
     def load(self) -> tuple[RGB, Masks]:
         """(RGB [H, W, 3] uint8, masks [N, H, W], bool or float32 in 0..1)."""
-        ...
 
 
 class MaskSamples(Protocol):
@@ -114,8 +113,7 @@ class Segment:
 
         ``images`` [3, H, W] normalised and padded, ``sizes`` (height, width) of the image in it,
         ``masks`` [K, H, W] bool or float32, ``points`` [K, 2] a first click for each object,
-        ``boxes`` [K, 4], NaN where no box may be, ``index`` which image, ``broken`` reasons by
-        name.
+        ``boxes`` [K, 4], NaN where none may be, ``index`` which image, ``broken`` reasons by name.
         """
         data, on_broken = self.data, self.settings.on_broken
         load, name_of = partial(self._fitted, rng=rng), lambda i: data[i].name
@@ -158,9 +156,7 @@ class Segment:
 
     collate = staticmethod(stack_samples)
 
-    def loss(
-        self, model: nn.Module, batch: Batch, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Loss:
         """Losses of every object's last prediction, and the distance from the teacher."""
         self.broken.update(cast("dict[str, str]", batch.get("broken", {})))
         settings, sam = self.settings, sam_of(model)
@@ -177,7 +173,7 @@ class Segment:
 
     def _mask_loss(
         self, sam: Sam, features: Tensor, batch: Batch, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> Loss:
         grid = int(features.shape[2]), int(features.shape[3])
         objects = Objects.of(sam, grid, batch)
         found = prompt_and_learn(sam, features, objects, self.settings, generator)
@@ -438,7 +434,6 @@ def _learn_one_kind(
     boxes = objects.boxes if by_box else None
     points = objects.points[:, None][:, int(by_box) :]  # [N, P, 2]: the first click, or none
     labels = torch.ones_like(points[:, :, 0], dtype=torch.int64)
-    is_ambiguous = not (by_box or corrections)  # the last prompt is a single click
     previous: Tensor | None = None
     source, grid = features[objects.rows], (features.shape[2], features.shape[3])
     pe = sam.prompt_encoder.get_dense_pe(grid)
@@ -461,7 +456,7 @@ def _learn_one_kind(
     logits, ious = decode()
     targets, weights = objects.targets.to(logits.dtype), objects.weights.to(logits.dtype)
     single = prompt_losses(settings, logits[:, _SINGLE], ious[:, _SINGLE], targets, weights)
-    if not is_ambiguous:
+    if by_box or corrections:  # else the last prompt is a single click
         return single
     found = prompt_losses(settings, logits[:, _MULTIPLE], ious[:, _MULTIPLE], targets, weights)
     return {**found, "total": (found["total"] + single["total"]) / 2}

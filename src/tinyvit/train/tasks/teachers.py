@@ -129,8 +129,7 @@ def module_teacher(
 ) -> Teacher:
     """Any module whose output is a map, tokens, or an object with ``last_hidden_state``.
 
-    It is called with [N, 3, H, W] in eval mode; ``channels_last`` says that maps come as
-    [N, h, w, C].
+    It is called with [N, 3, H, W] in eval mode; with ``channels_last`` maps are [N, h, w, C].
     """
     name = name or type(module).__name__
     sha256 = weights_sha256(module.state_dict())
