@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tinyvit.errors import MissingExtraError, TinyViTError
 
-from .workers import Spread, Turn, Worker, take_turns
+from .workers import Progress, Spread, Turn, Worker, take_turns
 
 _KIND = ("precision", "device", "threads")
 _WORKER = (sys.executable, "-m", "tinyvit.bench")
-
-Progress = Callable[[int, "int | None"], None]
 
 
 @dataclass(frozen=True)

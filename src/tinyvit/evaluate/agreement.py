@@ -61,10 +61,8 @@ class Agreement:
         clicks = sum(len(image.ious) for image in self.images)
         rows.append(("clicks, each side's best mask", str(clicks), ""))
         rows.append(("", *self.names))
-        for words, (first, second) in (
-            ("encode an image", self.encode_seconds),
-            ("predict for a click", self.prompt_seconds),
-        ):
+        steps = {"encode an image": self.encode_seconds, "predict for a click": self.prompt_seconds}
+        for words, (first, second) in steps.items():
             rows.append((words, f"{1000 * first:.1f} ms", f"{1000 * second:.1f} ms"))
         return rows
 

@@ -27,7 +27,6 @@ from .metrics import RESAMPLES, Figure, as_json, calibrate
 BINS = 15
 _NAMED = 3
 _TOP = 5
-_MEBI = 1 << 20
 
 Loaded = TypeVar("Loaded")
 Progress = Callable[[int, int], None]
@@ -65,18 +64,15 @@ def share_of_hits(hits: NDArray[np.bool_], resamples: int = RESAMPLES, seed: int
     return Figure(value, float(low), float(high), count)
 
 
-def calibration_error(
-    confidence: NDArray[np.float64], hits: NDArray[np.bool_], bins: int = BINS
-) -> float:
+def calibration_error(confidence: NDArray[np.float64], hits: NDArray[np.bool_]) -> float:
     """Expected calibration error, 0 to 1: |confidence - accuracy| of each bin, weighted by images.
 
     ``confidence`` [N] is the probability of the class that was predicted, ``hits`` [N] whether it
     is the right one; the bins have equal width.
     """
-    rows = calibrate(confidence, hits, bins).bins
-    return sum(row.count * abs(row.predicted - row.true) for row in rows if row.count) / max(
-        len(hits), 1
-    )
+    rows = calibrate(confidence, hits, BINS).bins
+    gaps = (row.count * abs(row.predicted - row.true) for row in rows if row.count)
+    return sum(gaps) / max(len(hits), 1)
 
 
 def confusions(
@@ -108,22 +104,18 @@ class LabelledImages(Protocol):
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, in the order of their numbers."""
-        ...
 
     @property
     def labels(self) -> NDArray[np.int64]:
         """[N], number of each image's class."""
-        ...
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
         """What to call an image in messages."""
-        ...
 
     def source(self, index: int) -> Path | bytes:
         """Where an image is read from: a path, or the bytes of its file."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -162,7 +154,7 @@ class ClassifyReport:
 
     def rows(self) -> list[tuple[str, str]]:
         """(what, value) for a table."""
-        memory = "unknown" if self.peak_memory is None else f"{self.peak_memory / _MEBI:.0f} MiB"
+        memory = "unknown" if self.peak_memory is None else f"{self.peak_memory / 2**20:.0f} MiB"
         top5 = [] if self.top5 is None else [("top-5", _percent(self.top5))]
         return [
             ("images", f"{self.images} in {self.classes} classes"),

@@ -206,11 +206,9 @@ class LabelledImage(Protocol):
     @property
     def labels(self) -> tuple[str, ...]:
         """What each object is called."""
-        ...
 
     def load(self) -> tuple[RGB, NDArray[np.bool_]]:
         """(RGB [H, W, 3] uint8, masks [N, H, W] bool)."""
-        ...
 
 
 class Predictor(Protocol):
@@ -222,7 +220,6 @@ class Predictor(Protocol):
         self, *args: Any, **prompt: Any
     ) -> tuple[NDArray[np.generic], NDArray[np.float32], NDArray[np.float32]]:
         """(masks [K, H, W] bool, predicted IoU [K], low-res logits [K, h4, w4])."""
-        ...
 
 
 Model: TypeAlias = "Sam | Predictor | str | os.PathLike[str]"
