@@ -98,8 +98,7 @@ def write_features(target: Path, features: Any, facts: Mapping[str, object]) -> 
 def draw_features(image: NDArray[np.uint8], encoded: Encoded) -> NDArray[np.uint8]:
     """The photograph [H, W, 3] uint8, the map of each stage, and the features, in rows of three.
 
-    A backend without stages has the features alone. Features that are the last map are not drawn
-    again.
+    A backend without stages has the features alone. Features that are the last map are drawn once.
     """
     maps = [np.asarray(stage) for stage in encoded.stages or ()]
     features = np.asarray(encoded.features)

@@ -154,8 +154,7 @@ def _prompt(path: Path, dictionary: object) -> Prompt:
 def _of_json(path: Path, text: str) -> dict[str, Sequence[object]]:
     def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
         names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
+        if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"{path}: {twice[0]!r} stands there twice; put its objects together")
         return dict(pairs)
 

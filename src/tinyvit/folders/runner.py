@@ -33,8 +33,6 @@ from tinyvit.inference.read_ahead import read_ahead
 from .images import Item
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from tinyvit.images.preprocess import PreparedImage
     from tinyvit.inference import Engine
 
@@ -169,14 +167,11 @@ class Job:
         return self
 
 
-class _Timed(Generic[Value]):
+class _Timed(Iterator[Value]):
     """An iterator that adds up the seconds that its values take to come."""
 
     def __init__(self, values: Iterable[Value]) -> None:
         self._values, self.seconds = iter(values), 0.0
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> Value:
         start = perf_counter()

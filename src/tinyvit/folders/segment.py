@@ -3,8 +3,7 @@
 ``STEM.json`` is a document as COCO has them: ``info`` says how it came about and names all other
 files, ``annotations`` has one entry for each mask. ``STEM.overlay.png`` shows masks and prompts
 over the image; ``STEM.mask-1.png`` is a mask, ``STEM.logits-1.npy`` its low-res logits. While files
-are written, ``info.is_complete`` is false: what an interruption leaves is known for ours, and
-replaced.
+are written, ``info.is_complete`` is false: what an interruption leaves is known and replaced.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     Annotation: TypeAlias = dict[str, Any]
     Found: TypeAlias = "Masks | list[MaskRecord]"
 
-Value = TypeVar("Value")
-
 NOT_TOLD = {"segmentation", "prompt", "image_id", "category_id", "iscrowd"}  # in short
 
 
@@ -49,8 +46,7 @@ class SegmentFolder(FolderWork["Masks | list[MaskRecord]"]):
     """How images are segmented and where to.
 
     ``everything`` has arguments for ``SamAutomaticMaskGenerator`` that differ from its own; with it
-    there are no prompts. ``progress`` opens a progress bar for the name of an image that the
-    generator works on.
+    there are no prompts. ``progress`` opens a bar for the name of an image that is worked on.
 
     Facts of an outcome are ``document`` and ``overlay``, the names of these files, and if they
     were written ``count`` of masks, ``seconds`` of each step and, of prompts, ``masks``: their
@@ -136,8 +132,13 @@ class SegmentFolder(FolderWork["Masks | list[MaskRecord]"]):
 
     def _compute(self, jobs: Iterator[Job]) -> Generator[Found | Job, None, None]:
         """One encoding of each image, and one decoding."""
-        if self.generator is not None:
-            yield from self._everything(self.generator, jobs)
+        if (generator := self.generator) is not None:
+            for job in jobs:
+                start, name = perf_counter(), job.item.name
+                with nullcontext(None) if self.progress is None else self.progress(name) as update:
+                    records = generator.generate(job.image, progress=update)
+                job.seconds["generate"] = perf_counter() - start
+                yield records
             return
         for job, embedding in self._encoded(jobs, self.segmenter.encoder.encode_prepared):
             is_good = not isinstance(embedding, Job)
@@ -157,17 +158,6 @@ class SegmentFolder(FolderWork["Masks | list[MaskRecord]"]):
         (masks,) = self.segmenter.segment([embedding], [prompts], multimask)
         job.seconds["decode"] = perf_counter() - start
         return masks
-
-    def _everything(
-        self, generator: SamAutomaticMaskGenerator, jobs: Iterator[Job]
-    ) -> Generator[Found, None, None]:
-        for job in jobs:
-            start = perf_counter()
-            name = job.item.name
-            with nullcontext(None) if self.progress is None else self.progress(name) as update:
-                records = generator.generate(job.image, progress=update)
-            job.seconds["generate"] = perf_counter() - start
-            yield records
 
     def _write(self, job: Job, found: Found) -> dict[str, object]:
         item, own, pixels = job.item, job.existing.own, job.image
