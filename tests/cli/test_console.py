@@ -21,7 +21,6 @@ from tinyvit.cli.console import (
     fields,
     guarded,
     megabytes,
-    of,
     one_line,
     table,
     translated,
@@ -93,12 +92,6 @@ def test_quiet_keeps_remarks_back_and_nothing_else(capsys):
     Console().say("yes")
     console.complain("always")
     assert capsys.readouterr() == ("", "yes\nalways\n")
-
-
-def test_the_console_is_that_of_the_context():
-    own = Console(is_quiet=True)
-    assert of(SimpleNamespace(obj=own)) is own
-    assert of(SimpleNamespace(obj={})) == of(None) == Console()
 
 
 def test_names_that_no_encoding_knows_are_written_as_escapes(monkeypatch):

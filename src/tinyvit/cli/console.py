@@ -89,14 +89,10 @@ class Console:
         from rich import progress
         from rich.console import Console as RichConsole
 
-        counts: list[progress.ProgressColumn] = (
-            [progress.DownloadColumn(), progress.TransferSpeedColumn()]
-            if counts_bytes
-            else [
-                progress.MofNCompleteColumn(),
-                progress.TextColumn("{task.fields[more]}", markup=False),
-            ]
-        )
+        speed = progress.TextColumn("{task.fields[more]}", markup=False)
+        counts: list[progress.ProgressColumn] = [progress.MofNCompleteColumn(), speed]
+        if counts_bytes:
+            counts = [progress.DownloadColumn(), progress.TransferSpeedColumn()]
         if things:  # else the caller knows what is left
             counts.append(progress.TimeRemainingColumn())
         with progress.Progress(
@@ -122,12 +118,6 @@ class Console:
         """Whether somebody sees a progress bar: in a terminal, or a notebook with widgets."""
         is_notebook = "ipykernel" in sys.modules and find_spec("ipywidgets") is not None
         return not self.is_quiet and (sys.stderr.isatty() or is_notebook)
-
-
-def of(ctx: object) -> Console:
-    """The console that the options for all verbs asked for."""
-    found = getattr(ctx, "obj", None)
-    return found if isinstance(found, Console) else Console()
 
 
 def write(text: str) -> None:

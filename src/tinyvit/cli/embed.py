@@ -114,16 +114,13 @@ def embed(
         if dry_run:
             _show_estimate(estimate(sources, store, engine, **given), as_json)
             return
-        words = "embedding"
         with (
             _stopped_by_signals(),
             redirect_stdout(sys.stderr),  # where Ray says that an actor died
-            own.progress(words, things="") as update,
+            own.progress("embedding", things="") as update,
         ):
-            show = _shown(own, words, update)
-            report = embed_images(
-                sources, found or store, engine, **given, ray=actors, prune=prune, progress=show
-            )
+            given |= {"ray": actors, "prune": prune, "progress": _shown(own, update)}
+            report = embed_images(sources, found or store, engine, **given)
     _finish(own, store, report, prune, as_json)
 
 
@@ -172,7 +169,7 @@ def _stopped_by_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _shown(own: Console, words: str, update: Update) -> Callable[[int, int, int], None]:
+def _shown(own: Console, update: Update) -> Callable[[int, int, int], None]:
     """Shows the progress as a bar, or as a line each minute."""
     start = last = time.monotonic()
     before: int | None = None
@@ -187,7 +184,7 @@ def _shown(own: Console, words: str, update: Update) -> Callable[[int, int, int]
         update(done, total, more=more)
         if not own.shows_bars and now - last >= SECONDS_BETWEEN_LINES:
             last = now
-            own.say(f"{words}  {grouped(done)} of {grouped(total)}  {more}")
+            own.say(f"embedding  {grouped(done)} of {grouped(total)}  {more}")
 
     return show
 
@@ -217,10 +214,8 @@ def _show_estimate(found: EmbedEstimate, as_json: bool) -> None:
         ("gone", grouped(found.gone)),
     ]
     if found.nbytes is not None and found.seconds is not None:
-        pairs += [("bytes, at most", megabytes(found.nbytes))]
-        pairs += [
-            ("time, at most", f"{in_words(found.seconds)} ({found.seconds / 3600:.2f} hours)")
-        ]
+        hours = f"{in_words(found.seconds)} ({found.seconds / 3600:.2f} hours)"
+        pairs += [("bytes, at most", megabytes(found.nbytes)), ("time, at most", hours)]
     console.write(console.fields(pairs))
 
 

@@ -174,9 +174,8 @@ def classify(
                 ]
                 console.write("\n  ".join([str(image.path), *lines]))
     if as_json:
-        facts = {"checkpoint": checkpoint, "variant": variant}
-        counts = {"classes": count, "pictures": found, "failed": failed}
-        console.write_json({**facts, **counts})
+        facts = {"checkpoint": checkpoint, "variant": variant, "classes": count}
+        console.write_json({**facts, "pictures": found, "failed": failed})
     if failed:
         console.complain(f"failed {len(failed)} of {len(listed)}, named above")
         raise typer.Exit(1)

@@ -55,7 +55,7 @@ def as_command(verb: Callable[..., None]) -> Callable[..., None]:
     options = [context, *documented(verb)]
 
     def run(ctx: object, **values: Any) -> None:
-        with console.guarded(console.of(ctx)) as own:
+        with console.guarded(getattr(ctx, "obj", None) or console.Console()) as own:
             made = {name: _made(kind, values) for name, kind in groups.items()}
             verb(own, **values, **made)
 

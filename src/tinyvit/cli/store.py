@@ -35,21 +35,18 @@ def info(own: Console, store: str, as_json: bool = False) -> None:
     opened = EmbeddingStore.open(store)
     dataset, failed = opened.dataset, [(row.path, row.reason) for row in opened.rows("failed")]
     images, made_by = len(opened), version_facts(opened)
+    size, fragments = bytes_of_row(opened) * images, len(dataset.get_fragments())
     if as_json:
         recipe = {**asdict(opened.recipe), "image_spec": opened.recipe.image_spec.to_dict()}
         rows = [{"path": path, "error": reason} for path, reason in failed]
-        console.write_json(
-            {
-                **{"store": store, "images": images, "failed": rows, "recipe": recipe},
-                **{"bytes": bytes_of_row(opened) * images, "version": dataset.version},
-                **{"fragments": len(dataset.get_fragments()), "made_by": made_by},
-            }
-        )
+        facts = {"store": store, "images": images, "failed": rows, "recipe": recipe, "bytes": size}
+        written = {"version": dataset.version, "fragments": fragments, "made_by": made_by}
+        console.write_json({**facts, **written})
         return
-    commits = f"version {dataset.version}, {counted(len(dataset.get_fragments()), 'fragment')}"
+    commits = f"version {dataset.version}, {counted(fragments, 'fragment')}"
     pairs = [
         ("images", f"{grouped(images)}, and {grouped(len(failed))} that failed"),
-        ("size", f"about {megabytes(bytes_of_row(opened) * images)}"),
+        ("size", f"about {megabytes(size)}"),
         *opened.recipe.describe(),
         ("dataset", commits),
         ("last written", ", ".join(f"{name} {value}" for name, value in made_by.items())),
@@ -132,7 +129,8 @@ def index(own: Console, store: str) -> None:
 
     opened = EmbeddingStore.open(store)
     keep_up(opened)
-    own.say(f"{store}: indexes of paths and contents, {_fragments(opened)}")
+    fragments = counted(len(opened.dataset.get_fragments()), "fragment")
+    own.say(f"{store}: indexes of paths and contents, {fragments}")
     if index_vectors(opened):
         own.say("vectors are indexed: searches are fast, and nearly exact")
 
@@ -202,18 +200,13 @@ def search(
             own.say(f"{counted(missing, 'image')} not found; say with --images FOLDER where")
 
 
-def _fragments(store: EmbeddingStore) -> str:
-    return counted(len(store.dataset.get_fragments()), "fragment")
-
-
 def _query(store: EmbeddingStore, image: str) -> Any:
     """A path in the store, or the vector of a file."""
     if image in store or not Path(image).is_file():
         return image
     from tinyvit.embed.sources import sha256_of
 
-    row = store.find_content(sha256_of(Path(image).read_bytes()))
-    if row is not None:
+    if (row := store.find_content(sha256_of(Path(image).read_bytes()))) is not None:
         return row.path
     with store.load_engine() as engine:
         (encoded,) = engine.stream(Path(image), pooled=True)

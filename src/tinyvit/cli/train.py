@@ -226,8 +226,7 @@ def _train(
     if sys.platform == "linux":
         tune_allocator()  # large tensors come and go in every step
     for name in ("checkpoint", "sam"):
-        weights = getattr(settings, name, None)
-        if weights is not None:
+        if (weights := getattr(settings, name, None)) is not None:
             announce(own, weights)
     tasks = importlib.import_module(f"tinyvit.train.tasks.{verb.module}")
     task: Task[Any] = tasks.make_task(settings)

@@ -119,8 +119,7 @@ def inspect(own: Console, file: str, as_json: bool = False) -> None:
     console.write(console.fields(_facts(report, get_layout(found.family).title)))
     if found.architecture is not None:
         console.write(f"\n{_stages(found.architecture)}")
-    remarks = [text for text in report.remarks if text != found.strides_reason]
-    if remarks:
+    if remarks := [text for text in report.remarks if text != found.strides_reason]:
         console.write("\nremarks")
         console.write(console.fields([("-", remark) for remark in remarks]))
 
