@@ -305,7 +305,7 @@ def test_wrong_arguments(sam, tmp_path):
 
 @pytest.mark.slow  # 20 s of CPU
 def test_the_newer_exporter_does_not_take_the_encoder_at_dynamic_sizes_yet(sam):
-    """When this fails, ``graphs.trace`` can change over to it."""
+    """When this fails, ``graph_backend.trace`` can change over to it."""
     pytest.importorskip("onnxscript")
     from torch.onnx._internal.exporter._errors import ConversionError
 

@@ -14,22 +14,23 @@ Shapes: P points, K masks, C channels, S the input's side, g the embedding's gri
 from __future__ import annotations
 
 import copy
-import importlib.util
-import io
-import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tinyvit.errors import MissingExtraError
 from tinyvit.image_spec import ImageSpec
 from tinyvit.modules import TinyViT
 from tinyvit.modules.sam.mask_decoder import HQMaskDecoder, MaskDecoder
 from tinyvit.modules.sam.prompt_encoder import PromptEncoder
 from tinyvit.sam.model import Sam
+
+Graph: TypeAlias = (
+    "tuple[nn.Module, Sequence[Tensor], Sequence[str], Sequence[str], Mapping[str, dict[int, str]]]"
+)
+"""(module, example, inputs, outputs, axes that may have any length)."""
 
 MaskOutput = Literal["full", "low-res", "crop"]
 Part = Literal["encoder", "classifier", "features"]
@@ -281,42 +282,3 @@ def resized(sam: Sam, side: int) -> Sam:
     other.load_state_dict(own.state_dict())
     sam.prompt_encoder = other.eval()
     return sam
-
-
-def trace(
-    module: nn.Module,
-    example: Sequence[Tensor],
-    inputs: Sequence[str],
-    outputs: Sequence[str],
-    axes: Mapping[str, Mapping[int, str]],
-    opset: int,
-) -> bytes:
-    """A module as the bytes of an ONNX file.
-
-    Args:
-        module: In eval mode, float32, on the CPU.
-        example: Its inputs.
-        inputs: Their names.
-        outputs: Names of its outputs.
-        axes: Of each name the axes that may have any length, with their names.
-        opset: Of ONNX.
-
-    Raises:
-        MissingExtraError: onnx is not installed.
-        ValueError: The module cannot be traced.
-    """
-    if importlib.util.find_spec("onnx") is None:
-        raise MissingExtraError("export needs the package onnx; pip install 'tinyvit[export]'")
-    stream = io.BytesIO()
-    with warnings.catch_warnings(), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        warnings.simplefilter("ignore")  # of its deprecation, and of torch's own use of itself
-        try:
-            torch.onnx.export(
-                module, tuple(example), cast("Any", stream), dynamo=False, opset_version=opset,
-                input_names=list(inputs), output_names=list(outputs),
-                dynamic_axes={name: dict(found) for name, found in axes.items()},
-            )  # fmt: skip
-        except (RuntimeError, TypeError, ValueError) as err:
-            first = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
-            raise ValueError(f"the model cannot be made into an ONNX graph: {first}") from err
-    return stream.getvalue()

@@ -8,7 +8,6 @@ from pathlib import PurePath
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
 
 from tinyvit.catalog import find_variant
 from tinyvit.image_spec import ImageSpec
@@ -16,7 +15,7 @@ from tinyvit.modules import FeatureMaps, TinyViT
 from tinyvit.sam.embedding import spec_of
 from tinyvit.sam.model import Sam
 
-from .graphs import Part, PartGraph
+from .graphs import Graph, Part, PartGraph
 from .presets import Preset
 
 Model: TypeAlias = "Sam | TinyViT | FeatureMaps"
@@ -88,10 +87,8 @@ def facts_of_part(
     }
 
 
-def arguments_of_part(
-    net: TinyViT, part: Part, spec: ImageSpec, facts: Mapping[str, Any]
-) -> tuple[nn.Module, tuple[Tensor], tuple[str, ...], tuple[str, ...], dict[str, dict[int, str]]]:
-    """The network, ready to be traced: ``writing.Graph``."""
+def arguments_of_part(net: TinyViT, part: Part, spec: ImageSpec, facts: Mapping[str, Any]) -> Graph:
+    """The network, ready to be traced."""
     given, outputs = facts[f"{part}_input"], tuple(facts[f"{part}_outputs"])
     graph = PartGraph(net, part).eval()
     if facts["is_static"]:

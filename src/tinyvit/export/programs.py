@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tinyvit.errors import CheckpointError
+from tinyvit.inference.graph_backend import first_words
 
 MOST_POINTS = 64
 _METADATA = "tinyvit.json"
@@ -61,8 +62,8 @@ def save_program(
         try:
             program = torch.export.export(module, tuple(example), dynamic_shapes=shapes)
         except Exception as err:  # its errors have no common class of their own
-            first = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
-            raise ValueError(f"the model cannot be made into a program: {first}") from err
+            words = f"the model cannot be made into a program: {first_words(err)}"
+            raise ValueError(words) from err
         torch.export.save(program, stream, extra_files={_METADATA: json.dumps(dict(metadata))})
     return stream.getvalue()
 

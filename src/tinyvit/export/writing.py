@@ -9,17 +9,19 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tinyvit.catalog import find_variant
 from tinyvit.checkpoints.files import CLASSES, weights_sha256, write_bytes, write_text
-from tinyvit.errors import TinyViTError
+from tinyvit.errors import MissingExtraError, TinyViTError
 from tinyvit.image_spec import ImageSpec
+from tinyvit.inference.graph_backend import trace
 from tinyvit.sam.embedding import spec_of
 from tinyvit.sam.model import Sam
 
@@ -27,11 +29,11 @@ from .comparing import certify
 from .graphs import (
     DecoderGraph,
     EncoderGraph,
+    Graph,
     Part,
     PromptsOfTransformers,
     plain,
     resized,
-    trace,
 )
 from .papers import papers
 from .parts import Model, arguments_of_part, facts_of_part, part_of, spec_for
@@ -41,11 +43,6 @@ from .verify import INDEX, Verified
 OPSETS = range(16, 21)
 OPSET = 17  # LayerNormalization as one operator; read by every runtime that was tried
 FORMAT = 1
-
-Graph: TypeAlias = (
-    "tuple[nn.Module, Sequence[Tensor], Sequence[str], Sequence[str], Mapping[str, dict[int, str]]]"
-)
-"""(module, example, inputs, outputs, axes that may have any length)."""
 
 
 @dataclass(frozen=True)
@@ -413,9 +410,12 @@ def _save(
         points = [1 if "num_points" in axes.get(name, {}).values() else None for name in inputs]
         write_bytes(path, save_program(module, example, points, metadata))
         return
+    if find_spec("onnx") is None:
+        raise MissingExtraError("export needs the package onnx; pip install 'tinyvit[export]'")
     import onnx
 
-    model = onnx.load_from_string(trace(*graph, order.opset))
+    words = "the model cannot be made into an ONNX graph: {}"
+    model = onnx.load_from_string(trace(*graph, order.opset, words))
     if order.row.storage == "fp16":
         _store_in_half(model)
     model.producer_name = "tinyvit"

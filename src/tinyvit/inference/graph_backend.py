@@ -12,13 +12,13 @@ three times as long, and reports its use to the publisher.
 from __future__ import annotations
 
 import hashlib
+import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,35 +51,53 @@ def export_onnx(model: TinyViT) -> bytes:
         ValueError: The model cannot be traced.
     """
     need("onnx", "making a graph of a model")
-    frozen = frozen_copy(model)
-    example = torch.zeros(2, model.in_chans, 75, 58)
-    axes = {0: "batch", 2: "height", 3: "width"}
+    example = (torch.zeros(2, model.in_chans, 75, 58),)
+    axes = {INPUT: {0: "batch", 2: "height", 3: "width"}}
+    words = "this model cannot be made into an ONNX graph: {}; use backend='torch'"
+    return trace(frozen_copy(model), example, [INPUT], [OUTPUT], axes, _OPSET, words)
+
+
+def trace(
+    module: nn.Module,
+    example: Sequence[Tensor],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    axes: Mapping[str, Mapping[int, str]],
+    opset: int,
+    words: str,
+) -> bytes:
+    """A module in eval mode, float32, on the CPU, as the bytes of an ONNX file.
+
+    ``axes`` are of each name those that may have any length, with their names. The ValueError for
+    a module that cannot be traced has ``words``, and the reason in them.
+    """
+    stream = io.BytesIO()
     with (
-        TemporaryDirectory() as folder,
         warnings.catch_warnings(),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
     ):
-        file = Path(folder) / "graph.onnx"
         warnings.simplefilter("ignore")  # of its deprecation, and of torch's own use of itself
         try:
             torch.onnx.export(
-                frozen,
-                (example,),
-                file,
+                module,
+                tuple(example),
+                cast("Any", stream),
                 dynamo=False,
-                opset_version=_OPSET,
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                dynamic_axes={INPUT: axes},
+                opset_version=opset,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_axes={name: dict(found) for name, found in axes.items()},
             )
         except (RuntimeError, TypeError, ValueError) as err:
-            first = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
-            raise ValueError(
-                f"this model cannot be made into an ONNX graph: {first}; use backend='torch'"
-            ) from err
-        return file.read_bytes()
+            raise ValueError(words.format(first_words(err))) from err
+    return stream.getvalue()
+
+
+def first_words(err: Exception) -> str:
+    """The first line of an error of torch, or its kind where it has none."""
+    return (str(err).strip().splitlines() or [type(err).__name__])[0]
 
 
 def fingerprint(model: TinyViT) -> str | None:
