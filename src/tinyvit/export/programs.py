@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tinyvit.errors import CheckpointError
-from tinyvit.inference.graph_backend import first_words
+from tinyvit.inference.backend import first_words
 
 MOST_POINTS = 64
 _METADATA = "tinyvit.json"
@@ -43,16 +43,10 @@ def save_program(
     points: Sequence[int | None],
     metadata: Mapping[str, str],
 ) -> bytes:
-    """A module as the bytes of a .pt2 file.
+    """A module in eval mode, float32, on the CPU as the bytes of a .pt2 file, or a ValueError.
 
-    Args:
-        module: In eval mode, float32, on the CPU.
-        example: Its inputs, whose sizes the program keeps.
-        points: Of each input the axis that counts points, of 1 to 64; None for none.
-        metadata: Texts to keep in the file.
-
-    Raises:
-        ValueError: The module cannot be exported.
+    The program keeps the sizes of ``example`` but for ``points``: of each input the axis that
+    counts points, of 1 to 64, or None. ``metadata`` are texts to keep in the file.
     """
     count = torch.export.Dim("points", min=1, max=MOST_POINTS)
     shapes = tuple(None if axis is None else {axis: count} for axis in points)
@@ -69,16 +63,9 @@ def save_program(
 
 
 class Program:
-    """A program of a .pt2 file: inputs by name -> outputs in order.
+    """A program of a .pt2 file: inputs by name -> outputs in order; ``metadata`` are its texts.
 
-    Args:
-        path: Of the file.
-
-    Attributes:
-        metadata: Texts that ``save_program`` kept.
-
-    Raises:
-        CheckpointError: It cannot be read, or holds more than tensors and torch's operators.
+    CheckpointError: it cannot be read, or holds more than tensors and torch's operators.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -102,11 +89,7 @@ class Program:
 
 
 def check_program(path: str | os.PathLike[str]) -> None:
-    """Refuse a file that could run code when it is read.
-
-    Raises:
-        CheckpointError: It could, or it is no such file.
-    """
+    """Refuse a file that could run code when it is read, or that is no such file."""
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():

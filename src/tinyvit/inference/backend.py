@@ -182,11 +182,16 @@ def choose_device(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as err:
-        first = str(err).strip().splitlines()[0]
         raise ValueError(
-            f"device must be 'auto' or a device that torch can use here, got {device!r}: {first}"
+            "device must be 'auto' or a device that torch can use here, got "
+            f"{device!r}: {first_words(err)}"
         ) from err
     return device
+
+
+def first_words(err: Exception) -> str:
+    """The first line of an error of torch, or its kind where it has none."""
+    return (str(err).strip().splitlines() or [type(err).__name__])[0]
 
 
 def choose_precision(precision: str, device: str) -> tuple[Literal["fp32", "bf16"], str]:

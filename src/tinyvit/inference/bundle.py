@@ -42,6 +42,7 @@ FORMAT = 1
 
 PAIR = ("encoder", "decoder")
 PARTS = (*PAIR, "classifier", "features")
+TITLES = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 _PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino"}
 
 
@@ -86,13 +87,13 @@ def _runtime_for(files: Any, backend: str) -> RuntimeName:
     """ONNX Runtime or else OpenVINO, whichever is installed and reads these files."""
     is_ir = any(path.suffix == ".xml" for path in files)
     known: tuple[RuntimeName, ...] = ("openvino",) if is_ir else ("onnx", "openvino")
-    if backend != "auto" and backend not in known:
+    if backend in known:
+        return backend
+    if backend != "auto":
         raise ValueError(
             f"backend {backend!r} does not run these exported files; "
             f"{' and '.join(map(repr, known))} {'does' if len(known) == 1 else 'do'}"
         )
-    if backend != "auto":
-        return cast(RuntimeName, backend)
     for name in known:
         if find_spec(_PACKAGES[name]) is not None:
             return name
@@ -219,8 +220,7 @@ def choose_runtime(
     check_settings(name, device, threads)
     precision = PRECISION_OF_DTYPE.get(precision, precision)
     reason = "the only precision of this backend"
-    title = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}[name]
-    library = load_library(_PACKAGES[name], title)
+    library = load_library(_PACKAGES[name], TITLES[name])
     if precision == "auto":
         has_bf16 = name == "openvino" and "BF16" in kept_core(library).get_property(
             "CPU", "OPTIMIZATION_CAPABILITIES"

@@ -22,6 +22,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from .backend import first_words
+
 Output = Literal["features", "logits"]
 
 Run = Callable[[Tensor], Sequence[Tensor]]
@@ -150,7 +152,7 @@ class GraphedNetwork:
                 self._graphs[key] = self._capture(run, batch)
         except RuntimeError as err:  # out of memory is one of them
             self._graphs.clear()
-            self.failure = (str(err).strip().splitlines() or [type(err).__name__])[0]
+            self.failure = first_words(err)
             logger.warning("no CUDA graph, kernels are started one by one: %s", self.failure)
             return None
         return self._graphs[key]

@@ -72,14 +72,10 @@ class DeployedTinyViT:
             if stage.downsample is not None:
                 name = f"{name}.downsample"
                 self._merges.append(_make_block(stage.downsample, name, arrays, kernels))
-        self._neck: Step | None = None
-        if isinstance(model.neck, SAM3Neck):
-            self._neck = _SAM3Neck(model.neck, arrays, kernels)
-        elif model.neck is not None:
-            self._neck = _Neck(model.neck, arrays, kernels)
+        self._neck = None if model.neck is None else _make_neck(model.neck, arrays, kernels)
         self._head: Step | None = None
         if model.head is not None and isinstance(model.norm_head, nn.LayerNorm):
-            self._head = _Head(model.norm_head.eps, arrays, kernels)
+            self._head = _make_head(model.norm_head.eps, arrays, kernels)
 
     def __call__(
         self, batch: Tensor, output: Output | None = "features", stages: bool = False
@@ -307,63 +303,43 @@ class _TokenBlock:
         return copy_from_windows(y.transpose(1, 2).flatten(2), self.side, x)
 
 
-class _Neck:
-    """1x1 convolution, LayerNorm, 3x3 convolution, LayerNorm."""
-
-    def __init__(self, neck: nn.Sequential, arrays: Arrays, kernels: PlainKernels) -> None:
-        self.reduce = kernels.linear(fold_bare(arrays, "neck.0"))
-        self.conv = _RowConv(fold_bare(arrays, "neck.2"), kernels, gelu=False)
-        self.norm1, self.norm2 = (
-            _Norm(arrays, f"neck.{i}", layer.eps, kernels.dtype)
-            for i, layer in enumerate(neck)
-            if isinstance(layer, LayerNorm2d)
-        )
-
-    def __call__(self, x: Tensor) -> Tensor:
-        x = self.norm1(self.reduce(x))
-        return self.norm2(self.conv.rows(x, 0, x.shape[1]))
-
-
-class _SAM3Neck:
-    """1x1 convolution with its batch norm, GELU, 3x3 convolution, bilinear resize."""
-
-    def __init__(self, neck: SAM3Neck, arrays: Arrays, kernels: PlainKernels) -> None:
-        norm = cast(nn.BatchNorm2d, neck[1])
+def _make_neck(neck: nn.Sequential, arrays: Arrays, kernels: PlainKernels) -> Step:
+    """SAM's neck, or EfficientSAM3's: its batch norm is folded, and it ends in a resize."""
+    if isinstance(neck, SAM3Neck):
+        eps, size = cast(nn.BatchNorm2d, neck[1]).eps, (neck.size, neck.size)
         named = {"first.c.weight": arrays["neck.0.weight"]}
         named |= {f"first.bn.{part}": arrays[f"neck.1.{part}"] for part in NORM}
-        self.reduce = kernels.linear(fold_conv(named, "first", eps=norm.eps), "gelu")
-        self.conv = _RowConv(fold_bare(arrays, "neck.3"), kernels, gelu=False)
-        self.size = (neck.size, neck.size)
+        reduce = kernels.linear(fold_conv(named, "first", eps=eps), "gelu")
+        conv = _RowConv(fold_bare(arrays, "neck.3"), kernels, gelu=False)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        x = self.conv.rows(self.reduce(x), 0, x.shape[1]).permute(0, 3, 1, 2)
-        return F.interpolate(x, self.size, mode="bilinear").permute(0, 2, 3, 1)
+        def resized(x: Tensor) -> Tensor:
+            x = conv.rows(reduce(x), 0, x.shape[1]).permute(0, 3, 1, 2)
+            return F.interpolate(x, size, mode="bilinear").permute(0, 2, 3, 1)
 
-
-class _Head:
-    """Mean over the positions, LayerNorm, linear layer."""
-
-    def __init__(self, eps: float, arrays: Arrays, kernels: PlainKernels) -> None:
-        self.norm = _Norm(arrays, "norm_head", eps, kernels.dtype)
-        has_classes = "head.weight" in arrays
-        self.linear = kernels.linear(fold_linear(arrays, "head")) if has_classes else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        x = self.norm(x.mean((1, 2)))
-        return x if self.linear is None else self.linear(x)
+        return resized
+    reduce = kernels.linear(fold_bare(arrays, "neck.0"))
+    conv = _RowConv(fold_bare(arrays, "neck.2"), kernels, gelu=False)
+    norm1, norm2 = (
+        _make_norm(arrays, f"neck.{i}", layer.eps, kernels.dtype)
+        for i, layer in enumerate(neck)
+        if isinstance(layer, LayerNorm2d)
+    )
+    return lambda x: norm2(conv.rows(norm1(reduce(x)), 0, x.shape[1]))
 
 
-class _Norm:
+def _make_head(eps: float, arrays: Arrays, kernels: PlainKernels) -> Step:
+    """Mean over the positions, LayerNorm, linear layer: [B, H, W, C] -> [B, classes]."""
+    norm = _make_norm(arrays, "norm_head", eps, kernels.dtype)
+    if "head.weight" not in arrays:
+        return lambda x: norm(x.mean((1, 2)))
+    linear = kernels.linear(fold_linear(arrays, "head"))
+    return lambda x: linear(norm(x.mean((1, 2))))
+
+
+def _make_norm(arrays: Arrays, name: str, eps: float, dtype: torch.dtype) -> Step:
     """LayerNorm over the last axis."""
-
-    def __init__(self, arrays: Arrays, name: str, eps: float, dtype: torch.dtype) -> None:
-        self.weight, self.bias = (
-            torch.tensor(arrays[f"{name}.{part}"]).to(dtype) for part in ("weight", "bias")
-        )
-        self.eps = eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+    weight, bias = (torch.tensor(arrays[f"{name}.{part}"]).to(dtype) for part in ("weight", "bias"))
+    return lambda x: F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 # -- windows ---------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -29,7 +30,8 @@ from tinyvit.errors import CheckpointError
 from tinyvit.lazy import need
 from tinyvit.modules import TinyViT
 
-from .bundle import Graph, choose_runtime
+from .backend import first_words
+from .bundle import TITLES, Graph, RuntimeName, choose_runtime
 from .derived import TOLERANCE, Derived, error_of
 from .torch_backend import exact_inference, frozen_copy, reason_against, small_image
 
@@ -95,11 +97,6 @@ def trace(
     return stream.getvalue()
 
 
-def first_words(err: Exception) -> str:
-    """The first line of an error of torch, or its kind where it has none."""
-    return (str(err).strip().splitlines() or [type(err).__name__])[0]
-
-
 def fingerprint(model: TinyViT) -> str | None:
     """SHA-256 of a model's architecture and tensors, and of the versions that make the graph.
 
@@ -150,7 +147,7 @@ class WatchedGraph:
     self-check may be off. ``library`` and what was chosen are for words.
     """
 
-    name = "graph"
+    name: str = "graph"
     device = "cpu"
 
     def __init__(
@@ -168,7 +165,7 @@ class WatchedGraph:
         self._library = library
         self._choice = choice
         self._is_first = True
-        self._derived = Derived(self._modules, self._make)
+        self._derived = Derived(partial(list, [model]), self._make)
 
     @property
     def graph_file(self) -> Path | None:
@@ -211,9 +208,6 @@ class WatchedGraph:
         if kept is not None:
             kept[0].close()
 
-    def _modules(self) -> list[nn.Module]:
-        return [self._model]
-
     def _make(self) -> tuple[Graph, Path | None]:
         graph = cached_graph(self._model) if self._is_first else export_onnx(self._model)
         self._is_first = False
@@ -246,7 +240,24 @@ class WatchedGraph:
         return runner
 
 
-class OnnxBackend(WatchedGraph):
+class _RuntimeBackend(WatchedGraph):
+    """What the library that is called ``name`` runs."""
+
+    name: RuntimeName
+
+    def __init__(
+        self,
+        model: TinyViT,
+        device: str = "auto",
+        precision: str = "fp32",
+        threads: int | None = None,
+    ) -> None:
+        runtime = choose_runtime(self.name, device, precision, threads)
+        library = TITLES[self.name]
+        super().__init__(model, runtime.open, library, runtime.precision, runtime.words)
+
+
+class OnnxBackend(_RuntimeBackend):
     """Runs a TinyViT by ONNX Runtime: its ``forward``, at any size and batch, in float32.
 
     Args:
@@ -262,18 +273,8 @@ class OnnxBackend(WatchedGraph):
 
     name = "onnx"
 
-    def __init__(
-        self,
-        model: TinyViT,
-        device: str = "auto",
-        precision: str = "fp32",
-        threads: int | None = None,
-    ) -> None:
-        runtime = choose_runtime("onnx", device, precision, threads)
-        super().__init__(model, runtime.open, "ONNX Runtime", runtime.precision, runtime.words)
 
-
-class OpenVINOBackend(WatchedGraph):
+class OpenVINOBackend(_RuntimeBackend):
     """Runs a TinyViT by OpenVINO: its ``forward``, at any size and batch.
 
     ``graph_file`` is a file for ``OpenVINOGraph``, which needs no torch.
@@ -290,13 +291,3 @@ class OpenVINOBackend(WatchedGraph):
     """
 
     name = "openvino"
-
-    def __init__(
-        self,
-        model: TinyViT,
-        device: str = "auto",
-        precision: str = "fp32",
-        threads: int | None = None,
-    ) -> None:
-        runtime = choose_runtime("openvino", device, precision, threads)
-        super().__init__(model, runtime.open, "OpenVINO", runtime.precision, runtime.words)

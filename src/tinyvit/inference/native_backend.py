@@ -7,7 +7,8 @@ loaded. The library folds norms and scales itself, so it gets the state dict as 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -73,7 +74,8 @@ class NativeBackend:
         self.threads = default_threads() if threads is None else threads  # 0: one a CPU
         self._model = model
         self._falls_back = falls_back
-        self._derived = Derived(self._modules, self._make)
+        modules: list[nn.Module] = [] if isinstance(model, StoredModel) else [model]
+        self._derived = Derived(partial(list, modules), self._make)
         if isinstance(model, StoredModel):
             self._derived.get()  # says what is wrong with the file
 
@@ -110,23 +112,19 @@ class NativeBackend:
         return self._derived.get()[1]
 
     def refresh(self) -> None:
-        """Make what runs again at the next call."""
+        """Let go of what runs; it is made again at the next call."""
         self._derived.drop()
 
-    def close(self) -> None:
-        """Let go of what was made."""
-        self._derived.drop()
+    close = refresh
 
     def _network(self) -> NativeNetwork:
         return cast("NativeNetwork", self._derived.get()[0])  # TorchBackend has the same methods
 
-    def _modules(self) -> Sequence[nn.Module]:
-        return [] if isinstance(self._model, StoredModel) else [self._model]
-
     def _make(self) -> tuple[NativeNetwork | TorchBackend, str]:
+        how = self.precision, self.threads
         if isinstance(self._model, StoredModel):
             try:
-                network = self._make_network(self._model.arguments, self._model.tensors)
+                network = NativeNetwork(self._model.arguments, self._model.tensors, *how)
             except ValueError as err:
                 raise CheckpointError(f"these weights make no TinyViT: {err}") from err
             return network, network.words
@@ -136,7 +134,7 @@ class NativeBackend:
         reason = reason_against(self._model)
         if reason is None:
             try:
-                network = self._make_network(self._model.arguments(), arrays_of(self._model))
+                network = NativeNetwork(self._model.arguments(), arrays_of(self._model), *how)
                 error = _error_of(network, self._model)
                 if error <= TOLERANCE[self.precision]:
                     return network, f"{network.words} (checked: error {error:.0e})"
@@ -149,11 +147,6 @@ class NativeBackend:
             )
         torch = TorchBackend(self._model, "cpu", self.precision)
         return torch, f"torch instead ({reason}): {torch.explain()}"
-
-    def _make_network(
-        self, arguments: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]
-    ) -> NativeNetwork:
-        return NativeNetwork(arguments, tensors, self.precision, self.threads)
 
 
 class NativeNetwork:

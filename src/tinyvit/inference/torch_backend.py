@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
@@ -55,7 +56,7 @@ class TorchBackend:
         self.device = device
         self.precision = precision
         self._model = model
-        self._derived = Derived(self._modules, self._make)
+        self._derived = Derived(partial(list, [model]), self._make)
 
     def __call__(self, batch: Tensor) -> Tensor:
         """[N, 3, H, W] float32 -> the network's output, float32, on the CPU."""
@@ -87,18 +88,13 @@ class TorchBackend:
         return words
 
     def refresh(self) -> None:
-        """Make what runs again at the next call."""
+        """Let go of what runs; it is made again at the next call."""
         self._derived.drop()
 
-    def close(self) -> None:
-        """Let go of what was made."""
-        self._derived.drop()
+    close = refresh
 
     def _output(self) -> Output:
         return "logits" if self._model.neck is None and self._model.head is not None else "features"
-
-    def _modules(self) -> list[nn.Module]:
-        return [self._model]
 
     def _run(self, batch: Tensor, output: Output | None, stages: bool = False) -> list[Tensor]:
         with exact_inference(self.device):
