@@ -22,17 +22,9 @@ Model: TypeAlias = "Sam | TinyViT | FeatureMaps"
 
 
 def part_of(model: Model, part: Part | None) -> tuple[TinyViT, Part]:
-    """The network of a model that a part needs, and what it gives.
+    """The network of a model that a part needs, and what it gives; None takes what it is for.
 
-    Args:
-        model: A SAM, an encoder, a classifier or ``FeatureMaps``.
-        part: What is wanted; None takes what the model is for.
-
-    Returns:
-        (the network, with ``image_spec``; "encoder", "classifier" or "features").
-
-    Raises:
-        ValueError: The model does not have it.
+    ValueError: the model does not have it.
     """
     net = model.image_encoder if isinstance(model, Sam) else model
     if isinstance(net, FeatureMaps):

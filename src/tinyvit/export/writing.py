@@ -21,6 +21,7 @@ from tinyvit.catalog import find_variant
 from tinyvit.checkpoints.files import CLASSES, weights_sha256, write_bytes, write_text
 from tinyvit.errors import MissingExtraError, TinyViTError
 from tinyvit.image_spec import ImageSpec
+from tinyvit.inference.bundle import FORMAT
 from tinyvit.inference.graph_backend import trace
 from tinyvit.sam.embedding import spec_of
 from tinyvit.sam.model import Sam
@@ -42,7 +43,6 @@ from .verify import INDEX, Verified
 
 OPSETS = range(16, 21)
 OPSET = 17  # LayerNormalization as one operator; read by every runtime that was tried
-FORMAT = 1
 
 
 @dataclass(frozen=True)
