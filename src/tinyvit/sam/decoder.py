@@ -9,7 +9,7 @@ Numpy at the surface, see ``inference.backend``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -139,8 +139,7 @@ class TorchDecoder:
                 images = heads.prepare(prepared.features, masks_in) if shared is None else shared
                 found.append(heads.decode(images, points, boxes, multimask_output, min_iou))
             else:
-                more = multimask_output, hq_token_only
-                masks, iou = self._decode_plain(heads, prepared, part, *more)
+                masks, iou = _decode_plain(heads, prepared, part, multimask_output, hq_token_only)
                 found.append((masks if min_iou is None else masks[iou > min_iou], iou))
         logits, scores = (torch.cat(tensors).cpu().numpy() for tensors in zip(*found, strict=True))
         return (logits if min_iou is not None else logits.reshape(*scores.shape, *size)), scores
@@ -193,7 +192,8 @@ class TorchDecoder:
         is_known = type(masks) is MaskDecoder and type(masks.transformer) is TwoWayTransformer
         if is_known and isinstance(masks.output_upscaling[2], nn.GELU):
             return FastMaskDecoder(prompts, masks, self._device, self._dtype)
-        return tuple(frozen(head, self._device, self._dtype) for head in (prompts, masks))  # type: ignore[return-value]
+        how = self._device, self._dtype
+        return frozen(prompts, *how), frozen(masks, *how)
 
     def _share(self, prepared: PreparedEmbedding) -> tuple[Heads, list[SharedImage] | None]:
         """The heads as they are now, and what the fast form shares on an image."""
@@ -206,31 +206,31 @@ class TorchDecoder:
             prepared.heads, prepared.shared = heads, heads.prepare(prepared.features)
         return heads, prepared.shared
 
-    def _decode_plain(
-        self,
-        heads: tuple[PromptEncoder, MaskDecoder],
-        prepared: PreparedEmbedding,
-        prompts: PromptBatch,
-        multimask_output: bool,
-        hq_token_only: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """A few prompts by the modules, without gradients and autocast."""
-        like = next(heads[1].parameters())
-        more: tuple[object, ...] = ()
-        if isinstance(heads[1], HQMaskDecoder):
-            if prepared.early is None:
-                raise ValueError(
-                    "Light HQ-SAM's mask decoder wants interm_features, the encoder's early map, "
-                    "and this embedding has none; encode the image with the HQ model"
-                )
-            more = hq_token_only, prepared.early.to(like)
-        points, boxes, masks = _tensors(prompts)
-        with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
-            placed = points and (points[0].to(like), points[1].to(like.device))
-            boxes, masks = (x if x is None else x.to(like) for x in (boxes, masks))
-            given, features = (placed, boxes, masks), prepared.features.to(like)
-            logits, iou = decode_prompts(heads, features, given, multimask_output, *more)
-        return logits.float(), iou.float()
+
+def _decode_plain(
+    heads: tuple[PromptEncoder, MaskDecoder],
+    prepared: PreparedEmbedding,
+    prompts: PromptBatch,
+    multimask_output: bool,
+    hq_token_only: bool,
+) -> tuple[Tensor, Tensor]:
+    """A few prompts by the modules, without gradients and autocast."""
+    like = next(heads[1].parameters())
+    more: tuple[object, ...] = ()
+    if isinstance(heads[1], HQMaskDecoder):
+        if prepared.early is None:
+            raise ValueError(
+                "Light HQ-SAM's mask decoder wants interm_features, the encoder's early map, "
+                "and this embedding has none; encode the image with the HQ model"
+            )
+        more = hq_token_only, prepared.early.to(like)
+    points, boxes, masks = _tensors(prompts)
+    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        placed = points and (points[0].to(like), points[1].to(like.device))
+        boxes, masks = (x if x is None else x.to(like) for x in (boxes, masks))
+        given, features = (placed, boxes, masks), prepared.features.to(like)
+        logits, iou = decode_prompts(heads, features, given, multimask_output, *more)
+    return logits.float(), iou.float()
 
 
 def why_unknown(model: Sam) -> str | None:
@@ -258,10 +258,8 @@ def compare(
 
     ``run`` takes features [C, h, w], the early map or None, prompts, and ``multimask_output``.
     """
-    heads = tuple(
-        frozen(head, "cpu", torch.float32) for head in (model.prompt_encoder, model.mask_decoder)
-    )
-    prompt_encoder, masks = cast("tuple[PromptEncoder, MaskDecoder]", heads)
+    prompt_encoder = frozen(model.prompt_encoder, "cpu", torch.float32)
+    masks = frozen(model.mask_decoder, "cpu", torch.float32)
     rng = np.random.default_rng(0)
     features = rng.normal(size=(masks.transformer_dim, 5, 7)).astype(np.float32)
     early = None
@@ -272,13 +270,12 @@ def compare(
         [width, height], np.float32
     )
     prompts = PromptBatch((places, np.array([[1, 0]])))
-    plain = TorchDecoder(model, fast=False)
     prepared = PreparedEmbedding(
         torch.from_numpy(features)[None], None if early is None else torch.from_numpy(early)[None]
     )
     errors: list[float] = []
     for multimask in (True, False):
-        wanted = plain._decode_plain(heads, prepared, prompts, multimask, False)  # type: ignore[arg-type]
+        wanted = _decode_plain((prompt_encoder, masks), prepared, prompts, multimask, False)
         found = zip(run(features, early, prompts, multimask), wanted, strict=True)
         errors += [error_of(got, exact.numpy()) for got, exact in found]
     return float(np.max(errors))

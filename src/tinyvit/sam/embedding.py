@@ -29,7 +29,7 @@ from tinyvit.images.preprocess import PreparedImage, normalise_and_pad, to_input
 from tinyvit.inference.backend import choose_device
 from tinyvit.inference.derived import Derived
 
-from .open import WITHOUT_TORCH, AnySam, ExportedSam, StoredSam
+from .open import WITHOUT_TORCH, AnySam, ExportedSam, StoredSam, is_hq
 from .prompts import Size
 
 if TYPE_CHECKING:
@@ -382,11 +382,7 @@ class ImageEncoder:
     @property
     def wants_early(self) -> bool:
         """Whether the mask decoder, Light HQ-SAM's, wants the encoder's early map, too."""
-        if isinstance(self._model, WITHOUT_TORCH):
-            return self._model.is_hq
-        from tinyvit.modules.sam.mask_decoder import HQMaskDecoder
-
-        return isinstance(self._model.mask_decoder, HQMaskDecoder)
+        return is_hq(self._model)
 
     def _embeddings(self, stream: Iterable[Encoded]) -> Iterator[ImageEmbedding]:
         precision = self.engine.precision

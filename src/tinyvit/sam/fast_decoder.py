@@ -13,13 +13,14 @@ K masks of a prompt.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinyvit.inference.torch_backend import exact_inference
 from tinyvit.modules.sam.mask_decoder import (
     MLP,
     Attention,
@@ -41,19 +42,6 @@ hundred times slower, and a distinct softmax over thousands of tokens has many o
 
 Points = tuple[Tensor, Tensor]
 _Module = TypeVar("_Module", bound=nn.Module)
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def without_autocast(function: _Function) -> _Function:
-    """A method that computes on ``self.device`` without gradients, in its tensors' precision."""
-
-    def run(self: Any, *arguments: Any, **named: Any) -> Any:
-        kind = torch.device(self.device).type
-        with torch.inference_mode(), torch.autocast(kind, enabled=False):
-            return function(self, *arguments, **named)
-
-    run.__doc__ = function.__doc__
-    return cast(_Function, run)
 
 
 def softmax(scores: Tensor, dim: int) -> Tensor:
@@ -218,28 +206,27 @@ class FastMaskDecoder:
         self._upscale = _Upscale(decoder.output_upscaling)
         self._positions: dict[tuple[int, int], _Positions] = {}
 
-    @without_autocast
     def prepare(self, features: Tensor, masks: Tensor | None = None) -> list[SharedImage]:
         """What all prompts on an image's features [1, C, h, w] share.
 
         One for all prompts; with mask prompts, low-res logits [N, 1, 4h, 4w], one for each.
         """
-        x = features.to(self.device, self.dtype)
-        size = int(x.shape[2]), int(x.shape[3])
-        if masks is not None:
-            masks = masks.to(self.device, self.dtype)
-        _, dense = self._prompts(None, None, masks, size)
-        positions = self._positions_of(size)
-        first = self._layers[0]
+        size = int(features.shape[2]), int(features.shape[3])
         images = []
-        for one in dense:
-            tokens = (x[0] + one).flatten(1).T.contiguous()  # [L, C]
-            placed = tokens + positions.tokens
-            keys, values = first.to_image.project(tokens, placed)
-            images.append(SharedImage(size, tokens, keys, values, first.to_tokens.project(placed)))
+        with exact_inference(self.device):
+            x = features.to(self.device, self.dtype)
+            if masks is not None:
+                masks = masks.to(self.device, self.dtype)
+            _, dense = self._prompts(None, None, masks, size)
+            positions, first = self._positions_of(size), self._layers[0]
+            for one in dense:
+                tokens = (x[0] + one).flatten(1).T.contiguous()  # [L, C]
+                placed = tokens + positions.tokens
+                keys, values = first.to_image.project(tokens, placed)
+                queries = first.to_tokens.project(placed)
+                images.append(SharedImage(size, tokens, keys, values, queries))
         return images
 
-    @without_autocast
     def decode(
         self,
         shared: list[SharedImage],
@@ -254,23 +241,24 @@ class FastMaskDecoder:
         Gives low-res logits [M, 4h, 4w] and predicted IoU [N, K], float32: of all masks, or of
         those whose predicted IoU exceeds ``min_iou`` alone, in the order of (prompt, mask).
         """
-        if points is not None:
-            points = points[0].to(self.device, self.dtype), points[1].to(self.device)
-        if boxes is not None:
-            boxes = boxes.to(self.device, self.dtype)
-        sparse, _ = self._prompts(points, boxes, None, shared[0].size)
-        if points is None and boxes is None:  # [1, 0, C]
-            sparse = sparse.expand(len(shared), -1, -1)
-        if len(shared) not in (1, len(sparse)):
-            raise ValueError(f"{len(sparse)} prompts do not go with {len(shared)} masks")
-        step = max(CHUNK_TOKENS // len(shared[0].tokens), 1) if len(shared) == 1 else 1
-        found = []
-        for start in range(0, len(sparse), step):
-            image = shared[0] if len(shared) == 1 else shared[start]
-            few = sparse[start : start + step]
-            found.append(self._decode_chunk(image, few, multimask_output, min_iou))
-        logits, scores = zip(*found, strict=True)
-        return torch.cat(logits), torch.cat(scores)
+        with exact_inference(self.device):
+            if points is not None:
+                points = points[0].to(self.device, self.dtype), points[1].to(self.device)
+            if boxes is not None:
+                boxes = boxes.to(self.device, self.dtype)
+            sparse, _ = self._prompts(points, boxes, None, shared[0].size)
+            if points is None and boxes is None:  # [1, 0, C]
+                sparse = sparse.expand(len(shared), -1, -1)
+            if len(shared) not in (1, len(sparse)):
+                raise ValueError(f"{len(sparse)} prompts do not go with {len(shared)} masks")
+            step = max(CHUNK_TOKENS // len(shared[0].tokens), 1) if len(shared) == 1 else 1
+            found = []
+            for start in range(0, len(sparse), step):
+                image = shared[0] if len(shared) == 1 else shared[start]
+                few = sparse[start : start + step]
+                found.append(self._decode_chunk(image, few, multimask_output, min_iou))
+            logits, scores = zip(*found, strict=True)
+            return torch.cat(logits), torch.cat(scores)
 
     def _positions_of(self, size: tuple[int, int]) -> _Positions:
         """The position encoding of a grid and its projections; kept for the last few grids."""

@@ -105,7 +105,7 @@ class GraphDecoder:
         step = max(len(prompts), 1) if self._takes_many and prompts.masks is None else 1
         for start in range(0, len(prompts), step):
             rows = slice(start, start + step)
-            found = self._graph.run(self._inputs(prepared, prompts, rows))
+            found = self._graph.run(self._inputs(prepared, prompts.part(start, start + step)))
             logits[rows], scores[rows] = found[_LOGITS][:, which], found[_SCORES][:, which]
         check_finite(scores, self._name)
         check_finite(logits, self._name)
@@ -130,16 +130,15 @@ class GraphDecoder:
         """Low-res logits [..., h4, w4] -> masks [..., H, W] bool; float32 logits for None."""
         return upscale(low_res_logits, placement, self.logit_stride, threshold)
 
-    def _inputs(self, features: Floats, prompts: PromptBatch, rows: slice) -> dict[str, Floats]:
+    def _inputs(self, features: Floats, prompts: PromptBatch) -> dict[str, Floats]:
         """The inputs for some prompts: points, padding where there is no box, and corners."""
-        count = len(range(len(prompts))[rows])
+        count, padding = len(prompts), 0
         coords: NDArray[Any] = np.zeros((count, 0, 2), np.float32)
         labels: NDArray[Any] = np.zeros((count, 0), np.float32)
-        padding = 0
         if prompts.points is not None:
-            coords, labels = (part[rows] for part in prompts.points)
+            coords, labels = prompts.points
         if prompts.boxes is not None:
-            coords = np.concatenate([coords, prompts.boxes[rows].reshape(-1, 2, 2)], 1)
+            coords = np.concatenate([coords, prompts.boxes.reshape(-1, 2, 2)], 1)
             labels = np.concatenate([labels, np.tile([2, 3], (count, 1))], 1)
         elif prompts.points is not None:
             padding = 1
@@ -152,7 +151,7 @@ class GraphDecoder:
             )
         coords = np.pad(coords, ((0, 0), (0, padding), (0, 0)))
         labels = np.pad(labels, ((0, 0), (0, padding)), constant_values=-1)
-        mask = self._no_mask if prompts.masks is None else prompts.masks[rows]
+        mask = self._no_mask if prompts.masks is None else prompts.masks
         given = {
             "image_embeddings": features,
             "point_coords": coords.astype(np.float32),
@@ -167,5 +166,5 @@ class GraphDecoder:
         """Masks of a prompt, of a graph that does not say."""
         features = np.zeros([side or 1 for side in self._wanted], np.float32)
         corner = PromptBatch((np.zeros((1, 1, 2), np.float32), np.ones((1, 1), np.int64)))
-        found = self._graph.run(self._inputs(features, corner, slice(0, 1)))
+        found = self._graph.run(self._inputs(features, corner))
         return int(found[_SCORES].shape[-1])

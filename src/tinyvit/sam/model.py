@@ -329,18 +329,6 @@ def build_sam(
     return sam
 
 
-def as_sam(given: Sam | str | os.PathLike[str] | None, wanted_by: str) -> Sam:
-    """A ``Sam``, or one from a checkpoint's name, file or folder; None: the embedded weights."""
-    if isinstance(given, Sam):
-        return given
-    if given is not None and not isinstance(given, (str, os.PathLike)):
-        raise TypeError(
-            f"{wanted_by} wants a Sam, as build_sam makes it, or the name or path of a checkpoint; "
-            f"came {type(given).__name__}"
-        )
-    return build_sam(DEFAULT_CHECKPOINT if given is None else given)
-
-
 def _assemble(encoder: TinyViT, is_hq: bool, img_size: int | Size | None) -> Sam:
     """Heads for an encoder: of its width, and of its grid at the size it is declared for."""
     if img_size is not None:

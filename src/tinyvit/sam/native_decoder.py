@@ -7,6 +7,7 @@ It follows the weights of a ``Sam``, and leaves what it does not know to torch's
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
@@ -19,7 +20,7 @@ from tinyvit.inference.derived import TOLERANCE, Derived
 from tinyvit.inference.native_backend import default_threads, native_library
 
 from .embedding import ImageEmbedding
-from .open import StoredSam
+from .open import StoredSam, is_hq
 from .prompts import PromptBatch
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from .model import Sam
 
 Floats: TypeAlias = NDArray[np.float32]
+
+Heads: TypeAlias = "tuple[Any, TorchDecoder | None]"
+"""Prompt encoder and mask decoder in the library, with the weights of a moment; or torch's."""
 
 BATCH = 64
 """Prompts whose logits are made before they are joined: 50 MB with three masks of 256x256."""
@@ -96,15 +100,15 @@ class NativeDecoder:
         hq_token_only: bool = False,
     ) -> tuple[Floats, Floats]:
         """As ``TorchDecoder.decode``."""
-        heads = self._share(prepared)
+        library, torch = self._share(prepared)
         prompts.check_masks(prepared.embedding.low_res_size)
-        if hq_token_only and not self._is_hq():
+        if hq_token_only and not is_hq(self._model):
             raise ValueError("hq_token_only=True wants a model with Light HQ-SAM's mask decoder")
-        if not isinstance(heads, _Heads):
+        if torch is not None:
             kind: dict[str, Any] = {"min_iou": min_iou, "hq_token_only": hq_token_only}
-            return heads.decode(prepared.image, prompts, multimask_output, **kind)
+            return torch.decode(prepared.image, prompts, multimask_output, **kind)
         found = [
-            heads.library.decode(
+            library.decode(
                 prepared.image,
                 **_of_library(prompts.part(start, start + BATCH)),
                 multimask=multimask_output,
@@ -138,12 +142,12 @@ class NativeDecoder:
         **how: Any,
     ) -> tuple[Iterator[Found], Floats]:
         """As ``TorchDecoder.find``; neither masks nor their logits are ever kept."""
-        heads = self._share(prepared)
-        if not isinstance(heads, _Heads):
-            return heads.find(prepared.image, prompts, placement, min_iou=min_iou, **how)
+        library, torch = self._share(prepared)
+        if torch is not None:
+            return torch.find(prepared.image, prompts, placement, min_iou=min_iou, **how)
         lies = self._lies(prepared.embedding.low_res_size, placement)
         points = cast("tuple[Floats, NDArray[np.int64]]", prompts.points)
-        regions, scores = heads.library.find(
+        regions, scores = library.find(
             prepared.image, lies, points=points, min_score=min_iou, **how
         )
         found = (
@@ -152,21 +156,21 @@ class NativeDecoder:
         )
         return found, scores
 
-    def _share(self, prepared: NativePrepared) -> _Heads | TorchDecoder:
+    def _share(self, prepared: NativePrepared) -> Heads:
         """The heads as they are now, with the embedding made ready for them."""
-        heads = self._derived.get()[0]
+        heads = library, torch = self._derived.get()[0]
         if prepared.heads is not heads:
             embedding, early = prepared.embedding, prepared.embedding.interm_features
-            if not isinstance(heads, _Heads):
-                prepared.image = heads.prepare(embedding)
-            elif self._is_hq() and early is None:
+            if torch is not None:
+                prepared.image = torch.prepare(embedding)
+            elif is_hq(self._model) and early is None:
                 raise ValueError(
                     "Light HQ-SAM's mask decoder wants interm_features, the encoder's early map, "
                     "and this embedding has none; encode the image with the HQ model"
                 )
             else:
-                more = early if self._is_hq() else None
-                prepared.image = heads.library.prepare(embedding.features, more)
+                more = early if is_hq(self._model) else None
+                prepared.image = library.prepare(embedding.features, more)
             prepared.heads = heads
         return heads
 
@@ -189,16 +193,13 @@ class NativeDecoder:
         prompts = self._model.prompt_encoder
         return prompts.image_embedding_size, prompts.input_image_size
 
-    def _is_hq(self) -> bool:
-        if isinstance(self._model, StoredSam):
-            return self._model.is_hq
-        return hasattr(self._model.mask_decoder, "hf_token")
-
-    def _make(self) -> tuple[_Heads | TorchDecoder, str]:
-        model = self._model
+    def _make(self) -> tuple[Heads, str]:
+        model, (grid, covered) = self._model, self._grids()
+        how = {"grid": grid, "input_size": covered, "threads": self._threads}
+        make: Any = native_library().Decoder
         if isinstance(model, StoredSam):
             try:
-                return _Heads(model.heads, 8, self._grids(), self._threads), "native"
+                return (make(model.heads, num_heads=8, **how), None), "native"
             except (ValueError, RuntimeError) as err:
                 raise CheckpointError(f"these weights make no mask decoder: {err}") from err
         from .decoder import TorchDecoder, compare, why_unknown
@@ -206,37 +207,24 @@ class NativeDecoder:
         reason = why_unknown(model)
         if reason is None:
             try:
-                heads = _Heads(_tensors_of(model), _num_heads(model), self._grids(), self._threads)
-                error = compare(model, heads.on_a_small_image)
+                attention = cast(Any, model.mask_decoder.transformer).final_attn_token_to_image
+                library = make(_tensors_of(model), num_heads=int(attention.num_heads), **how)
+                error = compare(model, partial(_run, library))
                 if error <= TOLERANCE["fp32"]:
-                    return heads, f"native (checked: error {error:.0e})"
+                    return (library, None), f"native (checked: error {error:.0e})"
                 reason = f"the native form differs by {error:.1e}"
             except (ValueError, RuntimeError) as err:
                 reason = str(err)
-        return TorchDecoder(model), f"torch ({reason})"
+        return (None, TorchDecoder(model)), f"torch ({reason})"
 
 
-class _Heads:
-    """Prompt encoder and mask decoder in the library, with the weights of a moment."""
-
-    def __init__(
-        self,
-        tensors: dict[str, NDArray[Any]] | Any,
-        num_heads: int,
-        grids: tuple[tuple[int, int], tuple[int, int]],
-        threads: int,
-    ) -> None:
-        self.library = native_library().Decoder(
-            tensors, num_heads=num_heads, grid=grids[0], input_size=grids[1], threads=threads
-        )
-
-    def on_a_small_image(
-        self, features: Floats, early: Floats | None, prompts: PromptBatch, multimask: bool
-    ) -> tuple[Floats, Floats]:
-        """What ``compare`` compares."""
-        image = self.library.prepare(features, early)
-        found = self.library.decode(image, **_of_library(prompts), multimask=multimask)
-        return cast("tuple[Floats, Floats]", found)
+def _run(
+    library: Any, features: Floats, early: Floats | None, prompts: PromptBatch, multimask: bool
+) -> tuple[Floats, Floats]:
+    """What ``compare`` compares."""
+    image = library.prepare(features, early)
+    found = library.decode(image, **_of_library(prompts), multimask=multimask)
+    return cast("tuple[Floats, Floats]", found)
 
 
 def _of_library(prompts: PromptBatch) -> dict[str, Any]:
@@ -248,10 +236,3 @@ def _tensors_of(model: Sam) -> dict[str, NDArray[Any]]:
 
     heads = {"prompt_encoder.": model.prompt_encoder, "mask_decoder.": model.mask_decoder}
     return {name + key: x for name, head in heads.items() for key, x in arrays_of(head).items()}
-
-
-def _num_heads(model: Sam) -> int:
-    from tinyvit.modules.sam.mask_decoder import TwoWayTransformer
-
-    transformer = cast(TwoWayTransformer, model.mask_decoder.transformer)
-    return int(transformer.final_attn_token_to_image.num_heads)

@@ -141,9 +141,14 @@ def open_sam(
         place = "auto" if device is None else str(device)
         return ExportedSam(open_pair(cast(str, given), backend, place, precision, threads))
     if given is not None and not isinstance(given, (str, os.PathLike)):
-        from .model import as_sam
+        from .model import Sam
 
-        return as_sam(given, wanted_by)
+        if isinstance(given, Sam):
+            return given
+        raise TypeError(
+            f"{wanted_by} wants a Sam, as build_sam makes it, or the name or path of a checkpoint; "
+            f"came {type(given).__name__}"
+        )
     source = DEFAULT_CHECKPOINT if given is None else given
     place = "cpu" if device is None else str(device)
     if isinstance(backend, str) and engine_for(source, backend, place) == "native":
@@ -157,6 +162,15 @@ def open_sam(
 
 WITHOUT_TORCH = (StoredSam, ExportedSam)
 """What runs without torch."""
+
+
+def is_hq(model: AnySam) -> bool:
+    """Whether the mask decoder is Light HQ-SAM's, which wants the encoder's early map, too."""
+    if isinstance(model, WITHOUT_TORCH):
+        return model.is_hq
+    from tinyvit.modules.sam.mask_decoder import HQMaskDecoder
+
+    return isinstance(model.mask_decoder, HQMaskDecoder)
 
 
 def _built(

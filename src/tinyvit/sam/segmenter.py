@@ -12,7 +12,7 @@ from tinyvit.inference.bundle import open_pair
 from .embedding import ImageEmbedding, ImageEncoder
 from .masks import Floats
 from .masks import Masks as Masks
-from .open import WITHOUT_TORCH, AnySam, ExportedSam, StoredSam, choose_decoder, open_sam
+from .open import WITHOUT_TORCH, AnySam, ExportedSam, StoredSam, choose_decoder, is_hq, open_sam
 from .prompts import Kind, Prompt, PromptLike, stack_prompts, to_prompt
 
 if TYPE_CHECKING:
@@ -111,12 +111,8 @@ class Segmenter:
     def candidates(self) -> int:
         """Masks of an ambiguous prompt: 3, or 1 where the decoder picks one itself."""
         model = self._model
-        if isinstance(model, WITHOUT_TORCH):
-            return 1 if model.is_hq else model.num_multimask_outputs
-        from tinyvit.modules.sam.mask_decoder import HQMaskDecoder
-
-        decoder = model.mask_decoder
-        return 1 if isinstance(decoder, HQMaskDecoder) else decoder.num_multimask_outputs
+        decoder: Any = model if isinstance(model, WITHOUT_TORCH) else model.mask_decoder
+        return 1 if is_hq(model) else int(decoder.num_multimask_outputs)
 
     @property
     def source(self) -> AnySam:
