@@ -12,13 +12,10 @@ import json
 import os
 import uuid
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from typing_extensions import Self
 
 FOLDER = "_attempts"
@@ -32,11 +29,8 @@ REASON = (
 class Attempts:
     """What one writer is at; a context that is left in any way but by death leaves nothing.
 
-    Args:
-        folder: Of the store; None (object storage) keeps nothing.
-
-    Attributes:
-        suspects: Paths that a process which died was at, and how often it died alone with each.
+    ``folder`` is the store's; None (object storage) keeps nothing. ``suspects`` are paths that a
+    process which died was at, and how often it died alone with each.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -57,12 +51,7 @@ class Attempts:
             self._take_over(other)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._file is not None and self._path is not None:
             self._path.unlink(missing_ok=True)
             self._file.close()
@@ -119,7 +108,11 @@ def _read(path: Path) -> tuple[list[str], set[str], Counter[str]]:
     begun: dict[str, None] = {}
     alone: set[str] = set()
     deaths: Counter[str] = Counter()
-    for what, name, count in _entries(path.read_text(encoding="utf-8").splitlines()):
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            what, name, count = json.loads(line)
+        except ValueError:  # the last one may have been cut off
+            continue
         if what == "suspect":
             deaths[name] = count
         elif what == "end":
@@ -131,16 +124,6 @@ def _read(path: Path) -> tuple[list[str], set[str], Counter[str]]:
             if what == "alone":
                 alone.add(name)
     return list(begun), alone, deaths
-
-
-def _entries(lines: Iterable[str]) -> Iterable[tuple[str, str, int]]:
-    """The lines that are whole; the last one may have been cut off."""
-    for line in lines:
-        try:
-            what, name, count = json.loads(line)
-        except ValueError:
-            continue
-        yield what, name, count
 
 
 def _lock(file: IO[str]) -> bool:

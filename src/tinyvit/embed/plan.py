@@ -52,15 +52,7 @@ def make_plan(
     retry_failed: bool = False,
     part: tuple[int, int] = (0, 1),
 ) -> Plan:
-    """Compare sources with a store.
-
-    Args:
-        sources: The images of this part.
-        store: What is there.
-        check: "state": what has another size or time is read; "content": everything is.
-        retry_failed: Read what failed before, too.
-        part: Which part of all images the sources are; only its rows can be gone.
-    """
+    """Compare the sources of a part with a store; other arguments as for ``embed_images``."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -77,17 +69,13 @@ def make_plan(
     is_failed = np.zeros(len(sources), bool)
     bad = pc.equal(have["state"], "failed").to_numpy()
     is_failed[is_there] = bad[where[is_there]]
-    is_done = is_same & ~is_failed if check == "state" else np.zeros(len(sources), bool)
-    is_left = is_same & is_failed if not retry_failed else np.zeros(len(sources), bool)
+    is_done, is_left = is_same & ~is_failed, is_same & is_failed & (not retry_failed)
+    if check == "content":  # they are read all the same, and compared with the hash of their row
+        numbers = np.flatnonzero(is_done).tolist()
+        known = {sources[i].path: have["sha256"][int(where[i])].as_py() for i in numbers}
+        sources = [replace(source, sha256=known.get(source.path, "")) for source in sources]
+        is_done[:] = False
     todo = [source for source, done in zip(sources, is_done | is_left, strict=True) if not done]
-    if check == "content":
-        is_checked = is_same & ~is_failed
-        hashes = [
-            have["sha256"][int(row)].as_py() if checked else ""
-            for row, checked in zip(where, is_checked, strict=True)
-        ]
-        both = zip(sources, hashes, is_left, strict=True)
-        todo = [replace(source, sha256=one) for source, one, left_ in both if not left_]
     left = {source.path for source, one in zip(sources, is_left, strict=True) if one}
     reasons = [(row.path, row.reason) for row in store.rows("failed") if row.path in left]
     number, parts = part

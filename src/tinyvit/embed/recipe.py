@@ -118,11 +118,7 @@ class Recipe:
         return found
 
     def check(self, other: Recipe, store: str) -> None:
-        """Check that rows of another recipe may go into the store of this one.
-
-        Raises:
-            CheckpointError: They may not; each differing fact is named with both values.
-        """
+        """A CheckpointError with all that differs where another recipe's rows may not go here."""
         differing = self.differences(other)
         if differing:
             raise CheckpointError(
@@ -138,11 +134,7 @@ class Recipe:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[bytes, bytes] | None, store: str) -> Recipe:
-        """Read what ``to_metadata`` gave.
-
-        Raises:
-            CheckpointError: This is a dataset of something else, damaged, or of a newer format.
-        """
+        """Read what ``to_metadata`` gave; CheckpointError: it is missing, damaged or newer."""
         text = (metadata or {}).get(KEY)
         if text is None:
             raise CheckpointError(
@@ -187,7 +179,14 @@ class _Sizes(NamedTuple):
 def _sizes_of(engine: Engine) -> _Sizes:
     backend: object = engine.backend
     if isinstance(backend, ExportedEncoder):
-        return _sizes_of_exported(backend)
+        check_exact(backend)
+        facts = backend.facts
+        if not facts.weights_sha256 or facts.strides is None or backend.channels is None:
+            raise CheckpointError(
+                f"{backend.path} does not say which weights it has, or with which strides and "
+                "channels; export again"
+            )
+        return _Sizes(facts.variant, facts.strides, backend.channels)
     model: Any = engine.model
     if model is None:
         raise ValueError(
@@ -202,17 +201,6 @@ def _sizes_of(engine: Engine) -> _Sizes:
         arguments["neck_dim"] is None and arguments["head"],
         not isinstance(model, StoredModel),
     )
-
-
-def _sizes_of_exported(encoder: ExportedEncoder) -> _Sizes:
-    check_exact(encoder)
-    facts = encoder.facts
-    if not facts.weights_sha256 or facts.strides is None or encoder.channels is None:
-        raise CheckpointError(
-            f"{encoder.path} does not say which weights it has, or with which strides and "
-            "channels; export again"
-        )
-    return _Sizes(facts.variant, facts.strides, encoder.channels)
 
 
 def check_exact(backend: object) -> None:

@@ -97,11 +97,7 @@ class StoreRow:
         return sum_
 
     def to_embedding(self, recipe: Recipe) -> ImageEmbedding:
-        """The embedding in float32.
-
-        Raises:
-            ValueError: The row has no features.
-        """
+        """The embedding in float32. ValueError: the row has no features."""
         if self.features is None or self.placement is None:
             raise ValueError(f"{self.path!r} has no features; its row is {self.state!r}")
         early = None if self.early is None else dequantise(self.early, self.early_scales, -1)
@@ -119,14 +115,10 @@ class StoreRow:
 
 
 def quantise(values: Floats, dtype: Dtype, axis: int) -> tuple[NDArray[Any], Floats | None]:
-    """Store a map in ``dtype``; for int8 with a scale for each channel along ``axis``.
+    """A map in ``dtype``, and for int8 scales [C] float32 of the channels along ``axis``, or None.
 
-    Returns:
-        (values, scales [C] float32 or None); an int8 value times its scale is within half a scale
-        of what was given.
-
-    Raises:
-        ValueError: A value is not finite, or not in ``dtype``.
+    An int8 value times its scale is within half a scale of what was given. ValueError: a value is
+    not finite, or not in ``dtype``.
     """
     if dtype != "int8":
         with np.errstate(over="ignore"):
@@ -189,22 +181,19 @@ def to_batch(rows: Sequence[StoreRow], schema: pa.Schema) -> pa.RecordBatch:
     """Rows as Arrow has them."""
     import pyarrow as pa
 
-    columns: dict[str, list[Any]] = {name: [] for name in (*PLAIN, *MAPS)}
-    for row in rows:
-        placement = row.placement
-        size = (None, None) if placement is None else placement.original_size
-        values = {
-            **{name: getattr(row, name) for name in ("path", "state", "sha256", "size")},
-            **{name: getattr(row, name) for name in ("mtime_ns", "reason", "made")},
-            **{"height": size[0], "width": size[1]},
-            "placement": None if placement is None else _numbers_of(placement)[2:],
-            **{"shape": _shape(row.features), "early_shape": _shape(row.early)},
-            **{name: _listed(getattr(row, name)) for name in ("scales", "early_scales", "pooled")},
-            "checksum": row.checksum(),
-            **{name: _bytes(getattr(row, name)) for name in MAPS},
-        }
-        for name, value in values.items():
-            columns[name].append(value)
+    numbers = [row.placement and _numbers_of(row.placement) for row in rows]
+    columns: dict[str, list[Any]] = {
+        "height": [one and one[0] for one in numbers],
+        "width": [one and one[1] for one in numbers],
+        "placement": [one and one[2:] for one in numbers],
+        "shape": [_shape(row.features) for row in rows],
+        "early_shape": [_shape(row.early) for row in rows],
+        "checksum": [row.checksum() for row in rows],
+        **{name: [_bytes(getattr(row, name)) for row in rows] for name in MAPS},
+    }
+    for name in (*PLAIN, *MAPS):
+        if name not in columns:
+            columns[name] = [getattr(row, name) for row in rows]
     arrays = [pa.array(columns[field.name], field.type) for field in schema]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
@@ -212,11 +201,7 @@ def to_batch(rows: Sequence[StoreRow], schema: pa.Schema) -> pa.RecordBatch:
 def from_values(
     values: Mapping[str, Any], maps: Mapping[str, bytes | None], recipe: Recipe, store: str
 ) -> StoreRow:
-    """A row of its plain columns and the bytes of its maps, checked where all of them are there.
-
-    Raises:
-        DamagedRowError: Its bytes are not those that were written.
-    """
+    """A row, checked where all its maps are there; DamagedRowError: it is not what was written."""
     path = values["path"]
     try:
         row = _row_of(values, maps, recipe)
@@ -271,10 +256,6 @@ def _numbers_of(placement: Placement) -> list[int]:
 
 def _shape(array: NDArray[Any] | None) -> list[int] | None:
     return None if array is None else list(array.shape)
-
-
-def _listed(array: Floats | None) -> list[float] | None:
-    return None if array is None else array.tolist()
 
 
 def _bytes(array: NDArray[Any] | None) -> bytes | None:

@@ -45,16 +45,10 @@ def list_sources(
     store: str,
     part: tuple[int, int] = (0, 1),
 ) -> tuple[list[Source], list[str]]:
-    """The images that are named, each once, in a fixed order, and the folders they are in.
+    """The images of this part, each once, in a fixed order, and the folders that were named.
 
-    Args:
-        sources: One or many folders, files, ``@list.txt`` or addresses.
-        store: Where the store is, which must not lie in a source.
-        part: (number of the part from 0, parts in all): only the images of this part.
-
-    Raises:
-        ValueError: A source is not there or holds no images, two images have one name, or the store
-            lies in a source.
+    ValueError: a source is not there or holds no images, two images have one name, or the store
+    lies in a source.
     """
     given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     local: list[Path] = []
@@ -91,11 +85,7 @@ def part_of(path: str, parts: int) -> int:
 
 
 def read_source(source: Source) -> tuple[bytes, Source]:
-    """A file's bytes, and the source as the file was when it was read.
-
-    Raises:
-        ImageError: It cannot be read, or changes all the time.
-    """
+    """A file's bytes, and the source as it was then; ImageError: it cannot be read, or changes."""
     try:
         for _ in range(READINGS):
             data = read_bytes(source.place)
@@ -207,11 +197,7 @@ def read_bytes(place: str) -> bytes:
 
 
 def open_place(address: str) -> tuple[Any, str]:
-    """A file system of pyarrow, or of fsspec where pyarrow has none, and the path in it.
-
-    Raises:
-        ValueError: Neither knows the address.
-    """
+    """A file system of pyarrow or else fsspec, and the path in it; ValueError: neither has one."""
     scheme, _, rest = address.partition("://")
     root = f"{scheme}://{rest.split('/')[0]}"
     filesystem, prefix = _open_root(root)
@@ -252,14 +238,12 @@ def _list_remote(address: str) -> Iterator[Source]:
         return
     top = inner.rstrip("/")
     files = filesystem.get_file_info(fs.FileSelector(top, recursive=True))
-    images = sorted(
-        (file.path[len(top) + 1 :], file)
-        for file in files
-        if file.type == fs.FileType.File and _is_image(file.path[len(top) + 1 :])
-    )
+    found = {file.path[len(top) + 1 :]: file for file in files if file.type == fs.FileType.File}
+    images = sorted(filter(_is_image, found))
     if not images:
         raise ValueError(f"there are no images at {address!r}; looked for {IMAGE_SUFFIXES}")
-    for name, file in images:
+    for name in images:
+        file = found[name]
         place = f"{address.rstrip('/')}/{name}"
         yield Source(name_in_store(name), place, file.size or 0, file.mtime_ns or 0)
 

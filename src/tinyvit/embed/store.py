@@ -228,8 +228,7 @@ class EmbeddingStore(Mapping[str, ImageEmbedding]):
 
     def read_rows(self, paths: Sequence[str]) -> dict[str, StoreRow]:
         """Rows by path, with everything that is stored; those that are not there are left out."""
-        found = self._read(lambda dataset: self._rows(dataset, one_of("path", paths)))
-        return {row.path: row for row in sorted(found, key=lambda row: row.made)}
+        return self._by_path(paths)
 
     # -- in parts ------------------------------------------------------------------------------
 
@@ -342,12 +341,23 @@ class EmbeddingStore(Mapping[str, ImageEmbedding]):
         Raises:
             CheckpointError: The encoder is missing.
         """
-        names = [CONFIG, WEIGHTS]
-        if INDEX in (there := list_files(self.url, self.storage_options, ENCODER)):
-            names = there
+        from lance.file import LanceFileSession
+
+        session = LanceFileSession(self.url, storage_options=self.storage_options)
+        try:
+            there = [PurePosixPath(path).name for path in session.list(ENCODER)]
+        except (OSError, ValueError):  # there is no such folder
+            there = []
         with tempfile.TemporaryDirectory() as folder:
-            wanted = [f"{ENCODER}/{name}" for name in names]
-            read_files(self.url, self.storage_options, wanted, Path(folder))
+            for name in there if INDEX in there else (CONFIG, WEIGHTS):
+                try:
+                    session.download_file(f"{ENCODER}/{name}", str(Path(folder) / name))
+                except (OSError, ValueError) as err:
+                    raise CheckpointError(
+                        f"{self.url} has no {ENCODER}/{name}: {first_line(err)}; name the "
+                        "checkpoint that the store was made with, or put its folder of "
+                        "save_pretrained there"
+                    ) from err
             yield Path(folder)
 
     def engine_of(self, folder: Path, **arguments: Any) -> Engine:
@@ -408,18 +418,19 @@ class EmbeddingStore(Mapping[str, ImageEmbedding]):
             for i, values in enumerate(plain)
         ]
 
+    def _by_path(self, paths: Sequence[str], maps: bool = True) -> dict[str, StoreRow]:
+        """Rows by path; of two of one path the newer."""
+        read = partial(self._rows, where=one_of("path", paths), maps=maps)
+        return {row.path: row for row in sorted(self._read(read), key=lambda row: row.made)}
+
     def _many(self, paths: Iterable[str], maps: bool = True) -> Iterator[StoreRow]:
         """Good rows in the order of their paths."""
         source = iter(paths)
         while chunk := [path for _, path in zip(range(CHUNK), source, strict=False)]:
-            found: dict[str, StoreRow] = {}
-            for is_last in (False, True):
-                missing = [path for path in chunk if path not in found]
-                read = partial(self._rows, where=one_of("path", missing), maps=maps)
-                rows = self._read(read) if missing else []
-                found |= {row.path: row for row in sorted(rows, key=lambda row: row.made)}
-                if len(found) < len(set(chunk)) and not is_last:
-                    self.refresh()
+            found = self._by_path(chunk, maps)
+            if missing := [path for path in chunk if path not in found]:
+                self.refresh()
+                found |= self._by_path(missing, maps)
             for path in chunk:
                 row = found.get(path)
                 if row is None or row.state != "ok":
@@ -456,11 +467,7 @@ class EmbeddingStore(Mapping[str, ImageEmbedding]):
 
 
 def load_lance() -> Any:
-    """The package lance.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
+    """The package lance. MissingExtraError: it is not installed."""
     try:
         import lance
     except ImportError as err:
@@ -502,38 +509,6 @@ def write_files(url: str, options: dict[str, str] | None, files: Mapping[str, by
             local = Path(folder) / "file"
             local.write_bytes(data)
             session.upload_file(str(local), name)
-
-
-def list_files(url: str, options: dict[str, str] | None, folder: str) -> list[str]:
-    """The names of the files in a folder beside a dataset's own; none where it is not there."""
-    from lance.file import LanceFileSession
-
-    try:
-        paths = LanceFileSession(url, storage_options=options).list(folder)
-    except (OSError, ValueError):
-        return []
-    return [PurePosixPath(path).name for path in paths]
-
-
-def read_files(
-    url: str, options: dict[str, str] | None, names: Sequence[str], folder: Path
-) -> None:
-    """Fetch files that lie beside a dataset's own into a folder.
-
-    Raises:
-        CheckpointError: One is not there.
-    """
-    from lance.file import LanceFileSession
-
-    session = LanceFileSession(url, storage_options=options)
-    for name in names:
-        try:
-            session.download_file(name, str(folder / PurePosixPath(name).name))
-        except (OSError, ValueError) as err:
-            raise CheckpointError(
-                f"{url} has no {name}: {first_line(err)}; name the checkpoint that the store was "
-                "made with, or put its folder of save_pretrained there"
-            ) from err
 
 
 def unless_conflict(work: Callable[[], Value]) -> Value | None:
