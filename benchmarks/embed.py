@@ -276,7 +276,7 @@ def masks(options: argparse.Namespace) -> Facts:
     """Masks of stored embeddings against those of float32 ones: nine clicks on each image."""
     segmenter = tinyvit.Segmenter(options.checkpoint)
     photos = sorted(path for path in options.photos.iterdir() if path.suffix in (".png", ".jpg"))
-    found: Facts = {"images": len(photos), "checkpoint": options.checkpoint or "tinyvit_starter"}
+    found: Facts = {"images": len(photos), "checkpoint": options.checkpoint or "tinyvit_sam_2m"}
     with folder() as place:
         for dtype in ("fp32", "fp16", "int8"):
             url = place / f"{dtype}.lance"
@@ -556,7 +556,7 @@ def main() -> None:
     add("--images-per-actor", type=int, default=240, help="actors")
     add("--objects", type=Path, help="likeness: cut-outs with alpha, as recipes/ makes them")
     add("--backgrounds", type=Path, help="likeness: photographs, likewise")
-    add("--encoders", nargs="+", default=["tinyvit_starter"], help="likeness: checkpoints")
+    add("--encoders", nargs="+", default=["tinyvit_sam_2m"], help="likeness: checkpoints")
     add("--output", type=Path, default=HERE)
     options = parser.parse_args()
     file = options.output / "embed.json"

@@ -29,9 +29,10 @@ import torch
 from PIL import Image
 
 from tinyvit.bench import machine_facts
-from tinyvit.export.graphs import DecoderGraph, plain, trace
+from tinyvit.export.graphs import DecoderGraph, plain
 from tinyvit.export.presets import DECODER_INPUTS, DECODER_OUTPUTS
 from tinyvit.images.preprocess import to_input
+from tinyvit.inference.graph_backend import trace
 from tinyvit.sam import build_sam
 from tinyvit.sam.embedding import spec_of
 
@@ -302,7 +303,7 @@ def size_of(path: Path) -> float:
 
 def measure(data: Path, nncf: str | None, pairs: int, wanted: Sequence[str]) -> list[Row]:
     """The rows of the table, or those of the encoders that are ``wanted``."""
-    sam = plain(build_sam("tinyvit_starter"))
+    sam = plain(build_sam("tinyvit_sam_2m"))
     calibration, samples = photographs(data, spec_of(sam))
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -34,7 +34,7 @@ from tinyvit.sam.model import build_sam
 
 HERE = Path(__file__).parent
 IMAGES = HERE.parent / "examples" / "pictures"
-MODEL, CHECKPOINT = "tiny_vit_5m_sam", "tinyvit_starter"
+MODEL, CHECKPOINT = "tiny_vit_5m_sam", "tinyvit_sam_2m"
 SIZES = ((1024, 1024), (683, 1024), (250, 333), (75, 58))
 RANGE_SIZES = (256, 1024)
 CLICKS = 5  # along a side

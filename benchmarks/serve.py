@@ -134,7 +134,7 @@ class Bench:
     def beside_osam(self, folder: Path) -> None:
         """The same weights in osam's server."""
         exported, port = folder / f"osam-{self.name}", free_port()
-        argv = [sys.executable, "-m", "tinyvit", "export", self.weights or "tinyvit_starter"]
+        argv = [sys.executable, "-m", "tinyvit", "export", self.weights or "tinyvit_sam_2m"]
         argv += ["-o", str(exported), "--for", "osam", "--keep-failed"]  # only its speed counts
         subprocess.run(argv, stdout=subprocess.DEVNULL, check=False)
         environment = {"HOME": str(folder), "PATH": os.environ["PATH"]}

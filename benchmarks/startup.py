@@ -28,8 +28,8 @@ EXTRAS = {"torch": "torch", "native": "native", "onnx": "onnx", "openvino": "ope
 """Environment -> what is installed there beside the base."""
 
 CONTESTANTS = {
-    "torch": ("torch", "tinyvit_starter", "torch"),
-    "native": ("native", "tinyvit_starter", "native"),
+    "torch": ("torch", "tinyvit_sam_2m", "torch"),
+    "native": ("native", "tinyvit_sam_2m", "native"),
     "ONNX Runtime": ("onnx", None, "onnx"),
     "OpenVINO, nothing compiled": ("openvino", None, "openvino"),
     "OpenVINO, compiled before": ("openvino", None, "openvino"),
@@ -195,7 +195,7 @@ def main() -> None:
                 pythons[name] = python
     exported = given.environments / "exported"
     if not exported.is_dir():
-        export = [sys.executable, "-m", "tinyvit", "export", "tinyvit_starter", "-o", str(exported)]
+        export = [sys.executable, "-m", "tinyvit", "export", "tinyvit_sam_2m", "-o", str(exported)]
         subprocess.run(export, check=True)
     results = measure(pythons, exported, given.rounds, given.threads)
     packages = ("onnxruntime", "openvino", "tinyvit-native", "numpy")

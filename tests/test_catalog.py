@@ -18,6 +18,8 @@ from tinyvit.catalog import (
     list_checkpoints,
     list_models,
 )
+from tinyvit.checkpoints.files import read_state_dict, thresholds_in
+from tinyvit.checkpoints.open import find_checkpoint
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec
 
@@ -97,7 +99,9 @@ def test_arguments_are_the_constructors() -> None:
 
 
 def test_every_checkpoint_is_consistent() -> None:
-    assert len({row.file for row in CHECKPOINTS}) == len({row.name for row in CHECKPOINTS})
+    assert len({row.name for row in CHECKPOINTS}) == len(CHECKPOINTS)
+    files = [row.file for row in CHECKPOINTS if row.name != "tinyvit_starter"]
+    assert len(set(files)) == len(files)
     for row in CHECKPOINTS:
         get_variant(row.variant)
         assert row.urls or row.embedded or row.note
@@ -120,7 +124,10 @@ def test_rows_of_the_families() -> None:
     assert cream.image_spec == ImageSpec.cream(224)
     assert get_checkpoint("tiny_vit_21m_22kto1k_384_distill").image_spec is None
     assert get_checkpoint("mobile_sam").sha256 is not None
-    assert get_checkpoint("tinyvit_starter").embedded
+    embedded, earlier = (get_checkpoint(f"tinyvit_{name}") for name in ("sam_2m", "starter"))
+    path, _ = find_checkpoint(embedded.name)
+    assert thresholds_in(read_state_dict(path).metadata, path) == embedded.thresholds
+    assert embedded.embedded and (earlier.file, earlier.sha256) == (embedded.file, embedded.sha256)
 
 
 def test_list_checkpoints_of_one_variant() -> None:

@@ -232,9 +232,9 @@ def test_published_variants_have_their_number_of_parameters(name: str) -> None:
 
 
 def test_the_embedded_checkpoint_by_either_argument() -> None:
-    model = create_model("tinyvit_starter")
-    assert create_model(checkpoint="tinyvit_starter").arguments() == model.arguments()
-    file = read_state_dict(find_checkpoint("tinyvit_starter")[0]).tensors
+    model = create_model("tinyvit_sam_2m")
+    assert create_model(checkpoint="tinyvit_sam_2m").arguments() == model.arguments()
+    file = read_state_dict(find_checkpoint("tinyvit_sam_2m")[0]).tensors
     prefix = "image_encoder."
     state = {k.removeprefix(prefix): t for k, t in file.items() if k.startswith(prefix)}
     assert any(tensor.dtype == torch.float16 for tensor in state.values())
@@ -383,7 +383,7 @@ def test_names_that_are_none(arguments: dict[str, Any], error: type[Exception], 
 
 def test_without_a_name_the_embedded_weights_are_taken() -> None:
     """The README says so of every way in; create_model() was an error."""
-    assert_same(create_model(), create_model("tinyvit_starter").state_dict())
+    assert_same(create_model(), create_model("tinyvit_sam_2m").state_dict())
 
 
 def test_an_untrained_sam_encoder_says_so() -> None:
@@ -398,12 +398,12 @@ def test_an_untrained_sam_encoder_says_so() -> None:
 
 
 def test_timms_features_only() -> None:
-    whole = create_model("tinyvit_starter")
+    whole = create_model("tinyvit_sam_2m")
     x = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         wanted = whole.forward_intermediates(x, (0, 2), intermediates_only=True)
         for indices, stages in (((0, 2), [0, 2]), (None, [0, 1, 2, 3]), (1, [3]), ((-2,), [2])):
-            maps = create_model("tinyvit_starter", features_only=True, out_indices=indices)
+            maps = create_model("tinyvit_sam_2m", features_only=True, out_indices=indices)
             assert list(maps.out_indices) == stages and not maps.training
             found = maps(x)
             assert [m.shape[1] for m in found] == maps.feature_info.channels()

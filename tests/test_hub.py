@@ -655,7 +655,7 @@ def test_classes_are_kept(make_tiny_vit: MakeModel, tmp_path: Path) -> None:
 
 
 def test_classes_of_a_whole_sam_are_kept(tmp_path: Path) -> None:
-    sam = build_sam("tinyvit_starter", img_size=64)
+    sam = build_sam("tinyvit_sam_2m", img_size=64)
     sam.image_encoder.reset_classifier(2)
     sam.image_encoder.classes = ("cell", "none")
     folder = save_pretrained(sam, tmp_path / "sam")
@@ -686,7 +686,7 @@ def test_a_newer_format_is_refused(saved: Path) -> None:
 
 def test_a_whole_sam_makes_the_round_trip(tmp_path: Path) -> None:
     """A fine-tuned SAM is what people publish; saving one ended in torch's AttributeError."""
-    sam = build_sam("tinyvit_starter", img_size=64)
+    sam = build_sam("tinyvit_sam_2m", img_size=64)
     sam.thresholds = {"pred_iou_thresh": 0.5}
     folder = save_pretrained(sam, tmp_path / "sam")
     config = json.loads((folder / "config.json").read_text())

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tinyvit.export.graphs import trace
 from tinyvit.image_spec import ImageSpec
+from tinyvit.inference.graph_backend import trace
 
 
 @pytest.fixture

@@ -51,9 +51,9 @@ def test_names_are_found_on_first_use():
     "command, extra",
     [
         ("segment PICTURE --point 9,9 -o OUT", "torch"),
-        ("inspect tinyvit_starter", "torch"),
+        ("inspect tinyvit_sam_2m", "torch"),
         ("train classify PICTURES -o OUT", "torch"),
-        ("export tinyvit_starter -o OUT", "torch"),
+        ("export tinyvit_sam_2m -o OUT", "torch"),
         ("serve", "serve"),
     ],
 )
@@ -69,4 +69,4 @@ def test_a_command_says_it_in_one_line(command, extra, tmp_path):
 
 def test_the_command_line_needs_no_extra():
     away = (*EXTRAS, "tinyvit_native", "lance", "pillow_heif")
-    assert "tinyvit_starter" in run_without(away, RUN, "models")
+    assert "tinyvit_sam_2m" in run_without(away, RUN, "models")

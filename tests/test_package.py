@@ -149,14 +149,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_the_wheel_holds(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        starter = archive.read("tinyvit/weights/starter.safetensors")
+        starter = archive.read("tinyvit/weights/sam_2m.safetensors")
     info = f"tinyvit-{tinyvit.__version__}.dist-info"
     assert wheel.name == f"tinyvit-{tinyvit.__version__}-py3-none-any.whl"
     assert {name.partition("/")[0] for name in names} == {"tinyvit", info}
     assert {
         "tinyvit/__init__.py",
         "tinyvit/py.typed",
-        "tinyvit/weights/starter.safetensors",
+        "tinyvit/weights/sam_2m.safetensors",
         "tinyvit/weights/MODEL_CARD.md",
         f"{info}/licenses/LICENSE",
         f"{info}/licenses/NOTICE",
@@ -167,7 +167,7 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
     assert not [name for name in names if name.endswith((".pyc", ".orig", ".tmp"))]
     sources = {f"tinyvit/{path.relative_to(SOURCE)}" for path in SOURCE.rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == sources
-    assert starter == (SOURCE / "weights" / "starter.safetensors").read_bytes()
+    assert starter == (SOURCE / "weights" / "sam_2m.safetensors").read_bytes()
 
 
 def test_what_the_wheel_says(wheel: Path) -> None:
@@ -189,7 +189,7 @@ def test_what_the_wheel_says(wheel: Path) -> None:
 
 
 def test_the_embedded_weights_are_those_of_the_catalog() -> None:
-    row = get_checkpoint("tinyvit_starter")
+    row = get_checkpoint("tinyvit_sam_2m")
     assert file_sha256(SOURCE / "weights" / row.file) == row.sha256
 
 
@@ -210,7 +210,7 @@ def test_the_wheel_works_without_the_tree(wheel: Path, tmp_path: Path) -> None:
         f"sys.path = [{str(target)!r}, *others]\n"
         "import numpy, tinyvit\n"
         f"assert tinyvit.__file__.startswith({str(target)!r}), tinyvit.__file__\n"
-        "engine = tinyvit.Engine(tinyvit.create_model('tinyvit_starter'), device='cpu')\n"
+        "engine = tinyvit.Engine(tinyvit.create_model('tinyvit_sam_2m'), device='cpu')\n"
         "image = numpy.arange(60 * 80 * 3, dtype=numpy.uint8).reshape(60, 80, 3)\n"
         "out = engine.embed(image)\n"
         "assert bool(out.isfinite().all()) and float(out.std()) > 0\n"

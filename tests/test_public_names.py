@@ -122,7 +122,7 @@ def test_the_package_lists_are_true(package: str) -> None:
 
 
 def test_results_are_of_public_types() -> None:
-    path = SOURCE / "weights" / "starter.safetensors"
+    path = SOURCE / "weights" / "sam_2m.safetensors"
     found = tinyvit.inspect_checkpoint(path)
     assert isinstance(found, checkpoints.Inspection)
     assert isinstance(found.detection, checkpoints.Detection)

@@ -78,7 +78,7 @@ def keys_of(value):
     "words",
     [
         "models",
-        "inspect tinyvit_starter",
+        "inspect tinyvit_sam_2m",
         "encode IMAGE -o OUT",
         "segment IMAGE --point 172,118 -o OUT",
     ],

@@ -3,7 +3,7 @@
 Every number comes from a file: ``evaluation.json`` of ``evaluate.py``, the tables of the supply,
 the logs of the training (``history.py``), and the weights themselves. Nothing is evaluated here.
 
-    python card.py starter.safetensors --work WORK --evaluation FOLDER --out MODEL_CARD.md
+    python card.py sam_2m.safetensors --work WORK --evaluation FOLDER --out MODEL_CARD.md
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ One report for each file of weights and set of images; the baselines that need n
 the same table. ``tinyvit.evaluate`` computes everything. Written are ``evaluation.json`` (metrics),
 ``cases.json`` (every mask), ``evaluation.md`` (tables) and one gallery for each report.
 
-    python evaluate.py new.safetensors tinyvit_starter --photographs DIR --work WORK --out FOLDER
+    python evaluate.py new.safetensors tinyvit_sam_2m --photographs DIR --work WORK --out FOLDER
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def build_lite(work: Path, like: str, size: int) -> Sam:
 
 def open_lite(work: Path, file: Path, size: int) -> Sam:
     """A SAM of ``build_lite`` with the weights that a stage left."""
-    sam = build_lite(work, "tinyvit_starter", size)
+    sam = build_lite(work, "tinyvit_sam_2m", size)
     sam.load_state_dict(read_state_dict(file).tensors)
     return sam.eval()
 

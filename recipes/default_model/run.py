@@ -48,7 +48,7 @@ class Choices:
     composites: int = 200
     tiny: bool = False
     machine: str = ""
-    beside: tuple[str, ...] = ("starter=tinyvit_starter",)
+    beside: tuple[str, ...] = (f"starter={HERE / 'start/starter.safetensors'}",)
     control: bool = False
 
     @property

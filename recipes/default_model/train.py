@@ -107,11 +107,10 @@ def _model(work: Path, stage: Stage, samples: CompositeSet) -> Sam:
     start, size = found(work, stage["start"]), stage["img_size"]
     if stage.get("encoder") == "lite2":
         sam = build_lite(work, start, size)
-        if not (work / "runs" / stage["start"]).is_dir():
-            encoder = cast(LiteEncoder, sam.image_encoder)
-            old = build_sam(start, img_size=size).eval()
-            explained = fit_neck(encoder, old.image_encoder, _batches(sam, samples))
-            print(f"    the neck explains {explained:.3f} of the embedding's variance")
+        encoder = cast(LiteEncoder, sam.image_encoder)
+        old = build_sam(start, img_size=size).eval()
+        explained = fit_neck(encoder, old.image_encoder, _batches(sam, samples))
+        print(f"    the neck explains {explained:.3f} of the embedding's variance")
         return sam
     sam = build_sam(start or None, stage["model"], img_size=size)
     if name := stage.get("decoder"):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from tinyvit.errors import CheckpointError
@@ -197,16 +197,18 @@ def _efficientsam3(name: str, variant: str) -> Checkpoint:
     )  # fmt: skip
 
 
+_EMBEDDED = Checkpoint(
+    "tinyvit_sam_2m", "tiny_vit_2m_sam", "tinyvit_sam", "sam_2m.safetensors", "safetensors",
+    "Apache-2.0", "shipped inside the package", embedded=True,
+    sha256="f01ca2bb30289cfec83e4cd497c6cf4b78168b9f3e68f4d3392eefcd62f23478",
+    note="Small, for a first try without a download; trained on GPL-2, CC-BY-SA, CC-BY, MIT and "
+    "CC0 images, see its model card.",
+    thresholds={"pred_iou_thresh": 0.47, "stability_score_thresh": 0.46},  # as its header says
+)  # fmt: skip
+
 CHECKPOINTS: tuple[Checkpoint, ...] = (
-    Checkpoint(
-        "tinyvit_starter", "tiny_vit_2m_sam", "tinyvit_sam", "starter.safetensors", "safetensors",
-        "Apache-2.0", "shipped inside the package", embedded=True,
-        sha256="2e39be0bc20d60ff6a62c1c6d49d335e458f8fe078f1518775b4408b1edcc4a6",
-        note="Small and weak, for a first try without a download; trained on GPL-2, CC-BY-SA, "
-        "CC-BY, MIT and CC0 images, see its model card.",
-        # its scores are low: its best points reach 0.57 to 0.78 on the example images
-        thresholds={"pred_iou_thresh": 0.4, "stability_score_thresh": 0.6},
-    ),
+    _EMBEDDED,
+    replace(_EMBEDDED, name="tinyvit_starter", note="The earlier name of tinyvit_sam_2m."),
     Checkpoint(
         "mobile_sam", "tiny_vit_5m_sam", "mobile_sam", "mobile_sam.pt", "torch",
         "Apache-2.0", "https://github.com/ChaoningZhang/MobileSAM",
@@ -262,7 +264,7 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
 )  # fmt: skip
 """All published files, the embedded one first."""
 
-DEFAULT_CHECKPOINT = "tinyvit_starter"
+DEFAULT_CHECKPOINT = "tinyvit_sam_2m"
 """What the command line uses where no checkpoint is named: the embedded one."""
 
 

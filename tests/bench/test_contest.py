@@ -71,7 +71,7 @@ def test_nothing_to_measure_is_an_error(fakes, numbers):
 
 def test_a_real_one_in_its_own_process():
     (result,) = measure(
-        [Contestant(checkpoint="tinyvit_starter", size=32, threads=1)],
+        [Contestant(checkpoint="tinyvit_sam_2m", size=32, threads=1)],
         1,
         starts=1,
         matmul_side=64,

@@ -172,7 +172,7 @@ def test_a_checkpoint_of_no_variant_runs(make_tiny_vit, tmp_path):
 
 
 def test_a_named_checkpoint_has_its_variant_s_work():
-    _, facts = make({**SPEC, "checkpoint": "tinyvit_starter"})
+    _, facts = make({**SPEC, "checkpoint": "tinyvit_sam_2m"})
     assert facts["gflop"] == 2 * 0.83 / 16
 
 
@@ -187,7 +187,7 @@ def test_threads_are_limited(monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     make({"matmul": 4, "precision": "fp32", "device": "cpu", "threads": 1})
-    make({**SPEC, "checkpoint": "tinyvit_starter", "size": 32, "threads": 1})
+    make({**SPEC, "checkpoint": "tinyvit_sam_2m", "size": 32, "threads": 1})
     assert asked == [1, 1]
 
 

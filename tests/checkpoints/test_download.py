@@ -469,7 +469,7 @@ def test_two_processes_one_download(server: Server, tmp_path: Path) -> None:
 
 def test_embedded() -> None:
     empty = hashlib.sha256(b"").hexdigest()
-    inside = replace(get_checkpoint("tinyvit_starter"), file="../py.typed", sha256=empty)
+    inside = replace(get_checkpoint("tinyvit_sam_2m"), file="../py.typed", sha256=empty)
     assert fetch(inside).name == "py.typed"
     with pytest.raises(DownloadError, match="was changed: its sha256 is"):
         fetch(inside, sha256=DIGEST)

@@ -13,12 +13,12 @@ from tinyvit.errors import CheckpointError
 
 
 def test_the_embedded_checkpoint_is_there():
-    path, row = find_checkpoint("tinyvit_starter")
-    assert path.is_file() and row == get_checkpoint("tinyvit_starter")
+    path, row = find_checkpoint("tinyvit_sam_2m")
+    assert path.is_file() and row == get_checkpoint("tinyvit_sam_2m")
 
 
 def test_a_checkpoint_is_read_whole(tmp_path):
-    opened = open_checkpoint("tinyvit_starter")
+    opened = open_checkpoint("tinyvit_sam_2m")
     assert opened.found.has_encoder
     assert {"patch_embed.seq.0.c.weight", "mask_decoder.iou_token.weight"} <= opened.tensors.keys()
     path = write_state_dict(
@@ -32,7 +32,7 @@ def test_a_checkpoint_is_read_whole(tmp_path):
 
 
 def test_a_file_that_does_not_add_up_names_what_is_missing(tmp_path):
-    opened = open_checkpoint("tinyvit_starter")
+    opened = open_checkpoint("tinyvit_sam_2m")
     tensors = dict(opened.tensors)
     del tensors["layers.1.blocks.0.attn.qkv.weight"]
     path = write_state_dict(tmp_path / "a.safetensors", tensors)
@@ -41,7 +41,7 @@ def test_a_file_that_does_not_add_up_names_what_is_missing(tmp_path):
 
 
 def test_a_file_without_an_encoder(tmp_path):
-    opened = open_checkpoint("tinyvit_starter")
+    opened = open_checkpoint("tinyvit_sam_2m")
     tensors = {k: v for k, v in opened.tensors.items() if k.startswith("mask_decoder.")}
     path = write_state_dict(tmp_path / "a.safetensors", tensors)
     with pytest.raises(CheckpointError):
@@ -71,7 +71,7 @@ def test_what_does_not_fit_in_words():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, value):
-    tensors = dict(open_checkpoint("tinyvit_starter").tensors)
+    tensors = dict(open_checkpoint("tinyvit_sam_2m").tensors)
     tensors["neck.0.weight"] = tensors["neck.0.weight"].clone()
     tensors["neck.0.weight"][0, 0] = value
     path = write_state_dict(tmp_path / "a.safetensors", tensors)
@@ -91,7 +91,7 @@ def split(folder, tensors, suffix, write):
 @pytest.mark.parametrize("has_index", [True, False])
 def test_a_model_in_parts_is_joined(tmp_path, suffix, has_index):
     """transformers writes large models so: some parts, and an index that says what is where."""
-    whole = {f"module.{k}": t for k, t in open_checkpoint("tinyvit_starter").tensors.items()}
+    whole = {f"module.{k}": t for k, t in open_checkpoint("tinyvit_sam_2m").tensors.items()}
     container = "safetensors" if suffix == ".safetensors" else "torch"
     names = split(tmp_path, whole, suffix, lambda path, t: write_state_dict(path, t, container))
     index = tmp_path / f"model{suffix}.index.json"

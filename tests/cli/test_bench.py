@@ -90,9 +90,9 @@ def test_all_precisions_are_the_engine_s_but_auto(run, heats):
 
 
 def test_a_checkpoint_says_its_model(run, heats):
-    result = run("bench", "--checkpoint", "tinyvit_starter", "--size", 64)
+    result = run("bench", "--checkpoint", "tinyvit_sam_2m", "--size", 64)
     assert [contestant.model for contestant in heats[0][0]] == [None]
-    assert "tinyvit_starter, 64x64, batch 1" in result.out
+    assert "tinyvit_sam_2m, 64x64, batch 1" in result.out
 
 
 @pytest.mark.parametrize(

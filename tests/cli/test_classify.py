@@ -96,8 +96,8 @@ def test_the_number_of_labels_must_fit(run, tmp_path, photo, five):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], "the embedded tinyvit_starter has no classification head"),
-        (["--checkpoint", "tinyvit_starter"], "has no trained classification head"),
+        ([], "the embedded tinyvit_sam_2m has no classification head"),
+        (["--checkpoint", "tinyvit_sam_2m"], "has no trained classification head"),
         (["--checkpoint", "mobile_sam"], "has no trained classification head"),
         (["--checkpoint", "tiny_vit_5m_224.in1k"], "TINYVIT_OFFLINE"),
         (["--model", "tiny_vit_11m_224"], "for example tiny_vit_11m_224.in1k"),

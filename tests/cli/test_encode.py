@@ -38,7 +38,7 @@ def test_an_image_becomes_features_that_say_how_they_came_about(run, tmp_path, p
     assert (result.code, result.out) == (0, "")
     assert names(tmp_path / "out") == ["böse Katze [1].png", "böse Katze [1].safetensors"]
     features, header = read(tmp_path / "out" / "böse Katze [1].safetensors")
-    engine = Engine(create_model(checkpoint="tinyvit_starter"), backend="torch")
+    engine = Engine(create_model(checkpoint="tinyvit_sam_2m"), backend="torch")
     torch.testing.assert_close(features, engine.embed(image)[0], atol=1e-5, rtol=1e-5)
     stat = image.stat()
     assert header == {
@@ -51,7 +51,7 @@ def test_an_image_becomes_features_that_say_how_they_came_about(run, tmp_path, p
         "model_size": [256, 256],
         "image_spec": ImageSpec.sam(256).to_dict(),
         "weights_sha256": engine.weights_sha256(),
-        "checkpoint": "tinyvit_starter",
+        "checkpoint": "tinyvit_sam_2m",
         "variant": "tiny_vit_2m_sam",
         "strides": [2, 2, 1],
         "precision": "fp32",
@@ -61,7 +61,7 @@ def test_an_image_becomes_features_that_say_how_they_came_about(run, tmp_path, p
     }
     assert decode(tmp_path / "out" / "böse Katze [1].png").shape[1] > 3 * 320
     lines = result.err.splitlines()
-    assert lines[0].startswith("tinyvit_starter: torch, cpu, fp32")
+    assert lines[0].startswith("tinyvit_sam_2m: torch, cpu, fp32")
     assert lines[1].startswith("encoded 1 image in ")
     assert f"features [256, 16, 16] in {tmp_path}/out/böse Katze [1].safetensors" in lines[1]
     assert lines[1].endswith(f"seen in {tmp_path}/out/böse Katze [1].png")

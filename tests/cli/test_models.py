@@ -36,7 +36,7 @@ def test_where_each_file_is(run):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tinysam_42.3.pth").touch()
     rows = {line.split()[0]: line.split()[1:] for line in run("models").out.splitlines() if line}
-    assert rows["tinyvit_starter"] == ["tinyvit_sam", "-", "Apache-2.0", "embedded"]
+    assert rows["tinyvit_sam_2m"] == ["tinyvit_sam", "-", "Apache-2.0", "embedded"]
     assert rows["tinysam"] == ["tinysam", "-", "Apache-2.0", "cached"]
     assert rows["lite_medsam"] == ["litemedsam", "-", "Apache-2.0", "by", "hand"]
     assert rows["tiny_vit_5m_1k"] == ["cream", "1000", "MIT", "remote"]
@@ -52,7 +52,7 @@ def test_json_has_every_row_and_every_path(run):
     assert content["models"][0]["image_spec"]["shorter_side"] == 235
     rows = {row["name"]: row for row in content["checkpoints"]}
     assert list(rows) == [row.name for row in CHECKPOINTS]
-    assert rows["tinyvit_starter"]["file_is"] == "embedded"
-    assert Path(rows["tinyvit_starter"]["path"]).is_file()
+    assert rows["tinyvit_sam_2m"]["file_is"] == "embedded"
+    assert Path(rows["tinyvit_sam_2m"]["path"]).is_file()
     assert rows["mobile_sam"]["path"] == str(cache_folder() / "mobile_sam.pt")
     assert rows["tinysam"] | {"path": None, "file_is": "remote"} == rows["tinysam"]

@@ -62,7 +62,7 @@ def test_a_click(run, image, tmp_path):
     assert set(facts["seconds"]) == {"read", "encode", "decode", "write"}
     assert len(facts["model_sha256"]) == 64
     lines = result.err.splitlines()
-    assert lines[0].startswith("tinyvit_starter: torch, cpu, fp32")
+    assert lines[0].startswith("tinyvit_sam_2m: torch, cpu, fp32")
     assert lines[1].startswith("segmented 1 image in ")
     assert "1 mask (predicted IoU " in lines[1]
     assert lines[1].endswith(f"seen in {out}/böse Katze.overlay.png")
@@ -346,5 +346,5 @@ def test_the_embedded_weights(run, image, tmp_path, real):
     words = ("--point", "9,9", "--size", "64", "-o", tmp_path / "out", "--json")
     result = run("segment", image, *words)
     assert result.code == 0
-    assert result.json["checkpoint"] == "tinyvit_starter"
+    assert result.json["checkpoint"] == "tinyvit_sam_2m"
     assert result.json["image_spec"]["size"] == [64, 64]

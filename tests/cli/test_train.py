@@ -164,11 +164,11 @@ def test_a_run_folder_of_version_0_1(begun):
 def test_places_that_exist_are_kept_in_full(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "söme \"'").mkdir()
-    task = choose(folder="run", data=["söme \"'"], checkpoint="tinyvit_starter")[1]
+    task = choose(folder="run", data=["söme \"'"], checkpoint="tinyvit_sam_2m")[1]
     (tmp_path / "run").mkdir()
     (tmp_path / "run/task.toml").write_text(task_toml(CLASSIFY, task), encoding="utf-8")
     found = choose(folder="run", resume=True)[1]
-    assert (found.data, found.checkpoint) == (str(tmp_path / "söme \"'"), "tinyvit_starter")
+    assert (found.data, found.checkpoint) == (str(tmp_path / "söme \"'"), "tinyvit_sam_2m")
 
 
 # -- runs --------------------------------------------------------------------------------------
@@ -258,12 +258,12 @@ MISSING = (
     (("classify", "x-*.tar"), "there is no file or folder 'x-*.tar' for DATA; check the path"),
     (("classify", ".", "--val", "no"), "there is no file or folder 'no' for --val; check the path"),
     (("classify", ".", "--checkpoint", "a.pt"), "no such file: a.pt for --checkpoint; check"),
-    (("classify", ".", "--checkpoint", "tinyvit_startr"), "did you mean 'tinyvit_starter'?"),
+    (("classify", ".", "--checkpoint", "tinyvit_sam_2n"), "did you mean 'tinyvit_sam_2m'?"),
     (("classify", ".", "--config", "no.toml"), "no.toml: No such file or directory"),
     (("segment", ".", "--images", "no"), "there is no file or folder 'no' for --images; check"),
     (("distill-logits", ".", "--logits", "no"), "no file or folder 'no' for --logits"),
     (("distill-features", ".", "--features", ".", "--sam", "a.pt"), "no such file: a.pt for --sam"),
-    (("write-logits", "nowhere", "--teacher", "tinyvit_starter"), "'nowhere' for DATA"),
+    (("write-logits", "nowhere", "--teacher", "tinyvit_sam_2m"), "'nowhere' for DATA"),
     (("store-features", ".", "--teacher", "no.onnx"), "no such file: no.onnx for --teacher"),
 )
 
@@ -327,7 +327,7 @@ def test_segment_with_new_weights(run, tmp_path, monkeypatch):
         )
     assert [(one.checkpoint, one.model, one.seed) for one in seen] == [
         (None, "tiny_vit_2m_sam", 3),
-        ("tinyvit_starter", None, 3),
+        ("tinyvit_sam_2m", None, 3),
     ]
 
 

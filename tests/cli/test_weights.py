@@ -85,7 +85,7 @@ def test_what_is_missing_left_over_or_misshapen_is_told(run, tmp_path):
 
 
 def test_the_embedded_weights_and_folders_are_files_too(run, tmp_path, make_tiny_vit):
-    result = run("inspect", "tinyvit_starter")
+    result = run("inspect", "tinyvit_sam_2m")
     assert facts_of(result.out)["variant"] == "tiny_vit_2m_sam"
     assert facts_of(result.out)["head"] == "none"
     save_pretrained(make_tiny_vit(), tmp_path / "saved")
@@ -120,10 +120,10 @@ def test_the_families_are_those_of_the_library():
 
 def test_says_what_was_written_and_what_was_dropped_and_why(run, tmp_path):
     target = tmp_path / "encoder.safetensors"
-    result = run("convert", "tinyvit_starter", target, "--to", "tinyvit")
+    result = run("convert", "tinyvit_sam_2m", target, "--to", "tinyvit")
     assert result.code == 0
     lines = result.out.splitlines()
-    assert lines[0].endswith("starter.safetensors (tinyvit_sam)")
+    assert lines[0].endswith("sam_2m.safetensors (tinyvit_sam)")
     assert lines[1] == f"wrote    {target} (tinyvit, safetensors, 271 tensors, 4.3 MB)"
     assert "has no prompt encoder (prompt_encoder." in lines[2]
     assert "has no mask decoder (mask_decoder." in lines[3]
@@ -142,7 +142,7 @@ def test_nothing_dropped_is_said(run, tmp_path):
 
 def test_json_names_everything(run, tmp_path):
     target = tmp_path / "b.safetensors"
-    report = run("convert", "tinyvit_starter", target, "--to", "tinyvit", "--json").json
+    report = run("convert", "tinyvit_sam_2m", target, "--to", "tinyvit", "--json").json
     assert report["target"] == str(target)
     assert report["family"] == "tinyvit"
     assert sum(len(keys) for keys in report["dropped"].values()) == 137
@@ -204,7 +204,7 @@ def server(monkeypatch):
 
 
 def test_the_embedded_file_s_path_is_printed(run):
-    result = run("download", "tinyvit_starter")
+    result = run("download", "tinyvit_sam_2m")
     assert (result.code, result.err) == (0, "")
     assert Path(result.out.removesuffix("\n")).is_file()
 
@@ -249,7 +249,7 @@ def test_json_and_a_folder_of_one_s_own(run, server, tmp_path):
         (["mobile_sm"], "did you mean 'mobile_sam'? List them with 'tinyvit models'"),
         (["mobile_sam", "--sha256", "ab"], "sha256 must be 64 hexadecimal digits"),
         (["mobile_sam"], "TINYVIT_OFFLINE"),
-        (["tinyvit_starter", "--sha256", "0" * 64], "was changed"),
+        (["tinyvit_sam_2m", "--sha256", "0" * 64], "was changed"),
     ],
 )
 def test_errors_are_one_line(run, words, expected):

@@ -22,7 +22,7 @@ def image():
 
 @pytest.fixture(scope="module")
 def starter(tmp_path_factory):
-    return "tinyvit_starter"
+    return "tinyvit_sam_2m"
 
 
 def test_the_readme_of_segment_anything(image, starter):

@@ -49,7 +49,7 @@ def write_files(folder):
 def test_two_thousand_files(tmp_path):
     photos, url = write_files(tmp_path / "photos"), tmp_path / "photos.lance"
     shown = []
-    engine = tinyvit.Engine("tinyvit_starter", image_spec=tinyvit.ImageSpec.sam(64))
+    engine = tinyvit.Engine("tinyvit_sam_2m", image_spec=tinyvit.ImageSpec.sam(64))
     report = embed_images(photos, url, engine, progress=lambda *now: shown.append(now))
     assert (report.stored + report.copied, len(report.failed)) == (WHOLE, BROKEN)
     assert shown[-1] == (WHOLE + BROKEN, WHOLE + BROKEN, BROKEN)

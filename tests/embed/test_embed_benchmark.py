@@ -74,13 +74,13 @@ def test_what_search_finds_alike(bench, tmp_path):
     assert len(likeness.files_in(tmp_path / "things")) == 8  # two are of one group
     (tmp_path / "work").mkdir()
     found = likeness.measure(
-        tmp_path / "things", tmp_path / "scenes", ["tinyvit_starter"], tmp_path / "work"
+        tmp_path / "things", tmp_path / "scenes", ["tinyvit_sam_2m"], tmp_path / "work"
     )
     assert (found["photographs"], found["quads"]) == (9, 4)
     colours = found["rows"]["colours alone"]
     assert colours["halves"] == 1  # of one colour each
     assert colours["things"]["0.3"] == {"nearer": 0, "nearest_object": 0, "nearest_place": 1}
-    shares = found["rows"]["tinyvit_starter"]["things"]["0.5"]
+    shares = found["rows"]["tinyvit_sam_2m"]["things"]["0.5"]
     assert all(0 <= share <= 1 for share in shares.values())
     text = bench.page({"likeness": {**found, "machine": bench.machine_facts("pylance")}})
     assert "| colours alone | 100.0% |" in text

@@ -376,7 +376,7 @@ def test_the_encoder_of_an_engine_without_torch(tmp_path, url):
 
 def test_the_native_engines_store_updates_itself(photos, url):
     pytest.importorskip("tinyvit_native")
-    engine = Engine("tinyvit_starter", backend="native", image_spec=ImageSpec.sam(64))
+    engine = Engine("tinyvit_sam_2m", backend="native", image_spec=ImageSpec.sam(64))
     embed_images(photos / "a", url, engine)
     assert EmbeddingStore.open(url).load_engine(backend="native").backend.name == "native"
     report = embed_images(photos, url)

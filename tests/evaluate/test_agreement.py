@@ -23,7 +23,7 @@ def test_a_model_agrees_with_itself():
 
 
 def test_other_weights_agree_less():
-    sam = build_sam("tinyvit_starter")
+    sam = build_sam("tinyvit_sam_2m")
     with torch.no_grad():
         for parameter in sam.image_encoder.parameters():
             parameter.mul_(1 + 0.5 * torch.randn_like(parameter))
@@ -35,7 +35,7 @@ def test_other_weights_agree_less():
 
 
 def test_embeddings_of_different_shapes_have_no_cosine():
-    sides = [SamPredictor(build_sam("tinyvit_starter", img_size=size)) for size in (256, 128)]
+    sides = [SamPredictor(build_sam("tinyvit_sam_2m", img_size=size)) for size in (256, 128)]
     found = compare(*sides, [Discs().load()[0]], grid=1, names=("large", "small"))
     assert found.mean_cosine is None
     assert found.rows()[1][0] == "mask IoU"

@@ -109,8 +109,8 @@ def test_the_report_as_a_table_and_as_json():
 
 def test_the_embedded_model_beats_nothing_on_plain_discs():
     settings = EvaluateSettings((1,), most_clicks=1)
-    report = evaluate_segment("tinyvit_starter", [Discs()], settings)
-    assert report.model == "tinyvit_starter"
+    report = evaluate_segment("tinyvit_sam_2m", [Discs()], settings)
+    assert report.model == "tinyvit_sam_2m"
     assert report.ious["box"].value > 0.5
     assert report.cost.encode_seconds > 0
 

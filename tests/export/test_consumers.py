@@ -39,7 +39,7 @@ LEAST = {"adapted": 0.95, 1024: 0.90}
 def sam():
     from tinyvit.sam import build_sam
 
-    return build_sam("tinyvit_starter")
+    return build_sam("tinyvit_sam_2m")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def wanted(sam):
 
     def give(name, side=None, is_small=False):
         if side not in predictors:
-            predictors[side] = SamPredictor(build_sam("tinyvit_starter", img_size=side))
+            predictors[side] = SamPredictor(build_sam("tinyvit_sam_2m", img_size=side))
         if (name, side, is_small) not in made:
             predictors[side].set_image(read(name, is_small))
             found = []

@@ -113,7 +113,7 @@ def test_a_target_that_is_full_or_read_only_is_left_as_it_was(sam, tmp_path):
     with pytest.raises(OSError):
         export_model(sam, "/sys/out")
     assert not any("out" in name for name in os.listdir("/sys"))
-    done = CliRunner().invoke(app, ["export", "tinyvit_starter", "-o", "/sys/out"])
+    done = CliRunner().invoke(app, ["export", "tinyvit_sam_2m", "-o", "/sys/out"])
     assert done.exit_code == 1 and "the folder '/sys/out' cannot be written" in done.output
 
 

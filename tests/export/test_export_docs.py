@@ -71,7 +71,7 @@ def test_every_block_runs(tmp_path, monkeypatch, quick):
     save_pretrained(make_tiny_classifier(size=32), classifier)
     for name in ("cat.jpg", "dog.jpg"):
         write_image(tmp_path / name, 480, 640)
-    weights = {"tinyvit_starter": sam}
+    weights = {"tinyvit_sam_2m": sam}
     for kind, text in steps():
         if kind == "python":
             exec(text, {})

@@ -60,9 +60,9 @@ def test_which_backend_runs_what(folder, exported, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="backend must be one of"):
         engine_for(folder, "tensorrt")
     monkeypatch.chdir(tmp_path)
-    copied(folder, tmp_path, "tinyvit_starter")
-    assert not is_exported("tinyvit_starter")  # a name of the catalog wins
-    assert is_exported("./tinyvit_starter")
+    copied(folder, tmp_path, "tinyvit_sam_2m")
+    assert not is_exported("tinyvit_sam_2m")  # a name of the catalog wins
+    assert is_exported("./tinyvit_sam_2m")
 
 
 INSTALLED = """
@@ -111,7 +111,7 @@ def test_a_backend_by_name_that_is_not_installed(folder):
     said = run_without(("torch", "onnxruntime"), code, folder, fails=True).splitlines()[-1]
     assert "the ONNX Runtime backend needs the package onnxruntime" in said
     assert "pip install 'tinyvit[onnx]'" in said
-    code = "from tinyvit import Engine; Engine('tinyvit_starter', backend='onnx')"
+    code = "from tinyvit import Engine; Engine('tinyvit_sam_2m', backend='onnx')"
     said = run_without(("torch",), code, fails=True).splitlines()[-1]
     assert "runs a checkpoint with the help of torch" in said and "'tinyvit[torch]'" in said
 

@@ -456,8 +456,8 @@ def test_names_files_and_folders_are_models(model: TinyViT, tmp_path: Path) -> N
     assert torch.equal(Engine(folder).embed(noise(40, 56)), wanted)
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         Engine(tmp_path)
-    starter = Engine("tinyvit_starter")
-    file = cached_path(get_checkpoint("tinyvit_starter"))
+    starter = Engine("tinyvit_sam_2m")
+    file = cached_path(get_checkpoint("tinyvit_sam_2m"))
     for other in (Engine(), Engine(file), Engine(str(file))):
         assert other.weights_sha256() == starter.weights_sha256()
         assert other.image_spec == starter.image_spec
@@ -609,7 +609,7 @@ def test_without_torch_it_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['torch'] = sys.modules['tinyvit_native'] = None\n"
         "from tinyvit.inference.engine import Engine\n"
-        "Engine('tinyvit_starter')"
+        "Engine('tinyvit_sam_2m')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "no engine is installed here; pip install 'tinyvit[native]'" in done.stderr

@@ -45,7 +45,7 @@ def image(*shape: int) -> np.ndarray:
 
 
 def starter() -> Path:
-    return Path(tinyvit.__file__).parent / "weights" / "starter.safetensors"
+    return Path(tinyvit.__file__).parent / "weights" / "sam_2m.safetensors"
 
 
 def test_without_the_library(make_tiny_vit: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_a_file_gives_what_torch_gives(tmp_path: Path) -> None:
     embedding = plain.embed(photo)
     [wanted] = plain.stream(photo, stages=True)
     assert wanted.stages is not None
-    for source in ("tinyvit_starter", starter(), folder, pickled):
+    for source in ("tinyvit_sam_2m", starter(), folder, pickled):
         engine = Engine(source, backend="native")
         assert engine.image_spec == plain.image_spec
         assert engine.summary() == "native, cpu, fp32"
@@ -272,7 +272,7 @@ WITHOUT_TORCH = """
 import sys
 import numpy as np, tinyvit
 for backend in ("native", "auto"):
-    engine = tinyvit.Engine("tinyvit_starter", backend=backend)
+    engine = tinyvit.Engine("tinyvit_sam_2m", backend=backend)
     photos = [np.full((90, 120, 3), value, np.uint8) for value in (0, 200)]
     shapes = {encoded.features.shape for encoded in engine.stream(photos)}
     assert shapes == {(256, 16, 16)}, shapes
@@ -285,7 +285,7 @@ for backend in ("native", "auto"):
     predictor = tinyvit.SamPredictor.from_checkpoint(backend=backend)
     predictor.set_image(photos[1])
     assert predictor.predict(box=np.array([10, 10, 60, 60]))[0].shape == (3, 90, 120)
-    generator = tinyvit.SamAutomaticMaskGenerator("tinyvit_starter", 2, backend=backend)
+    generator = tinyvit.SamAutomaticMaskGenerator("tinyvit_sam_2m", 2, backend=backend)
     generator.pred_iou_thresh = generator.stability_score_thresh = 0
     assert generator.generate(photos[0])
     try:
@@ -382,7 +382,7 @@ def test_classify_without_torch(
     ("words", "gflop"),
     [
         (("--model", "tiny_vit_2m_sam"), 2 * 0.83 / 16),
-        (("--checkpoint", "tinyvit_starter", "--precision", "bf16"), 2 * 0.83 / 16),
+        (("--checkpoint", "tinyvit_sam_2m", "--precision", "bf16"), 2 * 0.83 / 16),
     ],
 )
 def test_bench_without_torch(

@@ -454,5 +454,5 @@ def test_thresholds_are_the_callers_then_the_checkpoints_then_segment_anythings(
 
 @pytest.mark.parametrize("name", ["chelsea.png", "coffee.png", "rocket.jpg"])
 def test_the_embedded_weights_find_masks_with_no_options(name):
-    generator = SamAutomaticMaskGenerator("tinyvit_starter", points_per_side=16)
+    generator = SamAutomaticMaskGenerator("tinyvit_sam_2m", points_per_side=16)
     assert len(generator.generate(f"examples/pictures/{name}")) > 3

@@ -238,5 +238,5 @@ def test_unknown_checkpoint():
 
 
 def test_a_model_without_weights_says_so():
-    with pytest.warns(UserWarning, match="this SAM is untrained.*build_sam\\('tinyvit_starter'\\)"):
+    with pytest.warns(UserWarning, match="this SAM is untrained.*build_sam\\('tinyvit_sam_2m'\\)"):
         build_sam()

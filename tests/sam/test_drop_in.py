@@ -20,7 +20,7 @@ def image():
 def test_masks_from_a_prompt(image):
     from tinyvit.sam import SamPredictor, sam_model_registry
 
-    sam = sam_model_registry["default"](checkpoint="tinyvit_starter")
+    sam = sam_model_registry["default"](checkpoint="tinyvit_sam_2m")
     predictor = SamPredictor(sam)
     predictor.set_image(image)
     masks, scores, logits = predictor.predict(np.array([[160, 120]]), np.array([1]))
@@ -77,7 +77,7 @@ def test_the_steps_of_the_predictor_notebook(image):
 def test_masks_of_everything(image):
     from tinyvit.sam import SamAutomaticMaskGenerator, sam_model_registry
 
-    sam = sam_model_registry["default"](checkpoint="tinyvit_starter")
+    sam = sam_model_registry["default"](checkpoint="tinyvit_sam_2m")
     mask_generator = SamAutomaticMaskGenerator(
         sam, points_per_side=4, pred_iou_thresh=0.0, stability_score_thresh=0.5
     )

@@ -374,8 +374,8 @@ print(next(Engine(folder, backend=backend).stream(image)))
 for use in (
     lambda: predictor.features, lambda: predictor.get_image_embedding(), lambda: predictor.device,
     lambda: predictor.predict_torch(None, None), lambda: predictor.set_torch_image(None, (1, 1)),
-    lambda: Engine(folder).embed(image), lambda: Segmenter("tinyvit_starter"),
-    lambda: tinyvit.create_model("tinyvit_starter"), lambda: tinyvit.build_sam,
+    lambda: Engine(folder).embed(image), lambda: Segmenter("tinyvit_sam_2m"),
+    lambda: tinyvit.create_model("tinyvit_sam_2m"), lambda: tinyvit.build_sam,
     lambda: tinyvit.TinyViT,
 ):
     try:

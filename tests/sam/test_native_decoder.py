@@ -24,18 +24,18 @@ pytestmark = pytest.mark.skipif(
     find_spec("tinyvit_native") is None,
     reason="tinyvit-native is not installed; scripts/native-check builds it and runs this file",
 )
-STARTER = Path(tinyvit.__file__).parent / "weights" / "starter.safetensors"
+STARTER = Path(tinyvit.__file__).parent / "weights" / "sam_2m.safetensors"
 
 
 @pytest.fixture(scope="module")
 def sam():
-    return build_sam("tinyvit_starter")
+    return build_sam("tinyvit_sam_2m")
 
 
 @pytest.fixture(scope="module")
 def hq_file(tmp_path_factory):
     """A whole Light HQ-SAM with an encoder of the embedded sizes."""
-    model = build_sam("tinyvit_starter")
+    model = build_sam("tinyvit_sam_2m")
     other = build_sam(None, "tiny_vit_5m_sam", is_hq=True, img_size=256)
     decoder = randomise(other.mask_decoder, 3)
     decoder.compress_vit_feat[0] = torch.nn.ConvTranspose2d(96, 256, 2, 2)
@@ -64,7 +64,7 @@ PROMPTS = [
 def test_a_segmenter(sam, pad):
     plain = Segmenter(sam, backend="torch", pad=pad)
     prompts = PROMPTS if pad is None else PROMPTS[:-1]  # the last one is of a padded image
-    for source in (sam, "tinyvit_starter", STARTER):
+    for source in (sam, "tinyvit_sam_2m", STARTER):
         ours = Segmenter(source, backend="native", pad=pad)
         for multimask in (True, False, "auto"):
             (wanted,) = plain.segment([photo()], [prompts], multimask)
@@ -138,7 +138,7 @@ def test_a_predictor(sam):
 @pytest.mark.parametrize("crops", [0, 1])
 def test_everything(sam, crops):
     found = []
-    for source, backend in ((sam, "torch"), (sam, "native"), ("tinyvit_starter", "native")):
+    for source, backend in ((sam, "torch"), (sam, "native"), ("tinyvit_sam_2m", "native")):
         generator = SamAutomaticMaskGenerator(
             source,
             4,
@@ -166,7 +166,7 @@ def test_everything(sam, crops):
 
 
 def test_it_follows_the_weights():
-    model = build_sam("tinyvit_starter")
+    model = build_sam("tinyvit_sam_2m")
     segmenter = Segmenter(model, backend="native")
     (embedding,) = segmenter.embed(photo())
     before = segmenter.predict(embedding, PROMPTS[:1]).low_res_logits[0]

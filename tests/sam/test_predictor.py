@@ -461,14 +461,13 @@ def test_from_the_embedded_weights(photo):
     predictor.set_image(image)
     found = predictor.predict(POINTS, LABELS)
     assert found[2].shape == (3, 64, 64)
-    assert_same(found, segment(build_sam("tinyvit_starter"), image, POINTS, LABELS))
+    assert_same(found, segment(build_sam("tinyvit_sam_2m"), image, POINTS, LABELS))
 
 
 def test_a_name_or_a_file_is_a_model(make_tiny_sam, photo, tmp_path):
-    predictor = SamPredictor("tinyvit_starter")
+    predictor = SamPredictor("tinyvit_sam_2m")
     assert (
-        predictor.model.image_encoder.img_size
-        == build_sam("tinyvit_starter").image_encoder.img_size
+        predictor.model.image_encoder.img_size == build_sam("tinyvit_sam_2m").image_encoder.img_size
     )
     with pytest.raises(CheckpointError, match=r"none\.safetensors"):
         SamPredictor(tmp_path / "none.safetensors")

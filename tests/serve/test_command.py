@@ -73,7 +73,7 @@ def test_small_answers_are_sent_at_once():
 def test_the_ready_line_and_a_signal(number):
     with command("--threads", "2", "--cache-mb", "64") as (process, line):
         assert re.fullmatch(
-            r"serving tinyvit_starter on http://127\.0\.0\.1:\d+/ "
+            r"serving tinyvit_sam_2m on http://127\.0\.0\.1:\d+/ "
             r"\(2 threads, fp32, 64 MB of embeddings\)\n",
             line,
         )

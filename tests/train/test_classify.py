@@ -216,7 +216,7 @@ def test_make_task_puts_it_together(tmp_path):
     assert one.view.spec == ImageSpec.timm(32)
     assert (one.settings.mixup, one.settings.smoothing) == (0.2, 0.1)
     assert one.model.num_classes == 3
-    starter = tinyvit.create_model(checkpoint="tinyvit_starter").state_dict()
+    starter = tinyvit.create_model(checkpoint="tinyvit_sam_2m").state_dict()
     key = "layers.0.blocks.0.conv1.c.weight"
     assert torch.equal(one.model.state_dict()[key], starter[key])
     by_chance = make_task(replace(settings, model="tiny_vit_2m_sam"))
@@ -315,19 +315,19 @@ def test_windows_want_a_size():
 
 
 def test_a_sam_encoder_becomes_a_classifier():
-    model = build_classifier(NAMES, checkpoint="tinyvit_starter", img_size=32)
+    model = build_classifier(NAMES, checkpoint="tinyvit_sam_2m", img_size=32)
     assert model.neck is None
     assert (model.strides, model.window_sizes) == ((2, 2, 2), (4, 4, 2, 1))
     assert model.image_spec == ImageSpec.timm(32)
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
-    starter = tinyvit.create_model(checkpoint="tinyvit_starter").state_dict()
+    starter = tinyvit.create_model(checkpoint="tinyvit_sam_2m").state_dict()
     own = model.state_dict()
     key = "layers.1.blocks.0.attn.qkv.weight"
     assert torch.equal(own[key], starter[key])
     assert own["layers.1.blocks.0.attn.attention_biases"].shape[1] == 16  # 4 x 4 offsets
-    again = build_classifier(NAMES, checkpoint="tinyvit_starter", img_size=32)
+    again = build_classifier(NAMES, checkpoint="tinyvit_sam_2m", img_size=32)
     assert torch.equal(again.head.weight, model.head.weight)  # its seed, not the global one
-    other = build_classifier(NAMES, checkpoint="tinyvit_starter", img_size=32, seed=1)
+    other = build_classifier(NAMES, checkpoint="tinyvit_sam_2m", img_size=32, seed=1)
     assert not torch.equal(other.head.weight, model.head.weight)
 
 
@@ -424,7 +424,7 @@ def test_a_damaged_header(tmp_path, make_tiny_vit, header, words):
 
 def test_an_encoder_is_no_classifier():
     with pytest.raises(CheckpointError, match="no classification head; train one first"):
-        load_classifier("tinyvit_starter")
+        load_classifier("tinyvit_sam_2m")
 
 
 def test_the_file_is_plain_safetensors(tmp_path, make_tiny_vit):

@@ -230,7 +230,7 @@ def test_a_hundred_steps_change_the_decoder_alone(tmp_path):
 def test_the_parts_of_a_sam():
     from tinyvit.sam import build_sam
 
-    sam = build_sam("tinyvit_starter")
+    sam = build_sam("tinyvit_sam_2m")
     set_trainable(sam, "decoder")
     assert {name.partition(".")[0] for name in trainable_names(sam)} == {"mask_decoder"}
     set_trainable(sam, "neck")

@@ -144,7 +144,7 @@ def test_data_of_which_nothing_can_be_read(tiny_task, data):
 
 
 def test_what_is_saved_loads_anywhere(tmp_path):
-    sam = build_sam("tinyvit_starter")
+    sam = build_sam("tinyvit_sam_2m")
     sam.thresholds = {"mask_threshold": 0.25}
     with torch.no_grad():
         sam.mask_decoder.iou_token.weight.add_(1)
@@ -216,7 +216,7 @@ def test_wrong_choices(tmp_path):
 
 
 def test_another_size_is_kept_in_the_file(tmp_path):
-    sam = build_sam("tinyvit_starter", img_size=128)
+    sam = build_sam("tinyvit_sam_2m", img_size=128)
     path = save_sam(sam, tmp_path / "small.safetensors")
     again = build_sam(path)
     assert again.image_encoder.image_spec == sam.image_encoder.image_spec

@@ -84,10 +84,10 @@ def test_a_model_that_cannot_teach_is_refused():
 
 
 def test_a_checkpoint_s_name_is_a_teacher():
-    teacher = open_teacher("tinyvit_starter", device="cpu")
-    assert teacher.name == "tinyvit_starter" and teacher.image_spec == ImageSpec.sam(256)
+    teacher = open_teacher("tinyvit_sam_2m", device="cpu")
+    assert teacher.name == "tinyvit_sam_2m" and teacher.image_spec == ImageSpec.sam(256)
     assert teacher(torch.zeros(1, 3, 64, 64)).shape == (1, 256, 4, 4)
-    smaller = open_teacher("tinyvit_starter", ImageSpec.sam(128), device="cpu")
+    smaller = open_teacher("tinyvit_sam_2m", ImageSpec.sam(128), device="cpu")
     assert smaller.image_spec.size == (128, 128) and smaller.sha256 == teacher.sha256
 
 
@@ -358,7 +358,7 @@ def test_a_checkpoint_as_a_teacher(tmp_path, make_tiny_vit, images):
     folder = tinyvit.save_pretrained(model, tmp_path / "folder")
     assert len(open_teacher(folder, gives="logits").sha256) == 64
     with pytest.raises(CheckpointError, match="no classification head"):
-        open_teacher("tinyvit_starter", gives="logits")
+        open_teacher("tinyvit_sam_2m", gives="logits")
 
 
 def test_onnx_wants_to_be_told_the_preparation(tmp_path):

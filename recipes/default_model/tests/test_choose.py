@@ -3,7 +3,9 @@ import json
 import numpy as np
 import pytest
 
+import composites
 import regions
+from tinyvit.sam import SamPredictor
 
 from .recipe_files import load
 
@@ -65,3 +67,41 @@ def test_what_is_chosen_is_written(tmp_path, make_supply, tiny_sam_file):
     assert json.loads((work / "chosen.json").read_text())["weights"] == chosen.weights
     assert chosen.weights == "runs/learn/best.safetensors"
     assert set(chosen.mean_ious) == {"best", "last"} and len(chosen.offsets) == 4
+
+
+def test_a_mask_of_probabilities_is_what_is_above_a_half(tmp_path, make_supply, tiny_sam_file):
+    things = composites.CompositeSet(make_supply(tmp_path), "val", size=64, things=1.0)[:2]
+    assert all(one.load()[1].dtype == np.float32 for one in things)
+
+    class Hard:
+        def __init__(self, soft):
+            self.soft = soft
+
+        def load(self):
+            image, masks = self.soft.load()
+            return image, masks > 0.5
+
+    predictor = SamPredictor.from_checkpoint(tiny_sam_file)
+    soft, hard = (choose.answers(predictor, some, 2) for some in (things, map(Hard, things)))
+    for one, other in zip(choose._parts(soft), choose._parts(hard), strict=True):
+        assert len(one) == 2 and (one == other).all()
+    assert (soft.click_ious < 1).all()
+
+
+def test_things_have_a_say_in_the_offsets(tmp_path, make_supply, tiny_sam_file, monkeypatch):
+    pytest.importorskip("skimage")
+    work, seen = make_supply(tmp_path), []
+    regions.build(work)
+    folder = work / "runs" / "learn"
+    folder.mkdir(parents=True)
+    (folder / "last.safetensors").write_bytes(tiny_sam_file.read_bytes())
+    stages = tmp_path / "stages.toml"
+    stages.write_text("[learn]\n")
+
+    def answers(predictor, images, most_masks):
+        seen.append({label for one in images for label in one.labels})
+        return said(10)
+
+    monkeypatch.setattr(choose, "answers", answers)
+    choose.build(work, stages, work / "chosen.json", 4)
+    assert len(seen) == 3 and seen[1:] == [{"region"}, {"thing"}]

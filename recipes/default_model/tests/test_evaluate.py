@@ -105,10 +105,10 @@ def test_nothing_to_measure_on_is_an_error():
 
 
 def test_names_are_stems_or_given():
-    assert evaluate.named(["a/new.safetensors", "old=b/new.safetensors", "tinyvit_starter"]) == {
+    assert evaluate.named(["a/new.safetensors", "old=b/new.safetensors", "tinyvit_sam_2m"]) == {
         "new": "a/new.safetensors",
         "old": "b/new.safetensors",
-        "tinyvit_starter": "tinyvit_starter",
+        "tinyvit_sam_2m": "tinyvit_sam_2m",
     }
     with pytest.raises(ValueError, match="two weights are called 'new'; write NAME=PATH"):
         evaluate.named(["a/new.safetensors", "b/new.safetensors"])

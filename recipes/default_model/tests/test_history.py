@@ -8,7 +8,7 @@ history = load("history")
 
 TABLE = """
 [learn]
-start = "tinyvit_starter"
+start = "old"
 batch_size = 4
 
 [finish]
@@ -42,13 +42,13 @@ def runs(tmp_path):
 def test_steps_images_and_hours_of_all_stages_add_up(runs):
     found = history.read_history(runs, runs / "stages.toml")
     # 90 steps of 4 at 2 a second, 10 of 4 at 1, and 342 of 10 at 1: 180 + 40 + 3420 = 3640 s.
-    assert found == history.History("tinyvit_starter", 442, 3820, pytest.approx(3640 / 3600))
+    assert found == history.History("old", 442, 3820, pytest.approx(3640 / 3600))
 
 
 def test_a_stage_that_has_not_begun_adds_nothing(tmp_path):
     (tmp_path / "stages.toml").write_text(TABLE)
     assert history.read_history(tmp_path, tmp_path / "stages.toml") == history.History(
-        "tinyvit_starter", 0, 0, 0.0
+        "old", 0, 0, 0.0
     )
 
 

@@ -46,9 +46,9 @@ def test_the_file_is_half_as_large_and_answers_alike(tmp_path, tiny_sam_file):
 def test_the_embedded_weights_come_out_bit_for_bit(tmp_path):
     from pathlib import Path
 
-    source = Path(installed).parent / "weights" / "starter.safetensors"
-    found = shrink.build(source, tmp_path / "starter.safetensors")
-    assert found.sha256 == get_checkpoint("tinyvit_starter").sha256
+    source = Path(installed).parent / "weights" / "sam_2m.safetensors"
+    found = shrink.build(source, tmp_path / "sam_2m.safetensors")
+    assert found.sha256 == get_checkpoint("tinyvit_sam_2m").sha256
     assert (found.embedding_error, found.logit_error, found.mask_agreement) == (0, 0, 1)
 
 

@@ -80,7 +80,7 @@ seed: What --limit draws with.
 model (VARIANT): Build this variant for the checkpoint. By default the checkpoint says which.
 checkpoint (NAME_OR_PATH): A name of 'tinyvit models', a file that holds a whole SAM, not an encoder
     alone, or for segment and serve a folder of 'tinyvit export', which needs no torch. By default
-    tinyvit_starter, which is small, weak, and needs no download.
+    tinyvit_sam_2m, which is small, weak, and needs no download.
 size: Side of the model's input in pixels. By default the one it was trained for.
 device: auto (a GPU if there is one), or a torch device: cpu, cuda, cuda:1, mps.
 precision ([fp32|bf16|auto]): What to compute in; auto is bf16 where the hardware has it built in.

@@ -74,7 +74,7 @@ def embed(
             s3://bucket/photos.lance.
         checkpoint (NAME_OR_PATH): A name of 'tinyvit models', a file of weights, or a folder of
             save_pretrained or 'tinyvit export'. By default the encoder in the store, and for a new
-            one tinyvit_starter. A classifier gives vectors only.
+            one tinyvit_sam_2m. A classifier gives vectors only.
         dtype ([fp16|int8|fp32]): How features are stored. By default as the store says, fp16 for a
             new one; int8, with a scale for each channel, takes half the space.
         keep ([all|pooled]): Features and vectors, or vectors only. By default as the store says.

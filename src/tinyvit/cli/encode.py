@@ -53,7 +53,7 @@ def encode(
 
     Options:
         checkpoint (NAME_OR_PATH): A name of 'tinyvit models', a file of weights, or a folder of
-            save_pretrained or 'tinyvit export'. By default tinyvit_starter, which is small, weak,
+            save_pretrained or 'tinyvit export'. By default tinyvit_sam_2m, which is small, weak,
             and needs no download.
         no_pictures: Write features only, which is faster.
 

@@ -240,7 +240,7 @@ def agreement(
         precision_b ([fp32|bf16|auto]): What B's encoder computes in.
 
     Examples:
-        tinyvit evaluate agreement run/best.safetensors tinyvit_starter photos
+        tinyvit evaluate agreement run/best.safetensors tinyvit_sam_2m photos
         tinyvit evaluate agreement mobile_sam mobile_sam photos --precision-b bf16
     """
     paths = [image.path for image in list_images(images)]

@@ -71,7 +71,7 @@ def export(
 
     Examples:
         tinyvit export mobile_sam -o exported/
-        tinyvit export tinyvit_starter -o labels/ --for x-anylabeling
+        tinyvit export tinyvit_sam_2m -o labels/ --for x-anylabeling
         tinyvit export model.safetensors -o web/ --for web --storage fp16
         tinyvit export tiny_vit_5m_224.dist_in22k_ft_in1k -o classifier/
     """

@@ -414,8 +414,7 @@ def _save(
         raise MissingExtraError("export needs the package onnx; pip install 'tinyvit[export]'")
     import onnx
 
-    words = "the model cannot be made into an ONNX graph: {}"
-    model = onnx.load_from_string(trace(*graph, order.opset, words))
+    model = onnx.load_from_string(trace(*graph, order.opset))
     if order.row.storage == "fp16":
         _store_in_half(model)
     model.producer_name = "tinyvit"

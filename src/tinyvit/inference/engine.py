@@ -92,7 +92,7 @@ class Engine:
 
     Examples:
         >>> import numpy as np, tinyvit
-        >>> engine = tinyvit.Engine("tinyvit_starter")
+        >>> engine = tinyvit.Engine("tinyvit_sam_2m")
         >>> engine.embed(np.zeros((480, 640, 3), np.uint8)).shape
         torch.Size([1, 256, 16, 16])
     """

@@ -66,7 +66,7 @@ def trace(
     outputs: Sequence[str],
     axes: Mapping[str, Mapping[int, str]],
     opset: int,
-    words: str,
+    words: str = "the model cannot be made into an ONNX graph: {}",
 ) -> bytes:
     """A module in eval mode, float32, on the CPU, as the bytes of an ONNX file.
 

@@ -137,7 +137,7 @@ class SamAutomaticMaskGenerator:
         >>> import numpy as np
         >>> from tinyvit.sam import SamAutomaticMaskGenerator, build_sam
         >>> generator = SamAutomaticMaskGenerator(
-        ...     build_sam("tinyvit_starter"), 2, pred_iou_thresh=0, stability_score_thresh=0
+        ...     build_sam("tinyvit_sam_2m"), 2, pred_iou_thresh=0, stability_score_thresh=0
         ... )
         >>> records = generator.generate(np.zeros((48, 64, 3), np.uint8))
     """

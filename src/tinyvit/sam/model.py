@@ -297,7 +297,7 @@ def build_sam(
 
     Examples:
         >>> from tinyvit.sam import build_sam
-        >>> sam = build_sam("tinyvit_starter")
+        >>> sam = build_sam("tinyvit_sam_2m")
         >>> sam.prompt_encoder.image_embedding_size, sam.prompt_encoder.mask_input_size
         ((16, 16), (64, 64))
     """

@@ -97,7 +97,7 @@ def add_lora(
     Examples:
         >>> import tinyvit
         >>> from tinyvit.train.lora import add_lora, merge_lora
-        >>> model = tinyvit.create_model("tinyvit_starter")
+        >>> model = tinyvit.create_model("tinyvit_sam_2m")
         >>> len(add_lora(model, rank=4)), len(merge_lora(model))
         (40, 40)
     """

@@ -6,7 +6,7 @@ import { outlines } from "./polygons.js";
 import { currentOf, isEmpty } from "./state.js";
 import { TEXT } from "./text.js";
 
-const EMBEDDED = "tinyvit_starter";
+const EMBEDDED = "tinyvit_sam_2m";
 
 export class Saver {
   // page: {asker, base, say, tell, state(), source(), picture(), about(), onSaved()}

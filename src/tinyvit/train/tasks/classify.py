@@ -124,7 +124,7 @@ def build_classifier(
         size = img_size or (_USUAL_SIZE if is_sam else None)
     else:
         raise ValueError(
-            "wanted a model or a checkpoint to train, for example checkpoint='tinyvit_starter' "
+            "wanted a model or a checkpoint to train, for example checkpoint='tinyvit_sam_2m' "
             "or model='tiny_vit_5m_224'"
         )
     is_usual = size == usual or not (is_sam or img_size)

@@ -57,7 +57,7 @@ class LabelledSettings(Settings):
         model: A variant of ``tinyvit.list_models()``. By default the checkpoint's; without a
             checkpoint the weights are new.
         checkpoint: A name of ``tinyvit.list_checkpoints()`` or a file of weights. By default
-            tinyvit_starter, unless a model is named.
+            tinyvit_sam_2m, unless a model is named.
         img_size: Side of the images in pixels. By default the checkpoint's or variant's.
         window_sizes: Sides of the windows of the four stages. By default chosen for the size of
             the images.
@@ -146,7 +146,7 @@ class DistillFeaturesRun(DistillFeaturesSettings):
         sam: A name or file with a whole SAM: the teacher's. Then masks are validated, and the
             result is a whole SAM.
         checkpoint: What the student starts from: a name of ``tinyvit.list_checkpoints()`` or a
-            file of weights. By default tinyvit_starter, unless a model is named.
+            file of weights. By default tinyvit_sam_2m, unless a model is named.
         model: The student's variant, of ``tinyvit.list_models()``. By default the checkpoint's;
             without a checkpoint the weights are new.
         img_size: Side of the student's images in pixels. By default the checkpoint's or variant's.
