@@ -111,7 +111,8 @@ def from_pil(image: Image.Image, name: str) -> RGB:
     if image.has_transparency_data:
         image = image.convert("LA") if mode == "La" else image
         return _over_white(image.convert("RGBA"))
-    return np.array(image.convert("RGB"))
+    # a copy by ``convert`` costs more than all else: its memory is new
+    return np.array(image if mode == "RGB" else image.convert("RGB"))
 
 
 def _over_white(rgba: Image.Image) -> RGB:
