@@ -21,14 +21,23 @@ _REFUSED = ("text/", "multipart/", "application/x-www-form-urlencoded", "applica
 
 
 class Budget:
-    """The bytes that all bodies together may hold."""
+    """The bytes that all bodies together may hold.
+
+    Args:
+        most: Bytes.
+    """
 
     def __init__(self, most: int) -> None:
         self.free = most
 
     @asynccontextmanager
     async def body(self, request: Request, most: int) -> AsyncIterator[bytes]:
-        """A body, counted from before it is read until it is let go, or ``too-large``, ``busy``."""
+        """A request's body, counted from before it is read until it is let go.
+
+        Raises:
+            Problem: ``too-large``, or ``busy`` with the bodies of others.
+            ClientDisconnect: The client has gone.
+        """
         declared = request.headers.get("content-length", "")
         size = int(declared) if declared.isdecimal() and len(declared) < 20 else most
         if size > most:
@@ -53,7 +62,11 @@ async def _read(request: Request, most: int) -> bytes:
 
 
 def check_image_type(request: Request) -> None:
-    """Refuse bodies that say they are forms or text; an image's own bytes decide the rest."""
+    """Refuse bodies that say they are forms or text; an image's own bytes decide the rest.
+
+    Raises:
+        Problem: ``media-type``.
+    """
     kind = request.headers.get("content-type", "").strip().lower()
     if kind.startswith(_REFUSED):
         raise Problem(
@@ -64,7 +77,11 @@ def check_image_type(request: Request) -> None:
 
 
 async def read_json(request: Request, budget: Budget, most: int = JSON_BYTES) -> Any:
-    """The JSON of a body that says it is JSON; a Problem for any other body."""
+    """The JSON of a body that says it is JSON.
+
+    Raises:
+        Problem: ``media-type``, ``too-large``, ``busy`` or ``bad-request``.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Problem("media-type", f"wanted application/json, came {kind[:80]!r}")
@@ -84,7 +101,11 @@ def _parsed(body: bytes) -> Any:
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """What the work gives, once the body is read; a client that goes is a ClientDisconnect."""
+    """What the work gives; it is cancelled when the client goes. The body must have been read.
+
+    Raises:
+        ClientDisconnect: The client has gone.
+    """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request))
     try:
@@ -103,7 +124,11 @@ async def _gone(request: Request) -> None:
 
 
 def image_in_json(text: str) -> bytes:
-    """The bytes of an image in base64 or a ``data:`` URL of it; Problem: ``not-an-image``."""
+    """The bytes of an image that came as base64, or as a ``data:`` URL of it.
+
+    Raises:
+        Problem: ``not-an-image``.
+    """
     text = text.partition(",")[2] if text.startswith("data:") else text
     try:
         return base64.b64decode(text, validate=True)

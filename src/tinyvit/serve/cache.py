@@ -25,11 +25,18 @@ PREPARED_SHARE = 0.5  # of the bound, for what prompts share: 9 images of 1024 p
 
 
 class Cache:
-    """The embeddings that a server has at hand; may be used by several threads.
+    """The embeddings that a server has at hand.
 
-    ``keep`` is a folder in which they are kept, too, shared by the workers of one model; ``check``
-    raises a ValueError for one of another model. Images in neither memory nor folder are looked up
-    in ``store``, which is only read.
+    May be used by several threads.
+
+    Args:
+        most_bytes: Of embeddings and what their prompts share.
+        keep: Folder in which embeddings are kept, too; shared by the workers of one model.
+        check: Raises ValueError for an embedding of another model.
+
+    Attributes:
+        store: Where images are looked up, too, that are neither in memory nor in the folder; only
+            read, and of this model.
     """
 
     def __init__(

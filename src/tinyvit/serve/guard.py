@@ -54,7 +54,13 @@ MOST_LINES_A_SECOND = 20  # of one kind of problem; what is over is counted
 
 
 class Guard:
-    """Wraps the application around a service."""
+    """Wraps the application.
+
+    Args:
+        app: The application.
+        settings: Of the server.
+        service: What the application calls.
+    """
 
     def __init__(self, app: FastAPI, settings: ServeSettings, service: Service) -> None:
         self.app, self.settings, self.service = app, settings, service
@@ -213,7 +219,12 @@ def _headers(scope: Scope) -> dict[str, str]:
 
 
 class AccessLog:
-    """Writes a line for each request, as ``log`` and ``log_clients`` of the settings say."""
+    """Writes a line for each request.
+
+    Args:
+        settings: ``log`` and ``log_clients`` count.
+        clock: Seconds since 1970.
+    """
 
     def __init__(self, settings: ServeSettings, clock: Callable[[], float] = time.time) -> None:
         self.settings, self.clock = settings, clock
@@ -228,7 +239,15 @@ class AccessLog:
         size: Mapping[str, int],
         seconds: float,
     ) -> None:
-        """Log one finished request: its route, never its path; its status and bytes in ``size``."""
+        """Log one finished request.
+
+        Args:
+            method: Of the request.
+            route: Its route, never its path.
+            state: With ``request_id``, ``client`` and further ``facts``.
+            size: Its status, bytes received and sent.
+            seconds: It took.
+        """
         facts: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.clock())),
             "request": state["request_id"],

@@ -48,8 +48,12 @@ class Job:
 class FairQueue:
     """Jobs in turn between clients; no thread, so that a test can drive it with its own clock.
 
-    At most ``per_client`` jobs of one client may wait, and ``cap`` in all; one that is expected to
-    wait more than ``max_wait`` seconds is refused.
+    Args:
+        name: Of the lane, for words and metrics.
+        per_client: Jobs of one client that may wait.
+        cap: Jobs that may wait in all.
+        max_wait: Seconds; a job that is expected to wait longer is refused.
+        clock: Seconds that only grow.
     """
 
     def __init__(
@@ -79,7 +83,11 @@ class FairQueue:
         return ahead * self.service_seconds
 
     def check(self, client: str) -> None:
-        """Refuse what cannot be taken in. Problem: ``too-many-at-once`` or ``busy``."""
+        """Refuse what cannot be taken in.
+
+        Raises:
+            Problem: ``too-many-at-once`` or ``busy``.
+        """
         if len(self._waiting.get(client, ())) >= self.per_client:
             raise Problem(
                 "too-many-at-once",
@@ -96,7 +104,11 @@ class FairQueue:
             )
 
     def add(self, job: Job) -> None:
-        """As ``check``, then take a job in; a newer preview of a client replaces the older."""
+        """Take a job in; a newer preview of the same client replaces the older.
+
+        Raises:
+            Problem: As ``check``.
+        """
         job.since = self.clock()
         if job.is_preview:
             older = self._previews.pop(job.client, None)
@@ -186,9 +198,15 @@ def draining() -> Problem:
 class Lane:
     """A ``FairQueue`` and the one thread that works on it.
 
-    ``run`` gives the results of a batch of works in order, an exception for one being that job's
-    alone; at most ``batch_size`` of an equal key are run together. The thread calls ``begin``
-    before its first job, and ``watch`` with (name of the lane, job, outcome) after each.
+    Args:
+        queue: Where jobs wait.
+        run: Runs the works of a batch, and gives their results in order; an exception instead of a
+            result is that job's alone.
+        begin: Called in the thread before its first job, for example to set its number of threads.
+        watch: Called with (name of the lane, job, outcome) after each job, for metrics.
+
+    Attributes:
+        batch_size: Jobs of an equal key that are run together, at most.
     """
 
     def __init__(
@@ -213,7 +231,11 @@ class Lane:
         return self._thread.is_alive()
 
     def check(self, client: str) -> None:
-        """Refuse a client whose job could not be taken in. Problem: as ``submit``."""
+        """Refuse a client whose job could not be taken in.
+
+        Raises:
+            Problem: As ``submit``.
+        """
         with self._changed:
             try:
                 self.queue.check(client)
@@ -229,7 +251,11 @@ class Lane:
         key: object = None,
         is_preview: bool = False,
     ) -> Job:
-        """Take a job in. Problem: it is refused; ``draining`` when the lane has been closed."""
+        """Take a job in.
+
+        Raises:
+            Problem: It is refused; ``draining`` when the lane has been closed.
+        """
         job = Job(client, work, key, is_preview)
         if not is_preview:
             self.check(client)

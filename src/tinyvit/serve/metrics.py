@@ -17,7 +17,11 @@ Kind = TypeVar("Kind", Counter, Gauge, Histogram)
 
 
 class Metrics:
-    """The numbers of one server; the cache is read when they are asked for."""
+    """The numbers of one server.
+
+    Args:
+        cache: Read when the numbers are asked for.
+    """
 
     def __init__(self, cache: Cache) -> None:
         own = self.registry = CollectorRegistry()

@@ -31,7 +31,13 @@ _MOST_EXACT_PIXELS = 500_000_000
 
 
 class Routes:
-    """The routes; ``document`` makes the OpenAPI document."""
+    """The routes.
+
+    Args:
+        service: What they call.
+        settings: Of the server.
+        document: Makes the OpenAPI document.
+    """
 
     def __init__(
         self, service: Service, settings: ServeSettings, document: Callable[[], dict[str, Any]]

@@ -66,7 +66,11 @@ class PromptModel(Strict):
     name: Annotated[str, Field(max_length=200)] | None = None
 
     def to_prompt(self, image_size: tuple[int, int]) -> Prompt:
-        """As the library has it. ValueError: it is no valid prompt."""
+        """As the library has it.
+
+        Raises:
+            ValueError: It is no valid prompt.
+        """
         mask: NDArray[Any] | None = None
         if isinstance(self.mask, LowRes):
             mask = unpack_logits(self.mask)
@@ -123,7 +127,11 @@ class SegmentQuery(BaseModel):
     tolerance: float = Field(0.0, description="of polygons, in pixels")
 
     def to_request(self) -> SegmentRequest:
-        """As in the body of a request. Problem: ``bad-prompt`` or ``bad-parameters``."""
+        """As in the body of a request.
+
+        Raises:
+            Problem: ``bad-prompt`` or ``bad-parameters``.
+        """
         rows = [_numbers(text, (2, 3), "point") for text in self.point]
         boxes = [{"box": _numbers(text, (4,), "box")} for text in self.box]
         points = [row[:2] for row in rows]
@@ -292,7 +300,11 @@ def pack_logits(
 
 
 def unpack_logits(value: LowRes) -> NDArray[np.float32]:
-    """What ``pack_logits`` has packed, [h4, w4] float32. ValueError: the bytes are wrong."""
+    """What ``pack_logits`` has packed, [h4, w4] float32.
+
+    Raises:
+        ValueError: The bytes are not base64, or too many or too few.
+    """
     try:
         raw = base64.b64decode(value.data, validate=True)
     except binascii.Error as err:
@@ -306,7 +318,11 @@ def unpack_logits(value: LowRes) -> NDArray[np.float32]:
 
 
 def validate(kind: type[Asked], value: Any) -> Asked:
-    """A model from JSON, or a Problem that says where and what, and repeats no input."""
+    """A model from JSON, or a problem that says where and what, and repeats no input.
+
+    Raises:
+        Problem: ``bad-prompt`` below ``/prompts``, else ``bad-parameters``.
+    """
     try:
         return kind.model_validate(value)
     except ValidationError as err:

@@ -32,7 +32,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def listen(settings: ServeSettings) -> socket.socket:
-    """A socket at the address of the settings; OSError: it is taken, and what to do then."""
+    """A listening socket at the address of the settings.
+
+    Raises:
+        OSError: The address cannot be taken; the words say what to do.
+    """
     host = settings.host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio turns Nagle's algorithm off only where the protocol is named: else each small answer
@@ -82,11 +86,19 @@ def address(settings: ServeSettings, own: socket.socket) -> str:
 
 
 def run(settings: ServeSettings, on_ready: Callable[[str, ServeSettings], None]) -> None:
-    """Serve until a signal ends it; errors say that the address or the model cannot be had.
+    """Serve until a signal ends it.
 
     The first signal lets what runs come to its end, within ``drain_seconds``; a second one ends the
-    process at once. ``on_ready`` is called with the page's URL and the settings (with the token, if
-    one was made) when the model has answered its first click.
+    process at once.
+
+    Args:
+        settings: Of the server.
+        on_ready: Called with the page's URL and the settings (with the token, if one was made)
+            when the model has answered its first click.
+
+    Raises:
+        OSError: The address cannot be taken.
+        TinyViTError: The model cannot be loaded.
     """
     settings = settings.with_token()
     own = listen(settings)
@@ -130,7 +142,12 @@ def config_of(guard: Guard, settings: ServeSettings) -> uvicorn.Config:
 
 
 class Server(uvicorn.Server):
-    """Runs uvicorn; a signal first drains the service, while what comes is answered 503."""
+    """Runs uvicorn; a signal first drains the lanes, while what comes is answered 503.
+
+    Args:
+        config: Of uvicorn.
+        service: What is drained.
+    """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)

@@ -78,7 +78,12 @@ class _Flight:
 
 
 class Service:
-    """Everything that API and adapters call; ``load`` loads the model where none is given."""
+    """Everything that API and adapters call.
+
+    Args:
+        settings: Of the server.
+        segmenter: The model, ready; None loads ``settings.checkpoint`` by ``load``.
+    """
 
     def __init__(self, settings: ServeSettings, segmenter: Segmenter | None = None) -> None:
         self.settings = settings
@@ -114,7 +119,11 @@ class Service:
 
     @property
     def segmenter(self) -> Segmenter:
-        """The model. Problem: it is not loaded yet, or the server is about to end."""
+        """The model.
+
+        Raises:
+            Problem: It is not loaded yet, or the server is about to end.
+        """
         if self.state == "draining":
             raise draining()
         if self.state != "ready" or self._segmenter is None:
@@ -123,13 +132,22 @@ class Service:
 
     @property
     def model(self) -> Model:
-        """What the server says of its model. Problem: it is not loaded yet."""
+        """What the server says of its model.
+
+        Raises:
+            Problem: It is not loaded yet.
+        """
         if self._model is None:
             raise _loading()
         return self._model
 
     def load(self) -> None:
-        """Load the model, and answer one click on a grey image, which warms everything up."""
+        """Load the model, and answer one click on a grey image, which warms everything up.
+
+        Raises:
+            TinyViTError: The checkpoint cannot be had, or the store does not go with it.
+            ValueError: A setting does not go with it.
+        """
         settings = self.settings
         own = self._segmenter = self._segmenter or _open(settings)
         if settings.store is not None:
@@ -173,7 +191,11 @@ class Service:
         return found
 
     async def known(self, image_id: str) -> ImageEmbedding:
-        """The embedding of an image that was sent. Problem: ``unknown-image``."""
+        """The embedding of an image that was sent.
+
+        Raises:
+            Problem: ``unknown-image``.
+        """
         found = await self.find(image_id)
         if found is None:
             raise Problem(
@@ -184,8 +206,13 @@ class Service:
     async def encode(self, data: bytes, client: str, view: int | None = None) -> Stored:
         """Encode an image, or find that it is known; images that are being encoded are waited for.
 
-        ``view`` are the pixels a side of an upright JPEG, if one is wanted. Problem: it is no
-        image, has too many pixels, or the lane refuses.
+        Args:
+            data: The file.
+            client: Whose request it is.
+            view: Pixels a side of an upright JPEG, if one is wanted.
+
+        Raises:
+            Problem: It is no image, has too many pixels, or the lane refuses.
         """
         segmenter = self.segmenter
         image_id = await asyncio.to_thread(sha256, data) if len(data) > MEBI else sha256(data)
@@ -240,10 +267,21 @@ class Service:
         is_preview: bool = False,
         then: Callable[[Masks], Any] = lambda masks: masks,
     ) -> tuple[Any, dict[str, float]]:
-        """(What ``then`` makes of the masks in the lane's thread, milliseconds by what was done).
+        """Decode prompts on a known image; ``then`` is applied to the masks in the lane's thread.
 
-        Prompts may be functions that make them, since a mask in one takes time to read; a preview
-        may be dropped. Problem: the image is unknown, a prompt is wrong, or the lane refuses.
+        Args:
+            image_id: The image.
+            prompts: Or functions that make them, since a mask in one takes time to read.
+            multimask: As for ``Segmenter``.
+            client: Whose request it is.
+            is_preview: It may be dropped.
+            then: What the answer is made by.
+
+        Returns:
+            (what ``then`` gave, milliseconds by what was done).
+
+        Raises:
+            Problem: The image is unknown, a prompt is wrong, or the lane refuses.
         """
         segmenter, embedding = self.segmenter, await self.known(image_id)
 
@@ -266,10 +304,19 @@ class Service:
         client: str,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> tuple[list[Any], str | None, dict[str, float]]:
-        """(Records of all masks, a hint where none passed, milliseconds by what was done).
+        """Masks of everything on a known image.
 
-        What ``progress`` raises, which the lane's thread calls, stops the work. Problem: the image
-        is unknown, a parameter is wrong, or the lane refuses.
+        Args:
+            image_id: The image.
+            request: Its parameters.
+            client: Whose request it is.
+            progress: Called in the lane's thread; what it raises stops the work.
+
+        Returns:
+            (records of the masks, a hint where no mask passed, milliseconds by what was done).
+
+        Raises:
+            Problem: The image is unknown, a parameter is wrong, or the lane refuses.
         """
         segmenter, embedding = self.segmenter, await self.known(image_id)
 
@@ -361,7 +408,12 @@ def _open(settings: ServeSettings) -> Segmenter:
 
 
 def _open_store(url: str, segmenter: Segmenter) -> EmbeddingStore:
-    """A store whose embeddings are those that the model would make; CheckpointError: it is not."""
+    """A store whose embeddings are those that the model would make.
+
+    Raises:
+        CheckpointError: There is none, or it was made in another way; each differing fact is named.
+        MissingExtraError: pylance is not installed.
+    """
     from tinyvit.embed import EmbeddingStore
     from tinyvit.embed.recipe import check_exact
 
