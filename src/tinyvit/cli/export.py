@@ -135,9 +135,12 @@ def verify(
 
             model = _load(own, against, None)
             verified = verify_against(path, model, backend=backend)  # type: ignore[arg-type]
-    except (MissingExtraError, CheckpointError) as err:
+    except MissingExtraError as err:
         console.complain(f"error: {err}")
-        raise typer.Exit(LACKING if isinstance(err, MissingExtraError) else CHANGED) from err
+        raise typer.Exit(LACKING) from err
+    except CheckpointError as err:
+        console.complain(f"error: {err}")
+        raise typer.Exit(CHANGED) from err
     _report(own, verified, as_json)
     if not verified.passed:
         raise typer.Exit(DIFFERS)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from tinyvit.errors import CheckpointError, MissingExtraError
 from tinyvit.inference.bundle import ExportedEncoder, engine_for, is_exported
@@ -70,14 +70,22 @@ class RayWorkers:
 
 
 class EmbedActor:
-    """What runs in a process of Ray's, on any node; ``task`` is what ``RayRun`` makes."""
+    """What runs in a process of Ray's, on any node.
+
+    Args:
+        task: Address of the store, its recipe as the driver has it, engine arguments, limits.
+    """
 
     def __init__(self, task: Mapping[str, Any]) -> None:
         self._task = task
         self._worker: EmbedWorker | None = None
 
     def begin(self) -> dict[str, str]:
-        """What this node computes with; CheckpointError: it cannot do what the driver does."""
+        """Make ready, and say what this node computes with.
+
+        Raises:
+            CheckpointError: A path is not seen here, or weights or versions are other ones.
+        """
         task, node = self._task, f"the worker on {os.uname().nodename}"
         own = versions()
         if own != task["versions"]:
@@ -114,8 +122,11 @@ class EmbedActor:
         """A piece: (fragments, outcomes, bytes, seconds). After a death the actor begins again."""
         if self._worker is None:
             self.begin()
-        worker, start = cast("EmbedWorker", self._worker), time.monotonic()
-        return *write_piece(worker, sources), time.monotonic() - start
+        worker = self._worker
+        if worker is None or worker.store is None:
+            raise CheckpointError("this actor has no store")
+        start = time.monotonic()
+        return *write_piece(worker, worker.store, sources), time.monotonic() - start
 
 
 def versions() -> dict[str, str]:
@@ -126,8 +137,13 @@ def versions() -> dict[str, str]:
 class RayRun:
     """The driver: gives pieces to actors, and commits what they return.
 
-    ``worker``, of this process, makes the rows of images that end an actor; every node must see
-    ``roots``, the folders of the sources, of which there are ``total``.
+    Args:
+        workers: How many actors, of what.
+        committer: Of the store.
+        worker: Of this process, for rows of images that end an actor.
+        roots: Folders of the sources, which every node must see.
+        progress: As for ``embed_images``.
+        total: Sources in all.
     """
 
     def __init__(
@@ -151,7 +167,13 @@ class RayRun:
         self._done, self._failed = report.kept + len(report.failed), len(report.failed)
 
     def run(self, todo: Sequence[Source], max_pixels: int | None) -> None:
-        """Embed these, and commit every minute; errors are those of ``embed_images``."""
+        """Embed these, and commit every minute.
+
+        Raises:
+            CheckpointError: Ray or a node of it does not do, or the store cannot be written.
+            MissingExtraError: Ray is not installed.
+            ValueError: This machine has too few CPUs or GPUs.
+        """
         ray = load_ray()
         self._todo.extend(replace(one, place=_absolute(one.place)) for one in todo)
         with _connected(ray, self._workers) as count:
@@ -266,7 +288,11 @@ class RayRun:
 
 
 def load_ray() -> Any:
-    """The package ray, patient and without statistics of its use, or a MissingExtraError."""
+    """The package ray, with patience for a busy machine and without statistics of its use.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
     try:

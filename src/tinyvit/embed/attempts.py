@@ -29,8 +29,11 @@ REASON = (
 class Attempts:
     """What one writer is at; a context that is left in any way but by death leaves nothing.
 
-    ``folder`` is the store's; None (object storage) keeps nothing. ``suspects`` are paths that a
-    process which died was at, and how often it died alone with each.
+    Args:
+        folder: Of the store; None (object storage) keeps nothing.
+
+    Attributes:
+        suspects: Paths that a process which died was at, and how often it died alone with each.
     """
 
     def __init__(self, folder: Path | None) -> None:

@@ -74,7 +74,11 @@ class FragmentWriter:
         self.nbytes = 0
 
     def add(self, row: StoreRow) -> None:
-        """Take a row; it may be written later. OSError: a row before it could not be written."""
+        """Take a row; it may be written later.
+
+        Raises:
+            OSError: A row before it could not be written.
+        """
         self._rows.append(row)
         self._held += row.nbytes
         self.nbytes += row.nbytes
@@ -82,7 +86,11 @@ class FragmentWriter:
             self._send()
 
     def finish(self) -> list[str]:
-        """Write what is left; the new fragments as JSON, if any. OSError: they are not written."""
+        """Write what is left; the new fragments as JSON, none where there were no rows.
+
+        Raises:
+            OSError: The rows could not be written.
+        """
         if self._rows:
             self._send()
         if self._thread is None:
@@ -153,8 +161,16 @@ def commit(
     """Make fragments part of a store, instead of the rows that their paths had.
 
     Readers see all of it or nothing. Other writers may commit meanwhile: where two have rows of one
-    path, the newest stays; a CheckpointError says that they were always faster. ``facts`` (backend,
-    device and versions) are kept with the commit, and the store is seen at its newest version.
+    path, the newest stays.
+
+    Args:
+        store: Seen at its newest version afterwards.
+        fragments: From ``FragmentWriter.finish``, here or in another process.
+        paths: Of all their rows.
+        facts: Backend, device and versions, kept with the commit.
+
+    Raises:
+        CheckpointError: Other writers were always faster, or it could not be written.
     """
     lance = load_lance()
     from lance.fragment import FragmentMetadata

@@ -52,7 +52,15 @@ def make_plan(
     retry_failed: bool = False,
     part: tuple[int, int] = (0, 1),
 ) -> Plan:
-    """Compare the sources of a part with a store; other arguments as for ``embed_images``."""
+    """Compare sources with a store.
+
+    Args:
+        sources: The images of this part.
+        store: What is there.
+        check: "state": what has another size or time is read; "content": everything is.
+        retry_failed: Read what failed before, too.
+        part: Which part of all images the sources are; only its rows can be gone.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 

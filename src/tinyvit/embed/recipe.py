@@ -118,7 +118,11 @@ class Recipe:
         return found
 
     def check(self, other: Recipe, store: str) -> None:
-        """A CheckpointError with all that differs where another recipe's rows may not go here."""
+        """Check that rows of another recipe may go into the store of this one.
+
+        Raises:
+            CheckpointError: They may not; each differing fact is named with both values.
+        """
         differing = self.differences(other)
         if differing:
             raise CheckpointError(
@@ -134,7 +138,11 @@ class Recipe:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[bytes, bytes] | None, store: str) -> Recipe:
-        """Read what ``to_metadata`` gave; CheckpointError: it is missing, damaged or newer."""
+        """Read what ``to_metadata`` gave.
+
+        Raises:
+            CheckpointError: This is a dataset of something else, damaged, or of a newer format.
+        """
         text = (metadata or {}).get(KEY)
         if text is None:
             raise CheckpointError(

@@ -97,7 +97,11 @@ class StoreRow:
         return sum_
 
     def to_embedding(self, recipe: Recipe) -> ImageEmbedding:
-        """The embedding in float32. ValueError: the row has no features."""
+        """The embedding in float32.
+
+        Raises:
+            ValueError: The row has no features.
+        """
         if self.features is None or self.placement is None:
             raise ValueError(f"{self.path!r} has no features; its row is {self.state!r}")
         early = None if self.early is None else dequantise(self.early, self.early_scales, -1)
@@ -115,10 +119,14 @@ class StoreRow:
 
 
 def quantise(values: Floats, dtype: Dtype, axis: int) -> tuple[NDArray[Any], Floats | None]:
-    """A map in ``dtype``, and for int8 scales [C] float32 of the channels along ``axis``, or None.
+    """Store a map in ``dtype``; for int8 with a scale for each channel along ``axis``.
 
-    An int8 value times its scale is within half a scale of what was given. ValueError: a value is
-    not finite, or not in ``dtype``.
+    Returns:
+        (values, scales [C] float32 or None); an int8 value times its scale is within half a scale
+        of what was given.
+
+    Raises:
+        ValueError: A value is not finite, or not in ``dtype``.
     """
     if dtype != "int8":
         with np.errstate(over="ignore"):
@@ -201,7 +209,11 @@ def to_batch(rows: Sequence[StoreRow], schema: pa.Schema) -> pa.RecordBatch:
 def from_values(
     values: Mapping[str, Any], maps: Mapping[str, bytes | None], recipe: Recipe, store: str
 ) -> StoreRow:
-    """A row, checked where all its maps are there; DamagedRowError: it is not what was written."""
+    """A row of its plain columns and the bytes of its maps, checked where all of them are there.
+
+    Raises:
+        DamagedRowError: Its bytes are not those that were written.
+    """
     path = values["path"]
     try:
         row = _row_of(values, maps, recipe)

@@ -183,7 +183,11 @@ class Committer:
             self.facts |= {"backend": engine.backend.name, "device": engine.backend.device}
 
     def commit(self, fragments: Sequence[str], outcomes: Sequence[EmbedOutcome]) -> None:
-        """Commit fragments, then count and tell their images' outcomes, or a CheckpointError."""
+        """Commit fragments, then count and tell the outcomes of their images.
+
+        Raises:
+            CheckpointError: It could not be committed; nothing of it counts.
+        """
         written = [outcome.path for outcome in outcomes if outcome.state != "kept"]
         try:
             commit(self.store, fragments, written, self.facts)

@@ -45,10 +45,16 @@ def list_sources(
     store: str,
     part: tuple[int, int] = (0, 1),
 ) -> tuple[list[Source], list[str]]:
-    """The images of this part, each once, in a fixed order, and the folders that were named.
+    """The images that are named, each once, in a fixed order, and the folders they are in.
 
-    ValueError: a source is not there or holds no images, two images have one name, or the store
-    lies in a source.
+    Args:
+        sources: One or many folders, files, ``@list.txt`` or addresses.
+        store: Where the store is, which must not lie in a source.
+        part: (number of the part from 0, parts in all): only the images of this part.
+
+    Raises:
+        ValueError: A source is not there or holds no images, two images have one name, or the store
+            lies in a source.
     """
     given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     local: list[Path] = []
@@ -85,7 +91,11 @@ def part_of(path: str, parts: int) -> int:
 
 
 def read_source(source: Source) -> tuple[bytes, Source]:
-    """A file's bytes, and the source as it was then; ImageError: it cannot be read, or changes."""
+    """A file's bytes, and the source as the file was when it was read.
+
+    Raises:
+        ImageError: It cannot be read, or changes all the time.
+    """
     try:
         for _ in range(READINGS):
             data = read_bytes(source.place)
@@ -197,7 +207,11 @@ def read_bytes(place: str) -> bytes:
 
 
 def open_place(address: str) -> tuple[Any, str]:
-    """A file system of pyarrow or else fsspec, and the path in it; ValueError: neither has one."""
+    """A file system of pyarrow, or of fsspec where pyarrow has none, and the path in it.
+
+    Raises:
+        ValueError: Neither knows the address.
+    """
     scheme, _, rest = address.partition("://")
     root = f"{scheme}://{rest.split('/')[0]}"
     filesystem, prefix = _open_root(root)

@@ -467,7 +467,11 @@ class EmbeddingStore(Mapping[str, ImageEmbedding]):
 
 
 def load_lance() -> Any:
-    """The package lance. MissingExtraError: it is not installed."""
+    """The package lance.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
     try:
         import lance
     except ImportError as err:

@@ -70,11 +70,19 @@ class _Job:
 
 
 class EmbedWorker:
-    """Makes rows of images, of one recipe, with one engine; CheckpointError: it has another recipe.
+    """Makes rows of images, of one recipe, with one engine.
 
-    Content that is ``known`` is copied from the ``store``, and ``attempts`` are told which images
-    are worked on. An image whose content waits for its commit is left to ``later``, to be copied,
-    by a worker that ``defers``.
+    Args:
+        recipe: Of the store.
+        engine: What encodes.
+        store: Where content that is ``known`` is copied from.
+        known: The contents that the store has; None copies nothing.
+        attempts: Where it is noted which images are worked on.
+        max_pixels: Most pixels of an image.
+        defers: Leave an image whose content waits for its commit to ``later``, to be copied.
+
+    Raises:
+        CheckpointError: The engine's recipe is another one.
     """
 
     def __init__(
@@ -228,14 +236,23 @@ def _now() -> datetime:
 
 
 def write_piece(
-    worker: EmbedWorker, sources: Sequence[Source]
+    worker: EmbedWorker, store: EmbeddingStore, sources: Sequence[Source]
 ) -> tuple[list[str], list[EmbedOutcome], int]:
     """A piece of the plan from its sources to fragments that wait for their commit.
 
-    The worker defers nothing. Gives (fragments, outcomes, bytes of the rows) as plain data; after
-    an OSError, where fragments could not be written, nothing of the piece counts.
+    Args:
+        worker: Which defers nothing.
+        store: Where the fragments are written; it does not change.
+        sources: The piece.
+
+    Returns:
+        (fragments, outcomes, bytes of the rows) for ``commits.commit``, as plain data that another
+        process takes.
+
+    Raises:
+        OSError: The fragments could not be written; nothing of the piece counts.
     """
-    writer = FragmentWriter(cast("EmbeddingStore", worker.store))
+    writer = FragmentWriter(store)
     outcomes = []
     try:
         for outcome, row in worker.work(sources):
@@ -251,7 +268,11 @@ def write_piece(
 def pass_over(
     worker: EmbedWorker, sources: Sequence[Source], attempts: Attempts
 ) -> tuple[list[Source], list[Source], list[tuple[EmbedOutcome, StoreRow]]]:
-    """(Sources without suspicion, suspects, outcomes and rows of those that are passed over)."""
+    """Sort sources by what a process that died was at.
+
+    Returns:
+        (sources without suspicion, suspects, outcomes and rows of those that are passed over).
+    """
     deadly = set(attempts.deadly)
     failed = [worker.fail(one, f"{one.place!r}: {REASON}") for one in sources if one.path in deadly]
     for outcome, _ in failed:

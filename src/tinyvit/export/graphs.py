@@ -43,9 +43,14 @@ POINT_LABELS = (-1, 0, 1, 2, 3)  # padding, not the object, the object, a box's 
 class EncoderGraph(nn.Module):
     """An image encoder with what its consumer leaves to it.
 
-    ``layout`` "nchw" takes normalised [N, 3, H, W]; "hwc" one RGB image [H, W, 3] in 0..255, which
-    is normalised as ``spec`` says, and padded to ``side``, in the graph. The input is shrunk by
-    ``factor`` before the encoder. ``positions`` of the embedding's grid are given, too.
+    Args:
+        encoder: The network.
+        spec: How images are prepared.
+        layout: "nchw": normalised [N, 3, H, W]; "hwc": one RGB image [H, W, 3] in 0..255, which is
+            normalised and padded in the graph.
+        side: The input's side S that the consumer works with.
+        factor: By which the input is shrunk before the encoder; 1 for weights of that side.
+        positions: Give these positions of the embedding's grid, too.
     """
 
     def __init__(
@@ -82,10 +87,14 @@ class EncoderGraph(nn.Module):
 class DecoderGraph(nn.Module):
     """Prompt encoder and mask decoder behind segment-anything's six inputs.
 
-    ``single_mask`` gives the best mask alone; the mask of a clear prompt as soon as there are more
-    than two points, all padding points counting as one. ``masks`` are "full", logits in the image's
-    own pixels; "low-res", which leaves them out; or "crop", CVAT's uint8 mask [1, 1, h, w], cut to
-    its box, with the box. ``drop_padding`` ignores padding points where a box is given.
+    Args:
+        sam: The model.
+        single_mask: Give the best mask alone; the mask of a clear prompt as soon as there are more
+            than two points. All padding points count as one.
+        masks: "full": logits in the image's own pixels; "low-res": leave them out; "crop": CVAT's
+            uint8 mask [1, 1, h, w], cut to its box, with the box.
+        factor: As of the encoder.
+        drop_padding: Ignore padding points where a box is given.
     """
 
     def __init__(
@@ -240,7 +249,12 @@ class PromptsOfTransformers(nn.Module):
 
 
 class PartGraph(nn.Module):
-    """A network alone, and what of it is given."""
+    """A network alone.
+
+    Args:
+        model: The network.
+        part: What it gives.
+    """
 
     def __init__(self, model: TinyViT, part: Part) -> None:
         super().__init__()

@@ -12,7 +12,13 @@ from .presets import Preset
 
 
 def papers(row: Preset, facts: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Text by file name; the graphs are in the folder."""
+    """Text by file name.
+
+    Args:
+        row: Who the folder is for.
+        facts: Of the export.
+        folder: Where the graphs are.
+    """
     sides = f"Inputs of {facts['side']} x {facts['side']} pixels."
     lines = [f"For {row.consumer}.", sides, row.note]
     found = {"README.txt": "\n".join(line for line in lines if line) + "\n"}

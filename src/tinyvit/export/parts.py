@@ -22,9 +22,17 @@ Model: TypeAlias = "Sam | TinyViT | FeatureMaps"
 
 
 def part_of(model: Model, part: Part | None) -> tuple[TinyViT, Part]:
-    """The network of a model that a part needs, and what it gives; None takes what it is for.
+    """The network of a model that a part needs, and what it gives.
 
-    ValueError: the model does not have it.
+    Args:
+        model: A SAM, an encoder, a classifier or ``FeatureMaps``.
+        part: What is wanted; None takes what the model is for.
+
+    Returns:
+        (the network, with ``image_spec``; "encoder", "classifier" or "features").
+
+    Raises:
+        ValueError: The model does not have it.
     """
     net = model.image_encoder if isinstance(model, Sam) else model
     if isinstance(net, FeatureMaps):
@@ -80,7 +88,7 @@ def facts_of_part(
 
 
 def arguments_of_part(net: TinyViT, part: Part, spec: ImageSpec, facts: Mapping[str, Any]) -> Graph:
-    """The network, ready to be traced."""
+    """The network, ready to be traced: ``graphs.Graph``."""
     given, outputs = facts[f"{part}_input"], tuple(facts[f"{part}_outputs"])
     graph = PartGraph(net, part).eval()
     if facts["is_static"]:

@@ -118,7 +118,11 @@ PRESETS = {
 
 
 def get_preset(name: str) -> Preset:
-    """The row of a preset. ValueError: there is none of that name."""
+    """The row of a preset.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
     return PRESETS[name]

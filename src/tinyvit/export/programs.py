@@ -43,10 +43,16 @@ def save_program(
     points: Sequence[int | None],
     metadata: Mapping[str, str],
 ) -> bytes:
-    """A module in eval mode, float32, on the CPU as the bytes of a .pt2 file, or a ValueError.
+    """A module as the bytes of a .pt2 file.
 
-    The program keeps the sizes of ``example`` but for ``points``: of each input the axis that
-    counts points, of 1 to 64, or None. ``metadata`` are texts to keep in the file.
+    Args:
+        module: In eval mode, float32, on the CPU.
+        example: Its inputs, whose sizes the program keeps.
+        points: Of each input the axis that counts points, of 1 to 64; None for none.
+        metadata: Texts to keep in the file.
+
+    Raises:
+        ValueError: The module cannot be exported.
     """
     count = torch.export.Dim("points", min=1, max=MOST_POINTS)
     shapes = tuple(None if axis is None else {axis: count} for axis in points)
@@ -63,9 +69,16 @@ def save_program(
 
 
 class Program:
-    """A program of a .pt2 file: inputs by name -> outputs in order; ``metadata`` are its texts.
+    """A program of a .pt2 file: inputs by name -> outputs in order.
 
-    CheckpointError: it cannot be read, or holds more than tensors and torch's operators.
+    Args:
+        path: Of the file.
+
+    Attributes:
+        metadata: Texts that ``save_program`` kept.
+
+    Raises:
+        CheckpointError: It cannot be read, or holds more than tensors and torch's operators.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -89,7 +102,11 @@ class Program:
 
 
 def check_program(path: str | os.PathLike[str]) -> None:
-    """Refuse a file that could run code when it is read, or that is no such file."""
+    """Refuse a file that could run code when it is read.
+
+    Raises:
+        CheckpointError: It could, or it is no such file.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():

@@ -123,8 +123,8 @@ class Guard:
                 await self.app(scope, receive, send)
         except Problem as problem:
             await problem.response(state)(scope, receive, send)
-        except Exception:
-            if state["facts"].get("problem") != "our-fault":  # that one is answered and logged
+        except Exception:  # Starlette raises again what its handler of all errors has answered
+            if state["facts"].get("problem") != "our-fault":
                 raise
 
     def refused(self, problem: Problem, client: str) -> str:

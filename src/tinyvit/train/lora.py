@@ -51,7 +51,6 @@ class LoraLinear(nn.Linear):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
         self.rank, self.alpha, self.dropout = rank, float(alpha), float(dropout)
-        self.scale = self.alpha / rank  # what the addition is multiplied by
         down = base.weight.new_empty(rank, base.in_features)
         nn.init.kaiming_uniform_(down, a=math.sqrt(5))
         self.lora_down = nn.Parameter(down)
@@ -59,6 +58,11 @@ class LoraLinear(nn.Linear):
         for parameter in (self.lora_down, self.lora_up):  # layer-wise rates hold for these too
             parameter.lr_scale = getattr(base.weight, "lr_scale", 1.0)  # type: ignore[attr-defined]
         self.train(base.training)
+
+    @property
+    def scale(self) -> float:
+        """What the addition is multiplied by."""
+        return self.alpha / self.rank
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""

@@ -86,7 +86,7 @@ class Store:
         self._open: dict[int, Any] = {}
         is_old = (self.folder / _OldLogits.HEADER).is_file()
         self._old_logits = _OldLogits(self.folder) if is_old else None
-        self._find_facts(facts)
+        self._set_facts(facts)
         if self._old_logits is not None:
             self.entries = self._old_logits.entries
             return
@@ -168,8 +168,8 @@ class Store:
                 "another folder"
             )
 
-    def _find_facts(self, wanted: Mapping[str, object] | None) -> None:
-        """The facts of the store, which must agree with those wanted; a new store if need be."""
+    def _set_facts(self, wanted: Mapping[str, object] | None) -> None:
+        """Set the facts, which must agree with those wanted; a new store if need be."""
         self.facts: dict[str, Any]
         path = self.folder / MANIFEST
         if self._old_logits is not None:
