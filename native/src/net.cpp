@@ -1,7 +1,7 @@
 // The walk of a batch through the network.
 //
-// Two ways to use threads: the pieces of each layer of one image, or, for a batch of small images,
-// one image for each thread with nothing to wait for. Both give the same bits.
+// Two ways to use threads: the pieces of each layer of one image, or, for a batch, one image for each
+// thread with nothing to wait for, even where other work takes a core. Both give the same bits.
 #include "net.hpp"
 
 #include <algorithm>
@@ -15,8 +15,8 @@ namespace {
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Images of a batch go to threads whole while an image's maps are below this.
-constexpr size_t kSmallImage = size_t(24) << 20;
+// Images of a batch go to threads whole while the maps of all threads are below this.
+constexpr size_t kMostMaps = size_t(512) << 20;
 
 // About how many tokens a patch of the perceptron has: its hidden values stay in the cache, and weights
 // that do not are read once for all of them.
@@ -354,7 +354,7 @@ void Net::encode(const tinyvit_images& images, const tinyvit_outputs& outputs) {
   const int threads = pool_.threads();
   const size_t single = plan.image_bytes() + plan.scratch_bytes;
   int whole = 0;  // images that go to threads whole
-  if (threads > 1 && !outputs.workspace && plan.image_bytes() <= kSmallImage)
+  if (threads > 1 && !outputs.workspace && single * threads <= kMostMaps)
     whole = images.batch / threads * threads;
   std::unique_lock<std::mutex> lock(mutex_, std::defer_lock);
   char* space = static_cast<char*>(outputs.workspace);

@@ -3,6 +3,7 @@
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -43,7 +44,9 @@ def start(*arguments, **environment):
 
 
 def reported(lines):
-    return [line.split(" ", 1)[1].strip() for line in lines if not line.startswith("ready")]
+    """Paths of what a writer told; "" is the end of one that had nothing left to do."""
+    told = [line.strip() for line in lines if line and not line.startswith("ready")]
+    return [line.split(" ", 1)[1] for line in told]
 
 
 def check_rows(url, engine, photos, at_least=()):
@@ -71,6 +74,7 @@ def kill_often(many, url, engine, kills, upkeep, seed):
         time.sleep(chance.random() * 0.4)
         writer.kill()
         lines += writer.communicate()[0].splitlines()
+        assert writer.returncode in (0, -signal.SIGKILL)
         stored.update(reported(lines))
         if EmbeddingStore.find(url) is not None:
             check_rows(url, engine, many, stored)

@@ -30,13 +30,13 @@ from tinyvit.embed import RayWorkers, actors, embed_images, run
 def slow():
     from tinyvit.embed import work
 
-    decode = work.decode
+    prepare = work.prepare
 
-    def sleeps(file, **options):
+    def sleeps(file, spec, **options):
         time.sleep({cost})
-        return decode(file, **options)
+        return prepare(file, spec, **options)
 
-    work.decode = sleeps
+    work.prepare = sleeps
 
 if {cost}:
     actors.load_ray().init(
@@ -222,14 +222,14 @@ def crash():
     """Runs in each of Ray's processes: an image that ends the decoder's."""
     from tinyvit.embed import work
 
-    decode = work.decode
+    prepare = work.prepare
 
-    def dies(file, **options):
+    def dies(file, spec, **options):
         if file.name.endswith("/1.png"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return decode(file, **options)
+        return prepare(file, spec, **options)
 
-    work.decode = dies
+    work.prepare = dies
 
 
 @pytest.mark.slow  # 45 s on a busy machine

@@ -23,14 +23,14 @@ def main():
         run.COMMITS_BETWEEN, commits.KEPT = 1, timedelta(0)
     deadly = os.environ.get("DEADLY_IMAGE")
     if deadly:
-        decode = work.decode
+        prepare = work.prepare
 
-        def crash(file, **options):
+        def crash(file, spec, **options):
             if file.name.endswith(deadly):
                 os.kill(os.getpid(), signal.SIGKILL)
-            return decode(file, **options)
+            return prepare(file, spec, **options)
 
-        work.decode = crash
+        work.prepare = crash
 
     def tell(outcome):
         print(outcome.state, outcome.path, flush=True)

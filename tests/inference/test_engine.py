@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from tinyvit.errors import CheckpointError, ImageError
 from tinyvit.hub import save_pretrained
 from tinyvit.image_spec import ImageSpec, Placement
 from tinyvit.images.decode import decode
-from tinyvit.images.preprocess import to_input
+from tinyvit.images.preprocess import prepare, to_input
 from tinyvit.inference import Backend, Encoded, Engine, TorchBackend
-from tinyvit.inference.read_ahead import each, preparations, prepare
+from tinyvit.inference.read_ahead import each, preparations
 from tinyvit.modules import TinyViT
 
 RGB = NDArray[np.uint8]
@@ -176,6 +177,16 @@ def test_order_is_kept_and_shapes_are_put_together() -> None:
 def test_batch_size_is_the_most(batch_size: int, batches: list[int]) -> None:
     backend = Mean()
     engine = Engine(backend=backend, image_spec=PLAIN, batch_size=batch_size)
+    assert colours(engine.embed(plain(*range(7)))) == list(range(7))
+    assert [batch[0] for batch in backend.batches] == batches
+
+
+@pytest.mark.parametrize(("batch_size", "batches"), [(2, [1] * 7), (3, [3, 3, 1]), (8, [3, 3, 1])])
+def test_a_backend_gets_an_image_for_each_thread(batch_size: int, batches: list[int]) -> None:
+    backend = Mean()
+    backend.device, backend.images_at_once = "cpu", 3
+    spec = replace(PLAIN, size=(1024, 1024))  # above what goes together otherwise
+    engine = Engine(backend=backend, image_spec=spec, batch_size=batch_size)
     assert colours(engine.embed(plain(*range(7)))) == list(range(7))
     assert [batch[0] for batch in backend.batches] == batches
 

@@ -33,6 +33,7 @@ from tinyvit.catalog import find_variant, get_checkpoint, get_variant, list_chec
 from tinyvit.checkpoints.detection import Architecture, encoder_shapes
 from tinyvit.checkpoints.families import part_of
 from tinyvit.inference.bundle import ExportedEncoder, engine_for, is_exported
+from tinyvit.inference.read_ahead import cores
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -482,10 +483,9 @@ def machine_facts(*packages: str) -> dict[str, str | int | None]:
     """
     flags = (_line_of(_CPUINFO, "flags") or _line_of(_CPUINFO, "Features") or "").split()
     memory = _line_of(Path("/proc/meminfo"), "MemTotal")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     facts: dict[str, str | int | None] = {
         "cpu": _cpu(),
-        "cores": cores,
+        "cores": cores(),
         "instruction_sets": " ".join(name for name in _SHOWN_SETS if name in flags),
         "memory": None if memory is None else int(memory.split()[0]) * 1024,
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",

@@ -65,7 +65,7 @@ class FragmentWriter:
     def __init__(self, store: EmbeddingStore) -> None:
         self._schema = schema_of(store.recipe)
         self._store = store
-        self._batches: queue.Queue[pa.RecordBatch | None] = queue.Queue(2)
+        self._waiting: queue.Queue[list[StoreRow] | None] = queue.Queue(2)
         self._rows: list[StoreRow] = []
         self._held = 0
         self._fragments: list[lance.FragmentMetadata] = []
@@ -114,18 +114,17 @@ class FragmentWriter:
             self._thread.join()
 
     def _send(self) -> None:
-        batch = to_batch(self._rows, self._schema)
-        self._rows, self._held = [], 0
+        rows, self._rows, self._held = self._rows, [], 0
         if self._thread is None:
             self._thread = threading.Thread(target=self._write, name="tinyvit-embed-write")
             self._thread.start()
-        self._put(batch)
+        self._put(rows)
         self._raise()
 
-    def _put(self, batch: pa.RecordBatch | None) -> None:
+    def _put(self, rows: list[StoreRow] | None) -> None:
         while self._thread is not None and self._thread.is_alive():
             with suppress(queue.Full):
-                self._batches.put(batch, timeout=1)
+                self._waiting.put(rows, timeout=1)
                 return
 
     def _raise(self) -> None:
@@ -137,8 +136,8 @@ class FragmentWriter:
         from lance.fragment import write_fragments
 
         def batches() -> Iterator[pa.RecordBatch]:
-            while (batch := self._batches.get()) is not None:
-                yield batch
+            while (rows := self._waiting.get()) is not None:
+                yield to_batch(rows, self._schema)
 
         try:
             reader = pa.RecordBatchReader.from_batches(self._schema, batches())

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Literal, cast
 import numpy as np
 
 from tinyvit.errors import ImageError
-from tinyvit.images.decode import MAX_PIXELS, decode
-from tinyvit.images.preprocess import to_input
+from tinyvit.images.decode import MAX_PIXELS
+from tinyvit.images.preprocess import prepare
 from tinyvit.inference.read_ahead import read_ahead
 from tinyvit.sam.embedding import early_map, early_merge
 
@@ -149,8 +149,8 @@ class EmbedWorker:
             else:
                 file = io.BytesIO(data)
                 file.name = source.place
-                pixels = decode(file, max_pixels=self._max_pixels)
-                job.prepared = to_input(pixels, self.engine.image_spec)
+                spec = self.engine.image_spec
+                job.prepared = prepare(file, spec, max_pixels=self._max_pixels)
         except ImageError as err:
             job.done = self._failed(job, str(err))
         except MemoryError:

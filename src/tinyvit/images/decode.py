@@ -75,19 +75,22 @@ _FOREIGN = (  # what else comes under the name of an image
 logger = logging.getLogger("tinyvit")
 
 ORIENTATION_TAG = 0x0112
-UPRIGHT: dict[int, Callable[[RGB], RGB]] = {  # EXIF orientation -> how to undo it
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.transpose(1, 0, 2),
-    6: lambda a: a[::-1].transpose(1, 0, 2),
-    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda a: a[:, ::-1].transpose(1, 0, 2),
+UPRIGHT = {  # EXIF orientation -> how to undo it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 
 
-def from_pil(image: Image.Image, name: str) -> RGB:
-    """RGB of a loaded PIL image of any mode, not turned by EXIF; ``name`` stands in errors."""
+def from_pil(image: Image.Image, name: str) -> Image.Image:
+    """A loaded PIL image of any mode in mode RGB, not turned by EXIF; ``name`` stands in errors.
+
+    It is the given image where nothing had to change.
+    """
     mode = image.mode
     if mode.startswith("I") or mode == "F":
         values: NDArray[np.generic] = np.asarray(image)
@@ -101,23 +104,23 @@ def from_pil(image: Image.Image, name: str) -> RGB:
         grey: RGB = np.repeat(_to_uint8(values, name)[:, :, None], 3, axis=2)
         if isinstance(clear := image.info.get("transparency"), int):
             grey[values == clear] = 255
-        return grey
+        return Image.fromarray(grey)
     if mode == "LAB":
         from PIL import ImageCms
 
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         turned = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
-        return np.array(turned, dtype=np.uint8)
+        return cast("Image.Image", turned)
     if image.has_transparency_data:
         image = image.convert("LA") if mode == "La" else image
         return _over_white(image.convert("RGBA"))
     # a copy by ``convert`` costs more than all else: its memory is new
-    return np.array(image if mode == "RGB" else image.convert("RGB"))
+    return image if mode == "RGB" else image.convert("RGB")
 
 
-def _over_white(rgba: Image.Image) -> RGB:
+def _over_white(rgba: Image.Image) -> Image.Image:
     white = Image.new("RGBA", rgba.size, "white")
-    return np.array(Image.alpha_composite(white, rgba).convert("RGB"))
+    return Image.alpha_composite(white, rgba).convert("RGB")
 
 
 def _to_uint8(values: NDArray[Any], name: str) -> RGB:
@@ -183,7 +186,7 @@ def from_array(array: NDArray[np.generic]) -> RGB:
     if pixels.ndim == 2 or pixels.shape[2] == 1:
         return np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, axis=2)
     if pixels.shape[2] == 4:
-        return _over_white(Image.fromarray(np.ascontiguousarray(pixels)))
+        return np.array(_over_white(Image.fromarray(np.ascontiguousarray(pixels))))
     pixels = np.ascontiguousarray(pixels)
     return pixels if pixels.flags.writeable else pixels.copy()
 
@@ -223,9 +226,15 @@ def decode(source: ImageSource, *, max_pixels: int | None = MAX_PIXELS) -> RGB:
         >>> decode(np.array([[0, 255]], dtype=np.uint8)).tolist()
         [[[0, 0, 0], [255, 255, 255]]]
     """
+    rgb = to_rgb(source, max_pixels)
+    return np.array(rgb) if isinstance(rgb, Image.Image) else rgb
+
+
+def to_rgb(source: ImageSource, max_pixels: int | None) -> RGB | Image.Image:
+    """As ``decode``, which copies what is a PIL image here: upright, in mode RGB."""
     if isinstance(source, Image.Image):
         _check_size(source, "the PIL image", max_pixels)
-        return _pixels(source, "the PIL image")
+        return _loaded(source, "the PIL image")
     if isinstance(source, np.ndarray):
         return from_array(source)
     if "torch" in sys.modules and isinstance(source, sys.modules["torch"].Tensor):
@@ -233,7 +242,7 @@ def decode(source: ImageSource, *, max_pixels: int | None = MAX_PIXELS) -> RGB:
     with _opened(cast("ImageFile", source)) as (image, stream, name):
         _check_size(image, name, max_pixels)
         stream.is_decoding = image.format != "JPEG2000"  # its decoder reads to the end and asks
-        return _pixels(image, name)
+        return _loaded(image, name)
 
 
 def read_size(source: ImageFile) -> tuple[int, int]:
@@ -402,8 +411,8 @@ def orientation_of(image: Image.Image) -> int:
     return value if value in UPRIGHT else 1
 
 
-def _pixels(image: Image.Image, name: str) -> RGB:
-    """Decode an opened image: RGB uint8 [H, W, 3], upright."""
+def _loaded(image: Image.Image, name: str) -> Image.Image:
+    """Decode an opened image: in mode RGB, upright."""
     orientation = orientation_of(image)
     if image.format == "TIFF":
         orientation = 1  # Pillow turns these while it loads them
@@ -416,4 +425,4 @@ def _pixels(image: Image.Image, name: str) -> RGB:
         raise
     except Exception as err:  # decoders raise nearly everything on damaged data
         raise _damaged(name, err) from err
-    return np.ascontiguousarray(UPRIGHT[orientation](rgb)) if orientation > 1 else rgb
+    return rgb.transpose(UPRIGHT[orientation]) if orientation > 1 else rgb

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tinyvit.image_spec import ImageSpec, Placement
+from tinyvit.images.decode import MAX_PIXELS, ImageSource, to_rgb
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,19 @@ def resize(
     return np.array(Image.fromarray(image).resize((width, height), FILTERS[interpolation]))
 
 
+def prepare(
+    source: ImageSource, spec: ImageSpec, *, max_pixels: int | None = MAX_PIXELS
+) -> PreparedImage:
+    """Decode an image and make it a model's input, without the copies between.
+
+    Gives what ``to_input(decode(source, max_pixels=max_pixels), spec)`` gives, and raises what
+    ``tinyvit.images.decode.decode`` raises.
+    """
+    rgb = to_rgb(source, max_pixels)
+    image = rgb if isinstance(rgb, Image.Image) else Image.fromarray(rgb)
+    return _to_input(image, spec)
+
+
 def to_input(image: NDArray[np.uint8], spec: ImageSpec) -> PreparedImage:
     """Make one image a model's input.
 
@@ -64,8 +78,12 @@ def to_input(image: NDArray[np.uint8], spec: ImageSpec) -> PreparedImage:
         ((3, 16, 16), (8, 16))
     """
     check_rgb("image", image)
-    placement = spec.place(*image.shape[:2])
-    pixels = _resized(image, spec, placement)  # [h, w, 3]
+    return _to_input(Image.fromarray(image), spec)
+
+
+def _to_input(image: Image.Image, spec: ImageSpec) -> PreparedImage:
+    placement = spec.place(image.height, image.width)
+    pixels = np.asarray(_resized(image, spec, placement))  # [h, w, 3]
     return normalise(pixels, spec, placement.model_size), placement
 
 
@@ -178,8 +196,8 @@ class ResizeLongestSide:
         return ImageSpec.sam(self.target_length).place(height, width)
 
 
-def _resized(image: NDArray[np.uint8], spec: ImageSpec, placement: Placement) -> NDArray[np.uint8]:
-    """Resize and crop: uint8 [h, w, 3] without the padding."""
+def _resized(image: Image.Image, spec: ImageSpec, placement: Placement) -> Image.Image:
+    """Resize and crop, without the padding."""
     height, width = placement.resized_size
     top, left = placement.crop_offset
     crop_h, crop_w = spec.size
@@ -191,14 +209,10 @@ def _resized(image: NDArray[np.uint8], spec: ImageSpec, placement: Placement) ->
         old_h, old_w = placement.original_size
         x0, y0 = max(0.0, seen[0]), max(0.0, seen[1])  # the last bit may lie outside
         corners = (x0, y0, min(float(old_w), seen[2]), min(float(old_h), seen[3]))
-        strip = Image.fromarray(image).resize(
-            (crop_w, crop_h), FILTERS[spec.interpolation], box=corners
-        )
-        return np.array(strip)
-    pixels = resize(image, (height, width), spec.interpolation)
-    if spec.resize == "crop":
-        pixels = pixels[top : top + crop_h, left : left + crop_w]
-    return pixels
+        return image.resize((crop_w, crop_h), FILTERS[spec.interpolation], box=corners)
+    if image.size != (width, height):
+        image = image.resize((width, height), FILTERS[spec.interpolation])
+    return image.crop((left, top, left + crop_w, top + crop_h)) if spec.resize == "crop" else image
 
 
 def check_rgb(name: str, pixels: NDArray[np.uint8]) -> None:

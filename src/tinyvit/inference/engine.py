@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tinyvit.catalog import DEFAULT_CHECKPOINT
 from tinyvit.checkpoints.files import weights_sha256
 from tinyvit.image_spec import ImageSpec, Placement
-from tinyvit.images.preprocess import PreparedImage
+from tinyvit.images.preprocess import PreparedImage, prepare
 from tinyvit.lazy import need_torch
 
 from .backend import (
@@ -32,7 +32,7 @@ from .backend import (
 )
 from .bundle import ExportedEncoder, engine_for, is_exported, open_network
 from .read_ahead import Picture as Picture
-from .read_ahead import choose_workers, each, preparations, prepare, read_ahead
+from .read_ahead import choose_workers, each, preparations, read_ahead
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,8 @@ WINDOW = 4
 """Batches' worth of images among which those of one shape are found."""
 
 CPU_PIXELS = 8 * 256 * 256
-"""Most pixels of a batch on a CPU: more at once is not faster there, and takes more memory."""
+"""Most pixels of a batch on a CPU: more at once is not faster there, and takes more memory; but a
+backend may want as many images as it has threads."""
 
 _NORM_EPS = 1e-5  # LayerNorm's own
 
@@ -381,7 +382,9 @@ class Engine:
         """Images of that shape [3, H, W] to compute together."""
         if self.backend.device != "cpu":
             return self.batch_size
-        return min(self.batch_size, max(CPU_PIXELS // int(pixels[0].size), 1))
+        fit = max(CPU_PIXELS // int(pixels[0].size), 1)
+        wanted = getattr(self.backend, "images_at_once", 1)
+        return min(self.batch_size, max(fit, wanted if wanted <= self.batch_size else 1))
 
     def _given(self, batch: Array) -> Tensor:
         """A batch as the backend takes it: a tensor, or the array for one that needs no torch."""

@@ -20,6 +20,7 @@ from tinyvit.factory import StoredModel
 from .backend import check_settings, choose_precision
 from .derived import TOLERANCE, Derived, error_of
 from .graphs import load_library
+from .read_ahead import cores
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -78,6 +79,11 @@ class NativeBackend:
         self._derived = Derived(partial(list, modules), self._make)
         if isinstance(model, StoredModel):
             self._derived.get()  # says what is wrong with the file
+
+    @property
+    def images_at_once(self) -> int:
+        """Images that a batch should have: each thread takes one, and waits for no other."""
+        return self.threads or cores()
 
     @property
     def takes_arrays(self) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.decode import decode
-from tinyvit.images.preprocess import PreparedImage, to_input
+from tinyvit.images.preprocess import PreparedImage, prepare, to_input
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -122,8 +122,13 @@ def _take_first(waiting: deque[tuple[_Job[Result], Future[Result]]]) -> Result:
 
 def choose_workers() -> int:
     """Threads that read ahead: as many as there are cores, at most 4; for a GPU more may pay."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores or 1, 4)
+    return min(cores(), 4)
+
+
+def cores() -> int:
+    """CPUs that this process may use."""
+    every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return every or 1
 
 
 # -- images, which are read ahead ----------------------------------------------------------------
@@ -144,11 +149,6 @@ def each(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
 def _is_tensor(image: object) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(image, torch.Tensor)
-
-
-def prepare(image: Picture, spec: ImageSpec) -> PreparedImage:
-    """Decode an image and make it a model's input."""
-    return to_input(decode(image), spec)
 
 
 def preparations(

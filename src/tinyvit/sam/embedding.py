@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from tinyvit.checkpoints.files import check_format, write_bytes
 from tinyvit.errors import CheckpointError
 from tinyvit.image_spec import ImageSpec, Placement
-from tinyvit.images.decode import ImageSource, decode
-from tinyvit.images.preprocess import PreparedImage, normalise_and_pad, to_input
+from tinyvit.images.decode import ImageSource
+from tinyvit.images.preprocess import PreparedImage, normalise_and_pad, prepare
 from tinyvit.inference.backend import choose_device
 from tinyvit.inference.derived import Derived
 
@@ -277,7 +277,7 @@ def prepare_image(
         channels = image.shape[2] if image.ndim == 3 else 1
         if channels in (3, 4):  # grey has no order, transparency stays behind
             image = image[:, :, [2, 1, 0, 3][:channels]]
-    return to_input(decode(image), spec)
+    return prepare(image, spec)
 
 
 def prepare_resized(pixels: Tensor, original_size: Size, spec: ImageSpec) -> PreparedImage:

@@ -173,13 +173,13 @@ def read_mask_file(path: Path, *, is_one_object: bool) -> NDArray[np.int64]:
             kind, is_lossy = image.mode, image.format in _LOSSY
             if kind not in ("P", "PA", "1", "L", "LA", "RGB", "RGBA", "F") and kind[0] != "I":
                 kind = "RGBA" if kind in ("La", "RGBa") else "RGB"
-            values = np.asarray(image if kind == image.mode else image.convert(kind))
+            upright = image if turn is None else image.transpose(turn)
+            values = np.asarray(upright if kind == upright.mode else upright.convert(kind))
     except FileNotFoundError as err:
         raise ImageError(f"there is no mask file {path}; check the path") from err
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
         raise ImageError(f"the mask file {path} cannot be read: {err}") from err
     values = values.reshape(*values.shape[:2], -1)  # [H, W, C]
-    values = values if turn is None else turn(values)
     if kind in ("P", "PA"):
         ids = np.where(values[:, :, 0] == _VOID, 0, values[:, :, 0]).astype(np.int64)
         return np.asarray(ids > 0, np.int64) if is_one_object else ids

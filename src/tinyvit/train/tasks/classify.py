@@ -25,7 +25,8 @@ from tinyvit.evaluate.classify import hits_in_top, read_batches
 from tinyvit.factory import create_model
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images.decode import decode
-from tinyvit.inference.read_ahead import choose_workers, prepare
+from tinyvit.images.preprocess import prepare
+from tinyvit.inference.read_ahead import choose_workers
 from tinyvit.modules import TinyViT
 from tinyvit.train.data.augment import View, augmentation
 from tinyvit.train.data.images import DataSet, open_data_set, read_good

@@ -137,8 +137,7 @@ class DistillFeatures:
         if self.heads is None and settings.mask_weight > 0:
             wanted = "0 without a SAM, whose heads predict the masks (give one with sam)"
             raise SettingError("mask_weight", wanted, settings.mask_weight)
-        wants = channels if self.heads is None else self.heads.prompt_encoder.embed_dim
-        if wants != channels:
+        if sam is not None and (wants := sam.prompt_encoder.embed_dim) != channels:
             raise ValueError(
                 f"the heads want embeddings of {wants} channels, but the teacher's have {channels}"
                 "; give the teacher's own SAM"
@@ -226,9 +225,7 @@ class DistillFeatures:
     def _read(self, name: str, flip: bool) -> dict[str, Any]:
         """``images`` [3, H, W], ``features`` [C, h, w] fp16, ``placed``: the part of the input."""
         image = decode(self.root / name)
-        if flip:
-            image = np.ascontiguousarray(image[:, ::-1])
-        pixels, placement = to_input(image, self.spec)
+        pixels, placement = to_input(image[:, ::-1] if flip else image, self.spec)
         parts = np.divide(placement.resized_size, placement.model_size).clip(max=1)
         features = self.store.read(name, "flipped" if flip else "features")
         return {"images": pixels, "features": features, "placed": parts.astype(np.float32)}
