@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,14 @@ from PIL import Image
 
 from tinyvit.image_spec import ImageSpec
 from tinyvit.images import preprocess
-from tinyvit.images.preprocess import ResizeLongestSide, normalise_and_pad, resize, to_input
+from tinyvit.images.decode import decode
+from tinyvit.images.preprocess import (
+    ResizeLongestSide,
+    normalise_and_pad,
+    prepare,
+    resize,
+    to_input,
+)
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (30, 41, 3), dtype=np.uint8)
 MEAN = np.array([123.675, 116.28, 103.53])
@@ -22,6 +31,23 @@ SPECS = [
     ImageSpec((20, 28), "crop", "bicubic", shorter_side=31),
     ImageSpec.litemedsam(32),
 ]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_preparing_a_file_is_decoding_and_preparing(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for mode, form in (("RGB", "JPEG"), ("L", "JPEG"), ("RGBA", "PNG"), ("I;16", "PNG")):
+        grey = PHOTO[:, :, 0].astype(np.uint16) << 8
+        image = Image.fromarray(grey if mode == "I;16" else PHOTO)
+        file = io.BytesIO()
+        (image if image.mode == mode else image.convert(mode)).save(file, form, exif=exif)
+        for spec in SPECS:
+            wanted, place = to_input(decode(file), spec)
+            for source in (file, file.getvalue(), decode(file), Image.fromarray(decode(file))):
+                found, there = prepare(source, spec)
+                assert there == place
+                assert np.array_equal(found, wanted)
 
 
 def by_hand(image, spec):
