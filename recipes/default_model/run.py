@@ -48,7 +48,7 @@ class Choices:
     composites: int = 200
     tiny: bool = False
     machine: str = ""
-    beside: tuple[str, ...] = (f"starter={HERE / 'start/starter.safetensors'}",)
+    beside: tuple[str, ...] = (f"previous={HERE / 'start/starter.safetensors'}",)
     control: bool = False
 
     @property

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from tinyvit.inference.backend import BackendName
 
 IMAGES = [noise(40, 56, seed) for seed in range(4)]
 BACKENDS: list[BackendName] = ["torch", "openvino", "onnx"]
+if find_spec("tinyvit_native") is not None:
+    BACKENDS.append("native")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # OpenVINO may sum in another order at a shape's third call
 
 MakeEngine = Callable[..., Engine]
