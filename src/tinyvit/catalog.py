@@ -200,10 +200,10 @@ def _efficientsam3(name: str, variant: str) -> Checkpoint:
 _EMBEDDED = Checkpoint(
     "tinyvit_sam_2m", "tiny_vit_2m_sam", "tinyvit_sam", "sam_2m.safetensors", "safetensors",
     "Apache-2.0", "shipped inside the package", embedded=True,
-    sha256="f01ca2bb30289cfec83e4cd497c6cf4b78168b9f3e68f4d3392eefcd62f23478",
+    sha256="f2931d7816f5bd2ead5a37d02db8e3f4f496c44e41f974456cc997aba86a3ff3",
     note="Small, for a first try without a download; trained on GPL-2, CC-BY-SA, CC-BY, MIT and "
     "CC0 images, see its model card.",
-    thresholds={"pred_iou_thresh": 0.47, "stability_score_thresh": 0.46},  # as its header says
+    thresholds={"pred_iou_thresh": 0.5, "stability_score_thresh": 0.49},  # as its header says
 )  # fmt: skip
 
 CHECKPOINTS: tuple[Checkpoint, ...] = (
