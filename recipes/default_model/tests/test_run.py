@@ -156,7 +156,7 @@ def test_from_cut_outs_to_a_card(tmp_path, make_supply, make_photographs):
     assert done.returncode == 0, done.stderr
     results = json.loads((work / "evaluation" / "evaluation.json").read_text())
     assert set(results["sets"]) == {"photographs", "composites", "regions"}
-    assert set(results["sets"]["photographs"]["models"]) == {"default", "starter"}
+    assert set(results["sets"]["photographs"]["models"]) == {"default", "previous"}
     assert (work / "results" / "learn_curves.png").is_file()
     assert str(work) not in (work / "results" / "learn_settings.toml").read_text()
     card = (work / "weights" / "MODEL_CARD.md").read_text()
