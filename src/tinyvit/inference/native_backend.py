@@ -73,17 +73,13 @@ class NativeBackend:
             self.precision, reason = choose_precision(precision, "cpu")
         self.choice = f"native {library.version()} on cpu, {self.precision} ({reason})"
         self.threads = default_threads() if threads is None else threads  # 0: one a CPU
+        self.images_at_once = self.threads or cores()  # each thread takes one, and does not wait
         self._model = model
         self._falls_back = falls_back
         modules: list[nn.Module] = [] if isinstance(model, StoredModel) else [model]
         self._derived = Derived(partial(list, modules), self._make)
         if isinstance(model, StoredModel):
             self._derived.get()  # says what is wrong with the file
-
-    @property
-    def images_at_once(self) -> int:
-        """Images that a batch should have: each thread takes one, and waits for no other."""
-        return self.threads or cores()
 
     @property
     def takes_arrays(self) -> bool:
