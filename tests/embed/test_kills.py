@@ -65,13 +65,13 @@ def check_rows(url, engine, photos, at_least=()):
 
 
 def kill_often(many, url, engine, kills, upkeep, seed):
-    chance, stored = random.Random(seed), set()
+    rng, stored = random.Random(seed), set()
     for _ in range(kills):
         writer = start(many, url, 0.02, upkeep)
         lines = [writer.stdout.readline()]
-        if chance.random() < 0.7:
+        if rng.random() < 0.7:
             lines.append(writer.stdout.readline())  # work has begun
-        time.sleep(chance.random() * 0.4)
+        time.sleep(rng.random() * 0.4)
         writer.kill()
         lines += writer.communicate()[0].splitlines()
         assert writer.returncode in (0, -signal.SIGKILL)
@@ -121,11 +121,11 @@ def test_readers_while_rows_are_written_compacted_and_cleaned(many, url, engine,
     is_over = threading.Event()
 
     def read(seed):
-        chance = random.Random(seed)
+        rng = random.Random(seed)
         try:
             store = EmbeddingStore.open(url)
             while not is_over.is_set():
-                names = [chance.choice(stored) for _ in range(3)]
+                names = [rng.choice(stored) for _ in range(3)]
                 for name, found in zip(names, store.get_many(names), strict=True):
                     assert found.original_size == (20, 20), name
                 sum(1 for _ in store.iterate(part=(0, 4)))

@@ -406,7 +406,8 @@ def orientation_of(image: Image.Image) -> int:
         return 1  # asking Pillow would decode the whole image to look behind it
     try:
         value = image.getexif().get(ORIENTATION_TAG, 1)
-    except Exception:  # a broken note about the image is no reason to refuse the image
+    except Exception as err:  # a broken note about the image is no reason to refuse the image
+        logger.debug("taken for upright, since the EXIF block cannot be read: %s", err)
         return 1
     return value if value in UPRIGHT else 1
 
